@@ -1,0 +1,63 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PEER for Transformers: language models with a million experts of one neuron each."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_peer import PeerConfig
+from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
+from .modeling_peer import (
+    PeerForCausalLM,
+    PeerForQuestionAnswering,
+    PeerForSequenceClassification,
+    PeerForTokenClassification,
+    PeerModel,
+    PeerPreTrainedModel,
+)
+
+
+# On import, as spawned ranks and data workers rely on it.
+AutoConfig.register("peer", PeerConfig, exist_ok=True)
+PeerConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, PeerModel),
+    (AutoModelForCausalLM, PeerForCausalLM),
+    (AutoModelForSequenceClassification, PeerForSequenceClassification),
+    (AutoModelForTokenClassification, PeerForTokenClassification),
+    (AutoModelForQuestionAnswering, PeerForQuestionAnswering),
+):
+    auto_class.register(PeerConfig, model_class, exist_ok=True)
+    # A saved checkpoint carries the code it needs, and loads with `trust_remote_code=True` where this package is not.
+    model_class.register_for_auto_class(auto_class.__name__)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL_FEED_FORWARDS",
+    "FeedForwardInterface",
+    "PeerConfig",
+    "PeerForCausalLM",
+    "PeerForQuestionAnswering",
+    "PeerForSequenceClassification",
+    "PeerForTokenClassification",
+    "PeerModel",
+    "PeerPreTrainedModel",
+]

@@ -1,0 +1,260 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PEER model configuration"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import auto_docstring
+
+from .feed_forward import ALL_FEED_FORWARDS
+from .product_keys import grid_size
+
+
+FORMAT_VERSION = 1
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_peer.PeerConfig",
+    "AutoModel": "modeling_peer.PeerModel",
+    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
+}
+
+
+@auto_docstring(checkpoint="configuration/peer-paper")
+@strict
+class PeerConfig(PreTrainedConfig):
+    r"""
+    feed_forward_types (`list[str]`, *optional*):
+        The feed-forward variant of each layer: `"dense"`, `"moe"`, `"pkm"`, `"peer"` or a name registered with
+        [`FeedForwardInterface`]. Defaults to `"peer"` in the middle block, `"dense"` elsewhere, as in the paper.
+    num_experts (`int`, *optional*, defaults to 1048576):
+        Experts of a PEER layer, or values of a PKM layer: N, a perfect square.
+    num_retrieval_heads (`int`, *optional*, defaults to 8):
+        Query networks of a layer, h. A trained checkpoint may be loaded with fewer.
+    num_experts_per_head (`int`, *optional*, defaults to 16):
+        Experts retrieved by each head, k, at most √N. A trained checkpoint may be loaded with more or fewer.
+    query_size (`int`, *optional*, defaults to 256):
+        Size d_k of a query, an even number: two halves meet two sets of sub-keys.
+    query_norm (`str`, *optional*, defaults to `"batch"`):
+        Normalisation of queries: `"batch"` across tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
+        causality while training), `"rms"` on each half of queries and keys, or `None`.
+    scoring_func (`str`, *optional*, defaults to `"softmax"`):
+        How a head's retrieved scores become router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
+    sub_keys_per_head (`bool`, *optional*, defaults to `False`):
+        Whether each head has sub-keys of its own; in the paper all heads share them.
+    expert_act (`str`, *optional*, defaults to `"gelu"`):
+        Activation σ of the experts, or `None` for none.
+    gated_experts (`bool`, *optional*, defaults to `False`):
+        Whether experts are gated: σ(g · x) (u · x) v.
+    share_experts_across_layers (`bool`, *optional*, defaults to `False`):
+        Whether all PEER layers retrieve from one pool, held by the base model, each with a router of its own.
+    shared_expert_intermediate_size (`int`, *optional*):
+        Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
+    moe_num_experts (`int`, *optional*, defaults to 128):
+        Experts of a MoE layer.
+    moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
+        Experts of a MoE layer that a token runs.
+    moe_intermediate_size (`int`, *optional*):
+        Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`: as many FLOPs
+        as the dense feed-forward.
+    moe_routing (`str`, *optional*, defaults to `"token_choice"`):
+        Who chooses while training, `"token_choice"` or `"expert_choice"`. See [`MoeFeedForward`].
+    output_router_indices (`bool`, *optional*, defaults to `False`):
+        Whether to return the experts that PEER, PKM and MoE layers retrieved.
+    output_router_weights (`bool`, *optional*, defaults to `False`):
+        Whether to return their router weights.
+    format_version (`int`, *optional*, defaults to 1):
+        Version of the checkpoint format. A checkpoint of a later version than the code knows is refused.
+
+    ```python
+    >>> from modeling_peer import PeerConfig, PeerModel
+
+    >>> # A small PEER model: 4 layers, 4096 experts in the second
+    >>> configuration = PeerConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_experts=64**2)
+
+    >>> # Initializing a model (with random weights) from the configuration
+    >>> model = PeerModel(configuration)
+
+    >>> # Accessing the model configuration
+    >>> configuration = model.config
+    ```"""
+
+    model_type = "peer"
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.expert_pool.gate_proj": "expert_up_projection",
+        "layers.*.mlp.expert_pool.up_proj": "expert_up_projection",
+        "layers.*.mlp.expert_pool.down_proj": "expert_down_projection",
+        "layers.*.mlp.values": "expert_down_projection",
+        "expert_pool.gate_proj": "expert_up_projection",
+        "expert_pool.up_proj": "expert_up_projection",
+        "expert_pool.down_proj": "expert_down_projection",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    feed_forward_types: list[str] | None = None
+    num_experts: int = 1024**2
+    num_retrieval_heads: int = 8
+    num_experts_per_head: int = 16
+    query_size: int = 256
+    query_norm: Literal["batch", "rms"] | None = "batch"
+    scoring_func: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    sub_keys_per_head: bool = False
+    expert_act: str | None = "gelu"
+    gated_experts: bool = False
+    share_experts_across_layers: bool = False
+    shared_expert_intermediate_size: int | None = None
+    moe_num_experts: int = 128
+    moe_num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    moe_routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    output_router_logits: bool = False
+    output_router_indices: bool = False
+    output_router_weights: bool = False
+    router_aux_loss_coef: float = 0.001
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size // self.moe_num_experts_per_tok
+        if self.feed_forward_types is None:
+            self.feed_forward_types = ["dense"] * self.num_hidden_layers
+            self.feed_forward_types[(self.num_hidden_layers - 1) // 2] = "peer"
+        # Whole, and without the repository that a remote copy was loaded from: the code travels with every save.
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Active experts per token, h · k, under the name that serving engines look for."""
+        return self.num_retrieval_heads * self.num_experts_per_head
+
+    def validate_format_version(self):
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version}, and this code reads versions 1 to {FORMAT_VERSION}: "
+                "install a later release of modeling_peer, or load with its own code (`trust_remote_code=True`)."
+            )
+
+    def validate_sizes(self):
+        """Every size that counts something counts at least one."""
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_retrieval_heads",
+            "num_experts_per_head",
+            "query_size",
+            "moe_num_experts",
+            "moe_num_experts_per_tok",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    def validate_feed_forward_types(self):
+        if len(self.feed_forward_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`feed_forward_types` must name one variant for each of `num_hidden_layers` = "
+                f"{self.num_hidden_layers} layers, got {len(self.feed_forward_types)}: {self.feed_forward_types}."
+            )
+        for name in self.feed_forward_types:
+            if name not in ALL_FEED_FORWARDS:
+                raise ValueError(
+                    f"`feed_forward_types` names the unknown variant {name!r}; known are "
+                    f"{sorted(ALL_FEED_FORWARDS)}. Register others with `FeedForwardInterface.register(name, class)` "
+                    "before the configuration is made."
+                )
+
+    def validate_retrieval(self):
+        size = grid_size(self.num_experts)
+        if self.num_experts_per_head > size:
+            raise ValueError(
+                f"`num_experts_per_head` must be at most √num_experts = {size}, the number of sub-keys of a half, "
+                f"got {self.num_experts_per_head}."
+            )
+        if self.query_size % 2:
+            raise ValueError(f"`query_size` must be even, two halves of one size, got {self.query_size}.")
+
+    def validate_activations(self):
+        for name in ("hidden_act", "expert_act"):
+            value = getattr(self, name)
+            if value is not None and value not in ACT2FN:
+                raise ValueError(f"`{name}` is {value!r}, not one of the library's activations: {sorted(ACT2FN)}.")
+
+    def validate_moe(self):
+        if self.moe_num_experts_per_tok > self.moe_num_experts:
+            raise ValueError(
+                f"`moe_num_experts_per_tok` must be at most `moe_num_experts` = {self.moe_num_experts}, got "
+                f"{self.moe_num_experts_per_tok}."
+            )
+
+    def validate_architecture(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} "
+                f"and {self.num_key_value_heads}."
+            )
+
+
+__all__ = ["PeerConfig"]

@@ -1,0 +1,68 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tensor parallelism of the expert tables: each rank holds a slice of the width of every row."""
+
+import torch
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+
+class ExpertTableParallel(TensorParallelLayer):
+    """A table sharded along the embedding dimension, run on local tensors: only `[T, A]` and `[T, d]` cross ranks."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def shard_param(self, module, param, mesh):
+        weight = module._parameters[param]
+        module._parameters[param] = torch.nn.Parameter(
+            distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), requires_grad=weight.requires_grad
+        )
+
+
+class ExpertUpProjectionParallel(ExpertTableParallel):
+    """Each rank multiplies its slice of the hidden states; the dot products are summed over ranks."""
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        hidden_states, indices = args
+        local = DTensor.from_local(hidden_states, mesh, [Replicate()], run_check=False)
+        return (local.redistribute(placements=[Shard(-1)]).to_local(), indices), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        partial = DTensor.from_local(output, mesh, [Partial()], run_check=False)
+        return partial.redistribute(placements=[Replicate()]).to_local()
+
+
+class ExpertDownProjectionParallel(ExpertTableParallel):
+    """Each rank sums its slice of the rows; the slices are gathered."""
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        weights, indices = args
+        # The weights are the same on every rank, their gradient is each rank's share of it.
+        replicated = DTensor.from_local(weights, mesh, [Replicate()], run_check=False)
+        return (replicated.to_local(grad_placements=[Partial()]), indices), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        sharded = self._from_local_last_dim_shard(output, mesh, module.embedding_dim)
+        return sharded.redistribute(placements=[Replicate()]).to_local()
+
+
+def register_parallel_styles() -> None:
+    """Makes the styles known under the names that `PeerConfig.base_model_tp_plan` uses."""
+    if torch.distributed.is_available():
+        ALL_PARALLEL_STYLES.register("expert_up_projection", ExpertUpProjectionParallel())
+        ALL_PARALLEL_STYLES.register("expert_down_projection", ExpertDownProjectionParallel())

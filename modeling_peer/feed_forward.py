@@ -1,0 +1,52 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The registry of feed-forward variants, in the manner of the library's attention interface.
+
+A variant is a module class, constructed as `variant(config, layer_idx)` and called as
+`forward(hidden_states, padding_mask=..., **kwargs)`, that returns a tensor of the shape of `hidden_states`,
+`(batch_size, sequence_length, hidden_size)`. Registered by name, it stands in any layer whose entry of
+`PeerConfig.feed_forward_types` says so:
+
+```python
+>>> from modeling_peer import FeedForwardInterface
+
+>>> FeedForwardInterface.register("my_feed_forward", MyFeedForward)
+>>> config = PeerConfig(num_hidden_layers=2, feed_forward_types=["dense", "my_feed_forward"])
+```
+
+Its `nn.Linear`, `nn.Embedding` and norm modules are initialised by the library; what else it holds it initialises in a
+method `init_own_weights()`, with the functions of `transformers.initialization`, which leave loaded weights alone.
+"""
+
+from transformers.utils.generic import GeneralInterface
+
+from .feed_forward_dense import DenseFeedForward
+from .feed_forward_moe import MoeFeedForward
+from .feed_forward_peer import PeerFeedForward
+from .feed_forward_pkm import PkmFeedForward
+
+
+class FeedForwardInterface(GeneralInterface):
+    """Mapping from the names in `PeerConfig.feed_forward_types` to module classes. See the module's docstring."""
+
+    _global_mapping = {
+        "dense": DenseFeedForward,
+        "moe": MoeFeedForward,
+        "pkm": PkmFeedForward,
+        "peer": PeerFeedForward,
+    }
+
+
+ALL_FEED_FORWARDS = FeedForwardInterface()

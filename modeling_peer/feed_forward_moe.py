@@ -1,0 +1,123 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Mixture of coarse experts, the paper's baseline: each expert is a dense feed-forward, and a router picks a few."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .initial_scale import activation_power, matched_std
+
+
+class MoeRouter(nn.Module):
+    """Linear router over `config.moe_num_experts` experts; probabilities are a float32 softmax over all of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts_per_tok = config.moe_num_experts_per_tok
+        self.init_std = config.initializer_range
+        self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
+
+    def init_own_weights(self) -> None:
+        init.normal_(self.weight, std=self.init_std)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+
+        Returns:
+            `tuple(torch.Tensor)`: the experts of each token and their weights, which sum to one, both of shape
+            `(num_tokens, moe_num_experts_per_tok)`, and the router logits `(num_tokens, moe_num_experts)`.
+        """
+        router_logits = F.linear(hidden_states, self.weight)
+        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
+        weights, indices = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return indices, weights.to(hidden_states.dtype), router_logits
+
+
+@use_experts_implementation
+class MoeExperts(nn.Module):
+    """The experts' weights as 3D tensors, run by the library's experts interface (`experts_implementation`)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.moe_num_experts
+        self.act_fn = ACT2FN[config.hidden_act]
+        width, hidden_size = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        power = width * activation_power(self.act_fn, config, gated=True) / config.moe_num_experts_per_tok
+        self.up_init_std, self.down_init_std = config.initializer_range, matched_std(config, power)
+
+    def init_own_weights(self) -> None:
+        init.normal_(self.gate_up_proj, std=self.up_init_std)
+        init.normal_(self.down_proj, std=self.down_init_std)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique():
+            token, position = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (expert_output * top_k_weights[token, position, None]).to(output.dtype))
+        return output
+
+
+class MoeFeedForward(nn.Module):
+    """
+    Mixture of experts of width `config.moe_intermediate_size`.
+
+    With `moe_routing="token_choice"` each token takes its `moe_num_experts_per_tok` best experts. With
+    `"expert_choice"` (Zhou et al., arXiv 2202.09368, the paper's baseline), while training, each expert takes its best
+    tokens of the micro-batch, as many as make `moe_num_experts_per_tok` per token on average. Such a choice looks
+    across tokens, later ones and other sequences included, so evaluation and generation route by token, and the two
+    losses are not of the same model; padding is never chosen.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.expert_choice = config.moe_routing == "expert_choice"
+        self.gate = MoeRouter(config)
+        self.experts = MoeExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        indices, weights, router_logits = self.gate(tokens)
+        if self.expert_choice and self.training:
+            output = self._chosen_by_experts(tokens, router_logits, padding_mask)
+        else:
+            output = self.experts(tokens, indices, weights)
+        return output.view_as(hidden_states)
+
+    def _chosen_by_experts(self, tokens, router_logits, padding_mask):
+        num_tokens, num_experts = router_logits.shape
+        capacity = min(num_tokens, max(1, num_tokens * self.gate.num_experts_per_tok // num_experts))
+        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
+        if padding_mask is not None:
+            probabilities = probabilities * padding_mask.reshape(-1, 1)
+        weights, chosen = probabilities.t().topk(capacity, dim=-1)  # [num_experts, capacity]
+        # A token's weights sum to one over the experts that chose it, as in evaluation over those it chooses.
+        weights, chosen = weights.flatten(), chosen.flatten()
+        total = weights.new_zeros(num_tokens).index_add(0, chosen, weights)
+        weights = (weights / total[chosen].clamp(min=1e-9)).to(tokens.dtype)
+        experts = torch.arange(num_experts, device=tokens.device).repeat_interleave(capacity)
+        outputs = self.experts(tokens[chosen], experts[:, None], weights[:, None])
+        return torch.zeros_like(tokens).index_add(0, chosen, outputs)

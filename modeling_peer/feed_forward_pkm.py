@@ -1,0 +1,40 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Product-key memory (Lample et al., arXiv 1907.05242), the paper's baseline: values only, no neurons."""
+
+import torch
+from torch import nn
+
+from .expert_table import ExpertDownProjection
+from .initial_scale import matched_std, router_weight_power
+from .product_key_router import ProductKeyRouter
+
+
+class PkmFeedForward(nn.Module):
+    """
+    A memory of `config.num_experts` values: `Σ router weight · v_i` over the k best keys of each head. It retrieves as
+    `PeerFeedForward` does; what is retrieved does not look at the token again.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.router = ProductKeyRouter(config)
+        self.values = ExpertDownProjection(
+            config.num_experts, config.hidden_size, matched_std(config, router_weight_power(config))
+        )
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        indices, weights = self.router(hidden_states, padding_mask)
+        output = self.values(weights.flatten(-2).flatten(0, -2), indices.flatten(-2).flatten(0, -2))
+        return output.view_as(hidden_states)

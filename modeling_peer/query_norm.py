@@ -1,0 +1,93 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Normalisation of the queries across tokens: BatchNorm that leaves padding out and equals the joint batch's on ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class QueryBatchNorm(nn.BatchNorm1d):
+    """
+    BatchNorm over the unpadded positions of a batch, one mean and variance per feature of the query (paper, section
+    2.3 and table 3: it evens out how often experts are used).
+
+    While training, a query is normalised by moments of the whole micro-batch, of later tokens and other sequences
+    too. These moments are the only thing a token learns of its future: a mean over thousands of positions, not a
+    position. In evaluation and generation the running statistics take their place and a token depends on nothing but
+    its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`.
+
+    Moments are computed in float32 (or float64 for float64 queries) and, where torch.distributed is initialized,
+    reduced over its ranks so that they equal the joint batch's, with gradients flowing across ranks. Running
+    statistics are folded by `fold_moments`, which the base model calls once per micro-batch: under activation
+    checkpointing a layer's forward runs twice and must not count twice.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, eps=eps)
+        self.pending_moments = None
+
+    def forward(self, queries: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            queries (`torch.Tensor` of shape `(..., num_features)`):
+                The queries of all heads, concatenated.
+            padding_mask (`torch.Tensor` of shape `(...)`, *optional*):
+                True (or 1) where there is a token, False where there is padding. All tokens if not given.
+
+        Returns:
+            `torch.Tensor`: normalised queries, of the shape of `queries`, at least float32.
+        """
+        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        if self.training:
+            mean, variance, count = self._batch_moments(queries, padding_mask)
+            unbiased_variance = variance * (count / (count - 1).clamp(min=1))
+            self.pending_moments = (mean.detach(), unbiased_variance.detach(), count)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        normalised = (queries - mean) * torch.rsqrt(variance + self.eps)
+        return normalised * self.weight.to(queries.dtype) + self.bias.to(queries.dtype)
+
+    def _batch_moments(self, queries, padding_mask):
+        queries = queries.reshape(-1, self.num_features)
+        if padding_mask is None:
+            present = queries.new_ones(queries.shape[0], 1)
+        else:
+            present = padding_mask.reshape(-1, 1).to(queries.dtype)
+        # Two passes: the variance as a mean of squares minus a squared mean would lose its digits in float32.
+        sums = self._sum_over_ranks(torch.cat([(queries * present).sum(0), present.sum(0)]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count.clamp(min=1)
+        variance = self._sum_over_ranks(((queries - mean).square() * present).sum(0)) / count.clamp(min=1)
+        return mean, variance, count
+
+    @staticmethod
+    def _sum_over_ranks(tensor):
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return all_reduce(tensor)
+        return tensor
+
+    @torch.no_grad()
+    def fold_moments(self) -> None:
+        """Folds the moments of the last training forward into the running statistics, once."""
+        if self.pending_moments is None:
+            return
+        mean, variance, count = self.pending_moments
+        self.pending_moments = None
+        # A micro-batch of padding alone teaches nothing; decided on the device, without a copy to the host.
+        momentum = torch.where(count > 0, self.momentum, 0.0)
+        self.running_mean += momentum * (mean - self.running_mean)
+        self.running_var += momentum * (variance - self.running_var)
+        self.num_batches_tracked += 1
