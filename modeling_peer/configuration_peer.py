@@ -13,7 +13,7 @@
 # limitations under the License.
 """PEER model configuration"""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
 from .feed_forward import ALL_FEED_FORWARDS
+from .feed_forward_peer import ExpertPool
 from .product_keys import grid_size
 
 
@@ -98,28 +99,6 @@ class PeerConfig(PreTrainedConfig):
 
     model_type = "peer"
 
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.shared_expert.gate_proj": "colwise",
-        "layers.*.mlp.shared_expert.up_proj": "colwise",
-        "layers.*.mlp.shared_expert.down_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.expert_pool.gate_proj": "expert_up_projection",
-        "layers.*.mlp.expert_pool.up_proj": "expert_up_projection",
-        "layers.*.mlp.expert_pool.down_proj": "expert_down_projection",
-        "layers.*.mlp.values": "expert_down_projection",
-        "expert_pool.gate_proj": "expert_up_projection",
-        "expert_pool.up_proj": "expert_up_projection",
-        "expert_pool.down_proj": "expert_down_projection",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -170,17 +149,47 @@ class PeerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size // self.moe_num_experts_per_tok
+            self.moe_intermediate_size = self.intermediate_size // max(self.moe_num_experts_per_tok, 1)
         if self.feed_forward_types is None:
-            self.feed_forward_types = ["dense"] * self.num_hidden_layers
-            self.feed_forward_types[(self.num_hidden_layers - 1) // 2] = "peer"
+            middle = (self.num_hidden_layers - 1) // 2
+            self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
         # Whole, and without the repository that a remote copy was loaded from: the code travels with every save.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As in the library, and what `kwargs` changed is validated too. Raises `ValueError` where they raise
+        `num_retrieval_heads`: a checkpoint has no query networks for more heads than it was trained with.
+        """
+        trained_heads = config_dict.get("num_retrieval_heads")
+        heads = kwargs.get("num_retrieval_heads", trained_heads)
+        if trained_heads is not None and heads > trained_heads:
+            raise ValueError(
+                f"`num_retrieval_heads` can be lowered at load, not raised: the checkpoint has {trained_heads} query "
+                f"networks, got {heads}. For a new model set it on the loaded configuration."
+            )
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallel plan: the attention's, and what each variant in use says of itself."""
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        for name in dict.fromkeys(self.feed_forward_types):
+            variant = ALL_FEED_FORWARDS[name]
+            if hasattr(variant, "tp_plan"):
+                plan |= {f"layers.*.mlp.{module}": style for module, style in variant.tp_plan(self).items()}
+        if self.share_experts_across_layers and "peer" in self.feed_forward_types:
+            plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self).items()}
+        return plan
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -200,6 +209,8 @@ class PeerConfig(PreTrainedConfig):
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
             "num_retrieval_heads",
             "num_experts_per_head",
             "query_size",

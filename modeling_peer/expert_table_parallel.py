@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tensor parallelism of the expert tables: each rank holds a slice of the width of every row."""
+"""
+Tensor parallelism of what PEER adds to a decoder: of the expert tables each rank holds a slice of the width of every
+row; routers are replicated.
+"""
 
 import torch
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
@@ -61,8 +64,17 @@ class ExpertDownProjectionParallel(ExpertTableParallel):
         return sharded.redistribute(placements=[Replicate()]).to_local()
 
 
+class QueryNormParallel(TensorParallelLayer):
+    """A query norm on ranks that all see the same batch; a BatchNorm has to know, as it sums over all ranks."""
+
+    def install_forward(self, module, mesh):
+        module.num_replicas = mesh.size()
+        return module
+
+
 def register_parallel_styles() -> None:
     """Makes the styles known under the names that `PeerConfig.base_model_tp_plan` uses."""
     if torch.distributed.is_available():
         ALL_PARALLEL_STYLES.register("expert_up_projection", ExpertUpProjectionParallel())
         ALL_PARALLEL_STYLES.register("expert_down_projection", ExpertDownProjectionParallel())
+        ALL_PARALLEL_STYLES.register("query_norm", QueryNormParallel())

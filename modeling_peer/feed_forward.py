@@ -26,7 +26,7 @@ A variant is a module class, constructed as `variant(config, layer_idx)` and cal
 >>> config = PeerConfig(num_hidden_layers=2, feed_forward_types=["dense", "my_feed_forward"])
 ```
 
-Its `nn.Linear`, `nn.Embedding` and norm modules are initialised by the library; what else it holds it initialises in a
+A class method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself. Its `nn.Linear`, `nn.Embedding` and norm modules are initialised by the library; what else it holds it initialises in a
 method `init_own_weights()`, with the functions of `transformers.initialization`, which leave loaded weights alone.
 """
 

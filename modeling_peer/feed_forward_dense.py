@@ -36,5 +36,9 @@ class DenseFeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -98,6 +98,14 @@ class MoeFeedForward(nn.Module):
         self.gate = MoeRouter(config)
         self.experts = MoeExperts(config)
 
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        return {
+            "experts": "moe_tp_experts",
+            "experts.gate_up_proj": "packed_colwise",
+            "experts.down_proj": "rowwise",
+        }
+
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
         indices, weights, router_logits = self.gate(tokens)

@@ -51,6 +51,11 @@ class ExpertPool(nn.Module):
         self.up_proj = ExpertUpProjection(*shape, config.initializer_range)
         self.down_proj = ExpertDownProjection(*shape, matched_std(config, power))
 
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        plan = {"up_proj": "expert_up_projection", "down_proj": "expert_down_projection"}
+        return plan | {"gate_proj": "expert_up_projection"} if config.gated_experts else plan
+
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -85,6 +90,15 @@ class PeerFeedForward(nn.Module):
         self.shared_expert = None
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = DenseFeedForward(config, layer_idx, config.shared_expert_intermediate_size)
+
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        parts = {}
+        if not config.share_experts_across_layers:
+            parts["expert_pool"] = ExpertPool.tp_plan(config)
+        if config.shared_expert_intermediate_size is not None:
+            parts["shared_expert"] = DenseFeedForward.tp_plan(config)
+        return {f"{part}.{name}": style for part, plan in parts.items() for name, style in plan.items()}
 
     def forward(
         self,

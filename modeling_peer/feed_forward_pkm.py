@@ -34,6 +34,10 @@ class PkmFeedForward(nn.Module):
             config.num_experts, config.hidden_size, matched_std(config, router_weight_power(config))
         )
 
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        return {"values": "expert_down_projection"}
+
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         indices, weights = self.router(hidden_states, padding_mask)
         output = self.values(weights.flatten(-2).flatten(0, -2), indices.flatten(-2).flatten(0, -2))

@@ -36,6 +36,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_table_parallel import register_parallel_styles
 from .feed_forward import ALL_FEED_FORWARDS
@@ -45,36 +46,40 @@ from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
 
 
+@auto_docstring(
+    custom_intro="""
+    Outputs of the base model.
+    """
+)
 @dataclass
 class PeerModelOutputWithPast(MoeModelOutputWithPast):
-    """
-    Outputs of the base model.
-
-    Args:
-        router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
-            For each layer with a router, the experts that every token retrieved, best first: of shape
-            `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers,
-            `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers.
-        router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
-            Their router weights, of the same shapes.
-        router_logits (`tuple(torch.Tensor)`, *optional*, returned when `output_router_logits=True`):
-            For each MoE layer, logits of shape `(batch_size * sequence_length, moe_num_experts)`.
+    r"""
+    router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
+        For each layer with a router, the experts that every token retrieved, best first: of shape
+        `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers,
+        `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers.
+    router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
+        Their router weights, of the same shapes.
+    router_logits (`tuple(torch.Tensor)`, *optional*, returned when `output_router_logits=True`):
+        For each MoE layer, logits of shape `(batch_size * sequence_length, moe_num_experts)`.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     router_weights: tuple[torch.Tensor, ...] | None = None
 
 
+@auto_docstring(
+    custom_intro="""
+    Outputs of the language model.
+    """
+)
 @dataclass
 class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """
-    Outputs of the language model.
-
-    Args:
-        router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
-            For each layer with a router, the experts that every token retrieved, see [`PeerModelOutputWithPast`].
-        router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
-            Their router weights, of the same shapes.
+    r"""
+    router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
+        For each layer with a router, the experts that every token retrieved, see [`PeerModelOutputWithPast`].
+    router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
+        Their router weights, of the same shapes.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -132,6 +137,7 @@ class PeerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["query_norm.running_mean", "query_norm.running_var"]
     _can_record_outputs = {
         "hidden_states": PeerDecoderLayer,
         "attentions": LlamaAttention,
@@ -139,6 +145,11 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The library looks for its decorator in this file; the MoE variant carries it in its own.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -152,6 +163,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 @auto_docstring
 class PeerModel(PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
+        config.validate()  # its fields may have been set since it was made
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -374,6 +386,7 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 
 register_parallel_styles()
+register_head_selection()
 
 
 __all__ = [

@@ -16,7 +16,20 @@
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of each rank's tensor; the gradient of a rank's tensor is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverRanks.apply(gradient)
 
 
 class QueryBatchNorm(nn.BatchNorm1d):
@@ -37,7 +50,12 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps=eps)
+        # In float32 whatever the dtype of the model: a momentum of 0.1 is lost in bfloat16.
+        self.running_mean = torch.zeros(num_features, dtype=torch.float32)
+        self.running_var = torch.ones(num_features, dtype=torch.float32)
         self.pending_moments = None
+        # How many ranks see each batch, more than one under tensor parallelism: they count a token once.
+        self.num_replicas = 1
 
     def forward(self, queries: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -73,10 +91,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
         variance = self._sum_over_ranks(((queries - mean).square() * present).sum(0)) / count.clamp(min=1)
         return mean, variance, count
 
-    @staticmethod
-    def _sum_over_ranks(tensor):
+    def _sum_over_ranks(self, tensor):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return all_reduce(tensor)
+            return _SumOverRanks.apply(tensor) / self.num_replicas
         return tensor
 
     @torch.no_grad()

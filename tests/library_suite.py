@@ -1,0 +1,74 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The library's own model tests, from the source release of the installed transformers.
+
+They are not in its wheel. The release's sdist carries `tests/test_*.py` but neither the helpers of generation and
+export nor the testers of single models, so those two mixins stand empty here and what they would test is tested in
+`test_generation.py`.
+"""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import transformers
+
+
+CACHE = Path(__file__).parent.parent / ".cache"
+
+
+def _fetch_tests() -> Path:
+    """Folder of the release's tests, downloaded once with pip (10 MB) into the checkout's cache."""
+    name = f"transformers-{transformers.__version__}"
+    folder = CACHE / name / "tests"
+    if not folder.exists():
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"),
+                *("--no-binary", "transformers", "--dest", str(CACHE)),
+                f"transformers=={transformers.__version__}",
+            ],
+            check=True,
+        )
+        with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
+            members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
+            archive.extractall(CACHE, members=members, filter="data")
+        (folder / "__init__.py").touch()  # `test_configuration_common` executes it
+    return folder
+
+
+def load(name: str) -> types.ModuleType:
+    """Module `name` of the library's tests, such as `test_modeling_common`."""
+    package = "transformers_tests"
+    if package not in sys.modules:
+        _add_module(package, __path__=[str(_fetch_tests())])
+        for folder, module, mixin in (
+            ("exporters", "test_export", "ExportTesterMixin"),
+            ("generation", "test_utils", "GenerationTesterMixin"),
+        ):
+            _add_module(f"{package}.{folder}", __path__=[])
+            _add_module(f"{package}.{folder}.{module}", **{mixin: type(mixin, (), {})})
+        _add_module(f"{package}.utils", __path__=[])
+        _add_module(f"{package}.utils.test_configuration_utils", config_common_kwargs={})
+    return importlib.import_module(f"{package}.{name}")
+
+
+def _add_module(name, **attributes):
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    sys.modules[name] = module
