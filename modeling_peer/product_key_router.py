@@ -18,10 +18,9 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .product_keys import grid_size, product_key_topk
-from .query_norm import QueryBatchNorm
+from .query_norm import QueryBatchNorm, QueryRMSNorm
 
 
 SCORING_FUNCTIONS = {
@@ -51,8 +50,8 @@ class ProductKeyRouter(nn.Module):
         if config.query_norm == "batch":
             self.query_norm = QueryBatchNorm(self.num_heads * self.query_size, eps=config.rms_norm_eps)
         elif config.query_norm == "rms":
-            self.query_norm = LlamaRMSNorm(self.query_size // 2, eps=config.rms_norm_eps)
-            self.key_norm = LlamaRMSNorm(self.query_size // 2, eps=config.rms_norm_eps)
+            self.query_norm = QueryRMSNorm(self.query_size // 2, eps=config.rms_norm_eps)
+            self.key_norm = QueryRMSNorm(self.query_size // 2, eps=config.rms_norm_eps)
         # [heads or 1, rows C and columns C', √N, d_k / 2]
         self.sub_keys = nn.Parameter(
             torch.empty(

@@ -16,6 +16,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -30,6 +31,13 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _SumOverRanks.apply(gradient)
+
+
+class QueryRMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension in the dtype of its input, at least float32, whatever the dtype of its weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
 class QueryBatchNorm(nn.BatchNorm1d):

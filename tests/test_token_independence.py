@@ -1,0 +1,168 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""In evaluation a token depends on its own sequence's past and on nothing else, for every variant and option."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
+from transformers import QuantizedCache, StaticCache
+
+from modeling_peer.product_key_router import ProductKeyRouter
+
+
+every_config = pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    difference = (actual - expected).abs().max().item()
+    assert difference <= tolerance * max(1.0, expected.abs().max().item()), difference
+
+
+def padded(sequences, side):
+    """Token ids and attention mask of sequences of different lengths."""
+    length = max(len(s) for s in sequences)
+    input_ids, mask = torch.zeros(len(sequences), length, dtype=torch.long), torch.zeros(len(sequences), length)
+    for row, sequence in enumerate(sequences):
+        part = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
+        input_ids[row, part], mask[row, part] = sequence, 1
+    return input_ids, mask.long()
+
+
+@every_config
+@torch.no_grad()
+def test_no_token_sees_the_future(config):
+    model = tiny_model(config)
+    tokens = random_tokens(2, 12)
+    changed = tokens.clone()
+    changed[:, 7:] = random_tokens(2, 5, seed=9)
+    logits, changed_logits = model(tokens).logits, model(changed).logits
+    assert_close(changed_logits[:, :7], logits[:, :7], 1e-6)
+    assert (changed_logits[:, 7:] - logits[:, 7:]).abs().max() > 1e-3
+
+
+@every_config
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_sequence_depends_neither_on_its_batch_nor_on_padding(config, side):
+    model = tiny_model(config)
+    sequences = [random_tokens(length, seed=length) for length in (11, 4, 7)]
+    input_ids, mask = padded(sequences, side)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids, attention_mask=mask, position_ids=position_ids).logits
+    for row, sequence in enumerate(sequences):
+        assert_close(logits[row, mask[row].bool()], model(sequence[None]).logits[0])
+
+
+@every_config
+@pytest.mark.parametrize("cache_type", ["dynamic", "static"])
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_the_full_forward(config, cache_type):
+    model = tiny_model(config)
+    tokens = random_tokens(2, 10)
+    expected = model(tokens).logits
+    cache = StaticCache(config=config, max_cache_len=16) if cache_type == "static" else None
+    logits = []
+    for part in (tokens[:, :4], tokens[:, 4:6], *tokens[:, 6:].split(1, dim=1)):  # a prompt, a chunk, single tokens
+        output = model(part, cache=cache, use_cache=True)
+        cache = output.cache
+        logits.append(output.logits)
+    assert_close(torch.cat(logits, dim=1), expected)
+
+
+@every_variant
+@torch.no_grad()
+def test_a_quantized_cache_stays_within_its_tolerance(config):
+    config = copy.deepcopy(config)
+    config.initializer_range = 0.1  # a model that does not magnify roundings from layer to layer
+    model = tiny_model(config)
+    tokens = random_tokens(1, 180)
+    expected = model(tokens).logits[:, -1]
+    # Beyond its residual length the cache holds four bits a number: shorter prompts would not be quantized at all.
+    cache = QuantizedCache("quanto", config, nbits=4, q_group_size=8, residual_length=16)
+    for part in tokens.split(20, dim=1):
+        logits = model(part, cache=cache, use_cache=True).logits[:, -1]
+    assert cache.layers[0]._quantized_keys.numel() > 0
+    assert 0 < (logits - expected).std() / expected.std() < 0.06  # 0.02 to 0.04 measured
+
+
+@every_config
+@torch.no_grad()
+def test_a_batch_of_one_and_an_empty_row_do_not_crash(config):
+    model = tiny_model(config)
+    assert model(random_tokens(1, 1)).logits.isfinite().all()
+    tokens, mask = random_tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1] = 0
+    logits = model(tokens, attention_mask=mask).logits
+    assert_close(logits[0], model(tokens[:1]).logits[0])
+    model.train()
+    loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+    assert loss.isfinite()
+    model(tokens, attention_mask=torch.zeros_like(mask))
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("config", [VARIANTS["peer"], VARIANTS["pkm"], tiny_config(query_norm="rms")])
+@torch.no_grad()
+def test_in_bfloat16_padding_changes_only_what_is_retrieved(config):
+    """A rounding may flip the last experts of a head; with the retrieved held fixed nothing else may move."""
+    model = tiny_model(config).bfloat16()
+    sequence = random_tokens(9)
+    input_ids, mask = padded([random_tokens(14, seed=5), sequence], "right")
+    retrieved = {}
+
+    def record(router, args, output):
+        retrieved[router] = output
+
+    def replay(router, args, output):
+        indices, weights = retrieved[router]
+        output[0][1, :9], output[1][1, :9] = indices[0], weights[0]
+        return output
+
+    routers = [module for module in model.modules() if isinstance(module, ProductKeyRouter)]
+    hooks = [router.register_forward_hook(record) for router in routers]
+    alone = model(sequence[None]).logits[0].float()
+    for hook in hooks:
+        hook.remove()
+    for router in routers:
+        router.register_forward_hook(replay)
+    batched = model(input_ids, attention_mask=mask).logits[1, :9].float()
+    assert_close(batched, alone, 0.05)
+
+
+def test_padding_is_left_out_of_the_statistics_of_the_query_norm():
+    config = VARIANTS["peer"]
+    sequences = [random_tokens(length, seed=length) for length in (11, 4, 7)]
+    statistics = []
+    for side in ("left", "right"):
+        input_ids, mask = padded(sequences, side)
+        input_ids[mask == 0] = 17 if side == "left" else 3  # what stands there must not matter
+        model = tiny_model(config).train()
+        model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        norm = model.model.layers[0].mlp.router.query_norm
+        statistics.append(torch.cat([norm.running_mean, norm.running_var]))
+    assert_close(statistics[0], statistics[1], 1e-5)
+
+    # … and they are the moments of the queries of the tokens that are there.
+    model = tiny_model(config).train()
+    norm, queries = model.model.layers[0].mlp.router.query_norm, []
+    before = torch.stack([norm.running_mean, norm.running_var]).clone()
+    norm.register_forward_pre_hook(lambda module, args: queries.append(args[0].detach()))
+    input_ids, mask = padded(sequences, "right")
+    model(input_ids, attention_mask=mask)
+    present = queries[0][mask.bool()]
+    moments = torch.stack([present.mean(0), present.var(0)])
+    assert_close(torch.stack([norm.running_mean, norm.running_var]), 0.9 * before + 0.1 * moments)

@@ -1,0 +1,99 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny configurations of every variant and option, and models of them whose weights and statistics are not their first."""
+
+import copy
+import itertools
+
+import torch
+
+from modeling_peer import PeerConfig, PeerForCausalLM
+
+
+VOCAB_SIZE = 64
+
+
+def tiny_config(*feed_forward_types: str, **fields) -> PeerConfig:
+    """Two layers (or as many as variants are named) small enough for float64; `fields` override."""
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "num_experts": 6**2,
+        "num_retrieval_heads": 2,
+        "num_experts_per_head": 3,
+        "query_size": 8,
+        "moe_num_experts": 4,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    types = list(feed_forward_types) or ["peer", "dense"]
+    return PeerConfig(**{**sizes, "num_hidden_layers": len(types), "feed_forward_types": types, **fields})
+
+
+def tiny_model(config: PeerConfig, seed: int = 0) -> PeerForCausalLM:
+    """A model in evaluation, with running statistics from random text."""
+    torch.manual_seed(seed)
+    model = PeerForCausalLM(copy.deepcopy(config)).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randint(0, config.vocab_size, (8, 32)))
+    return model.eval()
+
+
+def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Tokens other than 0, which pads."""
+    return torch.randint(1, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+VARIANTS = {
+    "dense": tiny_config("dense", "dense"),
+    "moe": tiny_config("moe", "dense"),
+    "moe_expert_choice": tiny_config("moe", "dense", moe_routing="expert_choice"),
+    "pkm": tiny_config("pkm", "dense"),
+    "peer": tiny_config("peer", "dense"),
+    "all_in_one": tiny_config("peer", "moe", "pkm", "dense"),
+    "tied_embeddings": tiny_config("dense", "peer", tie_word_embeddings=True),
+}
+
+# What shapes the router, in every combination …
+ROUTERS = {
+    f"{norm}-{scoring}-{'own' if per_head else 'shared'}_keys": tiny_config(
+        query_norm=norm, scoring_func=scoring, sub_keys_per_head=per_head
+    )
+    for norm, scoring, per_head in itertools.product(
+        ("batch", "rms", None), ("softmax", "sigmoid", "relu"), (False, True)
+    )
+}
+
+# … and what shapes the experts.
+EXPERTS = {
+    f"{act}-{'gated' if gated else 'plain'}-{'branch' if branch else 'alone'}-{'one' if shared else 'own'}_pool": tiny_config(
+        "peer",
+        "peer",
+        expert_act=act,
+        gated_experts=gated,
+        shared_expert_intermediate_size=branch,
+        share_experts_across_layers=shared,
+    )
+    for act, gated, branch, shared in itertools.product(("gelu", None), (False, True), (None, 8), (False, True))
+}
+
+ALL_CONFIGS = {**VARIANTS, **ROUTERS, **EXPERTS}
