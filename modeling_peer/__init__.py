@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from .configuration_peer import PeerConfig
+from .costs import ModelCosts, PartCosts, model_costs
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
 from .modeling_peer import (
     PeerForCausalLM,
@@ -32,6 +33,8 @@ from .modeling_peer import (
     PeerModel,
     PeerPreTrainedModel,
 )
+from .named_configurations import configuration_path, list_configurations
+from .usage import ExpertUsageCallback, ExpertUsageMeter
 
 
 # On import, as spawned ranks and data workers rely on it.
@@ -52,7 +55,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALL_FEED_FORWARDS",
+    "ExpertUsageCallback",
+    "ExpertUsageMeter",
     "FeedForwardInterface",
+    "ModelCosts",
+    "PartCosts",
     "PeerConfig",
     "PeerForCausalLM",
     "PeerForQuestionAnswering",
@@ -60,4 +67,7 @@ __all__ = [
     "PeerForTokenClassification",
     "PeerModel",
     "PeerPreTrainedModel",
+    "configuration_path",
+    "list_configurations",
+    "model_costs",
 ]

@@ -93,7 +93,7 @@ class PeerFeedForward(nn.Module):
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
-        parts = {}
+        parts = {"router": ProductKeyRouter.tp_plan(config)}
         if not config.share_experts_across_layers:
             parts["expert_pool"] = ExpertPool.tp_plan(config)
         if config.shared_expert_intermediate_size is not None:
@@ -122,7 +122,8 @@ class PeerFeedForward(nn.Module):
         experts = self.expert_pool if self.expert_pool is not None else expert_pool
         output = experts(
             hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
-        ).view_as(hidden_states)
+        )
+        output = output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may live elsewhere
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output

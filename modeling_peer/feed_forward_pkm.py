@@ -36,7 +36,8 @@ class PkmFeedForward(nn.Module):
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
-        return {"values": "expert_down_projection"}
+        router = {f"router.{name}": style for name, style in ProductKeyRouter.tp_plan(config).items()}
+        return router | {"values": "expert_down_projection"}
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         indices, weights = self.router(hidden_states, padding_mask)

@@ -38,12 +38,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
-from .expert_table_parallel import register_parallel_styles
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
+from .tensor_parallel import register_parallel_styles
 
 
 @auto_docstring(
@@ -132,6 +132,7 @@ class PeerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
+    _skip_keys_device_placement = ["cache", "expert_pool"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -145,6 +146,18 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in the library, with the configuration refused before a file is written, and the model's own code saved
+        where FSDP2 has put a class of its own in front of the model's."""
+        self.config.validate()
+        actual_class = type(self)
+        if actual_class.__name__.startswith("FSDP"):
+            self.__class__ = actual_class.__bases__[1]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = actual_class
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -62,6 +62,10 @@ class ProductKeyRouter(nn.Module):
             )
         )
 
+    @classmethod
+    def tp_plan(cls, config) -> dict[str, str]:
+        return {"query_norm": "query_norm"} if config.query_norm == "batch" else {}
+
     def init_own_weights(self) -> None:
         # Scores of normalised queries start with unit variance.
         init.normal_(self.sub_keys, std=self.query_size**-0.5)

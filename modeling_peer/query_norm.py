@@ -89,14 +89,17 @@ class QueryBatchNorm(nn.BatchNorm1d):
     def _batch_moments(self, queries, padding_mask):
         queries = queries.reshape(-1, self.num_features)
         if padding_mask is None:
-            present = queries.new_ones(queries.shape[0], 1)
+            present = torch.ones_like(queries[:, :1], dtype=torch.bool)
         else:
-            present = padding_mask.reshape(-1, 1).to(queries.dtype)
-        # Two passes: the variance as a mean of squares minus a squared mean would lose its digits in float32.
-        sums = self._sum_over_ranks(torch.cat([(queries * present).sum(0), present.sum(0)]))
+            present = padding_mask.reshape(-1, 1).bool()
+        # Two passes: the variance as a mean of squares minus a squared mean would lose its digits in float32. Selected
+        # rather than multiplied by zero: an attention row without a token may be NaN.
+        total = torch.where(present, queries, 0.0).sum(0)
+        sums = self._sum_over_ranks(torch.cat([total, present.sum(0).to(total.dtype)]))
         count = sums[-1].detach()
         mean = sums[:-1] / count.clamp(min=1)
-        variance = self._sum_over_ranks(((queries - mean).square() * present).sum(0)) / count.clamp(min=1)
+        squares = torch.where(present, queries - mean, 0.0).square().sum(0)
+        variance = self._sum_over_ranks(squares) / count.clamp(min=1)
         return mean, variance, count
 
     def _sum_over_ranks(self, tensor):

@@ -1,0 +1,88 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Splits tiny models of every variant over two processes by the library's tensor parallelism, and runs them whole besides.
+
+    torchrun --nproc_per_node 2 tensor_parallel.py OUTPUT
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import MODELS, hand_over, outputs, padded_batch, random_rows, tiny_model
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from modeling_peer import PeerForCausalLM
+
+
+RANK = int(os.environ["RANK"])
+
+
+def run(model: PeerForCausalLM) -> dict[str, torch.Tensor]:
+    """What the model computes in evaluation, then its loss, gradients and statistics after one step in training."""
+    tensors = outputs(model)
+    model.train()
+    loss = model(**padded_batch(random_rows(9, 4, 12), "right")).loss
+    loss.backward()
+    tensors["loss"] = loss
+    for name, parameter in model.named_parameters():
+        tensors[f"gradient.{name}"] = held_gradient(parameter)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            tensors[f"statistic.{name}"] = buffer
+    return tensors
+
+
+def held_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of what this process holds of a parameter, as an optimizer would take it."""
+    if not isinstance(parameter, DTensor):
+        return parameter.grad
+    return parameter.grad.redistribute(placements=parameter.placements).to_local()
+
+
+def placements(model: PeerForCausalLM) -> dict[str, dict]:
+    """For each sharded parameter: along which dimension, of how many packed blocks, and the shape that is held here."""
+    facts = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            (placement,) = parameter.placements
+            facts[name] = {
+                "dim": placement.dim % parameter.ndim,
+                "blocks": getattr(placement, "split_factor", 1),
+                "shape": list(parameter.to_local().shape),
+            }
+    return facts
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    # Whole models first: while there is no process group, nothing can lean on the other process.
+    for name, config in MODELS.items():
+        model = tiny_model(config)
+        model.save_pretrained(output / f"start-{RANK}" / name)
+        hand_over(output, f"{name}-whole-{RANK}", run(model))
+    for name in MODELS:
+        distributed = DistributedConfig(tp_plan="auto")
+        model = PeerForCausalLM.from_pretrained(output / f"start-{RANK}" / name, distributed_config=distributed)
+        hand_over(output, f"{name}-{RANK}", run(model), placements(model))
+        model.save_pretrained(output / "saved" / name)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

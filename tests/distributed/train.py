@@ -1,0 +1,167 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains tiny models with the stock `Trainer` on however many processes it is launched in.
+
+    python train.py OUTPUT                                     one process, the joint batch
+    accelerate launch --num_processes 2 train.py OUTPUT        DDP, half of the batch in each process
+    torchrun --nproc_per_node 2 train.py OUTPUT --fsdp         FSDP2, likewise
+"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import hand_over, padded_batch, random_rows, tiny_config, tiny_model
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from modeling_peer import PeerForCausalLM
+
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+ROWS_PER_STEP = 4
+# In every step of four rows the first process gets the short ones, so that unpadded counts differ between processes.
+ROWS = random_rows(3, 5, 11, 8, 2, 4, 7, 13, 6, 3, 9, 12, 5, 2, 10, 14)
+
+LAYERS = tiny_config("peer", "pkm")
+SHARED_POOL = tiny_config("peer", "dense", "peer", share_experts_across_layers=True)
+# What is trained, how rows are padded, and arguments of the Trainer.
+CASES = {
+    "right": (LAYERS, "right", {}),
+    "left": (LAYERS, "left", {}),
+    "accumulated": (LAYERS, "right", {"gradient_accumulation_steps": 2}),
+    "shared_pool": (SHARED_POOL, "right", {}),
+    "checkpointed": (SHARED_POOL, "left", {"activation_checkpointing": True}),
+}
+
+
+def train(name: str, output: Path, fsdp: bool) -> None:
+    """Trains a case for two epochs and hands over its log, how it was distributed, and what came of it."""
+    trainer = stock_trainer(name, output, fsdp)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    facts = {
+        "losses": [entry["loss"] for entry in steps],
+        "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "processes": trainer.accelerator.num_processes,
+        "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()],
+        "local_shapes": local_shapes(trainer.model),
+    }
+    # Every process takes part in gathering what is sharded, the first writes.
+    trainer.save_model()
+    if fsdp:
+        batch = padded_batch(ROWS[:ROWS_PER_STEP], "right")
+        with torch.no_grad():
+            tensors = {"logits": trainer.model.eval()(**batch).logits, **batch}
+    else:
+        tensors = trainer.model.state_dict()
+    hand_over(output, f"{name}-{RANK}", tensors, facts)
+
+
+def stock_trainer(name: str, output: Path, fsdp: bool) -> Trainer:
+    config, side, changes = CASES[name]
+    if fsdp:
+        distributed = DistributedConfig(fsdp_size=WORLD_SIZE)
+        model = PeerForCausalLM.from_pretrained(start_folder(output, name), distributed_config=distributed)
+    else:
+        model = tiny_model(config)
+    arguments = TrainingArguments(
+        output_dir=output / name,
+        use_cpu=True,
+        per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
+        num_train_epochs=2,
+        # Adam would turn the rounding of a vanishing gradient into a step of full size.
+        optim="sgd",
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **changes,
+    )
+    rows = [{"input_ids": row} for row in ROWS]
+    return Trainer(model, arguments, data_collator=partial(collate, side=side), train_dataset=rows)
+
+
+def start_folder(output: Path, name: str) -> Path:
+    """Where this process keeps the checkpoint that it loads sharded."""
+    return output / f"{name}-start-{RANK}"
+
+
+def collate(examples: list[dict], side: str) -> dict[str, torch.Tensor]:
+    return padded_batch([example["input_ids"] for example in examples], side)
+
+
+def own_rows() -> list[list[list[int]]]:
+    """The rows that this process sees in each micro-batch of an epoch."""
+    size = ROWS_PER_STEP // WORLD_SIZE
+    starts = range(RANK * size, len(ROWS), ROWS_PER_STEP)
+    return [ROWS[start : start + size] for start in starts]
+
+
+def local_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Of the sharded parameters, the shape that this process holds."""
+    return {
+        name: list(parameter.to_local().shape)
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor) and all(placement.is_shard() for placement in parameter.placements)
+    }
+
+
+def bare_gradients(output: Path, checkpointed: bool) -> None:
+    """Hands over each parameter's gradient, and the statistics, after one backward without the Trainer."""
+    model = tiny_model(LAYERS).train()
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    rows = own_rows()[0]
+    targets = sum(len(row) - 1 for row in ROWS[:ROWS_PER_STEP])
+    # DDP averages over processes; the loss is a sum over the targets of the joint batch.
+    loss = WORLD_SIZE * wrapped(**padded_batch(rows, "left"), num_items_in_batch=targets).loss
+    loss.backward()
+    tensors = {f"gradient.{name}": parameter.grad for name, parameter in model.named_parameters()}
+    tensors |= {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if "query_norm" in name}
+    hand_over(output, f"{'bare-checkpointed' if checkpointed else 'bare'}-{RANK}", tensors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--fsdp", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.fsdp:
+        # Before there is a process group: afterwards only the first process would write.
+        for name, (config, *_) in CASES.items():
+            tiny_model(config).save_pretrained(start_folder(arguments.output, name))
+    for name in CASES:
+        train(name, arguments.output, arguments.fsdp)
+    if not arguments.fsdp:
+        bare_gradients(arguments.output, checkpointed=False)
+        bare_gradients(arguments.output, checkpointed=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
