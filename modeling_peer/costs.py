@@ -22,6 +22,7 @@ What a configuration costs: FLOPs, parameters and bytes, counted from the config
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -194,7 +195,7 @@ def model_costs(
     tied = config.tie_word_embeddings
     return ModelCosts(
         sequence_length=sequence_length,
-        dtype=dtype or config.dtype or torch.float32,
+        dtype=dtype or cast("torch.dtype", config.dtype) or torch.float32,
         # A tied row is among those that the LM head reads.
         embedding=PartCosts(0, num_embedding_parameters, 0 if tied else config.hidden_size),
         attention=_attention(config, sequence_length),

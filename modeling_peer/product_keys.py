@@ -44,7 +44,8 @@ def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     (i + 1) (j + 1) - 1 pairs, is at least as good. 50 of 256 pairs for k = 16.
     """
     ranks = torch.arange(1, k + 1, device=device)
-    return torch.nonzero(ranks[:, None] * ranks[None, :] <= k, as_tuple=True)
+    rows, columns = torch.nonzero(ranks[:, None] * ranks[None, :] <= k).unbind(-1)
+    return rows, columns
 
 
 def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

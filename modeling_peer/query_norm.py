@@ -61,7 +61,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         # In float32 whatever the dtype of the model: a momentum of 0.1 is lost in bfloat16.
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
-        self.pending_moments = None
+        self.pending_moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         # How many ranks see each batch, more than one under tensor parallelism: they count a token once.
         self.num_replicas = 1
 

@@ -1,0 +1,116 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Bad input is refused at once, with the field's name and the reason."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from tiny_models import tiny_config
+
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel
+
+
+REFUSED_VALUES = [
+    ({"num_experts": 1000}, "`num_experts` must be a perfect square.*got 1000; the nearest are 1024 and 1089"),
+    ({"num_experts": 0}, "`num_experts` must be a perfect square"),
+    ({"num_experts": 16, "num_experts_per_head": 5}, "`num_experts_per_head` must be at most √num_experts = 4.*got 5"),
+    ({"query_size": 7}, "`query_size` must be even.*got 7"),
+    ({"num_retrieval_heads": 0}, "`num_retrieval_heads` must be at least 1, got 0"),
+    ({"num_experts_per_head": -1}, "`num_experts_per_head` must be at least 1, got -1"),
+    ({"num_hidden_layers": 0, "feed_forward_types": []}, "`num_hidden_layers` must be at least 1, got 0"),
+    ({"feed_forward_types": ["peer"]}, "`feed_forward_types` must name one variant for each.*2 layers, got 1"),
+    (
+        {"feed_forward_types": ["peer", "sparse"]},
+        "`feed_forward_types` names the unknown variant 'sparse'; known are.*pkm",
+    ),
+    ({"expert_act": "no_such"}, "`expert_act` is 'no_such', not one of the library's activations"),
+    ({"hidden_act": "no_such"}, "`hidden_act` is 'no_such'"),
+    ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 4 and 3"),
+    ({"moe_num_experts": 2, "moe_num_experts_per_tok": 3}, "`moe_num_experts_per_tok` must be at most.*= 2, got 3"),
+    ({"shared_expert_intermediate_size": 0}, "`shared_expert_intermediate_size` must be at least 1, got 0"),
+    ({"format_version": 99}, "`format_version` is 99"),
+]
+REFUSED_TYPES = [
+    ({"scoring_func": "tanh"}, "scoring_func"),
+    ({"query_norm": "layer"}, "query_norm"),
+    ({"moe_routing": "hash"}, "moe_routing"),
+    ({"num_experts": "many"}, "num_experts"),
+    ({"gated_experts": "yes"}, "gated_experts"),
+    ({"feed_forward_types": "peer"}, "feed_forward_types"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED_VALUES)
+def test_values_that_cannot_work(fields, message, tmp_path):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"(?s){message}"):
+        tiny_config("peer", "dense", **fields)
+
+    # The same when they are loaded, and when they are set on a configuration that was right.
+    good = tiny_config("peer", "dense").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(good | fields))
+    with pytest.raises(StrictDataclassClassValidationError, match=f"(?s){message}"):
+        PeerConfig.from_pretrained(tmp_path)
+    config = tiny_config("peer", "dense")
+    for name, value in fields.items():
+        setattr(config, name, value)
+    for action in (
+        lambda: PeerModel(config),
+        lambda: PeerForCausalLM(config),
+        lambda: config.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(StrictDataclassClassValidationError, match=f"(?s){message}"):
+            action()
+
+
+@pytest.mark.parametrize(("fields", "name"), REFUSED_TYPES)
+def test_values_of_another_kind(fields, name):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{name}'"):
+        tiny_config("peer", "dense", **fields)
+    config = tiny_config("peer", "dense")
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{name}'"):
+        setattr(config, name, fields[name])
+
+
+def test_what_is_changed_at_load_is_checked_too(tmp_path):
+    tiny_config("peer", "dense").save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassClassValidationError, match="`num_experts_per_head` must be at most"):
+        PeerConfig.from_pretrained(tmp_path, num_experts_per_head=7)
+    with pytest.raises(ValueError, match="`num_retrieval_heads` can be lowered at load, not raised"):
+        PeerConfig.from_pretrained(tmp_path, num_retrieval_heads=3)
+
+
+def test_defaults_are_the_papers():
+    config = PeerConfig()
+    assert config.feed_forward_types == ["dense"] * 5 + ["peer"] + ["dense"] * 6
+    assert (config.num_experts, config.num_retrieval_heads, config.num_experts_per_head) == (1024**2, 8, 16)
+    assert config.num_experts_per_tok == 128
+    assert (config.query_norm, config.scoring_func, config.sub_keys_per_head) == ("batch", "softmax", False)
+    assert not config.gated_experts and config.shared_expert_intermediate_size is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 12])
+def test_the_middle_block_is_replaced(layers):
+    types = PeerConfig(num_hidden_layers=layers).feed_forward_types
+    assert types.count("peer") == 1
+    assert types.index("peer") == (layers - 1) // 2
+
+
+def test_exactly_one_of_tokens_and_embeddings():
+    model = PeerModel(tiny_config())
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 24))

@@ -1,0 +1,149 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A user's own feed-forward variant, by name, in any layer, saved and loaded again; and the MoE baseline."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_config, tiny_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers import initialization as init
+
+from modeling_peer import ALL_FEED_FORWARDS, FeedForwardInterface, PartCosts, PeerForCausalLM, model_costs
+from modeling_peer.feed_forward_moe import MoeFeedForward
+
+
+class ScaledFeedForward(nn.Module):
+    """A variant with a parameter of its own, that tells what it was called with."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.scale = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_own_weights(self):
+        init.constant_(self.scale, 3.0)
+
+    @staticmethod
+    def count_costs(config, layer_idx):
+        size = config.hidden_size**2
+        return PartCosts(2 * size, size + 2 * config.hidden_size, size + 2 * config.hidden_size)
+
+    def forward(self, hidden_states, padding_mask=None, **kwargs):
+        self.seen_padding_mask = padding_mask
+        return F.relu(self.proj(hidden_states)) * self.scale
+
+
+@pytest.fixture
+def registered():
+    FeedForwardInterface.register("scaled", ScaledFeedForward)
+    yield
+    del FeedForwardInterface._global_mapping["scaled"]
+
+
+def test_a_registered_variant_stands_in_any_layer(registered, tmp_path):
+    model = tiny_model(tiny_config("peer", "scaled", "dense", "scaled"))
+    assert [type(layer.mlp) for layer in model.model.layers[1::2]] == [ScaledFeedForward] * 2
+    assert [layer.mlp.layer_idx for layer in model.model.layers[1::2]] == [1, 3]
+    assert (model.model.layers[1].mlp.scale == 3).all()
+
+    nn.init.normal_(model.model.layers[1].mlp.scale)
+    tokens, mask = random_tokens(2, 6), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    logits = model(tokens, attention_mask=mask).logits
+    assert torch.equal(model.model.layers[3].mlp.seen_padding_mask, mask)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.feed_forward_types == ["peer", "scaled", "dense", "scaled"]
+    assert torch.equal(loaded(tokens, attention_mask=mask).logits, logits)
+    assert model_costs(model.config).parameters == model.num_parameters()
+
+
+def test_a_checkpoint_of_an_unregistered_variant_says_so(tmp_path):
+    FeedForwardInterface.register("scaled", ScaledFeedForward)
+    tiny_model(tiny_config("dense", "scaled")).save_pretrained(tmp_path)
+    del FeedForwardInterface._global_mapping["scaled"]
+    with pytest.raises(Exception, match="unknown variant 'scaled'.*Register others with"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_registry_knows_the_four():
+    assert set(ALL_FEED_FORWARDS) == {"dense", "moe", "pkm", "peer"}
+
+
+class TestMoe:
+    def experts_one_by_one(self, layer, x, indices, weights):
+        experts, output = layer.experts, torch.zeros_like(x)
+        for token in range(len(x)):
+            for expert, weight in zip(indices[token], weights[token], strict=True):
+                gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+                output[token] += weight * (experts.down_proj[expert] @ (F.silu(gate) * up))
+        return output
+
+    def layer(self, **fields):
+        config = tiny_config("moe", moe_num_experts=4, **fields)
+        layer = tiny_model(config).model.layers[0].mlp.double()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        return layer
+
+    @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+    def test_token_choice_equals_one_expert_at_a_time(self, implementation):
+        layer = self.layer().float()
+        layer.experts.config = copy.deepcopy(layer.experts.config)
+        layer.experts.config._experts_implementation = implementation
+        x = torch.randn(3, 5, 24)
+        probabilities = (x.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)
+        weights, indices = probabilities.topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        expected = self.experts_one_by_one(layer, x.flatten(0, 1), indices, weights)
+        assert torch.allclose(layer(x).flatten(0, 1), expected, rtol=1e-4, atol=1e-3)
+
+    def test_expert_choice_trains_by_expert_and_evaluates_by_token(self):
+        layer = self.layer(moe_routing="expert_choice")
+        layer.experts.config._experts_implementation = "eager"
+        x, padding_mask = torch.randn(2, 8, 24).double(), torch.ones(2, 8, dtype=torch.long)
+        padding_mask[1, 4:] = 0
+        by_token = copy.deepcopy(layer)
+        by_token.expert_choice = False
+        assert torch.equal(layer.eval()(x, padding_mask), by_token.eval()(x, padding_mask))
+
+        probabilities = (x.flatten(0, 1) @ layer.gate.weight.T).softmax(-1) * padding_mask.flatten()[:, None]
+        chosen = torch.zeros(16, 4, dtype=torch.bool)
+        for expert in range(4):  # each takes 16 tokens · 2 / 4 experts = 8 of 12 tokens
+            chosen[probabilities[:, expert].topk(8).indices, expert] = True
+        assert not chosen[12:].any()  # padding is never chosen
+        weights = probabilities * chosen
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
+        everything = torch.arange(4).expand(16, 4)
+        expected = self.experts_one_by_one(layer, x.flatten(0, 1), everything, weights)
+        assert torch.allclose(layer.train()(x, padding_mask).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+
+    def test_the_balance_loss_reaches_the_router(self):
+        model = PeerForCausalLM(tiny_config("moe", "dense", output_router_logits=True, router_aux_loss_coef=0.5))
+        tokens = random_tokens(2, 8)
+        output = model(tokens, labels=tokens)
+        plain = model(tokens, labels=tokens, output_router_logits=False)
+        assert plain.aux_loss is None
+        assert torch.allclose(output.loss, plain.loss + 0.5 * output.aux_loss)
+        (gradient,) = torch.autograd.grad(output.aux_loss, model.model.layers[0].mlp.gate.weight)
+        assert gradient.abs().sum() > 0
+
+    def test_a_moe_layer_takes_as_many_flops_as_the_dense_one(self):
+        costs = model_costs(tiny_config("moe", "dense", moe_num_experts_per_tok=2, moe_num_experts=4))
+        assert costs.feed_forward_flops[0] == costs.feed_forward_flops[1] + 2 * 24 * 4  # the router's
+        assert MoeFeedForward.tp_plan(None)["experts"] == "moe_tp_experts"

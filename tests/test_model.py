@@ -1,0 +1,160 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user of the library takes for granted, beyond its common tests: losses, outputs, packing, dtypes."""
+
+import pytest
+import torch
+from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
+from torch.nn import functional as F
+from transformers import DataCollatorWithFlattening
+
+from modeling_peer import PeerForCausalLM, PeerForSequenceClassification
+
+
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+
+
+@every_variant
+def test_the_loss_is_next_token_cross_entropy(config):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    output = model(tokens, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(output.loss, expected)
+    # With the number of targets of all micro-batches, losses add up to the mean over them.
+    halves = [model(tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=13).loss for i in (0, 1)]
+    assert torch.allclose(sum(halves), expected)
+
+
+@every_variant
+def test_logits_to_keep(config):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    logits = model(tokens).logits
+    assert torch.allclose(model(tokens, logits_to_keep=3).logits, logits[:, -3:], atol=1e-5)
+    kept = torch.tensor([1, 4])
+    assert torch.allclose(model(tokens, logits_to_keep=kept).logits, logits[:, kept], atol=1e-5)
+
+
+def test_router_outputs():
+    config = VARIANTS["all_in_one"]  # peer, moe, pkm, dense
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    assert model(tokens).router_indices is None
+    output = model(tokens, output_router_indices=True, output_router_weights=True, output_router_logits=True)
+    assert [tuple(indices.shape) for indices in output.router_indices] == [(2, 9, 2, 3), (18, 2), (2, 9, 2, 3)]
+    assert [weights.shape for weights in output.router_weights] == [indices.shape for indices in output.router_indices]
+    assert [logits.shape for logits in output.router_logits] == [(18, 4)]
+    hidden = model(tokens, output_hidden_states=True).hidden_states[0]
+    layer = model.model.layers[0]
+    embeddings = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+    attended, _ = embeddings[0](
+        embeddings[1](hidden), position_embeddings=model.model.rotary_emb(hidden, torch.arange(9)[None])
+    )
+    indices, weights = layer.mlp.router(embeddings[2](hidden + attended))
+    assert torch.equal(output.router_indices[0], indices)
+    assert torch.allclose(output.router_weights[0], weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
+def test_padding_free_inputs_equal_separate_sequences(config):
+    """Sequences laid end to end, told apart by their positions."""
+    model = tiny_model(config)
+    sequences = [random_tokens(length, seed=length) for length in (5, 8, 3)]
+    packed = DataCollatorWithFlattening()([{"input_ids": sequence.tolist()} for sequence in sequences])
+    with torch.no_grad():
+        logits = model(packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+        expected = torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+    assert torch.allclose(logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_float32(config, dtype):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        logits = model.to(dtype)(tokens).logits
+    assert logits.dtype == dtype
+    # A rounding may flip a retrieved expert or a coarse one: near in the mean, not everywhere.
+    assert (logits.float() - expected).abs().median() < 0.1 * expected.std()
+
+
+@every_variant
+def test_input_embeddings_equal_input_ids(config):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    embeddings = model.get_input_embeddings()(tokens)
+    assert torch.allclose(model(inputs_embeds=embeddings).logits, model(tokens).logits)
+
+
+def test_resized_embeddings_keep_the_experts():
+    model, tokens = tiny_model(VARIANTS["peer"]), random_tokens(2, 9)
+    before = model(tokens).logits
+    tables = [p.clone() for name, p in model.named_parameters() if "expert_pool" in name]
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    after = model(tokens).logits
+    assert after.shape[-1] == 70
+    assert torch.allclose(after[..., :64], before, atol=1e-5)
+    kept = [p for name, p in model.named_parameters() if "expert_pool" in name]
+    assert all(torch.equal(a, b) for a, b in zip(tables, kept, strict=True))
+
+
+def test_tied_embeddings_are_one_tensor():
+    tied, untied = tiny_model(VARIANTS["tied_embeddings"]), tiny_model(tiny_config("dense", "peer"))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+def test_running_statistics_move_while_training_only():
+    model, tokens = PeerForCausalLM(VARIANTS["peer"]), random_tokens(4, 16)
+    norm = model.model.layers[0].mlp.router.query_norm
+    model.eval()(tokens)
+    assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
+    for step in (1, 2):
+        model.train()(tokens)
+        assert norm.num_batches_tracked == step
+    assert norm.running_mean.abs().sum() > 0
+    model.activation_checkpointing_enable()
+    model(tokens, labels=tokens).loss.backward()
+    assert norm.num_batches_tracked == 3
+
+
+def test_a_padding_mask_of_its_own_beside_a_mask_of_attention():
+    """A four-dimensional attention mask does not say what is padding; the keyword does."""
+    config, tokens = VARIANTS["peer"], random_tokens(2, 6)
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] & padding[:, None, None].bool()
+    statistics = []
+    for masks in (
+        {"attention_mask": padding},
+        {"attention_mask": causal, "padding_mask": padding},
+        {"attention_mask": causal},
+    ):
+        model = tiny_model(config).train()
+        model(tokens, **masks)
+        statistics.append(model.model.layers[0].mlp.router.query_norm.running_mean)
+    assert torch.allclose(statistics[0], statistics[1], atol=1e-6)
+    assert not torch.allclose(statistics[0], statistics[2], atol=1e-4)
+
+
+def test_sequence_classification_reads_the_last_token():
+    config = tiny_config("peer", "dense", num_labels=3)
+    torch.manual_seed(0)
+    model = PeerForSequenceClassification(config).eval()
+    long, short = random_tokens(9), random_tokens(4, seed=2)
+    batch = torch.zeros(2, 9, dtype=torch.long)
+    batch[0], batch[1, :4] = long, short
+    logits = model(batch, attention_mask=(batch != 0).long()).logits
+    assert torch.allclose(logits[0], model(long[None]).logits[0], atol=1e-5)
+    assert torch.allclose(logits[1], model(short[None]).logits[0], atol=1e-5)
