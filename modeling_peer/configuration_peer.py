@@ -77,6 +77,9 @@ class PeerConfig(PreTrainedConfig):
         as the dense feed-forward.
     moe_routing (`str`, *optional*, defaults to `"token_choice"`):
         Who chooses while training, `"token_choice"` or `"expert_choice"`. See [`MoeFeedForward`].
+    router_aux_loss_coef (`float`, *optional*):
+        Weight of the loss that balances the experts of MoE layers, where `output_router_logits` is on. Defaults to
+        0.001 with MoE layers and to zero without: PEER and PKM balance by their query norm.
     output_router_indices (`bool`, *optional*, defaults to `False`):
         Whether to return the experts that PEER, PKM and MoE layers retrieved.
     output_router_weights (`bool`, *optional*, defaults to `False`):
@@ -144,7 +147,7 @@ class PeerConfig(PreTrainedConfig):
     output_router_logits: bool = False
     output_router_indices: bool = False
     output_router_weights: bool = False
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -157,6 +160,8 @@ class PeerConfig(PreTrainedConfig):
         if self.feed_forward_types is None:
             middle = (self.num_hidden_layers - 1) // 2
             self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
         # Whole, and without the repository that a remote copy was loaded from: the code travels with every save.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)

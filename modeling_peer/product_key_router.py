@@ -46,6 +46,7 @@ class ProductKeyRouter(nn.Module):
         self.query_size = config.query_size
         self.scoring_function = SCORING_FUNCTIONS[config.scoring_func]
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_size, bias=False)
+        self.norm_type = config.query_norm  # a norm may be wrapped, by PEFT's `modules_to_save` for one
         self.query_norm = self.key_norm = None
         if config.query_norm == "batch":
             self.query_norm = QueryBatchNorm(self.num_heads * self.query_size, eps=config.rms_norm_eps)
@@ -100,7 +101,7 @@ class ProductKeyRouter(nn.Module):
         dtype = torch.promote_types(queries.dtype, torch.float32)
         sub_keys = self.sub_keys.to(dtype)
         halves = (*queries.shape[:-1], self.num_heads, 2, self.query_size // 2)
-        if isinstance(self.query_norm, QueryBatchNorm):
+        if self.norm_type == "batch":
             return self.query_norm(queries, padding_mask).view(halves), sub_keys
         queries = queries.to(dtype).view(halves)
         if self.query_norm is not None:

@@ -48,7 +48,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
     While training, a query is normalised by moments of the whole micro-batch, of later tokens and other sequences
     too. These moments are the only thing a token learns of its future: a mean over thousands of positions, not a
     position. In evaluation and generation the running statistics take their place and a token depends on nothing but
-    its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`.
+    its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`. A frozen norm, one
+    whose `weight` requires no gradient, works as in evaluation: adapters train on the statistics they will be used with.
 
     Moments are computed in float32 (or float64 for float64 queries) and, where torch.distributed is initialized,
     reduced over its ranks so that they equal the joint batch's, with gradients flowing across ranks. Running
@@ -77,7 +78,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
             `torch.Tensor`: normalised queries, of the shape of `queries`, at least float32.
         """
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        if self.training:
+        if self.training and self.weight.requires_grad:
             mean, variance, count = self._batch_moments(queries, padding_mask)
             unbiased_variance = variance * (count / (count - 1).clamp(min=1))
             self.pending_moments = (mean.detach(), unbiased_variance.detach(), count)

@@ -95,7 +95,7 @@ def test_shared_pool_is_stored_once(tmp_path):
 def test_disk_offload(config, tmp_path):
     model = tiny_model(config)
     model.save_pretrained(tmp_path / "checkpoint")
-    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     device_map |= {f"model.layers.{layer}": "disk" for layer in range(config.num_hidden_layers)}
     if config.share_experts_across_layers:
         device_map["model.expert_pool"] = "disk"
