@@ -1,0 +1,63 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the README shows works when pasted, and its figures are those that the package gives."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CODE = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("code", CODE, ids=[f"block_{i}" for i in range(len(CODE))])
+def test_code_runs_when_pasted(code, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.strip()
+
+
+def test_what_it_names_exists():
+    for test in set(re.findall(r"`(test_\w+\.py)`", README)):
+        assert (ROOT / "tests" / test).exists(), test
+    for script in set(re.findall(r"examples/\w+\.py", README)):
+        assert (ROOT / script).exists(), script
+    for link in set(re.findall(r"\]\((?!http)([^)]+)\)", README)):
+        assert (ROOT / link).exists(), link
+    fields = re.findall(r"^\| `(\w+)` \|.*\|$", README, flags=re.M)
+    assert "query_norm" in fields
+    assert all(hasattr(PeerConfig(), field) for field in fields)
+
+
+def test_the_table_of_configurations():
+    rows = re.findall(r"^\| `(\w+-\w+)` \| ([\d.,]+) \| ([\d.,]+) M \| ([\d.,]+) M \|$", README, flags=re.M)
+    assert sorted(name for name, *_ in rows) == list_configurations()
+    for name, *figures in rows:
+        costs = model_costs(PeerConfig.from_pretrained(configuration_path(name)))
+        counted = (costs.flops / 1e6, costs.parameters / 1e6, costs.active_parameters / 1e6)
+        assert figures == [f"{counted[0]:,.2f}", f"{counted[1]:,.1f}", f"{counted[2]:,.1f}"]
