@@ -55,7 +55,8 @@ def router_weight_power(config) -> float:
     # A retrieved expert's two sub-keys stand near the middle of the best √k ... 1 of √N, in scores of unit variance.
     middle_rank = (config.num_experts_per_head**0.5 + 1) / 2
     score = math.sqrt(2) * NormalDist().inv_cdf(1 - middle_rank / (config.num_experts**0.5 + 1))
-    score *= initial_score_std(config)
+    # At least the root mean square of a rectified score that nothing selected, for pools of a few experts.
+    score = max(score, math.sqrt(0.5)) * initial_score_std(config)
     weight = score if config.scoring_func == "relu" else 1 / (1 + math.exp(-score))
     return num_active * weight**2
 

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .product_keys import grid_size, product_key_topk
 from .query_norm import QueryBatchNorm, QueryRMSNorm
@@ -84,9 +85,9 @@ class ProductKeyRouter(nn.Module):
             `tuple(torch.Tensor)`: expert numbers (int64) and router weights, each of shape
             `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)`, best first.
         """
-        # Autocast would take the products back to bfloat16.
         queries = self.query_proj(hidden_states)
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        # Autocast would take the products back to bfloat16.
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             queries, sub_keys = self._normalised(queries, padding_mask)
             if sub_keys.shape[0] == 1:
                 half_scores = torch.einsum("...hpc,pnc->...hpn", queries, sub_keys[0])

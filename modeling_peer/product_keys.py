@@ -43,9 +43,8 @@ def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     Ranks (i, j) of the pairs that can be among the best k sums: whatever is before (i, j) in both lists,
     (i + 1) (j + 1) - 1 pairs, is at least as good. 50 of 256 pairs for k = 16.
     """
-    ranks = torch.arange(1, k + 1, device=device)
-    rows, columns = torch.nonzero(ranks[:, None] * ranks[None, :] <= k).unbind(-1)
-    return rows, columns
+    rows, columns = zip(*((i, j) for i in range(k) for j in range(k // (i + 1))), strict=True)
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@
 # limitations under the License.
 """What a user of the library takes for granted, beyond its common tests: losses, outputs, packing, dtypes."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
@@ -95,6 +97,39 @@ def test_input_embeddings_equal_input_ids(config):
     model, tokens = tiny_model(config), random_tokens(2, 9)
     embeddings = model.get_input_embeddings()(tokens)
     assert torch.allclose(model(inputs_embeds=embeddings).logits, model(tokens).logits)
+
+
+@every_variant
+def test_it_runs_on_the_meta_device(config):
+    """Shapes without memory, as tools ask for that estimate or trace a model."""
+    with torch.device("meta"):
+        model = PeerForCausalLM(copy.deepcopy(config))
+        model.set_experts_implementation("batched_mm")
+    assert model(torch.ones(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, config.vocab_size)
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "relu"])
+def test_a_pool_of_one_expert(scoring_func):
+    model = tiny_model(tiny_config(num_experts=1, num_experts_per_head=1, scoring_func=scoring_func))
+    tokens = random_tokens(2, 5)
+    assert model(tokens, labels=tokens).loss.isfinite()
+
+
+def test_pre_shifted_labels_as_sequence_parallelism_hands_them_over():
+    model, tokens = tiny_model(VARIANTS["peer"]), random_tokens(2, 10)
+    output = model(tokens, labels=tokens)
+    shifted = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    losses = [
+        model.loss_function(
+            output.logits[:, part],
+            None,
+            VARIANTS["peer"].vocab_size,
+            shift_labels=shifted[:, part],
+            num_items_in_batch=18,
+        )
+        for part in (slice(0, 4), slice(4, 10))
+    ]
+    assert torch.allclose(sum(losses), output.loss)
 
 
 def test_resized_embeddings_keep_the_experts():
