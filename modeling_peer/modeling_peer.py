@@ -138,7 +138,6 @@ class PeerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["query_norm.running_mean", "query_norm.running_var"]
     _can_record_outputs = {
         "hidden_states": PeerDecoderLayer,
         "attentions": LlamaAttention,

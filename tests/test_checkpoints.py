@@ -217,11 +217,11 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           AutoModelForSequenceClassification, AutoModelForTokenClassification)
 folder = sys.argv[1]
 tokens, expected = torch.load(folder + "/expected.pt")
+for auto_class in (AutoModelForSequenceClassification, AutoModelForQuestionAnswering, AutoModelForTokenClassification,
+                   AutoModel):  # heads first: nothing else has made the base model known
+    assert auto_class.from_pretrained(folder, trust_remote_code=True).config.model_type == "peer"
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert torch.equal(model(tokens).logits, expected)
-for auto_class in (AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
-                   AutoModelForTokenClassification):
-    assert auto_class.from_pretrained(folder, trust_remote_code=True).config.model_type == "peer"
 model.generate(tokens, max_new_tokens=2)
 model.save_pretrained(folder + "/again")  # the code travels on
 again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_code=True)
