@@ -1,0 +1,240 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Puts a layer trained with PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a checkpoint of this package.
+
+    python examples/convert_peer_pytorch.py --peer_pytorch_checkpoint layer.pt --model_name_or_path CHECKPOINT \
+        --layer 5 --output_dir runs/converted
+
+`layer.pt` is the layer's `state_dict()`, or that of a larger model with `--prefix "blocks.5.ff."`. What the weights do
+not tell are the flags `--num_experts_per_head`, `--non_competing_scores` and `--activation`: the arguments that the
+layer was made with. Its dropout, a matter of training, is left behind. One run converts one layer; layers converted
+before it stay.
+
+| PEER-pytorch | here |
+|---|---|
+| `weight_down_embed`, into the neurons | `expert_pool.up_proj` |
+| `weight_up_embed`, out of the neurons | `expert_pool.down_proj` |
+| expert `row * num_keys + column` | expert `expert_number(row, column)` |
+| `keys` `[heads, num_keys, 2, dim_key]` | `router.sub_keys` `[heads, 2, √N, query_size / 2]`: `sub_keys_per_head` |
+| `to_queries`, outputs ordered (half, head, feature) | `router.query_proj`, outputs ordered (head, half, feature) |
+| `dim_key`, of a half | `query_size = 2 * dim_key`, of both; `query_norm = None` |
+| `norm.gamma + 1`, with `pre_rmsnorm` | the layer's `post_attention_layernorm` |
+| `non_competing_scores`: one expert per head, ReLU | `num_experts_per_head = 1`, `scoring_func = "relu"` |
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from training import parse_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer.product_keys import expert_number, grid_size
+
+
+TENSORS = ("weight_down_embed.weight", "weight_up_embed.weight", "to_queries.0.weight", "keys")
+PRE_NORM = "norm.gamma"
+
+
+@dataclass
+class ConversionArguments:
+    """The layer to convert, and the checkpoint and the layer to put it into."""
+
+    peer_pytorch_checkpoint: str = field(metadata={"help": "The state dict, a .pt or .safetensors file."})
+    model_name_or_path: str = field(metadata={"help": "The checkpoint whose layer it becomes; it is left as it is."})
+    layer: int = field(metadata={"help": "The number of that layer, from 0."})
+    output_dir: str = field(metadata={"help": "The folder to save the new checkpoint in."})
+    prefix: str = field(default="", metadata={"help": 'What the names of the tensors begin with, "blocks.5.ff.".'})
+    num_experts_per_head: int = field(default=16, metadata={"help": "The layer's argument of this name."})
+    product_key_topk: int | None = field(
+        default=None, metadata={"help": "The layer's argument of this name; --num_experts_per_head if not given."}
+    )
+    non_competing_scores: bool = field(
+        default=True, metadata={"help": "The layer's argument of this name, true unless it was set to false."}
+    )
+    activation: str = field(
+        default="gelu", metadata={"help": "The layer's activation, by the name that transformers has for it."}
+    )
+
+
+def layer_fields(
+    state_dict: dict[str, torch.Tensor],
+    num_experts_per_head: int = 16,
+    product_key_topk: int | None = None,
+    non_competing_scores: bool = True,
+    activation: str = "gelu",
+) -> dict[str, Any]:
+    """
+    The fields of `PeerConfig` under which a `PeerFeedForward` computes what the PEER-pytorch layer does.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER`.
+        num_experts_per_head, product_key_topk, non_competing_scores, activation: What it was made with.
+
+    Raises:
+        `ValueError`: if there are no such fields, or this is not such a layer. It names what is in the way.
+    """
+    missing = [name for name in TENSORS if name not in state_dict]
+    unknown = sorted(set(state_dict) - {*TENSORS, PRE_NORM})
+    if missing or unknown:
+        raise ValueError(
+            f"These are not the tensors of a PEER-pytorch `PEER` layer: {missing} missing, {unknown} unknown. Name "
+            "what the tensors of the layer begin with by --prefix; `PEERLora` and `PKAttention` are other layers."
+        )
+    num_heads, num_keys, _, dim_key = state_dict["keys"].shape
+    num_rows, hidden_size = state_dict["weight_down_embed.weight"].shape
+    if num_rows != num_keys**2:
+        raise ValueError(
+            f"`separate_embed_per_head=True` cannot be converted: the {num_heads} heads have {num_rows} experts, "
+            f"{num_keys**2} each, and here all heads of a layer retrieve from one pool."
+        )
+    if product_key_topk is not None and product_key_topk < num_experts_per_head and not non_competing_scores:
+        raise ValueError(
+            f"`product_key_topk={product_key_topk}` cannot be converted: fewer candidates than the "
+            f"{num_experts_per_head} experts of a head miss some of the best ones, and retrieval here is exact."
+        )
+    return {
+        "hidden_size": hidden_size,
+        "num_experts": num_keys**2,
+        "num_retrieval_heads": num_heads,
+        "num_experts_per_head": 1 if non_competing_scores else num_experts_per_head,
+        "query_size": 2 * dim_key,
+        "query_norm": None,
+        "scoring_func": "relu" if non_competing_scores else "softmax",
+        "sub_keys_per_head": True,
+        "expert_act": activation,
+        "gated_experts": False,
+        "share_experts_across_layers": False,
+        "shared_expert_intermediate_size": None,
+    }
+
+
+def convert_layer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The state dict of a `PeerFeedForward` that computes what the PEER-pytorch layer does after its `pre_rmsnorm`.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER` that [`layer_fields`] accepts.
+    """
+    num_heads, _, _, dim_key = state_dict["keys"].shape
+    queries = state_dict["to_queries.0.weight"]
+    queries = queries.view(2, num_heads, dim_key, -1).transpose(0, 1).reshape(queries.shape)
+    return {
+        "router.query_proj.weight": queries,
+        "router.sub_keys": state_dict["keys"].transpose(1, 2).contiguous(),
+        "expert_pool.up_proj.weight": _renumber_experts(state_dict["weight_down_embed.weight"]),
+        "expert_pool.down_proj.weight": _renumber_experts(state_dict["weight_up_embed.weight"]),
+    }
+
+
+def _renumber_experts(table):
+    """Rows of a table, counted row by row of the key grid, in the order of the numbers that experts have here."""
+    size = grid_size(table.shape[0])
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    renumbered = torch.empty_like(table)
+    renumbered[expert_number(row, column).flatten()] = table
+    return renumbered
+
+
+def place_layer(
+    host: PeerForCausalLM, layer: int, state_dict: dict[str, torch.Tensor], fields: dict[str, Any]
+) -> PeerForCausalLM:
+    """
+    A model like `host` whose feed-forward of one layer is the PEER-pytorch layer.
+
+    Args:
+        host (`PeerForCausalLM`): The model to take all else from.
+        layer (`int`): The number of the layer.
+        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER`.
+        fields (`dict[str, Any]`): What [`layer_fields`] says of it.
+
+    Raises:
+        `ValueError`: if the layer does not fit into the host. It names what is in the way.
+    """
+    config = host.config
+    _check_fit(config, layer, fields)
+    types = list(config.feed_forward_types)
+    types[layer] = "peer"
+    name = f"model.layers.{layer}"
+    weights = {key: value for key, value in host.state_dict().items() if not key.startswith(f"{name}.mlp.")}
+    weights |= {f"{name}.mlp.{key}": value for key, value in convert_layer(state_dict).items()}
+    if PRE_NORM in state_dict:
+        weights[f"{name}.post_attention_layernorm.weight"] = state_dict[PRE_NORM] + 1
+    model = PeerForCausalLM(PeerConfig.from_dict(config.to_dict() | fields | {"feed_forward_types": types}))
+    model.load_state_dict(weights)
+    model.generation_config = host.generation_config
+    return model.to(host.dtype).eval()
+
+
+def _check_fit(config, layer, fields):
+    if not 0 <= layer < config.num_hidden_layers:
+        raise ValueError(f"There is no layer {layer}: the checkpoint has layers 0 to {config.num_hidden_layers - 1}.")
+    if config.hidden_size != fields["hidden_size"]:
+        raise ValueError(
+            f"`dim={fields['hidden_size']}` of the layer is not the `hidden_size` of the checkpoint, "
+            f"{config.hidden_size}."
+        )
+    others = [i for i, name in enumerate(config.feed_forward_types) if name in ("peer", "pkm") and i != layer]
+    differing = [
+        f"{name} = {getattr(config, name)}, not {value}"
+        for name, value in fields.items()
+        if getattr(config, name) != value
+    ]
+    if others and differing:
+        raise ValueError(
+            f"All PEER layers of a model are of one shape, and layers {others} of the checkpoint have "
+            f"{'; '.join(differing)}."
+        )
+
+
+def main():
+    (args,) = parse_arguments((ConversionArguments,), __doc__)
+    host = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    if not isinstance(host, PeerForCausalLM):
+        raise ValueError(f"{args.model_name_or_path} holds a {type(host).__name__}, not a PeerForCausalLM.")
+    state_dict = _load_state_dict(args.peer_pytorch_checkpoint, args.prefix)
+    fields = layer_fields(
+        state_dict,
+        num_experts_per_head=args.num_experts_per_head,
+        product_key_topk=args.product_key_topk,
+        non_competing_scores=args.non_competing_scores,
+        activation=args.activation,
+    )
+    model = place_layer(host, args.layer, state_dict, fields)
+    tokenizer = _tokenizer_of(args.model_name_or_path)
+    model.save_pretrained(args.output_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(args.output_dir)
+    print(f"Layer {args.layer} of {args.output_dir} is now the layer of {args.peer_pytorch_checkpoint}.")
+
+
+def _load_state_dict(file, prefix):
+    tensors = load_file(file) if Path(file).suffix == ".safetensors" else torch.load(file, weights_only=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _tokenizer_of(name_or_path):
+    """`None` for a checkpoint that has none."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    main()

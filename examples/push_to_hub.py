@@ -1,0 +1,222 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Pushes a trained checkpoint to the Hub, with its tokenizer, generation configuration and a model card, and pulls it back.
+
+    hf auth login
+    python examples/push_to_hub.py --model_name_or_path runs/quickstart/peer-tiny --repo_id USER/peer-tiny --pull
+
+What is pushed is one commit: either all of it is there or nothing is. `--pull` alone downloads the model and continues
+a prompt; after a push it checks that what came back continues the prompt as the local checkpoint does. A README.md in
+the folder is pushed as it is; without one the card is made of the configuration and of `all_results.json`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from training import parse_arguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from modeling_peer import PeerConfig, model_costs
+
+
+# What a checkpoint must hold, each with an example of a file …
+NEEDED = {
+    "a configuration": "config.json",
+    "a generation configuration": "generation_config.json",
+    "a tokenizer": "tokenizer_config.json",
+    "weights": "*.safetensors",
+}
+# … what of its folder is pushed, and what of that tells of the training alone.
+PUSHED = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.png", "README.md", "LICENSE")
+LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
+
+# Names and units of results, as all_results.json has them.
+RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+A language model made with PEER for Transformers. PEER layers retrieve, for every token, a few of very many experts of
+one neuron each (Xu Owen He, [Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)).
+
+{description}
+
+## How to use it
+
+```python
+import modeling_peer  # or load with `trust_remote_code=True`: the checkpoint carries its own code
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}")
+inputs = tokenizer("{prompt}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
+```
+"""
+
+
+@dataclass
+class PushArguments:
+    """What to push, and where to."""
+
+    repo_id: str = field(metadata={"help": "The repository on the Hub: `user/name` or `organization/name`."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The folder of the checkpoint to push."})
+    pull: bool = field(
+        default=False, metadata={"help": "Download the model, after a push if there is one, and try it."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make the repository, if it is new, a private one."})
+    license: str | None = field(default=None, metadata={"help": "The licence of the model, such as `apache-2.0`."})
+    dataset_name: str | None = field(default=None, metadata={"help": "The dataset of the Hub it was trained on."})
+    tags: list[str] = field(default_factory=list, metadata={"help": "Tags of the model card, beside `peer`."})
+    commit_message: str = field(default="Upload model", metadata={"help": "The message of the commit."})
+    prompt: str = field(default="def main(", metadata={"help": "The text to try the model with."})
+    max_new_tokens: int = field(default=30, metadata={"help": "The most tokens to add to it."})
+
+    def __post_init__(self):
+        if self.model_name_or_path is None and not self.pull:
+            raise ValueError("Name the checkpoint to push, --model_name_or_path, or ask for a download, --pull.")
+
+
+def push(args: PushArguments) -> str:
+    """Pushes the checkpoint in one commit. Returns the full id of the repository."""
+    folder = Path(args.model_name_or_path)
+    config = _check_checkpoint(folder)
+    api = HfApi()
+    user = _logged_in_user(api)
+    repo_id = args.repo_id if "/" in args.repo_id else f"{user}/{args.repo_id}"
+    files = sorted(
+        {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name not in LEFT_OUT}
+    )
+    operations = [CommitOperationAdd(file.name, file) for file in files]
+    if not (folder / "README.md").exists():
+        card = ModelCard(model_card(args, config, repo_id))
+        operations.append(CommitOperationAdd("README.md", str(card).encode()))
+    try:
+        api.create_repo(repo_id, private=args.private, exist_ok=True)
+        commit = api.create_commit(repo_id, operations, commit_message=args.commit_message)
+    except HfHubHTTPError as error:
+        raise SystemExit(f"{repo_id} could not be pushed to {api.endpoint}, and nothing of it was: {error}") from error
+    print(f"Pushed {len(operations)} files: {commit.commit_url}")
+    return repo_id
+
+
+def _check_checkpoint(folder):
+    """Its configuration, if the folder holds a whole checkpoint of a language model."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not a folder: name that of a checkpoint, the --output_dir of run_clm.py.")
+    missing = [name for name, pattern in NEEDED.items() if not any(folder.glob(pattern))]
+    if missing:
+        raise SystemExit(f"{folder} is not a whole checkpoint, it lacks {', '.join(missing)}: see run_clm.py.")
+    config = AutoConfig.from_pretrained(folder)
+    if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
+        raise SystemExit(f"{folder} holds {config.architectures}, not a language model.")
+    return config
+
+
+def _logged_in_user(api):
+    try:
+        return api.whoami()["name"]
+    except LocalTokenNotFoundError as error:
+        raise SystemExit(
+            f"You are not logged in to {api.endpoint}: run `hf auth login`, or set HF_TOKEN to a token that may write."
+        ) from error
+    except HfHubHTTPError as error:
+        raise SystemExit(
+            f"{api.endpoint} does not accept your token: run `hf auth login`, or set HF_TOKEN to another. {error}"
+        ) from error
+
+
+def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> str:
+    """
+    A model card in Markdown.
+
+    Args:
+        args (`PushArguments`): What to say of licence, dataset and tags; its checkpoint may hold an all_results.json.
+        config (`PreTrainedConfig`)
+        repo_id (`str`): The repository the card stands in.
+    """
+    name = repo_id.split("/")[-1]
+    results_file = Path(args.model_name_or_path, "all_results.json")
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    results = {key: results[key] for key in RESULTS if key in results}
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=args.license,
+        datasets=args.dataset_name,
+        tags=["peer", *args.tags],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=args.dataset_name or "text",
+                dataset_name=args.dataset_name or "held-out text",
+                metric_type=key,
+                metric_name=RESULTS[key],
+                metric_value=value,
+            )
+            for key, value in results.items()
+        ]
+        or None,
+    )
+    description = [f"{RESULTS[key]}: {value:.4g}." for key, value in results.items()]
+    if isinstance(config, PeerConfig):
+        costs = model_costs(config)
+        description.insert(
+            0,
+            f"Feed-forwards of its layers: {', '.join(config.feed_forward_types)}. {costs.parameters:,} parameters, "
+            f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "
+            f"{costs.sequence_length:,} tokens.\n",
+        )
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        description="\n".join(description),
+        repo_id=repo_id,
+        prompt=args.prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
+        max_new_tokens=args.max_new_tokens,
+    ).replace("\n\n\n", "\n\n")
+
+
+def continuation(name_or_path: str, args: PushArguments) -> str:
+    """The likeliest continuation of the prompt by a checkpoint, with the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(name_or_path).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def main():
+    (args,) = parse_arguments((PushArguments,), __doc__)
+    repo_id = args.repo_id if args.model_name_or_path is None else push(args)
+    if not args.pull:
+        return
+    pulled = continuation(repo_id, args)
+    print(f"{repo_id} continues:\n{pulled}")
+    if args.model_name_or_path is not None:
+        if pulled != continuation(args.model_name_or_path, args):
+            raise SystemExit(f"{repo_id} does not continue the prompt as {args.model_name_or_path} does.")
+        print(f"So does {args.model_name_or_path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains a small PEER language model and its dense twin of equal FLOPs, side by side, in under five minutes on two cores.
+
+    python examples/quickstart.py
+
+Both learn from the same text for the same number of steps: the Python standard library, or the text that --dataset_name
+or --train_file names. Their held-out perplexity before and after, the use of the experts, a plot of both losses and a
+sample of what the PEER model writes are shown and, with the models, saved in --output_dir.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from model_arguments import ModelArguments, load_config
+from run_clm import evaluate_perplexity, load_text, make_trainer
+from run_generation import describe_experts, generate
+from text_data import DataTrainingArguments
+from training import parse_arguments, run
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from modeling_peer import model_costs
+
+
+PEER, DENSE = "peer-tiny", "dense-tiny"
+
+
+@dataclass
+class QuickstartArguments:
+    """How long to train, and what to show."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "The folder for all that is saved."})
+    max_steps: int = field(default=800, metadata={"help": "Training steps of each model."})
+    prompt: str = field(
+        default='class LineReader:\n    def __init__(self, path, encoding="utf-8"):\n',
+        metadata={"help": "The text that the PEER model continues at the end."},
+    )
+
+
+@dataclass
+class QuickstartDataArguments(DataTrainingArguments):
+    """Which text to learn from."""
+
+    block_size: int = field(default=256, metadata={"help": "Tokens of a sequence."})
+    max_eval_samples: int = field(default=64, metadata={"help": "Held-out sequences to evaluate on, evenly spaced."})
+
+
+@dataclass
+class Result:
+    """What came of a model."""
+
+    parameters: int
+    flops_per_token: int
+    perplexity_before: float
+    perplexity_after: float
+    seconds_per_step: float
+    train_losses: dict[int, float]
+    eval_losses: dict[int, float]
+    expert_usage: dict[str, float]
+
+
+def training_arguments(args: QuickstartArguments, name: str) -> TrainingArguments:
+    """The same for both models. Small batches: at this size more steps are worth more than larger ones."""
+    return TrainingArguments(
+        output_dir=str(Path(args.output_dir, name)),
+        do_train=True,
+        do_eval=True,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=16,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=max(1, args.max_steps // 32),
+        eval_strategy="steps",
+        eval_steps=max(1, args.max_steps // 8),
+        eval_on_start=True,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        log_level="error",
+    )
+
+
+def train_model(
+    name: str,
+    args: QuickstartArguments,
+    data_args: QuickstartDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: dict[str, Dataset],
+) -> Result:
+    """Trains a model of a named configuration, evaluates and saves it."""
+    model_args = ModelArguments(config_name=name)
+    config = load_config(model_args)
+    trainer = make_trainer(model_args, training_arguments(args, name), config, tokenizer, blocks)
+    metrics = run(trainer, evaluation=evaluate_perplexity)
+    history = trainer.state.log_history
+    eval_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    costs = model_costs(config, sequence_length=data_args.block_size)
+    return Result(
+        parameters=costs.parameters,
+        flops_per_token=costs.flops,
+        perplexity_before=math.exp(eval_losses[0]),
+        perplexity_after=metrics["perplexity"],
+        seconds_per_step=_training_seconds(history) / args.max_steps,
+        train_losses={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        eval_losses=eval_losses,
+        expert_usage={
+            key.removeprefix("eval_expert_"): value for key, value in metrics.items() if key.startswith("eval_expert_")
+        },
+    )
+
+
+def _training_seconds(history):
+    """Of training itself, without the evaluations in between."""
+    evaluations = sum(entry["eval_runtime"] for entry in history[:-1] if "eval_runtime" in entry)
+    (total,) = (entry["train_runtime"] for entry in history if "train_runtime" in entry)
+    return total - evaluations
+
+
+def plot_losses(results: dict[str, Result], file: Path) -> None:
+    """Draws training and held-out loss of all models against the step."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for color, (name, result) in zip(("tab:red", "tab:blue"), results.items(), strict=True):
+        axes.plot(*zip(*result.train_losses.items(), strict=True), color=color, alpha=0.45, label=f"{name}, training")
+        axes.plot(
+            *zip(*result.eval_losses.items(), strict=True), color=color, marker="o", label=f"{name}, held-out text"
+        )
+    axes.set(xlabel="training step", ylabel="loss, nats per token", title="Two models of equal FLOPs per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def table(results: dict[str, Result]) -> str:
+    """What came of the models, in rows to compare."""
+    rows = {
+        "": list(results),
+        "parameters": [f"{result.parameters:,}" for result in results.values()],
+        "MFLOPs per token": [f"{result.flops_per_token / 1e6:.3f}" for result in results.values()],
+        "seconds per step": [f"{result.seconds_per_step:.3f}" for result in results.values()],
+        "held-out perplexity before": [f"{result.perplexity_before:.1f}" for result in results.values()],
+        "held-out perplexity after": [f"{result.perplexity_after:.1f}" for result in results.values()],
+    }
+    return "\n".join(f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items())
+
+
+def verdict(results: dict[str, Result]) -> str:
+    """Which model has the lower perplexity, and how its experts were used."""
+    better, worse = sorted(results, key=lambda name: results[name].perplexity_after)
+    gain = 1 - results[better].perplexity_after / results[worse].perplexity_after
+    usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
+    return (
+        f"{better} ended with the lower perplexity, by {gain:.1%}: one short run of two tiny models with one seed.\n"
+        f"Experts of {PEER} on the held-out text: {usage}."
+    )
+
+
+def write_sample(folder: Path, prompt: str) -> None:
+    """Loads the PEER model as anybody would and lets it continue the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    set_seed(0)
+    tokens = generate(model, tokenizer, prompt, max_new_tokens=100, do_sample=True, temperature=0.7, top_p=0.9)
+    print("\n" + describe_experts(model, tokens))
+
+
+def main():
+    start = time.time()
+    args, data_args = parse_arguments((QuickstartArguments, QuickstartDataArguments), __doc__)
+    logging.set_verbosity_error()
+    folder = Path(args.output_dir)
+    model_args = ModelArguments(config_name=PEER)
+    print("Reading the text and training a tokenizer on it ...")
+    tokenizer, blocks = load_text(model_args, data_args, training_arguments(args, PEER), load_config(model_args))
+    results = {}
+    for name in (PEER, DENSE):
+        print(f"\nTraining {name} ...")
+        results[name] = train_model(name, args, data_args, tokenizer, blocks)
+    plot_losses(results, folder / "losses.png")
+    (folder / "results.json").write_text(
+        json.dumps({name: vars(result) for name, result in results.items()}, indent=2)
+    )
+
+    print(f"\nWhat {PEER} makes of a prompt:\n")
+    write_sample(folder / PEER, args.prompt)
+    print(f"\n{table(results)}\n\n{verdict(results)}")
+    print(f"""
+After {time.time() - start:.0f} seconds there are, in {folder}:
+  losses.png, results.json   the losses of both models as a picture and as numbers
+  {PEER}, {DENSE}      the models, with their tokenizer, to load with `from_pretrained`
+What to do next:
+  python examples/run_generation.py --model_name_or_path {folder / PEER} --prompt "class " --do_sample
+  python examples/run_classification.py --model_name_or_path {folder / PEER} --help
+  python examples/push_to_hub.py --model_name_or_path {folder / PEER} --repo_id USER/{PEER} --pull
+  python examples/run_clm.py --help   to train longer, on other text, with other configurations""")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Fine-tunes a model to classify texts, with the library's `Trainer`.
+
+    python examples/run_classification.py --model_name_or_path runs/quickstart/peer-tiny --do_train --do_eval \
+        --output_dir runs/classification --max_steps 300 --per_device_train_batch_size 16 --learning_rate 5e-4
+
+Texts and labels are those of --dataset_name or of --train_file and --validation_file, csv or json; without these flags
+the task is to tell which package of the Python standard library a few lines of code come from. Without
+--model_name_or_path a new model learns from nothing but this task. The accuracy is in `all_results.json`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from text_data import DatasetArguments, load_datasets, take_samples, text_column
+from training import last_checkpoint, needed_splits, parse_arguments, run, setup_logging
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+# The task of the default: a snippet of so many lines comes from one of these packages.
+PACKAGES = (
+    "asyncio",
+    "ctypes",
+    "email",
+    "http",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "tkinter",
+    "unittest",
+    "xml",
+)
+SNIPPET_LINES = 8
+
+
+@dataclass
+class DataTrainingArguments(DatasetArguments):
+    """Which texts and labels to read."""
+
+    label_column_name: str = field(default="label", metadata={"help": "The column that holds the label."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; the rest of it is cut off."})
+    validation_split_percentage: int = field(
+        default=20, metadata={"help": "How much of the training set to hold out where there is no validation set."}
+    )
+
+
+def load_labelled_datasets(args: DataTrainingArguments) -> DatasetDict:
+    """Training set and held-out set, with a column of texts and one of labels."""
+    datasets = load_datasets(args)
+    if args.dataset_name is None and args.train_file is None and args.validation_file is None:
+        columns = datasets["train"].column_names
+        datasets = datasets.map(_cut_snippets, batched=True, remove_columns=columns, desc="Cutting snippets")
+    for split, dataset in datasets.items():
+        if args.label_column_name not in dataset.column_names:
+            raise ValueError(
+                f"The {split} set has no column {args.label_column_name!r}: choose another --label_column_name of "
+                f"{dataset.column_names}."
+            )
+    return datasets
+
+
+def _cut_snippets(files: dict[str, list[str]]) -> dict[str, list[str]]:
+    snippets, packages = [], []
+    for name, text in zip(files["file"], files["text"], strict=True):
+        package = name.split("/")[0]
+        if package in PACKAGES:
+            lines = text.splitlines(keepends=True)
+            cut = ["".join(lines[i : i + SNIPPET_LINES]) for i in range(0, len(lines), SNIPPET_LINES)]
+            snippets += cut
+            packages += [package] * len(cut)
+    return {"text": snippets, "label": packages}
+
+
+def label_names(datasets: Iterable[Dataset], column: str) -> dict[str, str]:
+    """The name of each label that the column holds, both as strings, in the order of the model's outputs."""
+    datasets = list(datasets)
+    feature = datasets[0].features[column]
+    if isinstance(feature, ClassLabel):
+        return {str(i): name for i, name in enumerate(feature.names)}
+    labels = sorted({str(label) for dataset in datasets for label in dataset.unique(column)})
+    return dict(zip(labels, labels, strict=True))
+
+
+def encode_datasets(
+    datasets: dict[str, Dataset],
+    args: DataTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str],
+    max_length: int,
+) -> dict[str, Dataset]:
+    """
+    Tokens and numbers of labels, of as many samples as the arguments ask for.
+
+    Args:
+        datasets (`dict[str, Dataset]`): The training set, the held-out set, or both.
+        args (`DataTrainingArguments`)
+        tokenizer (`PreTrainedTokenizerBase`)
+        labels (`list[str]`): What the column of labels may hold, in the order of the model's outputs.
+        max_length (`int`): Number of tokens at most.
+    """
+    numbers = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    return {
+        split: take_samples(dataset, numbers[split]).map(
+            _encode,
+            batched=True,
+            num_proc=args.preprocessing_num_workers,
+            load_from_cache_file=not args.overwrite_cache,
+            remove_columns=dataset.column_names,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "columns": (text_column(dataset, args), args.label_column_name),
+                "labels": labels,
+                "max_length": max_length,
+            },
+            desc="Tokenizing",
+        )
+        for split, dataset in datasets.items()
+    }
+
+
+def _encode(
+    rows: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str, str],
+    labels: list[str],
+    max_length: int,
+) -> dict[str, list[Any]]:
+    text_column_name, label_column_name = columns
+    encoded = tokenizer(rows[text_column_name], truncation=True, max_length=max_length)
+    return {**encoded, "labels": [labels.index(str(label)) for label in rows[label_column_name]]}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of texts whose label got the largest score."""
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, DataTrainingArguments, TrainingArguments), __doc__
+    )
+    setup_logging(training_args)
+    set_seed(training_args.seed)
+    checkpoint = last_checkpoint(training_args)
+    with training_args.main_process_first(desc="loading the texts"):
+        datasets = load_labelled_datasets(data_args)
+    names = label_names(datasets.values(), data_args.label_column_name)
+    config = load_config(model_args, num_labels=len(names))
+    config.id2label = dict(enumerate(names.values()))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    tokenizer = load_tokenizer(model_args, data_args, config, datasets.get("train"), checkpoint)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    splits = {split: datasets[split] for split in needed_splits(datasets, training_args)}
+    max_length = min(data_args.max_seq_length, config.max_position_embeddings)
+    with training_args.main_process_first(desc="tokenizing the texts"):
+        encoded = encode_datasets(splits, data_args, tokenizer, list(names), max_length)
+    trainer = Trainer(
+        model=load_model(AutoModelForSequenceClassification, model_args, config, tokenizer),
+        args=training_args,
+        train_dataset=encoded.get("train"),
+        eval_dataset=encoded.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy,
+    )
+    run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Trains a language model from a named configuration, or goes on from a checkpoint, with the library's `Trainer`.
+
+    python examples/run_clm.py --config_name peer-tiny --do_train --do_eval --output_dir runs/peer-tiny \
+        --block_size 256 --per_device_train_batch_size 16 --max_steps 1000 --learning_rate 2e-3 \
+        --lr_scheduler_type cosine --warmup_steps 0.1
+
+The text is the Python standard library unless --dataset_name or --train_file names another. A new model gets a
+tokenizer trained on its text, saved with it. A run that was interrupted resumes from the last checkpoint in
+--output_dir, where all that is saved goes; its results, the held-out perplexity among them, are in `all_results.json`.
+"""
+
+import logging
+import math
+
+from datasets import Dataset
+from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
+from training import evaluate, last_checkpoint, needed_splits, parse_arguments, run, setup_logging
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from modeling_peer import ExpertUsageCallback
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_text(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    config: PreTrainedConfig,
+    checkpoint: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset]]:
+    """
+    The tokenizer, of the checkpoint or trained on the training set, and blocks of tokens to train and to evaluate on.
+    """
+    with training_args.main_process_first(desc="loading the text"):
+        datasets = load_datasets(data_args, data_args.streaming)
+    splits = needed_splits(datasets, training_args)
+    tokenizer = load_tokenizer(model_args, data_args, config, datasets.get("train"), checkpoint)
+    block_size = choose_block_size(data_args, config)
+    numbers = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    with training_args.main_process_first(desc="tokenizing the text"):
+        blocks = {
+            split: take_samples(
+                tokenize_into_blocks(datasets[split], tokenizer, block_size, data_args), numbers[split]
+            )
+            for split in splits
+        }
+    return tokenizer, blocks
+
+
+def choose_block_size(data_args: DataTrainingArguments, config: PreTrainedConfig) -> int:
+    """The block size that is asked for, or a good one. Raises `ValueError` if the model is not made for it."""
+    longest = config.max_position_embeddings
+    block_size = data_args.block_size or min(longest, 1024)
+    if block_size > longest:
+        raise ValueError(
+            f"--block_size {block_size} is more than the model's `max_position_embeddings`, {longest}: choose less, or "
+            f"--config_overrides max_position_embeddings={block_size}."
+        )
+    return block_size
+
+
+def make_trainer(
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: dict[str, Dataset],
+) -> Trainer:
+    """The library's trainer, of a model that is new or goes on."""
+    set_seed(training_args.seed)
+    model = load_model(AutoModelForCausalLM, model_args, config, tokenizer)
+    logger.info(f"A model of {model.num_parameters():,} parameters, a tokenizer of {len(tokenizer):,} tokens")
+    return Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=blocks.get("train"),
+        eval_dataset=blocks.get("validation"),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+
+
+def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[str, float]:
+    """Metrics of the held-out set, with the perplexity of the text alone: a MoE's loss has its balance loss added."""
+    config = trainer.model.config
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if coefficient is not None:
+        config.router_aux_loss_coef = 0.0
+    metrics = evaluate(trainer, usage)
+    if coefficient is not None:
+        config.router_aux_loss_coef = coefficient
+    try:
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+    except OverflowError:
+        metrics["perplexity"] = math.inf
+    return metrics
+
+
+def main():
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, DataTrainingArguments, TrainingArguments), __doc__
+    )
+    setup_logging(training_args)
+    checkpoint = last_checkpoint(training_args)
+    config = load_config(model_args)
+    tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
+    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks)
+    run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)
+
+
+if __name__ == "__main__":
+    main()
