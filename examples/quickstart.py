@@ -55,7 +55,7 @@ class QuickstartArguments:
     """How long to train, and what to show."""
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "The folder for all that is saved."})
-    max_steps: int = field(default=800, metadata={"help": "Training steps of each model."})
+    max_steps: int = field(default=500, metadata={"help": "Training steps of each model."})
     prompt: str = field(
         default='class LineReader:\n    def __init__(self, path, encoding="utf-8"):\n',
         metadata={"help": "The text that the PEER model continues at the end."},
