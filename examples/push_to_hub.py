@@ -48,29 +48,7 @@ LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
 # Names and units of results, as all_results.json has them.
 RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
 
-CARD = """---
-{metadata}
----
-
-# {name}
-
-A language model made with PEER for Transformers. PEER layers retrieve, for every token, a few of very many experts of
-one neuron each (Xu Owen He, [Mixture of A Million Experts](https://arxiv.org/abs/2407.04153)).
-
-{description}
-
-## How to use it
-
-```python
-import modeling_peer  # or load with `trust_remote_code=True`: the checkpoint carries its own code
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-model = AutoModelForCausalLM.from_pretrained("{repo_id}")
-inputs = tokenizer("{prompt}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
-```
-"""
+TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
 @dataclass
@@ -107,7 +85,7 @@ def push(args: PushArguments) -> str:
     )
     operations = [CommitOperationAdd(file.name, file) for file in files]
     if not (folder / "README.md").exists():
-        card = ModelCard(model_card(args, config, repo_id))
+        card = model_card(args, config, repo_id)
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
     try:
         api.create_repo(repo_id, private=args.private, exist_ok=True)
@@ -144,9 +122,9 @@ def _logged_in_user(api):
         ) from error
 
 
-def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> str:
+def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> ModelCard:
     """
-    A model card in Markdown.
+    A model card, made of `model_cards/template.md`.
 
     Args:
         args (`PushArguments`): What to say of licence, dataset and tags; its checkpoint may hold an all_results.json.
@@ -186,14 +164,14 @@ def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> s
             f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "
             f"{costs.sequence_length:,} tokens.\n",
         )
-    return CARD.format(
-        metadata=metadata.to_yaml(),
-        name=name,
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
         description="\n".join(description),
         repo_id=repo_id,
         prompt=args.prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         max_new_tokens=args.max_new_tokens,
-    ).replace("\n\n\n", "\n\n")
+    )
 
 
 def continuation(name_or_path: str, args: PushArguments) -> str:

@@ -215,10 +215,10 @@ After {time.time() - start:.0f} seconds there are, in {folder}:
   losses.png, results.json   the losses of both models as a picture and as numbers
   {PEER}, {DENSE}      the models, with their tokenizer, to load with `from_pretrained`
 What to do next:
-  python examples/run_generation.py --model_name_or_path {folder / PEER} --prompt "class " --do_sample
-  python examples/run_classification.py --model_name_or_path {folder / PEER} --help
-  python examples/push_to_hub.py --model_name_or_path {folder / PEER} --repo_id USER/{PEER} --pull
-  python examples/run_clm.py --help   to train longer, on other text, with other configurations""")
+  ./run python examples/run_generation.py --model_name_or_path {folder / PEER} --prompt "class " --do_sample
+  ./run python examples/run_classification.py --model_name_or_path {folder / PEER} --help
+  ./run python examples/push_to_hub.py --model_name_or_path {folder / PEER} --repo_id USER/{PEER} --pull
+  ./run python examples/run_clm.py --help   to train longer, on other text, with other configurations""")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     """Which of the training set and the held-out set this run needs. Raises `ValueError` if one is not there."""
     needed = {"train": training_args.do_train, "validation": training_args.do_eval}
     splits = [split for split, is_needed in needed.items() if is_needed]
+    if not splits:
+        raise ValueError("There is nothing to do: ask for --do_train, --do_eval or both.")
     for split in splits:
         if split not in datasets:
             raise ValueError(

@@ -46,7 +46,7 @@ TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per
 ACCELERATE_LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
 ACCELERATE_LAUNCH += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
-TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed"]
+TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed", "moe"]
 MICRO_BATCHES = 8
 MODELS = [
     "dense",

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the README shows works when pasted, and its figures are those that the package gives."""
 
+import json
 import re
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def test_what_it_names_exists():
     fields = re.findall(r"^\| `(\w+)` \|.*\|$", README, flags=re.M)
     assert "query_norm" in fields
     assert all(hasattr(PeerConfig(), field) for field in fields)
+
+
+def test_the_figures_of_the_quickstart_are_its_own():
+    results = json.loads((ROOT / "examples/results/quickstart.json").read_text())
+    for result in (results["peer-tiny"], results["dense-tiny"]):
+        figures = rf"{result['perplexity_before']:.1f}\s+to\s+{result['perplexity_after']:.1f}"
+        assert re.search(figures, README), figures
 
 
 def test_the_table_of_configurations():

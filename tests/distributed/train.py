@@ -50,6 +50,7 @@ CASES = {
     "accumulated": (LAYERS, "right", {"gradient_accumulation_steps": 2}),
     "shared_pool": (SHARED_POOL, "right", {}),
     "checkpointed": (SHARED_POOL, "left", {"activation_checkpointing": True}),
+    "moe": (tiny_config("moe", "dense"), "right", {}),
 }
 
 
