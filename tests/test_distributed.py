@@ -167,7 +167,7 @@ def test_ddp_ranks_see_different_numbers_of_tokens(joint, ddp, name):
     assert all(a != b and a + b == c for a, b, c in zip(first, second, both, strict=True))
 
 
-@pytest.mark.parametrize("name", TRAINING_CASES)
+@pytest.mark.parametrize("name", [name for name in TRAINING_CASES if name != "moe"])  # it has no query norm
 def test_each_micro_batch_counts_once_in_the_statistics(joint, ddp, name):
     """Under activation checkpointing too, where a layer's forward runs twice."""
     for folder in (joint, ddp):
