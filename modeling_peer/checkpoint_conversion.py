@@ -37,7 +37,7 @@ class KeepLeadingHeads(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
         rows = model.get_parameter_or_buffer(full_layer_name).shape[0]
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        return {key: tensor[:rows] for key, tensor in tensors.items()}
+        return {key: [tensor[:rows]] for key, tensor in tensors.items()}  # lists, as quantizers expect
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -79,7 +79,8 @@ class PeerConfig(PreTrainedConfig):
         Who chooses while training, `"token_choice"` or `"expert_choice"`. See [`MoeFeedForward`].
     router_aux_loss_coef (`float`, *optional*):
         Weight of the loss that balances the experts of MoE layers, where `output_router_logits` is on. Defaults to
-        0.001 with MoE layers and to zero without: PEER and PKM balance by their query norm.
+        0.001 with MoE layers and to zero without: PEER and PKM balance by their query norm. A checkpoint keeps the value
+        it was saved with.
     output_router_indices (`bool`, *optional*, defaults to `False`):
         Whether to return the experts that PEER, PKM and MoE layers retrieved.
     output_router_weights (`bool`, *optional*, defaults to `False`):
@@ -173,14 +174,14 @@ class PeerConfig(PreTrainedConfig):
         `num_retrieval_heads`: a checkpoint has no query networks for more heads than it was trained with.
         """
         trained_heads = config_dict.get("num_retrieval_heads")
-        heads = kwargs.get("num_retrieval_heads", trained_heads)
-        if trained_heads is not None and heads > trained_heads:
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate()
+        if trained_heads is not None and config.num_retrieval_heads > trained_heads:
             raise ValueError(
                 f"`num_retrieval_heads` can be lowered at load, not raised: the checkpoint has {trained_heads} query "
-                f"networks, got {heads}. For a new model set it on the loaded configuration."
+                f"networks, got {config.num_retrieval_heads}. For a new model set it on the loaded configuration."
             )
-        loaded = super().from_dict(config_dict, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
 
     @property
@@ -209,8 +210,9 @@ class PeerConfig(PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        """Every size that counts something counts at least one."""
+        """Every size that counts something counts at least one, and those of the attention fit together."""
         for name in (
+            "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
@@ -227,6 +229,15 @@ class PeerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} "
+                f"and {self.num_key_value_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, two halves that rotate together, got {self.head_dim}.")
+        if self.initializer_range <= 0:
+            raise ValueError(f"`initializer_range` must be positive, got {self.initializer_range}.")
 
     def validate_feed_forward_types(self):
         if len(self.feed_forward_types) != self.num_hidden_layers:
@@ -257,19 +268,14 @@ class PeerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
                 raise ValueError(f"`{name}` is {value!r}, not one of the library's activations: {sorted(ACT2FN)}.")
+            if value is not None and any(True for _ in ACT2FN[value].parameters()):
+                raise ValueError(f"`{name}` is {value!r}, an activation with parameters of its own: choose another.")
 
     def validate_moe(self):
         if self.moe_num_experts_per_tok > self.moe_num_experts:
             raise ValueError(
                 f"`moe_num_experts_per_tok` must be at most `moe_num_experts` = {self.moe_num_experts}, got "
                 f"{self.moe_num_experts_per_tok}."
-            )
-
-    def validate_architecture(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} "
-                f"and {self.num_key_value_heads}."
             )
 
 

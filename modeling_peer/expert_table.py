@@ -24,7 +24,7 @@ class ExpertTable(nn.Embedding):
     One row of `hidden_size` numbers per expert.
 
     An `nn.Embedding` whose own forward does its half of the work, so that whatever works by module forwards (disk
-    offload, tensor parallelism, sparse gradients) works; nothing else reads its weight.
+    offload, tensor parallelism) works; nothing else reads its weight.
 
     Args:
         num_experts (`int`): Number of rows N.

@@ -95,6 +95,8 @@ class MoeFeedForward(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.expert_choice = config.moe_routing == "expert_choice"
+        # Whether a forward in training mode has a backward to come; the base model says so.
+        self.learns = True
         self.gate = MoeRouter(config)
         self.experts = MoeExperts(config)
 
@@ -109,7 +111,7 @@ class MoeFeedForward(nn.Module):
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
         indices, weights, router_logits = self.gate(tokens)
-        if self.expert_choice and self.training:
+        if self.expert_choice and self.training and self.learns:
             output = self._chosen_by_experts(tokens, router_logits, padding_mask)
         else:
             output = self.experts(tokens, indices, weights)

@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .feed_forward import ALL_FEED_FORWARDS
-from .feed_forward_moe import MoeRouter
+from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
@@ -84,6 +84,24 @@ class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     router_weights: tuple[torch.Tensor, ...] | None = None
+
+
+def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length: int) -> torch.Tensor | None:
+    """
+    Where the last `sequence_length` positions hold tokens, `(batch_size, sequence_length)`. `None` if a mask of another
+    form than `(batch_size, past and present length)` does not say.
+
+    Raises:
+        `ValueError`: if the mask is shorter than the inputs.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    if attention_mask.shape[1] < sequence_length:
+        raise ValueError(
+            f"`attention_mask` must cover past and present tokens, at least {sequence_length} of them, got one of shape "
+            f"{tuple(attention_mask.shape)}."
+        )
+    return attention_mask[:, -sequence_length:]
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -227,8 +245,9 @@ class PeerModel(PeerPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        if padding_mask is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            padding_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+        if padding_mask is None:
+            padding_mask = padding_mask_of(attention_mask, inputs_embeds.shape[1])
+        self._tell_whether_it_learns()
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -254,8 +273,7 @@ class PeerModel(PeerPreTrainedModel):
                 **kwargs,
             )
 
-        if self.training:
-            self._fold_query_moments()
+        self._fold_query_moments()
 
         hidden_states = self.norm(hidden_states)
 
@@ -263,6 +281,15 @@ class PeerModel(PeerPreTrainedModel):
             last_hidden_state=hidden_states,
             cache=cache,
         )
+
+    def _tell_whether_it_learns(self):
+        """Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing."""
+        learns = self.training and torch.is_grad_enabled()
+        for module in self.layers.modules():
+            if isinstance(module, (QueryBatchNorm, MoeFeedForward)):
+                module.learns = learns
+            if isinstance(module, QueryBatchNorm):
+                module.pending_moments = None  # what a recomputation left behind
 
     def _fold_query_moments(self):
         """Here rather than in the layers, whose forward runs a second time under activation checkpointing."""
@@ -345,7 +372,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 outputs.router_logits,
                 self.config.moe_num_experts,
                 self.config.moe_num_experts_per_tok,
-                attention_mask,
+                padding_mask_of(attention_mask, outputs.last_hidden_state.shape[1]),
             )
             if labels is not None:
                 loss += self.config.router_aux_loss_coef * aux_loss.to(loss.device)

@@ -49,11 +49,12 @@ class QueryBatchNorm(nn.BatchNorm1d):
     too. These moments are the only thing a token learns of its future: a mean over thousands of positions, not a
     position. In evaluation and generation the running statistics take their place and a token depends on nothing but
     its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`. A frozen norm, one
-    whose `weight` requires no gradient, works as in evaluation: adapters train on the statistics they will be used with.
+    whose `weight` requires no gradient, works as in evaluation: adapters train on the statistics they will be used with. So
+    does a forward without gradients in training mode, where a policy generates between its updates: it trains nothing.
 
     Moments are computed in float32 (or float64 for float64 queries) and, where torch.distributed is initialized,
-    reduced over its ranks so that they equal the joint batch's, with gradients flowing across ranks. Running
-    statistics are folded by `fold_moments`, which the base model calls once per micro-batch: under activation
+    reduced over its ranks so that they equal the joint batch's, with gradients flowing across ranks: all ranks must run
+    equally many training forwards. Running statistics are folded by `fold_moments`, which the base model calls once per micro-batch: under activation
     checkpointing a layer's forward runs twice and must not count twice.
     """
 
@@ -62,6 +63,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
         # In float32 whatever the dtype of the model: a momentum of 0.1 is lost in bfloat16.
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
+        # Whether a forward in training mode has a backward to come; the base model says so.
+        self.learns = True
         self.pending_moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         # How many ranks see each batch, more than one under tensor parallelism: they count a token once.
         self.num_replicas = 1
@@ -78,7 +81,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
             `torch.Tensor`: normalised queries, of the shape of `queries`, at least float32.
         """
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        if self.training and self.weight.requires_grad:
+        if self.training and self.learns and self.weight.requires_grad:
             mean, variance, count = self._batch_moments(queries, padding_mask)
             unbiased_variance = variance * (count / (count - 1).clamp(min=1))
             self.pending_moments = (mean.detach(), unbiased_variance.detach(), count)
@@ -115,8 +118,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
             return
         mean, variance, count = self.pending_moments
         self.pending_moments = None
-        # A micro-batch of padding alone teaches nothing; decided on the device, without a copy to the host.
-        momentum = torch.where(count > 0, self.momentum, 0.0)
+        # One token has no variance, none has not even a mean; decided on the device, without a copy to the host.
+        momentum = torch.where(count > 1, self.momentum, 0.0)
         self.running_mean += momentum * (mean - self.running_mean)
         self.running_var += momentum * (variance - self.running_var)
         self.num_batches_tracked += 1

@@ -24,7 +24,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors import safe_open
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
 
@@ -74,6 +74,17 @@ def test_in_bfloat16_but_for_the_running_statistics(name, tmp_path):
     assert loaded.config.dtype == torch.bfloat16
     loaded.save_pretrained(tmp_path / "again")
     assert same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_quantized_at_load(heads, tmp_path):
+    tiny_model(VARIANTS["peer"]).save_pretrained(tmp_path)
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, num_retrieval_heads=heads))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, num_retrieval_heads=heads, quantization_config=QuantoConfig(weights="int8")
+    )
+    assert type(loaded.model.layers[0].mlp.router.query_proj).__name__ == "QLinear"
+    assert 0 < (logits_of(loaded) - expected).abs().median() < 0.1 * expected.std()
 
 
 def test_shared_pool_is_stored_once(tmp_path):

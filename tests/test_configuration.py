@@ -41,6 +41,12 @@ REFUSED_VALUES = [
     ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 4 and 3"),
     ({"moe_num_experts": 2, "moe_num_experts_per_tok": 3}, "`moe_num_experts_per_tok` must be at most.*= 2, got 3"),
     ({"shared_expert_intermediate_size": 0}, "`shared_expert_intermediate_size` must be at least 1, got 0"),
+    ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1, got 0"),
+    ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
+    ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),
+    ({"head_dim": 3}, "`head_dim` must be even.*got 3"),
+    ({"initializer_range": 0.0}, "`initializer_range` must be positive, got 0.0"),
+    ({"expert_act": "prelu"}, "`expert_act` is 'prelu', an activation with parameters"),
     ({"format_version": 99}, "`format_version` is 99"),
 ]
 REFUSED_TYPES = [
@@ -90,6 +96,8 @@ def test_what_is_changed_at_load_is_checked_too(tmp_path):
         PeerConfig.from_pretrained(tmp_path, num_experts_per_head=7)
     with pytest.raises(ValueError, match="`num_retrieval_heads` can be lowered at load, not raised"):
         PeerConfig.from_pretrained(tmp_path, num_retrieval_heads=3)
+    with pytest.raises(StrictDataclassFieldValidationError, match="field 'num_retrieval_heads'"):
+        PeerConfig.from_pretrained(tmp_path, num_retrieval_heads="2")
 
 
 def test_defaults_are_the_papers():

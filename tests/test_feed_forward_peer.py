@@ -133,12 +133,17 @@ def test_with_one_expert_per_head_it_is_a_feed_forward_of_picked_neurons():
 @pytest.mark.parametrize("config", [c for name, c in ROUTERS.items() if "batch" in name or "softmax" in name])
 def test_pkm_equals_brute_force(config):
     layer = layer_in_float64(config, PkmFeedForward)
-    hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64)
+    hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
     expected = [
         sum(weights @ layer.values.weight[experts] for experts, weights in retrieve(config, layer.router, x))
         for x in hidden_states.flatten(0, -2)
     ]
-    assert torch.allclose(layer(hidden_states), torch.stack(expected).view_as(hidden_states), rtol=1e-10)
+    output, expected = layer(hidden_states), torch.stack(expected).view_as(hidden_states)
+    assert torch.allclose(output, expected, rtol=1e-10)
+    for gradient, literal in zip(
+        gradients(output, [layer], hidden_states), gradients(expected, [layer], hidden_states), strict=True
+    ):
+        assert torch.allclose(gradient, literal, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_are_computed_in_float32_whatever_the_dtype():

@@ -106,12 +106,20 @@ class TestMoe:
         layer = self.layer().float()
         layer.experts.config = copy.deepcopy(layer.experts.config)
         layer.experts.config._experts_implementation = implementation
-        x = torch.randn(3, 5, 24)
+        x = torch.randn(3, 5, 24, requires_grad=True)
         probabilities = (x.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)
         weights, indices = probabilities.topk(2)
         weights = weights / weights.sum(-1, keepdim=True)
         expected = self.experts_one_by_one(layer, x.flatten(0, 1), indices, weights)
-        assert torch.allclose(layer(x).flatten(0, 1), expected, rtol=1e-4, atol=1e-3)
+        output = layer(x).flatten(0, 1)
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-3)
+        inputs, direction = [*layer.parameters(), x], torch.randn(15, 24)
+        for gradient, literal in zip(
+            torch.autograd.grad(output, inputs, direction),
+            torch.autograd.grad(expected, inputs, direction),
+            strict=True,
+        ):
+            assert torch.allclose(gradient, literal, rtol=1e-3, atol=1e-3 * literal.abs().max().item())
 
     def test_expert_choice_trains_by_expert_and_evaluates_by_token(self):
         layer = self.layer(moe_routing="expert_choice")
@@ -142,6 +150,14 @@ class TestMoe:
         assert torch.allclose(output.loss, plain.loss + 0.5 * output.aux_loss)
         (gradient,) = torch.autograd.grad(output.aux_loss, model.model.layers[0].mlp.gate.weight)
         assert gradient.abs().sum() > 0
+
+    def test_padding_is_left_out_of_the_balance_loss(self):
+        model = tiny_model(tiny_config("moe", output_router_logits=True))
+        tokens = random_tokens(1, 6)
+        padded = torch.cat([tokens, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+        balance = model(padded, attention_mask=(padded != 0).long()).aux_loss
+        assert torch.allclose(balance, model(tokens).aux_loss)
+        assert not torch.allclose(balance, model(padded).aux_loss, atol=1e-4)
 
     def test_a_moe_layer_takes_as_many_flops_as_the_dense_one(self):
         costs = model_costs(tiny_config("moe", "dense", moe_num_experts_per_tok=2, moe_num_experts=4))

@@ -23,6 +23,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
+from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path, list_configurations
+
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -113,6 +115,30 @@ def test_continuous_batching(name):
     )
     generated = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     assert [generated[tuple(prompt.tolist())] for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in list_configurations() if name.endswith("tiny")])
+@torch.no_grad()
+def test_named_configurations_generate(name):
+    """As they are, with the losses that they train with: padded, continuously and in training mode."""
+    torch.manual_seed(0)
+    model = PeerForCausalLM(PeerConfig.from_pretrained(configuration_path(name))).eval()
+    long, short = random_tokens(1, 9), random_tokens(1, 4, seed=3)
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
+    options = {**GREEDY, "eos_token_id": -1, "pad_token_id": 0}
+    expected = model.generate(batch, attention_mask=(batch != 0).long(), **options)
+    assert expected.shape == (2, 17)
+    assert torch.equal(expected[1, 9:], generate(model, short, **options)[0, 4:])
+    outputs = model.generate_batch(
+        [long[0].tolist()],
+        generation_config=GenerationConfig(**options),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+    )
+    assert [output.generated_tokens for output in outputs.values()] == [expected[0, 9:].tolist()]
+    # A policy generates in training mode: nothing of it may stay, and no sequence may depend on the others.
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    assert torch.equal(model.train().generate(batch, attention_mask=(batch != 0).long(), **options), expected)
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
 
 
 @torch.no_grad()

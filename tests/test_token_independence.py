@@ -90,13 +90,14 @@ def test_a_quantized_cache_stays_within_its_tolerance(config):
     config.initializer_range = 0.1  # a model that does not magnify roundings from layer to layer
     model = tiny_model(config)
     tokens = random_tokens(1, 180)
-    expected = model(tokens).logits[:, -1]
+    expected = model(tokens).logits[0]
     # Beyond its residual length the cache holds four bits a number: shorter prompts would not be quantized at all.
     cache = QuantizedCache("quanto", config, nbits=4, q_group_size=8, residual_length=16)
-    for part in tokens.split(20, dim=1):
-        logits = model(part, cache=cache, use_cache=True).logits[:, -1]
+    logits = torch.cat([model(part, cache=cache, use_cache=True).logits[0] for part in tokens.split(20, dim=1)])
     assert cache.layers[0]._quantized_keys.numel() > 0
-    assert 0 < (logits - expected).std() / expected.std() < 0.06  # 0.02 to 0.04 measured
+    # In the median over positions: at one of them the error may flip a retrieved expert.
+    errors = (logits - expected).std(-1) / expected.std(-1)
+    assert 0 < errors[20:].median() < 0.06
 
 
 @every_config

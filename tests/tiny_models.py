@@ -52,9 +52,8 @@ def tiny_model(config: PeerConfig, seed: int = 0) -> PeerForCausalLM:
     """A model in evaluation, with running statistics from random text."""
     torch.manual_seed(seed)
     model = PeerForCausalLM(copy.deepcopy(config)).train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randint(0, config.vocab_size, (8, 32)))
+    for _ in range(3):
+        model(torch.randint(0, config.vocab_size, (8, 32)))
     return model.eval()
 
 
