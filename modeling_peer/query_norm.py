@@ -60,7 +60,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps=eps)
-        # In float32 whatever the dtype of the model: a momentum of 0.1 is lost in bfloat16.
+        # In float32 whatever dtype the model is made or loaded in: bfloat16 loses what a momentum of 0.1 adds.
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
         # Whether a forward in training mode has a backward to come; the base model says so.

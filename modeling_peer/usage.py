@@ -50,7 +50,15 @@ class ExpertUsageMeter:
             weights (`torch.Tensor` of the same shape): Their router weights, not negative.
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 True (or 1) where there is a token; the rest is left out.
+
+        Raises:
+            `ValueError`: if the shapes are others, those of a MoE router for one.
         """
+        if indices.ndim != 4 or weights.shape != indices.shape:
+            raise ValueError(
+                "`indices` and `weights` must both be of shape (batch_size, sequence_length, num_heads, k), as PEER and "
+                f"PKM routers return them, got {tuple(indices.shape)} and {tuple(weights.shape)}."
+            )
         device = self.scores.device
         indices, weights = indices.to(device), weights.to(device, torch.float32)
         is_token = torch.ones(1, dtype=torch.bool, device=device)

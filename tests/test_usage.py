@@ -380,3 +380,9 @@ def test_ranks_are_summed(tmp_path):
     assert logs == other_logs
     assert measures_of(logs, "layer_1") == pytest.approx(measured_by_hand(144, records + other_records), rel=1e-5)
     assert measured_by_hand(144, records) != measured_by_hand(144, records + other_records)
+
+
+def test_outputs_of_a_moe_router_are_refused():
+    meter = ExpertUsageMeter(16)
+    with pytest.raises(ValueError, match="must both be of shape.*got \\(6, 2\\) and \\(6, 2\\)"):
+        meter.update(torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))
