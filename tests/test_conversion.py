@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert_peer_pytorch import layer_fields, place_layer
 from huggingface_hub.errors import StrictDataclassError
 from PEER_pytorch import PEER, PEERLora
 from tiny_models import tiny_config, tiny_model
@@ -31,9 +32,6 @@ from modeling_peer import PeerForCausalLM
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.append(str(EXAMPLES))
-
-from convert_peer_pytorch import layer_fields, place_layer  # noqa: E402
 
 
 DIM = 24

@@ -30,7 +30,16 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from model_arguments import ModelArguments, load_config
 from safetensors.torch import load_file
+from text_data import (
+    DataTrainingArguments,
+    load_datasets,
+    standard_library,
+    text_column,
+    tokenize_into_blocks,
+    train_tokenizer,
+)
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -40,17 +49,6 @@ from modeling_peer import PeerForSequenceClassification
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 STDLIB = sysconfig.get_paths()["stdlib"]
-sys.path.append(str(EXAMPLES))
-
-from model_arguments import ModelArguments, load_config  # noqa: E402
-from text_data import (  # noqa: E402
-    DataTrainingArguments,
-    load_datasets,
-    standard_library,
-    text_column,
-    tokenize_into_blocks,
-    train_tokenizer,
-)
 
 
 OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
