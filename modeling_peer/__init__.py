@@ -24,6 +24,7 @@ from transformers import (
 
 from .configuration_peer import PeerConfig
 from .costs import ModelCosts, PartCosts, model_costs
+from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
 from .modeling_peer import (
     PeerForCausalLM,
@@ -54,7 +55,9 @@ for auto_class, model_class in (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALL_EXPERT_KERNELS",
     "ALL_FEED_FORWARDS",
+    "ExpertKernelsInterface",
     "ExpertUsageCallback",
     "ExpertUsageMeter",
     "FeedForwardInterface",

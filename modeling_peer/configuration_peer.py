@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
+from .expert_kernels import ALL_EXPERT_KERNELS
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_peer import ExpertPool
 from .product_keys import grid_size
@@ -68,6 +69,13 @@ class PeerConfig(PreTrainedConfig):
         Whether all PEER layers retrieve from one pool, held by the base model, each with a router of its own.
     shared_expert_intermediate_size (`int`, *optional*):
         Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
+    expert_kernels (`str`, *optional*, defaults to `"auto"`):
+        What computes the experts of PEER and PKM layers and retrieves them: `"auto"`, the fastest that can run where the
+        experts are, or by name `"eager"` (the literal Algorithm 1), `"torch"`, `"native"` (CPU), `"triton"` (GPU), or one
+        registered with [`ExpertKernelsInterface`]. Results do not depend on it.
+    sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
+        Whether the gradients of expert tables are sparse tensors with a row for each expert that the batch retrieved,
+        for an optimizer that takes them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
     moe_num_experts (`int`, *optional*, defaults to 128):
         Experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -141,6 +149,8 @@ class PeerConfig(PreTrainedConfig):
     gated_experts: bool = False
     share_experts_across_layers: bool = False
     shared_expert_intermediate_size: int | None = None
+    expert_kernels: str = "auto"
+    sparse_expert_gradients: bool = False
     moe_num_experts: int = 128
     moe_num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
@@ -262,6 +272,13 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.query_size % 2:
             raise ValueError(f"`query_size` must be even, two halves of one size, got {self.query_size}.")
+
+    def validate_expert_kernels(self):
+        if self.expert_kernels != "auto" and self.expert_kernels not in ALL_EXPERT_KERNELS:
+            raise ValueError(
+                f"`expert_kernels` is {self.expert_kernels!r}, neither 'auto' nor one of {sorted(ALL_EXPERT_KERNELS)}. "
+                "Register others with `ExpertKernelsInterface.register(name, class)` before the configuration is made."
+            )
 
     def validate_activations(self):
         for name in ("hidden_act", "expert_act"):

@@ -15,8 +15,11 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
+
+from .expert_kernels import expert_down, expert_up, resolve_kernels
+from .expert_kernels_eager import EagerKernels
+from .memory_advice import advise_huge_pages
 
 
 class ExpertTable(nn.Embedding):
@@ -27,20 +30,27 @@ class ExpertTable(nn.Embedding):
     offload, tensor parallelism) works; nothing else reads its weight.
 
     Args:
-        num_experts (`int`): Number of rows N.
-        hidden_size (`int`): Width d of a row.
+        config (`PeerConfig`): Its `num_experts` rows of `hidden_size`, its `expert_kernels` and
+            `sparse_expert_gradients`, which may be changed on a model's configuration at any time.
         init_std (`float`): Standard deviation of the rows at initialisation.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, init_std: float):
-        super().__init__(num_experts, hidden_size)
+    def __init__(self, config, init_std: float):
+        super().__init__(config.num_experts, config.hidden_size)
+        self.config = config
         self.init_std = init_std
 
     def reset_parameters(self) -> None:
         """Leaves the rows as allocated: the model's `_init_weights` fills them, once."""
+        advise_huge_pages(self.weight.data)
 
     def init_own_weights(self) -> None:
         init.normal_(self.weight, std=self.init_std)
+
+    @property
+    def kernels(self) -> str:
+        """The implementation that runs on this table here and now. Raises `RuntimeError` if the configured one cannot."""
+        return resolve_kernels(self.config.expert_kernels, self.weight)
 
 
 class ExpertUpProjection(ExpertTable):
@@ -55,7 +65,10 @@ class ExpertUpProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
         """
-        return torch.einsum("td,tad->ta", hidden_states, F.embedding(indices, self.weight))
+        kernels = self.kernels
+        if kernels == "eager":
+            return EagerKernels.up(hidden_states, indices, self.weight)
+        return expert_up(hidden_states, indices, self.weight, kernels, self.config.sparse_expert_gradients)
 
 
 class ExpertDownProjection(ExpertTable):
@@ -70,4 +83,7 @@ class ExpertDownProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
-        return torch.einsum("ta,tad->td", weights, F.embedding(indices, self.weight))
+        kernels = self.kernels
+        if kernels == "eager":
+            return EagerKernels.down(weights, indices, self.weight)
+        return expert_down(weights, indices, self.weight, kernels, self.config.sparse_expert_gradients)

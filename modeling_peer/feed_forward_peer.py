@@ -45,11 +45,10 @@ class ExpertPool(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.act_fn = nn.Identity() if config.expert_act is None else ACT2FN[config.expert_act]
-        shape = (config.num_experts, config.hidden_size)
         power = router_weight_power(config) * activation_power(self.act_fn, config, config.gated_experts)
-        self.gate_proj = ExpertUpProjection(*shape, config.initializer_range) if config.gated_experts else None
-        self.up_proj = ExpertUpProjection(*shape, config.initializer_range)
-        self.down_proj = ExpertDownProjection(*shape, matched_std(config, power))
+        self.gate_proj = ExpertUpProjection(config, config.initializer_range) if config.gated_experts else None
+        self.up_proj = ExpertUpProjection(config, config.initializer_range)
+        self.down_proj = ExpertDownProjection(config, matched_std(config, power))
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:

@@ -30,9 +30,7 @@ class PkmFeedForward(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.router = ProductKeyRouter(config)
-        self.values = ExpertDownProjection(
-            config.num_experts, config.hidden_size, matched_std(config, router_weight_power(config))
-        )
+        self.values = ExpertDownProjection(config, matched_std(config, router_weight_power(config)))
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:

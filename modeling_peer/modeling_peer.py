@@ -43,6 +43,7 @@ from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
+from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
 
 
@@ -285,6 +286,8 @@ class PeerModel(PeerPreTrainedModel):
     def _tell_whether_it_learns(self):
         """Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing."""
         learns = self.training and torch.is_grad_enabled()
+        if learns and self.config.sparse_expert_gradients:
+            check_sparse_gradients(self)
         for module in self.layers.modules():
             if isinstance(module, (QueryBatchNorm, MoeFeedForward)):
                 module.learns = learns

@@ -1,0 +1,258 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Experts on a CPU, in C for the processor at hand: every row that a token needs is read from where it lies, once."""
+
+import ctypes
+
+import torch
+
+from .memory_advice import advise_huge_pages
+from .native_library import DTYPES, PREAMBLE, for_each_dtype, load_library, num_threads
+
+
+SOURCE = (
+    PREAMBLE
+    + r"""
+#include <stdlib.h>
+
+/* Rows that are asked of memory before they are used. A row is 2 KB at d = 512 in float32. */
+#define ROWS_AHEAD 4
+/* Vectors that a sum over tokens keeps in registers. */
+#define BLOCK 8
+
+/* Sorts numbers below 2^bits, stable, by radix; `order` says where each came from. Buffers of `count`. Returns the sorted
+   numbers, in `numbers` or `other_numbers`; `order` is always where the answer is. */
+static uint64_t *sort_by_number(uint64_t *numbers, uint64_t *other_numbers, int64_t *order, int64_t *other_order,
+                                int64_t count, int bits) {
+    enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
+    int64_t *result = order;
+    for (int shift = 0; shift < bits; shift += RADIX_BITS) {
+        int64_t starts[RADIX + 1] = {0};
+        for (int64_t i = 0; i < count; i++) starts[((numbers[i] >> shift) & (RADIX - 1)) + 1]++;
+        for (int r = 0; r < RADIX; r++) starts[r + 1] += starts[r];
+        for (int64_t i = 0; i < count; i++) {
+            int64_t place = starts[(numbers[i] >> shift) & (RADIX - 1)]++;
+            other_numbers[place] = numbers[i];
+            other_order[place] = order[i];
+        }
+        uint64_t *sorted = other_numbers;
+        other_numbers = numbers; numbers = sorted;
+        int64_t *sorted_order = other_order;
+        other_order = order; order = sorted_order;
+    }
+    if (order != result) memcpy(result, order, count * sizeof *order);
+    return numbers;
+}
+
+/* Groups `count` indices by the row they name: `rows` each row once, ascending, `starts` where its entries start in
+   `order`, the numbers of the entries. Returns the number of rows, -1 without memory. */
+int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, int64_t *rows, int64_t *starts,
+                     int64_t *order) {
+    uint64_t *buffer = malloc((3 * count + 1) * sizeof *buffer);
+    if (!buffer) return -1;
+    int bits = 0;
+    while (bits < 63 && (num_rows - 1) >> bits) bits++;
+    for (int64_t i = 0; i < count; i++) { buffer[i] = indices[i]; order[i] = i; }
+    const uint64_t *sorted =
+        sort_by_number(buffer, buffer + count, order, (int64_t *)buffer + 2 * count, count, bits);
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (i == 0 || sorted[i] != sorted[i - 1]) { rows[found] = sorted[i]; starts[found++] = i; }
+    starts[found] = count;
+    free(buffer);
+    return found;
+}
+"""
+    + for_each_dtype(r"""
+/* output[t, a] = hidden[t] · table[indices[t, a]] */
+void NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_tokens,
+              int64_t active, int64_t width, int threads) {
+    const int64_t count = num_tokens * active, unrolled = width - width % (4 * WIDTH), whole = width - width % WIDTH;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t entry = 0; entry < count; entry++) {
+        const SUM *token = hidden + entry / active * width;
+        const ROW *row = table + indices[entry] * width;
+        const ROW *ahead = table + indices[entry + ROWS_AHEAD < count ? entry + ROWS_AHEAD : entry] * width;
+        VECTOR sums[4] = {};
+        int64_t i = 0;
+        for (; i < unrolled; i += 4 * WIDTH)
+            for (int j = 0; j < 4; j++) {
+                __builtin_prefetch(ahead + i + j * WIDTH, 0, 3);
+                VECTOR x;
+                memcpy(&x, token + i + j * WIDTH, sizeof x);
+                sums[j] += x * LOAD(row + i + j * WIDTH);
+            }
+        for (; i < whole; i += WIDTH) {
+            VECTOR x;
+            memcpy(&x, token + i, sizeof x);
+            sums[0] += x * LOAD(row + i);
+        }
+        VECTOR lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        SUM sum = 0;
+        for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
+        for (; i < width; i++) sum += token[i] * GET(row + i);
+        output[entry] = sum;
+    }
+}
+
+/* output[t] = Σ_a weights[t, a] table[indices[t, a]]; columns are shared out too, where there are fewer tokens than threads. */
+void NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_tokens,
+                int64_t active, int64_t width, int threads) {
+    const int64_t parts = num_tokens < threads ? threads : 1;
+    const int64_t step = ((width + parts - 1) / parts + WIDTH - 1) / WIDTH * WIDTH;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < num_tokens * parts; task++) {
+        const int64_t t = task / parts, first = task % parts * step;
+        const int64_t columns = first + step < width ? step : width - first, whole = columns - columns % WIDTH;
+        SUM *sums = output + t * width + first;
+        for (int64_t i = 0; i < columns; i++) sums[i] = 0;
+        for (int64_t a = 0; a < active; a++) {
+            const int64_t entry = t * active + a, last = num_tokens * active - 1;
+            const SUM weight = weights[entry];
+            const ROW *row = table + indices[entry] * width + first;
+            const ROW *ahead = table + indices[entry + ROWS_AHEAD < last ? entry + ROWS_AHEAD : last] * width + first;
+            int64_t i = 0;
+            for (; i < whole; i += WIDTH) {
+                __builtin_prefetch(ahead + i, 0, 3);
+                VECTOR sum;
+                memcpy(&sum, sums + i, sizeof sum);
+                sum += weight * LOAD(row + i);
+                memcpy(sums + i, &sum, sizeof sum);
+            }
+            for (; i < columns; i++) sums[i] += weight * GET(row + i);
+        }
+    }
+}
+
+/* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1], for
+   every u; written to row `places[u]` where places are given. */
+void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
+                        const int64_t *places, ROW *values, int64_t num_rows, int64_t active, int64_t width,
+                        int threads) {
+    const int64_t blocks = width - width % (BLOCK * WIDTH), whole = width - width % WIDTH;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t u = 0; u < num_rows; u++) {
+        ROW *value = values + (places ? places[u] : u) * width;
+        const int64_t first = starts[u], end = starts[u + 1];
+        int64_t i = 0;
+        for (; i < blocks; i += BLOCK * WIDTH) {
+            VECTOR sums[BLOCK] = {};
+            for (int64_t e = first; e < end; e++) {
+                const SUM coefficient = coefficients[order[e]], *token = tokens + order[e] / active * width + i;
+                for (int j = 0; j < BLOCK; j++) {
+                    VECTOR x;
+                    memcpy(&x, token + j * WIDTH, sizeof x);
+                    sums[j] += coefficient * x;
+                }
+            }
+            for (int j = 0; j < BLOCK; j++) STORE(value + i + j * WIDTH, sums[j]);
+        }
+        for (; i < whole; i += WIDTH) {
+            VECTOR sum = {};
+            for (int64_t e = first; e < end; e++) {
+                VECTOR x;
+                memcpy(&x, tokens + order[e] / active * width + i, sizeof x);
+                sum += coefficients[order[e]] * x;
+            }
+            STORE(value + i, sum);
+        }
+        for (; i < width; i++) {
+            SUM sum = 0;
+            for (int64_t e = first; e < end; e++)
+                sum += coefficients[order[e]] * tokens[order[e] / active * width + i];
+            PUT(value + i, sum);
+        }
+    }
+}
+""")
+)
+
+
+class NativeKernels:
+    """Signatures as in [`TorchKernels`]."""
+
+    @staticmethod
+    def why_not(table: torch.Tensor) -> str | None:
+        if table.device.type != "cpu":
+            return f"native kernels are for the CPU, the experts are on {table.device}."
+        if table.dtype not in DTYPES:
+            return f"native kernels know {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
+        return None if load_library(SOURCE) is not None else "there is no C compiler that works."
+
+    @staticmethod
+    def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        hidden, table = _in_memory(hidden_states, _sum_dtype(table)), table.contiguous()
+        output = hidden.new_empty(indices.shape)
+        _call("up", table.dtype, hidden, indices.contiguous(), table, output, *indices.shape, table.shape[1])
+        return output.to(hidden_states.dtype)
+
+    @staticmethod
+    def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        factors, table = _in_memory(weights, _sum_dtype(table)), table.contiguous()
+        output = factors.new_empty(weights.shape[0], table.shape[1])
+        _call("down", table.dtype, factors, indices.contiguous(), table, output, *indices.shape, table.shape[1])
+        return output.to(weights.dtype)
+
+    @staticmethod
+    def row_gradient(
+        coefficients: torch.Tensor,
+        tokens: torch.Tensor,
+        indices: torch.Tensor,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        coefficients, tokens = _in_memory(coefficients, sum_dtype), _in_memory(tokens, sum_dtype)
+        (num_tokens, active), width = indices.shape, tokens.shape[1]
+        rows, starts, order = _group_by_row(indices)
+        values = advise_huge_pages(tokens.new_empty(len(rows), width, dtype=dtype)) if out is None else out
+        places = None if out is None else rows
+        _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
+        return (rows, values) if out is None else None
+
+
+def _sum_dtype(table):
+    return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
+def _in_memory(tensor, dtype):
+    return tensor.to(dtype).contiguous()
+
+
+def _group_by_row(indices):
+    """Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`."""
+    indices = indices.contiguous()
+    count = indices.numel()
+    rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
+    num_rows = int(indices.max()) + 1 if count else 0
+    found = _function("group_by_row", ctypes.c_int64)(*map(_argument, (indices, count, num_rows, rows, starts, order)))
+    if found < 0:
+        raise MemoryError(f"No memory to sort the {count} experts of {indices.shape[0]} tokens.")
+    return rows[:found], starts[: found + 1], order
+
+
+def _call(name, dtype, *arguments):
+    _function(f"{name}_{DTYPES[dtype]}")(*map(_argument, arguments), ctypes.c_int(num_threads()))
+
+
+def _function(name, restype=None):
+    function = getattr(load_library(SOURCE), name)
+    function.restype = restype
+    return function
+
+
+def _argument(value):
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)

@@ -1,0 +1,87 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Experts in torch operations that any device has, with no more than a piece of `[T, A, d]` at a time."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+# Numbers of a piece: 4 MB in float32, which a cache holds.
+PIECE_SIZE = 2**20
+
+
+class TorchKernels:
+    """
+    The signatures that every implementation has. Sums are taken in float32, or float64 for float64 tokens.
+
+    Indices are int64 rows of the table. Tokens and table may differ in dtype; `up` and `down` return that of their first
+    argument.
+    """
+
+    @staticmethod
+    def why_not(table: torch.Tensor) -> str | None:
+        """Why it cannot run on a table, a sentence, or `None` if it can."""
+        return None
+
+    @staticmethod
+    def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """`(hidden [T, d], indices [T, A], table [N, d]) -> [T, A]`"""
+        output = hidden_states.new_empty(indices.shape)
+        for piece in _pieces(indices.shape[0], indices.shape[1] * table.shape[1]):
+            rows = _accumulated(table[indices[piece]])  # [piece, A, d]
+            output[piece] = torch.einsum("td,tad->ta", hidden_states[piece].to(rows.dtype), rows)
+        return output
+
+    @staticmethod
+    def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """`(weights [T, A], indices [T, A], table [N, d]) -> [T, d]`"""
+        output = weights.new_empty(weights.shape[0], table.shape[1])
+        for piece in _pieces(indices.shape[0], indices.shape[1] * table.shape[1]):
+            rows = _accumulated(table[indices[piece]])
+            output[piece] = torch.einsum("ta,tad->td", weights[piece].to(rows.dtype), rows)
+        return output
+
+    @staticmethod
+    def row_gradient(
+        coefficients: torch.Tensor,
+        tokens: torch.Tensor,
+        indices: torch.Tensor,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        `(coefficients [T, A], tokens [T, d], indices [T, A]) -> rows [U], values [U, d]`: the U rows in `indices`, each
+        once and in order, and for each the sum of coefficient · token. Written into the rows of `out [N, d]`, zeros so
+        far, and not returned, where `out` is given.
+        """
+        rows, positions = torch.unique(indices, return_inverse=True)
+        sums = _accumulated(tokens[:0]).new_zeros(rows.shape[0], tokens.shape[1])
+        for piece in _pieces(indices.shape[0], indices.shape[1] * tokens.shape[1]):
+            products = coefficients[piece, :, None].to(sums.dtype) * tokens[piece, None, :].to(sums.dtype)
+            sums.index_add_(0, positions[piece].flatten(), products.flatten(0, 1))
+        if out is None:
+            return rows, sums.to(dtype)
+        out[rows] = sums.to(dtype)
+        return None
+
+
+def _pieces(num_tokens: int, numbers_per_token: int) -> Iterator[slice]:
+    step = max(PIECE_SIZE // max(numbers_per_token, 1), 1)
+    return (slice(start, start + step) for start in range(0, num_tokens, step))
+
+
+def _accumulated(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype that sums are taken in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,66 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Row-sparse gradients of expert tables: what torch lacks for them, and where they cannot go."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def _register_norm():
+    """
+    `clip_grad_norm_`, which `Trainer` calls at every step, takes norms that torch 2.13 lacks for sparse tensors. Of an
+    uncoalesced tensor the values are not yet those of its rows.
+    """
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", "SparseCPU"):
+        return None
+
+    def vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
+        if dim is not None or keepdim:
+            raise NotImplementedError("The norm of a sparse tensor is taken over all of it: `dim` must be `None`.")
+        return torch.linalg.vector_norm(gradient.coalesce().values(), ord, dtype=dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    for key in ("SparseCPU", "SparseCUDA"):
+        library.impl("linalg_vector_norm", vector_norm, key)
+    return library  # its registrations last as long as it does
+
+
+_NORM_LIBRARY = _register_norm()
+
+
+def check_sparse_gradients(model: nn.Module) -> None:
+    """
+    Raises `ValueError` if the gradients of a model's expert tables cannot be sparse here, for the base model to call before
+    a training forward with `config.sparse_expert_gradients`.
+    """
+    obstacle = None
+    if torch.compiler.is_compiling():
+        obstacle = "`torch.compile` does not trace sparse gradients"
+    elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
+        obstacle = "NCCL does not reduce sparse gradients"
+    elif dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules()):
+        obstacle = "FSDP2 does not shard sparse gradients"
+    elif dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        obstacle = "tensor parallelism does not shard sparse gradients"
+    if obstacle is not None:
+        raise ValueError(
+            f"`sparse_expert_gradients` is True, but {obstacle}: set it to False in the configuration. Dense gradients "
+            "work there, and `RowAdamW` moves the same rows."
+        )
