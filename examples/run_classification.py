@@ -30,7 +30,15 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from text_data import DatasetArguments, load_datasets, take_samples, text_column
-from training import last_checkpoint, needed_splits, parse_arguments, run, setup_logging
+from training import (
+    OptimizerArguments,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
+)
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -161,8 +169,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main():
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, TrainingArguments), __doc__
+    model_args, data_args, training_args, optimizer_args = parse_arguments(
+        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments), __doc__
     )
     setup_logging(training_args)
     set_seed(training_args.seed)
@@ -171,6 +179,7 @@ def main():
         datasets = load_labelled_datasets(data_args)
     names = label_names(datasets.values(), data_args.label_column_name)
     config = load_config(model_args, num_labels=len(names))
+    optimizer_args.check(config, training_args)
     config.id2label = dict(enumerate(names.values()))
     config.label2id = {name: i for i, name in config.id2label.items()}
     tokenizer = load_tokenizer(model_args, data_args, config, datasets.get("train"), checkpoint)
@@ -180,14 +189,16 @@ def main():
     max_length = min(data_args.max_seq_length, config.max_position_embeddings)
     with training_args.main_process_first(desc="tokenizing the texts"):
         encoded = encode_datasets(splits, data_args, tokenizer, list(names), max_length)
+    model = load_model(AutoModelForSequenceClassification, model_args, config, tokenizer)
     trainer = Trainer(
-        model=load_model(AutoModelForSequenceClassification, model_args, config, tokenizer),
+        model=model,
         args=training_args,
         train_dataset=encoded.get("train"),
         eval_dataset=encoded.get("validation"),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
+        optimizers=make_optimizers(optimizer_args, training_args, model),
     )
     run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name)
 

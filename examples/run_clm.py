@@ -29,7 +29,16 @@ import math
 from datasets import Dataset
 from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
-from training import evaluate, last_checkpoint, needed_splits, parse_arguments, run, setup_logging
+from training import (
+    OptimizerArguments,
+    evaluate,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
+)
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -90,6 +99,7 @@ def make_trainer(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
+    optimizer_args: OptimizerArguments | None = None,
 ) -> Trainer:
     """The library's trainer, of a model that is new or goes on."""
     set_seed(training_args.seed)
@@ -102,6 +112,7 @@ def make_trainer(
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model),
     )
 
 
@@ -122,14 +133,15 @@ def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[st
 
 
 def main():
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, TrainingArguments), __doc__
+    model_args, data_args, training_args, optimizer_args = parse_arguments(
+        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments), __doc__
     )
     setup_logging(training_args)
     checkpoint = last_checkpoint(training_args)
     config = load_config(model_args)
+    optimizer_args.check(config, training_args)
     tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
-    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks)
+    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args)
     run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)
 
 

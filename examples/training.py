@@ -18,17 +18,73 @@ import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import datasets
 import transformers
 from datasets import DatasetDict, IterableDatasetDict
-from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_peer import ExpertUsageCallback
+from modeling_peer import ExpertUsageCallback, RowAdamW, expert_parameter_groups
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OptimizerArguments:
+    """Whether [`RowAdamW`] trains, in place of the optimizer that --optim names."""
+
+    row_adamw: bool = field(
+        default=False,
+        metadata={
+            "help": "Move only those rows of expert tables that a step retrieved. Faster with sparse gradients, "
+            "--config_overrides sparse_expert_gradients=true. Not under FSDP, where `Trainer` makes its own optimizer."
+        },
+    )
+    second_moment: Literal["full", "row"] = field(
+        default="full",
+        metadata={
+            "help": "What RowAdamW keeps of squared gradients: a number for each of theirs, or one for each row."
+        },
+    )
+    expert_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "What RowAdamW multiplies the learning rate of expert tables with."}
+    )
+
+    def __post_init__(self):
+        if not self.row_adamw and (self.second_moment, self.expert_lr_multiplier) != ("full", 1.0):
+            raise ValueError("--second_moment and --expert_lr_multiplier are of RowAdamW: add --row_adamw.")
+
+    def check(self, config: PreTrainedConfig, training_args: TrainingArguments) -> None:
+        """Raises `ValueError` if a model of this configuration has gradients that the optimizer does not take."""
+        if training_args.do_train and getattr(config, "sparse_expert_gradients", False) and not self.row_adamw:
+            raise ValueError(
+                "`sparse_expert_gradients` is true in the configuration, and AdamW does not take sparse gradients: add "
+                "--row_adamw, or --config_overrides sparse_expert_gradients=false."
+            )
+
+
+def make_optimizers(
+    args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel
+) -> tuple[RowAdamW | None, None]:
+    """What `Trainer` takes as `optimizers`: RowAdamW if it is asked for, else nothing; it makes its scheduler itself."""
+    if not args.row_adamw:
+        return None, None
+    groups = expert_parameter_groups(
+        model, training_args.learning_rate, training_args.weight_decay, args.expert_lr_multiplier
+    )
+    betas = (training_args.adam_beta1, training_args.adam_beta2)
+    return RowAdamW(groups, betas=betas, eps=training_args.adam_epsilon, second_moment=args.second_moment), None
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -35,6 +35,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .row_adamw import RowAdamW, expert_parameter_groups
 from .usage import ExpertUsageCallback, ExpertUsageMeter
 
 
@@ -70,7 +71,9 @@ __all__ = [
     "PeerForTokenClassification",
     "PeerModel",
     "PeerPreTrainedModel",
+    "RowAdamW",
     "configuration_path",
+    "expert_parameter_groups",
     "list_configurations",
     "model_costs",
 ]

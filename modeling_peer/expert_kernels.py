@@ -29,7 +29,8 @@ a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Act
 | `"triton"` | for a GPU | `expert_kernels_triton.py` |
 | `"auto"` | the fastest of them that can run where the table is | |
 
-One's own is a class with the static methods of [`TorchKernels`], registered before the configuration is made:
+One's own is a class with the static methods of [`TorchKernels`], and if it knows a faster way to retrieve experts than a
+product and top-k, `retrieve` of [`NativeKernels`], registered before the configuration is made:
 
 ```python
 >>> from modeling_peer import ExpertKernelsInterface
@@ -64,6 +65,8 @@ class ExpertKernelsInterface(GeneralInterface):
 ALL_EXPERT_KERNELS = ExpertKernelsInterface()
 
 
+# Decided once where a model is compiled: what it looks at are compilers and devices.
+@torch.compiler.assume_constant_result
 def resolve_kernels(name: str, table: torch.Tensor) -> str:
     """
     The implementation that runs on a table where `config.expert_kernels` says `name`.
@@ -180,8 +183,8 @@ def _table_gradient(ctx, coefficients, tokens, indices, table):
     return torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
 
 
-def _refuse_double_backward():
-    # Gradients are recorded in a backward only where a second one is to come.
+def refuse_double_backward() -> None:
+    """Raises `RuntimeError` in a backward whose gradients are recorded, which they are where a second one is to come."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             'Experts have no second derivative (`create_graph=True`) but with `expert_kernels="eager"` in the '
@@ -190,7 +193,7 @@ def _refuse_double_backward():
 
 
 def _up_backward(ctx, gradient):
-    _refuse_double_backward()
+    refuse_double_backward()
     hidden_states, indices, table = ctx.saved_tensors
     of_hidden_states = of_table = None
     if ctx.needs_input_grad[0]:
@@ -202,7 +205,7 @@ def _up_backward(ctx, gradient):
 
 
 def _down_backward(ctx, gradient):
-    _refuse_double_backward()
+    refuse_double_backward()
     weights, indices, table = ctx.saved_tensors
     of_weights = of_table = None
     if ctx.needs_input_grad[0]:

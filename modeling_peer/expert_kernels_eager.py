@@ -18,18 +18,26 @@ from torch.nn import functional as F
 
 
 class EagerKernels:
-    """Gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of times."""
+    """
+    Gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of times.
+
+    Signatures as in [`TorchKernels`], and whether the table's gradient is sparse.
+    """
 
     @staticmethod
     def why_not(table: torch.Tensor) -> str | None:
         return None
 
     @staticmethod
-    def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(indices, table).to(hidden_states.dtype)
+    def up(
+        hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
+    ) -> torch.Tensor:
+        rows = F.embedding(indices, table, sparse=sparse_gradient).to(hidden_states.dtype)
         return torch.einsum("td,tad->ta", hidden_states, rows)
 
     @staticmethod
-    def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(indices, table).to(weights.dtype)
+    def down(
+        weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
+    ) -> torch.Tensor:
+        rows = F.embedding(indices, table, sparse=sparse_gradient).to(weights.dtype)
         return torch.einsum("ta,tad->td", weights, rows)

@@ -19,6 +19,7 @@ import torch
 
 from .memory_advice import advise_huge_pages
 from .native_library import DTYPES, PREAMBLE, for_each_dtype, load_library, num_threads
+from .product_keys_native import retrieve
 
 
 SOURCE = (
@@ -27,7 +28,7 @@ SOURCE = (
 #include <stdlib.h>
 
 /* Rows that are asked of memory before they are used. A row is 2 KB at d = 512 in float32. */
-#define ROWS_AHEAD 4
+#define ROWS_AHEAD 6
 /* Vectors that a sum over tokens keeps in registers. */
 #define BLOCK 8
 
@@ -180,7 +181,9 @@ void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_
 
 
 class NativeKernels:
-    """Signatures as in [`TorchKernels`]."""
+    """Signatures as in [`TorchKernels`], and retrieval."""
+
+    retrieve = staticmethod(retrieve)
 
     @staticmethod
     def why_not(table: torch.Tensor) -> str | None:
@@ -192,16 +195,16 @@ class NativeKernels:
 
     @staticmethod
     def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        hidden, table = _in_memory(hidden_states, _sum_dtype(table)), table.contiguous()
-        output = hidden.new_empty(indices.shape)
-        _call("up", table.dtype, hidden, indices.contiguous(), table, output, *indices.shape, table.shape[1])
+        hidden, table = _in_memory(hidden_states, _sum_dtype(table.dtype)), table.contiguous()
+        output, indices = hidden.new_empty(indices.shape), _checked(indices, table.shape[0])
+        _call("up", table.dtype, hidden, indices, table, output, *indices.shape, table.shape[1])
         return output.to(hidden_states.dtype)
 
     @staticmethod
     def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        factors, table = _in_memory(weights, _sum_dtype(table)), table.contiguous()
-        output = factors.new_empty(weights.shape[0], table.shape[1])
-        _call("down", table.dtype, factors, indices.contiguous(), table, output, *indices.shape, table.shape[1])
+        factors, table = _in_memory(weights, _sum_dtype(table.dtype)), table.contiguous()
+        output, indices = factors.new_empty(weights.shape[0], table.shape[1]), _checked(indices, table.shape[0])
+        _call("down", table.dtype, factors, indices, table, output, *indices.shape, table.shape[1])
         return output.to(weights.dtype)
 
     @staticmethod
@@ -212,27 +215,34 @@ class NativeKernels:
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        coefficients, tokens = _in_memory(coefficients, sum_dtype), _in_memory(tokens, sum_dtype)
-        (num_tokens, active), width = indices.shape, tokens.shape[1]
-        rows, starts, order = _group_by_row(indices)
+        coefficients, tokens = _in_memory(coefficients, _sum_dtype(dtype)), _in_memory(tokens, _sum_dtype(dtype))
+        active, width = indices.shape[1], tokens.shape[1]
+        rows, starts, order = _group_by_row(_checked(indices, None if out is None else out.shape[0]))
         values = advise_huge_pages(tokens.new_empty(len(rows), width, dtype=dtype)) if out is None else out
         places = None if out is None else rows
         _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
         return (rows, values) if out is None else None
 
 
-def _sum_dtype(table):
-    return torch.float64 if table.dtype == torch.float64 else torch.float32
+def _sum_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _in_memory(tensor, dtype):
     return tensor.to(dtype).contiguous()
 
 
+def _checked(indices, num_rows):
+    """Indices as the kernels read them, who look nothing up that is not there. `num_rows` is `None` if nothing is read."""
+    least, most = indices.aminmax() if indices.numel() else (0, 0)
+    if least < 0 or (num_rows is not None and most >= num_rows):
+        found = int(least if least < 0 else most)
+        raise IndexError(f"An expert's number is at least 0 and below their number {num_rows or 'N'}, got {found}.")
+    return indices.contiguous()
+
+
 def _group_by_row(indices):
     """Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`."""
-    indices = indices.contiguous()
     count = indices.numel()
     rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
     num_rows = int(indices.max()) + 1 if count else 0

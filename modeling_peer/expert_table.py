@@ -40,6 +40,15 @@ class ExpertTable(nn.Embedding):
         self.config = config
         self.init_std = init_std
 
+    @property
+    def sparse(self) -> bool:
+        """Under the name by which DDP asks an embedding whether its gradients are sparse."""
+        return self.config.sparse_expert_gradients
+
+    @sparse.setter
+    def sparse(self, value: bool) -> None:
+        """Leaves it to the configuration: `nn.Embedding` sets what it is constructed with."""
+
     def reset_parameters(self) -> None:
         """Leaves the rows as allocated: the model's `_init_weights` fills them, once."""
         advise_huge_pages(self.weight.data)
@@ -65,10 +74,10 @@ class ExpertUpProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
         """
-        kernels = self.kernels
+        kernels, sparse_gradient = self.kernels, self.sparse
         if kernels == "eager":
-            return EagerKernels.up(hidden_states, indices, self.weight)
-        return expert_up(hidden_states, indices, self.weight, kernels, self.config.sparse_expert_gradients)
+            return EagerKernels.up(hidden_states, indices, self.weight, sparse_gradient)
+        return expert_up(hidden_states, indices, self.weight, kernels, sparse_gradient)
 
 
 class ExpertDownProjection(ExpertTable):
@@ -83,7 +92,7 @@ class ExpertDownProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
-        kernels = self.kernels
+        kernels, sparse_gradient = self.kernels, self.sparse
         if kernels == "eager":
-            return EagerKernels.down(weights, indices, self.weight)
-        return expert_down(weights, indices, self.weight, kernels, self.config.sparse_expert_gradients)
+            return EagerKernels.down(weights, indices, self.weight, sparse_gradient)
+        return expert_down(weights, indices, self.weight, kernels, sparse_gradient)

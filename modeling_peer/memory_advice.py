@@ -32,7 +32,9 @@ def _libc():
 
 def _advise(tensor, advice):
     size = tensor.numel() * tensor.element_size()
-    if sys.platform != "linux" or tensor.device.type != "cpu" or size < LEAST_BYTES:
+    # A tensor of tensors, quantized or sharded, has no memory of its own.
+    has_memory = tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if sys.platform != "linux" or not has_memory or size < LEAST_BYTES:
         return tensor
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE

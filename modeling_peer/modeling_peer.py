@@ -38,9 +38,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
+from .expert_table import ExpertTable
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
+from .memory_advice import advise_random_access
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
@@ -165,6 +167,16 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in the library. A file of weights stays where it is and is mapped; of the expert tables, whose rows are read
+        at random, the operating system is told to read no more than asked for."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, ExpertTable):
+                advise_random_access(module.weight)
+        return loaded
+
     def save_pretrained(self, *args, **kwargs):
         """As in the library, with the configuration refused before a file is written, and the model's own code saved
         where FSDP2 has put a class of its own in front of the model's."""
@@ -286,7 +298,7 @@ class PeerModel(PeerPreTrainedModel):
     def _tell_whether_it_learns(self):
         """Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing."""
         learns = self.training and torch.is_grad_enabled()
-        if learns and self.config.sparse_expert_gradients:
+        if learns:
             check_sparse_gradients(self)
         for module in self.layers.modules():
             if isinstance(module, (QueryBatchNorm, MoeFeedForward)):

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
-from .product_keys import grid_size, product_key_topk
+from .expert_kernels import resolve_kernels
+from .product_keys import grid_size, retrieve
 from .query_norm import QueryBatchNorm, QueryRMSNorm
 
 
@@ -42,6 +43,7 @@ class ProductKeyRouter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_retrieval_heads
         self.num_experts_per_head = config.num_experts_per_head
         self.query_size = config.query_size
@@ -89,13 +91,11 @@ class ProductKeyRouter(nn.Module):
         # Autocast would take the products back to bfloat16.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             queries, sub_keys = self._normalised(queries, padding_mask)
-            if sub_keys.shape[0] == 1:
-                half_scores = torch.einsum("...hpc,pnc->...hpn", queries, sub_keys[0])
-            else:
-                half_scores = torch.einsum("...hpc,hpnc->...hpn", queries, sub_keys)
-            indices, scores = product_key_topk(half_scores, self.num_experts_per_head)
+            kernels = resolve_kernels(self.config.expert_kernels, sub_keys)
+            indices, scores = retrieve(queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
             weights = self.scoring_function(scores)
-        return indices, weights.to(hidden_states.dtype)
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.num_experts_per_head)
+        return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
     def _normalised(self, queries, padding_mask):
         """Queries `(..., heads, 2, d_k / 2)` and sub-keys, normalised as configured, at least in float32."""

@@ -15,6 +15,8 @@
 
 import torch
 
+from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, expert_down, expert_row_gradient, refuse_double_backward
+
 
 def grid_size(num_experts: int) -> int:
     """Side √N of the key grid of `num_experts` = N experts. Raises `ValueError` if N is not a perfect square."""
@@ -36,6 +38,13 @@ def expert_number(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """
     shell = torch.maximum(row, column)
     return shell * shell + shell + row - column
+
+
+def expert_cell(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cell (row, column) of the key grid that the expert with a number is in."""
+    shell = number.double().sqrt().long()
+    before_diagonal = number - shell * shell - shell  # row - column
+    return shell + before_diagonal.clamp(max=0), shell - before_diagonal.clamp(min=0)
 
 
 def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,3 +76,82 @@ def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     rows = half_ranks[..., 0, :].gather(-1, row_rank[pairs])
     columns = half_ranks[..., 1, :].gather(-1, column_rank[pairs])
     return expert_number(rows, columns), top_scores
+
+
+def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The k best experts of every query, exactly.
+
+    Args:
+        queries (`torch.Tensor` of shape `(num_tokens, num_heads, 2, d_k / 2)`):
+            The two halves of every query.
+        sub_keys (`torch.Tensor` of shape `(num_heads or 1, 2, √N, d_k / 2)`):
+            The two sets of sub-keys, of each head or of all.
+        k (`int`):
+            Number of experts to retrieve, at most √N.
+        kernels (`str`):
+            What retrieves them, see [`resolve_kernels`]: a product of matrices and [`product_key_topk`] on its result, or
+            where an implementation has a function `retrieve` for float32, that.
+
+    Returns:
+        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
+    """
+    if queries.dtype == torch.float32 and hasattr(ALL_EXPERT_KERNELS[kernels], "retrieve"):
+        scores, indices = product_key_retrieval(queries, sub_keys, k, kernels)
+        return indices, scores
+    if sub_keys.shape[0] == 1:
+        scores = torch.einsum("thpc,pnc->thpn", queries, sub_keys[0])
+    else:
+        scores = torch.einsum("thpc,hpnc->thpn", queries, sub_keys)
+    return product_key_topk(scores, k)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::product_key_retrieval", mutates_args=())
+def product_key_retrieval(
+    queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    [`retrieve`] by an implementation's own function; its backward looks at no sub-key that was not selected. Returns scores
+    and expert numbers.
+    """
+    indices, scores = ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
+    return scores, indices
+
+
+@product_key_retrieval.register_fake
+def _(queries, sub_keys, k, kernels):
+    scores = queries.new_empty(*queries.shape[:2], k)
+    return scores, torch.empty_like(scores, dtype=torch.int64)
+
+
+def _save_for_backward(ctx, inputs, output):
+    queries, sub_keys, _, ctx.kernels = inputs
+    ctx.save_for_backward(queries, sub_keys, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _retrieval_backward(ctx, gradient, _):
+    """A score is a row of C by one half of a query and a row of C' by the other: the experts' own linear operators."""
+    refuse_double_backward()
+    queries, sub_keys, indices = ctx.saved_tensors
+    num_heads, k = indices.shape[1:]
+    num_sets, _, size, half_size = sub_keys.shape
+    row, column = expert_cell(indices)
+    keys = torch.stack([row, column + size], dim=2)  # [T, h, 2, k], rows of the sub-keys below each other
+    if num_sets > 1:
+        keys += 2 * size * torch.arange(num_heads, device=keys.device)[:, None, None]
+    keys = keys.view(-1, k)
+    coefficients = gradient[:, :, None].expand(-1, -1, 2, -1).reshape(-1, k)
+    of_queries = of_sub_keys = None
+    if ctx.needs_input_grad[0]:
+        of_queries = expert_down(coefficients, keys, sub_keys.reshape(-1, half_size), ctx.kernels, False)
+        of_queries = of_queries.view_as(queries)
+    if ctx.needs_input_grad[1]:
+        halves = queries.reshape(-1, half_size)
+        num_rows = num_sets * 2 * size
+        of_sub_keys = expert_row_gradient(coefficients, halves, keys, num_rows, sub_keys.dtype, ctx.kernels)
+        of_sub_keys = of_sub_keys.view_as(sub_keys)
+    return of_queries, of_sub_keys, None, None
+
+
+product_key_retrieval.register_autograd(_retrieval_backward, setup_context=_save_for_backward)

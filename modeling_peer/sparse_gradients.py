@@ -23,10 +23,21 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor
 
 
+def rows_and_values(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The rows of a row-sparse gradient, ascending and each once, `(num_rows,)`, and their values `(num_rows, width)`.
+
+    Autograd hands a coalesced gradient on as one that may not be; where the rows ascend nothing is sorted or copied.
+    """
+    rows = gradient._indices()[0]
+    if gradient.sparse_dim() != 1 or not (rows.diff() > 0).all():
+        gradient = gradient.coalesce()
+    return gradient._indices()[0], gradient._values()
+
+
 def _register_norm():
     """
-    `clip_grad_norm_`, which `Trainer` calls at every step, takes norms that torch 2.13 lacks for sparse tensors. Of an
-    uncoalesced tensor the values are not yet those of its rows.
+    `clip_grad_norm_`, which `Trainer` calls at every step, takes norms that torch 2.13 lacks for sparse tensors.
     """
     if torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", "SparseCPU"):
         return None
@@ -34,7 +45,7 @@ def _register_norm():
     def vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
         if dim is not None or keepdim:
             raise NotImplementedError("The norm of a sparse tensor is taken over all of it: `dim` must be `None`.")
-        return torch.linalg.vector_norm(gradient.coalesce().values(), ord, dtype=dtype)
+        return torch.linalg.vector_norm(rows_and_values(gradient)[1], ord, dtype=dtype)
 
     library = torch.library.Library("aten", "IMPL")
     for key in ("SparseCPU", "SparseCUDA"):
@@ -47,9 +58,11 @@ _NORM_LIBRARY = _register_norm()
 
 def check_sparse_gradients(model: nn.Module) -> None:
     """
-    Raises `ValueError` if the gradients of a model's expert tables cannot be sparse here, for the base model to call before
-    a training forward with `config.sparse_expert_gradients`.
+    For a base model to call before a training forward: raises `ValueError` if its `config.sparse_expert_gradients` is True
+    where gradients cannot be sparse.
     """
+    if not model.config.sparse_expert_gradients:
+        return
     obstacle = None
     if torch.compiler.is_compiling():
         obstacle = "`torch.compile` does not trace sparse gradients"

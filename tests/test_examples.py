@@ -41,6 +41,7 @@ from text_data import (
     train_tokenizer,
 )
 from torch.testing import assert_close
+from training import OptimizerArguments
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_peer import PeerForSequenceClassification
@@ -167,6 +168,26 @@ class TestLanguageModel:
         assert results(tmp_path / "model")["perplexity"] < 1.5 * results(checkpoint)["perplexity"]
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_retrieval_heads == 2
         assert (tmp_path / "model/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+    def test_sparse_gradients_with_row_adamw(self, run, checkpoint, text_file, tmp_path):
+        """A table's state says which of its experts were trained, and its own learning rate is in the optimizer's."""
+        flags = clm_flags(tmp_path, text_file)
+        overrides = flags.index(SMALL)
+        flags = (*flags[:overrides], f"{SMALL},sparse_expert_gradients=true", *flags[overrides + 1 :])
+        refusal = run("run_clm.py", *flags, code=1)
+        assert "AdamW does not take sparse gradients: add --row_adamw" in refusal
+        run("run_clm.py", *flags, "--row_adamw", "--second_moment", "row", "--expert_lr_multiplier", "2")
+        assert results(tmp_path)["perplexity"] == pytest.approx(results(checkpoint)["perplexity"], rel=0.3)
+        optimizer = torch.load(tmp_path / "checkpoint-6/optimizer.pt")
+        groups = {group["rows"]: group for group in optimizer["param_groups"]}
+        assert groups[True]["initial_lr"] == 2 * groups[False]["initial_lr"] == 2e-2
+        for table in groups[True]["params"]:
+            assert optimizer["state"][table]["exp_avg_sq"].shape == (64, 1)
+            assert 0 < optimizer["state"][table]["row_steps"].max() <= 6
+
+    def test_flags_of_row_adamw_need_it(self):
+        with pytest.raises(ValueError, match="add --row_adamw"):
+            OptimizerArguments(expert_lr_multiplier=2.0)
 
 
 class TestText:

@@ -1,0 +1,272 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Product-key retrieval on a CPU, in C: scores and selection go block by block through the cache, never to memory."""
+
+import ctypes
+
+import torch
+
+from .native_library import PREAMBLE, load_library, num_threads
+
+
+SOURCE = (
+    PREAMBLE
+    + r"""
+#include <math.h>
+#include <stdlib.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+/* Queries of a tile and keys of a panel: their scores fill the registers, with room for one column of each. */
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+#define TILE 12
+#elif defined(__AVX__)
+#define TILE 6
+#else
+#define TILE 4
+#endif
+#define PANEL (2 * LANES)
+/* Queries whose scores against one set of sub-keys are in the cache together: 192 KB for 1,024 sub-keys. */
+#define BLOCK (4 * TILE)
+
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline floats larger(floats a, floats b) { return (floats)select_words(b > a, (words)b, (words)a); }
+
+/* The bits of the lanes that are at least a threshold. */
+static inline uint32_t lanes_at_least(floats v, float threshold) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
+#elif defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GE_OQ));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits |= (uint32_t)(v[lane] >= threshold) << lane;
+    return bits;
+#endif
+}
+
+/* Keys `[n, size]` to panels `[n / PANEL, size, PANEL]`, the last one filled up with zeros. */
+static void pack_panel(const float *keys, float *panel, int64_t first, int64_t n, int64_t size) {
+    for (int64_t j = 0; j < PANEL; j++)
+        for (int64_t c = 0; c < size; c++)
+            panel[c * PANEL + j] = first + j < n ? keys[(first + j) * size + c] : 0;
+}
+
+/* scores[r, j] = Σ_c queries[c, r] panel[c, j]. Not a number counts as infinitely good: it must not go unseen. */
+static void score_tile(const float *queries, const float *panel, float *scores, int64_t stride, int64_t size) {
+    floats sums[TILE][2] = {};
+    for (int64_t c = 0; c < size; c++) {
+        const floats left = load_float32(panel + c * PANEL), right = load_float32(panel + c * PANEL + LANES);
+        for (int r = 0; r < TILE; r++) {
+            sums[r][0] += queries[c * TILE + r] * left;
+            sums[r][1] += queries[c * TILE + r] * right;
+        }
+    }
+    const words infinite = (words){} + 0x7f800000;
+    for (int r = 0; r < TILE; r++)
+        for (int j = 0; j < 2; j++) {
+            const words ordered = select_words(sums[r][j] == sums[r][j], (words)sums[r][j], infinite);
+            store_float32(scores + r * stride + j * LANES, (floats)ordered);
+        }
+}
+
+/* A value that at least k scores reach, near the k-th best: the k-th best of the maxima of 2k groups of lanes. */
+static float threshold_of(const float *scores, int64_t n, int64_t k, floats *maxima, ints *counts) {
+    const int64_t groups = round_up(2 * k, LANES) / LANES;
+    if (n <= groups * LANES) return -INFINITY;
+    for (int64_t g = 0; g < groups; g++) {
+        maxima[g] = load_float32(scores + g * LANES);
+        counts[g] = (ints){};
+    }
+    for (int64_t i = groups * LANES, g = 0; i < n; i += LANES, g = g + 1 < groups ? g + 1 : 0)
+        maxima[g] = larger(maxima[g], load_float32(scores + i));
+    for (int64_t other = 0; other < groups * LANES; other++) {
+        const float x = ((const float *)maxima)[other];
+        for (int64_t g = 0; g < groups; g++) counts[g] += maxima[g] <= x;  /* true is -1 */
+    }
+    float threshold = -INFINITY;
+    for (int64_t i = 0; i < groups * LANES; i++)
+        if (-((const int32_t *)counts)[i] >= k && ((const float *)maxima)[i] > threshold)
+            threshold = ((const float *)maxima)[i];
+    return threshold;
+}
+
+/* What a thread works in. */
+typedef struct {
+    float *queries, *scores, *best[2], *values;
+    int32_t *places[2], *found;
+    floats *maxima, *candidates;
+    ints *counts, *ranks;
+} workspace;
+
+/* The k best of n scores, best first, the earlier one where two are equal. n is a multiple of LANES. */
+static void select_best(const float *scores, int64_t n, int64_t k, float *best, int32_t *places, const workspace *w) {
+    const float threshold = threshold_of(scores, n, k, w->maxima, w->counts);
+    float *candidates = (float *)w->candidates;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += LANES)
+        for (uint32_t bits = lanes_at_least(load_float32(scores + i), threshold); bits; bits &= bits - 1) {
+            const int32_t place = i + __builtin_ctz(bits);
+            candidates[count] = scores[place];
+            w->found[count++] = place;
+        }
+    const int64_t vectors = round_up(count, LANES) / LANES;
+    for (int64_t i = count; i < vectors * LANES; i++) candidates[i] = -INFINITY;
+    ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t v = 0; v < vectors; v++) {
+        const floats x = w->candidates[v];
+        ints rank = {};
+        for (int64_t j = 0; j < count; j++) {
+            const float y = candidates[j];
+            rank -= (x < y) | ((x == y) & (lane + (int32_t)(v * LANES) > (int32_t)j));
+        }
+        w->ranks[v] = rank;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t rank = ((const int32_t *)w->ranks)[i];
+        if (rank < k) { best[rank] = candidates[i]; places[rank] = w->found[i]; }
+    }
+}
+
+static inline int64_t expert_number(int64_t row, int64_t column) {
+    const int64_t shell = row > column ? row : column;
+    return shell * shell + shell + row - column;
+}
+
+/* Of the pairs of ranks (i, j) those with (i + 1) (j + 1) <= k can be among the k best sums. */
+static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t *column_places,
+                       int64_t k, int64_t *indices, float *scores, const workspace *w) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t j = 0; j < k / (i + 1); j++) w->values[count++] = rows[i] + columns[j];
+    const int64_t padded = round_up(count, LANES);
+    for (int64_t p = count; p < padded; p++) w->values[p] = -INFINITY;
+    int32_t *pairs = w->places[0] + BLOCK * k;
+    select_best(w->values, padded, k, scores, pairs, w);
+    for (int64_t rank = 0; rank < k; rank++) {
+        int64_t i = 0, pair = pairs[rank];
+        while (pair >= k / (i + 1)) pair -= k / ++i;
+        indices[rank] = expert_number(row_places[i], column_places[pair]);
+    }
+}
+
+static void *take(char **memory, int64_t bytes) {
+    void *start = *memory;
+    if (*memory) *memory += round_up(bytes, 64);
+    return start;
+}
+
+/* Lays out a workspace; returns its size. Called with NULL first. */
+static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
+    const int64_t most = round_up(n > num_pairs ? n : num_pairs, PANEL);
+    int64_t bytes = 0;
+#define TAKE(field, count) \
+    bytes += round_up((count) * sizeof *(field), 64); field = take(&memory, (count) * sizeof *(field))
+    TAKE(w->queries, BLOCK * size);
+    TAKE(w->scores, BLOCK * most);
+    TAKE(w->values, most);
+    TAKE(w->found, most);
+    TAKE(w->candidates, most / LANES);
+    TAKE(w->ranks, most / LANES);
+    TAKE(w->maxima, round_up(2 * k, LANES) / LANES);
+    TAKE(w->counts, round_up(2 * k, LANES) / LANES);
+    for (int half = 0; half < 2; half++) {
+        TAKE(w->best[half], BLOCK * k);
+        TAKE(w->places[half], (BLOCK + 1) * k);
+    }
+#undef TAKE
+    return bytes;
+}
+
+/* queries [tokens, heads, 2, size], keys [sets, 2, n, size] with one set or one per head
+   -> indices and scores [tokens, heads, k]. Returns 0, or -1 without memory. */
+int retrieve(const float *queries, const float *keys, int64_t *indices, float *scores, int64_t num_tokens,
+             int64_t heads, int64_t sets, int64_t n, int64_t size, int64_t k, int threads) {
+    const int64_t rows = num_tokens * heads / sets, panels = round_up(n, PANEL) / PANEL;
+    const int64_t padded = panels * PANEL, blocks = (rows + BLOCK - 1) / BLOCK;
+    int64_t num_pairs = 0;
+    for (int64_t i = 0; i < k; i++) num_pairs += k / (i + 1);
+    workspace sizes;
+    const int64_t bytes = lay_out(&sizes, NULL, n, k, size, num_pairs);
+    float *packed = NULL;
+    char *memory = NULL;
+    if (posix_memalign((void **)&packed, 64, sets * 2 * padded * size * sizeof(float))) return -1;
+    if (posix_memalign((void **)&memory, 64, threads * bytes)) { free(packed); return -1; }
+
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t panel = 0; panel < sets * 2 * panels; panel++)
+        pack_panel(keys + panel / panels * n * size, packed + panel * PANEL * size, panel % panels * PANEL, n, size);
+
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < threads; part++) {
+        workspace w;
+        lay_out(&w, memory + part * bytes, n, k, size, num_pairs);
+        for (int64_t task = part; task < sets * blocks; task += threads) {
+            const int64_t set = task / blocks, first = task % blocks * BLOCK;
+            const int64_t count = rows - first < BLOCK ? rows - first : BLOCK;
+            for (int half = 0; half < 2; half++) {
+                for (int64_t r = 0; r < round_up(count, TILE); r++) {
+                    const int64_t row = (first + (r < count ? r : 0)) * sets + set;
+                    const float *query = queries + (row * 2 + half) * size;
+                    float *tile = w.queries + r / TILE * TILE * size + r % TILE;
+                    for (int64_t c = 0; c < size; c++) tile[c * TILE] = query[c];
+                }
+                for (int64_t panel = 0; panel < panels; panel++)
+                    for (int64_t r = 0; r < count; r += TILE)
+                        score_tile(w.queries + r * size, packed + ((set * 2 + half) * panels + panel) * PANEL * size,
+                                   w.scores + r * padded + panel * PANEL, padded, size);
+                for (int64_t r = 0; r < count; r++) {
+                    float *row = w.scores + r * padded;
+                    for (int64_t j = n; j < padded; j++) row[j] = -INFINITY;
+                    select_best(row, padded, k, w.best[half] + r * k, w.places[half] + r * k, &w);
+                }
+            }
+            for (int64_t r = 0; r < count; r++) {
+                const int64_t row = (first + r) * sets + set;
+                best_pairs(w.best[0] + r * k, w.places[0] + r * k, w.best[1] + r * k, w.places[1] + r * k, k,
+                           indices + row * k, scores + row * k, &w);
+            }
+        }
+    }
+    free(packed);
+    free(memory);
+    return 0;
+}
+"""
+)
+
+
+def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The k best experts of every query, exactly.
+
+    Args:
+        queries (`torch.Tensor` of shape `(num_tokens, num_heads, 2, d_k / 2)`): float32, on the CPU.
+        sub_keys (`torch.Tensor` of shape `(num_heads or 1, 2, √N, d_k / 2)`): float32, on the CPU.
+        k (`int`): Number of experts to retrieve, at most √N.
+
+    Returns:
+        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
+    """
+    queries, sub_keys = queries.contiguous(), sub_keys.contiguous()
+    num_tokens, num_heads, _, half_size = queries.shape
+    scores = queries.new_empty(num_tokens, num_heads, k)
+    indices = torch.empty_like(scores, dtype=torch.int64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (queries, sub_keys, indices, scores)]
+    sizes = map(ctypes.c_int64, (num_tokens, num_heads, sub_keys.shape[0], sub_keys.shape[2], half_size, k))
+    if load_library(SOURCE).retrieve(*pointers, *sizes, ctypes.c_int(num_threads())):
+        raise MemoryError(f"No memory to retrieve the experts of {num_tokens} tokens.")
+    return indices, scores
