@@ -47,10 +47,13 @@ from pathlib import Path
 import torch
 from benchmark_contenders import CONTENDERS, Task
 from benchmark_report import Results, plot, table, target_table
+from text_data import standard_library
 from tqdm import tqdm
 from training import parse_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+TRAINED_INDICES = "trained_indices.pt"
 WORKER = Path(__file__).with_name("benchmark_contenders.py")
 SECTIONS = ("forward", "training", "experts", "scaling", "decode")
 PRODUCTS = ("query_product", "query_product_dx", "query_product_dw", "key_product")
@@ -82,9 +85,12 @@ class BenchmarkArguments:
     allow_fallback: bool = field(
         default=False, metadata={"help": "Measure our layers even if not by the kernels that are made for the device."}
     )
-    indices: str | None = field(
+    checkpoint: str | None = field(
         default=None,
-        metadata={"help": "A tensor [tokens, active experts] saved from a trained model, to measure the experts on."},
+        metadata={
+            "help": "A model trained here, as large a pool and with as many active experts: the experts are measured "
+            "on those that it retrieves for held-out text, too."
+        },
     )
     num_experts: list[int] = field(
         default_factory=lambda: [1024**2, 512**2],
@@ -128,7 +134,7 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
 
     largest = [max(args.num_experts)]
     wide = {"hidden_size": args.wide_hidden_size}
-    skews = ["uniform", "zipf"] + ["file"] * (args.indices is not None)
+    skews = ["uniform", "zipf"] + ["trained"] * (args.checkpoint is not None)
     compared = ["peer", "peer_pytorch", "doge_cdmoe", "dense_gated"]
     sections = {
         "forward": tasks(["machine"], ROWS + PRODUCTS, args.num_experts)
@@ -180,12 +186,33 @@ def settings(args: BenchmarkArguments) -> dict:
         "threads": torch.get_num_threads(),
         "transparent_huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
         "versions": {d.name: d.version for d in distributions() if d.name in VERSIONS},
-        "indices": args.indices,
+        "checkpoint": args.checkpoint,
     }
 
 
 def _read(file):
     return Path(file).read_text() if Path(file).is_file() else ""
+
+
+def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
+    """
+    Saves what the first layer with a router of the checkpoint retrieves, `[tokens, active experts]`, for the start of each
+    held-out file of the text that the examples train on. Raises `ValueError` for a pool of another size.
+    """
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint).eval()
+    sizes = {name: getattr(model.config, name) for name in ("num_experts", "num_experts_per_tok")}
+    expected = {
+        "num_experts": max(args.num_experts),
+        "num_experts_per_tok": args.num_retrieval_heads * args.num_experts_per_head,
+    }
+    if sizes != expected:
+        raise ValueError(f"--checkpoint must have {expected}, {args.checkpoint} has {sizes}.")
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    texts = standard_library()["validation"]["text"]
+    blocks = [tokenizer(text, truncation=True, max_length=256, return_tensors="pt") for text in texts[:64]]
+    with torch.no_grad():
+        retrieved = [model(**block, output_router_indices=True).router_indices[0] for block in blocks]
+    torch.save(torch.cat([indices[0].flatten(-2) for indices in retrieved]), file)
 
 
 def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
@@ -195,7 +222,8 @@ def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
         "seed": turn,
         "facts": turn == 0,
         "repetitions": repetitions_per_turn(args),
-        **{name: getattr(args, name) for name in ("device", "indices", "allow_fallback")},
+        "indices": str(Path(args.output_dir, TRAINED_INDICES)),
+        **{name: getattr(args, name) for name in ("device", "allow_fallback")},
     }
 
 
@@ -285,7 +313,11 @@ def main():
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / "benchmark.json")
+    trained_indices = folder / TRAINED_INDICES
+    if args.checkpoint is not None:
+        save_trained_indices(args, trained_indices)
     measure_sections(args, store)
+    trained_indices.unlink(missing_ok=True)
     results = Results(store.sections)
     plot(results, folder / "benchmark.png")
     for name in args.sections:

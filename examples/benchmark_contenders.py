@@ -282,7 +282,7 @@ class LayerRun:
 
     def __init__(self, module: nn.Module, task: Task, device: str, indices_file: str | None):
         self.module, self.task, self.device = module, task, device
-        self.trained_indices = torch.load(indices_file) if task.indices == "file" else None
+        self.trained_indices = torch.load(indices_file) if task.indices == "trained" else None
         self.optimizer = make_optimizer(module, task) if task.operation.startswith("step") else None
 
     def prepare(self) -> None:
@@ -454,6 +454,8 @@ def run_job(job: dict) -> Iterator[dict]:
             if reason is None and module is None and task.contender != "machine":
                 module = build(task, job["device"])
             result = {"seconds": [], "reason": reason} if reason else measure(task, module, job)
+            if module is not None:
+                module.zero_grad()  # the next one may need the memory
             yield {**vars(task), **result}
 
 

@@ -87,6 +87,14 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
     return name
 
 
+def needs_operator(tensor: torch.Tensor) -> bool:
+    """
+    Whether something has to see an operator: autograd, a compiler, tensors of another kind. If not, what it runs may be
+    called itself; for a single token that is half of the time.
+    """
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+
+
 # The package and the code that a checkpoint brought along may live in one process: to each its own operators.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
 

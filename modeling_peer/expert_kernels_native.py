@@ -17,7 +17,7 @@ import ctypes
 
 import torch
 
-from .memory_advice import advise_huge_pages
+from .memory_advice import ReusedMemory
 from .native_library import DTYPES, PREAMBLE, for_each_dtype, load_library, num_threads
 from .product_keys_native import retrieve
 
@@ -76,12 +76,18 @@ int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, in
 }
 """
     + for_each_dtype(r"""
-/* output[t, a] = hidden[t] · table[indices[t, a]] */
-void NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_tokens,
-              int64_t active, int64_t width, int threads) {
+/* output[t, a] = hidden[t] · table[indices[t, a]]. Returns 0, or -1 for an index that is not in the table. */
+int NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
+             int64_t num_tokens, int64_t active, int64_t width, int threads) {
+    int failed = 0;
     const int64_t count = num_tokens * active, unrolled = width - width % (4 * WIDTH), whole = width - width % WIDTH;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t entry = 0; entry < count; entry++) {
+        if ((uint64_t)indices[entry] >= (uint64_t)num_rows) {
+            #pragma omp atomic write
+            failed = -1;
+            continue;
+        }
         const SUM *token = hidden + entry / active * width;
         const ROW *row = table + indices[entry] * width;
         const ROW *ahead = table + indices[entry + ROWS_AHEAD < count ? entry + ROWS_AHEAD : entry] * width;
@@ -105,11 +111,14 @@ void NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *
         for (; i < width; i++) sum += token[i] * GET(row + i);
         output[entry] = sum;
     }
+    return failed;
 }
 
-/* output[t] = Σ_a weights[t, a] table[indices[t, a]]; columns are shared out too, where there are fewer tokens than threads. */
-void NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_tokens,
-                int64_t active, int64_t width, int threads) {
+/* output[t] = Σ_a weights[t, a] table[indices[t, a]]; columns are shared out too, where there are fewer tokens than
+   threads. Returns as up does. */
+int NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
+               int64_t num_tokens, int64_t active, int64_t width, int threads) {
+    int failed = 0;
     const int64_t parts = num_tokens < threads ? threads : 1;
     const int64_t step = ((width + parts - 1) / parts + WIDTH - 1) / WIDTH * WIDTH;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -120,6 +129,11 @@ void NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SU
         for (int64_t i = 0; i < columns; i++) sums[i] = 0;
         for (int64_t a = 0; a < active; a++) {
             const int64_t entry = t * active + a, last = num_tokens * active - 1;
+            if ((uint64_t)indices[entry] >= (uint64_t)num_rows) {
+                #pragma omp atomic write
+                failed = -1;
+                continue;
+            }
             const SUM weight = weights[entry];
             const ROW *row = table + indices[entry] * width + first;
             const ROW *ahead = table + indices[entry + ROWS_AHEAD < last ? entry + ROWS_AHEAD : last] * width + first;
@@ -134,11 +148,12 @@ void NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SU
             for (; i < columns; i++) sums[i] += weight * GET(row + i);
         }
     }
+    return failed;
 }
 
 /* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1], for
-   every u; written to row `places[u]` where places are given. */
-void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
+   every u; written to row `places[u]` where places are given. Returns 0. */
+int NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
                         const int64_t *places, ROW *values, int64_t num_rows, int64_t active, int64_t width,
                         int threads) {
     const int64_t blocks = width - width % (BLOCK * WIDTH), whole = width - width % WIDTH;
@@ -175,9 +190,13 @@ void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_
             PUT(value + i, sum);
         }
     }
+    return 0;
 }
 """)
 )
+
+
+_GRADIENTS = ReusedMemory()
 
 
 class NativeKernels:
@@ -195,16 +214,18 @@ class NativeKernels:
 
     @staticmethod
     def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        hidden, table = _in_memory(hidden_states, _sum_dtype(table.dtype)), table.contiguous()
-        output, indices = hidden.new_empty(indices.shape), _checked(indices, table.shape[0])
-        _call("up", table.dtype, hidden, indices, table, output, *indices.shape, table.shape[1])
+        hidden, table, indices = _in_memory(hidden_states, table.dtype), table.contiguous(), indices.contiguous()
+        output = hidden.new_empty(indices.shape)
+        if _call("up", table.dtype, hidden, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
+            _refuse(indices, table.shape[0])
         return output.to(hidden_states.dtype)
 
     @staticmethod
     def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        factors, table = _in_memory(weights, _sum_dtype(table.dtype)), table.contiguous()
-        output, indices = factors.new_empty(weights.shape[0], table.shape[1]), _checked(indices, table.shape[0])
-        _call("down", table.dtype, factors, indices, table, output, *indices.shape, table.shape[1])
+        factors, table, indices = _in_memory(weights, table.dtype), table.contiguous(), indices.contiguous()
+        output = factors.new_empty(weights.shape[0], table.shape[1])
+        if _call("down", table.dtype, factors, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
+            _refuse(indices, table.shape[0])
         return output.to(weights.dtype)
 
     @staticmethod
@@ -215,51 +236,47 @@ class NativeKernels:
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        coefficients, tokens = _in_memory(coefficients, _sum_dtype(dtype)), _in_memory(tokens, _sum_dtype(dtype))
+        coefficients, tokens = _in_memory(coefficients, dtype), _in_memory(tokens, dtype)
         active, width = indices.shape[1], tokens.shape[1]
-        rows, starts, order = _group_by_row(_checked(indices, None if out is None else out.shape[0]))
-        values = advise_huge_pages(tokens.new_empty(len(rows), width, dtype=dtype)) if out is None else out
+        rows, starts, order = _group_by_row(indices.contiguous(), None if out is None else out.shape[0])
+        values = _GRADIENTS.empty(len(rows), width, dtype=dtype) if out is None else out
         places = None if out is None else rows
         _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
         return (rows, values) if out is None else None
 
 
-def _sum_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _in_memory(tensor, dtype):
-    return tensor.to(dtype).contiguous()
+    """As the kernels for a table of `dtype` read it: in the dtype that sums are taken in."""
+    return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _checked(indices, num_rows):
-    """Indices as the kernels read them, who look nothing up that is not there. `num_rows` is `None` if nothing is read."""
-    least, most = indices.aminmax() if indices.numel() else (0, 0)
-    if least < 0 or (num_rows is not None and most >= num_rows):
-        found = int(least if least < 0 else most)
-        raise IndexError(f"An expert's number is at least 0 and below their number {num_rows or 'N'}, got {found}.")
-    return indices.contiguous()
+def _refuse(indices, num_rows):
+    least, most = (int(bound) for bound in indices.aminmax())
+    found = least if least < 0 else most
+    raise IndexError(f"An expert's number is at least 0 and below their number {num_rows}, got {found}.")
 
 
-def _group_by_row(indices):
-    """Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`."""
+def _group_by_row(indices, num_rows):
+    """
+    Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`. Every row is
+    below `num_rows`, if that is not `None`.
+    """
     count = indices.numel()
     rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
-    num_rows = int(indices.max()) + 1 if count else 0
-    found = _function("group_by_row", ctypes.c_int64)(*map(_argument, (indices, count, num_rows, rows, starts, order)))
+    least, most = map(int, indices.aminmax()) if count else (0, -1)
+    if least < 0 or most >= (num_rows or most + 1):
+        _refuse(indices, num_rows or "N")
+    group = load_library(SOURCE).group_by_row
+    group.restype = ctypes.c_int64
+    found = group(*map(_argument, (indices, count, most + 1, rows, starts, order)))
     if found < 0:
         raise MemoryError(f"No memory to sort the {count} experts of {indices.shape[0]} tokens.")
     return rows[:found], starts[: found + 1], order
 
 
 def _call(name, dtype, *arguments):
-    _function(f"{name}_{DTYPES[dtype]}")(*map(_argument, arguments), ctypes.c_int(num_threads()))
-
-
-def _function(name, restype=None):
-    function = getattr(load_library(SOURCE), name)
-    function.restype = restype
-    return function
+    function = getattr(load_library(SOURCE), f"{name}_{DTYPES[dtype]}")
+    return function(*map(_argument, arguments), ctypes.c_int(num_threads()))
 
 
 def _argument(value):

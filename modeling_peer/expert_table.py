@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .expert_kernels import expert_down, expert_up, resolve_kernels
+from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
 from .expert_kernels_eager import EagerKernels
 from .memory_advice import advise_huge_pages
 
@@ -74,10 +74,12 @@ class ExpertUpProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
         """
-        kernels, sparse_gradient = self.kernels, self.sparse
+        kernels = self.kernels
         if kernels == "eager":
-            return EagerKernels.up(hidden_states, indices, self.weight, sparse_gradient)
-        return expert_up(hidden_states, indices, self.weight, kernels, sparse_gradient)
+            return EagerKernels.up(hidden_states, indices, self.weight, self.sparse)
+        if needs_operator(hidden_states):
+            return expert_up(hidden_states, indices, self.weight, kernels, self.sparse)
+        return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, self.weight)
 
 
 class ExpertDownProjection(ExpertTable):
@@ -92,7 +94,9 @@ class ExpertDownProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
-        kernels, sparse_gradient = self.kernels, self.sparse
+        kernels = self.kernels
         if kernels == "eager":
-            return EagerKernels.down(weights, indices, self.weight, sparse_gradient)
-        return expert_down(weights, indices, self.weight, kernels, sparse_gradient)
+            return EagerKernels.down(weights, indices, self.weight, self.sparse)
+        if needs_operator(weights):
+            return expert_down(weights, indices, self.weight, kernels, self.sparse)
+        return ALL_EXPERT_KERNELS[kernels].down(weights, indices, self.weight)

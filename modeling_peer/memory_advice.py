@@ -11,12 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the operating system is told of memory that is read by rows. Where it does not listen, nothing changes."""
+"""
+Memory that is read and written by rows: what the operating system is told of it, and how it is used again. Where the
+system does not listen, nothing changes.
+"""
 
 import ctypes
 import functools
 import mmap
 import sys
+import threading
 
 import torch
 
@@ -53,3 +57,43 @@ def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 def advise_random_access(tensor: torch.Tensor) -> torch.Tensor:
     """Of a tensor mapped from a file, reading a row brings that row, not its neighbours. Returns the tensor."""
     return _advise(tensor, mmap.MADV_RANDOM)
+
+
+class ReusedMemory:
+    """
+    Memory for the gradients of a step, taken again for those of the next once nothing refers to it: fresh memory costs
+    more to touch first than the gradients cost to compute. What was needed at one time stays allocated.
+    """
+
+    def __init__(self):
+        self._blocks: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of this shape on the CPU, its numbers whatever was there."""
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        if size < LEAST_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            free = [block for block in self._blocks if _is_unused(block)]
+            block = next((block for block in free if size <= block.numel() <= 2 * size), None)
+            if block is None:
+                # Too small for what is asked of it now, or too large: out with all that is free.
+                self._blocks = [block for block in self._blocks if not any(block is other for other in free)]
+                block = advise_huge_pages(torch.empty(size + size // 8, dtype=torch.uint8))
+                self._blocks.append(block)
+            return block[:size].view(dtype).view(shape)
+
+
+def _is_unused(block):
+    """Whether no tensor but the block itself lives in its memory."""
+    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) == _USES_OF_A_BLOCK
+
+
+def _count_uses():
+    block = torch.empty(1, dtype=torch.uint8)
+    return torch._C._storage_Use_Count(block.untyped_storage()._cdata)
+
+
+_USES_OF_A_BLOCK = _count_uses()

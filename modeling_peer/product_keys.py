@@ -15,7 +15,14 @@
 
 import torch
 
-from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, expert_down, expert_row_gradient, refuse_double_backward
+from .expert_kernels import (
+    ALL_EXPERT_KERNELS,
+    NAMESPACE,
+    expert_down,
+    expert_row_gradient,
+    needs_operator,
+    refuse_double_backward,
+)
 
 
 def grid_size(num_experts: int) -> int:
@@ -97,6 +104,8 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
         `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
     """
     if queries.dtype == torch.float32 and hasattr(ALL_EXPERT_KERNELS[kernels], "retrieve"):
+        if not needs_operator(queries):
+            return ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
         scores, indices = product_key_retrieval(queries, sub_keys, k, kernels)
         return indices, scores
     if sub_keys.shape[0] == 1:

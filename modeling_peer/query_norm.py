@@ -81,14 +81,16 @@ class QueryBatchNorm(nn.BatchNorm1d):
             `torch.Tensor`: normalised queries, of the shape of `queries`, at least float32.
         """
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        weight, bias = self.weight.to(queries.dtype), self.bias.to(queries.dtype)
         if self.training and self.learns and self.weight.requires_grad:
             mean, variance, count = self._batch_moments(queries, padding_mask)
             unbiased_variance = variance * (count / (count - 1).clamp(min=1))
             self.pending_moments = (mean.detach(), unbiased_variance.detach(), count)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        normalised = (queries - mean) * torch.rsqrt(variance + self.eps)
-        return normalised * self.weight.to(queries.dtype) + self.bias.to(queries.dtype)
+            normalised = (queries - mean) * torch.rsqrt(variance + self.eps)
+            return normalised * weight + bias
+        statistics = (self.running_mean.to(queries.dtype), self.running_var.to(queries.dtype))
+        features = queries.reshape(-1, self.num_features)
+        return F.batch_norm(features, *statistics, weight, bias, eps=self.eps).view_as(queries)
 
     def _batch_moments(self, queries, padding_mask):
         queries = queries.reshape(-1, self.num_features)

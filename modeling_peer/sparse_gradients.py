@@ -15,7 +15,7 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import PreTrainedModel
 
 
 if dist.is_available():
@@ -56,7 +56,7 @@ def _register_norm():
 _NORM_LIBRARY = _register_norm()
 
 
-def check_sparse_gradients(model: nn.Module) -> None:
+def check_sparse_gradients(model: PreTrainedModel) -> None:
     """
     For a base model to call before a training forward: raises `ValueError` if its `config.sparse_expert_gradients` is True
     where gradients cannot be sparse.

@@ -15,7 +15,17 @@
 
 import os
 
+import pytest
+
 
 # Tests start processes of their own; several OpenMP pools on the same cores slow small tests a hundredfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def used_kernels(monkeypatch):
+    """See `record_kernels`."""
+    from kernels_used import record_kernels
+
+    return record_kernels(monkeypatch.setattr)

@@ -112,7 +112,7 @@ class TestContenders:
         task = replace(TINY, num_experts=4096, num_tokens=128)
         trained = torch.arange(3 * task.num_active).view(3, -1)
         uniform, zipf, file = (
-            draw_indices(replace(task, indices=kind), trained) for kind in ("uniform", "zipf", "file")
+            draw_indices(replace(task, indices=kind), trained) for kind in ("uniform", "zipf", "trained")
         )
         assert uniform.shape == zipf.shape == file.shape == (128, 8)
         assert min(uniform.min(), zipf.min()) >= 0 and max(uniform.max(), zipf.max()) < 4096
@@ -223,7 +223,7 @@ class TestRun:
             BenchmarkArguments(**fields)
 
     def test_contenders_stand_together(self):
-        for tasks in section_tasks(BenchmarkArguments(indices="file.pt")).values():
+        for tasks in section_tasks(BenchmarkArguments(checkpoint="runs/million")).values():
             names = [task.contender for task in tasks]
             assert len(set(tasks)) == len(tasks)
             assert names == sorted(names, key=names.index)

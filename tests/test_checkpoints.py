@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from kernels_used import INFERENCE
 from safetensors import safe_open
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
@@ -104,7 +105,7 @@ def test_shared_pool_is_stored_once(tmp_path):
         tiny_config("dense", "peer", tie_word_embeddings=True),
     ],
 )
-def test_disk_offload(config, tmp_path):
+def test_disk_offload(config, tmp_path, used_kernels):
     model = tiny_model(config)
     model.save_pretrained(tmp_path / "checkpoint")
     device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
@@ -118,6 +119,7 @@ def test_disk_offload(config, tmp_path):
     assert same(logits_of(loaded), logits_of(model))
     generated = loaded.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False))
+    assert used_kernels == INFERENCE
 
 
 def test_automatic_device_map_offloads_what_does_not_fit(tmp_path):
@@ -263,6 +265,14 @@ for model in (copy, package):
     loss = model(tokens, labels=tokens, output_router_indices=True)
     assert len(loss.router_indices) == 3
     model.train()(tokens, labels=tokens).loss.backward()
+# Neither has written over the other's operators.
+kernels = [sys.modules[type(m).__module__.rpartition(".")[0] + ".expert_kernels"] for m in (copy, package)]
+assert kernels[0].expert_up is not kernels[1].expert_up and kernels[0].NAMESPACE != kernels[1].NAMESPACE
+for module in kernels:
+    module.ALL_EXPERT_KERNELS["native"].up = lambda *args, module=module: torch.full(args[1].shape, float(id(module)))
+    up = getattr(torch.ops, module.NAMESPACE).expert_up
+    output = up(torch.ones(2, 4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(5, 4), "native", False)
+    assert (output == torch.tensor(float(id(module)))).all()
 print("both")
 """
         assert "both" in self.run(script, folder, tmp_path, PYTHONPATH=str(PACKAGE_ROOT))

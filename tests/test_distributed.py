@@ -31,6 +31,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from kernels_used import INFERENCE, TRAINING
 from safetensors.torch import load_file
 
 from modeling_peer import PeerForCausalLM
@@ -66,7 +67,7 @@ WITH_EXPERT_TABLES = [name for name in MODELS if name not in ("dense", "moe")]
 def launch(command: list[str], script: str, *arguments: str | Path) -> None:
     """Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
@@ -339,3 +340,23 @@ def test_fsdp2_launch_file_shards_by_decoder_layer(monkeypatch):
     assert plugin.transformer_cls_names_to_wrap == PeerForCausalLM._no_split_modules
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     assert not plugin.cpu_ram_efficient_loading
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "run, name, expected",
+    [
+        ("ddp", "right", TRAINING),
+        ("ddp", "checkpointed", TRAINING),
+        ("fsdp", "right", TRAINING),
+        ("tensor_parallel", "peer", TRAINING),
+        ("tensor_parallel", "odd_width", TRAINING),
+        ("pipeline_parallel", "peer", INFERENCE),
+    ],
+)
+def test_experts_ran_on_the_native_kernels(request, run, name, expected, rank):
+    _, facts = handed_over(request.getfixturevalue(run), f"{name}-{rank}")
+    used = {tuple(call) for call in facts["kernels"]}
+    assert used <= expected
+    if run != "pipeline_parallel" or used:  # a stage may have no experts
+        assert used == expected

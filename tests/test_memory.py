@@ -27,6 +27,7 @@ from transformers import AutoConfig
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.memory_advice import ReusedMemory
 
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,7 @@ def test_no_gathered_rows_are_held(kernels):
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.memory_advice import ReusedMemory
 config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, expert_kernels=sys.argv[1], query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
@@ -155,6 +157,7 @@ def test_sparse_gradients_take_memory_for_the_rows_they_touch():
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.memory_advice import ReusedMemory
 config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=512**2, sparse_expert_gradients=True, query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
@@ -166,6 +169,46 @@ print(json.dumps({"more": resident("VmHWM") - before}))
 """
     # 4,096 rows at most, of 2 KB, in each of two tables; a dense gradient would be 512 MB for each.
     assert run(script)["more"] < 80
+
+
+class TestReusedMemory:
+    SHAPE = (4096, 1024)  # 16 MB
+
+    def test_is_taken_again_only_when_nothing_refers_to_it(self):
+        memory = ReusedMemory()
+        values = memory.empty(*self.SHAPE, dtype=torch.float32)
+        address = values.data_ptr()
+        gradient = torch.sparse_coo_tensor(
+            torch.arange(4096)[None], values, (9999, 1024), is_coalesced=True, check_invariants=False
+        )
+        del values
+        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
+        view = gradient.values()[5:]
+        del gradient
+        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
+        del view
+        fewer = memory.empty(4000, 1024, dtype=torch.float32)
+        others = [memory.empty(*self.SHAPE, dtype=torch.float32) for _ in range(2)]
+        assert address in {tensor.data_ptr() for tensor in (fewer, *others)}
+
+    def test_what_does_not_fit_is_let_go(self):
+        memory = ReusedMemory()
+        for rows in (4096, 8192, 32768, 4096):
+            memory.empty(rows, 1024, dtype=torch.bfloat16)
+            assert len(memory._blocks) == 1
+
+    def test_a_step_takes_that_of_the_last(self):
+        config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, sparse_expert_gradients=True)
+        layer, addresses = PeerFeedForward(config, 0), []
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        for _ in range(3):
+            layer.zero_grad()
+            layer(torch.randn(1, 256, 512)).square().sum().backward()
+            tables = layer.expert_pool.up_proj, layer.expert_pool.down_proj
+            addresses.append({table.weight.grad._values().data_ptr() for table in tables})
+        assert len(addresses[0]) == 2
+        assert addresses[0] == addresses[1] == addresses[2]
 
 
 def test_the_layer_reads_no_weight_but_by_rows():

@@ -20,6 +20,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from kernels_used import TRAINING
 from torch.testing import assert_close
 from trainer_worker import (
     PERIOD,
@@ -242,7 +243,7 @@ class TestGradientAccumulation:
         assert not torch.allclose(norm.running_mean, of_the_joint_batch, rtol=0.1)
 
 
-def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path):
+def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kernels):
     process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path / "killed"),))
     process.start()
     process.join(120)
@@ -262,3 +263,4 @@ def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path):
     (norm,) = query_batch_norms(resumed.model)
     assert norm.num_batches_tracked == 2 * RESUMED_OPTIONS["max_steps"]
     assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
+    assert used_kernels == TRAINING

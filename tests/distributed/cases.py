@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import torch
+from kernels_used import record_kernels
 from safetensors.torch import save_file
 
 from modeling_peer import PeerConfig, PeerForCausalLM
@@ -24,6 +25,7 @@ from modeling_peer import PeerConfig, PeerForCausalLM
 
 VOCAB_SIZE = 61  # odd, as the vocabularies of real tokenizers: the head splits unevenly
 IGNORED = -100
+USED_KERNELS = record_kernels()
 
 TINY = {
     "vocab_size": VOCAB_SIZE,
@@ -124,9 +126,14 @@ def outputs(model: PeerForCausalLM, padded_cache: bool = True) -> dict[str, torc
 
 
 def hand_over(folder: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict | None = None) -> None:
-    """Writes `name`.safetensors and `name`.json into `folder`, for the test to look at."""
+    """
+    Writes `name`.safetensors and `name`.json into `folder`, for the test to look at. What ran the experts since the last
+    time is among the facts.
+    """
+    facts = {**(facts or {}), "kernels": sorted(USED_KERNELS)}
+    USED_KERNELS.clear()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors"
     )
-    (folder / f"{name}.json").write_text(json.dumps(facts or {}, indent=2))
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=2))
