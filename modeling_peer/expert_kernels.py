@@ -87,12 +87,13 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
     return name
 
 
-def needs_operator(tensor: torch.Tensor) -> bool:
+def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
     """
     Whether something has to see an operator: autograd, a compiler, tensors of another kind. If not, what it runs may be
     called itself; for a single token that is half of the time.
     """
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return observed or type(tokens) is not torch.Tensor or type(table) not in (torch.Tensor, torch.nn.Parameter)
 
 
 # The package and the code that a checkpoint brought along may live in one process: to each its own operators.

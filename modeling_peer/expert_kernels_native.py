@@ -13,12 +13,10 @@
 # limitations under the License.
 """Experts on a CPU, in C for the processor at hand: every row that a token needs is read from where it lies, once."""
 
-import ctypes
-
 import torch
 
 from .memory_advice import ReusedMemory
-from .native_library import DTYPES, PREAMBLE, for_each_dtype, load_library, num_threads
+from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
 from .product_keys_native import retrieve
 
 
@@ -59,7 +57,8 @@ static uint64_t *sort_by_number(uint64_t *numbers, uint64_t *other_numbers, int6
 /* Groups `count` indices by the row they name: `rows` each row once, ascending, `starts` where its entries start in
    `order`, the numbers of the entries. Returns the number of rows, -1 without memory. */
 int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, int64_t *rows, int64_t *starts,
-                     int64_t *order) {
+                     int64_t *order, int threads) {
+    (void)threads;
     uint64_t *buffer = malloc((3 * count + 1) * sizeof *buffer);
     if (!buffer) return -1;
     int bits = 0;
@@ -77,7 +76,7 @@ int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, in
 """
     + for_each_dtype(r"""
 /* output[t, a] = hidden[t] · table[indices[t, a]]. Returns 0, or -1 for an index that is not in the table. */
-int NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
+int64_t NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
              int64_t num_tokens, int64_t active, int64_t width, int threads) {
     int failed = 0;
     const int64_t count = num_tokens * active, unrolled = width - width % (4 * WIDTH), whole = width - width % WIDTH;
@@ -116,7 +115,7 @@ int NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *o
 
 /* output[t] = Σ_a weights[t, a] table[indices[t, a]]; columns are shared out too, where there are fewer tokens than
    threads. Returns as up does. */
-int NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
+int64_t NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
                int64_t num_tokens, int64_t active, int64_t width, int threads) {
     int failed = 0;
     const int64_t parts = num_tokens < threads ? threads : 1;
@@ -152,8 +151,8 @@ int NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM
 }
 
 /* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1], for
-   every u; written to row `places[u]` where places are given. Returns 0. */
-int NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
+   every u; written to row `places[u]` where places are given. */
+void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
                         const int64_t *places, ROW *values, int64_t num_rows, int64_t active, int64_t width,
                         int threads) {
     const int64_t blocks = width - width % (BLOCK * WIDTH), whole = width - width % WIDTH;
@@ -190,7 +189,6 @@ int NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t
             PUT(value + i, sum);
         }
     }
-    return 0;
 }
 """)
 )
@@ -214,6 +212,7 @@ class NativeKernels:
 
     @staticmethod
     def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        _check("hidden_states", hidden_states, (len(indices), table.shape[1]), indices, table)
         hidden, table, indices = _in_memory(hidden_states, table.dtype), table.contiguous(), indices.contiguous()
         output = hidden.new_empty(indices.shape)
         if _call("up", table.dtype, hidden, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
@@ -222,6 +221,7 @@ class NativeKernels:
 
     @staticmethod
     def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        _check("weights", weights, indices.shape, indices, table)
         factors, table, indices = _in_memory(weights, table.dtype), table.contiguous(), indices.contiguous()
         output = factors.new_empty(weights.shape[0], table.shape[1])
         if _call("down", table.dtype, factors, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
@@ -236,6 +236,8 @@ class NativeKernels:
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        _check("coefficients", coefficients, indices.shape, indices)
+        _check("tokens", tokens, (len(indices), tokens.shape[1] if out is None else out.shape[1]), indices)
         coefficients, tokens = _in_memory(coefficients, dtype), _in_memory(tokens, dtype)
         active, width = indices.shape[1], tokens.shape[1]
         rows, starts, order = _group_by_row(indices.contiguous(), None if out is None else out.shape[0])
@@ -243,6 +245,20 @@ class NativeKernels:
         places = None if out is None else rows
         _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
         return (rows, values) if out is None else None
+
+
+def _check(name, tensor, shape, *others):
+    """Before C reads them: `tensor` of a shape, and int64 indices of two dimensions first among the others."""
+    if tensor.shape != shape or others[0].ndim != 2:
+        raise ValueError(
+            f"`{name}` must be of shape {tuple(shape)} with `indices` of shape (num_tokens, num_active), got "
+            f"{tuple(tensor.shape)} and {tuple(others[0].shape)}."
+        )
+    if others[0].dtype != torch.int64:
+        raise ValueError(f"`indices` must be int64, got {others[0].dtype}.")
+    for other in (tensor, *others):
+        if other.device.type != "cpu":
+            raise ValueError(f"Tokens, indices and experts must be on the CPU together, one is on {other.device}.")
 
 
 def _in_memory(tensor, dtype):
@@ -264,22 +280,13 @@ def _group_by_row(indices, num_rows):
     count = indices.numel()
     rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
     least, most = map(int, indices.aminmax()) if count else (0, -1)
-    if least < 0 or most >= (num_rows or most + 1):
-        _refuse(indices, num_rows or "N")
-    group = load_library(SOURCE).group_by_row
-    group.restype = ctypes.c_int64
-    found = group(*map(_argument, (indices, count, most + 1, rows, starts, order)))
+    if least < 0 or (num_rows is not None and most >= num_rows):
+        _refuse(indices, "N" if num_rows is None else num_rows)
+    found = call(SOURCE, "group_by_row", indices, count, most + 1, rows, starts, order)
     if found < 0:
         raise MemoryError(f"No memory to sort the {count} experts of {indices.shape[0]} tokens.")
     return rows[:found], starts[: found + 1], order
 
 
 def _call(name, dtype, *arguments):
-    function = getattr(load_library(SOURCE), f"{name}_{DTYPES[dtype]}")
-    return function(*map(_argument, arguments), ctypes.c_int(num_threads()))
-
-
-def _argument(value):
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+    return call(SOURCE, f"{name}_{DTYPES[dtype]}", *arguments)

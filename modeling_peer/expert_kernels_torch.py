@@ -24,7 +24,7 @@ PIECE_SIZE = 2**20
 
 class TorchKernels:
     """
-    The signatures that every implementation has. Sums are taken in float32, or float64 for float64 tokens.
+    The signatures that every implementation has. Sums are taken in float32, or float64 for a float64 table.
 
     Indices are int64 rows of the table. Tokens and table may differ in dtype; `up` and `down` return that of their first
     argument.

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
 from .expert_kernels_eager import EagerKernels
-from .memory_advice import advise_huge_pages
+from .memory_advice import advise_huge_pages, advise_whole_access
 
 
 class ExpertTable(nn.Embedding):
@@ -53,6 +53,11 @@ class ExpertTable(nn.Embedding):
         """Leaves the rows as allocated: the model's `_init_weights` fills them, once."""
         advise_huge_pages(self.weight.data)
 
+    def _apply(self, fn, recurse=True):
+        # What casts or moves the table reads all of it.
+        advise_whole_access(self.weight)
+        return super()._apply(fn, recurse)
+
     def init_own_weights(self) -> None:
         init.normal_(self.weight, std=self.init_std)
 
@@ -74,12 +79,13 @@ class ExpertUpProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
         """
-        kernels = self.kernels
+        weight = self.weight  # once: an adapter may compute it
+        kernels = resolve_kernels(self.config.expert_kernels, weight)
         if kernels == "eager":
-            return EagerKernels.up(hidden_states, indices, self.weight, self.sparse)
-        if needs_operator(hidden_states):
-            return expert_up(hidden_states, indices, self.weight, kernels, self.sparse)
-        return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, self.weight)
+            return EagerKernels.up(hidden_states, indices, weight, self.sparse)
+        if needs_operator(hidden_states, weight):
+            return expert_up(hidden_states, indices, weight, kernels, self.sparse)
+        return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, weight)
 
 
 class ExpertDownProjection(ExpertTable):
@@ -94,9 +100,10 @@ class ExpertDownProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
-        kernels = self.kernels
+        weight = self.weight  # once: an adapter may compute it
+        kernels = resolve_kernels(self.config.expert_kernels, weight)
         if kernels == "eager":
-            return EagerKernels.down(weights, indices, self.weight, self.sparse)
-        if needs_operator(weights):
-            return expert_down(weights, indices, self.weight, kernels, self.sparse)
-        return ALL_EXPERT_KERNELS[kernels].down(weights, indices, self.weight)
+            return EagerKernels.down(weights, indices, weight, self.sparse)
+        if needs_operator(weights, weight):
+            return expert_down(weights, indices, weight, kernels, self.sparse)
+        return ALL_EXPERT_KERNELS[kernels].down(weights, indices, weight)

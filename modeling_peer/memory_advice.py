@@ -59,6 +59,11 @@ def advise_random_access(tensor: torch.Tensor) -> torch.Tensor:
     return _advise(tensor, mmap.MADV_RANDOM)
 
 
+def advise_whole_access(tensor: torch.Tensor) -> torch.Tensor:
+    """Takes [`advise_random_access`] back, for who reads all of a tensor. Returns the tensor."""
+    return _advise(tensor, mmap.MADV_NORMAL)
+
+
 class ReusedMemory:
     """
     Memory for the gradients of a step, taken again for those of the next once nothing refers to it: fresh memory costs
@@ -66,7 +71,7 @@ class ReusedMemory:
     """
 
     def __init__(self):
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[_Block] = []
         self._lock = threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -76,24 +81,27 @@ class ReusedMemory:
         if size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
-            free = [block for block in self._blocks if _is_unused(block)]
-            block = next((block for block in free if size <= block.numel() <= 2 * size), None)
+            free = [block for block in self._blocks if block.is_free()]
+            block = next((block for block in free if size <= block.size <= 2 * size), None)
             if block is None:
                 # Too small for what is asked of it now, or too large: out with all that is free.
-                self._blocks = [block for block in self._blocks if not any(block is other for other in free)]
-                block = advise_huge_pages(torch.empty(size + size // 8, dtype=torch.uint8))
+                self._blocks = [block for block in self._blocks if block not in free]
+                block = _Block(size + size // 8)
                 self._blocks.append(block)
-            return block[:size].view(dtype).view(shape)
+            return block.memory[:size].view(dtype).view(shape)
 
 
-def _is_unused(block):
-    """Whether no tensor but the block itself lives in its memory."""
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) == _USES_OF_A_BLOCK
+class _Block:
+    def __init__(self, size: int):
+        self.size = size
+        self.memory = advise_huge_pages(torch.empty(size, dtype=torch.uint8))
+        self.storage = self.memory.untyped_storage()
+        self.references_when_free = self._references()
 
+    def is_free(self) -> bool:
+        """Whether no tensor but its own lives in the memory, here or in a process that it was sent to."""
+        return self._references() == self.references_when_free and not self.memory.is_shared()
 
-def _count_uses():
-    block = torch.empty(1, dtype=torch.uint8)
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata)
-
-
-_USES_OF_A_BLOCK = _count_uses()
+    def _references(self):
+        """Of tensors, and of Python to the storage itself."""
+        return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)

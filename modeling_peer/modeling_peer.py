@@ -42,7 +42,7 @@ from .expert_table import ExpertTable
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
-from .memory_advice import advise_random_access
+from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
@@ -105,6 +105,12 @@ def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length:
             f"{tuple(attention_mask.shape)}."
         )
     return attention_mask[:, -sequence_length:]
+
+
+def _advise_tables(model, advise):
+    for module in model.modules():
+        if isinstance(module, ExpertTable):
+            advise(module.weight)
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -172,9 +178,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         """As in the library. A file of weights stays where it is and is mapped; of the expert tables, whose rows are read
         at random, the operating system is told to read no more than asked for."""
         loaded = super().from_pretrained(*args, **kwargs)
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
-            if isinstance(module, ExpertTable):
-                advise_random_access(module.weight)
+        _advise_tables(loaded[0] if isinstance(loaded, tuple) else loaded, advise_random_access)
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
@@ -184,10 +188,12 @@ class PeerPreTrainedModel(PreTrainedModel):
         actual_class = type(self)
         if actual_class.__name__.startswith("FSDP"):
             self.__class__ = actual_class.__bases__[1]
+        _advise_tables(self, advise_whole_access)
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
             self.__class__ = actual_class
+            _advise_tables(self, advise_random_access)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

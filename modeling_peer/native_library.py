@@ -149,17 +149,22 @@ def load_library(source: str) -> ctypes.CDLL | None:
     """
     try:
         compiler = _compiler()
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
+        version = _run([*compiler, "--version"])
         key = "\0".join([source, *compiler, *COMPILER_FLAGS, version, _processor()])
         name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-        return ctypes.CDLL(str(_build(compiler, source, _cache_folder() / name)))
+        return ctypes.CDLL(str(_build(compiler, source, name)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
             f"PEER runs on torch operations, several times slower than with a C compiler: {reason[0] if reason else error}. "
-            "Install gcc or clang, or name one in the environment variable CC."
+            "Install gcc, or name a compiler that has its OpenMP in the environment variable CC."
         )
         return None
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, check=True, text=True, encoding="utf-8", errors="replace")
+    return done.stdout
 
 
 def _compiler():
@@ -178,33 +183,38 @@ def _processor():
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
 
 
-def _cache_folder():
+def _build(compiler, source, name):
+    """Compiles to a file of this name unless there is one. Of several processes one compiles; none sees a part of it."""
     folder = Path(constants.HF_HOME) / "modeling_peer"
+    if (folder / name).exists():
+        return folder / name
+    folder = _writable(folder)
+    with FileLock(folder / f"{name}.lock"), tempfile.TemporaryDirectory(dir=folder) as workplace:
+        if (folder / name).exists():
+            return folder / name
+        code, compiled, linked = (Path(workplace) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
+        code.write_text(source, encoding="utf-8")
+        _run([*compiler, *COMPILER_FLAGS, "-c", str(code), "-o", str(compiled)])
+        # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        _run([*compiler, "-shared", *undefined, str(compiled), "-o", str(linked)])
+        os.replace(linked, folder / name)
+    return folder / name
+
+
+def _writable(folder):
+    """The folder, made if it can be, or else one of this user's own, where nobody else can put code."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="modeling_peer-"))
-
-
-def _build(compiler, source, path):
-    """Compiles to `path` unless it is there. Of several processes one compiles; none sees a part of a file."""
-    if path.exists():
-        return path
-    with FileLock(f"{path}.lock"), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        if path.exists():
-            return path
-        code, compiled, linked = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
-        code.write_text(source)
-        run = functools.partial(subprocess.run, capture_output=True, check=True, text=True)
-        run([*compiler, *COMPILER_FLAGS, "-c", str(code), "-o", str(compiled)])
-        # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        run([*compiler, "-shared", *undefined, str(compiled), "-o", str(linked)])
-        os.replace(linked, path)
-    return path
+    own = Path(tempfile.gettempdir()) / f"modeling_peer-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.is_symlink() or own.stat().st_uid != os.getuid() or own.stat().st_mode & 0o077:
+        raise OSError(f"{own} is not this user's alone: remove it, or set HF_HOME to a folder that can be written")
+    return own
 
 
 _is_forked = False
@@ -222,3 +232,24 @@ if hasattr(os, "register_at_fork"):
 def num_threads() -> int:
     """Threads for a kernel: torch's, but one in a forked process, whose parent's OpenMP threads are not there."""
     return 1 if _is_forked else torch.get_num_threads()
+
+
+def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) -> int:
+    """
+    Calls a function of a library, which takes the number of threads last: tensors go by address, numbers as int64 or
+    double. Raises `RuntimeError` if the library cannot be compiled here.
+    """
+    library = load_library(source)
+    if library is None:
+        raise RuntimeError("Native kernels were chosen elsewhere, and here there is no C compiler that works.")
+    function = getattr(library, name)
+    function.restype = ctypes.c_int64
+    return function(*map(_argument, arguments), ctypes.c_int(num_threads()))
+
+
+def _argument(value):
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

@@ -104,7 +104,7 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
         `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
     """
     if queries.dtype == torch.float32 and hasattr(ALL_EXPERT_KERNELS[kernels], "retrieve"):
-        if not needs_operator(queries):
+        if not needs_operator(queries, sub_keys):
             return ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
         scores, indices = product_key_retrieval(queries, sub_keys, k, kernels)
         return indices, scores

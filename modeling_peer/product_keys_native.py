@@ -13,11 +13,9 @@
 # limitations under the License.
 """Product-key retrieval on a CPU, in C: scores and selection go block by block through the cache, never to memory."""
 
-import ctypes
-
 import torch
 
-from .native_library import PREAMBLE, load_library, num_threads
+from .native_library import PREAMBLE, call
 
 
 SOURCE = (
@@ -151,7 +149,10 @@ static void best_pairs(const float *rows, const int32_t *row_places, const float
                        int64_t k, int64_t *indices, float *scores, const workspace *w) {
     int64_t count = 0;
     for (int64_t i = 0; i < k; i++)
-        for (int64_t j = 0; j < k / (i + 1); j++) w->values[count++] = rows[i] + columns[j];
+        for (int64_t j = 0; j < k / (i + 1); j++) {
+            const float sum = rows[i] + columns[j];
+            w->values[count++] = sum == sum ? sum : INFINITY;  /* as in score_tile */
+        }
     const int64_t padded = round_up(count, LANES);
     for (int64_t p = count; p < padded; p++) w->values[p] = -INFINITY;
     int32_t *pairs = w->places[0] + BLOCK * k;
@@ -193,7 +194,7 @@ static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t
 
 /* queries [tokens, heads, 2, size], keys [sets, 2, n, size] with one set or one per head
    -> indices and scores [tokens, heads, k]. Returns 0, or -1 without memory. */
-int retrieve(const float *queries, const float *keys, int64_t *indices, float *scores, int64_t num_tokens,
+int64_t retrieve(const float *queries, const float *keys, int64_t *indices, float *scores, int64_t num_tokens,
              int64_t heads, int64_t sets, int64_t n, int64_t size, int64_t k, int threads) {
     const int64_t rows = num_tokens * heads / sets, panels = round_up(n, PANEL) / PANEL;
     const int64_t padded = panels * PANEL, blocks = (rows + BLOCK - 1) / BLOCK;
@@ -265,8 +266,8 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[tor
     num_tokens, num_heads, _, half_size = queries.shape
     scores = queries.new_empty(num_tokens, num_heads, k)
     indices = torch.empty_like(scores, dtype=torch.int64)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (queries, sub_keys, indices, scores)]
-    sizes = map(ctypes.c_int64, (num_tokens, num_heads, sub_keys.shape[0], sub_keys.shape[2], half_size, k))
-    if load_library(SOURCE).retrieve(*pointers, *sizes, ctypes.c_int(num_threads())):
+    num_sets, _, size, _ = sub_keys.shape
+    sizes = (num_tokens, num_heads, num_sets, size, half_size, k)
+    if call(SOURCE, "retrieve", queries, sub_keys, indices, scores, *sizes):
         raise MemoryError(f"No memory to retrieve the experts of {num_tokens} tokens.")
     return indices, scores

@@ -49,13 +49,14 @@ class QueryBatchNorm(nn.BatchNorm1d):
     too. These moments are the only thing a token learns of its future: a mean over thousands of positions, not a
     position. In evaluation and generation the running statistics take their place and a token depends on nothing but
     its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`. A frozen norm, one
-    whose `weight` requires no gradient, works as in evaluation: adapters train on the statistics they will be used with. So
-    does a forward without gradients in training mode, where a policy generates between its updates: it trains nothing.
+    whose `weight` requires no gradient, works as in evaluation: adapters train on the statistics they will be used
+    with. So does a forward without gradients in training mode, where a policy generates between its updates: it trains
+    nothing.
 
     Moments are computed in float32 (or float64 for float64 queries) and, where torch.distributed is initialized,
     reduced over its ranks so that they equal the joint batch's, with gradients flowing across ranks: all ranks must run
-    equally many training forwards. Running statistics are folded by `fold_moments`, which the base model calls once per micro-batch: under activation
-    checkpointing a layer's forward runs twice and must not count twice.
+    equally many training forwards. Running statistics are folded by `fold_moments`, which the base model calls once
+    per micro-batch: under activation checkpointing a layer's forward runs twice and must not count twice.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):

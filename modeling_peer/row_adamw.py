@@ -349,7 +349,7 @@ def update_rows(
         places (`torch.Tensor` of shape `(num_touched,)`): int64, the row of `gradient` that is of each of `rows`.
         group (`dict`): The parameter's group, for `lr`, `betas`, `eps` and `weight_decay`.
     """
-    if native.can_update(parameter, gradient):
+    if native.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
         native.update_rows(parameter, state, rows, gradient, places, group)
         return
     size = _rows_per_chunk(parameter)

@@ -13,11 +13,11 @@
 # limitations under the License.
 """[`RowAdamW`] on a CPU, in C for the processor at hand: one pass over the touched rows, each read and written once."""
 
-import ctypes
+from collections.abc import Iterable
 
 import torch
 
-from .native_library import DTYPES, PREAMBLE, for_each_dtype, load_library, num_threads
+from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
 
 
 SOURCE = (
@@ -138,14 +138,16 @@ void NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_ste
 )
 
 
-def can_update(parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
-    """Whether these kernels run on this parameter and its gradient, here."""
+def can_update(parameter: torch.Tensor, gradient: torch.Tensor, moments: Iterable[torch.Tensor] = ()) -> bool:
+    """Whether these kernels run on this parameter, its gradient and its moments, here."""
+    moments = list(moments)
+    tensors = [parameter, gradient, *moments]
+    sum_dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return (
-        parameter.device.type == gradient.device.type == "cpu"
+        parameter.dtype in DTYPES
         and parameter.dtype == gradient.dtype
-        and parameter.dtype in DTYPES
-        and parameter.is_contiguous()
-        and gradient.is_contiguous()
+        and all(moment.dtype == sum_dtype for moment in moments)
+        and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
         and load_library(SOURCE) is not None
     )
 
@@ -170,14 +172,9 @@ def update_rows(
     tensors = (parameter, state["exp_avg"], exp_avg_sq, state["row_steps"], gradient, rows, places)
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     _call("adamw", parameter.dtype, *tensors, len(rows), width, exp_avg_sq.shape[1] != width, *map(float, numbers))
+    # As torch's own optimizers do: a graph that saved the table must not be run backward with the moved one.
+    torch.autograd.graph.increment_version(parameter)
 
 
 def _call(name, dtype, *arguments):
-    function = getattr(load_library(SOURCE), f"{name}_{DTYPES[dtype]}")
-    function(*map(_argument, arguments), ctypes.c_int(num_threads()))
-
-
-def _argument(value):
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+    call(SOURCE, f"{name}_{DTYPES[dtype]}", *arguments)

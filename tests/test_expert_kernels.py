@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimum.quanto import freeze, qint8, quantize
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.utils.checkpoint import checkpoint
 
@@ -173,6 +174,63 @@ def test_an_index_outside_of_the_table_is_refused(index):
     ):
         with pytest.raises(IndexError, match=f"below their number 36, got {index}"):
             run()
+
+
+class TestWithoutGradients:
+    """Kernels are called themselves where no operator is needed: nothing may reach them that C would misread."""
+
+    @pytest.fixture(autouse=True)
+    def no_grad(self):
+        with torch.no_grad():
+            yield
+
+    def test_traced(self):
+        layer = tiny_model(tiny_config()).model.layers[0].mlp
+        hidden_states = torch.randn(1, 4, 24)
+        traced = torch.jit.trace(layer, hidden_states)
+        torch.testing.assert_close(traced(hidden_states), layer(hidden_states))
+
+    def test_quantized(self):
+        model = tiny_model(tiny_config("dense", "peer"))
+        tokens, expected = random_tokens(2, 5), None
+        quantize(model, weights=qint8)
+        freeze(model)
+        with torch.enable_grad():
+            expected = model(tokens).logits
+        torch.testing.assert_close(model(tokens).logits, expected)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"hidden_states": torch.randn(3, 24)}, r"hidden_states.*\(5, 24\).*\(3, 24\)"),
+            ({"hidden_states": torch.randn(5, 20)}, r"hidden_states.*\(5, 24\).*\(5, 20\)"),
+            ({"weights": torch.randn(5, 7)}, r"weights.*\(5, 6\).*\(5, 7\)"),
+            ({"indices": torch.zeros(5, 6, dtype=torch.int32)}, "indices.*int64.*int32"),
+            ({"hidden_states": torch.randn(5, 24, device="meta")}, "CPU together.*meta"),
+        ],
+    )
+    def test_refused(self, changes, message):
+        hidden_states, weights, indices, _ = experts(5, 6, 24, 36, torch.float32)
+        arguments = {"hidden_states": hidden_states, "weights": weights, "indices": indices} | changes
+        pool = tiny_model(tiny_config()).model.layers[0].mlp.expert_pool
+        with pytest.raises(ValueError, match=message):
+            pool.up_proj(arguments["hidden_states"], arguments["indices"])
+            pool.down_proj(arguments["weights"], arguments["indices"])
+
+    def test_a_weight_that_is_computed_is_computed_once(self):
+        class Counted(torch.nn.Module):
+            calls = 0
+
+            def forward(self, weight):
+                self.calls += 1
+                return weight
+
+        table = tiny_model(tiny_config()).model.layers[0].mlp.expert_pool.up_proj
+        counted = Counted()
+        torch.nn.utils.parametrize.register_parametrization(table, "weight", counted, unsafe=True)
+        counted.calls = 0
+        table(torch.randn(2, 24), torch.zeros(2, 3, dtype=torch.int64))
+        assert counted.calls == 1
 
 
 class TestRegistry:
@@ -395,6 +453,16 @@ class TestRetrieval:
         weights = scores.softmax(-1)
         assert weights[1, 0].isnan().any()
         assert weights[0].isfinite().all()
+
+    @pytest.mark.parametrize("query", [3e38, float("inf"), float("nan")])
+    def test_opposite_infinities(self, query):
+        """The sum of a pair may be no number though both its scores are."""
+        queries, sub_keys = torch.full((1, 1, 2, 2), query), torch.rand(1, 2, 256, 2) * 5 + 1
+        sub_keys[0, 1] *= -1
+        indices, scores = retrieve(queries, sub_keys, 16, "native")
+        assert indices.min() >= 0
+        assert indices.max() < 256**2
+        assert scores.softmax(-1).isnan().any()
 
     def test_the_backward_leaves_other_sub_keys_alone(self):
         queries, sub_keys = torch.randn(3, 2, 2, 8), torch.randn(1, 2, 100, 8, requires_grad=True)

@@ -172,6 +172,7 @@ def test_attention_implementations_agree(config):
 
 @pytest.mark.parametrize("name", ["dense", "pkm", "peer", "moe"])
 def test_compiled_forward(name):
+    torch._dynamo.reset()
     model = tiny_model(VARIANTS[name])
     if name == "moe":
         model.set_experts_implementation("batched_mm")  # the loop over experts that tokens chose cannot be traced

@@ -134,7 +134,6 @@ def test_no_gathered_rows_are_held(kernels):
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.memory_advice import ReusedMemory
 config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, expert_kernels=sys.argv[1], query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
@@ -157,7 +156,6 @@ def test_sparse_gradients_take_memory_for_the_rows_they_touch():
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.memory_advice import ReusedMemory
 config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=512**2, sparse_expert_gradients=True, query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
@@ -186,10 +184,20 @@ class TestReusedMemory:
         view = gradient.values()[5:]
         del gradient
         assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
+        storage = view.untyped_storage()
         del view
+        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
+        del storage
         fewer = memory.empty(4000, 1024, dtype=torch.float32)
         others = [memory.empty(*self.SHAPE, dtype=torch.float32) for _ in range(2)]
         assert address in {tensor.data_ptr() for tensor in (fewer, *others)}
+
+    def test_is_never_taken_from_another_process(self):
+        memory = ReusedMemory()
+        values = memory.empty(*self.SHAPE, dtype=torch.float32).share_memory_()
+        address = values.data_ptr()
+        del values
+        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
 
     def test_what_does_not_fit_is_let_go(self):
         memory = ReusedMemory()

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmark_report import Results
 
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
 
@@ -60,6 +61,25 @@ def test_the_figures_of_the_quickstart_are_its_own():
     for result in (results["peer-tiny"], results["dense-tiny"]):
         figures = rf"{result['perplexity_before']:.1f}\s+to\s+{result['perplexity_after']:.1f}"
         assert re.search(figures, README), figures
+
+
+def test_the_table_of_times_is_the_benchmarks():
+    results = Results(json.loads((ROOT / "examples/results/benchmark.json").read_text()))
+    sizes = {"num_experts": 1024**2, "hidden_size": 512}
+    contenders = ("peer", "peer_pytorch", "peer_eager", "pkm_embedding_bag", "dense", "dense_gated")
+    for label, section, operation in (
+        ("forward", "forward", "forward"),
+        ("forward and backward", "training", "forward_backward"),
+        ("training step", "training", "step"),
+    ):
+        fields = {"operation": operation, **sizes}
+        seconds = [results.value(section, "seconds", contender=name, **fields) for name in contenders]
+        (ours,) = results.records(section, contender="peer", **fields)
+        cells = [
+            "not measured" if time is None else f"{time * 1e3:,.0f} ms"
+            for time in (*seconds, results.floor(section, ours))
+        ]
+        assert f"| {label} | {' | '.join(cells)} |" in README
 
 
 def test_the_table_of_configurations():

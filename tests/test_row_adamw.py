@@ -52,7 +52,7 @@ NUM_ROWS, WIDTH = 11, 37  # no multiple of a vector's numbers
 def path(request, monkeypatch):
     """What moves the rows: the compiled kernel or torch operations, these in several chunks."""
     if request.param == "torch":
-        monkeypatch.setattr(row_adamw.native, "can_update", lambda parameter, gradient: False)
+        monkeypatch.setattr(row_adamw.native, "can_update", lambda *tensors: False)
         monkeypatch.setattr(row_adamw, "CHUNK_NUMBERS", 3 * WIDTH)
     else:
         assert row_adamw.native.can_update(torch.empty(1, 1), torch.empty(1, 1))
@@ -726,3 +726,28 @@ class TestDistributed:
         optimizer = rows_of(table)
         take_steps(optimizer, table, half_gradients())
         self.compare(distributed, "tensor_parallel", rank, copied(optimizer, table))
+
+
+def test_a_model_cast_in_the_midst_of_training_keeps_its_state():
+    table = random_table()
+    optimizer = rows_of(table)
+    take_steps(optimizer, table, random_gradients(2))
+    table.data = table.data.double()
+    table.grad = None
+    expected = LiteralAdamW(table)
+    expected.m, expected.v = (optimizer.state[table][name].tolist() for name in ("exp_avg", "exp_avg_sq"))
+    expected.t = optimizer.state[table]["row_steps"].tolist()
+    (gradient,) = random_gradients(1, torch.float64, seed=5)
+    take_steps(optimizer, table, [gradient])
+    expected.step(gradient)
+    assert_close(table.detach(), torch.tensor(expected.table, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_that_saved_a_table_is_not_run_backward_after_a_step(path):
+    table = random_table()
+    optimizer = rows_of(table)
+    loss = table.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

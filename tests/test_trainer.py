@@ -264,3 +264,13 @@ def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kerne
     assert norm.num_batches_tracked == 2 * RESUMED_OPTIONS["max_steps"]
     assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
     assert used_kernels == TRAINING
+
+
+def test_losses_are_those_of_the_literal_experts(tmp_path, used_kernels):
+    losses = {}
+    for kernels, used in (("eager", {"eager"}), ("auto", {"native"})):
+        used_kernels.clear()
+        losses[kernels] = logged(train(small_model("peer", "pkm", expert_kernels=kernels), tmp_path))
+        assert {name for name, _ in used_kernels} == used
+    assert losses["auto"][-1] < 0.7 * losses["auto"][0]
+    assert losses["auto"] == pytest.approx(losses["eager"], rel=1e-4)
