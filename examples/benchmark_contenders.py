@@ -37,6 +37,7 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path
+from modeling_peer.expert_kernels_native import NativeKernels
 from modeling_peer.feed_forward_dense import DenseFeedForward
 from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
 from modeling_peer.feed_forward_pkm import PkmFeedForward
@@ -314,6 +315,7 @@ class LayerRun:
         """What is measured once, aside of time."""
         self.prepare()
         self.module.zero_grad()
+        NativeKernels.gradient_memory.release()  # it counts as memory that a step takes
         facts = {"peak_bytes": peak_bytes(self, self.device)}
         if self.optimizer is not None:
             states = [value for state in self.optimizer.state.values() for value in state.values()]

@@ -25,8 +25,9 @@ SOURCE = (
     + r"""
 #include <stdlib.h>
 
-/* Rows that are asked of memory before they are used. A row is 2 KB at d = 512 in float32. */
-#define ROWS_AHEAD 6
+/* Rows that are asked of memory before they are used, for the innermost cache alone: of a large table few come again
+   before they would be out of the others. A row is 2 KB at d = 512 in float32. */
+#define ROWS_AHEAD 12
 /* Vectors that a sum over tokens keeps in registers. */
 #define BLOCK 8
 
@@ -94,7 +95,7 @@ int64_t NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SU
         int64_t i = 0;
         for (; i < unrolled; i += 4 * WIDTH)
             for (int j = 0; j < 4; j++) {
-                __builtin_prefetch(ahead + i + j * WIDTH, 0, 3);
+                __builtin_prefetch(ahead + i + j * WIDTH, 0, 0);
                 VECTOR x;
                 memcpy(&x, token + i + j * WIDTH, sizeof x);
                 sums[j] += x * LOAD(row + i + j * WIDTH);
@@ -138,7 +139,7 @@ int64_t NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table,
             const ROW *ahead = table + indices[entry + ROWS_AHEAD < last ? entry + ROWS_AHEAD : last] * width + first;
             int64_t i = 0;
             for (; i < whole; i += WIDTH) {
-                __builtin_prefetch(ahead + i, 0, 3);
+                __builtin_prefetch(ahead + i, 0, 0);
                 VECTOR sum;
                 memcpy(&sum, sums + i, sizeof sum);
                 sum += weight * LOAD(row + i);
@@ -194,13 +195,14 @@ void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_
 )
 
 
-_GRADIENTS = ReusedMemory()
-
-
 class NativeKernels:
-    """Signatures as in [`TorchKernels`], and retrieval."""
+    """
+    Signatures as in [`TorchKernels`], and retrieval. Sparse gradients lie in `gradient_memory`, which keeps what a step
+    needed for the next until `NativeKernels.gradient_memory.release()`.
+    """
 
     retrieve = staticmethod(retrieve)
+    gradient_memory = ReusedMemory()
 
     @staticmethod
     def why_not(table: torch.Tensor) -> str | None:
@@ -241,7 +243,7 @@ class NativeKernels:
         coefficients, tokens = _in_memory(coefficients, dtype), _in_memory(tokens, dtype)
         active, width = indices.shape[1], tokens.shape[1]
         rows, starts, order = _group_by_row(indices.contiguous(), None if out is None else out.shape[0])
-        values = _GRADIENTS.empty(len(rows), width, dtype=dtype) if out is None else out
+        values = NativeKernels.gradient_memory.empty(len(rows), width, dtype=dtype) if out is None else out
         places = None if out is None else rows
         _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
         return (rows, values) if out is None else None

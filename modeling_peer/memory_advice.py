@@ -67,7 +67,7 @@ def advise_whole_access(tensor: torch.Tensor) -> torch.Tensor:
 class ReusedMemory:
     """
     Memory for the gradients of a step, taken again for those of the next once nothing refers to it: fresh memory costs
-    more to touch first than the gradients cost to compute. What was needed at one time stays allocated.
+    more to touch first than the gradients cost to compute. What was needed at one time stays allocated until `release`.
     """
 
     def __init__(self):
@@ -89,6 +89,11 @@ class ReusedMemory:
                 block = _Block(size + size // 8)
                 self._blocks.append(block)
             return block.memory[:size].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Gives back what nothing refers to."""
+        with self._lock:
+            self._blocks = [block for block in self._blocks if not block.is_free()]
 
 
 class _Block:

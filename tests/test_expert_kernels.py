@@ -326,12 +326,13 @@ class TestOperators:
             with pytest.raises(RuntimeError, match=r'second derivative.*expert_kernels="eager"'):
                 torch.autograd.grad(output.sum(), arguments[0], create_graph=True)
 
-    def test_frozen_inputs_get_no_gradient(self, kernels):
+    def test_frozen_inputs_get_no_gradient(self, kernels, used_kernels):
         hidden_states, _, indices, table = experts(5, 6, 24, 36, torch.float32)
         output = expert_up(hidden_states.requires_grad_(), indices, table, kernels, False)
         output.sum().backward()
         assert hidden_states.grad is not None
         assert table.grad is None
+        assert used_kernels == {(kernels, "up"), (kernels, "down")}  # and none is computed
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_activation_checkpointing(self, kernels, use_reentrant):

@@ -199,6 +199,13 @@ class TestReusedMemory:
         del values
         assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
 
+    def test_release_gives_back_what_is_free(self):
+        memory = ReusedMemory()
+        kept = memory.empty(*self.SHAPE, dtype=torch.float32)
+        memory.empty(*self.SHAPE, dtype=torch.float32)
+        memory.release()
+        assert [block.memory.data_ptr() for block in memory._blocks] == [kept.data_ptr()]
+
     def test_what_does_not_fit_is_let_go(self):
         memory = ReusedMemory()
         for rows in (4096, 8192, 32768, 4096):

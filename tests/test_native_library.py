@@ -175,6 +175,10 @@ ALL_EXPERT_KERNELS["native"].up(torch.randn(300, 64), torch.zeros(300, 8, dtype=
 print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self/task").iterdir())))
 """
         assert "added []" in finished(run(script, tmp_path))
+        # Nor would one come where torch brings a runtime under a name of its own.
+        for library in (tmp_path / "modeling_peer").glob("*.so"):
+            assert b"libgomp.so" not in library.read_bytes()
+            assert b"libomp.so" not in library.read_bytes()
 
     def test_as_many_as_torch_has(self, monkeypatch):
         asked = []

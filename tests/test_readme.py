@@ -82,6 +82,21 @@ def test_the_table_of_times_is_the_benchmarks():
         assert f"| {label} | {' | '.join(cells)} |" in README
 
 
+def test_the_figures_of_repeated_experts_are_the_benchmarks():
+    results = Results(json.loads((ROOT / "examples/results/benchmark.json").read_text()))
+    fields = {"contender": "expert_part", "operation": "forward", "dtype": "float32"}
+    values = [
+        (
+            results.value("experts", "unique_rows", indices=indices, **fields),
+            results.value("experts", "seconds", indices=indices, **fields),
+        )
+        for indices in ("trained", "uniform")
+    ]
+    for rows, seconds in values:
+        assert f"{rows:,}" in README
+        assert f"{seconds * 1e3:.1f} ms" in README
+
+
 def test_the_table_of_configurations():
     rows = re.findall(r"^\| `(\w+-\w+)` \| ([\d.,]+) \| ([\d.,]+) M \| ([\d.,]+) M \|$", README, flags=re.M)
     assert sorted(name for name, *_ in rows) == list_configurations()
