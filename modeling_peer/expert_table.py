@@ -66,6 +66,15 @@ class ExpertTable(nn.Embedding):
         """The implementation that runs on this table here and now. Raises `RuntimeError` if the configured one cannot."""
         return resolve_kernels(self.config.expert_kernels, self.weight)
 
+    def _run(self, half, operator, tokens, indices):
+        weight = self.weight  # once: an adapter may compute it
+        kernels = resolve_kernels(self.config.expert_kernels, weight)
+        if kernels == "eager":
+            return getattr(EagerKernels, half)(tokens, indices, weight, self.sparse)
+        if needs_operator(tokens, weight):
+            return operator(tokens, indices, weight, kernels, self.sparse)
+        return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
+
 
 class ExpertUpProjection(ExpertTable):
     """The rows u_i that go into the experts' neurons: `(hidden [T, d], indices [T, A]) -> hidden · u [T, A]`."""
@@ -79,13 +88,7 @@ class ExpertUpProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
         """
-        weight = self.weight  # once: an adapter may compute it
-        kernels = resolve_kernels(self.config.expert_kernels, weight)
-        if kernels == "eager":
-            return EagerKernels.up(hidden_states, indices, weight, self.sparse)
-        if needs_operator(hidden_states, weight):
-            return expert_up(hidden_states, indices, weight, kernels, self.sparse)
-        return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, weight)
+        return self._run("up", expert_up, hidden_states, indices)
 
 
 class ExpertDownProjection(ExpertTable):
@@ -100,10 +103,4 @@ class ExpertDownProjection(ExpertTable):
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
-        weight = self.weight  # once: an adapter may compute it
-        kernels = resolve_kernels(self.config.expert_kernels, weight)
-        if kernels == "eager":
-            return EagerKernels.down(weights, indices, weight, self.sparse)
-        if needs_operator(weights, weight):
-            return expert_down(weights, indices, weight, kernels, self.sparse)
-        return ALL_EXPERT_KERNELS[kernels].down(weights, indices, weight)
+        return self._run("down", expert_down, weights, indices)

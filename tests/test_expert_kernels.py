@@ -20,8 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from optimum.quanto import freeze, qint8, quantize
 from tiny_models import random_tokens, tiny_config, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from modeling_peer import ExpertKernelsInterface, PeerForCausalLM
@@ -511,6 +515,28 @@ class TestSparseGradients:
         compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
         with torch.no_grad():  # nothing to refuse
             torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+    @pytest.fixture
+    def one_process(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+    def test_refused_under_fsdp2(self, one_process):
+        model = PeerForCausalLM(tiny_config(sparse_expert_gradients=True))
+        fully_shard(model.model.layers[0], mesh=one_process)
+        tokens = random_tokens(2, 5)
+        with pytest.raises(ValueError, match=r"sparse_expert_gradients.*FSDP2.*set it to False"):
+            model.train()(tokens, labels=tokens)
+        model.config.sparse_expert_gradients = False
+        model(tokens, labels=tokens).loss.backward()
+
+    def test_refused_where_tables_are_split(self, one_process):
+        model = PeerForCausalLM(tiny_config(sparse_expert_gradients=True))
+        table = model.model.layers[0].mlp.expert_pool.up_proj
+        table.weight = torch.nn.Parameter(distribute_tensor(table.weight.data, one_process, [Shard(1)]))
+        with pytest.raises(ValueError, match=r"sparse_expert_gradients.*tensor parallelism.*set it to False"):
+            check_sparse_gradients(model.model)
 
     def test_refused_under_nccl(self, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

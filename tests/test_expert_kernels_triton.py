@@ -40,9 +40,9 @@ from modeling_peer.expert_kernels_eager import EagerKernels
 from modeling_peer.expert_kernels_triton import TritonKernels
 
 
-needs_triton = pytest.mark.skipif(expert_kernels_triton.triton is None, reason="Triton is not installed.")
-needs_ptxas = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton compiles on Linux on x86-64."
+# Where its wheels are, Triton is a part of the test environment, and its absence a failure.
+needs_triton = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
 )
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +177,7 @@ def run_case(case):
 
     with mock.patch.object(expert_kernels_triton, "_launch", launch_amid_edges):
         for by_expert in (False, True):
-            with mock.patch.object(expert_kernels_triton, "_by_expert", lambda *_: by_expert):  # noqa: B023
+            with mock.patch.object(expert_kernels_triton, "_by_expert", return_value=by_expert):
                 results["up", by_expert] = TritonKernels.up(hidden, indices, table)
                 results["down", by_expert] = TritonKernels.down(weights, indices, table)
         results["rows"], results["values"] = TritonKernels.row_gradient(weights, hidden, indices, table.dtype)
@@ -207,7 +207,7 @@ def run_large_table():
     indices, ones = torch.tensor([[last, 0], [last - 1, last]]), torch.ones(2, 64)
     results = {}
     for by_expert in (False, True):
-        with mock.patch.object(expert_kernels_triton, "_by_expert", lambda *_: by_expert):  # noqa: B023
+        with mock.patch.object(expert_kernels_triton, "_by_expert", return_value=by_expert):
             results["up", by_expert] = TritonKernels.up(ones, indices, table)
             results["down", by_expert] = TritonKernels.down(ones[:, :2], indices, table)
     TritonKernels.row_gradient(ones[:, :2], ones, indices, torch.float16, out=gradient)
@@ -407,7 +407,6 @@ def compile_launch(kernel, arguments, blocks, capability):
 
 
 @needs_triton
-@needs_ptxas
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 32, 512), (2, 7, 130), (1, 1, 1)], ids=str)
@@ -419,7 +418,7 @@ def test_kernels_compile(launches, monkeypatch, tmp_path, capability, dtype, siz
     )
     indices = torch.zeros(num_tokens, active, dtype=torch.int64)
     for by_expert in (False, True):
-        monkeypatch.setattr(expert_kernels_triton, "_by_expert", lambda *_: by_expert)  # noqa: B023
+        monkeypatch.setattr(expert_kernels_triton, "_by_expert", mock.Mock(return_value=by_expert))
         TritonKernels.up(hidden, indices, table)
         TritonKernels.down(weights, indices, table)
     TritonKernels.row_gradient(weights, hidden, indices, dtype)
