@@ -41,6 +41,7 @@ from modeling_peer.expert_kernels_native import NativeKernels
 from modeling_peer.feed_forward_dense import DenseFeedForward
 from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
 from modeling_peer.feed_forward_pkm import PkmFeedForward
+from modeling_peer.generations import first_generation
 from modeling_peer.memory_advice import advise_huge_pages
 from modeling_peer.product_keys import grid_size
 from modeling_peer.row_adamw import RowAdamW
@@ -179,7 +180,7 @@ CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "pkm_embedding_bag": EmbeddingBagMemory,
     "dense": dense,
     "dense_gated": lambda task: DenseFeedForward(peer_config(task), 0),
-    "expert_part": lambda task: ExpertPool(peer_config(task)),
+    "expert_part": lambda task: ExpertPool(peer_config(task), [first_generation(peer_config(task))]),
     "peer-tiny": named_model("peer-tiny"),
     "dense-tiny": named_model("dense-tiny"),
     "peer-mid": mid_model,

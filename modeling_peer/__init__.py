@@ -24,8 +24,13 @@ from transformers import (
 
 from .configuration_peer import PeerConfig
 from .costs import ModelCosts, PartCosts, model_costs
+from .expert_background import ExpertBackground
 from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
+from .expert_mask import masked_experts
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
+from .freezing import FrozenExperts, freeze_experts
+from .gate_fitting import GateFit, fit_gates
+from .growth import Addition, add_experts, train_added_experts_only
 from .modeling_peer import (
     PeerForCausalLM,
     PeerForQuestionAnswering,
@@ -36,7 +41,8 @@ from .modeling_peer import (
 )
 from .named_configurations import configuration_path, list_configurations
 from .row_adamw import RowAdamW, expert_parameter_groups
-from .usage import ExpertUsageCallback, ExpertUsageMeter
+from .sparse_finetuning import SparseFinetuningCallback
+from .usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 
 
 # On import, as spawned ranks and data workers rely on it.
@@ -58,10 +64,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ALL_EXPERT_KERNELS",
     "ALL_FEED_FORWARDS",
+    "Addition",
+    "ExpertBackground",
     "ExpertKernelsInterface",
     "ExpertUsageCallback",
     "ExpertUsageMeter",
     "FeedForwardInterface",
+    "FrozenExperts",
+    "GateFit",
     "ModelCosts",
     "PartCosts",
     "PeerConfig",
@@ -72,8 +82,15 @@ __all__ = [
     "PeerModel",
     "PeerPreTrainedModel",
     "RowAdamW",
+    "SparseFinetuningCallback",
+    "add_experts",
     "configuration_path",
     "expert_parameter_groups",
+    "fit_gates",
+    "freeze_experts",
     "list_configurations",
+    "masked_experts",
+    "measure_usage",
     "model_costs",
+    "train_added_experts_only",
 ]

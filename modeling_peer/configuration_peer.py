@@ -24,6 +24,7 @@ from transformers.utils import auto_docstring
 from .expert_kernels import ALL_EXPERT_KERNELS
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_peer import ExpertPool
+from .generations import check_additions
 from .product_keys import grid_size
 
 
@@ -76,6 +77,10 @@ class PeerConfig(PreTrainedConfig):
     sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
         Whether the gradients of expert tables are sparse tensors with a row for each expert that the batch retrieved,
         for an optimizer that takes them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
+    expert_additions (`list[dict]`, *optional*):
+        What [`add_experts`] added to PEER layers, in its order: the `layers`, the `mode` and the `num_experts` of each
+        addition, of a protected one `num_retrieval_heads` and `num_experts_per_head` too. `num_experts` above stays what
+        layers began with.
     moe_num_experts (`int`, *optional*, defaults to 128):
         Experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -151,6 +156,7 @@ class PeerConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int | None = None
     expert_kernels: str = "auto"
     sparse_expert_gradients: bool = False
+    expert_additions: list[dict[str, Any]] | None = None
     moe_num_experts: int = 128
     moe_num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
@@ -272,6 +278,9 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.query_size % 2:
             raise ValueError(f"`query_size` must be even, two halves of one size, got {self.query_size}.")
+
+    def validate_expert_additions(self):
+        check_additions(self)
 
     def validate_expert_kernels(self):
         if self.expert_kernels != "auto" and self.expert_kernels not in ALL_EXPERT_KERNELS:

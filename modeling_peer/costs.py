@@ -32,6 +32,7 @@ from .feed_forward_dense import DenseFeedForward
 from .feed_forward_moe import MoeFeedForward
 from .feed_forward_peer import PeerFeedForward
 from .feed_forward_pkm import PkmFeedForward
+from .generations import first_generation, generations_of, shared_generations
 from .product_keys import grid_size
 
 
@@ -258,11 +259,11 @@ def _moe(config, layer_idx):
     return _linear(config.hidden_size, config.moe_num_experts) + experts
 
 
-def _router(config):
-    all_queries_size = config.num_retrieval_heads * config.query_size
-    num_sub_keys = grid_size(config.num_experts) * (config.num_retrieval_heads if config.sub_keys_per_head else 1)
+def _router(config, generation):
+    all_queries_size = generation.num_heads * config.query_size
+    num_sub_keys = grid_size(generation.num_experts) * (generation.num_heads if config.sub_keys_per_head else 1)
     costs = _linear(config.hidden_size, all_queries_size) + _elementwise(num_sub_keys * config.query_size)
-    costs += PartCosts(flops=2 * grid_size(config.num_experts) * all_queries_size)
+    costs += PartCosts(flops=2 * grid_size(generation.num_experts) * all_queries_size)
     if config.query_norm == "batch":
         costs += _elementwise(2 * all_queries_size)  # a scale and a shift
     elif config.query_norm == "rms":
@@ -270,11 +271,12 @@ def _router(config):
     return costs
 
 
-def _tables(config, num_tables, num_layers=1):
+def _tables(config, generation, num_tables, num_layers=1):
     """Tables of one row per expert, of which a token in each of `num_layers` layers multiplies what it retrieves."""
-    num_retrieved = num_layers * config.num_experts_per_tok
+    num_experts = generation.num_experts
+    num_retrieved = num_layers * generation.num_heads * generation.num_experts_per_head
     row = num_tables * config.hidden_size
-    return PartCosts(2 * num_retrieved * row, config.num_experts * row, min(num_retrieved, config.num_experts) * row)
+    return PartCosts(2 * num_retrieved * row, num_experts * row, min(num_retrieved, num_experts) * row)
 
 
 def _num_pool_tables(config):
@@ -282,8 +284,11 @@ def _num_pool_tables(config):
 
 
 def _peer(config, layer_idx):
-    pool = _tables(config, _num_pool_tables(config))
-    costs = _router(config) + (PartCosts(flops=pool.flops) if config.share_experts_across_layers else pool)
+    costs = PartCosts()
+    for generation in generations_of(config, layer_idx):
+        pool = _tables(config, generation, _num_pool_tables(config))
+        costs += _router(config, generation)
+        costs += PartCosts(flops=pool.flops) if config.share_experts_across_layers else pool
     if config.shared_expert_intermediate_size is not None:
         costs += _gated_mlp(config, config.shared_expert_intermediate_size)
     return costs
@@ -293,12 +298,15 @@ def _shared_pool(config):
     num_layers = config.feed_forward_types.count("peer")
     if not config.share_experts_across_layers or not num_layers:
         return PartCosts()
-    pool = _tables(config, _num_pool_tables(config), num_layers)
+    num_tables = _num_pool_tables(config)
+    pools = [_tables(config, generation, num_tables, num_layers) for generation in shared_generations(config)]
+    pool = sum(pools, PartCosts())
     return PartCosts(0, pool.parameters, pool.active_parameters)
 
 
 def _pkm(config, layer_idx):
-    return _router(config) + _tables(config, num_tables=1)
+    generation = first_generation(config)
+    return _router(config, generation) + _tables(config, generation, num_tables=1)
 
 
 _COUNTS = {DenseFeedForward: _dense, MoeFeedForward: _moe, PeerFeedForward: _peer, PkmFeedForward: _pkm}

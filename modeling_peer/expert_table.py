@@ -30,13 +30,14 @@ class ExpertTable(nn.Embedding):
     offload, tensor parallelism) works; nothing else reads its weight.
 
     Args:
-        config (`PeerConfig`): Its `num_experts` rows of `hidden_size`, its `expert_kernels` and
-            `sparse_expert_gradients`, which may be changed on a model's configuration at any time.
+        config (`PeerConfig`): Its `hidden_size`, and its `expert_kernels` and `sparse_expert_gradients`, which may be
+            changed on a model's configuration at any time.
+        num_experts (`int`): Number of rows.
         init_std (`float`): Standard deviation of the rows at initialisation.
     """
 
-    def __init__(self, config, init_std: float):
-        super().__init__(config.num_experts, config.hidden_size)
+    def __init__(self, config, num_experts: int, init_std: float):
+        super().__init__(num_experts, config.hidden_size)
         self.config = config
         self.init_std = init_std
 
@@ -60,6 +61,16 @@ class ExpertTable(nn.Embedding):
 
     def init_own_weights(self) -> None:
         init.normal_(self.weight, std=self.init_std)
+
+    @torch.no_grad()
+    def append_rows(self, rows: torch.Tensor) -> None:
+        """Makes the table longer by `rows`, of shape `(num_added, hidden_size)`. Its `weight` is another parameter then."""
+        weight = self.weight.new_empty(self.num_embeddings + len(rows), self.embedding_dim)
+        advise_huge_pages(weight)
+        weight[: self.num_embeddings] = self.weight
+        weight[self.num_embeddings :] = rows
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self.num_embeddings = len(weight)
 
     @property
     def kernels(self) -> str:

@@ -31,8 +31,9 @@ from transformers.activations import ACT2FN
 
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
+from .generations import Generation, generations_of, has_protected_additions
 from .initial_scale import activation_power, matched_std, router_weight_power
-from .product_key_router import ProductKeyRouter
+from .product_key_router import AddedRouter, ProductKeyRouter
 
 
 class ExpertPool(nn.Module):
@@ -40,37 +41,52 @@ class ExpertPool(nn.Module):
     N experts of one neuron each, `e_i(x) = σ(u_i · x) v_i`, or `σ(g_i · x) (u_i · x) v_i` with `config.gated_experts`.
 
     A layer owns its pool, or the base model owns one for all its PEER layers (`config.share_experts_across_layers`).
+    Generations added in protected mode are pools of their own in `added`, whose experts are silent at first: v_i = 0.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, generations: list[Generation]):
         super().__init__()
+        generation, *added = generations
+        self.first_expert = generation.first_expert
         self.act_fn = nn.Identity() if config.expert_act is None else ACT2FN[config.expert_act]
-        power = router_weight_power(config) * activation_power(self.act_fn, config, config.gated_experts)
-        self.gate_proj = ExpertUpProjection(config, config.initializer_range) if config.gated_experts else None
-        self.up_proj = ExpertUpProjection(config, config.initializer_range)
-        self.down_proj = ExpertDownProjection(config, matched_std(config, power))
+        self.gate_proj = None
+        if config.gated_experts:
+            self.gate_proj = ExpertUpProjection(config, generation.num_experts, config.initializer_range)
+        self.up_proj = ExpertUpProjection(config, generation.num_experts, config.initializer_range)
+        std = 0.0
+        if self.first_expert == 0:
+            power = router_weight_power(config) * activation_power(self.act_fn, config, config.gated_experts)
+            std = matched_std(config, power)
+        self.down_proj = ExpertDownProjection(config, generation.num_experts, std)
+        self.added = nn.ModuleList([ExpertPool(config, [each]) for each in added])
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
         plan = {"up_proj": "expert_up_projection", "down_proj": "expert_down_projection"}
-        return plan | {"gate_proj": "expert_up_projection"} if config.gated_experts else plan
+        if config.gated_experts:
+            plan["gate_proj"] = "expert_up_projection"
+        if has_protected_additions(config):
+            plan |= {f"added.*.{name}": style for name, style in plan.items()}
+        return plan
 
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
-            indices (`torch.Tensor` of shape `(num_tokens, num_active)`): the experts each token runs.
+            indices (`torch.Tensor` of shape `(num_tokens, num_active)`):
+                The experts each token runs, all of this pool, `added` ones left out.
             weights (`torch.Tensor` of shape `(num_tokens, num_active)`): their router weights.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ weights · e_i(x)`.
         """
-        neurons = self.up_proj(hidden_states, indices)
+        rows = indices - self.first_expert if self.first_expert else indices
+        neurons = self.up_proj(hidden_states, rows)
         if self.gate_proj is None:
             neurons = self.act_fn(neurons)
         else:
-            neurons = self.act_fn(self.gate_proj(hidden_states, indices)) * neurons
-        return self.down_proj(weights * neurons, indices)
+            neurons = self.act_fn(self.gate_proj(hidden_states, rows)) * neurons
+        return self.down_proj(weights * neurons, rows)
 
 
 class PeerFeedForward(nn.Module):
@@ -79,13 +95,17 @@ class PeerFeedForward(nn.Module):
     weighs them after the activation; heads are summed. Cost follows h and k, capacity N.
 
     With k = 1 it is a feed-forward of h neurons picked for each token. With `config.shared_expert_intermediate_size`
-    a dense branch stands beside the experts.
+    a dense branch stands beside the experts. Generations of experts added in protected mode have routers of their own,
+    and what they put out is added.
     """
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.router = ProductKeyRouter(config)
-        self.expert_pool = None if config.share_experts_across_layers else ExpertPool(config)
+        self.layer_idx = layer_idx
+        generations = generations_of(config, layer_idx)
+        self.router = ProductKeyRouter(config, generations[0])
+        self.added_routers = nn.ModuleList([AddedRouter(config, generation) for generation in generations[1:]])
+        self.expert_pool = None if config.share_experts_across_layers else ExpertPool(config, generations)
         self.shared_expert = None
         if config.shared_expert_intermediate_size is not None:
             self.shared_expert = DenseFeedForward(config, layer_idx, config.shared_expert_intermediate_size)
@@ -93,6 +113,8 @@ class PeerFeedForward(nn.Module):
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
         parts = {"router": ProductKeyRouter.tp_plan(config)}
+        if has_protected_additions(config):
+            parts["added_routers.*"] = parts["router"]
         if not config.share_experts_across_layers:
             parts["expert_pool"] = ExpertPool.tp_plan(config)
         if config.shared_expert_intermediate_size is not None:
@@ -117,12 +139,19 @@ class PeerFeedForward(nn.Module):
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
         """
-        indices, weights = self.router(hidden_states, padding_mask)
-        experts = self.expert_pool if self.expert_pool is not None else expert_pool
-        output = experts(
-            hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
-        )
-        output = output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may live elsewhere
+        pool = self.expert_pool if self.expert_pool is not None else expert_pool
+        output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask)
+        for router, added_pool in zip(self.added_routers, pool.added, strict=True):
+            output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
+
+    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask):
+        if router.is_off:
+            return torch.zeros_like(hidden_states)
+        indices, weights = router(hidden_states, padding_mask)
+        output = pool(
+            hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
+        )
+        return output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may live elsewhere

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .expert_table import ExpertDownProjection
+from .generations import first_generation
 from .initial_scale import matched_std, router_weight_power
 from .product_key_router import ProductKeyRouter
 
@@ -29,8 +30,9 @@ class PkmFeedForward(nn.Module):
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.router = ProductKeyRouter(config)
-        self.values = ExpertDownProjection(config, matched_std(config, router_weight_power(config)))
+        self.router = ProductKeyRouter(config, first_generation(config))
+        std = matched_std(config, router_weight_power(config))
+        self.values = ExpertDownProjection(config, config.num_experts, std)
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:

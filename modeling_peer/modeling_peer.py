@@ -42,6 +42,7 @@ from .expert_table import ExpertTable
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
+from .generations import shared_generations
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
@@ -224,7 +225,7 @@ class PeerModel(PeerPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         # One pool for all PEER layers is one module of the base model: a tied key would count only with tied embeddings.
         shares_pool = config.share_experts_across_layers and "peer" in config.feed_forward_types
-        self.expert_pool = ExpertPool(config) if shares_pool else None
+        self.expert_pool = ExpertPool(config, shared_generations(config)) if shares_pool else None
         self.gradient_checkpointing = False
 
         # Initialize weights and apply final processing

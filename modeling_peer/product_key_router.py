@@ -13,6 +13,7 @@
 # limitations under the License.
 """The router of PEER and PKM: query network, query norm, product keys, and scores turned into router weights."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,12 +21,14 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
+from .expert_gate import ExpertGate
 from .expert_kernels import resolve_kernels
-from .product_keys import grid_size, retrieve
+from .generations import Generation
+from .product_keys import grid_size, retrieve, retrieve_unmasked
 from .query_norm import QueryBatchNorm, QueryRMSNorm
 
 
-SCORING_FUNCTIONS = {
+SCORING_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": partial(torch.softmax, dim=-1),
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -39,18 +42,25 @@ class ProductKeyRouter(nn.Module):
 
     All heads share the sub-keys unless `config.sub_keys_per_head`. Scores are computed in float32: in bfloat16 the
     retrieved set would flip between padded and packed batches.
+
+    Attributes:
+        expert_mask (`torch.Tensor` of shape `(num_experts,)`, *optional*):
+            True where an expert takes part. All do if `None`. See [`masked_experts`].
     """
 
-    def __init__(self, config):
+    def __init__(self, config, generation: Generation):
         super().__init__()
         self.config = config
-        self.num_heads = config.num_retrieval_heads
-        self.num_experts_per_head = config.num_experts_per_head
+        self.generation = generation
+        self.num_heads = generation.num_heads
+        self.num_experts_per_head = generation.num_experts_per_head
+        self.expert_mask: torch.Tensor | None = None
         self.query_size = config.query_size
         self.scoring_function = SCORING_FUNCTIONS[config.scoring_func]
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_size, bias=False)
         self.norm_type = config.query_norm  # a norm may be wrapped, by PEFT's `modules_to_save` for one
-        self.query_norm = self.key_norm = None
+        self.query_norm: QueryBatchNorm | QueryRMSNorm | None = None
+        self.key_norm: QueryRMSNorm | None = None
         if config.query_norm == "batch":
             self.query_norm = QueryBatchNorm(self.num_heads * self.query_size, eps=config.rms_norm_eps)
         elif config.query_norm == "rms":
@@ -61,10 +71,15 @@ class ProductKeyRouter(nn.Module):
             torch.empty(
                 self.num_heads if config.sub_keys_per_head else 1,
                 2,
-                grid_size(config.num_experts),
+                grid_size(generation.num_experts),
                 self.query_size // 2,
             )
         )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no expert takes part; its layer leaves a router out that is."""
+        return self.expert_mask is not None and not bool(self.expert_mask.any())
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
@@ -73,6 +88,17 @@ class ProductKeyRouter(nn.Module):
     def init_own_weights(self) -> None:
         # Scores of normalised queries start with unit variance.
         init.normal_(self.sub_keys, std=self.query_size**-0.5)
+
+    @torch.no_grad()
+    def enlarge(self, generation: Generation) -> None:
+        """Adds sub-keys for the experts of a larger `generation`, drawn as widely as those there are."""
+        old = self.sub_keys
+        size = grid_size(generation.num_experts)
+        sub_keys = torch.empty(old.shape[0], 2, size, old.shape[-1], dtype=old.dtype, device=old.device)
+        init.normal_(sub_keys, std=old.square().mean().sqrt().item())
+        sub_keys[:, :, : old.shape[2]] = old
+        self.sub_keys = nn.Parameter(sub_keys, requires_grad=old.requires_grad)
+        self.generation = generation
 
     def forward(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -92,7 +118,11 @@ class ProductKeyRouter(nn.Module):
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             queries, sub_keys = self._normalised(queries, padding_mask)
             kernels = resolve_kernels(self.config.expert_kernels, sub_keys)
-            indices, scores = retrieve(queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
+            arguments = (queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
+            if self.expert_mask is None:
+                indices, scores = retrieve(*arguments)
+            else:
+                indices, scores = retrieve_unmasked(*arguments, self.expert_mask)
             weights = self.scoring_function(scores)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.num_experts_per_head)
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
@@ -110,3 +140,33 @@ class ProductKeyRouter(nn.Module):
             queries = self.query_norm(queries) * self.query_size**-0.5
             sub_keys = self.key_norm(sub_keys)
         return queries, sub_keys
+
+
+class AddedRouter(ProductKeyRouter):
+    """
+    The router of a protected generation. It numbers experts from `generation.first_expert` on, and a gate between 0 and 1
+    multiplies its weights: open until [`fit_gates`] teaches it for which text the experts were added.
+    """
+
+    def __init__(self, config, generation: Generation):
+        super().__init__(config, generation)
+        self.gate = ExpertGate(config.hidden_size)
+
+    @torch.no_grad()
+    def copy_query_network(self, router: ProductKeyRouter) -> None:
+        """Starts with the first heads of another router's queries, which were trained to tell tokens apart."""
+        size = self.num_heads * self.query_size
+        self.query_proj.weight.copy_(router.query_proj.weight[:size])
+        for norm, trained in ((self.query_norm, router.query_norm), (self.key_norm, router.key_norm)):
+            if norm is not None:
+                for name, tensor in norm.state_dict(keep_vars=True).items():
+                    source = trained.state_dict()[name]
+                    tensor.copy_(source[:size] if tensor.ndim else source)
+
+    def forward(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of [`ProductKeyRouter`]."""
+        indices, weights = super().forward(hidden_states, padding_mask)
+        gate = torch.sigmoid(self.gate(hidden_states))
+        return indices + self.generation.first_expert, weights * gate[..., None]

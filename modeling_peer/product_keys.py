@@ -13,6 +13,8 @@
 # limitations under the License.
 """Exact product-key retrieval: the best k of N experts by looking at 2 √N sub-keys (paper, section 2.1)."""
 
+import math
+
 import torch
 
 from .expert_kernels import (
@@ -25,9 +27,12 @@ from .expert_kernels import (
 )
 
 
+MASKED_SCORES = 2**24  # held at a time, 64 MiB in float32
+
+
 def grid_size(num_experts: int) -> int:
     """Side √N of the key grid of `num_experts` = N experts. Raises `ValueError` if N is not a perfect square."""
-    size = round(num_experts**0.5)
+    size = math.isqrt(max(num_experts, 0))
     if size < 1 or size * size != num_experts:
         raise ValueError(
             f"`num_experts` must be a perfect square, the product of two equal sets of sub-keys, got {num_experts}; "
@@ -113,6 +118,30 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
     else:
         scores = torch.einsum("thpc,hpnc->thpn", queries, sub_keys)
     return product_key_topk(scores, k)
+
+
+def retrieve_unmasked(
+    queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str, expert_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    [`retrieve`] among the experts where `expert_mask`, of shape `(num_experts,)`, is True, of which there must be k.
+
+    Where those are the experts that a smaller grid had, it is the retrieval of that grid, to the bit. Any other mask cuts
+    through rows and columns, and costs a score of every expert.
+    """
+    num_kept = int(expert_mask.sum())
+    size = math.isqrt(num_kept)
+    if size * size == num_kept and bool(expert_mask[:num_kept].all()):
+        return retrieve(queries, sub_keys[:, :, :size].contiguous(), k, kernels)
+    row, column = expert_cell(torch.arange(len(expert_mask), device=queries.device))
+    indices, scores = [], []
+    for some_queries in queries.split(max(1, MASKED_SCORES // (queries.shape[1] * len(expert_mask)))):
+        halves = torch.einsum("thpc,hpnc->thpn", some_queries, sub_keys.expand(queries.shape[1], -1, -1, -1))
+        all_scores = halves[..., 0, :][..., row] + halves[..., 1, :][..., column]
+        top = all_scores.masked_fill(~expert_mask, -torch.inf).topk(k, dim=-1)
+        indices.append(top.indices)
+        scores.append(top.values)
+    return torch.cat(indices), torch.cat(scores)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::product_key_retrieval", mutates_args=())

@@ -115,12 +115,17 @@ class RowAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if group["rows"] or parameter.grad.is_sparse or "row_steps" in self.state[parameter]:
+                if self.moves_by_rows(parameter, group):
                     self._step_rows(parameter, group)
                 else:
                     dense.append(parameter)
             self._step_dense(dense, group)
         return loss
+
+    def moves_by_rows(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
+        """Whether a step moves only those rows of a parameter, of this group, whose gradient has a number other than zero."""
+        sparse = parameter.grad is not None and parameter.grad.is_sparse
+        return group["rows"] or sparse or "row_steps" in self.state[parameter]
 
     def _step_rows(self, parameter, group):
         state = self.state[parameter]

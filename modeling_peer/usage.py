@@ -15,11 +15,14 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback
 
+from .expert_sets import find_expert_sets, observe_routers
 from .product_key_router import ProductKeyRouter
 
 
@@ -104,6 +107,40 @@ class ExpertUsageMeter:
         self.top1_counts.zero_()
 
 
+@torch.no_grad()
+def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
+    """
+    Which experts a text uses: the router weights of all its tokens, in evaluation.
+
+    Args:
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
+        inputs: What the model takes, `input_ids` and `attention_mask`; padding is left out.
+
+    Returns:
+        `dict[str, ExpertUsageMeter]`: a meter for each set of experts, under the path of the module that holds their
+        tables. Those that [`add_experts`] gave a layer are behind the others.
+
+    ```python
+    >>> scores = measure_usage(model, input_ids=input_ids)["model.layers.1.mlp.expert_pool"].scores
+    >>> scores.topk(10)  # the experts that the text used most
+    >>> scores[model.config.num_experts :].sum() / scores.sum()  # how much of it is new
+    ```
+    """
+    sets = find_expert_sets(model)
+    device = next(model.parameters()).device
+    meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
+    hooks = observe_routers(sets, lambda name, *retrieved: meters[name].update(*retrieved))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return meters
+
+
 class ExpertUsageCallback(TrainerCallback):
     """
     Puts the measures of [`ExpertUsageMeter`] for every PEER and PKM layer into the logs of a `Trainer`:
@@ -113,7 +150,7 @@ class ExpertUsageCallback(TrainerCallback):
     ```
 
     While it trains, each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}`, of the training forwards since the last such log and over all ranks. The metrics of
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode), of the training forwards since the last such log and over all ranks. The metrics of
     an evaluation or a prediction in the midst of training get the same of the forwards in evaluation mode, prefixed as
     the other metrics are (`eval_`).
 
@@ -154,9 +191,12 @@ class ExpertUsageCallback(TrainerCallback):
     def _attach(self, name, router, device):
         layer = re.search(r"layers\.(\d+)\.", name)
         label = f"layer_{layer[1]}" if layer else name
+        if layer and (added := re.search(r"added_routers\.(\d+)", name)):
+            label += f"_added_{added[1]}"
+        first_expert = router.generation.first_expert
         meters = {}
         for training in (True, False):
-            meters[training] = ExpertUsageMeter(router.sub_keys.shape[-2] ** 2, device)
+            meters[training] = ExpertUsageMeter(router.generation.num_experts, device)
             self._meters[training].append((label, meters[training]))
 
         # Not traced: a graph would keep the answer that the first forward got to whether it runs in backward.
@@ -165,7 +205,8 @@ class ExpertUsageCallback(TrainerCallback):
             # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
             if torch._C._current_graph_task_id() == -1:
                 padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-                meters[module.training].update(*output, padding_mask)
+                indices, weights = output
+                meters[module.training].update(indices - first_expert, weights, padding_mask)
 
         self._hooks.append(router.register_forward_hook(measure, with_kwargs=True))
 

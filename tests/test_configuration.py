@@ -24,7 +24,7 @@ from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel
 
 
 REFUSED_VALUES = [
-    ({"num_experts": 1000}, "`num_experts` must be a perfect square.*got 1000; the nearest are 1024 and 1089"),
+    ({"num_experts": 1000}, "`num_experts` must be a perfect square.*got 1000; the nearest are 961 and 1024"),
     ({"num_experts": 0}, "`num_experts` must be a perfect square"),
     ({"num_experts": 16, "num_experts_per_head": 5}, "`num_experts_per_head` must be at most √num_experts = 4.*got 5"),
     ({"query_size": 7}, "`query_size` must be even.*got 7"),

@@ -42,6 +42,31 @@ VARIANTS = {
     "shared expert": {"shared_expert_intermediate_size": 48},
     "own pools": {"feed_forward_types": ["peer", "dense", "peer"]},
     "shared pool": {"feed_forward_types": ["peer", "dense", "peer"], "share_experts_across_layers": True},
+    "grown": {
+        "expert_additions": [
+            {"layers": [1], "mode": "open", "num_experts": 41},
+            {
+                "layers": [1],
+                "mode": "protected",
+                "num_experts": 15**2,
+                "num_retrieval_heads": 2,
+                "num_experts_per_head": 3,
+            },
+        ]
+    },
+    "shared pool grown": {
+        "feed_forward_types": ["peer", "dense", "peer"],
+        "share_experts_across_layers": True,
+        "expert_additions": [
+            {
+                "layers": [0, 2],
+                "mode": "protected",
+                "num_experts": 60**2,
+                "num_retrieval_heads": 2,
+                "num_experts_per_head": 3,
+            }
+        ],
+    },
     "pool without layer": {"feed_forward_types": ["dense", "pkm", "dense"], "share_experts_across_layers": True},
 }
 

@@ -1,0 +1,90 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Switching experts off at inference: what a text does without some of them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .expert_sets import ExpertSet, select_expert_sets
+from .freezing import expert_numbers, mask_of_numbers
+from .product_key_router import ProductKeyRouter
+
+
+@contextmanager
+def masked_experts(
+    model: nn.Module,
+    experts: Iterable[int] | torch.Tensor | int | None = None,
+    *,
+    layers: Iterable[int] | int | None = None,
+) -> Iterator[None]:
+    """
+    Takes experts out of the competition while it lasts: what a head would have retrieved of them goes to the best of the
+    others. A generation that is masked as a whole is not run.
+
+    Where the experts added in protected mode are masked, a model computes what it did before they were added, to the bit;
+    and so does one with an open addition, if its old experts, keys and queries were not trained since.
+
+    Args:
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
+        experts (`int`, iterable of `int`, or `torch.Tensor`, *optional*):
+            Numbers of the experts to mask, or a bool mask of shape `(num_experts,)`. All that were ever added if not given.
+        layers (`int` or iterable of `int`, *optional*):
+            Indices of the layers in which to mask them; of layers that share a pool all or none. All if not given.
+
+    Raises:
+        `ValueError`: for an expert or a layer that does not exist, or where a head would be left with less than its k.
+
+    ```python
+    >>> with masked_experts(model):
+    ...     print(model(tokens, labels=tokens).loss)  # what the model knew before it grew
+    ```
+    """
+    numbers = expert_numbers(experts)
+    masks: dict[ProductKeyRouter, torch.Tensor] = {}
+    for each in select_expert_sets(model, layers).values():
+        masked = _added(each) if numbers is None else mask_of_numbers(each, numbers)
+        masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
+    before = {router: router.expert_mask for router in masks}
+    try:
+        for router, mask in masks.items():
+            router.expert_mask = mask
+        yield
+    finally:
+        for router, mask in before.items():
+            router.expert_mask = mask
+
+
+def _added(experts: ExpertSet) -> torch.Tensor:
+    """The experts that were added: bool, `(num_experts,)`."""
+    return torch.arange(experts.num_experts) >= experts.routers[0].config.num_experts
+
+
+def _mask_of_router(router, masked, experts):
+    """Which experts of a router take part."""
+    generation = router.generation
+    mask = ~masked[generation.first_expert : generation.experts.stop].to(router.sub_keys.device)
+    if router.expert_mask is not None:
+        mask &= router.expert_mask
+    if 0 < mask.sum() < router.num_experts_per_head:
+        raise ValueError(
+            f"`experts` leave {int(mask.sum())} of {experts.name} to a router whose heads retrieve "
+            f"{router.num_experts_per_head}: mask fewer, or all of its {len(mask)}."
+        )
+    return mask
+
+
+__all__ = ["masked_experts"]
