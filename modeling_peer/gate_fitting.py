@@ -80,7 +80,7 @@ def fit_gates(
     if additions[-1]["mode"] != "protected":
         raise ValueError(
             "`fit_gates` is for experts added in protected mode, and the last addition to this model is "
-            f"{'there not' if additions[-1]['mode'] is None else additions[-1]}."
+            f"{'not there' if additions[-1]['mode'] is None else additions[-1]}."
         )
     layers = {
         module.layer_idx: module
