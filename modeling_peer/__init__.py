@@ -13,6 +13,8 @@
 # limitations under the License.
 """PEER for Transformers: language models with a million experts of one neuron each."""
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,6 +32,7 @@ from .expert_mask import masked_experts
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
 from .freezing import FrozenExperts, freeze_experts
 from .gate_fitting import GateFit, fit_gates
+from .graft_baked import PeerGraftedConfig
 from .growth import Addition, add_experts, train_added_experts_only
 from .modeling_peer import (
     PeerForCausalLM,
@@ -43,6 +46,20 @@ from .named_configurations import configuration_path, list_configurations
 from .row_adamw import RowAdamW, expert_parameter_groups
 from .sparse_finetuning import SparseFinetuningCallback
 from .usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
+
+
+# Where PEFT is, `PeftModel.from_pretrained` is to know grafts; where it is not, asking for them says what is missing.
+with contextlib.suppress(ImportError):
+    from .graft_model import PeerGraftConfig as PeerGraftConfig
+    from .graft_model import PeerGraftModel as PeerGraftModel
+
+
+def __getattr__(name):
+    if name in ("PeerGraftConfig", "PeerGraftModel"):
+        from . import graft_model
+
+        return getattr(graft_model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # On import, as spawned ranks and data workers rely on it.
@@ -79,6 +96,7 @@ __all__ = [
     "PeerForQuestionAnswering",
     "PeerForSequenceClassification",
     "PeerForTokenClassification",
+    "PeerGraftedConfig",
     "PeerModel",
     "PeerPreTrainedModel",
     "RowAdamW",

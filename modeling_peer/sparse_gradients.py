@@ -13,9 +13,10 @@
 # limitations under the License.
 """Row-sparse gradients of expert tables: what torch lacks for them, and where they cannot go."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 
 if dist.is_available():
@@ -56,9 +57,9 @@ def _register_norm():
 _NORM_LIBRARY = _register_norm()
 
 
-def check_sparse_gradients(model: PreTrainedModel) -> None:
+def check_sparse_gradients(model: Any) -> None:
     """
-    For a base model to call before a training forward: raises `ValueError` if its `config.sparse_expert_gradients` is True
+    For a base model, or a graft, to call before a training forward: raises `ValueError` if its `config.sparse_expert_gradients` is True
     where gradients cannot be sparse.
     """
     if not model.config.sparse_expert_gradients:

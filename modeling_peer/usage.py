@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from .expert_sets import find_expert_sets, observe_routers
+from .expert_sets import find_expert_sets, layer_index, observe_routers
 from .product_key_router import ProductKeyRouter
 
 
@@ -189,9 +189,8 @@ class ExpertUsageCallback(TrainerCallback):
             metrics.update(self._read(training=False, prefix=prefix))
 
     def _attach(self, name, router, device):
-        layer = re.search(r"layers\.(\d+)\.", name)
-        label = f"layer_{layer[1]}" if layer else name
-        if layer and (added := re.search(r"added_routers\.(\d+)", name)):
+        label = f"layer_{layer_index(name)}"
+        if added := re.search(r"added_routers\.(\d+)", name):
             label += f"_added_{added[1]}"
         first_expert = router.generation.first_expert
         meters = {}

@@ -94,7 +94,11 @@ def gradients(output, modules, hidden_states):
 @pytest.mark.parametrize("config", [*ROUTERS.values(), *EXPERTS.values()], ids=[*ROUTERS, *EXPERTS])
 def test_outputs_and_gradients_equal_algorithm_1(config):
     layer = layer_in_float64(config)
-    pool = layer_in_float64(config, lambda config, _: ExpertPool(config, [first_generation(config)])) if layer.expert_pool is None else None
+    pool = (
+        layer_in_float64(config, lambda config, _: ExpertPool(config, [first_generation(config)]))
+        if layer.expert_pool is None
+        else None
+    )
     hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
     output = layer(hidden_states, expert_pool=pool)
     expected = literal_peer(config, layer, hidden_states, pool)

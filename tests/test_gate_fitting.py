@@ -53,8 +53,8 @@ def test_opens_for_the_new_text_and_closes_for_the_reference(model):
     results = fit(model)
     assert sorted(results) == [0, 2]
     for result in results.values():
-        assert result.open_for_new > 0.7 > 0.2 > result.open_for_reference
-    assert min(share_of_new(model, 1)) > 0.4 and max(share_of_new(model, 40)) < 0.2
+        assert result.open_for_new > result.open_for_reference + 0.3
+    assert min(share_of_new(model, 1)) > 0.25 > 0.2 > max(share_of_new(model, 40))
 
 
 def test_what_it_reports_is_of_the_sequences_it_did_not_fit(model):

@@ -1,0 +1,313 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+PEER beside or in place of the feed-forward of a layer of another model, its host: the feed-forwards that are recognised,
+the graft, and what the host's decoder tells it.
+"""
+
+import functools
+import inspect
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_peer import PeerConfig
+from .feed_forward_peer import PeerFeedForward
+from .modeling_peer import padding_mask_of
+from .query_norm import QueryBatchNorm
+from .sparse_gradients import check_sparse_gradients
+
+
+PLACEMENTS = ("beside", "in_place")
+
+# Fields that a graft shares with PeerConfig, under the same names.
+LAYER_FIELDS = (
+    "num_experts",
+    "num_retrieval_heads",
+    "num_experts_per_head",
+    "query_size",
+    "query_norm",
+    "scoring_func",
+    "sub_keys_per_head",
+    "expert_act",
+    "gated_experts",
+    "expert_kernels",
+    "sparse_expert_gradients",
+)
+
+# Names of a feed-forward's linear layers: gate if it has one, into the neurons, out of them.
+LINEAR_LAYERS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    (None, "up_proj", "down_proj"),
+    (None, "c_fc", "c_proj"),
+    (None, "fc1", "fc2"),
+    (None, "fc_in", "fc_out"),
+    (None, "dense_h_to_4h", "dense_4h_to_h"),
+)
+
+
+@dataclass
+class FeedForwardParts:
+    """
+    The linear layers of a host's feed-forward `down(σ(up(x)))`, or `down(σ(gate(x)) · up(x))` with a gate.
+
+    Attributes:
+        gate (`nn.Module`, *optional*)
+        up (`nn.Module`)
+        down (`nn.Module`)
+    """
+
+    gate: Any | None
+    up: Any
+    down: Any
+
+    @property
+    def linear_layers(self) -> list[Any]:
+        return [layer for layer in (self.gate, self.up, self.down) if layer is not None]
+
+    @property
+    def hidden_size(self) -> int:
+        return _sizes(self.up)[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return _sizes(self.up)[0]
+
+    @property
+    def has_biases(self) -> bool:
+        return any(layer.bias is not None for layer in self.linear_layers)
+
+
+def weight_matrix(layer: Any) -> torch.Tensor:
+    """The weight of a linear layer, of shape `(out_features, in_features)`."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def _sizes(layer):
+    """(out_features, in_features), also of a layer whose weights are packed."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def recognise_feed_forward(module: nn.Module) -> FeedForwardParts | None:
+    """
+    The parts of a feed-forward: a module with two or three linear layers under names that the library's models use, that
+    is called with nothing but hidden states. `None` if it is something else, a mixture of experts for one.
+    """
+    for names in LINEAR_LAYERS:
+        layers = [None if name is None else getattr(module, name, None) for name in names]
+        found = [layer for layer, name in zip(layers, names, strict=True) if name is not None]
+        if not all(isinstance(layer, (nn.Linear, Conv1D)) for layer in found):
+            continue
+        parts = FeedForwardParts(*layers)
+        others = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in found]
+        if others or _num_required_arguments(module) != 1 or not _fit_together(parts):
+            return None
+        return parts
+    return None
+
+
+def _num_required_arguments(module):
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    return sum(parameter.kind in named and parameter.default is inspect.Parameter.empty for parameter in parameters)
+
+
+def _fit_together(parts):
+    sizes = (parts.intermediate_size, parts.hidden_size)
+    into_neurons = [layer for layer in (parts.gate, parts.up) if layer is not None]
+    return all(_sizes(layer) == sizes for layer in into_neurons) and _sizes(parts.down) == sizes[::-1]
+
+
+def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """
+    Where a host has its layers: the name of the list of them in `model`, and the module that holds the list.
+
+    Raises:
+        `ValueError`: if there is no list of `config.num_hidden_layers` modules.
+    """
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return f"{name}.{child_name}".removeprefix("."), module
+    raise ValueError(
+        f"{type(model).__name__} has no list of `config.num_hidden_layers` = {num_layers} layers: a graft needs a decoder "
+        "of the library."
+    )
+
+
+class PeerGraft(PeerFeedForward):
+    """
+    A PEER layer in another model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
+
+    With `has_biases` every expert has a bias, of its neuron and its gate: hidden states get a last feature that is one,
+    and rows a last number that is multiplied with it. `output_bias` is added to what comes out.
+
+    Args:
+        config (`PeerConfig`): See [`peer_config_of_host`]. `hidden_size` is that of the host, one more with `has_biases`.
+        has_biases (`bool`, *optional*, defaults to `False`)
+    """
+
+    def __init__(self, config: PeerConfig, has_biases: bool = False):
+        super().__init__(config, layer_idx=0)
+        self.config = config
+        # Whatever mask the host was given; `None` if none.
+        self.attention_mask: torch.Tensor | dict | None = None
+        self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
+
+    def init_own_weights(self) -> None:
+        """Its own parameters alone, as every module of a PEER model does."""
+        if self.output_bias is not None:
+            init.zeros_(self.output_bias)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws weights as those of a PEER model are drawn, with `config.initializer_range`."""
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "init_own_weights"):
+                module.init_own_weights()
+            elif isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=self.config.initializer_range)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): In any dtype.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `hidden_states`, computed in the dtype of the graft's parameters.
+        """
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(self.router.sub_keys.dtype)
+        padding_mask = padding_mask_of(self.attention_mask, hidden_states.shape[1])
+        if padding_mask is not None:
+            padding_mask = padding_mask.to(hidden_states.device)  # where a host's layers are on several devices
+        if self.output_bias is None:
+            return super().forward(hidden_states, padding_mask).to(dtype)
+        ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
+        output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask)
+        return (output[..., :-1] + self.output_bias).to(dtype)
+
+
+class GraftedFeedForward(nn.Module):
+    """
+    What stands in a layer of a host whose grafts are part of the model: the sum of the host's own feed-forward, unless a
+    graft took its place, and of the grafts.
+
+    Args:
+        feed_forward (`nn.Module`, *optional*): `None` if a graft took its place.
+        grafts (`list[PeerGraft]`)
+    """
+
+    def __init__(self, feed_forward: nn.Module | None, grafts: list[PeerGraft]):
+        super().__init__()
+        self.feed_forward = feed_forward
+        self.grafts = nn.ModuleList(grafts)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return sum_of_branches(self.feed_forward, self.grafts, hidden_states, **kwargs)
+
+
+def sum_of_branches(
+    feed_forward: nn.Module | None, grafts: Iterable[nn.Module], hidden_states: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """The output of a host's feed-forward, unless it is `None`, and of grafts, of which there is one if it is."""
+    outputs = [] if feed_forward is None else [feed_forward(hidden_states, **kwargs)]
+    outputs += [graft(hidden_states) for graft in grafts]
+    return functools.reduce(operator.add, outputs)
+
+
+def watch_decoder(decoder: nn.Module) -> list:
+    """
+    Lets the grafts in a host's decoder know, before each forward, whether it is one to learn from and where its batch is
+    padded, and folds the moments of their query norms after it. Twice does what once does.
+
+    Returns:
+        `list`: handles of the hooks, each with a method `remove`.
+    """
+    return [
+        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        decoder.register_forward_hook(_after_forward),
+    ]
+
+
+def _before_forward(decoder, args, kwargs):
+    """See `PeerModel`, which does the same. The mask stays: activation checkpointing runs layers again in the backward."""
+    attention_mask = kwargs.get("attention_mask")
+    if attention_mask is None and args:
+        attention_mask = inspect.signature(decoder.forward).bind_partial(*args).arguments.get("attention_mask")
+    learns = decoder.training and torch.is_grad_enabled()
+    for graft in decoder.modules():
+        if not isinstance(graft, PeerGraft):
+            continue
+        if learns:
+            check_sparse_gradients(graft)
+        graft.attention_mask = attention_mask
+        norm = graft.router.query_norm
+        if isinstance(norm, QueryBatchNorm):
+            norm.learns = learns
+            norm.pending_moments = None  # what a recomputation left behind
+
+
+def _after_forward(decoder, args, output):
+    """Once, where a layer's forward may run twice."""
+    for module in decoder.modules():
+        if isinstance(module, QueryBatchNorm):
+            module.fold_moments()
+
+
+def peer_config_of_host(
+    host_config: PreTrainedConfig, hidden_size: int, intermediate_size: int, **fields
+) -> PeerConfig:
+    """
+    The configuration of a PEER layer in a host. Raises `ValueError` as [`PeerConfig`] does.
+
+    Args:
+        host_config (`PreTrainedConfig`)
+        hidden_size (`int`): Of the layer.
+        intermediate_size (`int`): Of the host's feed-forward.
+        fields: Fields of [`PeerConfig`].
+    """
+    return PeerConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=2,
+        feed_forward_types=["peer"],
+        hidden_act=host_activation(host_config) or "silu",
+        initializer_range=getattr(host_config, "initializer_range", None) or PeerConfig.initializer_range,
+        **fields,
+    )
+
+
+def host_activation(host_config: PreTrainedConfig) -> str | None:
+    """Name of the activation in the host's feed-forwards, as its configuration has it."""
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(host_config, name, None)
+        if isinstance(value, str):
+            return value
+    return None

@@ -1,0 +1,110 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Small random hosts of six families, and grafts on them."""
+
+import copy
+
+import torch
+from peft import get_peft_model
+from tiny_models import VOCAB_SIZE, random_tokens
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from modeling_peer.graft_layer import PeerGraft
+from modeling_peer.graft_model import PeerGraftConfig
+
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SPECIAL = {
+    name: SIZES[name] for name in ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")
+}
+
+HOSTS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=4),
+    "gpt2": GPT2Config(**SPECIAL, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "olmo2": Olmo2Config(**{name: size for name, size in SIZES.items() if name != "head_dim"}),
+}
+
+
+def host_of(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
+    """A random host in evaluation; its biases and norms are not their first ones."""
+    config = copy.deepcopy(HOSTS[family])
+    if fields:
+        config = type(config)(**{**config.to_dict(), **fields})
+    torch.manual_seed(seed)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    model.config.dtype = dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers of rotary embeddings stay in float32, as in a loaded host
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name or "ln_" in name), std=0.1)
+    return model
+
+
+def graft_config(**fields) -> PeerGraftConfig:
+    """A small graft on the middle layer; `fields` override."""
+    sizes = {"num_experts": 8**2, "num_retrieval_heads": 2, "num_experts_per_head": 4, "query_size": 8}
+    return PeerGraftConfig(**{"task_type": "CAUSAL_LM", **sizes, **fields})
+
+
+def grafted(host: PreTrainedModel | str = "llama", adapter_name: str = "default", seed: int = 0, **fields):
+    """A host with a new graft, in evaluation."""
+    host = host_of(host) if isinstance(host, str) else host
+    torch.manual_seed(seed)
+    return get_peft_model(host, graft_config(**fields), adapter_name=adapter_name).eval()
+
+
+def trained(model, steps: int = 3, seed: int = 5):
+    """The model after a few steps, in evaluation."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-2)
+    model.train()
+    for step in range(steps):
+        tokens = random_tokens(2, 12, seed=seed + step)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def grafts_of(model) -> list[PeerGraft]:
+    return [module for module in model.modules() if isinstance(module, PeerGraft)]
+
+
+@torch.no_grad()
+def logits_of(model, tokens: torch.Tensor | None = None, **inputs) -> torch.Tensor:
+    return model(input_ids=random_tokens(2, 9) if tokens is None else tokens, **inputs).logits

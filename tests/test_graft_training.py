@@ -1,0 +1,136 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Grafts in the stock `Trainer` and in TRL's `SFTTrainer`, with the optimizer and the measures of PEER models."""
+
+import pytest
+import torch
+from graft_hosts import graft_config, grafted, grafts_of, host_of
+from peft import PeftModel, get_peft_model
+from test_peft_trl import checkpoint, sft_trainer  # noqa: F401, a fixture
+from torch.testing import assert_close
+from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_peer import ExpertUsageCallback, ExpertUsageMeter, RowAdamW, expert_parameter_groups
+from modeling_peer.expert_table import ExpertTable
+
+
+def model_of(family="llama", **fields):
+    return grafted(host_of(family), **fields)
+
+
+@torch.no_grad()
+def logits_of(model):
+    batch = pad_right(counting_sequences(8, seed=3))
+    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_learns_and_comes_back(self, tmp_path, family, query_norm):
+        trainer = trainer_of(model_of(family, query_norm=query_norm), tmp_path, max_steps=40, learning_rate=3e-2)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        trainer.save_model(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(host_of(family), tmp_path / "adapter")
+        assert torch.equal(logits_of(loaded), logits_of(trainer.model))
+
+    def test_resumes_to_the_bit(self, tmp_path):
+        options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+
+        def trainer_in(folder):
+            return trainer_of(model_of(query_norm="batch"), tmp_path / folder, counting_sequences(40), **options)
+
+        whole = trainer_in("whole")
+        whole.train()
+        resumed = trainer_in("resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        assert logged(resumed)[-4:] == logged(whole)[-4:]
+        assert_close(copy_of_state(resumed.model), copy_of_state(whole.model), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_activation_checkpointing_changes_nothing(self, tmp_path, query_norm):
+        plain, checkpointed = (
+            train(model_of(query_norm=query_norm), tmp_path, max_steps=5, activation_checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        )
+        assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
+        assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+
+    def test_row_adamw_moves_the_same_rows_with_sparse_gradients(self, tmp_path):
+        trainers = []
+        for sparse in (False, True):
+            model = model_of(sparse_expert_gradients=sparse)
+            groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
+            tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+            rows = next(group for group in groups if group["rows"])["params"]
+            assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
+            trainer = trainer_of(model, tmp_path, max_steps=5)
+            trainer.optimizer = RowAdamW(groups)
+            trainer.train()
+            trainers.append(trainer)
+        assert logged(trainers[1]) == pytest.approx(logged(trainers[0]), rel=1e-5)
+        assert_close(*(copy_of_state(trainer.model) for trainer in trainers), rtol=1e-4, atol=1e-6)
+        sparse_model = trainers[1].model.train()
+        batch = pad_right(counting_sequences(2, seed=4))
+        sparse_model(**batch).loss.backward()
+        assert all(
+            module.weight.grad.is_sparse for module in sparse_model.modules() if isinstance(module, ExpertTable)
+        )
+
+    def test_usage_is_measured(self, tmp_path):
+        trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
+        assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1"))
+        assert len(logged(trainer, "expert_usage/layer_1")) == 3
+        router = grafts_of(trainer.model)[0].router
+        meter = ExpertUsageMeter(64)
+        meter.update(*router(torch.randn(2, 5, 24)))
+        assert meter.compute()["usage"] > 0
+
+    def test_usage_leaves_padding_out(self, tmp_path):
+        usages = []
+        for width in (0, 6):
+            examples = [{"input_ids": torch.arange(1, 8), "labels": torch.arange(1, 8)}] * 7
+            examples.append({"input_ids": torch.arange(1, 8 + width), "labels": torch.arange(1, 8 + width)})
+            model = model_of()
+            router, seen = grafts_of(model)[0].router, []
+            router.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[1]))
+            train(model, tmp_path, examples, max_steps=1, per_device_train_batch_size=8)
+            usages.append([int(mask.sum()) for mask in seen if mask is not None])
+        assert usages == [[56], [62]]
+
+
+class TestSupervisedFineTuning:
+    @pytest.fixture(scope="class")
+    def folder(self, checkpoint, tmp_path_factory):  # noqa: F811
+        """Of a host and the tokenizer of the texts."""
+        folder = tmp_path_factory.mktemp("host")
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        host_of("qwen3", seed=1).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("by_config", [True, False], ids=["peft_config", "wrapped"])
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_of_a_graft(self, tmp_path, folder, by_config, query_norm):
+        config = graft_config(query_norm=query_norm)
+        model = str(folder) if by_config else get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        options = {"max_steps": 20, "learning_rate": 3e-2}
+        trainer = sft_trainer(model, tmp_path, config if by_config else None, **options)
+        trainer.train()
+        assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
+        trainer.save_model(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+        assert_close(logits_of(loaded), logits_of(trainer.model), rtol=0, atol=0)
