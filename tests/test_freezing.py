@@ -17,14 +17,11 @@ import copy
 import gc
 import io
 import math
-import multiprocessing
-import os
 import re
 import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_tokens, tiny_config
 from torch import nn
@@ -39,6 +36,7 @@ from torch.utils.data import DataLoader
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, small_model, train, trainer_of
 from transformers import TrainerCallback
 from transformers.optimization import Adafactor
+from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, frozen_rows
 from modeling_peer.expert_background import ExpertBackground
@@ -759,29 +757,13 @@ def tensor_parallel(rank):
     return []
 
 
-def work(rank, folder):
-    """One of two processes, which leaves all that it found."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for part in (data_parallel, fully_sharded, tensor_parallel):
-        torch.save(part(rank), f"{folder}/{part.__name__}-{rank}")
-    dist.barrier()
-    os._exit(0)  # gloo may hang at exit
+PARTS = (data_parallel, fully_sharded, tensor_parallel)
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_on_two_processes(save_parts, str(folder), PARTS)
     return folder
 
 

@@ -17,14 +17,11 @@ import copy
 import functools
 import io
 import math
-import multiprocessing
-import os
 import pickle
 import re
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -36,6 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, small_model, trainer_of
 from transformers import Trainer
+from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, row_adamw
 from modeling_peer.expert_table import ExpertTable
@@ -675,29 +673,13 @@ def half_gradients():
     return gradients
 
 
-def work(rank, folder):
-    """One of two processes, which leaves all that it found."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for part in (data_parallel, fully_sharded, tensor_parallel):
-        torch.save(part(rank), f"{folder}/{part.__name__}-{rank}")
-    dist.barrier()
-    os._exit(0)  # gloo may hang at exit
+PARTS = (data_parallel, fully_sharded, tensor_parallel)
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_on_two_processes(save_parts, str(folder), PARTS)
     return folder
 
 

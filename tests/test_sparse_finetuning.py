@@ -16,7 +16,6 @@
 import copy
 import json
 import math
-import multiprocessing
 import os
 import re
 import subprocess
@@ -33,6 +32,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, small_model, train, trainer_of
 from transformers import TrainerCallback
+from two_processes import leave_together, run_on_two_processes
 
 from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.expert_background import ExpertBackground
@@ -628,8 +628,7 @@ def work(rank, folder, port):
     torch.set_num_threads(1)
     for optimizer in ("sgd", "sparse rows"):
         torch.save(joint_training(f"{folder}/{rank}", optimizer, 2), f"{folder}/{optimizer}-{rank}")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo may hang at exit
+    leave_together()
 
 
 @pytest.fixture(scope="module")
@@ -638,15 +637,7 @@ def distributed(tmp_path_factory):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     port = store.port
     del store
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder), port)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_on_two_processes(work, str(folder), port)
     return folder
 
 

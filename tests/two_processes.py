@@ -1,0 +1,51 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""For tests on two processes of this machine: what they find is left in a folder."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_on_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Runs `work(rank, *arguments)` as ranks 0 and 1 and asserts that both came to their end."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def save_parts(rank: int, folder: str, parts: tuple[Callable[[int], Any], ...]) -> None:
+    """The work of one of two ranks in a group of gloo: what each of `parts` returns goes to `folder/{its name}-{rank}`."""
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for part in parts:
+        torch.save(part(rank), f"{folder}/{part.__name__}-{rank}")
+    leave_together()
+
+
+def leave_together() -> None:
+    """The end of a rank's work: gloo may hang at exit."""
+    dist.barrier()
+    os._exit(0)
