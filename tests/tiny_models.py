@@ -52,9 +52,17 @@ def tiny_model(config: PeerConfig, seed: int = 0) -> PeerForCausalLM:
     """A model in evaluation, with running statistics from random text."""
     torch.manual_seed(seed)
     model = PeerForCausalLM(copy.deepcopy(config)).train()
+    let_added_experts_speak(model)
     for _ in range(3):
         model(torch.randint(0, config.vocab_size, (8, 32)))
     return model.eval()
+
+
+def let_added_experts_speak(model: PeerForCausalLM) -> None:
+    """As if they had been trained: they start with rows of zeros."""
+    for name, parameter in model.named_parameters():
+        if ".added." in name and "down_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -95,4 +103,26 @@ EXPERTS = {
     for act, gated, branch, shared in itertools.product(("gelu", None), (False, True), (None, 8), (False, True))
 }
 
-ALL_CONFIGS = {**VARIANTS, **ROUTERS, **EXPERTS}
+PROTECTED = {"mode": "protected", "num_experts": 25, "num_retrieval_heads": 1, "num_experts_per_head": 4}
+
+# The configurations of models that grew.
+GROWN = {
+    "grown": tiny_config(
+        "peer",
+        "peer",
+        expert_additions=[
+            {"layers": [0], "mode": "open", "num_experts": 13},
+            {"layers": [0, 1], **PROTECTED},
+            {"layers": [1], **PROTECTED},
+        ],
+    ),
+    "grown_one_pool": tiny_config(
+        "peer",
+        "peer",
+        share_experts_across_layers=True,
+        gated_experts=True,
+        expert_additions=[{"layers": [0, 1], **PROTECTED}],
+    ),
+}
+
+ALL_CONFIGS = {**VARIANTS, **ROUTERS, **EXPERTS, **GROWN}

@@ -59,6 +59,9 @@ def tiny_model(config: PeerConfig) -> PeerForCausalLM:
     """The model of `config`, the same in every process, with running statistics that are not those of a fresh one."""
     torch.manual_seed(0)
     model = PeerForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if ".added." in name and "down_proj" in name:
+            torch.nn.init.normal_(parameter, std=0.2)  # added experts start with rows of zeros
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.2)
@@ -66,6 +69,8 @@ def tiny_model(config: PeerConfig) -> PeerForCausalLM:
             buffer.uniform_(0.2, 0.6)
     return model
 
+
+PROTECTED = {"mode": "protected", "num_experts": 16, "num_retrieval_heads": 1, "num_experts_per_head": 3}
 
 # One model of every variant, for what splits models; widths of 49 and 61 do not divide by two processes.
 MODELS = {
@@ -78,6 +83,7 @@ MODELS = {
     "shared_expert": tiny_config("dense", "peer", shared_expert_intermediate_size=10),
     "shared_pool": tiny_config("peer", "dense", "peer", share_experts_across_layers=True, gated_experts=True),
     "tied_embeddings": tiny_config("dense", "peer", tie_word_embeddings=True),
+    "grown": tiny_config("dense", "peer", expert_additions=[{"layers": [1], **PROTECTED}]),
     "odd_width": tiny_config("peer", "pkm", hidden_size=49, gated_experts=True, shared_expert_intermediate_size=7),
 }
 
