@@ -46,7 +46,7 @@ def masked_experts(
             Indices of the layers in which to mask them; of layers that share a pool all or none. All if not given.
 
     Raises:
-        `ValueError`: for an expert or a layer that does not exist, or where a head would be left with less than its k.
+        `ValueError`: for an expert or a layer that does not exist, where there are none to mask, or where a head would be left with less than its k.
 
     ```python
     >>> with masked_experts(model):
@@ -54,8 +54,11 @@ def masked_experts(
     ```
     """
     numbers = expert_numbers(experts)
+    sets = select_expert_sets(model, layers)
+    if numbers is None and not any(_added(each).any() for each in sets.values()):
+        raise ValueError("No experts were added, which `masked_experts` masks if `experts` does not name any.")
     masks: dict[ProductKeyRouter, torch.Tensor] = {}
-    for each in select_expert_sets(model, layers).values():
+    for each in sets.values():
         masked = _added(each) if numbers is None else mask_of_numbers(each, numbers)
         masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
     before = {router: router.expert_mask for router in masks}

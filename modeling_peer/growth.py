@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .expert_table import ExpertTable
 from .feed_forward_peer import ExpertPool, PeerFeedForward
-from .frozen_rows import freeze_rows
+from .frozen_rows import check_can_freeze, freeze_rows
 from .generations import check_additions, generations_of
+from .modeling_peer import PeerPreTrainedModel
 from .product_key_router import AddedRouter
 from .product_keys import grid_size
 
@@ -44,7 +44,7 @@ class Addition:
 
 
 def add_experts(
-    model: PreTrainedModel,
+    model: PeerPreTrainedModel,
     num_experts: int,
     *,
     layers: Iterable[int] | int | None = None,
@@ -67,7 +67,7 @@ def add_experts(
     cost per token but that of their scores. New experts that win a place take weight from the old ones at once.
 
     Args:
-        model ([`PreTrainedModel`]): With PEER layers. Not split over processes.
+        model ([`PeerPreTrainedModel`]): With PEER layers.
         num_experts (`int`):
             Number of experts to add to each layer, or to the pool they share: in protected mode a perfect square, in open
             mode what is missing to one.
@@ -84,7 +84,8 @@ def add_experts(
         [`Addition`]: the numbers of the new experts, and how much the outputs changed.
 
     Raises:
-        `ValueError`: for a model without PEER layers or a size that cannot be. The model is left as it was.
+        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or a size that cannot
+            be. The model is left as it was.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
@@ -96,6 +97,7 @@ def add_experts(
     ...     model.generate(**inputs)  # what it would have written before
     ```
     """
+    _check_model(model)
     grown = _peer_layers(model, layers)
     config = model.config
     addition = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
@@ -120,7 +122,7 @@ def add_experts(
     return Addition(experts, (after - before).abs().max().item())
 
 
-def train_added_experts_only(model: PreTrainedModel) -> None:
+def train_added_experts_only(model: PeerPreTrainedModel) -> None:
     """
     Freezes all of a grown model but the experts of its last addition, their keys, and, if it was a protected one, their
     query network; gates are [`fit_gates`]'s. [`add_experts`] does so; it has to be said again of a model that was loaded, or copied.
@@ -163,6 +165,16 @@ def _freeze_old_rows(router, pool, num_added):
     for (parameter, dim), size in old_sizes.items():
         parameter.requires_grad_(True)
         freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim)
+
+
+def _check_model(model):
+    if not isinstance(model, PeerPreTrainedModel):
+        raise ValueError(
+            f"Experts can be added to PEER models, got {type(model).__name__}. Of a model with adapters, merge or unload them "
+            "first; a model with grafts takes another graft."
+        )
+    for parameter in model.parameters():
+        check_can_freeze(parameter)
 
 
 def _check(model, addition):

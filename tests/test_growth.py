@@ -18,6 +18,7 @@ import copy
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from peft import LoraConfig, get_peft_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, trainer_of
@@ -389,6 +390,10 @@ class TestMask:
         with masked_experts(model, range(36)):
             assert torch.equal(layer(hidden_states), layer.shared_expert(hidden_states))
 
+    def test_of_what_was_added_where_nothing_was(self):
+        with pytest.raises(ValueError, match="No experts were added"), masked_experts(tiny_model(CONFIGS["rms"])):
+            pass
+
     @pytest.mark.parametrize(
         ("experts", "layers", "message"),
         [
@@ -452,6 +457,11 @@ class TestRefusals:
     def test_no_peer_layer(self):
         model = tiny_model(tiny_config("dense", "pkm"))
         with pytest.raises(ValueError, match="PeerForCausalLM has no PEER layer"):
+            add_experts(model, 25)
+
+    def test_a_model_with_adapters(self):
+        model = get_peft_model(tiny_model(CONFIGS["one layer"]), LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="got PeftModel.* merge or unload them first"):
             add_experts(model, 25)
 
     def test_one_of_the_layers_of_a_shared_pool(self):
