@@ -45,10 +45,11 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
         "learning": learning_of(run),
         "forgetting": mean(losses[last][i] - losses[i][i] for i in range(last)),
         "forgetting_of_pretraining": losses[last][0] - losses[0][0],
-        "forward_transfer": mean(losses[0][i] - losses[i - 1][i] for i in range(2, last + 1)),
         "final_mean": mean(losses[last]),
     }
     result["backward_transfer"] = -result["forgetting"]
+    if last > 1:
+        result["forward_transfer"] = mean(losses[0][i] - losses[i - 1][i] for i in range(2, last + 1))
     if run["masked"]:
         result["forgetting_of_pretraining_masked"] = run["masked"][-1][0] - losses[0][0]
     return result
@@ -129,15 +130,17 @@ def describe(summary: dict[str, Any]) -> str:
         "forward_transfer": "forward",
         "final_mean": "final mean",
     }
-    lines = [f"{'':<28}" + "".join(f"{title:>20}" for title in [*columns.values(), "at equal learning"])]
+    at_equal = {arm: result["forgetting_at_equal_learning"] for arm, result in summary["arms"].items()}
+    titles = [*columns.values(), "at equal learning", "of full finetuning's"]
+    lines = [f"{'':<28}" + "".join(f"{title:>21}" for title in titles)]
     for arm, result in summary["arms"].items():
         cells = []
         for name in columns:
             value, deviation = result["mean"].get(name), result["deviation"].get(name)
             cells.append("" if value is None else f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation else ""))
-        equal = result["forgetting_at_equal_learning"]
-        cells.append("" if equal is None else f"{equal:.3f}")
-        lines.append(f"{ARMS[arm].label:<28}" + "".join(f"{cell:>20}" for cell in cells))
+        cells.append("" if at_equal[arm] is None else f"{at_equal[arm]:.3f}")
+        cells.append(f"{at_equal[arm] / at_equal['full']:.0%}" if at_equal[arm] and at_equal.get("full") else "")
+        lines.append(f"{ARMS[arm].label:<28}" + "".join(f"{cell:>21}" for cell in cells))
     lines.append(f"\nNats per token; equal learning is {summary['equal_learning']:.3f}.")
     return "\n".join(lines)
 

