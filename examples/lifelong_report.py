@@ -13,16 +13,13 @@
 # limitations under the License.
 """What comes of the lifelong-learning runs: measures, the comparison at equal learning, a table, a picture."""
 
-import os
-import platform
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-import transformers
 from lifelong_arms import ARMS
 from matplotlib.figure import Figure
+from studies import machine
 
 
 COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
@@ -93,14 +90,11 @@ def summarize(
 ) -> dict[str, Any]:
     """All figures of the study, with what they were made by."""
     summary: dict[str, Any] = {
+        "command": "python examples/lifelong_stream.py",
+        "seconds": sum(run["seconds"] for run in runs),
         "texts": names,
         "arguments": arguments,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine(),
         "equal_learning": level,
         "arms": {},
         "runs": runs,

@@ -31,6 +31,7 @@ from corpora import load_corpus
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from lifelong_arms import ARMS, Stage
 from lifelong_report import choose_settings, describe, plot, summarize
+from studies import claim_folder, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from torch import nn
 from tqdm.auto import tqdm
@@ -178,10 +179,7 @@ def run(name: str, settings: dict[str, float], seed: int, args: StreamArguments,
             with masked_experts(model):
                 result["masked"].append(losses(model, texts))
     result["seconds"] = time.time() - start
-    file.parent.mkdir(exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1))
-    unfinished.rename(file)
+    write_json(file, result)
     return result
 
 
@@ -192,7 +190,7 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, vars(args))
     print("Reading the texts ...")
     tokenizer, texts = load_texts(args, folder)
     for name in dict.fromkeys(ARMS[arm].base for arm in args.arms):
@@ -204,7 +202,7 @@ def main():
     repeated = [(name, chosen[name], seed) for seed in range(1, args.seeds) for name in args.arms]
     runs += [run(*each, args, texts, folder) for each in tqdm(repeated, desc="Seeds")]
     summary = summarize(runs, texts.names, level, chosen, vars(args))
-    (folder / "results.json").write_text(json.dumps(summary, indent=1))
+    write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
     print(f"\n{describe(summary)}\n\nIn {folder}: results.json, results.png")
 

@@ -219,10 +219,10 @@ class TestAsking:
         matches[8:] = True
         new, known = choose_facts(made, losses, matches, args)
         assert len(new) == 5 and len(known) == 2
-        assert not {made[0], made[1]} & {*new, *known}
-        assert {fact.relation for fact in known} == {"anthem"}
         assert sorted(fact.relation for fact in new) == ["capital"] * 3 + ["symbol"] * 2  # as evenly as can be
         assert (new, known) == choose_facts(made, losses, matches, args)
+        new, known = choose_facts(made, losses, matches, replace(args, num_new=99, num_known=99))
+        assert set(new) == set(made[2:8]) and set(known) == set(made[8:])
 
 
 def point(new, text, known, matches):
@@ -252,6 +252,7 @@ class TestComparison:
             make_run("full", point(4.5, 3.0, 1.0, 0.8), rate=1),  # learns too little
             make_run("full", point(3.0, 3.2, 1.0, 0.6), rate=2),
             make_run("full", point(1.0, 9.0, 1.0, 0.0), rate=3),
+            make_run("full", point(3.0, 3.0, 1.0, 0.4), rate=6),  # texts alone are better
             make_run("lora", point(4.0, 3.1, 1.0, 0.8), rate=4),
             make_run("lora", point(4.1, 3.0, 1.0, 0.8), rate=5),
         ]
@@ -342,6 +343,7 @@ class TestStudy:
         content = json.loads(lost.read_text())
         lost.unlink()
         lost.with_suffix(".unfinished").write_text("{")  # killed while it was written
+        torch.manual_seed(123)  # whatever state the killed command left
         assert [seed for _, seed in study_here()] == [1]
         assert json.loads(lost.read_text())["points"] == content["points"]
 
@@ -360,7 +362,7 @@ class TestStudy:
         moved = {
             name for name, weight in seen["model"].named_parameters() if not torch.equal(weight, seen["before"][name])
         }
-        assert {name.split(".")[-2] for name in moved} == {"up_proj", "down_proj"}
+        assert {name.split(".")[-2] for name in moved} == {"down_proj"}
         assert all("peer_graft_layer" in name for name in moved)
 
     def test_unknown_arm(self, study_here):

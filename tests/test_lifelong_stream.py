@@ -144,6 +144,11 @@ class TestStudy:
             study("--arms", "full", "--seeds", "1")
         assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
 
+    def test_refuses_the_folder_of_another_study(self, study, tmp_path):
+        (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
+        with pytest.raises(ValueError, match="pretraining_steps was 7, got 1"):
+            study()
+
     def test_refuses_an_arm_that_is_not_there(self, study):
         with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
             study("--arms", "half")

@@ -1,0 +1,81 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the studies have in common: a folder that one study owns, files that are there whole or not at all, the machine."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+# What may differ from call to call: it changes which runs are made, not what comes of them.
+FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
+
+
+def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
+    """
+    Makes the folder of a study, or goes on with it.
+
+    Args:
+        folder (`Path`)
+        arguments (`dict[str, Any]`): The study's, kept in `arguments.json`.
+
+    Raises:
+        `ValueError`: if it holds a study with other arguments.
+    """
+    arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+    file = folder / "arguments.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        changed = {name for name in arguments.keys() | before.keys() if arguments.get(name) != before.get(name)}
+        if changed:
+            raise ValueError(
+                f"{folder} holds a study with other arguments: "
+                + ", ".join(f"{name} was {before.get(name)}, got {arguments.get(name)}" for name in sorted(changed))
+                + ". Choose another --output_dir, or remove it."
+            )
+        return
+    write_json(file, arguments)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.rename(file)
+
+
+def machine() -> dict[str, Any]:
+    """What a study ran on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
