@@ -221,7 +221,9 @@ ARMS = {
     "protected": Arm(
         "grown, protected",
         grown_protected,
-        _rates(3e-3, 1e-2, reference_weight=4) + _rates(1e-2, reference_weight=1) + _rates(1e-2, reference_weight=16),
+        _rates(1e-2, reference_weight=1)
+        + _rates(3e-3, 1e-2, reference_weight=4)
+        + _rates(3e-3, 1e-2, reference_weight=16),
     ),
     "open": Arm("grown, open", grown_open, _rates(3e-3, 1e-2, 3e-2)),
     "dense": Arm("dense twin, full finetuning", full_finetuning, _rates(1e-4, 3e-4, 1e-3, 2e-3), base="dense"),

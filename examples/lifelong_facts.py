@@ -37,7 +37,7 @@ from corpora import fetch_package, load_corpus
 from datasets import Dataset, concatenate_datasets
 from facts import Fact, load_facts
 from lifelong_facts_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, write_json
+from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from torch.nn import functional as F
@@ -271,7 +271,7 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
             losses, matches = ask(study.load_model(), tokenizer, sentences)
         new, known = choose_facts(facts, losses.view(len(facts), -1), matches.view(len(facts), -1), args)
         write_json(file, {"new": [asdict(fact) for fact in new], "known": [asdict(fact) for fact in known]})
-    chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in json.loads(file.read_text()).items()}
+    chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in read_json(file).items()}
     study.taught = [make_sentence(tokenizer, text, fact.answer) for fact in chosen["new"] for text in fact.taught]
     for kind, facts in chosen.items():
         study.asked[kind] = [make_sentence(tokenizer, text, fact.answer) for fact in facts for text in fact.asked]
@@ -466,7 +466,7 @@ def run(name: str, settings: dict[str, float], seed: int, study: Study) -> dict[
     label = "-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), f"seed={seed}"])
     file = study.folder / "runs" / f"{label}.json"
     if file.exists():
-        return json.loads(file.read_text())
+        return read_json(file)
     before = study.folder / "before.json"
     if not before.exists():
         write_json(before, measure(study.load_model(), study))

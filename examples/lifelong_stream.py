@@ -21,7 +21,6 @@ Both are pre-trained here on technical documentation. Killed at any point, the s
 `--output_dir`; what comes of them all is `results.json` and `results.png` there.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from corpora import load_corpus
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from lifelong_arms import ARMS, Stage
 from lifelong_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, write_json
+from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from torch import nn
 from tqdm.auto import tqdm
@@ -157,7 +156,7 @@ def run(name: str, settings: dict[str, float], seed: int, args: StreamArguments,
     label = "-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), f"seed={seed}"])
     file = folder / "stages" / f"{label}.json"
     if file.exists():
-        return json.loads(file.read_text())
+        return read_json(file)
     start, arm = time.time(), ARMS[name]
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)

@@ -61,6 +61,11 @@ def write_json(file: Path, content: Any) -> None:
     unfinished.rename(file)
 
 
+def read_json(file: Path) -> Any:
+    """What is in a file of [`write_json`]."""
+    return json.loads(file.read_text())
+
+
 def machine() -> dict[str, Any]:
     """What a study ran on."""
     return {
