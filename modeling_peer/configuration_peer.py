@@ -79,8 +79,8 @@ class PeerConfig(PreTrainedConfig):
         for an optimizer that takes them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
     expert_additions (`list[dict]`, *optional*):
         What [`add_experts`] added to PEER layers, in its order: the `layers`, the `mode` and the `num_experts` of each
-        addition, of a protected one `num_retrieval_heads` and `num_experts_per_head` too. `num_experts` above stays what
-        layers began with.
+        addition, of a protected one `num_retrieval_heads` and `num_experts_per_head` too. The fields of these names above
+        stay those of what layers began with, also where they are changed at load.
     moe_num_experts (`int`, *optional*, defaults to 128):
         Experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):

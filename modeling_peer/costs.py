@@ -27,6 +27,7 @@ from typing import cast
 import torch
 
 from .configuration_peer import PeerConfig
+from .expert_gate import GATE_WIDTH
 from .feed_forward import ALL_FEED_FORWARDS
 from .feed_forward_dense import DenseFeedForward
 from .feed_forward_moe import MoeFeedForward
@@ -271,6 +272,10 @@ def _router(config, generation):
     return costs
 
 
+def _gate(config):
+    return _linear(config.hidden_size, GATE_WIDTH) + _linear(GATE_WIDTH, 1) + _elementwise(GATE_WIDTH + 1)
+
+
 def _tables(config, generation, num_tables, num_layers=1):
     """Tables of one row per expert, of which a token in each of `num_layers` layers multiplies what it retrieves."""
     num_experts = generation.num_experts
@@ -289,6 +294,8 @@ def _peer(config, layer_idx):
         pool = _tables(config, generation, _num_pool_tables(config))
         costs += _router(config, generation)
         costs += PartCosts(flops=pool.flops) if config.share_experts_across_layers else pool
+        if generation.first_expert:
+            costs += _gate(config)
     if config.shared_expert_intermediate_size is not None:
         costs += _gated_mlp(config, config.shared_expert_intermediate_size)
     return costs

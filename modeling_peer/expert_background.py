@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
+from .evaluation import evaluation
 from .expert_sets import find_expert_sets, observe_retrievals
 
 
@@ -82,8 +83,7 @@ class ExpertBackground:
             `ValueError`: if the model has no experts or the corpus no documents.
         """
         sets = find_expert_sets(model)
-        if not isinstance(dataset, DataLoader):
-            dataset = DataLoader(dataset, batch_size, collate_fn=data_collator or pad_examples)
+        batches = batches_of(dataset, batch_size, data_collator)
         counts = {name: torch.zeros(each.num_experts, dtype=torch.int64) for name, each in sets.items()}
         num_documents = 0
         used: dict[str, torch.Tensor] = {}
@@ -98,22 +98,18 @@ class ExpertBackground:
         # Without its head, if it has one: what it says is not asked.
         decoder = getattr(model, "base_model", model)
         device = next(model.parameters()).device
-        modes = {module: module.training for module in model.modules()}
         hooks = observe_retrievals(sets, note)
         try:
-            model.eval()
-            for batch in tqdm(dataset, disable=not progress_bar, desc="Background"):
-                with torch.no_grad():
+            with evaluation(model):
+                for batch in tqdm(batches, disable=not progress_bar, desc="Background"):
                     decoder(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
-                num_documents += max(map(len, used.values()), default=0)
-                for name, documents in used.items():
-                    counts[name] += documents.sum(0).cpu()
-                used.clear()
+                    num_documents += max(map(len, used.values()), default=0)
+                    for name, documents in used.items():
+                        counts[name] += documents.sum(0).cpu()
+                    used.clear()
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
         if not num_documents:
             raise ValueError("`dataset` must have at least one document, got none.")
         return cls(counts, num_documents)
@@ -181,6 +177,14 @@ class ExpertBackground:
                 f"{sorted(counts)} and {metadata}."
             )
         return cls(counts, int(metadata["num_documents"]))
+
+
+def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = None) -> DataLoader:
+    """A `DataLoader` as it is, or one of examples, padded by [`pad_examples`] if there is no collator."""
+    if isinstance(dataset, DataLoader):
+        return dataset
+    examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
+    return DataLoader(examples, batch_size, collate_fn=data_collator or pad_examples)
 
 
 def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:

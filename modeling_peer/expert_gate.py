@@ -19,21 +19,23 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 
-WIDTH = 64
+GATE_WIDTH = 64
+
+SHUT = 0.01  # what opens less is shut
 
 OPEN = 32.0  # a logit whose sigmoid is 1 in float32
 
 
 class ExpertGate(nn.Module):
     """
-    A small classifier of hidden states, `w · gelu(W x + b) + c`, whose sigmoid multiplies what added experts put out. It
-    starts open for everything.
+    A small classifier of hidden states, `sigmoid(w · gelu(W x + b) + c)`, which multiplies what added experts put out. It
+    starts open for everything, and is shut, exactly zero, where it would be less than one percent open.
     """
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, WIDTH)
-        self.down_proj = nn.Linear(WIDTH, 1)
+        self.up_proj = nn.Linear(hidden_size, GATE_WIDTH)
+        self.down_proj = nn.Linear(GATE_WIDTH, 1)
 
     def init_own_weights(self) -> None:
         init.zeros_(self.down_proj.weight)
@@ -45,6 +47,11 @@ class ExpertGate(nn.Module):
             hidden_states (`torch.Tensor` of shape `(..., hidden_size)`)
 
         Returns:
-            `torch.Tensor` of shape `(..., 1)`: logits.
+            `torch.Tensor` of shape `(..., 1)`: between 0 and 1.
         """
+        openness = torch.sigmoid(self.logits(hidden_states))
+        return torch.where(openness < SHUT, 0.0, openness)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the sigmoid is of, to be fitted."""
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .expert_sets import ExpertSet, select_expert_sets
-from .freezing import expert_numbers, mask_of_numbers
+from .expert_sets import ExpertSet, expert_numbers, mask_of_numbers, select_expert_sets
 from .product_key_router import ProductKeyRouter
+from .product_keys import ExpertMask
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def masked_experts(
 ) -> Iterator[None]:
     """
     Takes experts out of the competition while it lasts: what a head would have retrieved of them goes to the best of the
-    others. A generation that is masked as a whole is not run.
+    others. A generation that is masked as a whole is not run. A copy of the model made meanwhile stays masked.
 
     Where the experts added in protected mode are masked, a model computes what it did before they were added, to the bit;
     and so does one with an open addition, if its old experts, keys and queries were not trained since.
@@ -57,7 +57,7 @@ def masked_experts(
     sets = select_expert_sets(model, layers)
     if numbers is None and not any(_added(each).any() for each in sets.values()):
         raise ValueError("No experts were added, which `masked_experts` masks if `experts` does not name any.")
-    masks: dict[ProductKeyRouter, torch.Tensor] = {}
+    masks: dict[ProductKeyRouter, ExpertMask | None] = {}
     for each in sets.values():
         masked = _added(each) if numbers is None else mask_of_numbers(each, numbers)
         masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
@@ -77,17 +77,18 @@ def _added(experts: ExpertSet) -> torch.Tensor:
 
 
 def _mask_of_router(router, masked, experts):
-    """Which experts of a router take part."""
+    """Which experts of a router take part, `None` if all do."""
     generation = router.generation
-    mask = ~masked[generation.first_expert : generation.experts.stop].to(router.sub_keys.device)
+    takes_part = ~masked[generation.first_expert : generation.experts.stop]
     if router.expert_mask is not None:
-        mask &= router.expert_mask
-    if 0 < mask.sum() < router.num_experts_per_head:
+        takes_part &= router.expert_mask.experts
+    mask = ExpertMask(takes_part)
+    if 0 < mask.num_experts < router.num_experts_per_head:
         raise ValueError(
-            f"`experts` leave {int(mask.sum())} of {experts.name} to a router whose heads retrieve "
-            f"{router.num_experts_per_head}: mask fewer, or all of its {len(mask)}."
+            f"`experts` leave {mask.num_experts} of {experts.name} to a router whose heads retrieve "
+            f"{router.num_experts_per_head}: mask fewer, or all of its {generation.num_experts}."
         )
-    return mask
+    return None if mask.num_experts == generation.num_experts else mask
 
 
 __all__ = ["masked_experts"]

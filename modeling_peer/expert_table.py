@@ -72,6 +72,11 @@ class ExpertTable(nn.Embedding):
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.num_embeddings = len(weight)
 
+    def keep_rows(self, number: int) -> None:
+        """Leaves the first rows, where they are. Its `weight` is another parameter then."""
+        self.weight = nn.Parameter(self.weight.detach()[:number], requires_grad=self.weight.requires_grad)
+        self.num_embeddings = number
+
     @property
     def kernels(self) -> str:
         """The implementation that runs on this table here and now. Raises `RuntimeError` if the configured one cannot."""

@@ -40,6 +40,8 @@ class PkmFeedForward(nn.Module):
         return router | {"values": "expert_down_projection"}
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        if self.router.is_off:
+            return torch.zeros_like(hidden_states)
         indices, weights = self.router(hidden_states, padding_mask)
         output = self.values(weights.flatten(-2).flatten(0, -2), indices.flatten(-2).flatten(0, -2))
         return output.view_as(hidden_states)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .expert_background import ExpertBackground
-from .expert_sets import ExpertSet, select_expert_sets
+from .expert_sets import ExpertSet, expert_numbers, mask_of_numbers, select_expert_sets
 from .frozen_rows import FrozenRows, freeze_rows
 
 
@@ -112,39 +112,6 @@ def _freeze(sets: dict[str, ExpertSet], masks: dict[str, torch.Tensor]) -> list[
             cause.remove()
         raise
     return causes
-
-
-def expert_numbers(experts: Iterable[int] | torch.Tensor | int | None) -> torch.Tensor | None:
-    """
-    What a user names as experts, as a tensor of numbers or a mask, or `None`. Raises `ValueError` for anything else.
-    """
-    if experts is None:
-        return None
-    if not isinstance(experts, torch.Tensor):
-        experts = torch.tensor([experts] if isinstance(experts, int) else list(experts))
-    if not experts.numel() or experts.is_floating_point() or experts.is_complex():
-        raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts}.")
-    return experts.cpu()
-
-
-def mask_of_numbers(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:
-    """
-    Which experts of a set [`expert_numbers`] are: bool, `(num_experts,)`. Raises `ValueError` if it does not have them.
-    """
-    size = experts.num_experts
-    of_set = f"{experts.name} has experts 0 to {size - 1}"
-    if numbers.dtype == torch.bool:
-        if numbers.shape != (size,):
-            raise ValueError(
-                f"A mask of `experts` must be of shape {(size,)}, as {of_set}, got {tuple(numbers.shape)}."
-            )
-        return numbers
-    unknown = numbers[(numbers < 0) | (numbers >= size)]
-    if len(unknown):
-        raise ValueError(f"{of_set}, but `experts` has {len(unknown)} others, {unknown[:5].tolist()} among them.")
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[numbers.long().flatten()] = True
-    return mask
 
 
 __all__ = ["FrozenExperts", "freeze_experts"]

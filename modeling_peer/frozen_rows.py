@@ -47,7 +47,8 @@ class FrozenRows:
             state.stop_gradient(parameter, self._key)
         if owner is not None:
             key = self._key
-            _OWNERS[key] = (weakref.ref(owner, lambda _: _OWNERS.pop(key, None)), weakref.ref(parameter))
+            (name,) = (name for name, each in owner.named_parameters(recurse=False) if each is parameter)
+            _OWNERS[key] = (weakref.ref(owner, lambda _: _OWNERS.pop(key, None)), name, weakref.ref(parameter))
 
     def set_rows(self, rows: torch.Tensor) -> None:
         """
@@ -151,8 +152,8 @@ class _FrozenRowsOfParameter:
 
 _KEYS = itertools.count()
 _FROZEN = WeakTensorKeyDictionary()
-# By the key of a cause: weak references to the module whose weight is frozen, and to that weight.
-_OWNERS: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+# By the key of a cause: the module whose parameter is frozen, the name it has there, and the parameter.
+_OWNERS: dict[int, tuple[weakref.ref, str, weakref.ref]] = {}
 # Of each optimizer in the midst of a step, what to put back; a stack, as a step may call that of a parent class.
 _SAVED: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[list]] = weakref.WeakKeyDictionary()
 
@@ -180,7 +181,7 @@ def freeze_rows(
         rows (`torch.Tensor` of shape `(parameter.shape[dim],)`): bool, True where a row is frozen.
         dim (`int`, *optional*, defaults to 0): The dimension along which rows are counted.
         owner (`nn.Module`, *optional*):
-            The module whose `weight` it is. A step on another parameter that has taken its place, when FSDP2 shards the
+            The module whose parameter it is. A step on another parameter that has taken its place, when FSDP2 shards the
             model for one, raises `RuntimeError` then, rather than move what was to be frozen.
 
     Returns:
@@ -199,6 +200,14 @@ def freeze_rows(
     if state is not None and state.dim != dim:
         raise ValueError(f"`dim` must be {state.dim}, along which rows of this parameter are frozen, got {dim}.")
     return FrozenRows(parameter, rows, dim, owner)
+
+
+def require_no_gradients(module: nn.Module) -> None:
+    """`module.requires_grad_(False)`, of which the end of an earlier freeze takes nothing back."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        if parameter in _FROZEN:
+            _FROZEN[parameter].required_gradient = False
 
 
 def check_can_freeze(parameter: torch.Tensor) -> None:
@@ -254,9 +263,9 @@ def _after_step(optimizer, args, kwargs):
 
 def _replaced_weights():
     """Weights that stand, with no row frozen, where a frozen one stood."""
-    for owner_reference, frozen in list(_OWNERS.values()):
+    for owner_reference, name, frozen in list(_OWNERS.values()):
         owner = owner_reference()
-        weight = None if owner is None else owner._parameters.get("weight")
+        weight = None if owner is None else owner._parameters.get(name)
         if weight is not None and weight is not frozen() and weight not in _FROZEN:
             yield weight
 

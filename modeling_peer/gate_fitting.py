@@ -13,19 +13,23 @@
 # limitations under the License.
 """Teaching the gates of added experts for which text they were added."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from .expert_background import pad_examples
+from .evaluation import evaluation
+from .expert_background import batches_of
 from .expert_gate import ExpertGate
 from .feed_forward_peer import PeerFeedForward
+from .growth import check_is_peer_model
+from .modeling_peer import PeerPreTrainedModel
+from .product_key_router import AddedRouter
 
 
 LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
@@ -46,7 +50,7 @@ class GateFit:
 
 
 def fit_gates(
-    model: PreTrainedModel,
+    model: PeerPreTrainedModel,
     new_text: Iterable[dict[str, Any]],
     reference_text: Iterable[dict[str, Any]],
     *,
@@ -61,7 +65,7 @@ def fit_gates(
     where they were not asked have less to forget there. Nothing but the gates changes.
 
     Args:
-        model ([`PreTrainedModel`]): To which experts were added in protected mode.
+        model ([`PeerPreTrainedModel`]): To which experts were added in protected mode.
         new_text (iterable of `dict`): Sequences, `input_ids` and perhaps an `attention_mask`, of what is to be learned.
         reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did.
         reference_weight (`float`, *optional*, defaults to 4.0):
@@ -70,33 +74,48 @@ def fit_gates(
         batch_size (`int`, *optional*, defaults to 8): Sequences that run through the model at a time.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
+    The hidden states of both texts are held on the CPU, of each layer that grew.
+
     Returns:
         `dict[int, GateFit]`: for each layer that grew, how far the gate opens on a tenth of the sequences, held out.
 
     Raises:
-        `ValueError`: if the last addition was not a protected one, or a text has less than two sequences.
+        `ValueError`: if the last addition was not a protected one, a text has less than two sequences, or for a number
+            that cannot be.
     """
-    additions = model.config.expert_additions or [{"mode": None}]
-    if additions[-1]["mode"] != "protected":
-        raise ValueError(
-            "`fit_gates` is for experts added in protected mode, and the last addition to this model is "
-            f"{'not there' if additions[-1]['mode'] is None else additions[-1]}."
-        )
+    _check_options(model, reference_weight, num_steps)
     layers = {
         module.layer_idx: module
         for module in model.modules()
-        if isinstance(module, PeerFeedForward) and module.layer_idx in additions[-1]["layers"]
+        if isinstance(module, PeerFeedForward) and module.layer_idx in model.config.expert_additions[-1]["layers"]
     }
     texts = [_hidden_states(model, layers, text, batch_size, progress_bar) for text in (new_text, reference_text)]
     results = {}
     for index, layer in layers.items():
-        gate = layer.added_routers[-1].gate
-        new, reference = (text[index] for text in texts)
-        results[index] = _fit(gate, new, reference, reference_weight, num_steps)
+        (new_held_out, new), (reference_held_out, reference) = (_split(text[index]) for text in texts)
+        gate = cast("AddedRouter", layer.added_routers[-1]).gate
+        fitted = _fit(gate, new, reference, reference_weight, num_steps)
+        with torch.no_grad():
+            for parameter, value in zip(gate.parameters(), fitted.parameters(), strict=True):
+                parameter.copy_(value)
+        results[index] = GateFit(_openness(gate, new_held_out), _openness(gate, reference_held_out))
     return results
 
 
-@torch.no_grad()
+def _check_options(model, reference_weight, num_steps):
+    check_is_peer_model(model)
+    last = (model.config.expert_additions or [None])[-1]
+    if last is None or last["mode"] != "protected":
+        raise ValueError(
+            "`fit_gates` is for experts added in protected mode, and the last addition to this model is "
+            f"{last or 'not there'}."
+        )
+    if not 0 < reference_weight < math.inf:
+        raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight}.")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"`num_steps` must be a whole number, at least 1, got {num_steps!r}.")
+
+
 def _hidden_states(model, layers, text, batch_size, progress_bar):
     """What each layer sees of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
@@ -105,54 +124,21 @@ def _hidden_states(model, layers, text, batch_size, progress_bar):
         for index, layer in layers.items()
     ]
     sequences: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-    training = model.training
-    loader = text if isinstance(text, DataLoader) else DataLoader(text, batch_size, collate_fn=pad_examples)
     try:
-        model.eval()
-        for batch in tqdm(loader, disable=not progress_bar, desc="Hidden states"):
-            model.base_model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
-            for index, states in seen.items():
-                present = batch.get("attention_mask", torch.ones(states[-1].shape[:2])).bool()
-                sequences[index] += [each[mask] for each, mask in zip(states.pop(), present, strict=True)]
+        with evaluation(model):
+            for batch in tqdm(batches_of(text, batch_size), disable=not progress_bar, desc="Hidden states"):
+                model.base_model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+                present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
+                for index, states in seen.items():
+                    sequences[index] += [each[mask] for each, mask in zip(states.pop(), present, strict=True)]
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
+    sequences = {index: [each for each in of_layer if len(each)] for index, of_layer in sequences.items()}
     number = len(next(iter(sequences.values())))
     if number < 2:
         raise ValueError(f"Both texts must have at least two sequences, one to fit and one to hold out, got {number}.")
     return sequences
-
-
-def _fit(gate, new, reference, reference_weight, num_steps):
-    new_held_out, new = _split(new)
-    reference_held_out, reference = _split(reference)
-    device, dtype = gate.down_proj.weight.device, gate.down_proj.weight.dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        fitted = ExpertGate(gate.up_proj.in_features).to(
-            device
-        )  # in float32, with the first weights of any linear layer
-    optimizer = torch.optim.AdamW(fitted.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        for _ in range(num_steps):
-            losses = [
-                weight * F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
-                for states, label, weight in ((new, 1.0, 1.0), (reference, 0.0, reference_weight))
-                for logits in [fitted(_sample(states, generator).to(device))]
-            ]
-            optimizer.zero_grad()
-            sum(losses).backward()
-            optimizer.step()
-    with torch.no_grad():
-        for parameter, value in zip(gate.parameters(), fitted.parameters(), strict=True):
-            parameter.copy_(value.to(dtype))
-        openness = [
-            torch.sigmoid(gate(states.to(device, dtype)).float()).mean().item()
-            for states in (new_held_out, reference_held_out)
-        ]
-    return GateFit(*openness)
 
 
 def _split(sequences):
@@ -160,8 +146,38 @@ def _split(sequences):
     return torch.cat(sequences[::10]), torch.cat([each for i, each in enumerate(sequences) if i % 10])
 
 
-def _sample(states, generator):
-    return states[torch.randint(len(states), (BATCH_TOKENS,), generator=generator)].float()
+def _fit(gate, new, reference, reference_weight, num_steps):
+    """A gate in float32, from first weights of its own, that tells new tokens from those of the reference."""
+    device = gate.down_proj.weight.device
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        fitted = ExpertGate(gate.up_proj.in_features)
+    fitted = fitted.float().to_empty(device="cpu")
+    for linear in (fitted.up_proj, fitted.down_proj):
+        bound = linear.in_features**-0.5
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    fitted.to(device)
+    optimizer = torch.optim.AdamW(fitted.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def loss_on(states, label):
+        sample = states[torch.randint(len(states), (BATCH_TOKENS,), generator=generator)]
+        logits = fitted.logits(sample.to(device, torch.float32))
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+    with torch.enable_grad():
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            (loss_on(new, 1.0) + reference_weight * loss_on(reference, 0.0)).backward()
+            optimizer.step()
+    return fitted
+
+
+@torch.no_grad()
+def _openness(gate, states):
+    """The mean of a gate over tokens."""
+    weight = gate.up_proj.weight
+    return gate(states.to(weight.device, weight.dtype)).float().mean().item()
 
 
 __all__ = ["GateFit", "fit_gates"]

@@ -131,7 +131,7 @@ def _check_addition(addition: dict[str, Any], config, peer_layers):
         )
     sizes = {name: addition[name] for name in names - {"layers", "mode"}}
     for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` of an addition must be a whole number, at least 1, got {value!r}.")
     if mode == "protected":
         size = grid_size(addition["num_experts"])

@@ -14,19 +14,30 @@
 """Adding experts to a trained model."""
 
 import copy
+import functools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from transformers import initialization as init
 
+from .evaluation import evaluation
 from .expert_table import ExpertTable
 from .feed_forward_peer import ExpertPool, PeerFeedForward
-from .frozen_rows import check_can_freeze, freeze_rows
+from .freezing import FrozenExperts
+from .frozen_rows import freeze_rows, require_no_gradients
 from .generations import check_additions, generations_of
 from .modeling_peer import PeerPreTrainedModel
 from .product_key_router import AddedRouter
 from .product_keys import grid_size
+
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,8 @@ def add_experts(
     Costs what `num_retrieval_heads · num_experts_per_head` experts and their retrieval cost.
 
     `mode="open"`: the key grid gets larger, and new keys compete with the old ones for the same k places of a head, at no
-    cost per token but that of their scores. New experts that win a place take weight from the old ones at once.
+    cost per token but that of their scores. New experts that win a place take weight from the old ones at once. Train with
+    [`RowAdamW`]: other optimizers keep state for old rows too.
 
     Args:
         model ([`PeerPreTrainedModel`]): With PEER layers.
@@ -97,52 +109,81 @@ def add_experts(
     ...     model.generate(**inputs)  # what it would have written before
     ```
     """
-    _check_model(model)
+    check_is_peer_model(model)
     grown = _peer_layers(model, layers)
-    config = model.config
+    old_config, config = model.config, copy.deepcopy(model.config)
     addition = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
+    budget = {"num_retrieval_heads": num_retrieval_heads, "num_experts_per_head": num_experts_per_head}
     if mode == "protected":
-        addition["num_retrieval_heads"] = num_retrieval_heads or config.num_retrieval_heads
-        addition["num_experts_per_head"] = num_experts_per_head or config.num_experts_per_head
-    elif num_retrieval_heads is not None or num_experts_per_head is not None:
+        for name, value in budget.items():
+            addition[name] = getattr(config, name) if value is None else value
+    elif any(value is not None for value in budget.values()):
         raise ValueError("`num_retrieval_heads` and `num_experts_per_head` are of protected experts; open ones share.")
-    _check(model, addition)
-    before = _outputs(model, inputs)
-    # Pools first: what they hold is the most, and may not fit.
-    pools = {id(_pool(model, layer)): (_pool(model, layer), index) for index, layer in grown.items()}
-    old_sizes = {index: generations_of(config, index)[-1].experts.stop for index in grown}
     config.expert_additions = [*(config.expert_additions or []), addition]
-    for pool, index in pools.values():
-        _grow_pool(model, pool, generations_of(config, index), mode)
-    for index, layer in grown.items():
-        _grow_layer(model, layer, generations_of(config, index), mode)
+    _check(config, addition)
+    before = _outputs(model, inputs)
+    experts = {index: _new_numbers(old_config, layer, index, num_experts) for index, layer in grown.items()}
+    (_grow_protected if mode == "protected" else _grow_open)(model, grown, config)
+    module: Any
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config
     train_added_experts_only(model)
-    after = _outputs(model, inputs)
-    experts = {index: range(size, size + num_experts) for index, size in old_sizes.items()}
-    return Addition(experts, (after - before).abs().max().item())
+    return Addition(experts, (_outputs(model, inputs) - before).abs().max().item())
 
 
-def train_added_experts_only(model: PeerPreTrainedModel) -> None:
+def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     Freezes all of a grown model but the experts of its last addition, their keys, and, if it was a protected one, their
-    query network; gates are [`fit_gates`]'s. [`add_experts`] does so; it has to be said again of a model that was loaded, or copied.
+    query network; their gates are left to [`fit_gates`]. [`add_experts`] does so; it has to be said again of a model that
+    was loaded, or copied.
 
-    In layers with an open addition the old rows of tables and keys are frozen by [`freeze_rows`].
+    In layers with an open addition the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds them
+    at no cost, other optimizers at that of a copy in each step.
+
+    Returns:
+        [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be trained.
 
     Raises:
         `ValueError`: if no experts were added.
     """
+    check_is_peer_model(model)
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
     addition = model.config.expert_additions[-1]
-    model.requires_grad_(False)
-    for layer in _peer_layers(model, addition["layers"]).values():
+    if model in _FREEZES:
+        _FREEZES.pop(model).remove()
+    require_no_gradients(model)
+    num_frozen, causes = {}, []
+    for index, layer in _peer_layers(model, addition["layers"]).items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
             layer.added_routers[-1].requires_grad_(True).gate.requires_grad_(False)
             pool.added[-1].requires_grad_(True)
         else:
-            _freeze_old_rows(layer.router, pool, addition["num_experts"])
+            num_frozen[f"layer_{index}"] = layer.router.generation.num_experts - addition["num_experts"]
+            causes += _freeze_old_rows(layer.router, pool, addition["num_experts"])
+    _FREEZES[model] = FrozenExperts(num_frozen, causes)
+    return _FREEZES[model]
+
+
+# What `train_added_experts_only` froze of a model, to be lifted when it is said again.
+_FREEZES: weakref.WeakKeyDictionary[nn.Module, FrozenExperts] = weakref.WeakKeyDictionary()
+
+
+def check_is_peer_model(model: nn.Module) -> None:
+    """Raises `ValueError` if a model is none that experts can be added to."""
+    if not isinstance(model, PeerPreTrainedModel):
+        raise ValueError(
+            f"Experts can be added to PEER models, got {type(model).__name__}. Of a model with adapters, merge or unload them "
+            "first; a model with grafts takes another graft."
+        )
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("Experts can be added to a model without adapters: merge or unload those it has first.")
+    if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "Experts can be added before a model is split over processes, and this one is: grow it first."
+        )
 
 
 def _peer_layers(model, layers):
@@ -158,35 +199,26 @@ def _peer_layers(model, layers):
     return {layer: found[layer] for layer in layers}
 
 
-def _freeze_old_rows(router, pool, num_added):
-    num_old = router.generation.num_experts - num_added
-    old_sizes = {(router.sub_keys, 2): grid_size(num_old)}
-    old_sizes |= {(table.weight, 0): num_old for table in _tables(pool)}
-    for (parameter, dim), size in old_sizes.items():
-        parameter.requires_grad_(True)
-        freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim)
-
-
-def _check_model(model):
-    if not isinstance(model, PeerPreTrainedModel):
-        raise ValueError(
-            f"Experts can be added to PEER models, got {type(model).__name__}. Of a model with adapters, merge or unload them "
-            "first; a model with grafts takes another graft."
-        )
-    for parameter in model.parameters():
-        check_can_freeze(parameter)
-
-
-def _check(model, addition):
-    """Raises `ValueError` if the model cannot grow so."""
-    config = copy.deepcopy(model.config)
-    config.expert_additions = [*(config.expert_additions or []), addition]
+def _check(config, addition):
+    """Raises `ValueError` if a model cannot grow so."""
     check_additions(config)
     if addition["mode"] == "protected" and addition["num_retrieval_heads"] > config.num_retrieval_heads:
         raise ValueError(
             f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, those of the layer, whose query network "
             f"new experts start with, got {addition['num_retrieval_heads']}."
         )
+
+
+def _new_numbers(config, layer, index, num_experts):
+    """The numbers of the experts that a layer will get."""
+    held = [layer.router, *layer.added_routers]
+    if [router.generation for router in held] != generations_of(config, index):
+        raise ValueError(
+            f"`expert_additions` of the configuration is {config.expert_additions}, which is not how layer {index} grew: do "
+            "models share a configuration? Give each its own."
+        )
+    first = held[-1].generation.experts.stop
+    return range(first, first + num_experts)
 
 
 def _pool(model, layer):
@@ -198,49 +230,79 @@ def _tables(pool):
     return [module for module in pool.children() if isinstance(module, ExpertTable)]
 
 
-@torch.no_grad()
 def _outputs(model, inputs):
     """What the model puts out in evaluation, on random tokens if not told on which."""
-    training = model.training
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
+    with evaluation(model):
+        # Row by row: a classifier without a padding token takes no more.
+        return torch.cat([model(row, use_cache=False)[0].float() for row in inputs.to(model.device).split(1)])
+
+
+def _grow_protected(model, grown, config):
+    """Makes everything that is new first: until it is put in its place, the model is what it was."""
+    new_pools, new_routers = {}, {}
+    for index, layer in grown.items():
+        pool, generation = _pool(model, layer), generations_of(config, index)[-1]
+        if pool not in new_pools:
+            new_pools[pool] = _initialised(
+                model, pool.up_proj.weight, lambda each=generation: ExpertPool(config, [each])
+            )
+        router = _initialised(model, layer.router.sub_keys, lambda each=generation: AddedRouter(config, each))
+        router.copy_query_network(layer.router)
+        new_routers[layer] = router
+    for pool, new_pool in new_pools.items():
+        pool.added.append(new_pool)
+    for layer, router in new_routers.items():
+        layer.added_routers.append(router)
+
+
+def _initialised(model, reference, make):
+    """A new module, where and of the dtype that a parameter of the model is, its weights as those of a new model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(reference.dtype)
     try:
-        return model.eval()(inputs.to(model.device), use_cache=False)[0].float()
+        with torch.device(reference.device):
+            module = make()
     finally:
-        model.train(training)
+        torch.set_default_dtype(dtype)
+    return module.apply(model._init_weights).train(model.training)
 
 
-def _grow_pool(model, pool, generations, mode):
-    if mode == "protected":
-        reference = pool.up_proj.weight
-        pool.added.append(_initialised(model, ExpertPool(model.config, generations[-1:]), reference))
-        return
-    for table in _tables(pool):
-        rows = torch.zeros if table is pool.down_proj else torch.empty
-        added = rows(generations[0].num_experts - table.num_embeddings, table.embedding_dim, dtype=table.weight.dtype)
-        if table is not pool.down_proj:
-            init.normal_(added, std=table.init_std)
-        table.append_rows(added.to(table.weight.device))
+def _grow_open(model, grown, config):
+    """Table by table, so that no more than one is there twice; all of them shrink again if one cannot grow."""
+    undo = []
+    try:
+        for pool, generation in {
+            _pool(model, each): generations_of(config, i)[0] for i, each in grown.items()
+        }.items():
+            for table in _tables(pool):
+                undo.append(functools.partial(table.keep_rows, table.num_embeddings))
+                table.append_rows(_new_rows(table, generation.num_experts, silent=table is pool.down_proj))
+        for index, layer in grown.items():
+            undo.append(functools.partial(layer.router.restore_keys, layer.router.sub_keys, layer.router.generation))
+            layer.router.enlarge(generations_of(config, index)[0])
+    except BaseException:
+        for step in undo:
+            step()
+        raise
 
 
-def _grow_layer(model, layer, generations, mode):
-    if mode == "open":
-        layer.router.enlarge(generations[0])
-        return
-    router = _initialised(model, AddedRouter(model.config, generations[-1]), layer.router.sub_keys)
-    router.copy_query_network(layer.router)
-    layer.added_routers.append(router)
+def _new_rows(table, num_experts, silent):
+    rows = torch.zeros_like(table.weight[:1]).repeat(num_experts - table.num_embeddings, 1)
+    return rows if silent else init.normal_(rows, std=table.init_std)
 
 
-def _initialised(model, module, reference):
-    """A new module, where and of the type that a parameter of the model is, its weights as those of a new model."""
-    module.apply(model._init_weights)
-    statistics = dict(module.named_buffers())
-    module.to(reference.device, reference.dtype).train(model.training)
-    for name, buffer in statistics.items():  # in float32 whatever the model is in
-        module.get_buffer(name).data = buffer.to(reference.device)
-    return module
+def _freeze_old_rows(router, pool, num_added):
+    num_old = router.generation.num_experts - num_added
+    parts = [(router, router.sub_keys, 2, grid_size(num_old))]
+    parts += [(table, table.weight, 0, num_old) for table in _tables(pool)]
+    causes = []
+    for owner, parameter, dim, size in parts:
+        parameter.requires_grad_(True)
+        causes.append(freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim, owner))
+    return causes
 
 
 __all__ = ["Addition", "add_experts", "train_added_experts_only"]

@@ -59,7 +59,8 @@ from .tensor_parallel import register_parallel_styles
 class PeerModelOutputWithPast(MoeModelOutputWithPast):
     r"""
     router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
-        For each layer with a router, the experts that every token retrieved, best first: of shape
+        For each router that ran, a layer's own before those of its added experts, the experts that every token
+        retrieved, best first: of shape
         `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers,
         `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers.
     router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):

@@ -24,7 +24,7 @@ from transformers.utils.generic import maybe_autocast
 from .expert_gate import ExpertGate
 from .expert_kernels import resolve_kernels
 from .generations import Generation
-from .product_keys import grid_size, retrieve, retrieve_unmasked
+from .product_keys import ExpertMask, grid_size, retrieve, retrieve_unmasked
 from .query_norm import QueryBatchNorm, QueryRMSNorm
 
 
@@ -44,8 +44,7 @@ class ProductKeyRouter(nn.Module):
     retrieved set would flip between padded and packed batches.
 
     Attributes:
-        expert_mask (`torch.Tensor` of shape `(num_experts,)`, *optional*):
-            True where an expert takes part. All do if `None`. See [`masked_experts`].
+        expert_mask (`ExpertMask`, *optional*): Which experts take part. All do if `None`. See [`masked_experts`].
     """
 
     def __init__(self, config, generation: Generation):
@@ -54,7 +53,7 @@ class ProductKeyRouter(nn.Module):
         self.generation = generation
         self.num_heads = generation.num_heads
         self.num_experts_per_head = generation.num_experts_per_head
-        self.expert_mask: torch.Tensor | None = None
+        self.expert_mask: ExpertMask | None = None
         self.query_size = config.query_size
         self.scoring_function = SCORING_FUNCTIONS[config.scoring_func]
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_size, bias=False)
@@ -79,7 +78,7 @@ class ProductKeyRouter(nn.Module):
     @property
     def is_off(self) -> bool:
         """Whether no expert takes part; its layer leaves a router out that is."""
-        return self.expert_mask is not None and not bool(self.expert_mask.any())
+        return self.expert_mask is not None and not self.expert_mask.num_experts
 
     @classmethod
     def tp_plan(cls, config) -> dict[str, str]:
@@ -99,6 +98,10 @@ class ProductKeyRouter(nn.Module):
         sub_keys[:, :, : old.shape[2]] = old
         self.sub_keys = nn.Parameter(sub_keys, requires_grad=old.requires_grad)
         self.generation = generation
+
+    def restore_keys(self, sub_keys: nn.Parameter, generation: Generation) -> None:
+        """Takes [`enlarge`] back."""
+        self.sub_keys, self.generation = sub_keys, generation
 
     def forward(
         self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -168,5 +171,4 @@ class AddedRouter(ProductKeyRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As that of [`ProductKeyRouter`]."""
         indices, weights = super().forward(hidden_states, padding_mask)
-        gate = torch.sigmoid(self.gate(hidden_states))
-        return indices + self.generation.first_expert, weights * gate[..., None]
+        return indices + self.generation.first_expert, weights * self.gate(hidden_states)[..., None]

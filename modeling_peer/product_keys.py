@@ -27,7 +27,7 @@ from .expert_kernels import (
 )
 
 
-MASKED_SCORES = 2**24  # held at a time, 64 MiB in float32
+MASKED_SCORES = 2**22  # of a piece of the tokens
 
 
 def grid_size(num_experts: int) -> int:
@@ -120,25 +120,44 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
     return product_key_topk(scores, k)
 
 
+class ExpertMask:
+    """
+    Which experts of a key grid take part in a retrieval.
+
+    Args:
+        experts (`torch.Tensor` of shape `(num_experts,)`): bool, True where one does.
+
+    Attributes:
+        num_experts (`int`): How many do.
+        grid_size (`int`, *optional*): Side of the smaller grid whose experts they are; `None` if they are none's.
+    """
+
+    def __init__(self, experts: torch.Tensor):
+        self.experts = experts
+        self.num_experts = int(experts.sum())
+        side = math.isqrt(self.num_experts)
+        is_grid = side * side == self.num_experts and bool(experts[: self.num_experts].all())
+        self.grid_size = side if is_grid else None
+
+
 def retrieve_unmasked(
-    queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str, expert_mask: torch.Tensor
+    queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str, expert_mask: ExpertMask
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`retrieve`] among the experts where `expert_mask`, of shape `(num_experts,)`, is True, of which there must be k.
+    [`retrieve`] among the experts of a mask, of which there must be k.
 
     Where those are the experts that a smaller grid had, it is the retrieval of that grid, to the bit. Any other mask cuts
     through rows and columns, and costs a score of every expert.
     """
-    num_kept = int(expert_mask.sum())
-    size = math.isqrt(num_kept)
-    if size * size == num_kept and bool(expert_mask[:num_kept].all()):
-        return retrieve(queries, sub_keys[:, :, :size].contiguous(), k, kernels)
-    row, column = expert_cell(torch.arange(len(expert_mask), device=queries.device))
+    if expert_mask.grid_size is not None and expert_mask.grid_size >= k:
+        return retrieve(queries, sub_keys[:, :, : expert_mask.grid_size].contiguous(), k, kernels)
+    is_masked = ~expert_mask.experts.to(queries.device)
+    row, column = expert_cell(torch.arange(len(is_masked), device=queries.device))
     indices, scores = [], []
-    for some_queries in queries.split(max(1, MASKED_SCORES // (queries.shape[1] * len(expert_mask)))):
+    for some_queries in queries.split(max(1, MASKED_SCORES // (queries.shape[1] * len(is_masked)))):
         halves = torch.einsum("thpc,hpnc->thpn", some_queries, sub_keys.expand(queries.shape[1], -1, -1, -1))
         all_scores = halves[..., 0, :][..., row] + halves[..., 1, :][..., column]
-        top = all_scores.masked_fill(~expert_mask, -torch.inf).topk(k, dim=-1)
+        top = all_scores.masked_fill(is_masked, -torch.inf).topk(k, dim=-1)
         indices.append(top.indices)
         scores.append(top.values)
     return torch.cat(indices), torch.cat(scores)

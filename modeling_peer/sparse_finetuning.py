@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .expert_background import ExpertBackground
 from .expert_sets import ExpertSet, observe_retrievals, select_expert_sets
-from .frozen_rows import FrozenRows, check_can_freeze, freeze_rows
+from .frozen_rows import FrozenRows, check_can_freeze, freeze_rows, require_no_gradients
 
 
 def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: int) -> torch.Tensor:
@@ -109,13 +109,15 @@ class SparseFinetuningCallback(TrainerCallback):
         self._num_chosen: dict[str, int] = {}
         self._num_logged: dict[str, list[int]] = {}
         self._counting = False
-        model.requires_grad_(False)
+        require_no_gradients(model)
         for each in self.sets.values():
             for _, table in _trained_tables(each, self.tables):
                 table.weight.requires_grad_(True)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._detach()
+        self._train_tables_alone(model)
+        self.background.check(model)
         modules = set(model.modules())
         for name, each in self.sets.items():
             tables = _trained_tables(each, self.tables)
@@ -160,6 +162,13 @@ class SparseFinetuningCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
 
+    def _train_tables_alone(self, model):
+        """Said again, as PEFT's `set_adapter`, which ends `disable_adapter` too, has all of a graft require gradients."""
+        trained = {table.weight for each in self.sets.values() for _, table in _trained_tables(each, self.tables)}
+        for parameter in model.parameters():
+            if parameter not in trained:
+                parameter.requires_grad_(False)
+
     def _detach(self):
         for hook in self._hooks:
             hook.remove()
@@ -170,6 +179,7 @@ class SparseFinetuningCallback(TrainerCallback):
 
     @torch.compiler.disable
     def _before_forward(self, model, args):
+        self._train_tables_alone(model)
         # Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing.
         self._counting = model.training and torch.is_grad_enabled()
 

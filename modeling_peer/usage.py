@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
+from .evaluation import evaluation
 from .expert_sets import find_expert_sets, layer_index, observe_routers
 from .product_key_router import ProductKeyRouter
 
@@ -107,7 +108,6 @@ class ExpertUsageMeter:
         self.top1_counts.zero_()
 
 
-@torch.no_grad()
 def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
     """
     Which experts a text uses: the router weights of all its tokens, in evaluation.
@@ -130,14 +130,12 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
     device = next(model.parameters()).device
     meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
     hooks = observe_routers(sets, lambda name, *retrieved: meters[name].update(*retrieved))
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(**inputs)
+        with evaluation(model):
+            model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return meters
 
 

@@ -17,7 +17,14 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
 
-from modeling_peer import PeerForCausalLM, add_experts, fit_gates, measure_usage
+from modeling_peer import (
+    ExpertBackground,
+    PeerForCausalLM,
+    add_experts,
+    fit_gates,
+    freeze_experts,
+    measure_usage,
+)
 
 
 def text(first_token, number=200, seed=0, length=12):
@@ -114,6 +121,24 @@ def test_leaves_padding_out(model):
         assert torch.allclose(before, after, atol=1e-2)
 
 
+def test_takes_any_iterable(model):
+    fit(model)
+    gates = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(model, new=(each for each in NEW))
+    assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
+
+
+def test_experts_behind_a_shut_gate_are_not_used(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.down_proj.bias"):
+                parameter.fill_(-5.0)
+    background = ExpertBackground.measure(model, NEW, progress_bar=False)
+    for counts in background.document_counts.values():
+        assert counts[:36].any() and not counts[36:].any()
+    assert set(freeze_experts(model, range(36, 61), used_in=background).num_frozen.values()) == {0}
+
+
 def test_is_saved_with_the_model(model, tmp_path):
     fit(model)
     model.save_pretrained(tmp_path)
@@ -125,6 +150,21 @@ def test_works_in_bfloat16(model):
     fit(model.to(torch.bfloat16))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert min(share_of_new(model, 1)) > 0.25 > 0.2 > max(share_of_new(model, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "`num_steps` .* got 0"),
+        ({"reference_weight": -1}, "`reference_weight` .* got -1"),
+        ({"reference_weight": float("nan")}, "got nan"),
+    ],
+)
+def test_refuses_numbers(options, message, model):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        fit(model, **options)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

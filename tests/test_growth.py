@@ -14,11 +14,12 @@
 """Growing a model: old experts and outputs stay what they were, to the bit where that is said."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, trainer_of
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_peer import (
     PeerForCausalLM,
+    PeerForSequenceClassification,
     RowAdamW,
     add_experts,
     expert_parameter_groups,
@@ -33,7 +35,10 @@ from modeling_peer import (
     measure_usage,
     train_added_experts_only,
 )
+from modeling_peer.expert_table import ExpertTable
 from modeling_peer.feed_forward_peer import ExpertPool
+from modeling_peer.frozen_rows import _FROZEN
+from modeling_peer.product_key_router import AddedRouter, ProductKeyRouter
 from modeling_peer.product_keys import expert_cell, retrieve
 from modeling_peer.query_norm import QueryBatchNorm
 
@@ -224,6 +229,29 @@ class TestOpen:
             else:
                 assert torch.equal(tensor, state[name]), name
 
+    def test_its_freeze_is_one_and_can_be_lifted(self):
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 13, mode="open")
+        for _ in range(3):
+            frozen = train_added_experts_only(model)
+        table = model.model.layers[0].mlp.expert_pool.up_proj.weight
+        assert len(_FROZEN[table].masks) == 1 and frozen.num_frozen == {"layer_0": 36}
+        frozen.remove()
+        before = table.detach().clone()
+        train_a_little(model)
+        assert table[:36].ne(before[:36]).any()
+
+    def test_its_freeze_does_not_vanish_with_the_parameter(self):
+        """As where FSDP2 puts parameters of its own in the place of a model's."""
+        for name in ("expert_pool.up_proj.weight", "router.sub_keys"):
+            model = tiny_model(CONFIGS["one layer"])
+            add_experts(model, 13, mode="open")
+            owner = model.model.layers[0].mlp.get_submodule(name.rpartition(".")[0])
+            attribute = name.rpartition(".")[2]
+            setattr(owner, attribute, torch.nn.Parameter(getattr(owner, attribute).detach().clone()))
+            with pytest.raises(RuntimeError, match="another parameter has taken its place"):
+                train_a_little(model)
+
     def test_takes_places_from_the_old_ones(self):
         model = tiny_model(CONFIGS["one layer"])
         add_experts(model, 13, mode="open")
@@ -325,10 +353,28 @@ class TestGrownModel:
         model = tiny_model(CONFIGS["two layers"]).to(torch.bfloat16).train()
         add_experts(model, SIZES[mode], mode=mode)
         assert model.training and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        statistics = []
         for name, buffer in model.named_buffers():
-            if "gate_" in name:
+            if "added_routers" in name and "running_" in name:
                 assert buffer.dtype == torch.float32, name
+                statistics.append(name)
+        assert len(statistics) == (4 if mode == "protected" else 0)
         assert logits_of(model).isfinite().all()
+
+    def test_keeps_the_mode_of_each_module(self, mode):
+        model = tiny_model(CONFIGS["two layers"]).train()
+        model.model.layers[0].eval()
+        add_experts(model, SIZES[mode], mode=mode)
+        assert model.training and not model.model.layers[0].training and not model.model.layers[0].mlp.training
+
+    def test_classifies(self, mode):
+        """Without a padding token a classifier takes one text at a time."""
+        model = PeerForSequenceClassification(tiny_config("peer", pad_token_id=None)).eval()
+        before = model(random_tokens(1, 9)).logits
+        addition = add_experts(model, SIZES[mode], mode=mode)
+        assert (addition.deviation == 0) == (mode == "protected")
+        with masked_experts(model):
+            assert torch.equal(model(random_tokens(1, 9)).logits, before)
 
     def test_has_every_expert_in_reach(self, mode):
         """Each new expert is the best for the query that is its own key."""
@@ -373,6 +419,33 @@ class TestMask:
             best = scores.topk(3)
             assert torch.equal(indices[batch, position, head], best.indices)
             assert_close(weights[batch, position, head], best.values.softmax(-1))
+
+    @pytest.mark.parametrize("kernels", ["eager", "torch", "native"])
+    def test_is_the_same_with_any_kernels(self, kernels):
+        """A grid smaller than k among the masks, and a generation masked as a whole."""
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 25)
+        train_a_little(model)
+        for masked in (range(4, 36), range(9, 36), [3, 5], range(36)):
+            model.config.expert_kernels = "eager"
+            with masked_experts(model, masked):
+                expected = logits_of(model)
+            model.config.expert_kernels = kernels
+            with masked_experts(model, masked):
+                assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+    def test_of_all_values_of_a_pkm_layer(self):
+        model = tiny_model(tiny_config("pkm"))
+        with masked_experts(model, range(36)):
+            assert not model.model.layers[0].mlp(torch.randn(1, 4, 24)).any()
+
+    def test_compiles(self):
+        model = tiny_model(CONFIGS["one layer"])
+        tokens = random_tokens(1, 8)
+        with masked_experts(model, range(9, 36)), torch.no_grad():
+            expected = model(tokens, use_cache=False).logits
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
+        assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
 
     def test_goes_when_it_ends(self):
         model = tiny_model(CONFIGS["two layers"])
@@ -454,6 +527,8 @@ class TestRefusals:
             ({"num_experts": 25, "num_retrieval_heads": 3}, "at most 2, .*got 3"),
             ({"num_experts": 13, "mode": "open", "num_experts_per_head": 2}, "are of protected experts"),
             ({"num_experts": -25}, "got -25"),
+            ({"num_experts": True, "num_experts_per_head": 1}, "whole number, at least 1, got True"),
+            ({"num_experts": 25, "num_retrieval_heads": 0}, "`num_retrieval_heads` .* at least 1, got 0"),
         ],
     )
     def test_leave_the_model_as_it_was(self, arguments, message):
@@ -462,12 +537,62 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             add_experts(model, **arguments)
         assert model.config.to_dict() == config
-        assert old_state(model).keys() == state.keys()
+        after = old_state(model)
+        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+    # Two pools and two routers in turn, or four tables and the keys of two routers.
+    @pytest.mark.parametrize(
+        ("mode", "number"), [("protected", number) for number in range(4)] + [("open", number) for number in range(6)]
+    )
+    def test_memory_that_is_not_there(self, mode, number, monkeypatch):
+        """The allocation of the n-th new part fails."""
+        model = tiny_model(CONFIGS["two layers"])
+        before, state, config = logits_of(model), old_state(model), copy.deepcopy(model.config.to_dict())
+        calls = itertools.count()
+
+        def failing(method):
+            def call(*args, **kwargs):
+                if next(calls) == number:
+                    raise RuntimeError("out of memory")
+                return method(*args, **kwargs)
+
+            return call
+
+        for owner, name in (
+            (ExpertTable, "append_rows"),
+            (ProductKeyRouter, "enlarge"),
+            (ExpertPool, "__init__"),
+            (AddedRouter, "__init__"),
+        ):
+            monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            add_experts(model, SIZES[mode], mode=mode)
+        monkeypatch.undo()
+        after = old_state(model)
+        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+        assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
+        assert add_experts(model, SIZES[mode], mode=mode).experts[2].start == 36
+
+    def test_models_of_one_configuration(self):
+        config = tiny_config("peer")
+        first, second = PeerForCausalLM(config), PeerForCausalLM(config)
+        add_experts(first, 25)
+        assert second.config.expert_additions is None and config.expert_additions is None
+        assert all(module.config is first.config for module in first.modules() if hasattr(module, "config"))
+        assert add_experts(second, 16).experts == {0: range(36, 52)}
+        second.config.expert_additions = None
+        with pytest.raises(ValueError, match="not how layer 0 grew"):
+            add_experts(second, 16)
 
     def test_no_peer_layer(self):
         model = tiny_model(tiny_config("dense", "pkm"))
         with pytest.raises(ValueError, match="PeerForCausalLM has no PEER layer"):
+            add_experts(model, 25)
+
+    def test_a_model_with_injected_adapters(self):
+        model = inject_adapter_in_model(LoraConfig(target_modules=["query_proj"]), tiny_model(CONFIGS["one layer"]))
+        with pytest.raises(ValueError, match="without adapters: merge or unload"):
             add_experts(model, 25)
 
     def test_a_model_with_adapters(self):
