@@ -149,7 +149,7 @@ def lora(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> nn
 
 
 def sparse_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """Of each layer the t experts move, u and v, that a step uses most and earlier texts least."""
+    """Of each layer the t experts move, v alone or u too, that a step uses most and earlier texts least."""
     measured = stage.earlier[stage.memory.get("num_texts", 0) :]
     for text in measured:
         background = ExpertBackground.measure(
@@ -159,8 +159,9 @@ def sparse_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, 
             background.update(stage.memory["background"])
         stage.memory["background"] = background
     stage.memory["num_texts"] = len(stage.earlier)
+    tables = ("down_proj", "up_proj")[: int(settings.get("num_tables", 2))]
     callback = SparseFinetuningCallback(
-        model, stage.memory["background"], int(settings["num_trained_experts"]), ("up_proj", "down_proj")
+        model, stage.memory["background"], int(settings["num_trained_experts"]), tables
     )
     train(model, stage, settings["learning_rate"], callbacks=[callback])
     return model
@@ -216,7 +217,9 @@ ARMS = {
     "sparse": Arm(
         "sparse finetuning",
         sparse_finetuning,
-        _rates(3e-3, 1e-2, num_trained_experts=1024) + _rates(1e-2, 3e-2, num_trained_experts=256),
+        _rates(3e-3, 1e-2, num_trained_experts=1024)
+        + _rates(1e-2, 3e-2, num_trained_experts=256)
+        + _rates(1e-2, 3e-2, num_trained_experts=1024, num_tables=1),
     ),
     "protected": Arm(
         "grown, protected",
