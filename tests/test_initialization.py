@@ -28,6 +28,8 @@ NUM_TOKENS = 256
 class Retrieved(nn.Module):
     """Stands for a router whose result is known."""
 
+    is_off = False
+
     def __init__(self, indices, weights):
         super().__init__()
         self.indices, self.weights = indices, weights
