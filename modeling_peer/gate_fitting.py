@@ -62,7 +62,8 @@ def fit_gates(
     """
     Teaches the gates of the last protected addition to open for the new text and to stay closed for the reference, token by
     token, from the hidden states that the layers see. Best between [`add_experts`] and training: experts that are silent
-    where they were not asked have less to forget there. Nothing but the gates changes.
+    where they were not asked have less to forget there. Nothing but the gates changes. The hidden states of both texts are
+    held on the CPU, of each layer that grew.
 
     Args:
         model ([`PeerPreTrainedModel`]): To which experts were added in protected mode.
@@ -73,8 +74,6 @@ def fit_gates(
         num_steps (`int`, *optional*, defaults to 500): Of AdamW, each on 1024 tokens of both texts.
         batch_size (`int`, *optional*, defaults to 8): Sequences that run through the model at a time.
         progress_bar (`bool`, *optional*, defaults to `True`)
-
-    The hidden states of both texts are held on the CPU, of each layer that grew.
 
     Returns:
         `dict[int, GateFit]`: for each layer that grew, how far the gate opens on a tenth of the sequences, held out.
