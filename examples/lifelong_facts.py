@@ -473,6 +473,7 @@ def run(name: str, settings: dict[str, float], seed: int, study: Study) -> dict[
     start = time.time()
     set_seed(seed)
     model, callbacks = ARMS[name].prepare(study, settings)
+    trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     points = train(model, study, settings, seed, callbacks)
     result = {
         "arm": name,
@@ -480,7 +481,7 @@ def run(name: str, settings: dict[str, float], seed: int, study: Study) -> dict[
         "seed": seed,
         "points": [{"step": 0, **json.loads(before.read_text())}, *points],
         "without_adapter_as_before": is_as_before(model, study),
-        "trained_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "trained_parameters": trained_parameters,
         "seconds": time.time() - start,
     }
     write_json(file, result)

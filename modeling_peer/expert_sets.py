@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from .expert_table import ExpertTable
 from .feed_forward_peer import ExpertPool, PeerFeedForward
 from .feed_forward_pkm import PkmFeedForward
+from .graft_registration import PREFIX
 from .product_key_router import ProductKeyRouter
 
 
@@ -56,8 +57,12 @@ class ExpertSet:
 
     @property
     def label(self) -> str:
-        """`"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share."""
-        return "_".join(["layer", *map(str, self.layers)])
+        """
+        `"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share; `"layer_1_default"` of a graft that the
+        adapter of this name has there.
+        """
+        adapter = _adapter_of(self.name)
+        return "_".join(["layer", *map(str, self.layers), *([adapter[1]] if adapter else [])])
 
 
 def layer_index(name: str) -> int:
@@ -68,7 +73,8 @@ def layer_index(name: str) -> int:
 
 def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     """
-    All sets of experts in a module, under their names, in the order of the layers.
+    All sets of experts in a module, under their names, in the order of the layers. Grafts of adapters that are not active
+    are left out.
 
     Raises:
         `ValueError`: if there is none, or a layer shares a pool that the module does not hold.
@@ -76,7 +82,7 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     members: dict[str, tuple[nn.Module, list[str]]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if isinstance(module, (PeerFeedForward, PkmFeedForward)):
+        if isinstance(module, (PeerFeedForward, PkmFeedForward)) and _is_active(modules, name):
             holder_name, holder = _holder(modules, name, module)
             members.setdefault(holder_name, (holder, []))[1].append(name)
     if not members:
@@ -92,6 +98,18 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
         )
         for name, (holder, names) in members.items()
     }
+
+
+def _adapter_of(name: str) -> tuple[str, str] | None:
+    """Path of the layer whose graft a module is in, and name of the graft's adapter; `None` if it is in none."""
+    found = re.search(rf"(.*?)\.?\b{PREFIX}layer\.([^.]+)", name)
+    return (found[1], found[2]) if found else None
+
+
+def _is_active(modules, name):
+    """Whether a layer takes part: all do but grafts of adapters that are not active."""
+    found = _adapter_of(name)
+    return found is None or found[1] in modules[found[0]].active_adapters
 
 
 def _holder(modules, name, feed_forward):

@@ -16,9 +16,11 @@ Models of the library whose grafts are a part of them: their configuration, whic
 `model_type` "peer_grafted", and their classes, made from the host's.
 """
 
+import copy
 from functools import cache
 from typing import Any
 
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -43,6 +45,9 @@ from .graft_layer import (
 
 
 MODEL_TYPE = "peer_grafted"
+
+# What names of classes start with that are made from a host's.
+CLASS_PREFIX = "PeerGrafted"
 
 # The auto classes of a decoder, and where each looks a model up by its configuration.
 AUTO_CLASSES = {
@@ -87,7 +92,7 @@ def host_model_type(config: PreTrainedConfig) -> str:
 @cache
 def grafted_config_class(host_class: Any) -> Any:
     """The configuration class of a host with grafts. The auto classes find its models from now on."""
-    name = f"PeerGrafted{host_class.__name__}"
+    name = f"{CLASS_PREFIX}{host_class.__name__}"
     config_class = type(name, (host_class,), {"__module__": __name__, "model_type": MODEL_TYPE})
     for auto_class, mapping in AUTO_CLASSES.items():
         host_model_class = mapping.get(host_class, None)
@@ -103,7 +108,7 @@ def _grafted_model_class(host_class, config_class, auto_class_name):
         host_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
-    name = f"PeerGrafted{host_class.__name__}"
+    name = f"{CLASS_PREFIX}{host_class.__name__}"
     namespace = {"__module__": __name__, "config_class": config_class, "__init__": __init__}
     model_class = type(name, (host_class,), namespace)
     # A saved model carries the code it needs.
@@ -111,9 +116,28 @@ def _grafted_model_class(host_class, config_class, auto_class_name):
     return model_class
 
 
+def _grafted_class_of(host_class, config_class, host_model_class):
+    """The class of models with grafts that stands where the auto classes find the host's."""
+    mapping = next(each for each in AUTO_CLASSES.values() if each.get(host_class, None) is host_model_class)
+    return mapping[config_class]
+
+
+def __getattr__(name):
+    """Finds the classes that are made from a host's by their names, as `pickle` does."""
+    made_from = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if made_from is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(made_from, PreTrainedConfig):
+        return grafted_config_class(made_from)
+    host_class = made_from.config_class
+    return _grafted_class_of(host_class, grafted_config_class(host_class), made_from)
+
+
 def _add_grafts(model):
     """Builds what `config.peer_grafts` says."""
     base_model = model.base_model
+    if any(isinstance(module, GraftedFeedForward) for module in base_model.modules()):
+        return  # an auto class made the base model, with its grafts
     for name, description in model.config.peer_grafts.items():
         parent_name, _, child_name = name.rpartition(".")
         parent = base_model.get_submodule(parent_name)
@@ -151,16 +175,13 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
     Makes a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts get
     the dtype of the model, as they would when it is loaded.
     """
+    _give_own_config(model)
     if model.config.model_type != MODEL_TYPE:
         host_class: Any = type(model.config)
         config_class = grafted_config_class(host_class)
         model.config.host_model_type = host_class.model_type
         model.config.__class__ = config_class
-        auto_class = next(
-            auto for auto, mapping in AUTO_CLASSES.items() if mapping.get(host_class, None) is type(model)
-        )
-        grafted_class: Any = AUTO_CLASSES[auto_class].get(config_class, None)
-        model.__class__ = grafted_class
+        model.__class__ = _grafted_class_of(host_class, config_class, type(model))
     grafts = {}
     for name, module in model.base_model.named_modules():
         if isinstance(module, GraftedFeedForward):
@@ -171,6 +192,17 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
     model.config.auto_map = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{PeerGraftedConfig.__name__}"}
     watch_decoder(find_decoder_layers(model)[1])
     return model
+
+
+def _give_own_config(model):
+    """Another model may share the configuration: this one and its modules get a copy."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    module: Any
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            module.config = copies[id(config)]
 
 
 AutoConfig.register(MODEL_TYPE, PeerGraftedConfig, exist_ok=True)

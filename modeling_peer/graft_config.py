@@ -20,15 +20,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from .graft_layer import LAYER_FIELDS, PLACEMENTS, peer_config_of_host
-from .graft_registration import PEFT_TYPE_NAME
+from .graft_registration import PEFT_TYPE_NAME, asking_for_peft, check_release
 
 
-try:
+with asking_for_peft():
     from peft import PeftConfig, PeftType
-except ImportError as error:
-    raise ImportError(
-        "Grafts are a method of PEFT, which is not installed: `pip install modeling-peer[graft]`."
-    ) from error
+
+check_release()
 
 
 @dataclass
@@ -73,15 +71,20 @@ class PeerGraftConfig(PeftConfig):
         gated_experts (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether experts are gated. `"auto"` is as the host's feed-forward with `init_from_ffn`, else `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
-            What computes the experts, see [`PeerConfig`].
+            What computes the experts, see [`PeerConfig`]. Of a graft that is there, its own `config` has this and the next.
         sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
             Whether gradients of expert tables are row-sparse, for [`RowAdamW`].
         host_model_type (`str`, *optional*):
-            Kind of model that the adapter was made for. This and the next two are filled in when it is.
+            Kind of model that the adapter was made for. This and what follows are filled in when it is. A configuration
+            that was read with them is of weights to be loaded: its grafts do not start as neurons.
         host_hidden_size (`int`, *optional*):
             Its hidden size.
         host_num_layers (`int`, *optional*):
             Its number of layers.
+        host_intermediate_size (`int`, *optional*):
+            The width of its feed-forwards that have a graft, of the widest if they differ.
+        host_has_biases (`bool`, *optional*):
+            Whether any of these has biases.
 
     Raises:
         `ValueError`: for a value out of its range, with the name of its field.
@@ -114,10 +117,13 @@ class PeerGraftConfig(PeftConfig):
     host_model_type: str | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
     host_hidden_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
     host_num_layers: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_intermediate_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_has_biases: bool | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE_NAME)
+        self.is_of_saved_adapter = self.host_model_type is not None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         self.check()
@@ -132,6 +138,13 @@ class PeerGraftConfig(PeftConfig):
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
+        numbers = (
+            self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        )
+        if self.layers_to_transform is not None and any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"`layers_to_transform` must be a number of a layer or a list of them, got {self.layers_to_transform!r}."
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`.")
         try:

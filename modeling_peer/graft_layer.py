@@ -145,17 +145,22 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     Where a host has its layers: the name of the list of them in `model`, and the module that holds the list.
 
     Raises:
-        `ValueError`: if there is no list of `config.num_hidden_layers` modules.
+        `ValueError`: if there is no list of `config.num_hidden_layers` modules, or several.
     """
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = set(model.get_decoder().modules())
+    found: dict[str, bool] = {}  # whether it is in the decoder of text, by name
     for name, module in model.named_modules():
-        for child_name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                return f"{name}.{child_name}".removeprefix("."), module
-    raise ValueError(
-        f"{type(model).__name__} has no list of `config.num_hidden_layers` = {num_layers} layers: a graft needs a decoder "
-        "of the library."
-    )
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside_another:
+            found[name] = module in decoder
+    names = [name for name in found if found[name]] or list(found)
+    if len(names) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(names)} lists of `config.num_hidden_layers` = {num_layers} layers, {names}: a "
+            "graft needs a decoder of the library."
+        )
+    return names[0], model.get_submodule(names[0].rpartition(".")[0])
 
 
 class PeerGraft(PeerFeedForward):
@@ -243,11 +248,13 @@ def sum_of_branches(
 def watch_decoder(decoder: nn.Module) -> list:
     """
     Lets the grafts in a host's decoder know, before each forward, whether it is one to learn from and where its batch is
-    padded, and folds the moments of their query norms after it. Twice does what once does.
+    padded, and folds the moments of their query norms after it.
 
     Returns:
-        `list`: handles of the hooks, each with a method `remove`.
+        `list`: handles of the hooks, each with a method `remove`; none if the decoder has them.
     """
+    if _before_forward in decoder._forward_pre_hooks.values():
+        return []
     return [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
         decoder.register_forward_hook(_after_forward),

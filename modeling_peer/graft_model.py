@@ -15,6 +15,7 @@
 
 import copy
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,15 +36,11 @@ from .graft_layer import (
     sum_of_branches,
     watch_decoder,
 )
-from .graft_registration import METHOD_NAME, PREFIX, register_peer_graft
+from .graft_registration import METHOD_NAME, PREFIX, asking_for_peft, register_peer_graft
 
 
-try:
+with asking_for_peft():
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-except ImportError as error:
-    raise ImportError(
-        "Grafts are a method of PEFT, which is not installed: `pip install modeling-peer[graft]`."
-    ) from error
 
 
 class PeerGraftLayer(nn.Module, BaseTunerLayer):
@@ -92,6 +89,21 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         replaced = any(self.peer_graft_placement.get(name) == "in_place" for name in names)
         return None if replaced else self.base_layer
 
+    def check_places(self, adapter_names: list[str] | None, name: str) -> None:
+        """
+        Raises `ValueError` if several grafts, of the adapters named or of active ones, would be in place of the feed-forward.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        replacing = [each for each in names if self.peer_graft_placement.get(each) == "in_place"]
+        if len(replacing) > 1:
+            raise ValueError(f"Only one of the adapters {replacing} can be in place of {name}.")
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Raises `ValueError` as [`~PeerGraftLayer.check_places`] does."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_places(names, "a feed-forward")
+        super().set_adapter(names, inference_mode=inference_mode)
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
             return self.base_layer(hidden_states, **kwargs)
@@ -102,6 +114,10 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         raise ValueError(
             "A graft cannot be merged into the weights of its host. `merge_and_unload()` makes it a part of the model."
         )
+
+    def unmerge(self) -> None:
+        """Raises `ValueError`, as `merge` does."""
+        raise ValueError("A graft is never merged into the weights of its host: there is nothing to take out of them.")
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -125,8 +141,8 @@ class PeerGraftModel(BaseTuner):
 
     Args:
         model (`PreTrainedModel`): The host.
-        config (`PeerGraftConfig` or `dict[str, PeerGraftConfig]`): Stays as it is; `peft_config` has a copy with what was
-            found in the host.
+        config (`PeerGraftConfig` or `dict[str, PeerGraftConfig]`): What was found in the host is filled in: make another
+            for another host.
         adapter_name (`str`)
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Makes grafts on the meta device, to be loaded.
 
@@ -141,18 +157,36 @@ class PeerGraftModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As in PEFT, once everything has been looked at that may not fit."""
-        config = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"A graft needs a model of the library as its host, got {type(model).__name__}.")
         _check_adapter_name(adapter_name, model)
         config.check()
-        _check_host(config, model.config)
+        _check_host(config, _host_of(model.config))
         targets = _find_targets(config, model)
+        _check_host(config, _feed_forwards_of(targets))
         _resolve(config, model, targets)
-        self.peft_config[adapter_name] = config
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._take_out(adapter_name)
+            for parameter, required in requires_grad:
+                parameter.requires_grad_(required)
+            raise
         if getattr(self, "_decoder_hooks", None) is None:
             self._decoder_hooks = watch_decoder(find_decoder_layers(model)[1])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _take_out(self, adapter_name):
+        """What there is of an adapter whose injection failed."""
+        for name, layer in self._graft_layers().items():
+            if adapter_name in layer.peer_graft_layer:
+                layer.delete_adapter(adapter_name)
+            if not layer.peer_graft_layer:
+                self.model.set_submodule(name, layer.base_layer)
+
+    def _graft_layers(self) -> dict[str, PeerGraftLayer]:
+        return {name: each for name, each in self.model.named_modules() if isinstance(each, PeerGraftLayer)}
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -161,7 +195,7 @@ class PeerGraftModel(BaseTuner):
         parts = recognise_feed_forward(layer.base_layer)
         graft = _make_graft(peft_config, self.model.config, parts)
         if not graft.router.sub_keys.is_meta:
-            init_graft(graft, parts, peft_config.placement, peft_config.init_from_ffn)
+            init_graft(graft, parts, peft_config.placement, _starts_as_neurons(peft_config))
         layer.add_graft(adapter_name, graft, peft_config.placement)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -173,25 +207,47 @@ class PeerGraftModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in PEFT. Raises `ValueError` if grafts of several adapters would be in place of one feed-forward."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for key, layer in self.model.named_modules():
-            if isinstance(layer, PeerGraftLayer):
-                replacing = [name for name in names if layer.peer_graft_placement.get(name) == "in_place"]
-                if len(replacing) > 1:
-                    raise ValueError(f"Only one of the adapters {replacing} can be in place of {key}.")
+        for name, layer in self._graft_layers().items():
+            layer.check_places(names, name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        names = self.active_adapters if adapter_names is None else adapter_names
         if merge:
             check_bakeable(self.model)
-            for key, layer in self.model.named_modules():
-                if isinstance(layer, PeerGraftLayer) and safe_merge:
-                    _check_finite(key, layer.active_grafts(names))
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, names)
+            self._check_merge(adapter_names, safe_merge)
+        # If no names are given, layers of another method merge active adapters of their own.
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in self._decoder_hooks or ():
             hook.remove()
         self._decoder_hooks = None
         return bake(model) if merge else model
+
+    def _check_merge(self, adapter_names, safe_merge):
+        known = list(self.peft_config)
+        if adapter_names is not None and (isinstance(adapter_names, str) or not set(adapter_names) <= set(known)):
+            raise ValueError(f"`adapter_names` must be a list of some of {known}, got {adapter_names!r}.")
+        layers = self._graft_layers()
+        if not any(layer.active_grafts(adapter_names) for layer in layers.values()):
+            names = "the active adapters" if adapter_names is None else adapter_names
+            raise ValueError(f"There is no graft of {names} to become a part of the model. `unload()` takes all out.")
+        for name, layer in layers.items():
+            layer.check_places(adapter_names, name)
+            if safe_merge:
+                _check_finite(name, layer.active_grafts(adapter_names))
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Raises `ValueError`: grafts have no common weights."""
+        raise ValueError(
+            "Grafts cannot be averaged. `set_adapter` of `base_model` makes several active, which add up."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` of a batch's rows is not for grafts: all rows go through active adapters."
+            )
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
@@ -209,7 +265,7 @@ GRAFT_PARTS = (
 def _check_adapter_name(adapter_name, model):
     """PEFT tells the weights of adapters apart by whether a part of their names is another adapter's name."""
     host_parts = {part for name in model.state_dict() if PREFIX not in name for part in name.split(".")}
-    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which cannot be the name of a module.")
     if adapter_name in host_parts.union(GRAFT_PARTS):
         raise ValueError(f"`adapter_name` is {adapter_name!r}, the name of a part of the model: choose another.")
@@ -224,11 +280,21 @@ def _host_of(model_config: PreTrainedConfig) -> dict[str, int | str]:
     }
 
 
-def _check_host(config, model_config):
-    for name, found in _host_of(model_config).items():
+def _feed_forwards_of(targets: dict[str, FeedForwardParts]) -> dict[str, int | bool]:
+    return {
+        "host_intermediate_size": max(parts.intermediate_size for parts in targets.values()),
+        "host_has_biases": any(parts.has_biases for parts in targets.values()),
+    }
+
+
+def _check_host(config, host):
+    for name, found in host.items():
         expected = getattr(config, name)
         if expected is not None and expected != found:
-            raise ValueError(f"The adapter was made for a host with `{name}` = {expected!r}, this one has {found!r}.")
+            raise ValueError(
+                f"The adapter was made for a host with `{name}` = {expected!r}, this one has {found!r}. A new adapter needs a "
+                "configuration of its own."
+            )
 
 
 def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, FeedForwardParts]:
@@ -246,25 +312,39 @@ def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, 
                 and ".base_layer" not in name
                 and check_target_module_exists(named, name)
             ):
+                if not config.is_of_saved_adapter:  # whose weights are under the name it has
+                    name, module = _within_grafted(name, module)
                 targets[name] = _recognise(name, module)
         if not targets:
             raise ValueError(f"`target_modules` names no module of layers {layers}, got {config.target_modules}.")
         return targets
     for number in layers:
-        name = f"{list_name}.{number}"
-        found = [
-            f"{name}.{child_name}"
-            for child_name, child in model.get_submodule(name).named_children()
-            if recognise_feed_forward(_feed_forward_of(child)) is not None
-        ]
-        if len(found) != 1:
-            raise ValueError(
-                f"`layers_to_transform` names layer {number}, where {len(found)} feed-forwards were recognised, and one "
-                f"is needed: two or three linear layers of a {type(model.get_submodule(name)).__name__}'s child. Name it in "
-                "`target_modules` if it has one; a mixture of experts has none."
-            )
-        targets[found[0]] = _recognise(found[0], model.get_submodule(found[0]))
+        name = _find_feed_forward(f"{list_name}.{number}", model, number)
+        targets[name] = _recognise(name, model.get_submodule(name))
     return targets
+
+
+def _find_feed_forward(layer_name, model, number):
+    """Name of the only feed-forward of a layer."""
+    layer = model.get_submodule(layer_name)
+    children = [_within_grafted(f"{layer_name}.{name}", child) for name, child in layer.named_children()]
+    if any(isinstance(child, GraftedFeedForward) for _, child in children):
+        raise ValueError(f"`layers_to_transform` names layer {number}, in place of whose feed-forward a graft is.")
+    found = [name for name, child in children if recognise_feed_forward(_feed_forward_of(child)) is not None]
+    if len(found) != 1:
+        raise ValueError(
+            f"`layers_to_transform` names layer {number}, where {len(found)} feed-forwards were recognised, and one is needed: "
+            f"two or three linear layers of a {type(layer).__name__}'s child. Name it in `target_modules` if it has one; a "
+            "mixture of experts has none."
+        )
+    return found[0]
+
+
+def _within_grafted(name, module):
+    """Name and module of the feed-forward beside which grafts are a part of the model, or what was passed."""
+    while isinstance(module, GraftedFeedForward) and module.feed_forward is not None:
+        name, module = f"{name}.feed_forward", module.feed_forward
+    return name, module
 
 
 def _layer_numbers(config, num_layers):
@@ -294,13 +374,18 @@ def _recognise(name, module):
     return parts
 
 
+def _starts_as_neurons(config):
+    return config.init_from_ffn and not config.is_of_saved_adapter
+
+
 def _resolve(config, model, targets):
     """Fills in what was found in the host, and refuses what does not suit its feed-forwards."""
     activation, gated = "gelu", False
-    for name, parts in targets.items() if config.init_from_ffn else ():
+    for name, parts in targets.items() if _starts_as_neurons(config) else ():
         activation, gated = host_activation(model.config.get_text_config()), parts.gate is not None
         _check_neurons(config, name, _feed_forward_of(model.get_submodule(name)), parts, activation)
-    for name, value in {**_host_of(model.config), **config.layer_fields(activation, gated)}.items():
+    found = {**_host_of(model.config), **_feed_forwards_of(targets), **config.layer_fields(activation, gated)}
+    for name, value in found.items():
         setattr(config, name, value)
     config.target_modules = set(targets)
 
@@ -321,7 +406,7 @@ def _check_neurons(config, name, feed_forward, parts, activation):
             )
     if not all(layer.weight.is_floating_point() for layer in parts.linear_layers):
         raise ValueError(f"`init_from_ffn` copies neurons, and {name} is quantized: {parts.up.weight.dtype}.")
-    if not computes(feed_forward, parts, activation):
+    if not computes(feed_forward, activation):
         raise ValueError(
             f"`init_from_ffn` needs a feed-forward that is linear layers and the activation {activation!r}, {name} computes "
             "something else."
@@ -329,7 +414,7 @@ def _check_neurons(config, name, feed_forward, parts, activation):
 
 
 def _make_graft(config, model_config, parts):
-    has_biases = config.init_from_ffn and parts.has_biases
+    has_biases = config.init_from_ffn and config.host_has_biases
     peer_config = peer_config_of_host(
         model_config.get_text_config(),
         parts.hidden_size + has_biases,

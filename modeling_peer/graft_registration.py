@@ -18,9 +18,11 @@ on is looked after here alone.
 
 import importlib.metadata
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from packaging.version import Version
 
 
 METHOD_NAME = "peer_graft"
@@ -29,6 +31,26 @@ PREFIX = f"{METHOD_NAME}_"
 
 OLDEST_PEFT = (0, 21)
 TESTED_PEFT = "0.21"
+
+
+@contextmanager
+def asking_for_peft() -> Iterator[None]:
+    """For imports of PEFT. Raises `ImportError` that says what to install if it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError(
+            "Grafts are a method of PEFT, which is not installed: `pip install modeling-peer[graft]`."
+        ) from error
+
+
+def check_release() -> None:
+    """Raises `ImportError` if PEFT is older than 0.21."""
+    version = importlib.metadata.version("peft")
+    if Version(version).release < OLDEST_PEFT:
+        raise ImportError(f"Grafts were tested with PEFT {TESTED_PEFT} and need it or a later one, found {version}.")
 
 
 def register_peer_graft(config_class: type, model_class: type) -> None:
@@ -41,8 +63,7 @@ def register_peer_graft(config_class: type, model_class: type) -> None:
         model_class (`type`): [`PeerGraftModel`].
 
     Raises:
-        `ImportError`: if PEFT is older than 0.21, works otherwise than expected, or has a method of this name already. It
-            is left as it was.
+        `ImportError`: if PEFT works otherwise than expected, or has a method of this name already. It is left as it was.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType, register_peft_method
@@ -58,8 +79,6 @@ def register_peer_graft(config_class: type, model_class: type) -> None:
         return
     if registered is not None or PEFT_TYPE_NAME in PeftType.__members__:
         raise ImportError(f"PEFT {version} has a method `{PEFT_TYPE_NAME}` already, of {registered}.")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_PEFT:
-        raise ImportError(f"Grafts were tested with PEFT {TESTED_PEFT} and need it or a later one, found {version}.")
     try:
         _extend(PeftType)
         register_peft_method(name=METHOD_NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
@@ -105,10 +124,8 @@ def _check_registration(enumeration, registries, expected):
     for registry, value in zip(registries, expected, strict=True):
         if registry[PEFT_TYPE_NAME] is not value:
             raise RuntimeError(f"{registry[PEFT_TYPE_NAME]} is registered in place of {value}.")
-    with tempfile.TemporaryDirectory() as folder:
-        config = expected[0](layers_to_transform=[1], target_modules=["mlp"])
-        config.save_pretrained(folder)
-        found = PeftConfig.from_pretrained(folder)
-        if type(found) is not type(config) or found != config:
-            written = Path(folder, "adapter_config.json").read_text()
-            raise RuntimeError(f"a configuration came back as {found} from {written}.")
+    config = expected[0](layers_to_transform=[1])
+    written = json.dumps(config.to_dict())
+    found = PeftConfig.from_peft_type(**json.loads(written))
+    if type(found) is not type(config) or found != config:
+        raise RuntimeError(f"a configuration came back as {found} from {written}.")

@@ -63,8 +63,8 @@ class SparseFinetuningCallback(TrainerCallback):
     and reduction, so any optimizer moves only the others, see [`freeze_rows`]; the paper takes SGD, which needs no copy
     of rows. `config.sparse_expert_gradients` may be set. FSDP2 and tensor parallelism are refused.
 
-    With each log of a training loss goes `sparse_finetuning/trained_experts/layer_{i}`, the mean number of experts that
-    moved in a step. Each checkpoint gets a copy of the background. Hooks are there while it trains.
+    With each log of a training loss goes `sparse_finetuning/trained_experts/layer_{i}`, of a graft with the name of its
+    adapter after it, the mean number of experts that moved in a step. Each checkpoint gets a copy of the background. Hooks are there while it trains.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers.
@@ -116,7 +116,6 @@ class SparseFinetuningCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._detach()
-        self._train_tables_alone(model)
         self.background.check(model)
         modules = set(model.modules())
         for name, each in self.sets.items():

@@ -16,8 +16,10 @@ Grafts that became a part of their model: it is saved and loaded without PEFT, g
 have this package and in those that have the code in the checkpoint only, and is refused where neither is.
 """
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +27,21 @@ from pathlib import Path
 import pytest
 import torch
 from graft_hosts import HOSTS, graft_config, grafted, grafts_of, host_of, logits_of, trained
-from peft import get_peft_model
-from test_graft import PLACEMENTS, assert_same_state, state_of
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_graft import PLACEMENTS, TASKS, assert_same_state, state_of
 from tiny_models import random_tokens, tiny_config
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from modeling_peer import PeerForCausalLM
-from modeling_peer.graft_layer import GraftedFeedForward, PeerGraft
+from modeling_peer import PeerForCausalLM, graft_baked
+from modeling_peer.graft_layer import GraftedFeedForward, find_decoder_layers
 
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +54,11 @@ def without_peft(model):
         "peft" in type(module).__module__ or ("Layer" in type(module).__name__ and "Graft" in type(module).__name__)
         for module in model.modules()
     )
+
+
+def hooks_of(model):
+    decoder = find_decoder_layers(model)[1]
+    return decoder._forward_pre_hooks, decoder._forward_hooks
 
 
 class TestRoundTrip:
@@ -69,6 +83,52 @@ class TestRoundTrip:
         base_model = AutoModel.from_pretrained(tmp_path)
         hidden_states = base_model(tokens).last_hidden_state
         assert torch.equal(hidden_states, loaded.base_model(tokens).last_hidden_state)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("task_type", TASKS)
+    def test_of_every_auto_class(self, family, task_type, tmp_path):
+        host = TASKS[task_type].from_config(copy.deepcopy(HOSTS[family])).eval()
+        model = get_peft_model(host, graft_config(task_type=task_type)).eval()
+        nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
+        tokens = random_tokens(1, 5)
+        outputs = model(input_ids=tokens)[0]
+        model.merge_and_unload().save_pretrained(tmp_path)
+        loaded, report = TASKS[task_type].from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert torch.equal(loaded(input_ids=tokens)[0], outputs)
+        assert [len(hooks) for hooks in hooks_of(loaded)] == [1, 1]
+
+    def test_as_a_model_with_another_head(self, tmp_path):
+        baked = trained(grafted(query_norm="batch")).merge_and_unload()
+        baked.save_pretrained(tmp_path)
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        expected = grafts_of(baked)[0].state_dict()
+        assert all(
+            torch.equal(tensor, expected[name]) for name, tensor in grafts_of(classifier)[0].state_dict().items()
+        )
+
+    def test_of_pickles(self, tmp_path):
+        """Also in another process, where no class was made yet."""
+        baked = trained(grafted(query_norm="batch")).merge_and_unload()
+        tokens = random_tokens(2, 5)
+        torch.save((baked, pickle.dumps(baked.config), tokens, logits_of(baked, tokens)), tmp_path / "model.pt")
+        script = """
+import pickle, sys, torch
+model, config, tokens, logits = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(tokens).logits, logits)
+assert type(pickle.loads(config)) is type(model.config) is type(model).config_class
+print(type(model).__name__)
+"""
+        completed = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "model.pt")],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+        )
+        assert completed.stdout == "PeerGraftedLlamaForCausalLM\n", completed.stderr
+        with pytest.raises(AttributeError, match="no attribute 'PeerGraftedNothing'"):
+            _ = graft_baked.PeerGraftedNothing
 
     def test_of_tied_embeddings_that_grow(self, tmp_path):
         baked = trained(grafted("llama")).merge_and_unload()
@@ -101,12 +161,36 @@ class TestRoundTrip:
         assert torch.equal(logits_of(baked), logits)
         assert len(grafts_of(baked)) == 3
         again = trained(grafted(baked, layers_to_transform=[0]))
-        assert torch.equal(logits_of(again), logits_of(again)) and not torch.equal(logits_of(again), logits)
+        assert not torch.equal(logits_of(again), logits)
         logits = logits_of(again)
         again.merge_and_unload().save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(logits_of(loaded), logits)
         assert list(loaded.config.peer_grafts) == ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
+
+    @pytest.mark.parametrize("fields", [{}, {"target_modules": ["mlp"]}, PLACEMENTS["neurons"]])
+    def test_twice_at_one_layer(self, fields, tmp_path):
+        baked = trained(grafted()).merge_and_unload()
+        plain = copy.deepcopy(baked)
+        again = trained(grafted(baked, **fields))
+        logits = logits_of(again)
+        again.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(logits_of(PeftModel.from_pretrained(plain, tmp_path / "adapter")), logits)
+        again.merge_and_unload().save_pretrained(tmp_path)
+        assert [len(hooks) for hooks in hooks_of(baked)] == [1, 1]
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits_of(loaded), logits)
+        assert len(grafts_of(loaded)) == 2
+        assert list(loaded.config.peer_grafts) == ["layers.1.mlp", "layers.1.mlp.feed_forward"]
+
+    def test_keeps_what_another_method_learned(self):
+        lora = trained(get_peft_model(host_of(), LoraConfig(target_modules=["q_proj"])))
+        with pytest.warns(UserWarning, match="for a second time"):
+            model = trained(grafted(lora.get_base_model(), adapter_name="graft"))
+        logits = logits_of(model)
+        baked = model.merge_and_unload()
+        assert without_peft(baked) and type(baked.model.layers[0].self_attn.q_proj) is nn.Linear
+        torch.testing.assert_close(logits_of(baked), logits)
 
     def test_of_chosen_adapters(self):
         model = trained(grafted(adapter_name="first"))
@@ -216,6 +300,32 @@ class TestRefusals:
         assert_same_state(state_of(host), before)
         assert torch.equal(logits_of(model), logits)
 
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["typo"], r"`adapter_names` must be a list of some of \['default', 'second'\], got \['typo'\]"),
+            ("default", "got 'default'"),
+            ([], r"no graft of \[\] to become a part"),
+        ],
+    )
+    def test_of_adapters_that_are_not_there(self, names, message):
+        model = trained(grafted())
+        model.add_adapter("second", graft_config())
+        logits = logits_of(model)
+        with pytest.raises(ValueError, match=message):
+            model.merge_and_unload(adapter_names=names)
+        assert torch.equal(logits_of(model), logits)
+
+    def test_of_an_adapter_that_was_saved_where_now_is_a_graft(self, tmp_path):
+        trained(grafted()).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`target_modules` names model.layers.1.mlp, a GraftedFeedForward"):
+            PeftModel.from_pretrained(grafted().merge_and_unload(), tmp_path)
+
+    def test_of_a_graft_at_a_layer_whose_feed_forward_is_gone(self):
+        baked = grafted(placement="in_place").merge_and_unload()
+        with pytest.raises(ValueError, match="names layer 1, in place of whose feed-forward a graft is"):
+            grafted(baked)
+
     def test_of_broken_weights(self):
         model = trained(grafted())
         grafts_of(model)[0].router.sub_keys.data[0, 0, 0, 0] = torch.nan
@@ -225,8 +335,12 @@ class TestRefusals:
 
 
 def test_the_host_and_its_class_stay_as_they_were():
-    grafted().merge_and_unload()
-    host = AutoModelForCausalLM.from_config(LlamaConfig(**HOSTS["llama"].to_dict()))
-    assert type(host) is LlamaForCausalLM and type(host.config) is LlamaConfig
-    assert not any(isinstance(module, PeerGraft) for module in host.modules())
-    assert all(type(layer.mlp.act_fn) is not nn.Identity for layer in host.model.layers)
+    config = LlamaConfig(**HOSTS["llama"].to_dict())
+    before, other = config.to_dict(), LlamaForCausalLM(config)
+    baked = grafted(LlamaForCausalLM(config)).merge_and_unload()
+    assert type(config) is type(other.config) is LlamaConfig and other.config.to_dict() == before
+    for module in baked.modules():
+        if isinstance(getattr(module, "config", None), LlamaConfig):
+            assert module.config is baked.config
+    host = AutoModelForCausalLM.from_config(config)
+    assert type(host) is LlamaForCausalLM and not grafts_of(host)

@@ -20,9 +20,20 @@ from peft import PeftModel, get_peft_model
 from test_peft_trl import checkpoint, sft_trainer  # noqa: F401, a fixture
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from modeling_peer import ExpertUsageCallback, ExpertUsageMeter, RowAdamW, expert_parameter_groups
+from modeling_peer import (
+    ExpertBackground,
+    ExpertUsageCallback,
+    ExpertUsageMeter,
+    RowAdamW,
+    SparseFinetuningCallback,
+    expert_parameter_groups,
+    freeze_experts,
+    masked_experts,
+    measure_usage,
+)
+from modeling_peer.expert_sets import find_expert_sets, observe_retrievals
 from modeling_peer.expert_table import ExpertTable
 
 
@@ -95,10 +106,62 @@ class TestTrainer:
         trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
         assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1"))
         assert len(logged(trainer, "expert_usage/layer_1")) == 3
-        router = grafts_of(trainer.model)[0].router
-        meter = ExpertUsageMeter(64)
+        router, meter, seen = grafts_of(trainer.model)[0].router, ExpertUsageMeter(64), set()
+        router.register_forward_hook(lambda module, args, output: seen.update(output[0].flatten().tolist()))
         meter.update(*router(torch.randn(2, 5, 24)))
-        assert meter.compute()["usage"] > 0
+        assert meter.compute()["usage"] == pytest.approx(len(seen) / 64)
+        assert 2 * 4 < len(seen) < 64
+
+    def test_measures_and_freezes_of_a_graft_are_of_the_active_adapter(self, tmp_path):
+        model = grafted(adapter_name="first")
+        model.add_adapter("second", graft_config(num_experts=6**2))
+        tokens = pad_right(counting_sequences(8))["input_ids"]
+        for adapter, num_experts in (("first", 64), ("second", 36)):
+            model.set_adapter(adapter)
+            name = f"base_model.model.model.layers.1.mlp.peer_graft_layer.{adapter}.expert_pool"
+            assert {each: found.num_experts for each, found in find_expert_sets(model).items()} == {name: num_experts}
+            assert find_expert_sets(model)[name].label == f"layer_1_{adapter}"
+            assert len(measure_usage(model, input_ids=tokens)) == 1
+            frozen = freeze_experts(model, range(30))
+            assert frozen.num_frozen == {name: 30}
+            before = copy_of_state(model)
+            train(model, tmp_path, max_steps=3, weight_decay=0.1)
+            for table, tensor in model.state_dict().items():
+                if "_proj.weight" in table and "expert_pool" in table:
+                    moved = tensor.ne(before[table]).any(1)
+                    assert not moved[:30].any() and moved[30:].any() == (f".{adapter}." in table)
+            frozen.remove()
+            logits, masked = logits_of(model), torch.arange(num_experts) < num_experts // 2
+            with masked_experts(model, masked):
+                assert not torch.equal(logits_of(model), logits)
+                seen = []
+                hooks = observe_retrievals(find_expert_sets(model), lambda _, found, __, seen=seen: seen.append(found))
+                logits_of(model)
+                hooks[0].remove()
+            assert torch.cat(seen).min() >= num_experts // 2
+            assert torch.equal(logits_of(model), logits)
+
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_sparse_finetuning_of_a_graft(self, tmp_path, query_norm):
+        """Whatever makes all of the adapter require gradients, before the training or in it."""
+
+        class SwitchOff(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                with model.disable_adapter():
+                    pass
+
+        model = model_of(query_norm=query_norm)
+        background = ExpertBackground.measure(model, counting_sequences(8), progress_bar=False)
+        callback = SparseFinetuningCallback(model, background, num_trained_experts=5)
+        with model.disable_adapter():
+            pass
+        before = copy_of_state(model)
+        options = {"max_steps": 3, "optim": "sgd", "learning_rate": 1.0}
+        trainer = train(model, tmp_path, callbacks=[callback, SwitchOff()], **options)
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        (name,) = find_expert_sets(model)
+        assert moved == {f"{name}.down_proj.weight"}
+        assert logged(trainer, "sparse_finetuning/trained_experts/layer_1_default") == [5.0] * 3
 
     def test_usage_leaves_padding_out(self, tmp_path):
         usages = []
