@@ -61,7 +61,7 @@ class ExpertSet:
         `"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share; `"layer_1_default"` of a graft that the
         adapter of this name has there.
         """
-        adapter = _adapter_of(self.name)
+        adapter = adapter_of(self.name)
         return "_".join(["layer", *map(str, self.layers), *([adapter[1]] if adapter else [])])
 
 
@@ -100,7 +100,7 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     }
 
 
-def _adapter_of(name: str) -> tuple[str, str] | None:
+def adapter_of(name: str) -> tuple[str, str] | None:
     """Path of the layer whose graft a module is in, and name of the graft's adapter; `None` if it is in none."""
     found = re.search(rf"(.*?)\.?\b{PREFIX}layer\.([^.]+)", name)
     return (found[1], found[2]) if found else None
@@ -108,7 +108,7 @@ def _adapter_of(name: str) -> tuple[str, str] | None:
 
 def _is_active(modules, name):
     """Whether a layer takes part: all do but grafts of adapters that are not active."""
-    found = _adapter_of(name)
+    found = adapter_of(name)
     return found is None or found[1] in modules[found[0]].active_adapters
 
 

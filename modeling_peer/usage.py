@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .evaluation import evaluation
-from .expert_sets import find_expert_sets, layer_index, observe_routers
+from .expert_sets import adapter_of, find_expert_sets, layer_index, observe_routers
 from .product_key_router import ProductKeyRouter
 
 
@@ -148,7 +148,7 @@ class ExpertUsageCallback(TrainerCallback):
     ```
 
     While it trains, each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode), of the training forwards since the last such log and over all ranks. The metrics of
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft), of the training forwards since the last such log and over all ranks. The metrics of
     an evaluation or a prediction in the midst of training get the same of the forwards in evaluation mode, prefixed as
     the other metrics are (`eval_`).
 
@@ -187,9 +187,7 @@ class ExpertUsageCallback(TrainerCallback):
             metrics.update(self._read(training=False, prefix=prefix))
 
     def _attach(self, name, router, device):
-        label = f"layer_{layer_index(name)}"
-        if added := re.search(r"added_routers\.(\d+)", name):
-            label += f"_added_{added[1]}"
+        label = _label(name)
         first_expert = router.generation.first_expert
         meters = {}
         for training in (True, False):
@@ -224,6 +222,16 @@ class ExpertUsageCallback(TrainerCallback):
             if not math.isnan(measures["usage"]):
                 values |= {f"{prefix}expert_{name}/{label}": value for name, value in measures.items()}
         return values
+
+
+def _label(name):
+    """What a router is called in logs: by its layer, the adapter whose graft it is in, the addition it came with."""
+    parts = [f"layer_{layer_index(name)}"]
+    if adapter := adapter_of(name):
+        parts.append(adapter[1])
+    if added := re.search(r"added_routers\.(\d+)", name):
+        parts.append(f"added_{added[1]}")
+    return "_".join(parts)
 
 
 def _evaluation_prefix(metrics):

@@ -104,8 +104,8 @@ class TestTrainer:
 
     def test_usage_is_measured(self, tmp_path):
         trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
-        assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1"))
-        assert len(logged(trainer, "expert_usage/layer_1")) == 3
+        assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1_default"))
+        assert len(logged(trainer, "expert_usage/layer_1_default")) == 3
         router, meter, seen = grafts_of(trainer.model)[0].router, ExpertUsageMeter(64), set()
         router.register_forward_hook(lambda module, args, output: seen.update(output[0].flatten().tolist()))
         meter.update(*router(torch.randn(2, 5, 24)))
