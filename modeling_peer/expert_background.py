@@ -167,7 +167,7 @@ class ExpertBackground:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                names = [name for name in file.keys() if name.startswith(COUNTS)]  # noqa: SIM118
+                names = filter(lambda name: name.startswith(COUNTS), file.keys())
                 counts = {name.removeprefix(COUNTS): file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from None

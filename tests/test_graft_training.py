@@ -17,10 +17,10 @@ import pytest
 import torch
 from graft_hosts import graft_config, grafted, grafts_of, host_of
 from peft import PeftModel, get_peft_model
-from test_peft_trl import checkpoint, sft_trainer  # noqa: F401, a fixture
+from sft import save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from modeling_peer import (
     ExpertBackground,
@@ -178,10 +178,10 @@ class TestTrainer:
 
 class TestSupervisedFineTuning:
     @pytest.fixture(scope="class")
-    def folder(self, checkpoint, tmp_path_factory):  # noqa: F811
+    def folder(self, tmp_path_factory):
         """Of a host and the tokenizer of the texts."""
         folder = tmp_path_factory.mktemp("host")
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        save_tokenizer(folder)
         host_of("qwen3", seed=1).save_pretrained(folder)
         return folder
 

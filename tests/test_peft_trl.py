@@ -18,12 +18,10 @@ without padding train as padded ones.
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from sft import save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
-    PERIOD,
     copy_of_state,
     counting_sequences,
     logged,
@@ -33,8 +31,6 @@ from trainer_worker import (
     train,
     trainer_of,
 )
-from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
 from modeling_peer import PeerForCausalLM
 
@@ -144,41 +140,10 @@ class TestAdapters:
 def checkpoint(tmp_path_factory):
     """A folder of a model whose running statistics are not its first ones, and of the tokenizer of `texts`."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    words = ["<pad>", *(f"w{number}" for number in range(PERIOD)), "<eos>", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    save_tokenizer(folder)
     model = train(small_model(), folder, max_steps=3).model
     model.save_pretrained(folder)
     return folder
-
-
-def texts(number, seed=1):
-    sequences = (example["input_ids"] - 1 for example in counting_sequences(number, seed))
-    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in sequence.tolist()) for sequence in sequences]})
-
-
-def sft_trainer(model, folder, peft_config=None, **options):
-    """TRL's trainer as it is by default, on CPU."""
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 16,
-        "max_steps": 20,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return SFTTrainer(
-        model,
-        SFTConfig(output_dir=str(folder), **{**defaults, **options}),
-        train_dataset=texts(80),
-        eval_dataset=texts(16, seed=2),
-        peft_config=peft_config,
-    )
 
 
 def sft(*args, **options):

@@ -1,0 +1,56 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""For tests with TRL: texts, their tokenizer, and `SFTTrainer` on them."""
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trainer_worker import PERIOD, counting_sequences
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+
+def save_tokenizer(folder):
+    """Puts the tokenizer of `texts` into a folder."""
+    words = ["<pad>", *(f"w{number}" for number in range(PERIOD)), "<eos>", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def texts(number, seed=1):
+    sequences = (example["input_ids"] - 1 for example in counting_sequences(number, seed))
+    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in sequence.tolist()) for sequence in sequences]})
+
+
+def sft_trainer(model, folder, peft_config=None, **options):
+    """TRL's trainer as it is by default, on CPU."""
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 16,
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    return SFTTrainer(
+        model,
+        SFTConfig(output_dir=str(folder), **{**defaults, **options}),
+        train_dataset=texts(80),
+        eval_dataset=texts(16, seed=2),
+        peft_config=peft_config,
+    )
