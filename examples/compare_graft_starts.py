@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from corpora import load_corpus
 from lifelong_facts import FactsArguments, save_base
-from studies import claim_folder, machine, read_json, write_json
+from studies import claim_folder, machine, read_json, train, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from tqdm.auto import tqdm
@@ -35,14 +35,11 @@ from training import parse_arguments
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.utils import logging
 
-from modeling_peer import PeerGraftConfig, RowAdamW, expert_parameter_groups
+from modeling_peer import PeerGraftConfig
 
 
 STARTS = {"random": False, "neurons": True}
@@ -97,31 +94,6 @@ def loss_without(host: nn.Module, held_out: torch.Tensor) -> float:
         hook.remove()
 
 
-def train(model: nn.Module, blocks: Any, learning_rate: float, args: StartArguments, folder: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=args.steps,
-        per_device_train_batch_size=4,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 10,
-        bf16=True,
-        use_cpu=True,
-        save_strategy="no",
-        logging_steps=args.steps,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
-    )
-    optimizer = RowAdamW(expert_parameter_groups(model, learning_rate), weight_decay=0.0)
-    trainer = Trainer(
-        model, arguments, train_dataset=blocks, data_collator=default_data_collator, optimizers=(optimizer, None)
-    )
-    trainer.train()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-
-
 def main():
     (args,) = parse_arguments((StartArguments,), __doc__)
     logging.set_verbosity_error()
@@ -146,7 +118,7 @@ def main():
         file = folder / "runs" / f"{start}-{rate:g}.json"
         if not file.exists():
             model = graft(load_host(folder), start, args)
-            train(model, blocks["train"], rate, args, folder)
+            train(model, blocks["train"], folder / "trainer", rate, args.steps, 4, bf16=True, use_cpu=True)
             write_json(file, {"loss": loss_of(model, held_out)})
         results[start][f"learning rate {rate:g}"] = read_json(file)["loss"]
     write_json(folder / "results.json", results)

@@ -19,18 +19,18 @@ An arm is a function `(model, stage, settings) -> model`. What it needs from sta
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from studies import train
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_peer import (
     ExpertBackground,
-    RowAdamW,
     SparseFinetuningCallback,
     add_experts,
-    expert_parameter_groups,
     fit_gates,
 )
 from modeling_peer.expert_table import ExpertTable
@@ -53,7 +53,7 @@ class Stage:
         earlier (`list[Dataset]`): Those of all texts before it, the first that of the pre-training.
         steps (`int`): Training steps.
         batch_size (`int`): Sequences of a step.
-        folder (`str`): For what a `Trainer` writes.
+        folder (`Path`): For what a `Trainer` writes.
         seed (`int`)
         memory (`dict`): What an arm keeps from stage to stage.
     """
@@ -62,7 +62,7 @@ class Stage:
     earlier: list[Dataset]
     steps: int
     batch_size: int
-    folder: str
+    folder: Path
     seed: int
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -75,44 +75,29 @@ class Stage:
         return concatenate_datasets([self.sequences(each, number // len(self.earlier)) for each in self.earlier])
 
 
-def train(
+def train_stage(
     model: nn.Module,
     stage: Stage,
     learning_rate: float,
     blocks: Dataset | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
-    """Trains what of a model requires a gradient on a stage, with the stock `Trainer` and [`RowAdamW`]."""
-    arguments = TrainingArguments(
-        output_dir=stage.folder,
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=stage.steps // 10,
-        seed=stage.seed,
-        save_strategy="no",
-        logging_steps=stage.steps,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(
+    """Trains what of a model requires a gradient on a stage, or on other sequences in their place."""
+    train(
         model,
-        arguments,
-        train_dataset=blocks or stage.blocks,
-        data_collator=default_data_collator,
-        optimizers=(RowAdamW(expert_parameter_groups(model, learning_rate), weight_decay=0.0), None),
+        blocks or stage.blocks,
+        stage.folder,
+        learning_rate,
+        stage.steps,
+        stage.batch_size,
         callbacks=callbacks,
+        seed=stage.seed,
     )
-    trainer.train()
-    model.eval()
 
 
 def full_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
     """Everything is trained."""
-    train(model, stage, settings["learning_rate"])
+    train_stage(model, stage, settings["learning_rate"])
     return model
 
 
@@ -121,7 +106,7 @@ def replay(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> 
     needed = stage.steps * stage.batch_size
     old = stage.reference(round(REPLAYED_SHARE * needed))
     new = stage.sequences(stage.blocks, needed - len(old))
-    train(model, stage, settings["learning_rate"], concatenate_datasets([new, old]).shuffle(seed=stage.seed))
+    train_stage(model, stage, settings["learning_rate"], concatenate_datasets([new, old]).shuffle(seed=stage.seed))
     return model
 
 
@@ -131,7 +116,7 @@ def experts_only(model: PreTrainedModel, stage: Stage, settings: dict[str, float
     for module in model.modules():
         if isinstance(module, ExpertTable):
             module.weight.requires_grad_(True)
-    train(model, stage, settings["learning_rate"])
+    train_stage(model, stage, settings["learning_rate"])
     return model
 
 
@@ -144,7 +129,7 @@ def lora(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> nn
             name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
         ]
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
-    train(model, stage, settings["learning_rate"])
+    train_stage(model, stage, settings["learning_rate"])
     return model
 
 
@@ -163,7 +148,7 @@ def sparse_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, 
     callback = SparseFinetuningCallback(
         model, stage.memory["background"], int(settings["num_trained_experts"]), tables
     )
-    train(model, stage, settings["learning_rate"], callbacks=[callback])
+    train_stage(model, stage, settings["learning_rate"], callbacks=[callback])
     return model
 
 
@@ -177,7 +162,7 @@ def grown_protected(model: PreTrainedModel, stage: Stage, settings: dict[str, fl
         reference_weight=settings["reference_weight"],
         progress_bar=False,
     )
-    train(model, stage, settings["learning_rate"])
+    train_stage(model, stage, settings["learning_rate"])
     return model
 
 
@@ -185,7 +170,7 @@ def grown_open(model: PreTrainedModel, stage: Stage, settings: dict[str, float])
     """The key grid gets larger for each text; old experts and keys are frozen."""
     side = round(model.config.num_experts**0.5) + ADDED_ROWS * len(model.config.expert_additions or ())
     add_experts(model, (side + ADDED_ROWS) ** 2 - side**2, mode="open")
-    train(model, stage, settings["learning_rate"])
+    train_stage(model, stage, settings["learning_rate"])
     return model
 
 

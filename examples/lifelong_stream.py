@@ -171,7 +171,7 @@ def take_through_stream(
             texts.train[:i],
             args.stage_steps,
             8,
-            str(folder / "trainer"),
+            folder / "trainer",
             seed,
             memory,
         )

@@ -23,7 +23,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from modeling_peer import RowAdamW, expert_parameter_groups
 
 
 # What may differ from call to call: it changes which runs are made, not what comes of them.
@@ -117,6 +121,58 @@ def named_arms(names: list[str], arms: dict[str, Any]) -> dict[str, Any]:
     if unknown := set(names) - set(arms):
         raise ValueError(f"--arms must be some of {list(arms)}, got {sorted(unknown)} among them.")
     return {name: arms[name] for name in names}
+
+
+def train(
+    model: nn.Module,
+    dataset: Any,
+    folder: Path,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+    data_collator: Callable = default_data_collator,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> None:
+    """
+    Trains what of a model requires a gradient, with the stock `Trainer` and [`RowAdamW`], and leaves it in evaluation.
+
+    Args:
+        model (`nn.Module`)
+        dataset (`Dataset` or list): Examples.
+        folder (`Path`): For what a `Trainer` writes.
+        learning_rate (`float`): After a warm-up of a tenth of the steps.
+        steps (`int`)
+        batch_size (`int`): Examples of a step.
+        data_collator (`Callable`, *optional*): The library's default if not given.
+        callbacks (`list[TrainerCallback]`, *optional*)
+        options: Further `TrainingArguments`.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=steps // 10,
+        save_strategy="no",
+        logging_steps=steps,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=False,
+        **{"lr_scheduler_type": "cosine", **options},
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=dataset,
+        data_collator=data_collator,
+        optimizers=(RowAdamW(expert_parameter_groups(model, learning_rate), weight_decay=0.0), None),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    # Autocast was a part of its forward.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
 def machine() -> dict[str, Any]:

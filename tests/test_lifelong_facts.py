@@ -301,7 +301,7 @@ def study_here(factbook, model, tokenizer, tmp_path, monkeypatch):
         "background_blocks": 4,
         "seeds": 2,
     }
-    train, made = lifelong_facts.train, []
+    train, made = lifelong_facts.train_facts, []
 
     def counted(model, study, settings, seed, callbacks):
         made.append((settings, seed))
@@ -313,7 +313,7 @@ def study_here(factbook, model, tokenizer, tmp_path, monkeypatch):
         matches[: 2 * len(matches) // 4] = True
         return losses, matches
 
-    monkeypatch.setattr(lifelong_facts, "train", counted)
+    monkeypatch.setattr(lifelong_facts, "train_facts", counted)
     monkeypatch.setattr(lifelong_facts, "ask", told)
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
@@ -356,8 +356,8 @@ class TestStudy:
             seen["model"], seen["trained"] = model, callbacks[0].num_trained_experts
             return points
 
-        lifelong_facts_train = lifelong_facts.train
-        monkeypatch.setattr(lifelong_facts, "train", train)
+        lifelong_facts_train = lifelong_facts.train_facts
+        monkeypatch.setattr(lifelong_facts, "train_facts", train)
         study_here("--arms", "sparse", "--seeds", "1")
         moved = {
             name for name, weight in seen["model"].named_parameters() if not torch.equal(weight, seen["before"][name])
