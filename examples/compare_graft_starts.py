@@ -56,10 +56,10 @@ class StartArguments:
     text: str = field(default="python-docs", metadata={"help": "A text, by its name in corpora.py or its Hub id."})
     num_experts: int = field(default=192**2, metadata={"help": "Experts of the graft."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3], metadata={"help": "Rates to train with."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates to train with."}
     )
-    steps: int = field(default=100, metadata={"help": "Training steps of 1,024 tokens."})
-    eval_blocks: int = field(default=24, metadata={"help": "Held-out sequences of 256 tokens."})
+    steps: int = field(default=40, metadata={"help": "Training steps of 1,024 tokens."})
+    eval_blocks: int = field(default=16, metadata={"help": "Held-out sequences of 256 tokens."})
 
 
 def load_host(folder: Path) -> nn.Module:

@@ -76,13 +76,13 @@ class FactsArguments:
         metadata={"help": "Texts that tell which experts of a graft general text uses."},
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of the arms to run."})
-    num_new: int = field(default=300, metadata={"help": "Facts to learn, at most, equally many of each relation."})
+    num_new: int = field(default=240, metadata={"help": "Facts to learn, at most, equally many of each relation."})
     num_known: int = field(default=100, metadata={"help": "Facts that the model knows, at most."})
     min_loss: float = field(default=2.0, metadata={"help": "Nats per token of an answer that is not known, at least."})
-    steps: int = field(default=108, metadata={"help": "Training steps."})
+    steps: int = field(default=72, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Sentences of a step."})
-    measurements: int = field(default=4, metadata={"help": "How often a run is measured, at equal distances."})
-    eval_blocks: int = field(default=12, metadata={"help": "Held-out sequences of 256 tokens of each text."})
+    measurements: int = field(default=3, metadata={"help": "How often a run is measured, at equal distances."})
+    eval_blocks: int = field(default=8, metadata={"help": "Held-out sequences of 256 tokens of each text."})
     background_blocks: int = field(default=64, metadata={"help": "Sequences of 256 tokens of each background text."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best settings of each arm; one for all others."})
     full_precision: bool = field(default=False, metadata={"help": "Compute in float32, not bfloat16 autocast."})
@@ -325,6 +325,7 @@ def train_facts(
         use_cpu=True,
         seed=seed,
         remove_unused_columns=False,
+        train_sampling_strategy="group_by_length",
     )
     return measuring.points
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from studies import machine
+from studies import machine, markdown_table, spread_cell
 
 
 # Of the most that every arm learned with some setting: another seed may learn a little less.
@@ -157,45 +157,54 @@ def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+AT_THE_END = {"new_loss": "new, nats", "new_matches": "new said, %", "known_matches": "known said, %", **FORGETTING}
+
+
 def describe(summary: dict[str, Any]) -> str:
     """The tables of a study."""
-    lines = [f"At equal learning, {summary['equal_learning']:.2f} nats per token; mean ± deviation of seeds:", ""]
-    lines.append(
-        f"{'forgetting':<26}" + "".join(f"{title:>22}" for title in FORGETTING.values()) + f"{'published, %':>15}"
+    arms = summary["arms"].values()
+    return "\n\n".join(
+        [
+            f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, mean ± deviation of seeds, beside "
+            "the published drop of a question answering score (arXiv 2510.15103):",
+            _table_at_equal_learning(summary["arms"]),
+            "That of grafts as a share of that of others, where these forgot anything:",
+            _table_of_shares(summary),
+            "At the end of the training:",
+            markdown_table(
+                [["", *AT_THE_END.values()], *([each["label"], *_cells(each["end"], AT_THE_END)] for each in arms)]
+            ),
+        ]
     )
-    for arm, result in summary["arms"].items():
-        at = result["at_equal_learning"]
-        cells = [_cell(at, name) for name in FORGETTING]
+
+
+def _table_at_equal_learning(arms):
+    rows = [["", *FORGETTING.values(), "published, %", "seeds", "settings"]]
+    for arm, result in arms.items():
+        settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
+        seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
         published = str(PUBLISHED_DROPS.get(arm, ""))
-        lines.append(f"{result['label']:<26}" + "".join(f"{cell:>22}" for cell in cells) + f"{published:>15}")
-    lines += ["", f"{'share of':<26}" + "".join(f"{title:>22}" for title in FORGETTING.values()) + f"{'aim':>15}"]
+        rows.append([result["label"], *_cells(result["at_equal_learning"], FORGETTING), published, seeds, settings])
+    return markdown_table(rows)
+
+
+def _table_of_shares(summary):
+    rows = [["", *FORGETTING.values(), "aim, at most"]]
     for arm, others in summary["shares"].items():
         for other, values in others.items():
-            title = f"{arm} / {other}"
-            cells = [f"{values[name]:.3f}" if name in values else "" for name in FORGETTING]
-            lines.append(f"{title:<26}" + "".join(f"{cell:>22}" for cell in cells) + f"{AIMS[other]:>15.3f}")
-    columns = {"new_loss": "new, nats", "new_matches": "new said, %", "known_matches": "known said, %"}
-    lines += [
-        "",
-        f"{'at the end':<26}" + "".join(f"{title:>22}" for title in [*columns.values(), *FORGETTING.values()]),
-    ]
-    for result in summary["arms"].values():
-        cells = [_cell(result["end"], name) for name in [*columns, *FORGETTING]]
-        lines.append(f"{result['label']:<26}" + "".join(f"{cell:>22}" for cell in cells))
-    lines += ["", "Settings: " + "; ".join(f"{arm} {each['settings']}" for arm, each in summary["arms"].items())]
-    return "\n".join(lines)
+            cells = [f"{values[name]:.0%}" if name in values else "" for name in FORGETTING]
+            labels = (summary["arms"][each]["label"] for each in (arm, other))
+            rows.append([" / ".join(labels), *cells, f"{AIMS[other]:.0%}"])
+    return markdown_table(rows)
 
 
-def _cell(spread, name):
-    value, deviation = spread["mean"].get(name), spread["deviation"].get(name)
-    if value is None:
-        return ""
-    return f"{value:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+def _cells(spread, names):
+    return [spread_cell(spread["mean"].get(name), spread["deviation"].get(name)) for name in names]
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
     """Learning against forgetting of texts and of known facts, a curve for each run; and what is said at the end."""
-    figure = Figure(figsize=(17, 5), layout="constrained")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     texts, known, recall = figure.subplots(1, 3)
     _plot_curves(texts, summary, "texts")
     _plot_curves(known, summary, "known_drop")
@@ -215,7 +224,7 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     recall.set(ylabel="said word for word, %", title="At the end, asked otherwise than taught")
     recall.legend(fontsize=8)
     recall.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=120)
 
 
 def _plot_curves(axes: Axes, summary: dict[str, Any], name: str) -> None:

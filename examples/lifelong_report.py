@@ -18,8 +18,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from lifelong_arms import ARMS
-from matplotlib.figure import Figure
-from studies import machine
+from matplotlib.figure import Figure, SubFigure
+from studies import machine, markdown_table, spread_cell
 
 
 COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
@@ -114,44 +114,64 @@ def summarize(
     return summary
 
 
+COLUMNS = {
+    "learning": "learning",
+    "forgetting": "forgetting",
+    "forgetting_of_pretraining": "of pre-training",
+    "forgetting_of_pretraining_masked": "the same, masked",
+    "forward_transfer": "forward transfer",
+    "final_mean": "final mean",
+}
+
+
 def describe(summary: dict[str, Any]) -> str:
-    """The table of a study."""
-    columns = {
-        "learning": "learning",
-        "forgetting": "forgetting",
-        "forgetting_of_pretraining": "… of pre-training",
-        "forgetting_of_pretraining_masked": "… masked",
-        "forward_transfer": "forward",
-        "final_mean": "final mean",
-    }
-    at_equal = {arm: result["forgetting_at_equal_learning"] for arm, result in summary["arms"].items()}
-    titles = [*columns.values(), "at equal learning", "of full finetuning's"]
-    lines = [f"{'':<28}" + "".join(f"{title:>21}" for title in titles)]
-    for arm, result in summary["arms"].items():
-        cells = []
-        for name in columns:
-            value, deviation = result["mean"].get(name), result["deviation"].get(name)
-            cells.append("" if value is None else f"{value:.3f}" + (f" ± {deviation:.3f}" if deviation else ""))
-        cells.append("" if at_equal[arm] is None else f"{at_equal[arm]:.3f}")
-        cells.append(f"{at_equal[arm] / at_equal['full']:.0%}" if at_equal[arm] and at_equal.get("full") else "")
-        lines.append(f"{ARMS[arm].label:<28}" + "".join(f"{cell:>21}" for cell in cells))
-    lines.append(f"\nNats per token; equal learning is {summary['equal_learning']:.3f}.")
-    return "\n".join(lines)
+    """The tables of a study."""
+    return "\n\n".join(
+        [
+            f"At equal learning, {summary['equal_learning']:.3f} nats per token, one seed, between the settings swept:",
+            _table_at_equal_learning(summary["arms"]),
+            "At the settings that forgot least of those that learned as much, mean ± deviation of seeds, nats per token; backward "
+            "transfer is forgetting with the other sign:",
+            _table_of_measures(summary["arms"]),
+        ]
+    )
+
+
+def _table_at_equal_learning(arms):
+    forgetting = {arm: result["forgetting_at_equal_learning"] for arm, result in arms.items()}
+    references = {name: forgetting[name] for name in ("full", "lora") if forgetting.get(name)}
+    rows = [["", "forgetting, nats", *(f"of that of {ARMS[name].label}" for name in references)]]
+    for arm, value in forgetting.items():
+        shares = ("" if value is None else f"{value / reference:.0%}" for reference in references.values())
+        rows.append([ARMS[arm].label, spread_cell(value, None), *shares])
+    return markdown_table(rows)
+
+
+def _table_of_measures(arms):
+    rows = [["", *COLUMNS.values(), "seeds", "settings"]]
+    for arm, result in arms.items():
+        cells = [spread_cell(result["mean"].get(name), result["deviation"].get(name)) for name in COLUMNS]
+        settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
+        rows.append([ARMS[arm].label, *cells, str(result["seeds"]), settings])
+    return markdown_table(rows)
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
-    """Learning against forgetting, a curve for each arm, and the loss of the pre-training's text along the stream."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    trade_off, stream = figure.subplots(1, 2)
+    """
+    Learning against forgetting, a curve for each arm; the loss of the pre-training's text along the stream; and of each arm
+    the losses of all texts after each.
+    """
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    trade_off, stream = curves.subplots(1, 2)
+    best = {}
     for arm, result in summary["arms"].items():
-        swept = sorted(
-            (measures(run)["learning"], measures(run)["forgetting"])
-            for run in summary["runs"]
-            if run["arm"] == arm and run["seed"] == 0
-        )
-        trade_off.plot(*zip(*swept, strict=True), marker="o", color=COLORS[arm], label=ARMS[arm].label)
-        best = next(run for run in summary["runs"] if run["arm"] == arm and run["settings"] == result["settings"])
-        stream.plot([row[0] for row in best["losses"]], marker="o", color=COLORS[arm], label=ARMS[arm].label)
+        swept = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
+        best[arm] = next(run for run in swept if run["settings"] == result["settings"])
+        points = sorted((measures(run)["learning"], measures(run)["forgetting"]) for run in swept)
+        style = {"marker": "o", "color": COLORS[arm], "label": ARMS[arm].label}
+        trade_off.plot(*zip(*points, strict=True), **style)
+        stream.plot([row[0] for row in best[arm]["losses"]], **style)
     trade_off.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
     trade_off.set(
         xlabel="learning: nats per token below the pre-trained model",
@@ -163,4 +183,23 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     for axes in (trade_off, stream):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
+    _plot_matrices(matrices, best, summary["texts"])
+    figure.savefig(file, dpi=120)
+
+
+def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
+    """Rows are stages, columns texts."""
+    low = min(loss for run in best.values() for row in run["losses"] for loss in row)
+    high = max(loss for run in best.values() for row in run["losses"] for loss in row)
+    figure.suptitle("Loss of each text (columns) after learning each (rows), seed 0")
+    for i, (axes, (arm, run)) in enumerate(
+        zip(figure.subplots(1, len(best), squeeze=False)[0], best.items(), strict=True)
+    ):
+        axes.imshow(run["losses"], vmin=low, vmax=high, cmap="viridis")
+        for row, losses in enumerate(run["losses"]):
+            for column, loss in enumerate(losses):
+                color = "white" if loss < (low + high) / 2 else "black"
+                axes.text(column, row, f"{loss:.1f}", ha="center", va="center", color=color, fontsize=7)
+        axes.set_title(ARMS[arm].label, fontsize=8)
+        axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(texts)), texts if i == 0 else [], fontsize=7)

@@ -175,6 +175,21 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
+def markdown_table(rows: list[list[str]]) -> str:
+    """A table of cells, the first row its head, that reads well as it is too: the first column to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
+    return "\n".join(lines)
+
+
+def spread_cell(value: float | None, deviation: float | None, digits: int = 3) -> str:
+    """`"0.123 ± 0.004"`; without a deviation, of one seed, the value alone; nothing if there is none."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
 def machine() -> dict[str, Any]:
     """What a study ran on."""
     return {
