@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from corpora import load_corpus
 from lifelong_facts import FactsArguments, save_base
-from studies import claim_folder, machine, read_json, train, write_json
+from studies import claim_folder, machine, markdown_table, read_json, train, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from tqdm.auto import tqdm
@@ -42,7 +42,7 @@ from transformers.utils import logging
 from modeling_peer import PeerGraftConfig
 
 
-STARTS = {"random": False, "neurons": True}
+STARTS = {"random": False, "neurons": True}  # whether experts start as the neurons of the feed-forward
 
 
 @dataclass
@@ -94,6 +94,15 @@ def loss_without(host: nn.Module, held_out: torch.Tensor) -> float:
         hook.remove()
 
 
+def describe(results: dict[str, Any]) -> str:
+    """The table of the comparison."""
+    columns = list(results["random"])
+    rows = [["held-out loss, nats per token", *columns]]
+    rows += [[f"experts: {start}", *(f"{results[start][name]:.3f}" for name in columns)] for start in STARTS]
+    rows += [[name, f"{results[name]:.3f}", *[""] * (len(columns) - 1)] for name in ("without feed-forward", "host")]
+    return markdown_table(rows)
+
+
 def main():
     (args,) = parse_arguments((StartArguments,), __doc__)
     logging.set_verbosity_error()
@@ -108,7 +117,11 @@ def main():
         for split in ("train", "validation")
     }
     held_out = torch.tensor(blocks["validation"].select(range(args.eval_blocks))["input_ids"])
-    results: dict[str, Any] = {"arguments": vars(args), "machine": machine()}
+    results: dict[str, Any] = {
+        "command": "python examples/compare_graft_starts.py",
+        "arguments": vars(args),
+        "machine": machine(),
+    }
     results["host"] = loss_of(load_host(folder), held_out)
     results["without feed-forward"] = loss_without(load_host(folder), held_out)
     for start in STARTS:
@@ -122,9 +135,7 @@ def main():
             write_json(file, {"loss": loss_of(model, held_out)})
         results[start][f"learning rate {rate:g}"] = read_json(file)["loss"]
     write_json(folder / "results.json", results)
-    for name, losses in results.items():
-        if name not in ("arguments", "machine"):
-            print(f"{name:<22}{losses}")
+    print(f"\n{describe(results)}\n\nIn {folder}: results.json")
 
 
 if __name__ == "__main__":

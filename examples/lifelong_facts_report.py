@@ -167,7 +167,7 @@ def describe(summary: dict[str, Any]) -> str:
         [
             f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, mean ± deviation of seeds, beside "
             "the published drop of a question answering score (arXiv 2510.15103):",
-            _table_at_equal_learning(summary["arms"]),
+            table_at_equal_learning(summary),
             "That of grafts as a share of that of others, where these forgot anything:",
             _table_of_shares(summary),
             "At the end of the training:",
@@ -178,9 +178,10 @@ def describe(summary: dict[str, Any]) -> str:
     )
 
 
-def _table_at_equal_learning(arms):
+def table_at_equal_learning(summary: dict[str, Any]) -> str:
+    """Forgetting of each arm, by each measure."""
     rows = [["", *FORGETTING.values(), "published, %", "seeds", "settings"]]
-    for arm, result in arms.items():
+    for arm, result in summary["arms"].items():
         settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
         seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
         published = str(PUBLISHED_DROPS.get(arm, ""))

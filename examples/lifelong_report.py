@@ -13,6 +13,7 @@
 # limitations under the License.
 """What comes of the lifelong-learning runs: measures, the comparison at equal learning, a table, a picture."""
 
+import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -54,31 +55,55 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
 
 def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
     """
-    The level of learning at which arms are compared, the most that every arm reached with some setting, and of each arm the
-    settings that forgot least of those that reached it.
+    The level of learning at which arms are compared, the most that every arm reached with some setting; and of each arm the
+    settings to reach just that with: of the families of settings that differ in the learning rate alone, the one that by its
+    runs would forget least there, at the rate between those of its runs that the level asks for.
     """
-    arms = dict.fromkeys(run["arm"] for run in runs)
-    of_arm = {arm: [run for run in runs if run["arm"] == arm and run["seed"] == 0] for arm in arms}
-    level = min(max(map(learning_of, swept)) for swept in of_arm.values())
+    of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
+    level = min(max(map(learning_of, own)) for own in of_arm.values())
     chosen = {}
-    for arm, swept in of_arm.items():
-        reached = [run for run in swept if learning_of(run) >= level]
-        chosen[arm] = min(reached, key=lambda run: measures(run)["forgetting"])["settings"]
+    for arm, own in of_arm.items():
+        found = [(_at_level(level, family), rest) for rest, family in families_of(own)]
+        reached = [(at_level, rest) for at_level, rest in found if at_level is not None]
+        (rate, _), rest = min(reached, key=lambda pair: pair[0][1])
+        chosen[arm] = {"learning_rate": rate, **rest}
     return level, chosen
 
 
-def forgetting_at(level: float, points: list[tuple[float, float]]) -> float | None:
+def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list[dict[str, Any]]]]:
+    """Runs whose settings differ in the learning rate alone, by rising rate, each family with its other settings."""
+    families: list[tuple[dict[str, float], list[dict[str, Any]]]] = []
+    for run in sorted(runs, key=lambda run: run["settings"]["learning_rate"]):
+        rest = {name: value for name, value in run["settings"].items() if name != "learning_rate"}
+        family = next((family for others, family in families if others == rest), None)
+        if family is None:
+            families.append((rest, [run]))
+        else:
+            family.append(run)
+    return families
+
+
+def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float] | None:
     """
-    Forgetting at a level of learning, linearly between the two runs `(learning, forgetting)` around it; from no learning
-    and no forgetting to the first. `None` if no run learned so much.
+    The learning rate with which a family of settings learns as much, to two digits, and what it forgets then: the rate's
+    logarithm linearly in what was learned, from the two runs around the level or nearest to it; what is forgotten too, but
+    below all runs from no learning and no forgetting. Rates above the one that learns most are left out. `None` if none
+    learned so much.
     """
-    candidates = []
-    points = [(0.0, 0.0), *sorted(points)]
-    for i, (left, lower) in enumerate(points):
-        for right, upper in points[i + 1 :]:
-            if left <= level <= right and right > left:
-                candidates.append(lower + (upper - lower) * (level - left) / (right - left))
-    return min(candidates, default=None)
+    most = max(range(len(family)), key=lambda i: learning_of(family[i]))
+    points = sorted(
+        (learning_of(run), run["settings"]["learning_rate"], measures(run)["forgetting"]) for run in family[: most + 1]
+    )
+    above = next((i for i, point in enumerate(points) if point[0] >= level), None)
+    if above is None:
+        return None
+    if len(points) == 1 or points[above][0] == level:
+        return points[above][1:]
+    (left, slow, lower), (right, fast, upper) = points[max(above, 1) - 1 : max(above, 1) + 1]
+    share = (level - left) / (right - left)
+    rate = math.exp(math.log(slow) + share * (math.log(fast) - math.log(slow)))
+    forgotten = lower + share * (upper - lower) if above else lower * level / left
+    return float(f"{rate:.2g}"), forgotten
 
 
 def summarize(
@@ -100,16 +125,12 @@ def summarize(
         "runs": runs,
     }
     for arm, settings in chosen.items():
-        own = [run for run in runs if run["arm"] == arm]
-        best = [measures(run) for run in own if run["settings"] == settings]
-        swept = [measures(run) for run in own if run["seed"] == 0]
-        points = [(each["learning"], each["forgetting"]) for each in swept]
+        found = [measures(run) for run in runs if run["arm"] == arm and run["settings"] == settings]
         summary["arms"][arm] = {
             "settings": settings,
-            "seeds": len(best),
-            "mean": {name: mean(each[name] for each in best) for name in best[0]},
-            "deviation": {name: stdev([each[name] for each in best]) for name in best[0]} if len(best) > 1 else {},
-            "forgetting_at_equal_learning": forgetting_at(level, points),
+            "seeds": len(found),
+            "mean": {name: mean(each[name] for each in found) for name in found[0]},
+            "deviation": {name: stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else {},
         }
     return summary
 
@@ -125,34 +146,18 @@ COLUMNS = {
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The tables of a study."""
-    return "\n\n".join(
-        [
-            f"At equal learning, {summary['equal_learning']:.3f} nats per token, one seed, between the settings swept:",
-            _table_at_equal_learning(summary["arms"]),
-            "At the settings that forgot least of those that learned as much, mean ± deviation of seeds, nats per token; backward "
-            "transfer is forgetting with the other sign:",
-            _table_of_measures(summary["arms"]),
-        ]
-    )
-
-
-def _table_at_equal_learning(arms):
-    forgetting = {arm: result["forgetting_at_equal_learning"] for arm, result in arms.items()}
-    references = {name: forgetting[name] for name in ("full", "lora") if forgetting.get(name)}
-    rows = [["", "forgetting, nats", *(f"of that of {ARMS[name].label}" for name in references)]]
-    for arm, value in forgetting.items():
-        shares = ("" if value is None else f"{value / reference:.0%}" for reference in references.values())
-        rows.append([ARMS[arm].label, spread_cell(value, None), *shares])
-    return markdown_table(rows)
-
-
-def _table_of_measures(arms):
-    rows = [["", *COLUMNS.values(), "seeds", "settings"]]
-    for arm, result in arms.items():
+    """The table of a study."""
+    references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
+    shares = [f"forgetting, of {ARMS[arm].label}'s" for arm in references]
+    rows = [["nats per token", *COLUMNS.values(), *shares, "settings"]]
+    for arm, result in summary["arms"].items():
         cells = [spread_cell(result["mean"].get(name), result["deviation"].get(name)) for name in COLUMNS]
+        cells += [
+            f"{result['mean']['forgetting'] / summary['arms'][other]['mean']['forgetting']:.0%}"
+            for other in references
+        ]
         settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
-        rows.append([ARMS[arm].label, *cells, str(result["seeds"]), settings])
+        rows.append([ARMS[arm].label, *cells, settings])
     return markdown_table(rows)
 
 
@@ -166,12 +171,14 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     trade_off, stream = curves.subplots(1, 2)
     best = {}
     for arm, result in summary["arms"].items():
-        swept = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
-        best[arm] = next(run for run in swept if run["settings"] == result["settings"])
-        points = sorted((measures(run)["learning"], measures(run)["forgetting"]) for run in swept)
-        style = {"marker": "o", "color": COLORS[arm], "label": ARMS[arm].label}
-        trade_off.plot(*zip(*points, strict=True), **style)
-        stream.plot([row[0] for row in best[arm]["losses"]], **style)
+        first_seed = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
+        best[arm] = next(run for run in first_seed if run["settings"] == result["settings"])
+        style: dict[str, Any] = {"marker": "o", "color": COLORS[arm]}
+        for i, (_, family) in enumerate(families_of(first_seed)):
+            found = [measures(run) for run in family]
+            points = [[each[name] for each in found] for name in ("learning", "forgetting")]
+            trade_off.plot(*points, **style, label=None if i else ARMS[arm].label)
+        stream.plot([row[0] for row in best[arm]["losses"]], **style, label=ARMS[arm].label)
     trade_off.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
     trade_off.set(
         xlabel="learning: nats per token below the pre-trained model",

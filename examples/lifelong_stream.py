@@ -32,7 +32,7 @@ from lifelong_report import choose_settings, describe, plot, summarize
 from studies import claim_folder, named_arms, run_all, saved_run, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from torch import nn
-from training import parse_arguments
+from training import last_whole_checkpoint, parse_arguments
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -41,7 +41,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_peer import PeerForCausalLM, RowAdamW, configuration_path, expert_parameter_groups, masked_experts
@@ -85,7 +84,8 @@ def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Text
     parts = [load_corpus(name) for name in args.pretraining_texts]
     base = DatasetDict({split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]})
     if not (folder / "tokenizer").exists():
-        train_tokenizer(base["train"], "text", 4096, 512).save_pretrained(folder / "tokenizer")
+        train_tokenizer(base["train"], "text", 4096, 512).save_pretrained(folder / "tokenizer-unfinished")
+        (folder / "tokenizer-unfinished").rename(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     texts = Texts(["pre-training", *args.stream], [], [])
     options = DataTrainingArguments()
@@ -132,8 +132,7 @@ def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: 
         data_collator=default_data_collator,
         optimizers=(RowAdamW(groups), None),
     )
-    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(arguments.output_dir))
     trainer.save_model(str(folder / f"{name}-unfinished"))
     (folder / f"{name}-unfinished").rename(folder / name)
 

@@ -97,22 +97,22 @@ def run_all(
     choose: Callable[[list[dict[str, Any]]], tuple[float, dict[str, dict[str, float]]]],
 ) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
     """
-    Sweeps the settings of all arms with one seed, and repeats the best of each with others.
+    Sweeps the settings of all arms with one seed, and runs those chosen of each with several.
 
     Args:
         arms (`dict[str, Any]`): The settings to try are their `sweep`.
-        seeds (`int`): How many seeds the best settings get.
+        seeds (`int`): How many seeds the chosen settings get.
         run (`Callable`): Makes a run of an arm with settings and a seed.
-        choose (`Callable`): The level of learning at which arms are compared and the best settings of each, of all runs.
+        choose (`Callable`): Of these runs, the level of learning at which arms are compared, and the settings of each.
 
     Returns:
-        `tuple`: all runs, the level, the best settings.
+        `tuple`: all runs, the level, the chosen settings.
     """
     swept = [(name, settings) for name, arm in arms.items() for settings in arm.sweep]
     runs = [run(*each, 0) for each in tqdm(swept, desc="Sweep")]
     level, chosen = choose(runs)
-    repeated = [(name, chosen[name], seed) for seed in range(1, seeds) for name in arms]
-    runs += [run(*each) for each in tqdm(repeated, desc="Seeds")]
+    repeated = [(name, chosen[name], seed) for seed in range(seeds) for name in arms]
+    runs += [run(*each) for each in tqdm(repeated, desc="Seeds") if each[-1] or each[:2] not in swept]
     return runs, level, chosen
 
 

@@ -19,6 +19,7 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import datasets
@@ -32,7 +33,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_peer import ExpertUsageCallback, RowAdamW, expert_parameter_groups
 
@@ -140,13 +142,23 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     return splits
 
 
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, `None` if there is none."""
+    whole = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (path / TRAINER_STATE_NAME).exists()  # which is written last
+    }
+    return str(whole[max(whole)]) if whole else None
+
+
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the one named, or the last one in the output folder, if there is one."""
     if training_args.resume_from_checkpoint is not None:
         return training_args.resume_from_checkpoint
     if not training_args.do_train or not os.path.isdir(training_args.output_dir):
         return None
-    checkpoint = get_last_checkpoint(training_args.output_dir)
+    checkpoint = last_whole_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.warning(
             f"Training goes on from {checkpoint}. To start afresh, choose another --output_dir or remove this one."

@@ -23,7 +23,8 @@ import lifelong_stream
 import pytest
 from corpora import CORPORA, Corpus, fetch_package, load_corpus
 from datasets import Dataset, DatasetDict
-from lifelong_report import choose_settings, forgetting_at, measures
+from lifelong_report import choose_settings, describe, measures, summarize
+from training import last_whole_checkpoint
 
 
 def run_of(arm, losses, seed=0, rate=1.0, masked=()):
@@ -50,29 +51,43 @@ class TestReport:
             }
         )
 
-    def test_forgetting_at_a_level_lies_between_the_runs_around_it(self):
-        points = [(2.0, 0.5), (1.0, 0.1)]
-        assert forgetting_at(1.5, points) == pytest.approx(0.3)
-        assert forgetting_at(0.5, points) == pytest.approx(0.05)
-        assert forgetting_at(2.0, points) == pytest.approx(0.5)
-        assert forgetting_at(2.1, points) is None
-        # A run that learned more and forgot less makes the one between useless.
-        assert forgetting_at(1.5, [(1.0, 0.1), (1.4, 0.9), (2.0, 0.2)]) == pytest.approx(0.15)
-
     def test_arms_are_compared_at_what_all_of_them_learned(self):
-        def swept(arm, rate, learned, forgotten):
-            return run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
+        def swept(arm, rate, learned, forgotten, **settings):
+            run = run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
+            return {**run, "settings": {**run["settings"], **settings}}
 
         runs = [
-            swept("full", 1, 1.0, 0.3),
-            swept("full", 2, 3.0, 0.9),
-            swept("full", 3, 3.5, 0.8),
+            swept("full", 1, 1.0, 0.1),
+            swept("full", 100, 3.0, 0.9),
+            swept("full", 1000, 3.5, 2.0),
             swept("lora", 1, 2.0, 0.2),
-            swept("lora", 2, 1.9, 0.1),
+            swept("lora", 2, 1.9, 0.1),  # learns less again: nothing to look for between
+            swept("sparse", 1, 3.0, 0.9, t=1),
+            swept("sparse", 10, 4.0, 2.0, t=1),
+            swept("sparse", 4, 1.9, 0.1, t=2),  # learns too little at any rate
+            swept("sparse", 1, 1.0, 0.0, t=3),
+            swept("sparse", 10, 3.0, 0.2, t=3),
         ]
         level, chosen = choose_settings(runs)
         assert level == pytest.approx(2.0)
-        assert chosen == {"full": {"learning_rate": 3}, "lora": {"learning_rate": 1}}
+        assert chosen == {
+            "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
+            "lora": {"learning_rate": 1},
+            "sparse": {"learning_rate": 3.2, "t": 3},
+        }
+        # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
+        assert choose_settings([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
+
+    def test_shares_are_of_means_over_seeds(self):
+        def learned(arm, forgotten, seed):
+            return {**run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 5.0]]), "seed": seed}
+
+        runs = [learned("full", 0.3, 0), learned("full", 0.5, 1), learned("open", 0.05, 0), learned("open", 0.03, 1)]
+        settings = runs[0]["settings"]
+        summary = summarize(runs, ["a", "b"], 1.0, {"full": settings, "open": settings}, {})
+        assert summary["arms"]["open"]["seeds"] == 2
+        (row,) = (line for line in describe(summary).split("\n") if "grown, open" in line)
+        assert "0.040 ± 0.014" in row and " 10% |" in row
 
 
 TEXTS = {
@@ -143,6 +158,17 @@ class TestStudy:
             patch.setattr(lifelong_stream, "Trainer", killed)
             study("--arms", "full", "--seeds", "1")
         assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
+
+    def test_goes_on_with_the_last_checkpoint_that_is_whole(self, tmp_path):
+        assert last_whole_checkpoint(tmp_path / "missing") is None and last_whole_checkpoint(tmp_path) is None
+        for step, files in {100: ["model.safetensors", "trainer_state.json"], 200: ["model.safetensors"]}.items():
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            for name in files:
+                (tmp_path / f"checkpoint-{step}" / name).touch()
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+        (tmp_path / "checkpoint-1000").mkdir()
+        (tmp_path / "checkpoint-1000" / "trainer_state.json").touch()
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
 
     def test_refuses_the_folder_of_another_study(self, study, tmp_path):
         (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
