@@ -68,12 +68,12 @@ class FactsArguments:
         default=None, metadata={"help": f"The model, by its id or folder. PyPI's {MODEL_PACKAGE} if not given."}
     )
     texts: list[str] = field(
-        default_factory=lambda: ["prose", "brown", "python-docs"],
+        default_factory=lambda: ["brown", "python-docs", "perl-docs"],
         metadata={"help": "Held-out texts to measure forgetting on, by their names in corpora.py or ids of the Hub."},
     )
     background_texts: list[str] = field(
-        default_factory=lambda: ["prose", "python-docs", "linux-docs"],
-        metadata={"help": "Texts that tell which experts of a graft general text uses."},
+        default_factory=lambda: ["prose", "linux-docs"],
+        metadata={"help": "Others, that tell which experts of a graft general text uses."},
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of the arms to run."})
     num_new: int = field(default=240, metadata={"help": "Facts to learn, at most, equally many of each relation."})
@@ -81,9 +81,9 @@ class FactsArguments:
     min_loss: float = field(default=2.0, metadata={"help": "Nats per token of an answer that is not known, at least."})
     steps: int = field(default=72, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Sentences of a step."})
-    measurements: int = field(default=3, metadata={"help": "How often a run is measured, at equal distances."})
-    eval_blocks: int = field(default=8, metadata={"help": "Held-out sequences of 256 tokens of each text."})
-    background_blocks: int = field(default=64, metadata={"help": "Sequences of 256 tokens of each background text."})
+    measurements: int = field(default=5, metadata={"help": "How often a run is measured, at growing distances."})
+    eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences of 256 tokens of each text."})
+    background_blocks: int = field(default=96, metadata={"help": "Sequences of 256 tokens of each background text."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best settings of each arm; one for all others."})
     full_precision: bool = field(default=False, metadata={"help": "Compute in float32, not bfloat16 autocast."})
     graft_layers: list[int] = field(default_factory=lambda: [3, 7, 11], metadata={"help": "Layers with a graft."})
@@ -291,7 +291,7 @@ def measure(model: nn.Module, study: Study) -> dict[str, Any]:
 
 
 class MeasureCallback(TrainerCallback):
-    """Measures a model while it learns, at steps equally far from each other."""
+    """Measures a model while it learns, most often at first, where most is learned: the squares of equal parts."""
 
     def __init__(self, study: Study):
         self.study = study
@@ -299,7 +299,7 @@ class MeasureCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         number = len(self.points) + 1
-        if state.global_step >= state.max_steps * number / self.study.args.measurements:
+        if state.global_step >= state.max_steps * (number / self.study.args.measurements) ** 2:
             self.points.append({"step": state.global_step, **measure(model, self.study)})
 
 

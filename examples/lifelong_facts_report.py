@@ -75,7 +75,7 @@ def forgetting_at(level: float, run: dict[str, Any]) -> dict[str, float] | None:
 def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
     """
     The level of learning at which arms are compared, a little below the most that every arm reached with some setting; and of
-    each arm the settings that lost the fewest known facts there, if several lost as few those that changed texts least.
+    each arm the settings whose loss of known facts' answers and of texts, added up, was least there.
     """
     arms = dict.fromkeys(run["arm"] for run in runs)
     of_arm = {arm: [run for run in runs if run["arm"] == arm and run["seed"] == 0] for arm in arms}
@@ -83,7 +83,7 @@ def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[s
     chosen = {}
     for arm, swept in of_arm.items():
         reached = [(forgetting, run) for run in swept if (forgetting := forgetting_at(level, run)) is not None]
-        chosen[arm] = min(reached, key=lambda pair: (pair[0]["known_drop"], pair[0]["texts"]))[1]["settings"]
+        chosen[arm] = min(reached, key=lambda pair: pair[0]["known_loss"] + pair[0]["texts"])[1]["settings"]
     return level, chosen
 
 

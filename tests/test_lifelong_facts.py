@@ -252,7 +252,7 @@ class TestComparison:
             make_run("full", point(4.5, 3.0, 1.0, 0.8), rate=1),  # learns too little
             make_run("full", point(3.0, 3.2, 1.0, 0.6), rate=2),
             make_run("full", point(1.0, 9.0, 1.0, 0.0), rate=3),
-            make_run("full", point(3.0, 3.0, 1.0, 0.4), rate=6),  # texts alone are better
+            make_run("full", point(3.0, 3.0, 1.4, 0.4), rate=6),  # texts alone are better
             make_run("lora", point(4.0, 3.1, 1.0, 0.8), rate=4),
             make_run("lora", point(4.1, 3.0, 1.0, 0.8), rate=5),
         ]
@@ -274,7 +274,9 @@ class TestComparison:
         assert full["at_equal_learning"]["deviation"]["texts"] == pytest.approx(0.02**0.5)
         # No share of what nobody forgot.
         assert summary["shares"] == {"sparse": {"full": pytest.approx({"texts": 0.01 / 0.3, "known_drop": 0.0})}}
-        assert "0.300 ± 0.141" in describe(summary) and "0.033" in describe(summary)
+        assert "0.300 ± 0.141" in describe(summary)
+        (row,) = (line for line in describe(summary).split("\n") if line.startswith("| few / all"))
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == ["3%", "", "0%", "10%"]
 
 
 @pytest.fixture
@@ -333,7 +335,7 @@ class TestStudy:
         results = json.loads((folder / "results.json").read_text())
         assert set(results["arms"]) == set(ARMS) and (folder / "results.png").stat().st_size
         for run in results["runs"]:
-            assert [each["step"] for each in run["points"]] == [0, 2, 4]
+            assert [each["step"] for each in run["points"]] == [0, 1, 4]
             assert run["without_adapter_as_before"] is (None if run["arm"] == "full" else True)
         chosen = json.loads((folder / "facts.json").read_text())
         assert chosen["new"] and chosen["known"]
