@@ -16,6 +16,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -180,7 +181,10 @@ def expert_numbers(experts: Iterable[int] | torch.Tensor | int | None) -> torch.
     if experts is None:
         return None
     if not isinstance(experts, torch.Tensor):
-        experts = torch.tensor([experts] if isinstance(experts, int) else list(experts))
+        experts = [experts] if isinstance(experts, int) else list(experts)
+        if not all(isinstance(number, (Integral, torch.Tensor)) for number in experts):
+            raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts[:5]}.")
+        experts = torch.tensor(experts)
     if not experts.numel() or experts.is_floating_point() or experts.is_complex():
         raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts}.")
     return experts.cpu()

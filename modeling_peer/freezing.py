@@ -85,6 +85,7 @@ def freeze_experts(
     >>> Trainer(model, args, train_dataset=dataset).train()
     ```
     """
+    _check_usage_options(model, used_in, min_documents)
     sets = select_expert_sets(model, layers)
     numbers = expert_numbers(experts)
     masks = {
@@ -92,11 +93,19 @@ def freeze_experts(
         for name, each in sets.items()
     }
     if used_in is not None:
-        used_in.check(model)
-        if not isinstance(min_documents, int) or min_documents < 1:
-            raise ValueError(f"`min_documents` must be a whole number, at least 1, got {min_documents!r}.")
         masks = {name: mask & used_in.used(name, min_documents) for name, mask in masks.items()}
     return FrozenExperts({name: int(mask.sum()) for name, mask in masks.items()}, _freeze(sets, masks))
+
+
+def _check_usage_options(model, used_in, min_documents):
+    if not isinstance(min_documents, int) or min_documents < 1:
+        raise ValueError(f"`min_documents` must be a whole number, at least 1, got {min_documents!r}.")
+    if used_in is not None:
+        if not isinstance(used_in, ExpertBackground):
+            raise ValueError(f"`used_in` must be an ExpertBackground, got a {type(used_in).__name__}.")
+        used_in.check(model)
+    elif min_documents != 1:
+        raise ValueError(f"`min_documents` is of the documents of `used_in`, got {min_documents} without it.")
 
 
 def _freeze(sets: dict[str, ExpertSet], masks: dict[str, torch.Tensor]) -> list[FrozenRows]:

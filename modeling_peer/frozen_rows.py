@@ -15,6 +15,7 @@
 
 import itertools
 import weakref
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,8 @@ class FrozenRows:
         _check_rows(self.parameter, rows, state.dim)
         state.masks[self._key] = rows.clone()
         state.unite()
+        if not rows.all():
+            state.allow_gradient(self.parameter, self._key)
 
     def frozen_by_others(self) -> torch.Tensor:
         """Which rows other causes freeze: bool, `(num_rows,)`."""
@@ -168,7 +171,8 @@ def freeze_rows(
     DistributedDataParallel before the reduction: all ranks must freeze the same). A zero gradient alone holds no row, as
     weight decay and the momentum of earlier steps move it: [`RowAdamW`] leaves row parameters alone where the gradient is
     zero, and so does plain SGD; for all other optimizers, what the rows were is copied before each step and put back
-    after it. That takes the memory of the frozen rows for the time of a step. The moments of frozen rows decay meanwhile.
+    after it. That takes the memory of the frozen rows for the time of a step. The moments of frozen rows decay meanwhile,
+    but those of [`RowAdamW`].
 
     Besides, a row costs a byte for each cause and one for all, and a frozen row eight bytes. If all rows are frozen, the
     parameter requires no gradient until [`~FrozenRows.remove`]; do that before DistributedDataParallel wraps the model.
@@ -181,7 +185,7 @@ def freeze_rows(
         rows (`torch.Tensor` of shape `(parameter.shape[dim],)`): bool, True where a row is frozen.
         dim (`int`, *optional*, defaults to 0): The dimension along which rows are counted.
         owner (`nn.Module`, *optional*):
-            The module whose parameter it is. A step on another parameter that has taken its place, when FSDP2 shards the
+            The module whose parameter it is. A step on another parameter that has taken its place, when FSDP shards the
             model for one, raises `RuntimeError` then, rather than move what was to be frozen.
 
     Returns:
@@ -202,12 +206,12 @@ def freeze_rows(
     return FrozenRows(parameter, rows, dim, owner)
 
 
-def require_no_gradients(module: nn.Module) -> None:
-    """`module.requires_grad_(False)`, of which the end of an earlier freeze takes nothing back."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
+def require_gradients(parameters: Iterable[torch.Tensor], required: bool = True) -> None:
+    """`requires_grad_(required)` of each parameter, of which the end of an earlier freeze takes nothing back."""
+    for parameter in parameters:
+        parameter.requires_grad_(required)
         if parameter in _FROZEN:
-            _FROZEN[parameter].required_gradient = False
+            _FROZEN[parameter].required_gradient = required
 
 
 def check_can_freeze(parameter: torch.Tensor) -> None:
@@ -229,17 +233,19 @@ def _check_rows(parameter, rows, dim):
 
 
 def _before_step(optimizer, args, kwargs):
+    # One entry for each step, so that one that failed, whose entry is left, is not taken for the next.
+    saved: list = []
+    _SAVED.setdefault(optimizer, []).append(saved)
     if not _FROZEN and not _OWNERS:
         return
     replaced = {id(weight) for weight in _replaced_weights()}
     with_closure = len(args) > 1 or kwargs.get("closure") is not None
-    saved = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) in replaced:
+            if id(parameter) in replaced or (_is_flat(parameter) and _owners_without_weight()):
                 raise RuntimeError(
                     "Rows of an expert table were frozen, and another parameter has taken its place since, of shape "
-                    f"{tuple(parameter.shape)} ({type(parameter.data).__name__}). Freeze its rows again; where FSDP2 or "
+                    f"{tuple(parameter.shape)} ({type(parameter.data).__name__}). Freeze its rows again; where FSDP or "
                     "tensor parallelism splits them, they cannot be frozen."
                 )
             state = _FROZEN.get(parameter)
@@ -248,9 +254,8 @@ def _before_step(optimizer, args, kwargs):
             if parameter.grad is not None:
                 # A clipping by a norm that is not a number leaves no zero, and a gradient may have been set by hand.
                 state.zero(parameter.grad)
-            if not _needs_gradient_to_move(optimizer, group, parameter):
+            if not _needs_gradient_to_move(optimizer, group, parameter, state.dim):
                 saved.append(state.copy_of_rows(parameter))
-    _SAVED.setdefault(optimizer, []).append(saved)
 
 
 def _after_step(optimizer, args, kwargs):
@@ -270,10 +275,20 @@ def _replaced_weights():
             yield weight
 
 
-def _needs_gradient_to_move(optimizer, group, parameter):
+def _is_flat(parameter):
+    """Whether it holds all that the first FSDP, without `use_orig_params`, takes out of modules."""
+    return type(parameter).__name__ == "FlatParameter"
+
+
+def _owners_without_weight():
+    owners = [(owner(), name) for owner, name, _ in _OWNERS.values()]
+    return [owner for owner, name in owners if owner is not None and owner._parameters.get(name) is None]
+
+
+def _needs_gradient_to_move(optimizer, group, parameter, dim):
     """Whether a step of this optimizer leaves rows whose gradient is zero to the bit as they are."""
     if isinstance(optimizer, RowAdamW):
-        return optimizer.moves_by_rows(parameter, group)
+        return dim == 0 and optimizer.moves_by_rows(parameter, group)
     return type(optimizer) is torch.optim.SGD and not any(map(group.get, ("momentum", "weight_decay", "maximize")))
 
 

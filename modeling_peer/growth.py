@@ -29,7 +29,7 @@ from .evaluation import evaluation
 from .expert_table import ExpertTable
 from .feed_forward_peer import ExpertPool, PeerFeedForward
 from .freezing import FrozenExperts
-from .frozen_rows import freeze_rows, require_no_gradients
+from .frozen_rows import freeze_rows, require_gradients
 from .generations import check_additions, generations_of
 from .modeling_peer import PeerPreTrainedModel
 from .product_key_router import AddedRouter
@@ -111,6 +111,11 @@ def add_experts(
     """
     check_is_peer_model(model)
     grown = _peer_layers(model, layers)
+    _check_inputs(model, inputs)
+    if any(
+        router.expert_mask is not None for layer in grown.values() for router in [layer.router, *layer.added_routers]
+    ):
+        raise ValueError("Experts cannot be added while some are masked: leave `masked_experts` first.")
     old_config, config = model.config, copy.deepcopy(model.config)
     addition = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
     budget = {"num_retrieval_heads": num_retrieval_heads, "num_experts_per_head": num_experts_per_head}
@@ -153,13 +158,13 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     addition = model.config.expert_additions[-1]
     if model in _FREEZES:
         _FREEZES.pop(model).remove()
-    require_no_gradients(model)
+    require_gradients(model.parameters(), False)
     num_frozen, causes = {}, []
     for index, layer in _peer_layers(model, addition["layers"]).items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
-            layer.added_routers[-1].requires_grad_(True).gate.requires_grad_(False)
-            pool.added[-1].requires_grad_(True)
+            require_gradients([*layer.added_routers[-1].parameters(), *pool.added[-1].parameters()])
+            require_gradients(layer.added_routers[-1].gate.parameters(), False)
         else:
             num_frozen[f"layer_{index}"] = layer.router.generation.num_experts - addition["num_experts"]
             causes += _freeze_old_rows(layer.router, pool, addition["num_experts"])
@@ -194,7 +199,8 @@ def _peer_layers(model, layers):
     if layers is None:
         return found
     layers = [layers] if isinstance(layers, int) else list(layers)
-    if unknown := [layer for layer in layers if layer not in found]:
+    # A number of another type would find its layer, and stand in the configuration.
+    if unknown := [layer for layer in layers if layer not in found or type(layer) is not int]:
         raise ValueError(f"`layers` must be some of the PEER layers {sorted(found)}, got {unknown} among them.")
     return {layer: found[layer] for layer in layers}
 
@@ -206,6 +212,19 @@ def _check(config, addition):
         raise ValueError(
             f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, those of the layer, whose query network "
             f"new experts start with, got {addition['num_retrieval_heads']}."
+        )
+
+
+def _check_inputs(model, inputs):
+    if inputs is None:
+        return
+    size = model.config.vocab_size
+    is_tokens = isinstance(inputs, torch.Tensor) and inputs.ndim == 2 and inputs.dtype in (torch.int32, torch.int64)
+    if not is_tokens or not inputs.numel() or inputs.min() < 0 or inputs.max() >= size:
+        found = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else repr(inputs)
+        raise ValueError(
+            f"`inputs` must be tokens, whole numbers from 0 to {size - 1} of shape (batch_size, sequence_length), got {found}"
+            + (f", from {inputs.min()} to {inputs.max()}." if is_tokens and inputs.numel() else ".")
         )
 
 
@@ -300,7 +319,7 @@ def _freeze_old_rows(router, pool, num_added):
     parts += [(table, table.weight, 0, num_old) for table in _tables(pool)]
     causes = []
     for owner, parameter, dim, size in parts:
-        parameter.requires_grad_(True)
+        require_gradients([parameter])
         causes.append(freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim, owner))
     return causes
 

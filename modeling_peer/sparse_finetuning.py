@@ -16,18 +16,25 @@ Sparse memory finetuning (Lin et al., arXiv 2510.15103): each step moves only th
 background corpus does.
 """
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .expert_background import ExpertBackground
 from .expert_sets import ExpertSet, observe_retrievals, select_expert_sets
-from .frozen_rows import FrozenRows, check_can_freeze, freeze_rows, require_no_gradients
+from .frozen_rows import FrozenRows, check_can_freeze, freeze_rows, require_gradients
+
+
+# Those whose hooks are on a model.
+_IN_TRAINING: "weakref.WeakSet[SparseFinetuningCallback]" = weakref.WeakSet()
 
 
 def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: int) -> torch.Tensor:
@@ -64,7 +71,11 @@ class SparseFinetuningCallback(TrainerCallback):
     of rows. `config.sparse_expert_gradients` may be set. FSDP2 and tensor parallelism are refused.
 
     With each log of a training loss goes `sparse_finetuning/trained_experts/layer_{i}`, of a graft with the name of its
-    adapter after it, the mean number of experts that moved in a step. Each checkpoint gets a copy of the background. Hooks are there while it trains.
+    adapter after it, the mean number of experts that moved in a step. Each checkpoint gets a copy of the background.
+
+    Hooks are on the model while it trains. A training that was interrupted leaves them, and the last step's choice: until
+    another callback is made for the model, or [`~SparseFinetuningCallback.remove`] is called, no other optimizer steps on
+    its experts (`RuntimeError`).
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers.
@@ -109,13 +120,15 @@ class SparseFinetuningCallback(TrainerCallback):
         self._num_chosen: dict[str, int] = {}
         self._num_logged: dict[str, list[int]] = {}
         self._counting = False
-        require_no_gradients(model)
-        for each in self.sets.values():
-            for _, table in _trained_tables(each, self.tables):
-                table.weight.requires_grad_(True)
+        trained = self._trained_weights()
+        for other in list(_IN_TRAINING):
+            if trained & other._trained_weights():
+                other.remove()  # what an interrupted training left
+        require_gradients(model.parameters(), False)
+        require_gradients(trained)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._detach()
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.remove()
         self.background.check(model)
         modules = set(model.modules())
         for name, each in self.sets.items():
@@ -130,7 +143,9 @@ class SparseFinetuningCallback(TrainerCallback):
                 for first, table in tables
             ]
             self._document_counts[name] = self.background.document_counts[name].to(tables[0][1].weight.device)
+        _IN_TRAINING.add(self)
         self._hooks = observe_retrievals(self.sets, self._count)
+        self._hooks.append(register_optimizer_step_pre_hook(partial(self._before_step, optimizer)))
         self._hooks.append(model.register_forward_pre_hook(self._before_forward))
         self._hooks.append(model.register_forward_hook(self._after_forward))
 
@@ -159,22 +174,37 @@ class SparseFinetuningCallback(TrainerCallback):
             self.background.save_pretrained(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._detach()
+        self.remove()
 
-    def _train_tables_alone(self, model):
-        """Said again, as PEFT's `set_adapter`, which ends `disable_adapter` too, has all of a graft require gradients."""
-        trained = {table.weight for each in self.sets.values() for _, table in _trained_tables(each, self.tables)}
-        for parameter in model.parameters():
-            if parameter not in trained:
-                parameter.requires_grad_(False)
-
-    def _detach(self):
+    def remove(self) -> None:
+        """Takes its hooks off the model, as after a training that came to its end. What it chose to train stays so."""
+        _IN_TRAINING.discard(self)
         for hook in self._hooks:
             hook.remove()
         for causes in self._causes.values():
             for _, cause in causes:
                 cause.remove()
         self._hooks, self._causes, self._counts, self._num_chosen, self._num_logged = [], {}, {}, {}, {}
+
+    def _train_tables_alone(self, model):
+        """Said again, as PEFT's `set_adapter`, which ends `disable_adapter` too, has all of a graft require gradients."""
+        trained = self._trained_weights()
+        for parameter in model.parameters():
+            if parameter not in trained:
+                parameter.requires_grad_(False)
+
+    def _trained_weights(self):
+        return {table.weight for each in self.sets.values() for _, table in _trained_tables(each, self.tables)}
+
+    def _before_step(self, own_optimizer, optimizer, args, kwargs):
+        if own_optimizer is None or optimizer is getattr(own_optimizer, "optimizer", own_optimizer):
+            return
+        trained = self._trained_weights()
+        if any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
+            raise RuntimeError(
+                "A sparse finetuning that did not come to its end holds the experts that another optimizer is to move. Call "
+                "`remove()` of its SparseFinetuningCallback, or make a new one."
+            )
 
     @torch.compiler.disable
     def _before_forward(self, model, args):

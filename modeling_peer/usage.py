@@ -37,7 +37,8 @@ class ExpertUsageMeter:
 
     Attributes:
         scores (`torch.Tensor` of shape `(num_experts,)`): Accumulated router weight of each expert, float32.
-        top1_counts (`torch.Tensor` of shape `(num_experts,)`): How often each was the best of a head, int64.
+        top1_counts (`torch.Tensor` of shape `(num_experts,)`):
+            How often each was the best of a head, with a weight other than zero, int64.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
@@ -73,7 +74,7 @@ class ExpertUsageMeter:
         # Summed by themselves first, as a large float32 sum would lose small weights one by one.
         self.scores += torch.zeros_like(self.scores).index_add_(0, indices.flatten(), weights.flatten())
         best = indices[..., 0]
-        self.top1_counts.index_add_(0, best.flatten(), is_token.expand_as(best).flatten().long())
+        self.top1_counts.index_add_(0, best.flatten(), (weights[..., 0] > 0).flatten().long())
 
     def sum_over_ranks(self) -> None:
         """Replaces what this rank accumulated by the sum over the ranks of torch.distributed; all must call it."""

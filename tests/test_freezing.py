@@ -237,6 +237,36 @@ class TestRows:
             optimizer.step()
         assert torch.equal(parameter[FROZEN], before[FROZEN])
 
+    def test_a_step_that_failed_takes_nothing_back_later(self):
+        parameter = random_parameter()
+        cause = freeze_rows(parameter, FROZEN)
+        optimizer = torch.optim.AdamW([parameter], lr=0.05, weight_decay=0.1)
+
+        def fails():
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            optimizer.step(fails)
+        cause.remove()
+        before = parameter.detach().clone()
+        backward(parameter, 0)
+        optimizer.step()
+        assert parameter.ne(before).all()
+
+    def test_columns_are_held_where_rows_move_by_their_gradients(self):
+        parameter = random_parameter()
+        columns = torch.arange(WIDTH) % 2 == 0
+        optimizer = rows_by_row_adamw(parameter)
+        backward(parameter, 0)
+        optimizer.step()  # momentum from before
+        freeze_rows(parameter, columns, dim=1)
+        before = parameter.detach().clone()
+        optimizer.zero_grad()
+        backward(parameter, 1)
+        optimizer.step()
+        assert torch.equal(bits(parameter[:, columns]), bits(before[:, columns]))
+        assert parameter[:, ~columns].ne(before[:, ~columns]).all()
+
     def test_causes_add_up_and_end_in_any_order(self):
         first, second = torch.arange(NUM_ROWS) < 4, torch.arange(NUM_ROWS) >= 9
         for order in (0, 1), (1, 0):
@@ -257,6 +287,12 @@ class TestRows:
                     causes[order[step]].remove()  # once more does nothing
             with pytest.raises(RuntimeError, match="frozen no more"):
                 causes[0].set_rows(first)
+
+    def test_of_a_whole_parameter_may_become_fewer(self):
+        parameter = random_parameter()
+        cause = freeze_rows(parameter, torch.ones(NUM_ROWS, dtype=torch.bool))
+        cause.set_rows(FROZEN)
+        assert parameter.requires_grad
 
     def test_may_change(self):
         parameter = random_parameter()
@@ -649,7 +685,11 @@ UNKNOWN = [
         {"experts": torch.ones(63, dtype=torch.bool)},
         "`experts` must be of shape (64,), as model.layers.0.mlp.expert_pool",
     ),
-    ({"experts": [0.5]}, "`experts` must be numbers of experts or a bool mask, got tensor([0.5000])"),
+    ({"experts": [0.5]}, "`experts` must be numbers of experts or a bool mask, got [0.5]"),
+    ({"experts": ["3"]}, "`experts` must be numbers of experts or a bool mask, got ['3']"),
+    ({"used_in": "corpus"}, "`used_in` must be an ExpertBackground, got a str"),
+    ({"min_documents": 5}, "`min_documents` is of the documents of `used_in`, got 5 without it"),
+    ({"min_documents": 0}, "`min_documents` must be a whole number, at least 1, got 0"),
     ({"experts": []}, "`experts` must be numbers of experts or a bool mask, got tensor([])"),
     (
         {"used_in": ExpertBackground({"model.layers.0.mlp.expert_pool": torch.ones(64, dtype=torch.int64)}, 1)},

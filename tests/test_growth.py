@@ -31,6 +31,7 @@ from modeling_peer import (
     RowAdamW,
     add_experts,
     expert_parameter_groups,
+    freeze_experts,
     masked_experts,
     measure_usage,
     train_added_experts_only,
@@ -349,6 +350,18 @@ class TestGrownModel:
             assert torch.equal(logits_of(model), before)
         assert torch.equal(model.get_input_embeddings().weight, old["model.embed_tokens.weight"])
 
+    def test_may_train_after_the_end_of_an_earlier_freeze(self):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 25)
+        frozen = freeze_experts(model)
+        train_added_experts_only(model)
+        frozen.remove()
+        added = model.model.layers[0].mlp.expert_pool.added[0]
+        assert all(parameter.requires_grad for parameter in added.parameters())
+        assert not any(
+            parameter.requires_grad for parameter in model.model.layers[0].mlp.expert_pool.up_proj.parameters()
+        )
+
     def test_keeps_dtype_and_mode(self, mode):
         model = tiny_model(CONFIGS["two layers"]).to(torch.bfloat16).train()
         add_experts(model, SIZES[mode], mode=mode)
@@ -529,6 +542,11 @@ class TestRefusals:
             ({"num_experts": -25}, "got -25"),
             ({"num_experts": True, "num_experts_per_head": 1}, "whole number, at least 1, got True"),
             ({"num_experts": 25, "num_retrieval_heads": 0}, "`num_retrieval_heads` .* at least 1, got 0"),
+            ({"num_experts": 25, "layers": [False]}, r"PEER layers \[0, 2\], got \[False\]"),
+            ({"num_experts": 25, "layers": [0.0]}, r"PEER layers \[0, 2\], got \[0.0\]"),
+            ({"num_experts": 25, "inputs": "text"}, "`inputs` must be tokens, .* got 'text'"),
+            ({"num_experts": 25, "inputs": torch.zeros(2, 3)}, r"`inputs` .* got torch.float32 of shape \(2, 3\)"),
+            ({"num_experts": 25, "inputs": torch.tensor([[1, -1]])}, "`inputs` .*, from -1 to 1"),
         ],
     )
     def test_leave_the_model_as_it_was(self, arguments, message):
@@ -540,6 +558,14 @@ class TestRefusals:
         after = old_state(model)
         assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+    @pytest.mark.parametrize("mode", ["protected", "open"])
+    def test_a_model_with_masked_experts(self, mode):
+        model = tiny_model(CONFIGS["two layers"])
+        config = copy.deepcopy(model.config.to_dict())
+        with masked_experts(model, [3]), pytest.raises(ValueError, match="while some are masked"):
+            add_experts(model, 25 if mode == "protected" else 13, mode=mode)
+        assert model.config.to_dict() == config
 
     # Two pools and two routers in turn, or four tables and the keys of two routers.
     @pytest.mark.parametrize(

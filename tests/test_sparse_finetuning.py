@@ -545,6 +545,43 @@ class TestTraining:
         train(model, tmp_path, max_steps=1, weight_decay=0.1)
         assert model.model.layers[1].mlp.values.weight.ne(before).any(1).all()
 
+    def test_interrupted_in_a_step_holds_the_model_until_it_is_removed(self, tmp_path):
+        class Interrupt(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                raise KeyboardInterrupt
+
+        model = model_of_three()
+        tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        callback = SparseFinetuningCallback(model, measured(model), 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tmp_path, callbacks=[callback, Interrupt()])
+        before = [weight.detach().clone() for weight in tables]
+        with pytest.raises(RuntimeError, match="did not come to its end .* `remove\\(\\)`"):
+            train(model, tmp_path, max_steps=1)
+        assert all(map(torch.equal, tables, before))
+        # A new callback takes its place, with more experts in a step.
+        second = SparseFinetuningCallback(model, callback.background, 20)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tmp_path, max_steps=1, callbacks=[second, Interrupt()])
+        assert all(number > 2 for number in second._num_chosen.values())
+        second.remove()
+        assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+        model.requires_grad_(True)
+        train(model, tmp_path, max_steps=1, weight_decay=0.1)
+        assert all(weight.ne(old).any(1).all() for weight, old in zip(tables, before, strict=True))
+
+    def test_trains_a_table_after_the_end_of_an_earlier_freeze_of_it(self, tmp_path):
+        model = model_of_three()
+        frozen = freeze_experts(model)
+        callback = SparseFinetuningCallback(model, measured(model), T)
+        frozen.remove()
+        before = copy_of_state(model)
+        train(model, tmp_path, max_steps=2, callbacks=[callback])
+        after = copy_of_state(model)
+        moved = {name for name in after if "down_proj" in name and not torch.equal(after[name], before[name])}
+        assert len(moved) == sum("down_proj" in name and ".mlp." in name for name in after) > 1
+
     def test_of_a_wrapped_model(self, tmp_path):
         model = get_peft_model(model_of_three(), LoraConfig(target_modules=["q_proj"]))
         callback = SparseFinetuningCallback(model, measured(model), T)

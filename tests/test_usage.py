@@ -152,6 +152,11 @@ class TestMeter:
         assert meter.compute()["usage"] == 2 / 16  # the expert of weight zero was retrieved, not used
         assert meter.top1_counts[3] == 2
 
+    def test_the_best_of_a_head_is_not_used_with_a_weight_of_zero(self):
+        meter = ExpertUsageMeter(16)
+        meter.update(torch.tensor([[[[3, 1]], [[4, 2]]]]), torch.tensor([[[[0.0, 0.0]], [[0.5, 0.5]]]]))
+        assert meter.top1_counts.nonzero().flatten().tolist() == [4]
+
     def test_uniform_use(self):
         meter = ExpertUsageMeter(64)
         meter.update(torch.arange(64).view(1, 4, 4, 4), torch.full((1, 4, 4, 4), 0.25))
