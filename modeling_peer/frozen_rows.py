@@ -277,7 +277,7 @@ def _replaced_weights():
 
 def _is_flat(parameter):
     """Whether it holds all that the first FSDP, without `use_orig_params`, takes out of modules."""
-    return type(parameter).__name__ == "FlatParameter"
+    return getattr(parameter, "_is_flat_param", False)
 
 
 def _owners_without_weight():

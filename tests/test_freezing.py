@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -788,6 +788,20 @@ def fully_sharded(rank):
     return errors
 
 
+def flat(rank):
+    """The same of the first FSDP, which takes parameters out of their modules."""
+    model = joint_model(False)
+    freeze_experts(model, range(0, 36, 2))
+    model = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+    own = BATCHES[0].chunk(2)[rank]
+    model(input_ids=own, labels=own).loss.backward()
+    try:
+        torch.optim.AdamW(model.parameters(), weight_decay=0.1).step()
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
 def tensor_parallel(rank):
     table = nn.Parameter(distribute_tensor(random_parameter().detach(), init_device_mesh("cpu", (2,)), [Shard(1)]))
     try:
@@ -797,7 +811,7 @@ def tensor_parallel(rank):
     return []
 
 
-PARTS = (data_parallel, fully_sharded, tensor_parallel)
+PARTS = (data_parallel, fully_sharded, flat, tensor_parallel)
 
 
 @pytest.fixture(scope="module")
@@ -826,6 +840,8 @@ class TestDistributed:
     def test_split_tables_are_refused(self, distributed, rank):
         late, early = torch.load(distributed / f"fully_sharded-{rank}")
         assert "another parameter has taken its place since, of shape (36, 24) (DTensor)" in late
+        (flat_late,) = torch.load(distributed / f"flat-{rank}")
+        assert "another parameter has taken its place since, of shape" in flat_late
         assert (
             "splits over processes cannot be frozen, got one of shape (36, 24) with placements (Shard(dim=0),)"
             in early
