@@ -79,7 +79,7 @@ class FactsArguments:
     num_new: int = field(default=240, metadata={"help": "Facts to learn, at most, equally many of each relation."})
     num_known: int = field(default=100, metadata={"help": "Facts that the model knows, at most."})
     min_loss: float = field(default=2.0, metadata={"help": "Nats per token of an answer that is not known, at least."})
-    steps: int = field(default=72, metadata={"help": "Training steps."})
+    steps: int = field(default=64, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Sentences of a step."})
     measurements: int = field(default=5, metadata={"help": "How often a run is measured, at growing distances."})
     eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences of 256 tokens of each text."})
