@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from studies import train
+from studies import train, with_rates
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -190,29 +190,25 @@ class Arm:
     base: str = "peer"
 
 
-def _rates(*rates, **settings):
-    return tuple({"learning_rate": rate, **settings} for rate in rates)
-
-
 ARMS = {
-    "full": Arm("full finetuning", full_finetuning, _rates(1e-4, 3e-4, 1e-3, 2e-3)),
-    "lora": Arm("LoRA", lora, _rates(1e-3, 3e-3, 1e-2)),
-    "replay": Arm("replay 5 %", replay, _rates(3e-4, 1e-3, 2e-3)),
-    "experts": Arm("experts only", experts_only, _rates(1e-3, 3e-3, 1e-2)),
+    "full": Arm("full finetuning", full_finetuning, with_rates(1e-4, 3e-4, 1e-3, 2e-3)),
+    "lora": Arm("LoRA", lora, with_rates(1e-3, 3e-3, 1e-2)),
+    "replay": Arm("replay 5 %", replay, with_rates(3e-4, 1e-3, 2e-3)),
+    "experts": Arm("experts only", experts_only, with_rates(1e-3, 3e-3, 1e-2)),
     "sparse": Arm(
         "sparse finetuning",
         sparse_finetuning,
-        _rates(3e-3, 1e-2, num_trained_experts=1024)
-        + _rates(1e-2, 3e-2, num_trained_experts=256)
-        + _rates(1e-2, 3e-2, num_trained_experts=1024, num_tables=1),
+        with_rates(3e-3, 1e-2, num_trained_experts=1024)
+        + with_rates(1e-2, 3e-2, num_trained_experts=256)
+        + with_rates(1e-2, 3e-2, num_trained_experts=1024, num_tables=1),
     ),
     "protected": Arm(
         "grown, protected",
         grown_protected,
-        _rates(1e-2, reference_weight=1)
-        + _rates(3e-3, 1e-2, reference_weight=4)
-        + _rates(3e-3, 1e-2, reference_weight=16),
+        with_rates(1e-2, reference_weight=1)
+        + with_rates(3e-3, 1e-2, reference_weight=4)
+        + with_rates(3e-3, 1e-2, reference_weight=16),
     ),
-    "open": Arm("grown, open", grown_open, _rates(3e-3, 1e-2, 3e-2)),
-    "dense": Arm("dense twin, full finetuning", full_finetuning, _rates(1e-4, 3e-4, 1e-3, 2e-3), base="dense"),
+    "open": Arm("grown, open", grown_open, with_rates(3e-3, 1e-2, 3e-2)),
+    "dense": Arm("dense twin, full finetuning", full_finetuning, with_rates(1e-4, 3e-4, 1e-3, 2e-3), base="dense"),
 }

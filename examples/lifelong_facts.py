@@ -35,7 +35,7 @@ from corpora import fetch_package, load_corpus
 from datasets import Dataset, concatenate_datasets
 from facts import Fact, load_facts
 from lifelong_facts_report import choose_settings, describe, plot, summarize
-from studies import claim_folder, named_arms, read_json, run_all, saved_run, train, write_json
+from studies import claim_folder, named_arms, read_json, run_all, saved_run, train, with_rates, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks
 from torch import nn
 from torch.nn import functional as F
@@ -414,20 +414,16 @@ class Arm:
     sweep: tuple[dict[str, float], ...]
 
 
-def _rates(*rates, **settings):
-    return tuple({"learning_rate": rate, **settings} for rate in rates)
-
-
 ARMS = {
-    "full": Arm("full finetuning", full_finetuning, _rates(1e-5, 3e-5, 1e-4)),
-    "lora": Arm("LoRA", lora, _rates(1e-4, 3e-4, 1e-3)),
-    "graft": Arm("graft, all rows", graft, _rates(1e-3, 3e-3, 1e-2)),
+    "full": Arm("full finetuning", full_finetuning, with_rates(1e-5, 3e-5, 1e-4)),
+    "lora": Arm("LoRA", lora, with_rates(1e-4, 3e-4, 1e-3)),
+    "graft": Arm("graft, all rows", graft, with_rates(1e-3, 3e-3, 1e-2)),
     "sparse": Arm(
         "graft, sparse finetuning",
         sparse_graft,
-        _rates(1.0, 3.0, 10.0, num_trained_experts=1024, train_u=0)
-        + _rates(3.0, num_trained_experts=4096, train_u=0)
-        + _rates(3e-2, num_trained_experts=1024, train_u=1),
+        with_rates(1.0, 3.0, 10.0, num_trained_experts=1024, train_u=0)
+        + with_rates(3.0, num_trained_experts=4096, train_u=0)
+        + with_rates(3e-2, num_trained_experts=1024, train_u=1),
     ),
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from studies import machine, markdown_table, spread_cell
+from studies import machine, markdown_table, settings_cell, spread_cell
 
 
 # Of the most that every arm learned with some setting: another seed may learn a little less.
@@ -182,10 +182,17 @@ def table_at_equal_learning(summary: dict[str, Any]) -> str:
     """Forgetting of each arm, by each measure."""
     rows = [["", *FORGETTING.values(), "published, %", "seeds", "settings"]]
     for arm, result in summary["arms"].items():
-        settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
         seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
         published = str(PUBLISHED_DROPS.get(arm, ""))
-        rows.append([result["label"], *_cells(result["at_equal_learning"], FORGETTING), published, seeds, settings])
+        rows.append(
+            [
+                result["label"],
+                *_cells(result["at_equal_learning"], FORGETTING),
+                published,
+                seeds,
+                settings_cell(result["settings"]),
+            ]
+        )
     return markdown_table(rows)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from lifelong_arms import ARMS
 from matplotlib.figure import Figure, SubFigure
-from studies import machine, markdown_table, spread_cell
+from studies import machine, markdown_table, settings_cell, spread_cell
 
 
 COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
@@ -156,8 +156,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{result['mean']['forgetting'] / summary['arms'][other]['mean']['forgetting']:.0%}"
             for other in references
         ]
-        settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
-        rows.append([ARMS[arm].label, *cells, settings])
+        rows.append([ARMS[arm].label, *cells, settings_cell(result["settings"])])
     return markdown_table(rows)
 
 

@@ -116,6 +116,11 @@ def run_all(
     return runs, level, chosen
 
 
+def with_rates(*rates: float, **settings: float) -> tuple[dict[str, float], ...]:
+    """The same settings with each of some learning rates."""
+    return tuple({"learning_rate": rate, **settings} for rate in rates)
+
+
 def named_arms(names: list[str], arms: dict[str, Any]) -> dict[str, Any]:
     """Those of the arms that are named. Raises `ValueError` if a name is none of theirs."""
     if unknown := set(names) - set(arms):
@@ -188,6 +193,10 @@ def spread_cell(value: float | None, deviation: float | None, digits: int = 3) -
     if value is None:
         return ""
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def settings_cell(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
 def machine() -> dict[str, Any]:
