@@ -23,6 +23,9 @@ from matplotlib.figure import Figure, SubFigure
 from studies import machine, markdown_table, settings_cell, spread_cell
 
 
+# How far from the level of learning, as a share of it, a run may be to count as one at it.
+TOLERANCE = 0.05
+
 COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
 
 
@@ -85,20 +88,21 @@ def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list
 
 def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float] | None:
     """
-    The learning rate with which a family of settings learns as much, to two digits, and what it forgets then: the rate's
-    logarithm linearly in what was learned, from the two runs around the level or nearest to it; what is forgotten too, but
-    below all runs from no learning and no forgetting. Rates above the one that learns most are left out. `None` if none
-    learned so much.
+    The learning rate with which a family of settings learns as much, and what it forgets then: those of the run nearest to
+    the level, if it is near enough. Else the rate's logarithm linearly in what was learned, from the two runs around the
+    level or nearest to it, to two digits; what is forgotten too, but below all runs from no learning and no forgetting. Rates
+    above the one that learns most are left out. `None` if none learned so much.
     """
     most = max(range(len(family)), key=lambda i: learning_of(family[i]))
     points = sorted(
         (learning_of(run), run["settings"]["learning_rate"], measures(run)["forgetting"]) for run in family[: most + 1]
     )
+    nearest = min(points, key=lambda point: abs(point[0] - level))
+    if abs(nearest[0] - level) <= TOLERANCE * level:
+        return nearest[1:]
     above = next((i for i, point in enumerate(points) if point[0] >= level), None)
-    if above is None:
-        return None
-    if len(points) == 1 or points[above][0] == level:
-        return points[above][1:]
+    if above is None or len(points) == 1:
+        return None if above is None else nearest[1:]
     (left, slow, lower), (right, fast, upper) = points[max(above, 1) - 1 : max(above, 1) + 1]
     share = (level - left) / (right - left)
     rate = math.exp(math.log(slow) + share * (math.log(fast) - math.log(slow)))

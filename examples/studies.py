@@ -97,7 +97,8 @@ def run_all(
     choose: Callable[[list[dict[str, Any]]], tuple[float, dict[str, dict[str, float]]]],
 ) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
     """
-    Sweeps the settings of all arms with one seed, and runs those chosen of each with several.
+    Sweeps the settings of all arms with one seed, and runs those chosen of each with several. What is chosen need not have
+    been swept: it is run with the first seed, and chosen again with what came of that.
 
     Args:
         arms (`dict[str, Any]`): The settings to try are their `sweep`.
@@ -111,8 +112,13 @@ def run_all(
     swept = [(name, settings) for name, arm in arms.items() for settings in arm.sweep]
     runs = [run(*each, 0) for each in tqdm(swept, desc="Sweep")]
     level, chosen = choose(runs)
-    repeated = [(name, chosen[name], seed) for seed in range(seeds) for name in arms]
-    runs += [run(*each) for each in tqdm(repeated, desc="Seeds") if each[-1] or each[:2] not in swept]
+    tried = swept
+    while untried := [(name, chosen[name]) for name in arms if (name, chosen[name]) not in tried]:
+        runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen settings")]
+        tried = tried + untried
+        level, chosen = choose(runs)
+    repeated = [(name, chosen[name], seed) for seed in range(1, seeds) for name in arms]
+    runs += [run(*each) for each in tqdm(repeated, desc="Seeds")]
     return runs, level, chosen
 
 
