@@ -60,10 +60,9 @@ class ExpertSet:
     def label(self) -> str:
         """
         `"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share; `"layer_1_default"` of a graft that the
-        adapter of this name has there.
+        adapter of this name has there, `"layer_1_graft_0"` of the first that is a part of the model.
         """
-        adapter = adapter_of(self.name)
-        return "_".join(["layer", *map(str, self.layers), *([adapter[1]] if adapter else [])])
+        return "_".join(["layer", *map(str, self.layers), *graft_label(self.name)])
 
 
 def layer_index(name: str) -> int:
@@ -87,7 +86,10 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
             holder_name, holder = _holder(modules, name, module)
             members.setdefault(holder_name, (holder, []))[1].append(name)
     if not members:
-        raise ValueError(f"{type(model).__name__} has no PEER or PKM layer.")
+        off = any(isinstance(module, (PeerFeedForward, PkmFeedForward)) for module in modules.values())
+        raise ValueError(
+            f"{type(model).__name__} has no PEER or PKM layer{' but grafts of adapters that are off' if off else ''}."
+        )
     return {
         name: ExpertSet(
             name,
@@ -107,10 +109,21 @@ def adapter_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
+def graft_label(name: str) -> list[str]:
+    """What tells the graft that a module is in from others of its layer: nothing if it is in none."""
+    if adapter := adapter_of(name):
+        return [adapter[1]]
+    baked = re.search(r"\bgrafts\.(\d+)", name)
+    return [f"graft_{baked[1]}"] if baked else []
+
+
 def _is_active(modules, name):
     """Whether a layer takes part: all do but grafts of adapters that are not active."""
     found = adapter_of(name)
-    return found is None or found[1] in modules[found[0]].active_adapters
+    if found is None:
+        return True
+    layer = modules[found[0]]
+    return found[1] in layer.active_adapters and not layer.disable_adapters
 
 
 def _holder(modules, name, feed_forward):

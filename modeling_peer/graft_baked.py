@@ -143,7 +143,9 @@ def _add_grafts(model):
         parent = base_model.get_submodule(parent_name)
         feed_forward = None if description["in_place"] else getattr(parent, child_name)
         grafts = [_graft_of(model.config, **fields) for fields in description["grafts"]]
-        setattr(parent, child_name, GraftedFeedForward(feed_forward, grafts))
+        grafted = GraftedFeedForward(feed_forward, grafts)
+        grafted.is_baked = True
+        setattr(parent, child_name, grafted)
     watch_decoder(find_decoder_layers(model)[1])
 
 
@@ -173,8 +175,9 @@ def check_bakeable(model: PreTrainedModel) -> None:
 def bake(model: PreTrainedModel) -> PreTrainedModel:
     """
     Makes a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts get
-    the dtype of the model, as they would when it is loaded.
+    the dtype of the model, as they would when it is loaded. Raises `ValueError` as [`check_bakeable`] does.
     """
+    check_bakeable(model)
     _give_own_config(model)
     if model.config.model_type != MODEL_TYPE:
         host_class: Any = type(model.config)
@@ -185,6 +188,7 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
     grafts = {}
     for name, module in model.base_model.named_modules():
         if isinstance(module, GraftedFeedForward):
+            module.is_baked = True
             grafts[name] = {"in_place": module.feed_forward is None, "grafts": [_describe(g) for g in module.grafts]}
             for parameter in module.grafts.parameters():
                 parameter.data = parameter.data.to(model.dtype)

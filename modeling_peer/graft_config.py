@@ -123,7 +123,7 @@ class PeerGraftConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE_NAME)
-        self.is_of_saved_adapter = self.host_model_type is not None
+        self.is_of_saved_adapter = self.host_model_type is not None and self.inference_mode
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         self.check()

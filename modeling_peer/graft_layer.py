@@ -207,14 +207,24 @@ class PeerGraft(PeerFeedForward):
         """
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
-        padding_mask = padding_mask_of(self.attention_mask, hidden_states.shape[1])
-        if padding_mask is not None:
-            padding_mask = padding_mask.to(hidden_states.device)  # where a host's layers are on several devices
+        padding_mask = self._padding_mask(hidden_states)
         if self.output_bias is None:
             return super().forward(hidden_states, padding_mask).to(dtype)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
         output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask)
         return (output[..., :-1] + self.output_bias).to(dtype)
+
+    def _padding_mask(self, hidden_states):
+        """
+        Of the host's last forward. Another one may have come between a forward that activation checkpointing runs again in
+        the backward and that: only a BatchNorm needs its mask there.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not isinstance(self.router.query_norm, QueryBatchNorm):
+            return None
+        padding_mask = padding_mask_of(self.attention_mask, hidden_states.shape[1])
+        # A host's layers may be on several devices.
+        return None if padding_mask is None else padding_mask.to(hidden_states.device)
 
 
 class GraftedFeedForward(nn.Module):
@@ -231,9 +241,20 @@ class GraftedFeedForward(nn.Module):
         super().__init__()
         self.feed_forward = feed_forward
         self.grafts = nn.ModuleList(grafts)
+        # Whether the model's configuration has them, so that they come back when it is loaded.
+        self.is_baked = False
+        self.register_state_dict_pre_hook(_refuse_if_not_baked)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return sum_of_branches(self.feed_forward, self.grafts, hidden_states, **kwargs)
+
+
+def _refuse_if_not_baked(module, prefix, keep_vars):
+    if not module.is_baked:
+        raise ValueError(
+            f"There are grafts at {prefix.removesuffix('.') or 'a feed-forward'} that the model would not be loaded with: "
+            "another method's `merge_and_unload` left them. Make them a part of it by `modeling_peer.graft_baked.bake(model)`."
+        )
 
 
 def sum_of_branches(

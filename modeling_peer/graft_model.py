@@ -157,6 +157,25 @@ class PeerGraftModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As in PEFT, once everything has been looked at that may not fit."""
+        try:
+            self._look_at_host(model, adapter_name)
+            requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except BaseException:
+                self._take_out(adapter_name)
+                for parameter, required in requires_grad:
+                    parameter.requires_grad_(required)
+                raise
+        except BaseException:
+            # PEFT put it there before; an adapter of that name may come again.
+            self.peft_config.pop(adapter_name, None)
+            raise
+        if getattr(self, "_decoder_hooks", None) is None:
+            self._decoder_hooks = watch_decoder(find_decoder_layers(model)[1])
+
+    def _look_at_host(self, model, adapter_name):
+        """Fills in the configuration of an adapter, or raises `ValueError` if it does not fit the host."""
         config = self.peft_config[adapter_name]
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"A graft needs a model of the library as its host, got {type(model).__name__}.")
@@ -166,16 +185,6 @@ class PeerGraftModel(BaseTuner):
         targets = _find_targets(config, model)
         _check_host(config, _feed_forwards_of(targets))
         _resolve(config, model, targets)
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            self._take_out(adapter_name)
-            for parameter, required in requires_grad:
-                parameter.requires_grad_(required)
-            raise
-        if getattr(self, "_decoder_hooks", None) is None:
-            self._decoder_hooks = watch_decoder(find_decoder_layers(model)[1])
 
     def _take_out(self, adapter_name):
         """What there is of an adapter whose injection failed."""
@@ -315,6 +324,12 @@ def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, 
                 if not config.is_of_saved_adapter:  # whose weights are under the name it has
                     name, module = _within_grafted(name, module)
                 targets[name] = _recognise(name, module)
+        others = [name for name in targets if _layer_of(name, list_name) not in layers]
+        if others and config.layers_to_transform is not None:
+            raise ValueError(
+                f"`layers_to_transform` is {config.layers_to_transform}, and `target_modules` names {others}. It was filled in "
+                "when the configuration was used: make a new one for other layers."
+            )
         if not targets:
             raise ValueError(f"`target_modules` names no module of layers {layers}, got {config.target_modules}.")
         return targets
@@ -334,10 +349,15 @@ def _find_feed_forward(layer_name, model, number):
     if len(found) != 1:
         raise ValueError(
             f"`layers_to_transform` names layer {number}, where {len(found)} feed-forwards were recognised, and one is needed: "
-            f"two or three linear layers of a {type(layer).__name__}'s child. Name it in `target_modules` if it has one; a "
-            "mixture of experts has none."
+            f"two or three linear layers of a {type(layer).__name__}'s child, without adapters: merge or unload those first. "
+            "Name it in `target_modules` if there are several; a mixture of experts has none."
         )
     return found[0]
+
+
+def _layer_of(name, list_name):
+    """The number of the layer that a module is in, `None` if it is in none."""
+    return int(name.removeprefix(f"{list_name}.").split(".")[0]) if name.startswith(f"{list_name}.") else None
 
 
 def _within_grafted(name, module):

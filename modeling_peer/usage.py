@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .evaluation import evaluation
-from .expert_sets import adapter_of, find_expert_sets, layer_index, observe_routers
+from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
 from .product_key_router import ProductKeyRouter
 
 
@@ -227,9 +227,7 @@ class ExpertUsageCallback(TrainerCallback):
 
 def _label(name):
     """What a router is called in logs: by its layer, the adapter whose graft it is in, the addition it came with."""
-    parts = [f"layer_{layer_index(name)}"]
-    if adapter := adapter_of(name):
-        parts.append(adapter[1])
+    parts = [f"layer_{layer_index(name)}", *graft_label(name)]
     if added := re.search(r"added_routers\.(\d+)", name):
         parts.append(f"added_{added[1]}")
     return "_".join(parts)

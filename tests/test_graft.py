@@ -17,6 +17,7 @@ are switched, disabled, deleted; what does not fit is refused and leaves the hos
 """
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -165,6 +166,18 @@ class TestStart:
             down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
             assert down.any(1).sum() == 32
         assert_refused(host_of("gpt2"), config, "'llama', this one has 'gpt2'. A new adapter needs a configuration of")
+
+    def test_elsewhere_with_a_configuration_that_was_filled_in(self):
+        config = graft_config(**PLACEMENTS["neurons"])
+        get_peft_model(host_of(), config)
+        config.layers_to_transform = [0]
+        assert_refused(
+            host_of(), config, r"`layers_to_transform` is \[0\], and `target_modules` names \['model.layers.1.mlp'\]"
+        )
+        # Another option is no sign of weights to come: experts start as neurons.
+        config = dataclasses.replace(config, layers_to_transform=None, num_experts_per_head=2)
+        down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
+        assert down.any(1).sum() == 32
 
     @pytest.mark.parametrize("kind", ["llava", "gemma3"])
     def test_in_the_decoder_of_text(self, kind):
@@ -455,6 +468,26 @@ class TestPadding:
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
         assert results[0][1]["num_batches_tracked"] == 1
 
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    @pytest.mark.parametrize("query_norm", ["rms", None])
+    def test_activation_checkpointing_of_two_forwards(self, query_norm, use_reentrant):
+        """The backward runs the longer batch again, after the mask of the shorter one was seen."""
+        results = []
+        for checkpointing in (False, True):
+            model = grafted(query_norm=query_norm)
+            nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
+            if checkpointing:
+                model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                model.enable_input_require_grads()
+            model.train()
+            losses = [
+                model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss
+                for tokens in (random_tokens(2, 12), random_tokens(2, 5))
+            ]
+            sum(losses).backward()
+            results.append([parameter.grad for parameter in grafts_of(model)[0].parameters()])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
 
 class TestSeveralAdapters:
     def two(self, **fields):
@@ -652,6 +685,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             host.load_adapter(tmp_path, "other") if added else PeftModel.from_pretrained(host, tmp_path)
         assert_same_state(state_of(host), before)
+
+    def test_leaves_the_name_of_an_adapter_free(self, tmp_path):
+        """Also where the library's own `load_adapter` injects it, which does not look after it."""
+        for name, fields in (("fits", {}), ("other", {"hidden_size": 32})):
+            trained(grafted(host_of(**fields))).save_pretrained(tmp_path / name)
+        host = host_of()
+        host.load_adapter(str(tmp_path / "fits"), adapter_name="one")
+        with pytest.raises(ValueError, match="`host_hidden_size` = 32"):
+            host.load_adapter(str(tmp_path / "other"), adapter_name="two")
+        assert list(host.peft_config) == ["one"]
+        expected = logits_of(PeftModel.from_pretrained(host_of(), tmp_path / "fits"))
+        assert torch.equal(logits_of(host), expected)
+        host.load_adapter(str(tmp_path / "fits"), adapter_name="two")
 
     @pytest.mark.parametrize("added", [False, True], ids=["first", "added"])
     def test_of_what_fails_on_the_way(self, added, monkeypatch):

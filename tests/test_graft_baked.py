@@ -41,6 +41,8 @@ from transformers import (
 )
 
 from modeling_peer import PeerForCausalLM, graft_baked
+from modeling_peer.expert_sets import find_expert_sets
+from modeling_peer.graft_baked import bake
 from modeling_peer.graft_layer import GraftedFeedForward, find_decoder_layers
 
 
@@ -191,6 +193,28 @@ print(type(model).__name__)
         baked = model.merge_and_unload()
         assert without_peft(baked) and type(baked.model.layers[0].self_attn.q_proj) is nn.Linear
         torch.testing.assert_close(logits_of(baked), logits)
+
+    def test_of_what_another_method_left_in_the_host(self, tmp_path):
+        """LoRA's `merge_and_unload` takes all layers of PEFT out, but makes no grafts a part of the configuration."""
+        graft = trained(grafted())
+        with pytest.warns(UserWarning, match="for a second time"):
+            model = get_peft_model(graft.get_base_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+        model = trained(model)
+        logits = logits_of(model)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged), logits)
+        with pytest.raises(ValueError, match=r"grafts at model\.layers\.1\.mlp .*graft_baked\.bake\(model\)"):
+            merged.save_pretrained(tmp_path)
+        bake(merged).save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(logits_of(loaded), logits_of(merged))
+
+    def test_tell_their_measures_apart(self):
+        model = grafted(adapter_name="first")
+        model.add_adapter("second", graft_config(num_experts=100))
+        model.base_model.set_adapter(["first", "second"])
+        baked = model.merge_and_unload()
+        assert {each.label for each in find_expert_sets(baked).values()} == {"layer_1_graft_0", "layer_1_graft_1"}
 
     def test_of_chosen_adapters(self):
         model = trained(grafted(adapter_name="first"))

@@ -141,6 +141,14 @@ class TestTrainer:
             assert torch.cat(seen).min() >= num_experts // 2
             assert torch.equal(logits_of(model), logits)
 
+    def test_there_is_nothing_to_measure_while_adapters_are_off(self):
+        model = grafted()
+        with (
+            model.disable_adapter(),
+            pytest.raises(ValueError, match="no PEER or PKM layer but grafts of adapters that"),
+        ):
+            measure_usage(model, input_ids=torch.arange(9)[None])
+
     @pytest.mark.parametrize("query_norm", ["rms", "batch"])
     def test_sparse_finetuning_of_a_graft(self, tmp_path, query_norm):
         """Whatever makes all of the adapter require gradients, before the training or in it."""
