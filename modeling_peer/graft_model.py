@@ -134,7 +134,10 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
 class PeerGraftModel(BaseTuner):
     """
     A host with grafts, see [`PeerGraftConfig`]. A bfloat16 host's grafts are in float32 unless `autocast_adapter_dtype` is
-    `False`, as adapters of PEFT are.
+    `False`, as adapters of PEFT are; the library's own `load_adapter` keeps the dtype of the host.
+
+    Padding is told from the mask that the host's decoder gets. Where that is no mask of tokens, as in a multimodal Gemma 3,
+    it counts in query BatchNorm and in measures.
 
     Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` leaves a model
     without PEFT whose grafts are modules of its own, see [`PeerGraftedConfig`].
