@@ -81,7 +81,7 @@ class FactsArguments:
     min_loss: float = field(default=2.0, metadata={"help": "Nats per token of an answer that is not known, at least."})
     steps: int = field(default=64, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Sentences of a step."})
-    measurements: int = field(default=5, metadata={"help": "How often a run is measured, at growing distances."})
+    measurements: int = field(default=4, metadata={"help": "How often a run is measured, at growing distances."})
     eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences of 256 tokens of each text."})
     background_blocks: int = field(default=96, metadata={"help": "Sequences of 256 tokens of each background text."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best settings of each arm; one for all others."})
