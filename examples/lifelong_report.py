@@ -151,17 +151,26 @@ COLUMNS = {
 
 def describe(summary: dict[str, Any]) -> str:
     """The table of a study."""
-    references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
-    shares = [f"forgetting, of {ARMS[arm].label}'s" for arm in references]
-    rows = [["nats per token", *COLUMNS.values(), *shares, "settings"]]
+    rows = [["nats per token", *COLUMNS.values(), "settings"]]
     for arm, result in summary["arms"].items():
-        cells = [spread_cell(result["mean"].get(name), result["deviation"].get(name)) for name in COLUMNS]
-        cells += [
-            f"{result['mean']['forgetting'] / summary['arms'][other]['mean']['forgetting']:.0%}"
-            for other in references
-        ]
+        cells = [_cell(result, name) for name in COLUMNS]
         rows.append([ARMS[arm].label, *cells, settings_cell(result["settings"])])
     return markdown_table(rows)
+
+
+def describe_shares(summary: dict[str, Any]) -> str:
+    """What each arm forgot, as a share of what full finetuning and LoRA forgot."""
+    references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
+    forgetting = {arm: result["mean"]["forgetting"] for arm, result in summary["arms"].items()}
+    rows = [["", "learning", "forgetting", *(f"of that of {ARMS[arm].label}" for arm in references)]]
+    for arm, result in summary["arms"].items():
+        shares = [f"{forgetting[arm] / forgetting[other]:.0%}" for other in references]
+        rows.append([ARMS[arm].label, _cell(result, "learning"), _cell(result, "forgetting"), *shares])
+    return markdown_table(rows)
+
+
+def _cell(result, name):
+    return spread_cell(result["mean"].get(name), result["deviation"].get(name))
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
@@ -169,8 +178,8 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     Learning against forgetting, a curve for each arm; the loss of the pre-training's text along the stream; and of each arm
     the losses of all texts after each.
     """
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     trade_off, stream = curves.subplots(1, 2)
     best = {}
     for arm, result in summary["arms"].items():

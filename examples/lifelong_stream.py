@@ -28,7 +28,7 @@ import torch
 from corpora import load_corpus
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from lifelong_arms import ARMS, Arm, Stage
-from lifelong_report import choose_settings, describe, plot, summarize
+from lifelong_report import choose_settings, describe, describe_shares, plot, summarize
 from studies import claim_folder, named_arms, run_all, saved_run, write_json
 from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from torch import nn
@@ -198,7 +198,7 @@ def main():
     summary = summarize(runs, texts.names, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
-    print(f"\n{describe(summary)}\n\nIn {folder}: results.json, results.png")
+    print(f"\n{describe_shares(summary)}\n\n{describe(summary)}\n\nIn {folder}: results.json, results.png")
 
 
 if __name__ == "__main__":
