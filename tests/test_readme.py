@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lifelong_facts_report
+import lifelong_report
 import pytest
 from benchmark_report import Results
 
@@ -27,6 +29,7 @@ from modeling_peer import PeerConfig, configuration_path, list_configurations, m
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+LIFELONG = (ROOT / "examples/results/lifelong.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
@@ -95,6 +98,25 @@ def test_the_figures_of_repeated_experts_are_the_benchmarks():
     for rows, seconds in values:
         assert f"{rows:,}" in README
         assert f"{seconds * 1e3:.1f} ms" in README
+
+
+def test_the_tables_of_the_studies_are_of_their_runs():
+    stream = json.loads((ROOT / "examples/results/lifelong_stream.json").read_text())
+    level, chosen = lifelong_report.choose_settings([run for run in stream["runs"] if run["seed"] == 0])
+    rebuilt = lifelong_report.summarize(stream["runs"], stream["texts"], level, chosen, stream["arguments"])
+    assert rebuilt["equal_learning"] == stream["equal_learning"] and rebuilt["arms"] == stream["arms"]
+    assert all(result["seeds"] == 3 for result in stream["arms"].values())
+    assert lifelong_report.describe_shares(stream) in README and lifelong_report.describe_shares(stream) in LIFELONG
+    assert lifelong_report.describe(stream) in LIFELONG
+
+    facts = json.loads((ROOT / "examples/results/lifelong_facts.json").read_text())
+    level, chosen = lifelong_facts_report.choose_settings([run for run in facts["runs"] if run["seed"] == 0])
+    labels = {arm: result["label"] for arm, result in facts["arms"].items()}
+    rebuilt = lifelong_facts_report.summarize(facts["runs"], labels, level, chosen, facts["arguments"])
+    assert rebuilt["equal_learning"] == facts["equal_learning"] and rebuilt["arms"] == facts["arms"]
+    assert all(result["seeds"] == [0, 1, 2] for result in facts["arms"].values())
+    assert lifelong_facts_report.table_at_equal_learning(facts) in README
+    assert lifelong_facts_report.describe(facts) in LIFELONG
 
 
 def test_the_table_of_configurations():
