@@ -26,6 +26,16 @@ SHUT = 0.01  # what opens less is shut
 OPEN = 32.0  # a logit whose sigmoid is 1 in float32
 
 
+class DotProduct(nn.Linear):
+    """
+    A linear layer of one output. Its rounding does not depend on where the weight lies in memory, as that of a matrix
+    library's product with a vector may: a loaded model computes to the bit what the saved one did.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (hidden_states * self.weight[0]).sum(-1, keepdim=True) + self.bias
+
+
 class ExpertGate(nn.Module):
     """
     A small classifier of hidden states, `sigmoid(w · gelu(W x + b) + c)`, which multiplies what added experts put out. It
@@ -35,7 +45,7 @@ class ExpertGate(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, GATE_WIDTH)
-        self.down_proj = nn.Linear(GATE_WIDTH, 1)
+        self.down_proj = DotProduct(GATE_WIDTH, 1)
 
     def init_own_weights(self) -> None:
         init.zeros_(self.down_proj.weight)

@@ -23,6 +23,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def library_logging():
+    """The library's, as the test found it: example scripts run in the process of the tests, and quiet it."""
+    from transformers.utils import logging
+
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if progress_bar else logging.disable_progress_bar)()
+
+
 @pytest.fixture
 def used_kernels(monkeypatch):
     """See `record_kernels`."""

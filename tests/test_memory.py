@@ -231,6 +231,8 @@ def test_the_layer_reads_no_weight_but_by_rows():
     layer = PeerFeedForward(tiny_config(), 0).eval()
     hidden_states = torch.randn(1, 2, 24)
     with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
         expected = layer(hidden_states)
         indices = layer.router(hidden_states)[0].unique()
         for table in (layer.expert_pool.up_proj, layer.expert_pool.down_proj):
