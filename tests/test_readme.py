@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_graft_starts
 import lifelong_facts_report
 import lifelong_report
 import pytest
@@ -108,6 +109,9 @@ def test_the_tables_of_the_studies_are_of_their_runs():
     assert all(result["seeds"] == 3 for result in stream["arms"].values())
     assert lifelong_report.describe_shares(stream) in README and lifelong_report.describe_shares(stream) in LIFELONG
     assert lifelong_report.describe(stream) in LIFELONG
+
+    starts = json.loads((ROOT / "examples/results/graft_starts.json").read_text())
+    assert compare_graft_starts.describe(starts) in LIFELONG
 
     facts = json.loads((ROOT / "examples/results/lifelong_facts.json").read_text())
     level, chosen = lifelong_facts_report.choose_settings([run for run in facts["runs"] if run["seed"] == 0])
