@@ -28,12 +28,12 @@ OPEN = 32.0  # a logit whose sigmoid is 1 in float32
 
 class DotProduct(nn.Linear):
     """
-    A linear layer of one output. Its rounding does not depend on where the weight lies in memory, as that of a matrix
-    library's product with a vector may: a loaded model computes to the bit what the saved one did.
+    A linear layer of one output. A matrix library's product with a vector may round by where the vector lies in memory, so
+    the weight is copied to where torch puts new tensors: a loaded model computes to the bit what the saved one did.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return (hidden_states * self.weight[0]).sum(-1, keepdim=True) + self.bias
+        return F.linear(hidden_states, self.weight.clone(), self.bias)
 
 
 class ExpertGate(nn.Module):
