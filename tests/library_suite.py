@@ -27,6 +27,7 @@ import types
 from pathlib import Path
 
 import transformers
+from filelock import FileLock
 
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -36,19 +37,23 @@ def _fetch_tests() -> Path:
     """Folder of the release's tests, downloaded once with pip (10 MB) into the checkout's cache."""
     name = f"transformers-{transformers.__version__}"
     folder = CACHE / name / "tests"
-    if not folder.exists():
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"),
-                *("--no-binary", "transformers", "--dest", str(CACHE)),
-                f"transformers=={transformers.__version__}",
-            ],
-            check=True,
-        )
-        with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
-            members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
-            archive.extractall(CACHE, members=members, filter="data")
-        (folder / "__init__.py").touch()  # `test_configuration_common` executes it
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):  # of the workers of a test run, one
+        if not (folder / "__init__.py").exists():
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"),
+                    *("--no-binary", "transformers", "--dest", str(CACHE)),
+                    f"transformers=={transformers.__version__}",
+                ],
+                check=True,
+            )
+            with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
+                members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
+                archive.extractall(CACHE, members=members, filter="data")
+            (
+                folder / "__init__.py"
+            ).touch()  # `test_configuration_common` executes it; made last, it says that all is there
     return folder
 
 
