@@ -51,9 +51,8 @@ def _fetch_tests() -> Path:
             with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
                 members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
                 archive.extractall(CACHE, members=members, filter="data")
-            (
-                folder / "__init__.py"
-            ).touch()  # `test_configuration_common` executes it; made last, it says that all is there
+            # `test_configuration_common` executes it. Made last, it says that all is there.
+            (folder / "__init__.py").touch()
     return folder
 
 
