@@ -194,11 +194,11 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def spread_cell(value: float | None, deviation: float | None, digits: int = 3) -> str:
+def spread_cell(value: float | None, deviation: float | None) -> str:
     """`"0.123 ± 0.004"`; without a deviation, of one seed, the value alone; nothing if there is none."""
     if value is None:
         return ""
-    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{value:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def settings_cell(settings: dict[str, float]) -> str:

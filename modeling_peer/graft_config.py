@@ -47,10 +47,12 @@ class PeerGraftConfig(PeftConfig):
             Name of the list of layers, where `target_modules` are ends of names.
         modules_to_save (`list[str]`, *optional*):
             Modules of the host that are trained and saved besides.
-        init_from_ffn (`bool`, *optional*, defaults to `False`):
+        init_from_ffn (`bool`, *optional*):
             Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, all others with
-            rows of zeros coming out of them. If √N is at least 2h and at least the width of the feed-forward divided by h,
-            and `scoring_func` is `"softmax"`, the router starts so that it finds those that matter most; else at random.
+            rows of zeros coming out of them. If not given, they do: it was better than random experts at every learning
+            rate (`examples/compare_graft_starts.py`). If √N is at least 2h and at least the width of the feed-forward
+            divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds those that matter most;
+            else at random.
         num_experts (`int`, *optional*, defaults to 65536):
             Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.
         num_retrieval_heads (`int`, *optional*, defaults to 8):
@@ -102,7 +104,7 @@ class PeerGraftConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    init_from_ffn: bool = False
+    init_from_ffn: bool | None = None
     num_experts: int = 256**2
     num_retrieval_heads: int = 8
     num_experts_per_head: int = 16
@@ -123,6 +125,8 @@ class PeerGraftConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE_NAME)
+        if self.init_from_ffn is None:
+            self.init_from_ffn = self.placement == "in_place"
         self.is_of_saved_adapter = self.host_model_type is not None and self.inference_mode
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)

@@ -413,26 +413,32 @@ def _resolve(config, model, targets):
     config.target_modules = set(targets)
 
 
+RANDOM_EXPERTS = "Experts start at random with `init_from_ffn=False`, which asks for none of that."
+
+
 def _check_neurons(config, name, feed_forward, parts, activation):
     """An expert for each neuron, and each as the neuron is."""
     if config.num_experts < parts.intermediate_size:
         size = math.isqrt(parts.intermediate_size - 1) + 1
         raise ValueError(
             f"`num_experts` must be at least {parts.intermediate_size}, the width of {name}, with `init_from_ffn`, got "
-            f"{config.num_experts}; the least square is {size**2}."
+            f"{config.num_experts}; the least square is {size**2}. {RANDOM_EXPERTS}"
         )
     gated = parts.gate is not None
     for field, value in (("expert_act", activation), ("gated_experts", gated)):
         if getattr(config, field) not in ("auto", value):
             raise ValueError(
-                f"`{field}` must be {value!r} or 'auto' with `init_from_ffn`, as in {name}, got {getattr(config, field)!r}."
+                f"`{field}` must be {value!r} or 'auto' with `init_from_ffn`, as in {name}, got {getattr(config, field)!r}. "
+                f"{RANDOM_EXPERTS}"
             )
     if not all(layer.weight.is_floating_point() for layer in parts.linear_layers):
-        raise ValueError(f"`init_from_ffn` copies neurons, and {name} is quantized: {parts.up.weight.dtype}.")
+        raise ValueError(
+            f"`init_from_ffn` copies neurons, and {name} is quantized: {parts.up.weight.dtype}. {RANDOM_EXPERTS}"
+        )
     if not computes(feed_forward, activation):
         raise ValueError(
             f"`init_from_ffn` needs a feed-forward that is linear layers and the activation {activation!r}, {name} computes "
-            "something else."
+            f"something else. {RANDOM_EXPERTS}"
         )
 
 

@@ -61,8 +61,8 @@ FAMILIES = pytest.mark.parametrize("family", HOSTS)
 PLACEMENTS = {
     "beside": {},
     "beside_batch": {"query_norm": "batch", "gated_experts": True},
-    "in_place": {"placement": "in_place", "query_norm": None, "scoring_func": "sigmoid"},
-    "neurons": {"placement": "in_place", "init_from_ffn": True, "num_experts": 10**2},
+    "in_place": {"placement": "in_place", "init_from_ffn": False, "query_norm": None, "scoring_func": "sigmoid"},
+    "neurons": {"placement": "in_place", "num_experts": 10**2},
 }
 ALL_PLACEMENTS = pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
 
