@@ -576,6 +576,9 @@ class TestTraining:
         frozen = freeze_experts(model)
         callback = SparseFinetuningCallback(model, measured(model), T)
         frozen.remove()
+        # What the callback does not train stays so.
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name.split(".")[-2] for name in trained} == {"down_proj", "values"}
         before = copy_of_state(model)
         train(model, tmp_path, max_steps=2, callbacks=[callback])
         after = copy_of_state(model)
