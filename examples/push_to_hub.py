@@ -26,12 +26,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from cards import make_card
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from training import parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-
-from modeling_peer import PeerConfig, model_costs
 
 
 # What a checkpoint must hold, each with an example of a file …
@@ -44,11 +43,6 @@ NEEDED = {
 # … what of its folder is pushed, and what of that tells of the training alone.
 PUSHED = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.png", "README.md", "LICENSE")
 LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
-
-# Names and units of results, as all_results.json has them.
-RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
-
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
 @dataclass
@@ -123,53 +117,16 @@ def _logged_in_user(api):
 
 
 def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> ModelCard:
-    """
-    A model card, made of `model_cards/template.md`.
-
-    Args:
-        args (`PushArguments`): What to say of licence, dataset and tags; its checkpoint may hold an all_results.json.
-        config (`PreTrainedConfig`)
-        repo_id (`str`): The repository the card stands in.
-    """
-    name = repo_id.split("/")[-1]
+    """The card of a checkpoint, with what its all_results.json says, if it has one."""
     results_file = Path(args.model_name_or_path, "all_results.json")
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    results = {key: results[key] for key in RESULTS if key in results}
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
+    return make_card(
+        repo_id,
+        config,
+        json.loads(results_file.read_text()) if results_file.exists() else {},
         license=args.license,
-        datasets=args.dataset_name,
-        tags=["peer", *args.tags],
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=args.dataset_name or "text",
-                dataset_name=args.dataset_name or "held-out text",
-                metric_type=key,
-                metric_name=RESULTS[key],
-                metric_value=value,
-            )
-            for key, value in results.items()
-        ]
-        or None,
-    )
-    description = [f"{RESULTS[key]}: {value:.4g}." for key, value in results.items()]
-    if isinstance(config, PeerConfig):
-        costs = model_costs(config)
-        description.insert(
-            0,
-            f"Feed-forwards of its layers: {', '.join(config.feed_forward_types)}. {costs.parameters:,} parameters, "
-            f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "
-            f"{costs.sequence_length:,} tokens.\n",
-        )
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        description="\n".join(description),
-        repo_id=repo_id,
-        prompt=args.prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
+        dataset_name=args.dataset_name,
+        tags=args.tags,
+        prompt=args.prompt,
         max_new_tokens=args.max_new_tokens,
     )
 

@@ -62,9 +62,14 @@ def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     """Writes a file that is there whole or not at all."""
+    write_text(file, json.dumps(content, indent=1))
+
+
+def write_text(file: Path, content: str) -> None:
+    """Writes a file that is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.write_text(content)
     unfinished.rename(file)
 
 

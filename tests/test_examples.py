@@ -375,7 +375,7 @@ class TestHub:
         assert (card.data.license, card.data.tags) == ("apache-2.0", ["peer", "numbers"])
         values = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
-        assert 'from_pretrained("user/counting")' in card.text
+        assert 'from_pretrained("user/counting")' in card.text and "# counting\n" in card.text
 
     def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
         with HubServer() as hub:

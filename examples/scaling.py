@@ -1,0 +1,94 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Does PEER have a lower perplexity than a dense feed-forward, a mixture of experts and a product-key memory at equal compute?
+The paper's comparison and its ablations, at the size that a plan says.
+
+    python examples/scaling.py                       # configuration/scaling/two-cores.json, SIX hours of two cores
+    python examples/scaling.py --plan PLAN.json      # other sizes, budgets, texts, variants
+
+Every model is trained by run_clm.py, in a process of its own. Killed at any point, the same command goes on. Every run is a
+file in `--output_dir`; what comes of them all is `scaling.json` there, with tables, pictures and model cards.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scaling_cards import write_cards
+from scaling_plan import (
+    ablation_runs,
+    budget_name,
+    choose_rates,
+    choose_sizes,
+    rate_runs,
+    read_plan,
+    reference_run,
+    size_runs,
+    with_seeds,
+)
+from scaling_plots import PLOTS
+from scaling_report import Results, describe, write_results
+from scaling_study import Study
+from training import parse_arguments
+from transformers.utils import logging
+
+
+PLAN = Path(__file__).parent.parent / "configuration" / "scaling" / "two-cores.json"
+
+
+@dataclass
+class ScalingArguments:
+    """Which plan, and how many of its runs at once."""
+
+    plan: str = field(default=str(PLAN), metadata={"help": "The plan, a JSON file."})
+    output_dir: str = field(default="runs/scaling", metadata={"help": "The folder for all that is saved."})
+    processes: int = field(
+        default=2, metadata={"help": "Runs at once: on CPUs they share the cores, else each has an accelerator."}
+    )
+
+
+def main():
+    (args,) = parse_arguments((ScalingArguments,), __doc__)
+    logging.set_verbosity_error()
+    plan = read_plan(Path(args.plan))
+    study = Study(plan, Path(args.output_dir), args.processes)
+    print("Reading the texts ...")
+    study.prepare()
+    rates = choose_rates(plan, study.make(rate_runs(plan), "Learning rates"))
+    for budget in plan.budgets:
+        study.make(size_runs(plan, rates, budget), f"Sizes at {budget_name(budget)} FLOPs")
+    results = study.results()
+    optimal = [run for budget in plan.budgets for run in choose_sizes(plan, rates, budget, results).values()]
+    repeated = [each for run in [*optimal, reference_run(plan, rates)] for each in with_seeds(run, plan)]
+    runs = study.make([*repeated, *ablation_runs(plan, rates)], "Seeds and ablations")
+    results = Results(plan, runs, study.seconds(rates))
+    runs = study.make(
+        [each for budget in plan.budgets for each in with_seeds(results.equal_seconds(budget)[1], plan)],
+        "Equal wall-clock",
+    )
+    report(Results(plan, runs, results.seconds), study.folder)
+
+
+def report(results: Results, folder: Path) -> None:
+    """Writes what came of the study: results, tables, pictures, model cards."""
+    write_results(folder / "scaling.json", results)
+    (folder / "tables.md").write_text(describe(results))
+    for name, plot in PLOTS.items():
+        plot(results, folder / f"scaling_{name}.png")
+    write_cards(results, folder / "model_cards")
+    print(f"\n{describe(results)}\nIn {folder}: scaling.json, tables.md, scaling_*.png, model_cards")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The plan of the scaling study: which models, how large, trained for how long, and which of them are compared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_arguments import ModelArguments, load_config
+from transformers import HfArgumentParser
+
+from modeling_peer import ModelCosts, PeerConfig, configuration_path, model_costs
+
+
+# The base of the comparisons: the layer that this is about, and what it replaces.
+PEER, DENSE = "peer", "dense"
+
+# Fields that grow with `hidden_size`. In a plan they are those of the named configuration's size.
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "query_size")
+
+# The held-out part of the training texts: by it rates and sizes are chosen.
+CORPUS = "corpus"
+
+
+@dataclass
+class Plan:
+    """
+    What the study compares, read from a file: `configuration/scaling/`.
+
+    Args:
+        training_texts, evaluation_texts (`list[str]`): Names in corpora.py or ids of the Hub. Of the first, files are held
+            out; the second are other sources, of which nothing is trained on.
+        block_size, batch_size (`int`): Tokens of a sequence, sequences of a step.
+        hidden_sizes (`list[int]`): Sizes to sweep; widths of feed-forwards and the number of heads grow with them.
+        budgets (`list[float]`): Training FLOPs of a model, rising.
+        learning_rates (`list[float]`): Of which each variant takes its best.
+        seeds (`int`): Seeds of the compute-optimal models.
+        eval_sequences (`int`): Sequences of each held-out text.
+        training (`dict`): Further `TrainingArguments` of every run.
+        variants (`dict[str, dict]`): Of each, the named `configuration` it is made of, and fields that differ from it.
+        reference_hidden_size (`int`): The size at which learning rates are chosen and ablations are made, the latter for
+            as many steps as the last budget pays for.
+        ablations (`dict[str, dict[str, dict]]`): In groups, fields in which models differ from the PEER variant.
+        after_training (`dict[str, dict]`): Fields to change in the trained PEER model at that size, without training again.
+    """
+
+    training_texts: list[str]
+    evaluation_texts: list[str]
+    block_size: int
+    batch_size: int
+    hidden_sizes: list[int]
+    budgets: list[float]
+    learning_rates: list[float]
+    seeds: int
+    eval_sequences: int
+    training: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    reference_hidden_size: int
+    ablations: dict[str, dict[str, dict[str, Any]]]
+    after_training: dict[str, dict[str, Any]]
+
+    @property
+    def tokens_of_step(self) -> int:
+        return self.block_size * self.batch_size
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to train. `ablation` is a group and a name in it, of the plan's."""
+
+    variant: str
+    hidden_size: int
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    ablation: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        ablation = "" if self.ablation is None else f"{self.ablation[0]}={self.ablation[1]}-".replace(" ", "_")
+        return (
+            f"{self.variant}-{ablation}hidden_size={self.hidden_size}-steps={self.steps}"
+            f"-learning_rate={self.learning_rate:g}-seed={self.seed}"
+        )
+
+
+def budget_name(budget: float) -> str:
+    """`"8e12"`."""
+    return f"{budget:g}".replace("e+", "e")
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan in a JSON file."""
+    (plan,) = HfArgumentParser((Plan,)).parse_json_file(str(file))
+    return plan
+
+
+def base_configuration(run: Run, plan: Plan) -> str:
+    """The name of the configuration that the model is made of."""
+    return plan.variants[run.variant]["configuration"]
+
+
+def changed_fields(run: Run, plan: Plan) -> dict[str, Any]:
+    """In what the model's configuration differs from that: size, variant, ablation."""
+    base = PeerConfig.from_pretrained(configuration_path(base_configuration(run, plan)))
+    if base.head_dim * base.num_attention_heads != base.hidden_size or run.hidden_size % base.head_dim:
+        raise ValueError(f"`hidden_sizes` must be multiples of the head size {base.head_dim}, got {run.hidden_size}.")
+    heads = run.hidden_size // base.head_dim
+    fields = {
+        **plan.variants[run.variant],
+        **({} if run.ablation is None else plan.ablations[run.ablation[0]][run.ablation[1]]),
+    }
+    del fields["configuration"]
+    widths = {name: fields.get(name, getattr(base, name)) for name in WIDTHS}
+    return {
+        **fields,
+        **{name: width * run.hidden_size // base.hidden_size for name, width in widths.items() if width is not None},
+        "hidden_size": run.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,  # a share of them need not be a number
+    }
+
+
+def configuration_of(run: Run, plan: Plan) -> PeerConfig:
+    """The model's configuration, as run_clm.py makes it."""
+    return load_config(ModelArguments(config_name=base_configuration(run, plan)), **changed_fields(run, plan))
+
+
+def costs_of(run: Run, plan: Plan) -> ModelCosts:
+    """What the model costs, at the length it is trained at."""
+    return model_costs(configuration_of(run, plan), plan.block_size)
+
+
+def training_flops(run: Run, plan: Plan) -> int:
+    """Forward and backward of all steps."""
+    return 3 * costs_of(run, plan).flops * run.steps * plan.tokens_of_step
+
+
+def run_of_budget(variant: str, hidden_size: int, budget: float, learning_rate: float, plan: Plan) -> Run:
+    """The run of as many steps as the budget pays for."""
+    step = Run(variant, hidden_size, 1, learning_rate)
+    return Run(variant, hidden_size, round(budget / training_flops(step, plan)), learning_rate)
+
+
+def run_of_seconds(run: Run, other: Run, step_seconds: Callable[[Run], float]) -> Run:
+    """The run, for as many steps as take the seconds of the other."""
+    steps = round(other.steps * step_seconds(other) / step_seconds(run))
+    return Run(run.variant, run.hidden_size, steps, run.learning_rate)
+
+
+def rate_runs(plan: Plan) -> list[Run]:
+    """Every variant at every learning rate, at the reference size and the first budget."""
+    return [
+        run_of_budget(variant, plan.reference_hidden_size, plan.budgets[0], rate, plan)
+        for variant in plan.variants
+        for rate in plan.learning_rates
+    ]
+
+
+def choose_rates(plan: Plan, results: dict[str, dict]) -> dict[str, float]:
+    """The rate of each variant at which the held-out part of the training texts had the lowest loss."""
+    runs = rate_runs(plan)
+    return {
+        variant: min(
+            (run for run in runs if run.variant == variant), key=lambda run: corpus_loss(results[run.name])
+        ).learning_rate
+        for variant in plan.variants
+    }
+
+
+def size_runs(plan: Plan, rates: dict[str, float], budget: float) -> list[Run]:
+    """Every variant at every size, trained for one budget."""
+    return [
+        run_of_budget(variant, hidden_size, budget, rates[variant], plan)
+        for hidden_size in plan.hidden_sizes
+        for variant in plan.variants
+    ]
+
+
+def choose_sizes(plan: Plan, rates: dict[str, float], budget: float, results: dict[str, dict]) -> dict[str, Run]:
+    """The compute-optimal run of each variant, by the held-out part of the training texts."""
+    runs = size_runs(plan, rates, budget)
+    return {
+        variant: min((run for run in runs if run.variant == variant), key=lambda run: corpus_loss(results[run.name]))
+        for variant in plan.variants
+    }
+
+
+def reference_run(plan: Plan, rates: dict[str, float]) -> Run:
+    """The run that ablations are held against."""
+    return run_of_budget(PEER, plan.reference_hidden_size, plan.budgets[-1], rates[PEER], plan)
+
+
+def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
+    """All ablations, trained for as many steps as the run they are held against."""
+    reference = reference_run(plan, rates)
+    return [
+        Run(PEER, reference.hidden_size, reference.steps, reference.learning_rate, 0, (group, name))
+        for group, members in plan.ablations.items()
+        for name in members
+    ]
+
+
+def with_seeds(run: Run, plan: Plan) -> list[Run]:
+    """The run with every seed."""
+    return [
+        Run(run.variant, run.hidden_size, run.steps, run.learning_rate, seed, run.ablation)
+        for seed in range(plan.seeds)
+    ]
+
+
+def corpus_loss(result: dict[str, Any]) -> float:
+    return result["losses"][CORPUS]
