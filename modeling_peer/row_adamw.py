@@ -148,12 +148,15 @@ class RowAdamW(torch.optim.Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         states = [self.state[parameter] for parameter in parameters]
+        local = [_local(parameter) for parameter in parameters]
         adamw(
-            [_local(parameter) for parameter in parameters],
+            local,
             [_local_gradient(parameter) for parameter in parameters],
             *([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
             [],
             [state["step"] for state in states],
+            # On a CPU torch takes a loop by itself, in several passes over the memory and one thread.
+            fused=bool(local) and all(each.is_floating_point() and each.is_cpu for each in local),
             has_complex=any(map(torch.is_complex, parameters)),
             amsgrad=False,
             beta1=group["betas"][0],

@@ -274,9 +274,9 @@ def dense_parameters(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_parameters_are_as_with_adamw(dtype):
-    """To the bit, also after a resume, where both round their state to the dtype of the parameters."""
+    """To the bit of the fused one, also after a resume, where both round their state to the dtype of the parameters."""
     parameters, others = dense_parameters(dtype), dense_parameters(dtype)
-    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **OPTIONS)
+    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **OPTIONS, fused=True)
     generator = torch.Generator().manual_seed(4)
     for step in range(8):
         if step == 4:
