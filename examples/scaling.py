@@ -25,6 +25,8 @@ file in `--output_dir`; what comes of them all is `scaling.json` there, with tab
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
 from scaling_cards import write_cards
 from scaling_plan import (
     ablation_runs,
@@ -40,6 +42,7 @@ from scaling_plan import (
 from scaling_plots import PLOTS
 from scaling_report import Results, describe, write_results
 from scaling_study import Study
+from studies import write_text
 from training import parse_arguments
 from transformers.utils import logging
 
@@ -53,41 +56,54 @@ class ScalingArguments:
 
     plan: str = field(default=str(PLAN), metadata={"help": "The plan, a JSON file."})
     output_dir: str = field(default="runs/scaling", metadata={"help": "The folder for all that is saved."})
-    processes: int = field(
-        default=2, metadata={"help": "Runs at once: on CPUs they share the cores, else each has an accelerator."}
+    processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Runs at once: one on each accelerator, or two that share the cores of a CPU, if not given."
+        },
     )
 
 
-def main():
-    (args,) = parse_arguments((ScalingArguments,), __doc__)
-    logging.set_verbosity_error()
-    plan = read_plan(Path(args.plan))
-    study = Study(plan, Path(args.output_dir), args.processes)
-    print("Reading the texts ...")
-    study.prepare()
+def run_study(study: Study) -> Results:
+    """All that is trained and measured, or read: rates, sizes, seeds and ablations, equal wall-clock."""
+    plan = study.plan
     rates = choose_rates(plan, study.make(rate_runs(plan), "Learning rates"))
     for budget in plan.budgets:
-        study.make(size_runs(plan, rates, budget), f"Sizes at {budget_name(budget)} FLOPs")
-    results = study.results()
-    optimal = [run for budget in plan.budgets for run in choose_sizes(plan, rates, budget, results).values()]
+        runs = study.make(size_runs(plan, rates, budget), f"Sizes at {budget_name(budget)} FLOPs")
+    optimal = [run for budget in plan.budgets for run in choose_sizes(plan, rates, budget, runs).values()]
     repeated = [each for run in [*optimal, reference_run(plan, rates)] for each in with_seeds(run, plan)]
     runs = study.make([*repeated, *ablation_runs(plan, rates)], "Seeds and ablations")
-    results = Results(plan, runs, study.seconds(rates))
-    runs = study.make(
-        [each for budget in plan.budgets for each in with_seeds(results.equal_seconds(budget)[1], plan)],
-        "Equal wall-clock",
-    )
-    report(Results(plan, runs, results.seconds), study.folder)
+    results = Results(plan, runs, study.seconds())
+    timed = [each for budget in plan.budgets for each in with_seeds(results.equal_seconds(budget)[1], plan)]
+    return Results(plan, study.make(timed, "Equal wall-clock"), results.seconds)
 
 
 def report(results: Results, folder: Path) -> None:
     """Writes what came of the study: results, tables, pictures, model cards."""
     write_results(folder / "scaling.json", results)
-    (folder / "tables.md").write_text(describe(results))
+    write_text(folder / "tables.md", describe(results))
     for name, plot in PLOTS.items():
         plot(results, folder / f"scaling_{name}.png")
     write_cards(results, folder / "model_cards")
     print(f"\n{describe(results)}\nIn {folder}: scaling.json, tables.md, scaling_*.png, model_cards")
+
+
+def main():
+    (args,) = parse_arguments((ScalingArguments,), __doc__)
+    logging.set_verbosity_error()
+    folder = Path(args.output_dir)
+    plan = read_plan(Path(args.plan))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2)
+            print("Reading the texts ...")
+            study.prepare()
+            report(run_study(study), folder)
+    except Timeout:
+        raise SystemExit(
+            f"Another process is at work in {folder}: wait for it, or choose another --output_dir."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from statistics import mean
 from cards import make_card
 from corpora import CORPORA
 from huggingface_hub import ModelCard
-from scaling_plan import Run, ablation_runs, budget_name, configuration_of, training_flops
-from scaling_report import LABELS, Results, spread
+from scaling_plan import CORPUS, Run, ablation_runs, budget_name, configuration_of, training_flops
+from scaling_report import Results, label, mean_perplexities, perplexities, spread
+from studies import write_text
 
 
 PROMPT, NEW_TOKENS = "The function returns", 30
@@ -40,11 +41,11 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
 
 def _card(results: Results, run: Run, name: str) -> ModelCard:
     """Its figures are means over seeds."""
-    perplexities = {text: results.perplexities(run, text) for text in results.runs[run.name]["losses"]}
+    losses = results.with_seeds(run)
     return make_card(
         f"USER/{name}",
         configuration_of(run, results.plan),
-        {f"perplexity/{text}": mean(values) for text, values in perplexities.items()},
+        {f"perplexity/{text}": mean(perplexities(losses, text)) for text in losses[0]},
         description=_describe(results, run),
         prompt=PROMPT,
         max_new_tokens=NEW_TOKENS,
@@ -52,31 +53,27 @@ def _card(results: Results, run: Run, name: str) -> ModelCard:
 
 
 def _describe(results: Results, run: Run) -> str:
-    plan = results.plan
-    seeds = len(results.seeds_of(run))
-    texts = "; ".join(
-        f"{name} ({CORPORA[name].registry} {CORPORA[name].package}, {CORPORA[name].licence})"
-        if name in CORPORA
-        else name
-        for name in plan.training_texts
-    )
+    plan, losses = results.plan, results.with_seeds(run)
+    ablation = "" if run.ablation is None else f", {' '.join(run.ablation)}"
+    seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     return (
-        f"{LABELS[run.variant]}{'' if run.ablation is None else ', ' + ' '.join(run.ablation)}: trained from scratch by "
-        f"`examples/scaling.py` for {run.steps:,} steps of {plan.tokens_of_step:,} tokens, "
-        f"{training_flops(run, plan):.2g} FLOPs, with a learning rate of {run.learning_rate:g}. Text: {texts}. `corpus` is a "
-        f"held-out part of it, the other evaluation texts are of other sources. A research model: it writes like the "
-        f"documentation it read, and states what is not so.\n\n"
-        f"Perplexities are means over {seeds} {'seed' if seeds == 1 else 'seeds'}; their mean over the evaluation texts is "
-        f"{spread(results.mean_perplexities(run))}."
+        f"{label(run.variant)}{ablation}: trained from scratch by `examples/scaling.py` for {run.steps:,} steps of "
+        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with a learning rate of "
+        f"{run.learning_rate:g}. Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, "
+        "the other evaluation texts are from other sources. A research model, too small to state facts.\n\n"
+        f"Perplexities are means over {seeds}; their geometric mean over the evaluation texts is "
+        f"{spread(mean_perplexities(losses, plan))}."
     )
+
+
+def _source(name: str) -> str:
+    if name not in CORPORA:
+        return name
+    corpus = CORPORA[name]
+    return f"{name} ({corpus.registry} {corpus.package}, {corpus.licence})"
 
 
 def write_cards(results: Results, folder: Path) -> None:
-    """Writes the cards as files in a folder, in place of those that are there."""
-    cards = make_cards(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.md"):
-        if file.stem not in cards:
-            file.unlink()
-    for name, card in cards.items():
-        (folder / f"{name}.md").write_text(str(card))
+    """Writes the cards as files in a folder."""
+    for name, card in make_cards(results).items():
+        write_text(folder / f"{name}.md", str(card))

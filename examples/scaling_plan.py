@@ -14,7 +14,7 @@
 """The plan of the scaling study: which models, how large, trained for how long, and which of them are compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from modeling_peer import ModelCosts, PeerConfig, configuration_path, model_cost
 
 # The base of the comparisons: the layer that this is about, and what it replaces.
 PEER, DENSE = "peer", "dense"
+
+# Groups of ablations, a table for each.
+ABLATIONS = ("num_experts", "active", "query_norm", "variation")
 
 # Fields that grow with `hidden_size`. In a plan they are those of the named configuration's size.
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "query_size")
@@ -40,19 +43,23 @@ class Plan:
     What the study compares, read from a file: `configuration/scaling/`.
 
     Args:
-        training_texts, evaluation_texts (`list[str]`): Names in corpora.py or ids of the Hub. Of the first, files are held
-            out; the second are other sources, of which nothing is trained on.
+        training_texts, evaluation_texts (`list[str]`): Names in corpora.py or ids of the Hub. Of the first, texts are held
+            out; the second are from other sources.
         block_size, batch_size (`int`): Tokens of a sequence, sequences of a step.
         hidden_sizes (`list[int]`): Sizes to sweep; widths of feed-forwards and the number of heads grow with them.
         budgets (`list[float]`): Training FLOPs of a model, rising.
         learning_rates (`list[float]`): Of which each variant takes its best.
         seeds (`int`): Seeds of the compute-optimal models.
         eval_sequences (`int`): Sequences of each held-out text.
-        training (`dict`): Further `TrainingArguments` of every run.
-        variants (`dict[str, dict]`): Of each, the named `configuration` it is made of, and fields that differ from it.
+        training (`dict`): Further `TrainingArguments` of every run, in which `gradient_accumulation_steps` divides the
+            `batch_size`.
+        fields (`dict`): In which all models differ from the named configurations.
+        variants (`dict[str, dict]`): Of each, the named `configuration` it is made of, its own `training` arguments, and
+            fields that differ.
         reference_hidden_size (`int`): The size at which learning rates are chosen and ablations are made, the latter for
             as many steps as the last budget pays for.
-        ablations (`dict[str, dict[str, dict]]`): In groups, fields in which models differ from the PEER variant.
+        ablations (`dict[str, dict[str, dict]]`): In the groups of `ABLATIONS`, fields in which models differ from the PEER
+            variant.
         after_training (`dict[str, dict]`): Fields to change in the trained PEER model at that size, without training again.
     """
 
@@ -66,14 +73,38 @@ class Plan:
     seeds: int
     eval_sequences: int
     training: dict[str, Any]
+    fields: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     reference_hidden_size: int
     ablations: dict[str, dict[str, dict[str, Any]]]
     after_training: dict[str, dict[str, Any]]
 
+    def __post_init__(self):
+        for name in (PEER, DENSE):
+            if name not in self.variants:
+                raise ValueError(
+                    f"`variants` must have {name!r}, the comparison's two ends, got {list(self.variants)}."
+                )
+        for group in self.ablations:
+            if group not in ABLATIONS:
+                raise ValueError(f"`ablations` are of the groups {list(ABLATIONS)}, got {group!r}.")
+        for name in ("training_texts", "evaluation_texts", "hidden_sizes", "budgets", "learning_rates"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must name at least one.")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `gradient_accumulation_steps` = {self.accumulation_steps}, got "
+                f"{self.batch_size}."
+            )
+
     @property
     def tokens_of_step(self) -> int:
         return self.block_size * self.batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forwards of a step, each of as many of its sequences."""
+        return self.training.get("gradient_accumulation_steps", 1)
 
 
 @dataclass(frozen=True)
@@ -113,16 +144,24 @@ def base_configuration(run: Run, plan: Plan) -> str:
 
 
 def changed_fields(run: Run, plan: Plan) -> dict[str, Any]:
-    """In what the model's configuration differs from that: size, variant, ablation."""
+    """
+    In what the model's configuration differs from that: size, variant, ablation. Raises `ValueError` for a size that heads
+    of the configuration's size do not make up.
+    """
     base = PeerConfig.from_pretrained(configuration_path(base_configuration(run, plan)))
     if base.head_dim * base.num_attention_heads != base.hidden_size or run.hidden_size % base.head_dim:
-        raise ValueError(f"`hidden_sizes` must be multiples of the head size {base.head_dim}, got {run.hidden_size}.")
+        raise ValueError(
+            f"`hidden_sizes` must be multiples of the head size {base.head_dim} of {base_configuration(run, plan)}, got "
+            f"{run.hidden_size}."
+        )
     heads = run.hidden_size // base.head_dim
     fields = {
+        **plan.fields,
         **plan.variants[run.variant],
         **({} if run.ablation is None else plan.ablations[run.ablation[0]][run.ablation[1]]),
     }
-    del fields["configuration"]
+    for name in ("configuration", "training"):
+        fields.pop(name, None)
     widths = {name: fields.get(name, getattr(base, name)) for name in WIDTHS}
     return {
         **fields,
@@ -149,15 +188,22 @@ def training_flops(run: Run, plan: Plan) -> int:
 
 
 def run_of_budget(variant: str, hidden_size: int, budget: float, learning_rate: float, plan: Plan) -> Run:
-    """The run of as many steps as the budget pays for."""
+    """The run of as many steps as the budget pays for. Raises `ValueError` if that is none."""
     step = Run(variant, hidden_size, 1, learning_rate)
-    return Run(variant, hidden_size, round(budget / training_flops(step, plan)), learning_rate)
+    return _of_steps(step, budget / training_flops(step, plan))
+
+
+def _of_steps(run, steps):
+    if steps < 0.5:
+        raise ValueError(
+            f"There is no step in it for {run.variant} of hidden_size {run.hidden_size}: raise `budgets`."
+        )
+    return replace(run, steps=round(steps))
 
 
 def run_of_seconds(run: Run, other: Run, step_seconds: Callable[[Run], float]) -> Run:
     """The run, for as many steps as take the seconds of the other."""
-    steps = round(other.steps * step_seconds(other) / step_seconds(run))
-    return Run(run.variant, run.hidden_size, steps, run.learning_rate)
+    return _of_steps(run, other.steps * step_seconds(other) / step_seconds(run))
 
 
 def rate_runs(plan: Plan) -> list[Run]:
@@ -207,18 +253,13 @@ def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
     """All ablations, trained for as many steps as the run they are held against."""
     reference = reference_run(plan, rates)
     return [
-        Run(PEER, reference.hidden_size, reference.steps, reference.learning_rate, 0, (group, name))
-        for group, members in plan.ablations.items()
-        for name in members
+        replace(reference, ablation=(group, name)) for group, members in plan.ablations.items() for name in members
     ]
 
 
 def with_seeds(run: Run, plan: Plan) -> list[Run]:
     """The run with every seed."""
-    return [
-        Run(run.variant, run.hidden_size, run.steps, run.learning_rate, seed, run.ablation)
-        for seed in range(plan.seeds)
-    ]
+    return [replace(run, seed=seed) for seed in range(plan.seeds)]
 
 
 def corpus_loss(result: dict[str, Any]) -> float:

@@ -13,22 +13,31 @@
 # limitations under the License.
 """The pictures of the scaling study."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scaling_plan import DENSE, PEER, Run, budget_name, corpus_loss, costs_of, size_runs
-from scaling_report import LABELS, Results, active_runs, configuration_of, norm_runs, paper_margins
+from scaling_plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of, size_runs
+from scaling_report import (
+    Results,
+    active_runs,
+    label,
+    losses_after_training,
+    mean_perplexities,
+    norm_runs,
+    paper_margins,
+)
 from scaling_run import USAGE_BINS
 
 
-COLORS = dict(zip(LABELS, ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red"), strict=True))
+def _color(results: Results, variant: str) -> str:
+    return f"C{list(results.plan.variants).index(variant)}"
 
 
 def plot_sizes(results: Results, file: Path) -> None:
-    """IsoFLOP curves, a panel for each budget: held-out loss against FLOPs per token, and how far below dense."""
+    """IsoFLOP curves, a panel for each budget: held-out loss against FLOPs per token; and how far below dense."""
     budgets = results.plan.budgets
     figure = Figure(figsize=(5 * len(budgets) + 5, 4.5), layout="constrained")
     *panels, margins = figure.subplots(1, len(budgets) + 1)
@@ -37,34 +46,34 @@ def plot_sizes(results: Results, file: Path) -> None:
         for variant in results.plan.variants:
             own = [run for run in runs if run.variant == variant]
             flops = [costs_of(run, results.plan).flops / 1e6 for run in own]
-            axes.plot(flops, _losses(results, own), "o-", color=COLORS[variant], label=LABELS[variant])
+            axes.plot(flops, _corpus_losses(results, own), "o-", color=_color(results, variant), label=label(variant))
         axes.set(xscale="log", xlabel="MFLOPs per token", ylabel="held-out loss, nats per token")
-        axes.set_title(f"{budget_name(budget)} training FLOPs")
+        axes.set_title(f"{budget_name(budget)} training FLOPs, one seed")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     _plot_margins(results, margins)
     figure.savefig(file, dpi=120)
 
 
-def _losses(results, runs):
-    return [mean(map(corpus_loss, results.seeds_of(run))) for run in runs]
+def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
+    return [results.losses(run)[CORPUS] for run in runs]
 
 
 def _plot_margins(results: Results, axes: Axes) -> None:
     """How far perplexity is below that of dense, of this study and of the paper, side by side."""
     variants = [variant for variant in results.plan.variants if variant != DENSE]
-    groups = [*((f"{budget_name(budget)}", results.margins(budget)) for budget in results.plan.budgets)]
+    groups = [(budget_name(budget), results.margins(budget)) for budget in results.plan.budgets]
     groups += [(f"paper, {budget}", found) for budget, found in paper_margins().items()]
     width = 0.8 / len(variants)
     for i, variant in enumerate(variants):
         places = [place + i * width for place, (_, found) in enumerate(groups) if variant in found]
         values = [100 * found[variant] for _, found in groups if variant in found]
-        axes.bar(places, values, width, color=COLORS[variant], label=LABELS[variant])
+        axes.bar(places, values, width, color=_color(results, variant), label=label(variant))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
     )
-    axes.set(ylabel="perplexity below dense, %", title="Mean over five evaluation texts")
+    axes.set(ylabel="perplexity below dense, %", title="Compute-optimal models, mean over evaluation texts")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
 
@@ -73,18 +82,12 @@ def plot_seconds(results: Results, file: Path) -> None:
     """Loss against seconds: while training at equal wall-clock, and of all sizes at the end."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     curves, ends = figure.subplots(1, 2)
-    for run, style in zip(results.equal_seconds(results.plan.budgets[-1]), ("--", "-"), strict=True):
-        history = [result["train_history"] for result in results.seeds_of(run)]
-        seconds = [step * results.step_seconds(run) for step, _ in history[0]]
-        losses = [mean(loss for _, loss in points) for points in zip(*history, strict=True)]
-        curves.plot(
-            seconds,
-            losses,
-            style,
-            color=COLORS[run.variant],
-            label=f"{LABELS[run.variant]}, hidden_size {run.hidden_size}",
-        )
-    curves.set_title("Training loss, schedules of equal seconds")
+    for run in results.equal_seconds(results.plan.budgets[-1]):
+        history = results.runs[run.name]["train_history"]
+        seconds = [step * results.step_seconds(run) for step, _ in history]
+        name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
+        curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
+    curves.set_title("Training loss, schedules of equal seconds, one seed")
     for variant in (DENSE, PEER):
         runs = [
             run
@@ -92,16 +95,15 @@ def plot_seconds(results: Results, file: Path) -> None:
             for run in size_runs(results.plan, results.rates, budget)
             if run.variant == variant
         ]
-        seconds = [run.steps * results.step_seconds(run) for run in runs]
-        ends.scatter(seconds, _losses(results, runs), color=COLORS[variant], label=LABELS[variant])
-        for run, place in zip(runs, seconds, strict=True):
-            ends.annotate(str(run.hidden_size), (place, _losses(results, [run])[0]), fontsize=7)
-    ends.set_title("Held-out loss of every size and budget at its end")
+        places = [run.steps * results.step_seconds(run) for run in runs]
+        ends.scatter(places, _corpus_losses(results, runs), color=_color(results, variant), label=label(variant))
+        for run, place, loss in zip(runs, places, _corpus_losses(results, runs), strict=True):
+            ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
+    ends.set_title("Held-out loss of every size and budget at its end, one seed")
     for axes in (curves, ends):
         axes.set(xscale="log", xlabel="seconds on this machine", ylabel="loss, nats per token")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
-    curves.set_ylim(top=curves.get_lines()[0].get_ydata()[2])
     figure.savefig(file, dpi=120)
 
 
@@ -111,38 +113,36 @@ def plot_ablations(results: Results, file: Path) -> None:
     pool, active = figure.subplots(1, 2)
     runs = norm_runs(results)
     for norm in dict.fromkeys(norm for norm, _ in runs):
-        own = dict(sorted((n, run) for (each, n), run in runs.items() if each == norm))
-        pool.plot(list(own), _perplexities(results, list(own.values())), "o-", label=f"query norm {norm or 'none'}")
+        own = {num_experts: run for (each, num_experts), run in runs.items() if each == norm}
+        pool.plot(list(own), _perplexities(results, own.values()), "o-", label=f"query norm {norm or 'none'}")
     pool.set(xlabel="experts N, at fixed active ones", title="More experts")
     trained = active_runs(results)
-    active.plot(list(trained), _perplexities(results, list(trained.values())), "o-", label="trained with them")
-    changed = _changed_after_training(results)
-    for name, points in changed.items():
+    active.plot(list(trained), _perplexities(results, trained.values()), "o-", label="trained with them")
+    for name, points in _changed_after_training(results).items():
         active.plot(*zip(*sorted(points.items()), strict=True), "s--", label=f"{name} changed after training")
     active.set(xlabel="active experts h·k", title="More active experts")
     for axes in (pool, active):
-        axes.set(xscale="log", ylabel="perplexity, mean of the evaluation texts")
         axes.set_xscale("log", base=2)
+        axes.set_ylabel("perplexity, mean over evaluation texts")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 
-def _perplexities(results: Results, runs: list[Run]) -> list[float]:
-    return [mean(results.mean_perplexities(run)) for run in runs]
+def _perplexities(results: Results, runs: Iterable[Run]) -> list[float]:
+    return mean_perplexities([results.losses(run) for run in runs], results.plan)
 
 
 def _changed_after_training(results: Results) -> dict[str, dict[int, float]]:
-    """For h and for k, perplexity by active experts where it alone was changed in the trained model."""
-    reference = results.reference()
-    config = configuration_of(reference, results.plan)
+    """For h and for k, perplexity by active experts where it alone was changed in the trained model of the first seed."""
+    config = configuration_of(results.reference(), results.plan)
     found = {}
     for name, field in (("k", "num_experts_per_head"), ("h", "num_retrieval_heads")):
-        points = {config.num_experts_per_tok: mean(results.mean_perplexities(reference))}
+        points = {config.num_experts_per_tok: _perplexities(results, [results.reference()])[0]}
         for change, fields in results.plan.after_training.items():
             if field in fields:
-                factor = config.num_experts_per_tok // getattr(config, field)
-                points[factor * fields[field]] = mean(results.perplexities_after_training(change))
+                active = config.num_experts_per_tok // getattr(config, field) * fields[field]
+                points[active] = mean_perplexities(losses_after_training(results, change), results.plan)[0]
         found[name] = points
     return found
 
@@ -155,7 +155,7 @@ def plot_usage(results: Results, file: Path) -> None:
     low, high, bins = USAGE_BINS
     edges = torch.linspace(low, high, bins + 1).tolist()
     for axes, norm in zip(figure.subplots(1, len(norms), sharey=True, squeeze=False)[0], norms, strict=True):
-        for num_experts, run in sorted((n, run) for (each, n), run in runs.items() if each == norm):
+        for num_experts, run in ((num_experts, run) for (each, num_experts), run in runs.items() if each == norm):
             (usage,) = results.runs[run.name]["usage"].values()
             shares = [count / num_experts for count in usage["histogram"]]
             axes.stairs(shares, edges, label=f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused")

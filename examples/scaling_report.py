@@ -17,7 +17,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
 from scaling_plan import (
@@ -31,7 +31,6 @@ from scaling_plan import (
     choose_rates,
     choose_sizes,
     configuration_of,
-    corpus_loss,
     costs_of,
     rate_runs,
     reference_run,
@@ -39,7 +38,6 @@ from scaling_plan import (
     size_runs,
     with_seeds,
 )
-from scaling_speed import median_seconds
 from studies import markdown_table, read_json, write_text
 
 
@@ -83,10 +81,10 @@ class Results:
     Args:
         plan (`Plan`)
         runs (`dict[str, dict]`): Of each run's name what `scaling_run.py` wrote.
-        seconds (`dict[str, list[float]]`): Of models, see `scaling_speed.py`.
+        seconds (`dict`): What `Study.seconds` measured.
     """
 
-    def __init__(self, plan: Plan, runs: dict[str, dict[str, Any]], seconds: dict[str, list[float]]):
+    def __init__(self, plan: Plan, runs: dict[str, dict[str, Any]], seconds: dict[str, Any]):
         self.plan = plan
         self.runs = runs
         self.seconds = seconds
@@ -97,49 +95,52 @@ class Results:
         return choose_sizes(self.plan, self.rates, budget, self.runs)
 
     def reference(self) -> Run:
-        """The run that ablations are held against."""
+        """The run that ablations are held against, with one seed as they have."""
         return reference_run(self.plan, self.rates)
 
-    def seeds_of(self, run: Run) -> list[dict[str, Any]]:
-        """What came of the run with each seed it was made with."""
-        return [self.runs[each.name] for each in with_seeds(run, self.plan) if each.name in self.runs]
+    def ablations(self, *groups: str) -> list[Run]:
+        """The reference, and the runs of groups of ablations."""
+        return [self.reference(), *(run for run in ablation_runs(self.plan, self.rates) if run.ablation[0] in groups)]
 
-    def perplexities(self, run: Run, text: str) -> list[float]:
-        """Of a text, with each seed."""
-        return [math.exp(result["losses"][text]) for result in self.seeds_of(run)]
+    def losses(self, run: Run) -> dict[str, float]:
+        """Of each text, of this run alone."""
+        return self.runs[run.name]["losses"]
 
-    def mean_perplexities(self, run: Run) -> list[float]:
-        """The geometric mean over the evaluation texts, with each seed."""
-        return [mean_perplexity(result["losses"], self.plan) for result in self.seeds_of(run)]
+    def with_seeds(self, run: Run) -> list[dict[str, float]]:
+        """Of each seed that the run was made with, the loss of each text."""
+        return [self.losses(each) for each in with_seeds(run, self.plan) if each.name in self.runs]
 
     def margins(self, budget: float) -> dict[str, float]:
         """By which share each variant's mean perplexity is below that of dense, compute-optimal both."""
-        means = {variant: self.mean_perplexities(run) for variant, run in self.optimal(budget).items()}
+        means = {
+            variant: mean_perplexities(self.with_seeds(run), self.plan)
+            for variant, run in self.optimal(budget).items()
+        }
         return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
 
-    def perplexities_after_training(self, change: str, text: str | None = None) -> list[float]:
-        """Of the trained reference with fields changed, with each seed: of a text, or the mean."""
-        found = [result["after_training"][change] for result in self.seeds_of(self.reference())]
-        return [mean_perplexity(each, self.plan) if text is None else math.exp(each[text]) for each in found]
-
     def step_seconds(self, run: Run) -> float:
-        return median_seconds(self.seconds, run)
+        """The median step of the run's model."""
+        return median(self.seconds[str(run.hidden_size)][run.variant])
 
     def equal_seconds(self, budget: float) -> tuple[Run, Run]:
-        """The compute-optimal dense run, and the PEER run that takes as many seconds."""
+        """The compute-optimal dense run, and the PEER run of the size that is so too, for as many seconds."""
         optimal = self.optimal(budget)
         return optimal[DENSE], run_of_seconds(optimal[PEER], optimal[DENSE], self.step_seconds)
 
 
-def mean_perplexity(losses: dict[str, float], plan: Plan) -> float:
-    """The geometric mean over the evaluation texts."""
-    return math.exp(mean(losses[name] for name in plan.evaluation_texts))
+def perplexities(losses: list[dict[str, float]], text: str) -> list[float]:
+    """Of a text, with each seed."""
+    return [math.exp(each[text]) for each in losses]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]:
+    """The geometric mean over the evaluation texts, with each seed."""
+    return [math.exp(mean(each[name] for name in plan.evaluation_texts)) for each in losses]
+
+
+def spread(values: list[float]) -> str:
     """Mean ± deviation over seeds."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def below(values: list[float], others: list[float]) -> float:
@@ -147,21 +148,26 @@ def below(values: list[float], others: list[float]) -> float:
     return 1 - mean(values) / mean(others)
 
 
+def label(variant: str) -> str:
+    return LABELS.get(variant, variant)
+
+
 def table_of_perplexities(results: Results, budget: float) -> str:
     """Perplexity of the compute-optimal models on the evaluation texts, as in the paper's table 1."""
-    texts = [*results.plan.evaluation_texts, CORPUS]
+    plan = results.plan
+    texts = [*plan.evaluation_texts, CORPUS]
     rows = [[f"{budget_name(budget)} FLOPs", "size", "parameters, M", *texts, "geometric mean", "below dense"]]
-    optimal = results.optimal(budget)
-    for variant, run in optimal.items():
-        means = results.mean_perplexities(run)
+    margins = results.margins(budget)
+    for variant, run in results.optimal(budget).items():
+        losses = results.with_seeds(run)
         rows.append(
             [
-                LABELS[variant],
+                label(variant),
                 str(run.hidden_size),
-                f"{costs_of(run, results.plan).parameters / 1e6:.1f}",
-                *(spread(results.perplexities(run, text)) for text in texts),
-                spread(means),
-                "" if variant == DENSE else f"{below(means, results.mean_perplexities(optimal[DENSE])):.1%}",
+                f"{costs_of(run, plan).parameters / 1e6:.1f}",
+                *(spread(perplexities(losses, text)) for text in texts),
+                spread(mean_perplexities(losses, plan)),
+                f"{margins[variant]:.1%}" if variant in margins else "",
             ]
         )
     return markdown_table(rows)
@@ -170,7 +176,7 @@ def table_of_perplexities(results: Results, budget: float) -> str:
 def paper_margins() -> dict[str, dict[str, float]]:
     """At each of the paper's budgets, by which share a variant's mean perplexity is below that of dense."""
     means = {
-        budget: {variant: math.exp(mean(map(math.log, values))) for variant, values in found.items()}
+        budget: {variant: geometric_mean(values) for variant, values in found.items()}
         for budget, found in PAPER_PERPLEXITIES.items()
     }
     return {
@@ -184,24 +190,17 @@ def table_of_the_paper(budget: str) -> str:
     rows = [[f"paper, {budget} FLOPs", *PAPER_TEXTS, "geometric mean", "below dense"]]
     margins = paper_margins()[budget]
     for variant, values in PAPER_PERPLEXITIES[budget].items():
-        share = "" if variant == DENSE else f"{margins[variant]:.1%}"
-        rows.append(
-            [
-                LABELS[variant],
-                *(f"{value:.2f}" for value in values),
-                f"{math.exp(mean(map(math.log, values))):.2f}",
-                share,
-            ]
-        )
+        cells = [f"{value:.2f}" for value in (*values, geometric_mean(values))]
+        rows.append([label(variant), *cells, f"{margins[variant]:.1%}" if variant in margins else ""])
     return markdown_table(rows)
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
-    """Held-out loss of every size at a budget: the isoFLOP curves."""
+    """Held-out loss of every size at a budget, with the first seed: the isoFLOP curves."""
     plan = results.plan
     rows = [[f"held-out loss at {budget_name(budget)} FLOPs", *(f"hidden_size {size}" for size in plan.hidden_sizes)]]
     runs = size_runs(plan, results.rates, budget)
-    rows += [[LABELS[variant], *_losses(results, runs, variant)] for variant in plan.variants]
+    rows += [[label(variant), *_corpus_cells(results, runs, variant)] for variant in plan.variants]
     tokens = (run.steps * plan.tokens_of_step / 1e6 for run in runs if run.variant == DENSE)
     rows.append(["million tokens, dense", *(f"{each:.1f}" for each in tokens)])
     return markdown_table(rows)
@@ -211,44 +210,66 @@ def table_of_rates(results: Results) -> str:
     """Held-out loss at each learning rate."""
     rows = [["held-out loss at a learning rate of", *(f"{rate:g}" for rate in results.plan.learning_rates)]]
     runs = rate_runs(results.plan)
-    rows += [[LABELS[variant], *_losses(results, runs, variant)] for variant in results.plan.variants]
+    rows += [[label(variant), *_corpus_cells(results, runs, variant)] for variant in results.plan.variants]
     return markdown_table(rows)
 
 
-def _losses(results, runs, variant):
-    """Cells of a variant's held-out losses, the lowest one bold."""
-    losses = [corpus_loss(results.runs[run.name]) for run in runs if run.variant == variant]
+def _corpus_cells(results, runs, variant):
+    """Of a variant's runs the held-out losses, the lowest one bold."""
+    losses = [results.losses(run)[CORPUS] for run in runs if run.variant == variant]
     return [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
 
 
-def table_of_experts(results: Results) -> str:
-    """The number of experts at fixed active ones, and query norms, as in the paper's table 3."""
-    rows = [["query norm", "N", "parameters, M", CORPUS, "geometric mean", "usage, %", "top-1 usage, %", "unevenness"]]
-    for (norm, num_experts), run in sorted(norm_runs(results).items(), key=lambda each: (str(each[0][0]), each[0][1])):
-        (usage,) = results.runs[run.name]["usage"].values()
-        rows.append(
-            [
-                norm or "none",
-                f"{num_experts:,}",
-                f"{costs_of(run, results.plan).parameters / 1e6:.1f}",
-                spread(results.perplexities(run, CORPUS)),
-                spread(results.mean_perplexities(run)),
-                f"{usage['usage']:.1%}".rstrip("%"),
-                f"{usage['top1_usage']:.1%}".rstrip("%"),
-                f"{usage['unevenness']:.2f}",
-            ]
-        )
-    return markdown_table(rows)
+def edges(results: Results) -> list[str]:
+    """What was best at the end of what was tried, so that there may be better beyond."""
+    plan = results.plan
+    found = [
+        f"{label(variant)} at a learning rate of {rate:g}"
+        for variant, rate in results.rates.items()
+        if rate in (min(plan.learning_rates), max(plan.learning_rates))
+    ]
+    for budget in plan.budgets:
+        found += [
+            f"{label(variant)} at hidden_size {run.hidden_size} with {budget_name(budget)} FLOPs"
+            for variant, run in results.optimal(budget).items()
+            if run.hidden_size in (min(plan.hidden_sizes), max(plan.hidden_sizes))
+        ]
+    return found
 
 
 def norm_runs(results: Results) -> dict[tuple[str | None, int], Run]:
     """Runs that differ in nothing but the query norm and the number of experts, by these."""
     found = {}
-    for run in [results.reference(), *ablation_runs(results.plan, results.rates)]:
-        if run.ablation is None or run.ablation[0] in ("num_experts", "query_norm"):
-            config = configuration_of(run, results.plan)
-            found[config.query_norm, config.num_experts] = run
-    return found
+    for run in results.ablations("num_experts", "query_norm"):
+        config = configuration_of(run, results.plan)
+        found[config.query_norm, config.num_experts] = run
+    return dict(sorted(found.items(), key=lambda each: (each[0][0] or "", each[0][1])))
+
+
+def table_of_experts(results: Results) -> str:
+    """The number of experts at fixed active ones, and query norms, as in the paper's table 3."""
+    rows = [["query norm", "N", *_COST_COLUMNS, "usage, %", "top-1 usage, %", "unevenness"]]
+    for (norm, num_experts), run in norm_runs(results).items():
+        (usage,) = results.runs[run.name]["usage"].values()
+        shares = [f"{100 * usage[name]:.1f}" for name in ("usage", "top1_usage")]
+        rows.append(
+            [norm or "none", f"{num_experts:,}", *_cost_cells(results, run), *shares, f"{usage['unevenness']:.2f}"]
+        )
+    return markdown_table(rows)
+
+
+_COST_COLUMNS = ["MFLOPs per token", "parameters, M", CORPUS, "geometric mean"]
+
+
+def _cost_cells(results, run):
+    """What a run's model costs, and its perplexity."""
+    costs, losses = costs_of(run, results.plan), [results.losses(run)]
+    return [
+        f"{costs.flops / 1e6:.2f}",
+        f"{costs.parameters / 1e6:.1f}",
+        spread(perplexities(losses, CORPUS)),
+        spread(mean_perplexities(losses, results.plan)),
+    ]
 
 
 def table_of_the_papers_experts() -> str:
@@ -262,61 +283,52 @@ def table_of_the_papers_experts() -> str:
 
 def active_runs(results: Results) -> dict[int, Run]:
     """Runs that differ in the number of active experts, by it."""
-    runs = [results.reference(), *ablation_runs(results.plan, results.rates)]
-    runs = [run for run in runs if run.ablation is None or run.ablation[0] == "active"]
+    runs = results.ablations("active")
     return dict(sorted((configuration_of(run, results.plan).num_experts_per_tok, run) for run in runs))
 
 
 def table_of_active_experts(results: Results) -> str:
     """The number of active experts, trained with."""
-    rows = [["h·k", "h", "k", "MFLOPs per token", CORPUS, "geometric mean"]]
+    rows = [["h·k", "h", "k", *_COST_COLUMNS]]
     for active, run in active_runs(results).items():
         config = configuration_of(run, results.plan)
-        rows.append(
-            [
-                str(active),
-                str(config.num_retrieval_heads),
-                str(config.num_experts_per_head),
-                f"{costs_of(run, results.plan).flops / 1e6:.2f}",
-                spread(results.perplexities(run, CORPUS)),
-                spread(results.mean_perplexities(run)),
-            ]
-        )
+        sizes = (active, config.num_retrieval_heads, config.num_experts_per_head)
+        rows.append([*map(str, sizes), *_cost_cells(results, run)])
     return markdown_table(rows)
+
+
+def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
+    """Of the trained reference with fields changed, with each seed, the loss of each text."""
+    found = (
+        results.runs[each.name] for each in with_seeds(results.reference(), results.plan) if each.name in results.runs
+    )
+    return [result["after_training"][change] for result in found]
 
 
 def table_after_training(results: Results) -> str:
     """What it does to the trained model to change h or k at load."""
-    rows = [["without training again", CORPUS, "geometric mean", "rise"]]
     reference = results.reference()
-    before, config = results.mean_perplexities(reference), configuration_of(reference, results.plan)
-    label = f"as trained, h = {config.num_retrieval_heads}, k = {config.num_experts_per_head}"
-    rows.append([label, spread(results.perplexities(reference, CORPUS)), spread(before), ""])
-    for change in results.plan.after_training:
-        means = results.perplexities_after_training(change)
-        corpus = results.perplexities_after_training(change, CORPUS)
-        rows.append([change, spread(corpus), spread(means), f"{-below(means, before):+.1%}"])
+    config = configuration_of(reference, results.plan)
+    trained = f"as trained, h = {config.num_retrieval_heads}, k = {config.num_experts_per_head}"
+    changed = {trained: results.with_seeds(reference)}
+    changed |= {change: losses_after_training(results, change) for change in results.plan.after_training}
+    before = mean_perplexities(changed[trained], results.plan)
+    rows = [["without training again", CORPUS, "geometric mean", "rise"]]
+    for name, losses in changed.items():
+        means = mean_perplexities(losses, results.plan)
+        rise = "" if name == trained else f"{-below(means, before):+.1%}"
+        rows.append([name, spread(perplexities(losses, CORPUS)), spread(means), rise])
     return markdown_table(rows)
 
 
 def table_of_variations(results: Results) -> str:
     """What the paper does not try."""
-    rows = [["", "MFLOPs per token", "parameters, M", CORPUS, "geometric mean", "below PEER"]]
-    reference = results.reference()
-    for run in [reference, *ablation_runs(results.plan, results.rates)]:
-        if run.ablation is None or run.ablation[0] == "variation":
-            costs = costs_of(run, results.plan)
-            means = results.mean_perplexities(run)
-            rows.append(
-                [
-                    "PEER" if run.ablation is None else run.ablation[1],
-                    f"{costs.flops / 1e6:.2f}",
-                    f"{costs.parameters / 1e6:.1f}",
-                    spread(results.perplexities(run, CORPUS)),
-                    spread(means),
-                    "" if run.ablation is None else f"{below(means, results.mean_perplexities(reference)):.1%}",
-                ]
-            )
+    rows = [["", *_COST_COLUMNS, "below PEER"]]
+    before = mean_perplexities([results.losses(results.reference())], results.plan)
+    for run in results.ablations("variation"):
+        means = mean_perplexities([results.losses(run)], results.plan)
+        name, share = ("PEER", "") if run.ablation is None else (run.ablation[1], f"{below(means, before):.1%}")
+        rows.append([name, *_cost_cells(results, run), share])
     return markdown_table(rows)
 
 
@@ -325,17 +337,18 @@ def table_of_seconds(results: Results) -> str:
     rows = [["", "size", "steps", "ms per step", "seconds", CORPUS, "geometric mean", "below dense"]]
     for budget in results.plan.budgets:
         runs = results.equal_seconds(budget)
-        dense = results.mean_perplexities(runs[0])
+        dense = mean_perplexities(results.with_seeds(runs[0]), results.plan)
         for run in runs:
-            seconds, means = results.step_seconds(run), results.mean_perplexities(run)
+            seconds, losses = results.step_seconds(run), results.with_seeds(run)
+            means = mean_perplexities(losses, results.plan)
             rows.append(
                 [
-                    LABELS[run.variant],
+                    label(run.variant),
                     str(run.hidden_size),
                     f"{run.steps:,}",
-                    f"{seconds * 1e3:.0f}",
+                    f"{seconds * 1e3:.1f}",
                     f"{seconds * run.steps:.0f}",
-                    spread(results.perplexities(run, CORPUS)),
+                    spread(perplexities(losses, CORPUS)),
                     spread(means),
                     "" if run.variant == DENSE else f"{below(means, dense):.1%}",
                 ]
@@ -344,20 +357,22 @@ def table_of_seconds(results: Results) -> str:
 
 
 def table_of_expert_choice(results: Results) -> str:
-    """What experts' choice, in training mode, sees of later tokens."""
-    rows = [["MoE, expert choice", "routed by token, as it generates", "as trained, sees what comes later"]]
+    """What experts' choice, in training mode, sees of later tokens. Empty where no variant's experts choose."""
+    rows = [["experts choose", "routed by token, as it generates", "as trained, sees later tokens"]]
     for budget in results.plan.budgets:
-        for run in results.optimal(budget).values():
-            trained = [result.get("losses_as_trained") for result in results.seeds_of(run)]
-            if all(trained):
-                means = [mean_perplexity(losses, results.plan) for losses in trained]
-                rows.append([f"{budget_name(budget)} FLOPs", spread(results.mean_perplexities(run)), spread(means)])
-    return markdown_table(rows)
+        for variant, run in results.optimal(budget).items():
+            found = [results.runs[each.name] for each in with_seeds(run, results.plan) if each.name in results.runs]
+            trained = [result["losses_as_trained"] for result in found if "losses_as_trained" in result]
+            if trained:
+                means = [mean_perplexities(losses, results.plan) for losses in (results.with_seeds(run), trained)]
+                rows.append([f"{label(variant)}, {budget_name(budget)} FLOPs", *map(spread, means)])
+    return markdown_table(rows) if len(rows) > 1 else ""
 
 
 def describe(results: Results) -> str:
     """All tables, each of this study before the paper's, under headings."""
     budgets = results.plan.budgets
+    beyond = "; ".join(edges(results)) or "none"
     tables = {
         "Perplexity at equal compute": [
             *(table_of_perplexities(results, budget) for budget in budgets),
@@ -367,23 +382,21 @@ def describe(results: Results) -> str:
         "Sizes and learning rates": [
             *(table_of_sizes(results, budget) for budget in budgets),
             table_of_rates(results),
+            f"Best at the end of what was tried: {beyond}.",
         ],
         "Equal wall-clock": [table_of_seconds(results)],
         "More experts, and query norms": [table_of_experts(results), table_of_the_papers_experts()],
         "More active experts": [table_of_active_experts(results), table_after_training(results)],
         "Variations": [table_of_variations(results)],
     }
-    return "\n".join(f"## {heading}\n\n" + "\n\n".join(found) + "\n" for heading, found in tables.items())
+    return "\n".join(
+        f"## {heading}\n\n" + "\n\n".join(filter(None, found)) + "\n" for heading, found in tables.items()
+    )
 
 
 def write_results(file: Path, results: Results) -> None:
     """Writes all there is to know, a run in each line."""
-    parts = {
-        "command": "python examples/scaling.py",
-        "plan": asdict(results.plan),
-        "seconds": results.seconds,
-    }
-    head = json.dumps(parts, indent=1).removesuffix("\n}")
+    head = json.dumps({"plan": asdict(results.plan), "seconds": results.seconds}, indent=1).removesuffix("\n}")
     runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(results.runs.items()))
     write_text(file, f'{head},\n "runs": {{\n{runs}\n }}\n}}\n')
 

@@ -16,13 +16,11 @@ Makes one run of the scaling study, in a process of its own: trains a model with
 
     python examples/scaling_run.py RUN.json
 
-The file is written by scaling.py. What it holds under `run_clm` is what run_clm.py takes as its only argument, and trains
-the same model without the study.
+The file is written by scaling.py. What it holds under `run_clm` is kept beside it, RUN.run_clm.json: what run_clm.py takes
+as its only argument, to train the same model without the study.
 """
 
-import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,8 @@ from modeling_peer import measure_usage
 from modeling_peer.evaluation import evaluation
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # Sequences of a forward in evaluation.
 EVAL_BATCH_SIZE = 16
 
@@ -47,31 +47,33 @@ EVAL_BATCH_SIZE = 16
 USAGE_BINS = (-4.0, 3.0, 28)
 
 
-def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Loss of each text, in nats per token, without what a MoE adds to balance its experts."""
+def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+    """
+    Loss of each text, in nats per token, without what a MoE adds to balance its experts.
+
+    Args:
+        model (`PreTrainedModel`)
+        texts (`dict[str, torch.Tensor]`): Of each, tokens of shape `(num_sequences, block_size)`.
+        batch_size (`int`): Sequences of a forward.
+    """
     return {
-        name: sum(map(_summed_loss(model), text.split(EVAL_BATCH_SIZE))) / _predicted(text)
+        name: sum(_summed_loss(model, batch) for batch in text.split(batch_size)) / text[:, 1:].numel()
         for name, text in texts.items()
     }
 
 
-def _summed_loss(model):
-    def summed_loss(tokens):
-        logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        return F.cross_entropy(logits.float(), tokens[:, 1:].flatten(), reduction="sum").item()
-
-    return summed_loss
+def _summed_loss(model, tokens):
+    logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.float(), tokens[:, 1:].flatten(), reduction="sum").item()
 
 
-def _predicted(text):
-    """How many of its tokens are predicted."""
-    return text[:, 1:].numel()
-
-
-def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The losses of a MoE in training mode: where experts choose, they choose by what comes later, too."""
+def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+    """
+    The losses of a MoE in training mode, with the batches of its training: where experts choose, they choose among all
+    tokens of a batch, later ones too.
+    """
     model.train()
-    found = losses(model, texts)
+    found = losses(model, texts, batch_size)
     model.eval()
     return found
 
@@ -81,9 +83,14 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
     For each set of experts the measures of the paper's table 3 and a histogram of the weight that experts got: how many
     experts got how much, by its decimal logarithm over the mean, and how many got none.
     """
+    first, *others = (measure_usage(model.model, input_ids=batch) for batch in tokens.split(EVAL_BATCH_SIZE))
+    for other in others:
+        for name, meter in other.items():
+            first[name].scores += meter.scores
+            first[name].top1_counts += meter.top1_counts
     low, high, bins = USAGE_BINS
     found = {}
-    for name, meter in measure_usage(model.model, input_ids=tokens).items():
+    for name, meter in first.items():
         scores = meter.scores.double().cpu()
         relative = (scores[scores > 0] / scores.mean()).log10()
         counts = torch.histogram(relative.clamp(low, high), bins=bins, range=(low, high)).hist
@@ -92,7 +99,23 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Trains with the ordinary script, or goes on, and returns what it says of it."""
+    """
+    Trains with the ordinary script, or goes on.
+
+    Args:
+        arguments (`dict`): What run_clm.py takes.
+        file (`Path`): Where they are kept.
+
+    Returns:
+        `dict`: its results and the training loss by step.
+
+    Raises:
+        `ValueError`: if what is to go on was begun with others.
+    """
+    if file.exists() and read_json(file) != arguments:
+        raise ValueError(
+            f"{arguments['output_dir']} was begun with other arguments, those in {file}: remove both to begin anew."
+        )
     write_json(file, arguments)
     sys.argv = [run_clm.__file__, str(file)]
     run_clm.main()
@@ -104,22 +127,49 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, held_out: Path, after_training: dict[str, dict]) -> dict[str, Any]:
-    """Held-out losses and expert usage of a trained model, also with fields changed."""
-    names = json.loads((held_out / "texts.json").read_text())
-    texts = {name: torch.tensor(load_from_disk(held_out / name)["input_ids"]) for name in names}
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def read_texts(folder: Path) -> dict[str, torch.Tensor]:
+    """The held-out texts, where the model will be."""
+    return {
+        name: torch.tensor(load_from_disk(folder / name)["input_ids"], device=DEVICE)
+        for name in read_json(folder / "texts.json")
+    }
+
+
+def load(folder: Path, **fields: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **fields).to(DEVICE).eval()
+
+
+def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
+    """Held-out losses and expert usage of a trained model; `batch_size` is that of its training."""
+    model = load(folder)
     with evaluation(model):
-        result: dict[str, Any] = {"losses": losses(model, texts)}
+        result: dict[str, Any] = {"losses": losses(model, texts, EVAL_BATCH_SIZE)}
         if {"peer", "pkm"}.intersection(model.config.feed_forward_types):
             result["usage"] = usage(model, texts[CORPUS])
-        result["after_training"] = {
-            name: losses(AutoModelForCausalLM.from_pretrained(folder, **fields).eval(), texts)
-            for name, fields in after_training.items()
-        }
     if model.config.moe_routing == "expert_choice":
-        result["losses_as_trained"] = losses_as_trained(model, texts)
+        result["losses_as_trained"] = losses_as_trained(model, texts, batch_size)
     return result
+
+
+@torch.no_grad()
+def measure_after_training(
+    folder: Path, texts: dict[str, torch.Tensor], changes: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Held-out losses of a trained model with fields changed as it is loaded."""
+    return {name: losses(load(folder, **fields), texts, EVAL_BATCH_SIZE) for name, fields in changes.items()}
+
+
+def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Trains the model of a run and measures it."""
+    arguments = work["run_clm"]
+    folder = Path(arguments["output_dir"])
+    trained = train(arguments, file.with_suffix(".run_clm.json"))
+    measured = measure(folder, read_texts(Path(work["held_out"])), arguments["per_device_train_batch_size"])
+    # For the card that push_to_hub.py makes of the model.
+    perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
+    write_json(folder / "all_results.json", {**trained["all_results"], **perplexities})
+    about = {"run_clm": arguments, "machine": machine(), "after_training": {}}
+    return {**work["run"], **trained, **measured, **about}
 
 
 def main():
@@ -127,18 +177,16 @@ def main():
     work = read_json(file)
     result_file = Path(work["result_file"])
     with FileLock(file.with_suffix(".lock")):  # a run that outlived its study, killed, is waited for
-        if result_file.exists():
-            return
-        folder = Path(work["run_clm"]["output_dir"])
-        trained = train(work["run_clm"], folder / "run_clm.json")
-        measured = measure(folder, Path(work["held_out"]), work["after_training"])
-        # For the card that push_to_hub.py makes of the model.
-        perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
-        write_json(folder / "all_results.json", {**trained["all_results"], **perplexities})
-        machine_and_arguments = {"run_clm": work["run_clm"], "machine": machine()}
-        write_json(result_file, {**work["run"], **trained, **measured, **machine_and_arguments})
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if not result_file.exists():
+            write_json(result_file, make(work, file))
+        result = read_json(result_file)
+        changes = {
+            name: fields for name, fields in work["after_training"].items() if name not in result["after_training"]
+        }
+        if changes:
+            texts = read_texts(Path(work["held_out"]))
+            result["after_training"] |= measure_after_training(Path(work["run_clm"]["output_dir"]), texts, changes)
+            write_json(result_file, result)
 
 
 if __name__ == "__main__":

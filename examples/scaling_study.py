@@ -15,6 +15,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,6 +29,7 @@ from corpora import load_corpus
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from scaling_plan import (
     CORPUS,
+    DENSE,
     PEER,
     Plan,
     Run,
@@ -38,9 +40,10 @@ from scaling_plan import (
     training_flops,
     with_seeds,
 )
+from scaling_run import EVAL_BATCH_SIZE
 from scaling_speed import step_seconds
-from studies import claim_folder, read_json, write_json
-from text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
+from studies import claim_folder, machine, read_json, write_json
+from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -67,7 +70,7 @@ class Study:
         self.plan = plan
         self.folder = folder
         self.processes = processes
-        # Of the rest each run keeps its own: lists of sizes, budgets or ablations may grow.
+        # The rest is checked run by run: lists of sizes, budgets or ablations may grow.
         texts = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
         claim_folder(folder, {name: getattr(plan, name) for name in texts})
 
@@ -75,21 +78,26 @@ class Study:
         """Fetches the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
         if (self.folder / "held_out" / "texts.json").exists():
             return
-        parts = [load_corpus(name) for name in self.plan.training_texts]
-        corpus = DatasetDict({split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]})
+        parts = [self._read(name) for name in self.plan.training_texts]
+        corpus = {split: concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation")}
         for split, texts in corpus.items():
             texts.to_parquet(self.folder / "text" / f"{split}.parquet")
-        base = PeerConfig.from_pretrained(configuration_path(next(iter(self.plan.variants.values()))["configuration"]))
+        base = PeerConfig.from_pretrained(configuration_path(self.plan.variants[DENSE]["configuration"]))
         tokenizer = train_tokenizer(
             corpus["train"].shuffle(seed=0), "text", base.vocab_size, base.max_position_embeddings
         )
         tokenizer.save_pretrained(self.folder / "tokenizer")
         held_out = {CORPUS: corpus["validation"]}
         for name in self.plan.evaluation_texts:
-            held_out[name] = concatenate_datasets(list(load_corpus(name).values()))
+            held_out[name] = concatenate_datasets(list(self._read(name).values()))
         for name, texts in held_out.items():
             self._blocks(texts).save_to_disk(self.folder / "held_out" / name)
         write_json(self.folder / "held_out" / "texts.json", list(held_out))
+
+    def _read(self, name: str) -> DatasetDict:
+        datasets = load_corpus(name)
+        column = text_column(next(iter(datasets.values())), DataTrainingArguments())
+        return datasets.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
 
     def _blocks(self, texts: Dataset) -> Dataset:
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
@@ -103,17 +111,18 @@ class Study:
         """What came of all runs there are, by their names."""
         return {file.stem: read_json(file) for file in sorted((self.folder / "results").glob("*.json"))}
 
-    def seconds(self, rates: dict[str, float]) -> dict[str, list[float]]:
-        """Of each variant and size, seconds of training steps, measured once and with nothing else running."""
-        file = self.folder / "seconds.json"
-        if not file.exists():
-            text = torch.tensor(load_from_disk(self.folder / "held_out" / CORPUS)["input_ids"])
-            found: dict[str, list[float]] = {}
-            for hidden_size in self.plan.hidden_sizes:
-                runs = [Run(variant, hidden_size, 1, rates[variant]) for variant in self.plan.variants]
-                found |= step_seconds(runs, self.plan, text)
-            write_json(file, found)
-        return read_json(file)
+    def seconds(self) -> dict[str, Any]:
+        """Of the two ends of the comparison at all sizes, seconds of a training step, see `step_seconds`; measured once."""
+        text = torch.tensor(load_from_disk(self.folder / "held_out" / CORPUS)["input_ids"])
+        found: dict[str, Any] = {"machine": machine()}
+        for hidden_size in self.plan.hidden_sizes:
+            runs = [Run(variant, hidden_size, 1, self.plan.learning_rates[0]) for variant in (DENSE, PEER)]
+            fields = {run.variant: changed_fields(run, self.plan) for run in runs}
+            file = self.folder / "seconds" / f"{hidden_size}.json"
+            if not file.exists() or read_json(file)["fields"] != fields:
+                write_json(file, {"fields": fields, "seconds": step_seconds(runs, self.plan, text)})
+            found[str(hidden_size)] = read_json(file)["seconds"]
+        return found
 
     def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
         """
@@ -123,7 +132,10 @@ class Study:
             `RuntimeError`: if one fails, after those under way are done.
             `ValueError`: if one that is there is of a model with other fields.
         """
-        missing = [run for run in dict.fromkeys(runs) if not self.result_file(run).exists()]
+        runs = list(dict.fromkeys(runs))
+        for run in runs:
+            self._check(run)
+        missing = [run for run in runs if not self._is_whole(run)]
         devices: SimpleQueue[int] = SimpleQueue()
         for i in range(self.processes):
             devices.put(i)
@@ -136,40 +148,59 @@ class Study:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return self._checked(runs)
+        for checkpoint in (self.folder / "models").glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return self.results()
 
-    def _checked(self, runs):
-        results = self.results()
-        for run in runs:
-            found, expected = results[run.name]["fields"], changed_fields(run, self.plan)
-            changed = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
-            if changed:
-                raise ValueError(
-                    f"{self.result_file(run)} is of a model with other fields: "
-                    + ", ".join(f"{name} was {found.get(name)}, got {expected.get(name)}" for name in sorted(changed))
-                    + ". Remove it, and its folder in models, or choose another --output_dir."
-                )
-        return results
+    def _check(self, run):
+        """Raises `ValueError` if there is a result of the run's name that is of another model, or trained in another way."""
+        file = self.result_file(run)
+        if not file.exists():
+            return
+        found, expected = _comparable(read_json(file)["run_clm"]), _comparable(self._arguments(run))
+        if found != expected:
+            pairs = {name: (found.get(name, "absent"), expected.get(name, "absent")) for name in found | expected}
+            raise ValueError(
+                f"{file} was made with other arguments: "
+                + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
+                + f". Remove it, and {self.folder / 'models' / run.name}, or choose another --output_dir."
+            )
+
+    def _is_whole(self, run):
+        file = self.result_file(run)
+        return file.exists() and self._changes(run).keys() <= read_json(file)["after_training"].keys()
+
+    def _changes(self, run):
+        """What is changed in its model after training."""
+        reference = reference_run(self.plan, {PEER: run.learning_rate})
+        return self.plan.after_training if run in with_seeds(reference, self.plan) else {}
 
     def _make(self, run, devices):
+        file = self.folder / "work" / f"{run.name}.json"
+        write_json(file, self._work(run))
         device = devices.get()
-        environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
-        if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = str(device % torch.cuda.device_count())
-        else:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
-        folder = self.folder / "models" / run.name
-        write_json(folder / "run.json", self._work(run, folder))
         try:
-            with open(folder / "log.txt", "a") as log:
-                command = [sys.executable, str(RUN_SCRIPT), str(folder / "run.json")]
+            with open(file.with_suffix(".log"), "a") as log:
+                command = [sys.executable, str(RUN_SCRIPT), str(file)]
+                environment = self._environment(device)
                 status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         finally:
             devices.put(device)
         if status:
-            raise RuntimeError(f"{run.name} failed with {status}: see {folder / 'log.txt'}.")
+            raise RuntimeError(f"{run.name} failed with {status}: see {file.with_suffix('.log')}.")
 
-    def _work(self, run, folder):
+    def _environment(self, device):
+        """Of a run that is alone on an accelerator, or on its share of the cores."""
+        environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            names = visible.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = names[device % len(names)]
+        else:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
+        return environment
+
+    def _work(self, run):
         costs = costs_of(run, self.plan)
         description = {
             **asdict(run),
@@ -179,19 +210,17 @@ class Study:
             "parameters": costs.parameters,
             "active_parameters": costs.active_parameters,
         }
-        is_reference = run in with_seeds(reference_run(self.plan, {PEER: run.learning_rate}), self.plan)
         return {
             "run": description,
-            "run_clm": self._arguments(run, folder),
+            "run_clm": self._arguments(run),
             "result_file": str(self.result_file(run)),
             "held_out": str(self.folder / "held_out"),
-            "after_training": self.plan.after_training if is_reference else {},
+            "after_training": self._changes(run),
         }
 
-    def _arguments(self, run, folder):
+    def _arguments(self, run):
         """What run_clm.py takes."""
         fields = changed_fields(run, self.plan)
-        batch_size = self.plan.batch_size // self.plan.training.get("gradient_accumulation_steps", 1)
         return {
             "config_name": base_configuration(run, self.plan),
             "config_overrides": json.dumps(fields),
@@ -200,10 +229,10 @@ class Study:
             "validation_file": str(self.folder / "text" / "validation.parquet"),
             "do_train": True,
             "do_eval": True,
-            "output_dir": str(folder),
+            "output_dir": str(self.folder / "models" / run.name),
             "block_size": self.plan.block_size,
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": 4 * batch_size,
+            "per_device_train_batch_size": self.plan.batch_size // self.plan.accumulation_steps,
+            "per_device_eval_batch_size": EVAL_BATCH_SIZE,
             "max_eval_samples": self.plan.eval_sequences,
             "max_steps": run.steps,
             "learning_rate": run.learning_rate,
@@ -216,4 +245,14 @@ class Study:
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
             **self.plan.training,
+            **self.plan.variants[run.variant].get("training", {}),
         }
+
+
+def _comparable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of run_clm.py, each field of the configuration by itself, without where files are."""
+    paths = ("tokenizer_name", "train_file", "validation_file", "output_dir", "config_overrides")
+    return {
+        **{name: value for name, value in arguments.items() if name not in paths},
+        **json.loads(arguments["config_overrides"]),
+    }

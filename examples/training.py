@@ -62,10 +62,16 @@ class OptimizerArguments:
     expert_lr_multiplier: float = field(
         default=1.0, metadata={"help": "What RowAdamW multiplies the learning rate of expert tables with."}
     )
+    down_proj_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "What it multiplies that of the experts' output rows with, besides."}
+    )
 
     def __post_init__(self):
-        if not self.row_adamw and (self.second_moment, self.expert_lr_multiplier) != ("full", 1.0):
-            raise ValueError("--second_moment and --expert_lr_multiplier are of RowAdamW: add --row_adamw.")
+        options = (self.second_moment, self.expert_lr_multiplier, self.down_proj_lr_multiplier)
+        if not self.row_adamw and options != ("full", 1.0, 1.0):
+            raise ValueError(
+                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier are of RowAdamW: add --row_adamw."
+            )
 
     def check(self, config: PreTrainedConfig, training_args: TrainingArguments) -> None:
         """Raises `ValueError` if a model of this configuration has gradients that the optimizer does not take."""
@@ -83,7 +89,11 @@ def make_optimizers(
     if not args.row_adamw:
         return None, None
     groups = expert_parameter_groups(
-        model, training_args.learning_rate, training_args.weight_decay, args.expert_lr_multiplier
+        model,
+        training_args.learning_rate,
+        training_args.weight_decay,
+        args.expert_lr_multiplier,
+        args.down_proj_lr_multiplier,
     )
     betas = (training_args.adam_beta1, training_args.adam_beta2)
     return RowAdamW(groups, betas=betas, eps=training_args.adam_epsilon, second_moment=args.second_moment), None
@@ -209,6 +219,8 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
         logger.warning(f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to go on.")
         trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
         trainer.save_model()
+        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        trainer.save_state()
         return
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
@@ -220,7 +232,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
 
 
 def _has_finished(checkpoint, training_args):
-    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     if training_args.max_steps > 0:
         return state.global_step >= training_args.max_steps
     return state.epoch >= training_args.num_train_epochs

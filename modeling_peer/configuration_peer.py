@@ -64,6 +64,10 @@ class PeerConfig(PreTrainedConfig):
         Whether each head has sub-keys of its own; in the paper all heads share them.
     expert_act (`str`, *optional*, defaults to `"gelu"`):
         Activation σ of the experts, or `None` for none.
+    expert_initializer_range (`float`, *optional*):
+        Standard deviation that the rows v_i of PEER experts, and the values of PKM, start with. By default what makes the
+        layer's output vary as a dense feed-forward's does: up to k times `initializer_range`, as router weights of a head
+        sum to one. Less is less noise to unlearn.
     gated_experts (`bool`, *optional*, defaults to `False`):
         Whether experts are gated: σ(g · x) (u · x) v.
     share_experts_across_layers (`bool`, *optional*, defaults to `False`):
@@ -151,6 +155,7 @@ class PeerConfig(PreTrainedConfig):
     scoring_func: Literal["softmax", "sigmoid", "relu"] = "softmax"
     sub_keys_per_head: bool = False
     expert_act: str | None = "gelu"
+    expert_initializer_range: float | None = None
     gated_experts: bool = False
     share_experts_across_layers: bool = False
     shared_expert_intermediate_size: int | None = None
@@ -252,8 +257,10 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even, two halves that rotate together, got {self.head_dim}.")
-        if self.initializer_range <= 0:
-            raise ValueError(f"`initializer_range` must be positive, got {self.initializer_range}.")
+        for name in ("initializer_range", "expert_initializer_range"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
 
     def validate_feed_forward_types(self):
         if len(self.feed_forward_types) != self.num_hidden_layers:

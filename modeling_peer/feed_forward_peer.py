@@ -32,7 +32,7 @@ from transformers.activations import ACT2FN
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
 from .generations import Generation, generations_of, has_protected_additions
-from .initial_scale import activation_power, matched_std, router_weight_power
+from .initial_scale import activation_power, expert_std, router_weight_power
 from .product_key_router import AddedRouter, ProductKeyRouter
 
 
@@ -56,7 +56,7 @@ class ExpertPool(nn.Module):
         std = 0.0
         if self.first_expert == 0:
             power = router_weight_power(config) * activation_power(self.act_fn, config, config.gated_experts)
-            std = matched_std(config, power)
+            std = expert_std(config, power)
         self.down_proj = ExpertDownProjection(config, generation.num_experts, std)
         self.added = nn.ModuleList([ExpertPool(config, [each]) for each in added])
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from .expert_table import ExpertDownProjection
 from .generations import first_generation
-from .initial_scale import matched_std, router_weight_power
+from .initial_scale import expert_std, router_weight_power
 from .product_key_router import ProductKeyRouter
 
 
@@ -31,7 +31,7 @@ class PkmFeedForward(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.router = ProductKeyRouter(config, first_generation(config))
-        std = matched_std(config, router_weight_power(config))
+        std = expert_std(config, router_weight_power(config))
         self.values = ExpertDownProjection(config, config.num_experts, std)
 
     @classmethod

@@ -47,6 +47,11 @@ def matched_std(config, power: float) -> float:
     return config.initializer_range * math.sqrt(dense_power / power)
 
 
+def expert_std(config, power: float) -> float:
+    """Standard deviation of the rows of experts: `config.expert_initializer_range`, or what [`matched_std`] makes of `power`."""
+    return matched_std(config, power) if config.expert_initializer_range is None else config.expert_initializer_range
+
+
 def router_weight_power(config) -> float:
     """Expected sum of squared router weights of a token, over the heads and experts of a `ProductKeyRouter`."""
     num_active = config.num_retrieval_heads * config.num_experts_per_head

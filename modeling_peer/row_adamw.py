@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 from transformers.trainer_pt_utils import get_parameter_names
 
 from . import row_adamw_native as native
-from .expert_table import ExpertTable
+from .expert_table import ExpertDownProjection, ExpertTable
 from .memory_advice import advise_huge_pages
 from .sparse_gradients import rows_and_values
 
@@ -391,7 +391,11 @@ def _bias_correction(beta, steps, dtype):
 
 
 def expert_parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, expert_lr_multiplier: float = 1.0
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    expert_lr_multiplier: float = 1.0,
+    down_proj_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """
     Groups of a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
@@ -403,22 +407,31 @@ def expert_parameter_groups(
         weight_decay (`float`, *optional*, defaults to 0.0): Of all but biases and norms.
         expert_lr_multiplier (`float`, *optional*, defaults to 1.0): What the learning rate of expert tables is multiplied
             with. Schedulers multiply each group's own learning rate, so this holds all along.
+        down_proj_lr_multiplier (`float`, *optional*, defaults to 1.0): What that of the rows v_i that come out, of PKM the
+            values, is multiplied with besides. A head's router weights sum to one, so its rows must be up to k times as
+            large as a dense projection's, and at one learning rate take as many more steps to get there.
 
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, ExpertTable)}
+    tables = {
+        id(module.weight): "down_tables" if isinstance(module, ExpertDownProjection) else "tables"
+        for module in model.modules()
+        if isinstance(module, ExpertTable)
+    }
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
-    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": []}
+    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "tables" if id(parameter) in tables else "decayed" if name in decayed else "not_decayed"
-            kinds[kind].append(parameter)
+            kind = tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")
+            kinds["tables" if down_proj_lr_multiplier == 1.0 and kind == "down_tables" else kind].append(parameter)
     lr, expert_lr = learning_rate, learning_rate * expert_lr_multiplier
+    down_lr = expert_lr * down_proj_lr_multiplier
     groups = [
         {"params": kinds["decayed"], "lr": lr, "weight_decay": weight_decay, "rows": False},
         {"params": kinds["not_decayed"], "lr": lr, "weight_decay": 0.0, "rows": False},
         {"params": kinds["tables"], "lr": expert_lr, "weight_decay": weight_decay, "rows": True},
+        {"params": kinds["down_tables"], "lr": down_lr, "weight_decay": weight_decay, "rows": True},
     ]
     return [group for group in groups if group["params"]]
 

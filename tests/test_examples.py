@@ -41,8 +41,13 @@ from text_data import (
     train_tokenizer,
 )
 from torch.testing import assert_close
-from training import OptimizerArguments
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from training import OptimizerArguments, make_optimizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+)
 
 from modeling_peer import PeerForSequenceClassification
 
@@ -186,8 +191,16 @@ class TestLanguageModel:
             assert 0 < optimizer["state"][table]["row_steps"].max() <= 6
 
     def test_flags_of_row_adamw_need_it(self):
-        with pytest.raises(ValueError, match="add --row_adamw"):
-            OptimizerArguments(expert_lr_multiplier=2.0)
+        for name in ("expert_lr_multiplier", "down_proj_lr_multiplier"):
+            with pytest.raises(ValueError, match=f"--{name}.*add --row_adamw"):
+                OptimizerArguments(**{name: 2.0})
+
+    def test_multipliers_reach_the_optimizer(self, tmp_path):
+        args = OptimizerArguments(row_adamw=True, expert_lr_multiplier=2.0, down_proj_lr_multiplier=4.0)
+        model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))
+        training_args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5)
+        optimizer, _ = make_optimizers(args, training_args, model)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 1.0, 4.0]
 
 
 class TestText:

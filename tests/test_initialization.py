@@ -107,3 +107,16 @@ def test_dense_varies_as_its_matrices_say():
     neuron_power = nn.functional.silu(pre_activations).square().mean() * pre_activations.var()
     expected = config.intermediate_size * neuron_power.item() * config.initializer_range**2
     assert output_variance(config, "dense", training=False) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", ["peer", "pkm"])
+def test_rows_that_come_out_can_start_smaller(variant):
+    config = PeerConfig.from_pretrained(configuration_path(f"{variant}-tiny"))
+    config = PeerConfig.from_dict(config.to_dict() | {"expert_initializer_range": 0.003})
+    feed_forward = initialised(config, variant, None, training=True)
+    table = feed_forward.values if variant == "pkm" else feed_forward.expert_pool.down_proj
+    assert table.weight.std().item() == pytest.approx(0.003, rel=0.02)
+    if variant == "peer":
+        assert feed_forward.expert_pool.up_proj.weight.std().item() == pytest.approx(
+            config.initializer_range, rel=0.02
+        )

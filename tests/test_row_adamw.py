@@ -36,7 +36,7 @@ from transformers import Trainer
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, row_adamw
-from modeling_peer.expert_table import ExpertTable
+from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 
 
 assert_same = functools.partial(assert_close, rtol=0, atol=0)
@@ -399,6 +399,17 @@ class TestGroups:
         # What `Trainer` logs is the rate of the first.
         assert not groups[0]["rows"]
         RowAdamW(groups)
+
+    @pytest.mark.parametrize("variant", ["peer", "pkm"])
+    def test_rows_that_come_out_have_a_rate_of_their_own(self, variant):
+        model = small_model("dense", variant)
+        groups = expert_parameter_groups(model, 0.1, expert_lr_multiplier=2.0, down_proj_lr_multiplier=5.0)
+        rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+        for module in model.modules():
+            if isinstance(module, ExpertTable):
+                expected = 1.0 if isinstance(module, ExpertDownProjection) else 0.2
+                assert rates[module.weight] == pytest.approx(expected)
+        assert sorted(rates.values())[0] == 0.1 and all(each["rows"] == (each["lr"] > 0.1) for each in groups)
 
     def test_leave_out_what_is_frozen(self):
         model = small_model()
