@@ -148,6 +148,8 @@ CORPORA = {
     "linux-docs": Corpus("debian", "linux-doc-6.12", "**/_sources/[a-z]*/**/*.rst.txt", "GPL-2"),
     "perl-docs": Corpus("debian", "perl-doc", "**/*.pod", "GPL or Artistic"),
     "prose": Corpus("debian", "anarchism", "**/*.md.gz", "GFDL", _read_gzip),
+    "php-docs": Corpus("debian", "php-doc", "**/*.html", "CC-BY-3.0", _read_html),
+    "sqlite-docs": Corpus("debian", "sqlite3-doc", "**/*.html", "public domain", _read_html),
     "handbook-german": Corpus("debian", "debian-handbook", "**/html/de-DE/*.html", "GPL-2+ or CC-BY-SA", _read_html),
     "handbook": Corpus("debian", "debian-handbook", "**/html/en-US/*.html", "GPL-2+ or CC-BY-SA", _read_html),
     "postgresql-docs": Corpus("debian", "postgresql-doc-17", "**/html/*.html", "PostgreSQL", _read_html),

@@ -46,8 +46,9 @@ class Plan:
         training_texts, evaluation_texts (`list[str]`): Names in corpora.py or ids of the Hub. Of the first, texts are held
             out; the second are from other sources.
         block_size, batch_size (`int`): Tokens of a sequence, sequences of a step.
-        hidden_sizes (`list[int]`): Sizes to sweep; widths of feed-forwards and the number of heads grow with them.
         budgets (`list[float]`): Training FLOPs of a model, rising.
+        hidden_sizes (`list[list[int]]`): Sizes to sweep at each budget, rising; widths of feed-forwards and the number of
+            heads grow with them.
         learning_rates (`list[float]`): Of which each variant takes its best.
         seeds (`int`): Seeds of the compute-optimal models.
         eval_sequences (`int`): Sequences of each held-out text.
@@ -67,8 +68,8 @@ class Plan:
     evaluation_texts: list[str]
     block_size: int
     batch_size: int
-    hidden_sizes: list[int]
     budgets: list[float]
+    hidden_sizes: list[list[int]]
     learning_rates: list[float]
     seeds: int
     eval_sequences: int
@@ -91,6 +92,10 @@ class Plan:
         for name in ("training_texts", "evaluation_texts", "hidden_sizes", "budgets", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must name at least one.")
+        if len(self.hidden_sizes) != len(self.budgets):
+            raise ValueError(
+                f"`hidden_sizes` must be as many lists as `budgets`, {len(self.budgets)}, got {len(self.hidden_sizes)}."
+            )
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"`batch_size` must be a multiple of `gradient_accumulation_steps` = {self.accumulation_steps}, got "
@@ -100,6 +105,15 @@ class Plan:
     @property
     def tokens_of_step(self) -> int:
         return self.block_size * self.batch_size
+
+    def sizes(self, budget: float) -> list[int]:
+        """Those to sweep at a budget."""
+        return self.hidden_sizes[self.budgets.index(budget)]
+
+    @property
+    def all_sizes(self) -> list[int]:
+        """Those of all budgets, rising."""
+        return sorted({size for sizes in self.hidden_sizes for size in sizes})
 
     @property
     def accumulation_steps(self) -> int:
@@ -149,17 +163,18 @@ def changed_fields(run: Run, plan: Plan) -> dict[str, Any]:
     of the configuration's size do not make up.
     """
     base = PeerConfig.from_pretrained(configuration_path(base_configuration(run, plan)))
-    if base.head_dim * base.num_attention_heads != base.hidden_size or run.hidden_size % base.head_dim:
-        raise ValueError(
-            f"`hidden_sizes` must be multiples of the head size {base.head_dim} of {base_configuration(run, plan)}, got "
-            f"{run.hidden_size}."
-        )
-    heads = run.hidden_size // base.head_dim
     fields = {
+        "head_dim": base.head_dim,
         **plan.fields,
         **plan.variants[run.variant],
         **({} if run.ablation is None else plan.ablations[run.ablation[0]][run.ablation[1]]),
     }
+    heads, rest = divmod(run.hidden_size, fields["head_dim"])
+    if rest:
+        raise ValueError(
+            f"`hidden_sizes` must be multiples of the head size {fields['head_dim']} of {run.variant}, got "
+            f"{run.hidden_size}."
+        )
     for name in ("configuration", "training"):
         fields.pop(name, None)
     widths = {name: fields.get(name, getattr(base, name)) for name in WIDTHS}
@@ -230,7 +245,7 @@ def size_runs(plan: Plan, rates: dict[str, float], budget: float) -> list[Run]:
     """Every variant at every size, trained for one budget."""
     return [
         run_of_budget(variant, hidden_size, budget, rates[variant], plan)
-        for hidden_size in plan.hidden_sizes
+        for hidden_size in plan.sizes(budget)
         for variant in plan.variants
     ]
 

@@ -38,7 +38,7 @@ from scaling_plan import (
     size_runs,
     with_seeds,
 )
-from studies import markdown_table, read_json, write_text
+from studies import markdown_table, read_json, spread_cell, write_text
 
 
 LABELS = {
@@ -140,7 +140,7 @@ def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]
 
 def spread(values: list[float]) -> str:
     """Mean ± deviation over seeds."""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
 
 
 def below(values: list[float], others: list[float]) -> float:
@@ -198,7 +198,7 @@ def table_of_the_paper(budget: str) -> str:
 def table_of_sizes(results: Results, budget: float) -> str:
     """Held-out loss of every size at a budget, with the first seed: the isoFLOP curves."""
     plan = results.plan
-    rows = [[f"held-out loss at {budget_name(budget)} FLOPs", *(f"hidden_size {size}" for size in plan.hidden_sizes)]]
+    rows = [[f"held-out loss at {budget_name(budget)} FLOPs", *(f"hidden_size {size}" for size in plan.sizes(budget))]]
     runs = size_runs(plan, results.rates, budget)
     rows += [[label(variant), *_corpus_cells(results, runs, variant)] for variant in plan.variants]
     tokens = (run.steps * plan.tokens_of_step / 1e6 for run in runs if run.variant == DENSE)
@@ -232,7 +232,7 @@ def edges(results: Results) -> list[str]:
         found += [
             f"{label(variant)} at hidden_size {run.hidden_size} with {budget_name(budget)} FLOPs"
             for variant, run in results.optimal(budget).items()
-            if run.hidden_size in (min(plan.hidden_sizes), max(plan.hidden_sizes))
+            if run.hidden_size in (min(plan.sizes(budget)), max(plan.sizes(budget)))
         ]
     return found
 

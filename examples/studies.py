@@ -199,11 +199,9 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def spread_cell(value: float | None, deviation: float | None) -> str:
+def spread_cell(value: float | None, deviation: float | None, digits: int = 3) -> str:
     """`"0.123 ± 0.004"`; without a deviation, of one seed, the value alone; nothing if there is none."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    return " ± ".join(f"{each:.{digits}f}" for each in (value, deviation) if each is not None)
 
 
 def settings_cell(settings: dict[str, float]) -> str:

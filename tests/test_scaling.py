@@ -75,7 +75,12 @@ from modeling_peer import PeerConfig, configuration_path
 
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configuration" / "scaling"
-PLAN = read_plan(PLANS / "two-cores.json")
+PLAN = replace(
+    read_plan(PLANS / "two-cores.json"),
+    budgets=[6e12, 2e13],
+    hidden_sizes=[[32, 64, 96, 128]] * 2,
+    learning_rates=[0.002, 0.004, 0.008],
+)
 
 TEXTS = {
     name: DatasetDict({split: Dataset.from_list([{"text": words * 300}] * 4) for split in ("train", "validation")})
@@ -88,7 +93,7 @@ SMALL = {
     "evaluation_texts": ["new"],
     "block_size": 32,
     "batch_size": 4,
-    "hidden_sizes": [32],
+    "hidden_sizes": [[32]],
     "budgets": [6e8],
     "learning_rates": [0.01],
     "seeds": 2,
@@ -144,7 +149,7 @@ class TestPlans:
     def test_only_the_middle_block_differs(self, file):
         """As in the paper: everything outside it is the same, so that the feed-forward is what is compared."""
         plan = read_plan(file)
-        for size in plan.hidden_sizes:
+        for size in plan.all_sizes:
             models = [configuration_of(Run(variant, size, 1, 1.0), plan) for variant in plan.variants]
             for name in (
                 "num_hidden_layers",
@@ -165,6 +170,7 @@ REFUSED = [
     ({"variants": {"dense": {"configuration": "dense-tiny"}}}, "`variants` must have 'peer'"),
     ({"ablations": {"depth": {}}}, r"of the groups \['num_experts', .*got 'depth'"),
     ({"evaluation_texts": []}, "`evaluation_texts` must name at least one"),
+    ({"hidden_sizes": [[32], [64]]}, "as many lists as `budgets`, 1, got 2"),
     ({"batch_size": 3}, "multiple of `gradient_accumulation_steps` = 2, got 3"),
 ]
 
@@ -183,7 +189,8 @@ class TestPlan:
         base = PeerConfig.from_pretrained(configuration_path("peer-tiny"))
         assert base.hidden_size == 128
         half = configuration_of(Run(PEER, 64, 1, 1.0), PLAN)
-        assert (half.intermediate_size, half.head_dim) == (base.intermediate_size // 2, base.head_dim)
+        assert half.intermediate_size == base.intermediate_size // 2
+        assert (half.head_dim, half.num_attention_heads, half.num_key_value_heads) == (16, 4, 4)  # 16 is the plan's
         assert half.query_size == PLAN.variants[PEER]["query_size"] // 2
         assert half.num_experts == PLAN.variants[PEER]["num_experts"]
         assert (
@@ -194,7 +201,7 @@ class TestPlan:
         )
 
     def test_refuses_a_size_that_heads_do_not_divide(self):
-        with pytest.raises(ValueError, match="multiples of the head size 32 of peer-tiny, got 100"):
+        with pytest.raises(ValueError, match="multiples of the head size 16 of peer, got 100"):
             changed_fields(Run(PEER, 100, 1, 1.0), PLAN)
 
     def test_equal_seconds_are_those_of_the_steps(self):
@@ -226,7 +233,7 @@ def study_of(losses, plan=PLAN):
     repeated = [each for run in [*sizes, reference_run(plan, rates)] for each in with_seeds(run, plan)]
     runs |= {run.name: made_of(losses, run) for run in [*repeated, *ablation_runs(plan, rates)]}
     # A step of PEER takes twice as long: medians, with one repetition far off.
-    seconds = {str(size): {"dense": [0.1, 0.1, 9.0], PEER: [0.2, 0.2, 9.0]} for size in plan.hidden_sizes}
+    seconds = {str(size): {"dense": [0.1, 0.1, 9.0], PEER: [0.2, 0.2, 9.0]} for size in plan.all_sizes}
     results = Results(plan, runs, seconds)
     for budget in plan.budgets:
         for run in with_seeds(results.equal_seconds(budget)[1], plan):
@@ -306,7 +313,7 @@ class TestReport:
     def test_number_of_experts_and_norms(self, results):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_of_experts(results).split("\n")[2:]]
         assert [row[:2] for row in rows] == [
-            *(["none", number] for number in ("1,024", "4,096", "16,384", "65,536")),
+            *(["none", number] for number in ("16,384", "65,536")),
             *(["batch", number] for number in ("1,024", "4,096", "16,384", "65,536")),
             ["rms", "65,536"],
         ]
