@@ -59,8 +59,8 @@ class Plan:
             fields that differ.
         reference_hidden_size (`int`): The size at which learning rates are chosen and ablations are made, the latter for
             as many steps as the last budget pays for.
-        ablations (`dict[str, dict[str, dict]]`): In the groups of `ABLATIONS`, fields in which models differ from the PEER
-            variant.
+        ablations (`dict[str, dict[str, dict]]`): In the groups of `ABLATIONS`, fields and `training` arguments in which
+            models differ from the PEER variant.
         after_training (`dict[str, dict]`): Fields to change in the trained PEER model at that size, without training again.
     """
 
@@ -152,6 +152,16 @@ def read_plan(file: Path) -> Plan:
     return plan
 
 
+def _ablation(run: Run, plan: Plan) -> dict[str, Any]:
+    return {} if run.ablation is None else plan.ablations[run.ablation[0]][run.ablation[1]]
+
+
+def training_arguments(run: Run, plan: Plan) -> dict[str, Any]:
+    """The plan's `TrainingArguments` for a run: of all runs, its variant's, its ablation's."""
+    own = (plan.variants[run.variant], _ablation(run, plan))
+    return plan.training | {name: value for each in own for name, value in each.get("training", {}).items()}
+
+
 def base_configuration(run: Run, plan: Plan) -> str:
     """The name of the configuration that the model is made of."""
     return plan.variants[run.variant]["configuration"]
@@ -167,7 +177,7 @@ def changed_fields(run: Run, plan: Plan) -> dict[str, Any]:
         "head_dim": base.head_dim,
         **plan.fields,
         **plan.variants[run.variant],
-        **({} if run.ablation is None else plan.ablations[run.ablation[0]][run.ablation[1]]),
+        **_ablation(run, plan),
     }
     heads, rest = divmod(run.hidden_size, fields["head_dim"])
     if rest:

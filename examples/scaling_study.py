@@ -37,6 +37,7 @@ from scaling_plan import (
     changed_fields,
     costs_of,
     reference_run,
+    training_arguments,
     training_flops,
     with_seeds,
 )
@@ -249,8 +250,7 @@ class Study:
             "report_to": "none",
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
-            **self.plan.training,
-            **self.plan.variants[run.variant].get("training", {}),
+            **training_arguments(run, self.plan),
         }
 
 

@@ -115,7 +115,10 @@ SMALL = {
         "num_experts": {"16": {"num_experts": 16}},
         "active": {},
         "query_norm": {},
-        "variation": {"no activation": {"expert_act": None}},
+        "variation": {
+            "no activation": {"expert_act": None},
+            "one learning rate": {"training": {"down_proj_lr_multiplier": 1}},
+        },
     },
     "after_training": {"k = 2": {"num_experts_per_head": 2}, "h = 1": {"num_retrieval_heads": 1}},
 }
@@ -417,7 +420,8 @@ class TestStudy:
             for field, argument in (("steps", "max_steps"), ("learning_rate",) * 2, ("seed",) * 2):
                 assert arguments[argument] == result[field], name
             assert json.loads(arguments["config_overrides"]) == result["fields"]
-            assert arguments.get("down_proj_lr_multiplier") == (4 if result["variant"] == PEER else None)
+            own_rate = None if result["variant"] != PEER else 1 if "one_learning_rate" in name else 4
+            assert arguments.get("down_proj_lr_multiplier") == own_rate, name
             trained = result["all_results"]
             sequences = trained["epoch"] * trained["train_samples"]
             assert sequences == pytest.approx(result["steps"] * 4, abs=0.1)
