@@ -30,7 +30,7 @@ a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Act
 | `"auto"` | the fastest of them that can run where the table is | |
 
 One's own is a class with the static methods of [`TorchKernels`], and if it knows a faster way to retrieve experts than a
-product and top-k, `retrieve` of [`NativeKernels`], registered before the configuration is made:
+product and top-k, `retrieve` and `retrieval_gradients` of [`NativeKernels`], registered before the configuration is made:
 
 ```python
 >>> from modeling_peer import ExpertKernelsInterface

@@ -17,7 +17,7 @@ import torch
 
 from .memory_advice import ReusedMemory
 from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
-from .product_keys_native import retrieve
+from .product_keys_native import retrieval_gradients, retrieve
 
 
 SOURCE = (
@@ -197,11 +197,12 @@ void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_
 
 class NativeKernels:
     """
-    Signatures as in [`TorchKernels`], and retrieval. Sparse gradients lie in `gradient_memory`, which keeps what a step
-    needed for the next until `NativeKernels.gradient_memory.release()`.
+    Signatures as in [`TorchKernels`], and retrieval with its gradients. Sparse gradients lie in `gradient_memory`, which keeps
+    what a step needed for the next until `NativeKernels.gradient_memory.release()`.
     """
 
     retrieve = staticmethod(retrieve)
+    retrieval_gradients = staticmethod(retrieval_gradients)
     gradient_memory = ReusedMemory()
 
     @staticmethod

@@ -20,8 +20,6 @@ import torch
 from .expert_kernels import (
     ALL_EXPERT_KERNELS,
     NAMESPACE,
-    expert_down,
-    expert_row_gradient,
     needs_operator,
     refuse_double_backward,
 )
@@ -187,27 +185,23 @@ def _save_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+@torch.library.custom_op(f"{NAMESPACE}::product_key_retrieval_gradients", mutates_args=())
+def product_key_retrieval_gradients(
+    gradient: torch.Tensor, indices: torch.Tensor, queries: torch.Tensor, sub_keys: torch.Tensor, kernels: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the queries and sub-keys of [`product_key_retrieval`], from that of its scores and what it found."""
+    return ALL_EXPERT_KERNELS[kernels].retrieval_gradients(gradient, indices, queries, sub_keys)
+
+
+@product_key_retrieval_gradients.register_fake
+def _(gradient, indices, queries, sub_keys, kernels):
+    return torch.empty_like(queries), torch.empty_like(sub_keys)
+
+
 def _retrieval_backward(ctx, gradient, _):
-    """A score is a row of C by one half of a query and a row of C' by the other: the experts' own linear operators."""
     refuse_double_backward()
     queries, sub_keys, indices = ctx.saved_tensors
-    num_heads, k = indices.shape[1:]
-    num_sets, _, size, half_size = sub_keys.shape
-    row, column = expert_cell(indices)
-    keys = torch.stack([row, column + size], dim=2)  # [T, h, 2, k], rows of the sub-keys below each other
-    if num_sets > 1:
-        keys += 2 * size * torch.arange(num_heads, device=keys.device)[:, None, None]
-    keys = keys.view(-1, k)
-    coefficients = gradient[:, :, None].expand(-1, -1, 2, -1).reshape(-1, k)
-    of_queries = of_sub_keys = None
-    if ctx.needs_input_grad[0]:
-        of_queries = expert_down(coefficients, keys, sub_keys.reshape(-1, half_size), ctx.kernels, False)
-        of_queries = of_queries.view_as(queries)
-    if ctx.needs_input_grad[1]:
-        halves = queries.reshape(-1, half_size)
-        num_rows = num_sets * 2 * size
-        of_sub_keys = expert_row_gradient(coefficients, halves, keys, num_rows, sub_keys.dtype, ctx.kernels)
-        of_sub_keys = of_sub_keys.view_as(sub_keys)
+    of_queries, of_sub_keys = product_key_retrieval_gradients(gradient, indices, queries, sub_keys, ctx.kernels)
     return of_queries, of_sub_keys, None, None
 
 

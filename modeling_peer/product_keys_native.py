@@ -246,6 +246,60 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     free(memory);
     return 0;
 }
+
+/* The cell of an expert in the key grid: expert_number's inverse. */
+static inline void cell_of(int64_t number, int64_t cell[2]) {
+    const int64_t shell = sqrt((double)number), before_diagonal = number - shell * shell - shell;
+    cell[0] = shell + (before_diagonal < 0 ? before_diagonal : 0);
+    cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
+}
+
+/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. */
+static void gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
+                               float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
+    for (int64_t i = 0; i < 2 * size; i++) of_query[i] = 0;
+    for (int64_t a = 0; a < k; a++) {
+        int64_t cell[2];
+        cell_of(indices[a], cell);
+        for (int half = 0; half < 2; half++) {
+            const int64_t place = (half * n + cell[half]) * size;
+            const float factor = gradient[a], *restrict from = query + half * size, *restrict key = keys + place;
+            float *restrict to = of_query + half * size, *restrict of_key = of_keys + place;
+            for (int64_t c = 0; c < size; c++) {
+                to[c] += factor * key[c];
+                of_key[c] += factor * from[c];
+            }
+        }
+    }
+}
+
+/* of_queries as queries `[tokens, heads, 2, size]`, of_keys as keys `[sets, 2, n, size]`, of gradients of the scores at
+   `indices` `[tokens, heads, k]`. Every thread sums up keys of its own. Returns 0, or -1 if there is no memory. */
+int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
+                            float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
+                            int64_t size, int64_t k, int threads) {
+    const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
+    float *others = malloc((threads - 1) * set_size * sizeof *others + 1);
+    if (!others) return -1;
+    for (int64_t set = 0; set < sets; set++) {
+        float *of_set = of_keys + set * set_size;
+        #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t part = 0; part < threads; part++) {
+            float *own = part ? others + (part - 1) * set_size : of_set;
+            memset(own, 0, set_size * sizeof *own);
+            for (int64_t r = part * chunk; r < rows && r < (part + 1) * chunk; r++) {
+                const int64_t row = r * sets + set;
+                gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
+                                   keys + set * set_size, of_queries + row * 2 * size, own, n, size, k);
+            }
+        }
+        #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < set_size; i++)
+            for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
+    }
+    free(others);
+    return 0;
+}
 """
 )
 
@@ -271,3 +325,29 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[tor
     if call(SOURCE, "retrieve", queries, sub_keys, indices, scores, *sizes):
         raise MemoryError(f"No memory to retrieve the experts of {num_tokens} tokens.")
     return indices, scores
+
+
+def retrieval_gradients(
+    gradient: torch.Tensor, indices: torch.Tensor, queries: torch.Tensor, sub_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the gradient of the scores that [`retrieve`] returns says of what went in.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): float32, on the CPU.
+        indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert numbers, as retrieved.
+        queries, sub_keys: See [`retrieve`].
+
+    Returns:
+        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`.
+    """
+    gradient, indices, queries, sub_keys = (each.contiguous() for each in (gradient, indices, queries, sub_keys))
+    of_queries, of_sub_keys = torch.empty_like(queries), torch.empty_like(sub_keys)
+    num_tokens, num_heads, _, half_size = queries.shape
+    num_sets, _, size, _ = sub_keys.shape
+    tensors = (gradient, indices, queries, sub_keys, of_queries, of_sub_keys)
+    if call(
+        SOURCE, "retrieval_gradients", *tensors, num_tokens, num_heads, num_sets, size, half_size, indices.shape[-1]
+    ):
+        raise MemoryError(f"No memory for the gradients of {sub_keys.numel():,} numbers of sub-keys on each thread.")
+    return of_queries, of_sub_keys

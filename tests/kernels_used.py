@@ -20,10 +20,10 @@ from typing import Any
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 
 
-FUNCTIONS = ("up", "down", "row_gradient", "retrieve")
+FUNCTIONS = ("up", "down", "row_gradient", "retrieve", "retrieval_gradients")
 
 INFERENCE = {("native", "up"), ("native", "down"), ("native", "retrieve")}
-TRAINING = INFERENCE | {("native", "row_gradient")}
+TRAINING = INFERENCE | {("native", "row_gradient"), ("native", "retrieval_gradients")}
 
 
 def record_kernels(patch: Callable[[type, str, Any], None] = setattr) -> set[tuple[str, str]]:
