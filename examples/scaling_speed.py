@@ -11,14 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How long a training step takes of models of the scaling study, measured side by side."""
+"""
+Measures how long a training step takes of models of the scaling study, side by side, in a process of its own, which like that
+of a run keeps its memory.
 
+    python examples/scaling_speed.py MODELS.json
+
+The file is written by scaling.py.
+"""
+
+import sys
 import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 
 import torch
+from datasets import load_from_disk
 from scaling_plan import Plan, Run, configuration_of
+from studies import read_json, write_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -82,3 +93,14 @@ def _time(step):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def main():
+    work = read_json(Path(sys.argv[1]))
+    text = torch.tensor(load_from_disk(work["text"])["input_ids"])
+    seconds = step_seconds([Run(**run) for run in work["runs"]], Plan(**work["plan"]), text)
+    write_json(Path(work["result_file"]), {"fields": work["fields"], "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from corpora import load_corpus
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from scaling_plan import (
     CORPUS,
     DENSE,
@@ -42,7 +42,6 @@ from scaling_plan import (
     with_seeds,
 )
 from scaling_run import EVAL_BATCH_SIZE
-from scaling_speed import step_seconds
 from studies import claim_folder, machine, read_json, write_json
 from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from tqdm.auto import tqdm
@@ -51,7 +50,7 @@ from transformers import AutoTokenizer
 from modeling_peer import PeerConfig, configuration_path
 
 
-RUN_SCRIPT = Path(__file__).parent / "scaling_run.py"
+EXAMPLES = Path(__file__).parent
 
 # For the C library: a step's logits, freed, are kept for the next step instead of being asked of the system anew, page by page,
 # which takes a quarter of the time of a small model's step.
@@ -118,16 +117,28 @@ class Study:
 
     def seconds(self) -> dict[str, Any]:
         """Of the two ends of the comparison at all sizes, seconds of a training step, see `step_seconds`; measured once."""
-        text = torch.tensor(load_from_disk(self.folder / "held_out" / CORPUS)["input_ids"])
         found: dict[str, Any] = {"machine": machine()}
         for hidden_size in self.plan.all_sizes:
             runs = [Run(variant, hidden_size, 1, self.plan.learning_rates[0]) for variant in (DENSE, PEER)]
             fields = {run.variant: changed_fields(run, self.plan) for run in runs}
             file = self.folder / "seconds" / f"{hidden_size}.json"
             if not file.exists() or read_json(file)["fields"] != fields:
-                write_json(file, {"fields": fields, "seconds": step_seconds(runs, self.plan, text)})
+                self._measure_seconds(runs, fields, file)
             found[str(hidden_size)] = read_json(file)["seconds"]
         return found
+
+    def _measure_seconds(self, runs, fields, result_file):
+        file = self.folder / "work" / f"seconds-{result_file.name}"
+        work = {
+            "plan": asdict(self.plan),
+            "runs": [asdict(run) for run in runs],
+            "fields": fields,
+            "text": str(self.folder / "held_out" / CORPUS),
+            "result_file": str(result_file),
+        }
+        write_json(file, work)
+        environment = os.environ if torch.cuda.is_available() else os.environ | KEEP_MEMORY
+        subprocess.run(_command("scaling_speed.py", file), env=environment, check=True)
 
     def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
         """
@@ -186,8 +197,7 @@ class Study:
         device = devices.get()
         try:
             with open(file.with_suffix(".log"), "a") as log:
-                command = [sys.executable, str(RUN_SCRIPT), str(file)]
-                environment = self._environment(device)
+                command, environment = _command("scaling_run.py", file), self._environment(device)
                 status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         finally:
             devices.put(device)
@@ -252,6 +262,10 @@ class Study:
             "dataloader_pin_memory": torch.cuda.is_available(),
             **training_arguments(run, self.plan),
         }
+
+
+def _command(script: str, work: Path) -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), str(work)]
 
 
 def _comparable(arguments: dict[str, Any]) -> dict[str, Any]:

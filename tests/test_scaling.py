@@ -74,6 +74,7 @@ from modeling_peer import PeerConfig, configuration_path
 
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 PLANS = ROOT / "configuration" / "scaling"
 PLAN = replace(
     read_plan(PLANS / "two-cores.json"),
@@ -493,7 +494,6 @@ class TestStudy:
 
         before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
         monkeypatch.setattr(scaling_study.subprocess, "run", fails)
-        monkeypatch.setattr(scaling_study, "step_seconds", fails)
         main()
         assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
 
@@ -510,7 +510,7 @@ class TestStudy:
         def make():
             result_file.unlink(missing_ok=True)
             subprocess.run(
-                [sys.executable, scaling_study.RUN_SCRIPT, file], check=True, capture_output=True, timeout=300
+                [sys.executable, EXAMPLES / "scaling_run.py", file], check=True, capture_output=True, timeout=300
             )
             return json.loads(result_file.read_text())
 
@@ -537,7 +537,7 @@ class TestStudy:
         lost = folder / "results" / f"{run.name}.json"
         kept = lost.read_bytes()
         lost.unlink()
-        monkeypatch.setattr(scaling_study, "RUN_SCRIPT", folder / "missing.py")
+        monkeypatch.setattr(scaling_study, "EXAMPLES", folder / "missing")
         try:
             with pytest.raises(RuntimeError, match=re.escape(run.name) + r" failed with 2: see .*\.log"):
                 main()
