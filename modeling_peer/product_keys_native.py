@@ -42,16 +42,34 @@ SOURCE = (
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline floats larger(floats a, floats b) { return (floats)select_words(b > a, (words)b, (words)a); }
 
-/* The bits of the lanes that are at least a threshold. */
-static inline uint32_t lanes_at_least(floats v, float threshold) {
+static inline ints lanes(void) {
+    ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane;
+}
+
+/* The lanes that are at least a threshold, one after the other, and their places, `first` and on; returns how many. Up to
+   LANES are written of both. */
+static inline int64_t keep(floats v, float threshold, int64_t first, float *values, int32_t *places) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
-#elif defined(__AVX__)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GE_OQ));
+    const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, (__m512)v));
+    _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(mask, (__m512i)(lanes() + (int32_t)first)));
+    return __builtin_popcount(mask);
 #else
+    int64_t count = 0;
     uint32_t bits = 0;
+#if defined(__AVX__)
+    bits = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GE_OQ));
+#else
     for (int lane = 0; lane < LANES; lane++) bits |= (uint32_t)(v[lane] >= threshold) << lane;
-    return bits;
+#endif
+    for (; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        values[count] = v[lane];
+        places[count++] = first + lane;
+    }
+    return count;
 #endif
 }
 
@@ -94,17 +112,20 @@ static float threshold_of(const float *scores, int64_t n, int64_t k, floats *max
         const float x = ((const float *)maxima)[other];
         for (int64_t g = 0; g < groups; g++) counts[g] += maxima[g] <= x;  /* true is -1 */
     }
-    float threshold = -INFINITY;
-    for (int64_t i = 0; i < groups * LANES; i++)
-        if (-((const int32_t *)counts)[i] >= k && ((const float *)maxima)[i] > threshold)
-            threshold = ((const float *)maxima)[i];
+    const words worst = (words)((floats){} - INFINITY);
+    floats reached = (floats)worst;
+    for (int64_t g = 0; g < groups; g++)
+        reached = larger(reached, (floats)select_words(counts[g] <= (int32_t)-k, (words)maxima[g], worst));
+    float threshold = reached[0];
+    for (int lane = 1; lane < LANES; lane++) threshold = reached[lane] > threshold ? reached[lane] : threshold;
     return threshold;
 }
 
 /* What a thread works in. */
 typedef struct {
-    float *queries, *scores, *best[2], *values;
-    int32_t *places[2], *found;
+    float *queries, *scores, *best[2], *values, *sorted;
+    int32_t *places[2], *found, *order;
+    int32_t *pair_counts, *pair_rows, *pair_columns;
     floats *maxima, *candidates;
     ints *counts, *ranks;
 } workspace;
@@ -115,15 +136,10 @@ static void select_best(const float *scores, int64_t n, int64_t k, float *best, 
     float *candidates = (float *)w->candidates;
     int64_t count = 0;
     for (int64_t i = 0; i < n; i += LANES)
-        for (uint32_t bits = lanes_at_least(load_float32(scores + i), threshold); bits; bits &= bits - 1) {
-            const int32_t place = i + __builtin_ctz(bits);
-            candidates[count] = scores[place];
-            w->found[count++] = place;
-        }
+        count += keep(load_float32(scores + i), threshold, i, candidates + count, w->found + count);
     const int64_t vectors = round_up(count, LANES) / LANES;
     for (int64_t i = count; i < vectors * LANES; i++) candidates[i] = -INFINITY;
-    ints lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
+    const ints lane = lanes();
     for (int64_t v = 0; v < vectors; v++) {
         const floats x = w->candidates[v];
         ints rank = {};
@@ -135,8 +151,11 @@ static void select_best(const float *scores, int64_t n, int64_t k, float *best, 
     }
     for (int64_t i = 0; i < count; i++) {
         const int32_t rank = ((const int32_t *)w->ranks)[i];
-        if (rank < k) { best[rank] = candidates[i]; places[rank] = w->found[i]; }
+        w->sorted[rank] = candidates[i];
+        w->order[rank] = w->found[i];
     }
+    memcpy(best, w->sorted, k * sizeof *best);
+    memcpy(places, w->order, k * sizeof *places);
 }
 
 static inline int64_t expert_number(int64_t row, int64_t column) {
@@ -144,23 +163,34 @@ static inline int64_t expert_number(int64_t row, int64_t column) {
     return shell * shell + shell + row - column;
 }
 
-/* Of the pairs of ranks (i, j) those with (i + 1) (j + 1) <= k can be among the k best sums. */
+/* Of the pairs of ranks (i, j) those with (i + 1) (j + 1) <= k can be among the k best sums: how many of each i, and the
+   ranks of each pair. */
+static void number_pairs(int64_t k, const workspace *w) {
+    for (int64_t i = 0, pair = 0; i < k; i++) {
+        w->pair_counts[i] = k / (i + 1);
+        for (int64_t j = 0; j < w->pair_counts[i]; j++, pair++) {
+            w->pair_rows[pair] = i;
+            w->pair_columns[pair] = j;
+        }
+    }
+}
+
 static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t *column_places,
                        int64_t k, int64_t *indices, float *scores, const workspace *w) {
+    const words infinite = (words){} + 0x7f800000;
     int64_t count = 0;
-    for (int64_t i = 0; i < k; i++)
-        for (int64_t j = 0; j < k / (i + 1); j++) {
-            const float sum = rows[i] + columns[j];
-            w->values[count++] = sum == sum ? sum : INFINITY;  /* as in score_tile */
+    for (int64_t i = 0; i < k; count += w->pair_counts[i++])
+        for (int64_t j = 0; j < w->pair_counts[i]; j += LANES) {
+            const floats sums = rows[i] + load_float32(columns + j);  /* those too many are written over */
+            store_float32(w->values + count + j, (floats)select_words(sums == sums, (words)sums, infinite));
         }
     const int64_t padded = round_up(count, LANES);
     for (int64_t p = count; p < padded; p++) w->values[p] = -INFINITY;
     int32_t *pairs = w->places[0] + BLOCK * k;
     select_best(w->values, padded, k, scores, pairs, w);
     for (int64_t rank = 0; rank < k; rank++) {
-        int64_t i = 0, pair = pairs[rank];
-        while (pair >= k / (i + 1)) pair -= k / ++i;
-        indices[rank] = expert_number(row_places[i], column_places[pair]);
+        const int32_t pair = pairs[rank];
+        indices[rank] = expert_number(row_places[w->pair_rows[pair]], column_places[w->pair_columns[pair]]);
     }
 }
 
@@ -178,14 +208,19 @@ static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t
     bytes += round_up((count) * sizeof *(field), 64); field = take(&memory, (count) * sizeof *(field))
     TAKE(w->queries, BLOCK * size);
     TAKE(w->scores, BLOCK * most);
-    TAKE(w->values, most);
-    TAKE(w->found, most);
-    TAKE(w->candidates, most / LANES);
+    TAKE(w->values, most + LANES);
+    TAKE(w->found, most + LANES);
+    TAKE(w->candidates, most / LANES + 1);
     TAKE(w->ranks, most / LANES);
+    TAKE(w->sorted, most);
+    TAKE(w->order, most);
+    TAKE(w->pair_counts, k);
+    TAKE(w->pair_rows, num_pairs);
+    TAKE(w->pair_columns, num_pairs);
     TAKE(w->maxima, round_up(2 * k, LANES) / LANES);
     TAKE(w->counts, round_up(2 * k, LANES) / LANES);
     for (int half = 0; half < 2; half++) {
-        TAKE(w->best[half], BLOCK * k);
+        TAKE(w->best[half], BLOCK * k + LANES);
         TAKE(w->places[half], (BLOCK + 1) * k);
     }
 #undef TAKE
@@ -215,6 +250,7 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     for (int64_t part = 0; part < threads; part++) {
         workspace w;
         lay_out(&w, memory + part * bytes, n, k, size, num_pairs);
+        number_pairs(k, &w);
         for (int64_t task = part; task < sets * blocks; task += threads) {
             const int64_t set = task / blocks, first = task % blocks * BLOCK;
             const int64_t count = rows - first < BLOCK ? rows - first : BLOCK;
