@@ -38,6 +38,7 @@ def make_card(
     description: str = "",
     prompt: str,
     max_new_tokens: int,
+    sequence_length: int | None = None,
 ) -> ModelCard:
     """
     A model card, made of `model_cards/template.md`.
@@ -50,8 +51,10 @@ def make_card(
         tags (`list[str]`, *optional*): Beside `peer`.
         description (`str`, *optional*): What else to say, in Markdown.
         prompt (`str`), max_new_tokens (`int`): Of the example.
+        sequence_length (`int`, *optional*): At which FLOPs are counted, see [`model_costs`].
     """
     model_name = repo_id.split("/")[-1]
+    has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types
     found = [(*key.partition("/")[::2], value) for key, value in results.items()]
     found = [each for each in found if each[0] in RESULTS]
     metadata = ModelCardData(
@@ -59,7 +62,7 @@ def make_card(
         pipeline_tag="text-generation",
         license=license,
         datasets=dataset_name,
-        tags=["peer", *(tags or [])],
+        tags=[*(["peer"] if has_experts else []), *(tags or [])],
         model_name=model_name,
         eval_results=[
             EvalResult(
@@ -79,17 +82,18 @@ def make_card(
         metadata,
         template_path=str(TEMPLATE),
         model_name=model_name,
-        description="\n\n".join(filter(None, [_describe(config), description, "\n".join(lines)])),
+        has_experts=has_experts,
+        description="\n\n".join(filter(None, [_describe(config, sequence_length), description, "\n".join(lines)])),
         repo_id=repo_id,
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         max_new_tokens=max_new_tokens,
     )
 
 
-def _describe(config):
+def _describe(config, sequence_length):
     if not isinstance(config, PeerConfig):
         return ""
-    costs = model_costs(config)
+    costs = model_costs(config, sequence_length)
     return (
         f"Feed-forwards of its layers: {', '.join(config.feed_forward_types)}. {costs.parameters:,} parameters, "
         f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "

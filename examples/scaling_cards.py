@@ -19,8 +19,16 @@ from statistics import mean
 from cards import make_card
 from corpora import CORPORA
 from huggingface_hub import ModelCard
-from scaling_plan import CORPUS, Run, ablation_runs, budget_name, configuration_of, training_flops
-from scaling_report import Results, label, mean_perplexities, perplexities, spread
+from scaling_plan import (
+    CORPUS,
+    Run,
+    ablation_runs,
+    budget_name,
+    configuration_of,
+    training_arguments,
+    training_flops,
+)
+from scaling_report import Results, describe_training, label, mean_perplexities, perplexities, spread
 from studies import write_text
 
 
@@ -49,17 +57,18 @@ def _card(results: Results, run: Run, name: str) -> ModelCard:
         description=_describe(results, run),
         prompt=PROMPT,
         max_new_tokens=NEW_TOKENS,
+        sequence_length=results.plan.block_size,
     )
 
 
 def _describe(results: Results, run: Run) -> str:
     plan, losses = results.plan, results.with_seeds(run)
     ablation = "" if run.ablation is None else f", {' '.join(run.ablation)}"
+    training = {"learning_rate": run.learning_rate, **training_arguments(run, plan)}
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     return (
         f"{label(run.variant)}{ablation}: trained from scratch by `examples/scaling.py` for {run.steps:,} steps of "
-        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with a learning rate of "
-        f"{run.learning_rate:g}. Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, "
+        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {describe_training(training)}. Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, "
         "the other evaluation texts are from other sources. A research model, too small to state facts.\n\n"
         f"Perplexities are means over {seeds}; their geometric mean over the evaluation texts is "
         f"{spread(mean_perplexities(losses, plan))}."

@@ -92,6 +92,11 @@ class Plan:
         for name in ("training_texts", "evaluation_texts", "hidden_sizes", "budgets", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must name at least one.")
+        if self.seeds < 1:
+            raise ValueError(f"`seeds` must be at least 1, got {self.seeds}.")
+        for name, values in (("budgets", self.budgets), *(("hidden_sizes", sizes) for sizes in self.hidden_sizes)):
+            if not values or values != sorted(set(values)):
+                raise ValueError(f"`{name}` must rise, with one at least, got {values}.")
         if len(self.hidden_sizes) != len(self.budgets):
             raise ValueError(
                 f"`hidden_sizes` must be as many lists as `budgets`, {len(self.budgets)}, got {len(self.hidden_sizes)}."

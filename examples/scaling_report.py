@@ -120,7 +120,7 @@ class Results:
 
     def step_seconds(self, run: Run) -> float:
         """The median step of the run's model."""
-        return median(self.seconds[str(run.hidden_size)][run.variant])
+        return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
 
     def equal_seconds(self, budget: float) -> tuple[Run, Run]:
         """The compute-optimal dense run, and the PEER run of the size that is so too, for as many seconds."""
@@ -171,6 +171,25 @@ def table_of_perplexities(results: Results, budget: float) -> str:
             ]
         )
     return markdown_table(rows)
+
+
+def note_on_models(results: Results) -> str:
+    """How to read the tables of perplexities, and what of the training is a variant's own."""
+    plan = results.plan
+    own = "; ".join(
+        f"{label(variant)} with {describe_training(fields['training'])}"
+        for variant, fields in plan.variants.items()
+        if "training" in fields
+    )
+    return (
+        f"Means over {plan.seeds} seeds ± deviation; size is `hidden_size`. All models are evaluated as they generate: where "
+        f"experts choose in training, tokens choose here. Trained alike, but {own or 'for nothing'}."
+    )
+
+
+def describe_training(arguments: dict[str, Any]) -> str:
+    """`TrainingArguments` and their values, in words."""
+    return ", ".join(f"`{name}` {value}" for name, value in arguments.items())
 
 
 def paper_margins() -> dict[str, dict[str, float]]:
@@ -297,6 +316,16 @@ def table_of_active_experts(results: Results) -> str:
     return markdown_table(rows)
 
 
+def note_on_ablations(results: Results) -> str:
+    """What ablations have in common, and how much seeds differ."""
+    reference = results.reference()
+    losses = results.with_seeds(reference)
+    return (
+        f"One seed of each, hidden_size {reference.hidden_size}, {reference.steps:,} steps: the same text, not the same FLOPs. "
+        f"PEER itself with {len(losses)} seeds: {spread(mean_perplexities(losses, results.plan))}."
+    )
+
+
 def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
     """Of the trained reference with fields changed, with each seed, the loss of each text."""
     found = (
@@ -356,6 +385,17 @@ def table_of_seconds(results: Results) -> str:
     return markdown_table(rows)
 
 
+def note_on_seconds(results: Results) -> str:
+    """How steps were timed, and where."""
+    measured = [results.seconds[str(size)] for size in results.plan.all_sizes]
+    (repetitions,) = {len(times) for each in measured for times in each["seconds"].values()}
+    machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
+    return (
+        f"Times of a step are medians of {repetitions}, of dense and PEER in turns, of forward, backward and optimizer without "
+        f"reading data, on {'; '.join(sorted(machines))}. Seconds are steps times these."
+    )
+
+
 def table_of_expert_choice(results: Results) -> str:
     """What experts' choice, in training mode, sees of later tokens. Empty where no variant's experts choose."""
     rows = [["experts choose", "routed by token, as it generates", "as trained, sees later tokens"]]
@@ -378,16 +418,25 @@ def describe(results: Results) -> str:
             *(table_of_perplexities(results, budget) for budget in budgets),
             *map(table_of_the_paper, PAPER_PERPLEXITIES),
             table_of_expert_choice(results),
+            note_on_models(results),
         ],
         "Sizes and learning rates": [
             *(table_of_sizes(results, budget) for budget in budgets),
             table_of_rates(results),
             f"Best at the end of what was tried: {beyond}.",
         ],
-        "Equal wall-clock": [table_of_seconds(results)],
-        "More experts, and query norms": [table_of_experts(results), table_of_the_papers_experts()],
-        "More active experts": [table_of_active_experts(results), table_after_training(results)],
-        "Variations": [table_of_variations(results)],
+        "Equal wall-clock": [table_of_seconds(results), note_on_seconds(results)],
+        "More experts, and query norms": [
+            table_of_experts(results),
+            table_of_the_papers_experts(),
+            note_on_ablations(results),
+        ],
+        "More active experts": [
+            table_of_active_experts(results),
+            note_on_ablations(results),
+            table_after_training(results),
+        ],
+        "Variations": [table_of_variations(results), note_on_ablations(results)],
     }
     return "\n".join(
         f"## {heading}\n\n" + "\n\n".join(filter(None, found)) + "\n" for heading, found in tables.items()

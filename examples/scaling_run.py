@@ -20,6 +20,7 @@ The file is written by scaling.py. What it holds under `run_clm` is kept beside 
 as its only argument, to train the same model without the study.
 """
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 
 import run_clm
 import torch
+from cards import RESULTS
 from datasets import load_from_disk
 from filelock import FileLock
 from scaling_plan import CORPUS
@@ -98,6 +100,15 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
     return found
 
 
+def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of run_clm.py, each field of the configuration by itself, without where files are."""
+    paths = ("tokenizer_name", "train_file", "validation_file", "output_dir", "config_overrides")
+    return {
+        **{name: value for name, value in arguments.items() if name not in paths},
+        **json.loads(arguments["config_overrides"]),
+    }
+
+
 def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     """
     Trains with the ordinary script, or goes on.
@@ -112,7 +123,7 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if what is to go on was begun with others.
     """
-    if file.exists() and read_json(file) != arguments:
+    if file.exists() and comparable(read_json(file)) != comparable(arguments):
         raise ValueError(
             f"{arguments['output_dir']} was begun with other arguments, those in {file}: remove both to begin anew."
         )
@@ -165,9 +176,10 @@ def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
     folder = Path(arguments["output_dir"])
     trained = train(arguments, file.with_suffix(".run_clm.json"))
     measured = measure(folder, read_texts(Path(work["held_out"])), arguments["per_device_train_batch_size"])
-    # For the card that push_to_hub.py makes of the model.
+    # For the card that push_to_hub.py makes of the model, with these in place of what run_clm.py measured on another sample.
+    others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
     perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
-    write_json(folder / "all_results.json", {**trained["all_results"], **perplexities})
+    write_json(folder / "all_results.json", {**others, **perplexities})
     about = {"run_clm": arguments, "machine": machine(), "after_training": {}}
     return {**work["run"], **trained, **measured, **about}
 

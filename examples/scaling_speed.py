@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 from scaling_plan import Plan, Run, configuration_of
-from studies import read_json, write_json
+from studies import machine, read_json, write_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def main():
     work = read_json(Path(sys.argv[1]))
     text = torch.tensor(load_from_disk(work["text"])["input_ids"])
     seconds = step_seconds([Run(**run) for run in work["runs"]], Plan(**work["plan"]), text)
-    write_json(Path(work["result_file"]), {"fields": work["fields"], "seconds": seconds})
+    write_json(Path(work["result_file"]), {"fields": work["fields"], "machine": machine(), "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ from scaling_plan import (
     training_flops,
     with_seeds,
 )
-from scaling_run import EVAL_BATCH_SIZE
-from studies import claim_folder, machine, read_json, write_json
+from scaling_run import EVAL_BATCH_SIZE, comparable
+from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -111,20 +111,23 @@ class Study:
     def result_file(self, run: Run) -> Path:
         return self.folder / "results" / f"{run.name}.json"
 
+    def _work_file(self, run):
+        return self.folder / "work" / f"{run.name}.json"
+
     def results(self) -> dict[str, dict[str, Any]]:
         """What came of all runs there are, by their names."""
         return {file.stem: read_json(file) for file in sorted((self.folder / "results").glob("*.json"))}
 
     def seconds(self) -> dict[str, Any]:
         """Of the two ends of the comparison at all sizes, seconds of a training step, see `step_seconds`; measured once."""
-        found: dict[str, Any] = {"machine": machine()}
+        found = {}
         for hidden_size in self.plan.all_sizes:
             runs = [Run(variant, hidden_size, 1, self.plan.learning_rates[0]) for variant in (DENSE, PEER)]
             fields = {run.variant: changed_fields(run, self.plan) for run in runs}
             file = self.folder / "seconds" / f"{hidden_size}.json"
             if not file.exists() or read_json(file)["fields"] != fields:
                 self._measure_seconds(runs, fields, file)
-            found[str(hidden_size)] = read_json(file)["seconds"]
+            found[str(hidden_size)] = {name: read_json(file)[name] for name in ("machine", "seconds")}
         return found
 
     def _measure_seconds(self, runs, fields, result_file):
@@ -164,8 +167,9 @@ class Study:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for checkpoint in (self.folder / "models").glob("*/checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for run in runs:
+            for checkpoint in (self.folder / "models" / run.name).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         return self.results()
 
     def _check(self, run):
@@ -173,13 +177,14 @@ class Study:
         file = self.result_file(run)
         if not file.exists():
             return
-        found, expected = _comparable(read_json(file)["run_clm"]), _comparable(self._arguments(run))
+        found, expected = comparable(read_json(file)["run_clm"]), comparable(self._arguments(run))
         if found != expected:
             pairs = {name: (found.get(name, "absent"), expected.get(name, "absent")) for name in found | expected}
             raise ValueError(
                 f"{file} was made with other arguments: "
                 + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
-                + f". Remove it, and {self.folder / 'models' / run.name}, or choose another --output_dir."
+                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)}, or choose another "
+                "--output_dir."
             )
 
     def _is_whole(self, run):
@@ -192,7 +197,7 @@ class Study:
         return self.plan.after_training if run in with_seeds(reference, self.plan) else {}
 
     def _make(self, run, devices):
-        file = self.folder / "work" / f"{run.name}.json"
+        file = self._work_file(run)
         write_json(file, self._work(run))
         device = devices.get()
         try:
@@ -266,12 +271,3 @@ class Study:
 
 def _command(script: str, work: Path) -> list[str]:
     return [sys.executable, str(EXAMPLES / script), str(work)]
-
-
-def _comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of run_clm.py, each field of the configuration by itself, without where files are."""
-    paths = ("tokenizer_name", "train_file", "validation_file", "output_dir", "config_overrides")
-    return {
-        **{name: value for name, value in arguments.items() if name not in paths},
-        **json.loads(arguments["config_overrides"]),
-    }

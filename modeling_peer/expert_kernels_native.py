@@ -16,7 +16,7 @@
 import torch
 
 from .memory_advice import ReusedMemory
-from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
+from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library, refuse_index
 from .product_keys_native import retrieval_gradients, retrieve
 
 
@@ -219,7 +219,7 @@ class NativeKernels:
         hidden, table, indices = _in_memory(hidden_states, table.dtype), table.contiguous(), indices.contiguous()
         output = hidden.new_empty(indices.shape)
         if _call("up", table.dtype, hidden, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
-            _refuse(indices, table.shape[0])
+            refuse_index(indices, table.shape[0])
         return output.to(hidden_states.dtype)
 
     @staticmethod
@@ -228,7 +228,7 @@ class NativeKernels:
         factors, table, indices = _in_memory(weights, table.dtype), table.contiguous(), indices.contiguous()
         output = factors.new_empty(weights.shape[0], table.shape[1])
         if _call("down", table.dtype, factors, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
-            _refuse(indices, table.shape[0])
+            refuse_index(indices, table.shape[0])
         return output.to(weights.dtype)
 
     @staticmethod
@@ -269,12 +269,6 @@ def _in_memory(tensor, dtype):
     return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _refuse(indices, num_rows):
-    least, most = (int(bound) for bound in indices.aminmax())
-    found = least if least < 0 else most
-    raise IndexError(f"An expert's number is at least 0 and below their number {num_rows}, got {found}.")
-
-
 def _group_by_row(indices, num_rows):
     """
     Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`. Every row is
@@ -284,7 +278,7 @@ def _group_by_row(indices, num_rows):
     rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
     least, most = map(int, indices.aminmax()) if count else (0, -1)
     if least < 0 or (num_rows is not None and most >= num_rows):
-        _refuse(indices, "N" if num_rows is None else num_rows)
+        refuse_index(indices, "N" if num_rows is None else num_rows)
     found = call(SOURCE, "group_by_row", indices, count, most + 1, rows, starts, order)
     if found < 0:
         raise MemoryError(f"No memory to sort the {count} experts of {indices.shape[0]} tokens.")

@@ -253,3 +253,10 @@ def _argument(value):
     if value is None:
         return ctypes.c_void_p(None)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def refuse_index(indices: torch.Tensor, num_rows: int | str) -> None:
+    """Raises `IndexError` for experts' numbers one of which is not below `num_rows`, or is negative."""
+    least, most = (int(bound) for bound in indices.aminmax())
+    found = least if least < 0 else most
+    raise IndexError(f"An expert's number is at least 0 and below their number {num_rows}, got {found}.")

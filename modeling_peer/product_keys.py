@@ -101,7 +101,7 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
             Number of experts to retrieve, at most √N.
         kernels (`str`):
             What retrieves them, see [`resolve_kernels`]: a product of matrices and [`product_key_topk`] on its result, or
-            where an implementation has a function `retrieve` for float32, that.
+            where an implementation has `retrieve` and `retrieval_gradients` for float32, these.
 
     Returns:
         `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.

@@ -15,7 +15,7 @@
 
 import torch
 
-from .native_library import PREAMBLE, call
+from .native_library import PREAMBLE, call, refuse_index
 
 
 SOURCE = (
@@ -290,12 +290,14 @@ static inline void cell_of(int64_t number, int64_t cell[2]) {
     cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
 }
 
-/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. */
-static void gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
+/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. Returns 0, or 1 for a number that is
+   not of the grid. */
+static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
                                float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
     for (int64_t i = 0; i < 2 * size; i++) of_query[i] = 0;
     for (int64_t a = 0; a < k; a++) {
         int64_t cell[2];
+        if (indices[a] < 0 || indices[a] >= n * n) return 1;
         cell_of(indices[a], cell);
         for (int half = 0; half < 2; half++) {
             const int64_t place = (half * n + cell[half]) * size;
@@ -307,16 +309,19 @@ static void gradients_of_query(const float *gradient, const int64_t *indices, co
             }
         }
     }
+    return 0;
 }
 
 /* of_queries as queries `[tokens, heads, 2, size]`, of_keys as keys `[sets, 2, n, size]`, of gradients of the scores at
-   `indices` `[tokens, heads, k]`. Every thread sums up keys of its own. Returns 0, or -1 if there is no memory. */
+   `indices` `[tokens, heads, k]`. Every thread sums up keys of its own. Returns 0, -1 without memory, or 1
+   for a number that is not of the grid. */
 int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
     const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
     float *others = malloc((threads - 1) * set_size * sizeof *others + 1);
     if (!others) return -1;
+    int failed = 0;
     for (int64_t set = 0; set < sets; set++) {
         float *of_set = of_keys + set * set_size;
         #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -325,8 +330,11 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
             memset(own, 0, set_size * sizeof *own);
             for (int64_t r = part * chunk; r < rows && r < (part + 1) * chunk; r++) {
                 const int64_t row = r * sets + set;
-                gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
-                                   keys + set * set_size, of_queries + row * 2 * size, own, n, size, k);
+                if (gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
+                                       keys + set * set_size, of_queries + row * 2 * size, own, n, size, k)) {
+                    #pragma omp atomic write
+                    failed = 1;
+                }
             }
         }
         #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -334,7 +342,7 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
             for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
     }
     free(others);
-    return 0;
+    return failed;
 }
 """
 )
@@ -382,8 +390,10 @@ def retrieval_gradients(
     num_tokens, num_heads, _, half_size = queries.shape
     num_sets, _, size, _ = sub_keys.shape
     tensors = (gradient, indices, queries, sub_keys, of_queries, of_sub_keys)
-    if call(
-        SOURCE, "retrieval_gradients", *tensors, num_tokens, num_heads, num_sets, size, half_size, indices.shape[-1]
-    ):
+    sizes = (num_tokens, num_heads, num_sets, size, half_size, indices.shape[-1])
+    failed = call(SOURCE, "retrieval_gradients", *tensors, *sizes)
+    if failed > 0:
+        refuse_index(indices, size**2)
+    if failed:
         raise MemoryError(f"No memory for the gradients of {sub_keys.numel():,} numbers of sub-keys on each thread.")
     return of_queries, of_sub_keys

@@ -37,8 +37,15 @@ from modeling_peer.expert_kernels import (
     resolve_kernels,
 )
 from modeling_peer.expert_kernels_eager import EagerKernels
+from modeling_peer.expert_kernels_native import NativeKernels
 from modeling_peer.expert_kernels_torch import TorchKernels
-from modeling_peer.product_keys import expert_cell, expert_number, product_key_retrieval, retrieve
+from modeling_peer.product_keys import (
+    expert_cell,
+    expert_number,
+    product_key_retrieval,
+    product_key_retrieval_gradients,
+    retrieve,
+)
 from modeling_peer.sparse_gradients import check_sparse_gradients
 
 
@@ -295,6 +302,8 @@ def samples(kernels, sparse=False):
     if kernels == "native":
         queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
         yield product_key_retrieval, (queries, sub_keys, 3, kernels)
+        indices, scores = retrieve(queries.detach(), sub_keys.detach(), 3, kernels)
+        yield product_key_retrieval_gradients, (scores, indices, queries.detach(), sub_keys.detach(), kernels)
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
@@ -323,7 +332,7 @@ class TestOperators:
 
     def test_double_backward_is_refused(self, kernels):
         for operator, arguments in samples(kernels):
-            if operator is expert_row_gradient:
+            if operator in (expert_row_gradient, product_key_retrieval_gradients):
                 continue
             outputs = operator(*arguments)
             output = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -468,6 +477,24 @@ class TestRetrieval:
         assert indices.min() >= 0
         assert indices.max() < 256**2
         assert scores.softmax(-1).isnan().any()
+
+    @pytest.mark.parametrize("number", [-1, 36])
+    def test_gradients_of_an_expert_that_is_not_there(self, number):
+        queries, sub_keys = torch.randn(2, 1, 2, 3), torch.randn(1, 2, 6, 3)
+        indices = torch.tensor([[[0, 35]], [[number, 1]]])
+        with pytest.raises(IndexError, match=rf"at least 0 and below their number 36, got {number}"):
+            NativeKernels.retrieval_gradients(torch.randn(2, 1, 2), indices, queries, sub_keys)
+
+    @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx"])
+    def test_on_processors_with_narrower_registers(self, flags):
+        test = f"{__file__}::TestRetrieval::test_native_equals_the_reference"
+        environment = os.environ | {"CC": f"{os.environ.get('CC') or 'cc'} {flags}"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+            env=environment,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:].decode()
 
     def test_the_backward_leaves_other_sub_keys_alone(self):
         queries, sub_keys = torch.randn(3, 2, 2, 8), torch.randn(1, 2, 100, 8, requires_grad=True)
