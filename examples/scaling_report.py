@@ -331,7 +331,7 @@ def losses_after_training(results: Results, change: str) -> list[dict[str, float
     found = (
         results.runs[each.name] for each in with_seeds(results.reference(), results.plan) if each.name in results.runs
     )
-    return [result["after_training"][change] for result in found]
+    return [result["after_training"][change]["losses"] for result in found]
 
 
 def table_after_training(results: Results) -> str:

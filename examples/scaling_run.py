@@ -165,9 +165,18 @@ def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> di
 @torch.no_grad()
 def measure_after_training(
     folder: Path, texts: dict[str, torch.Tensor], changes: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """Held-out losses of a trained model with fields changed as it is loaded."""
-    return {name: losses(load(folder, **fields), texts, EVAL_BATCH_SIZE) for name, fields in changes.items()}
+) -> dict[str, dict[str, Any]]:
+    """Held-out losses of a trained model with fields changed as it is loaded, and these fields."""
+    return {
+        name: {"fields": fields, "losses": losses(load(folder, **fields), texts, EVAL_BATCH_SIZE)}
+        for name, fields in changes.items()
+    }
+
+
+def changes_to_measure(result: dict[str, Any], planned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the planned changes after training that the result of a run does not have."""
+    measured = {name: each["fields"] for name, each in result["after_training"].items()}
+    return {name: fields for name, fields in planned.items() if measured.get(name) != fields}
 
 
 def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -192,10 +201,7 @@ def main():
         if not result_file.exists():
             write_json(result_file, make(work, file))
         result = read_json(result_file)
-        changes = {
-            name: fields for name, fields in work["after_training"].items() if name not in result["after_training"]
-        }
-        if changes:
+        if changes := changes_to_measure(result, work["after_training"]):
             texts = read_texts(Path(work["held_out"]))
             result["after_training"] |= measure_after_training(Path(work["run_clm"]["output_dir"]), texts, changes)
             write_json(result_file, result)

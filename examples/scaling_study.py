@@ -41,7 +41,7 @@ from scaling_plan import (
     training_flops,
     with_seeds,
 )
-from scaling_run import EVAL_BATCH_SIZE, comparable
+from scaling_run import EVAL_BATCH_SIZE, changes_to_measure, comparable
 from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from tqdm.auto import tqdm
@@ -189,7 +189,7 @@ class Study:
 
     def _is_whole(self, run):
         file = self.result_file(run)
-        return file.exists() and self._changes(run).keys() <= read_json(file)["after_training"].keys()
+        return file.exists() and not changes_to_measure(read_json(file), self._changes(run))
 
     def _changes(self, run):
         """What is changed in its model after training."""

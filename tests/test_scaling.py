@@ -68,7 +68,7 @@ from scaling_report import (
     table_of_variations,
     write_results,
 )
-from scaling_run import comparable
+from scaling_run import changes_to_measure, comparable
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, configuration_path
@@ -230,7 +230,8 @@ def made_of(losses, run, plan=PLAN):
         result["losses_as_trained"] = {name: loss - 0.5 for name, loss in texts.items()}
     if run.variant == PEER and run.ablation is None and run.hidden_size == plan.reference_hidden_size:
         changed = {name: loss + 0.3 for name, loss in texts.items()}
-        result["after_training"] = dict.fromkeys(plan.after_training, changed)
+        changes = plan.after_training.items()
+        result["after_training"] = {name: {"fields": fields, "losses": changed} for name, fields in changes}
     return result
 
 
@@ -481,7 +482,8 @@ class TestStudy:
         for name, result in results.runs.items():
             assert result["losses"] == pytest.approx(losses(name), rel=1e-5), name
         assert results.losses(results.reference())[CORPUS] != results.losses(results.reference())["new"]
-        changed = results.runs[results.reference().name]["after_training"]
+        after_training = results.runs[results.reference().name]["after_training"]
+        changed = {name: each["losses"] for name, each in after_training.items()}
         assert changed["k = 2"] == pytest.approx(losses(results.reference().name, num_experts_per_head=2), rel=1e-5)
         assert changed["h = 1"] == pytest.approx(losses(results.reference().name, num_retrieval_heads=1), rel=1e-5)
 
@@ -538,6 +540,11 @@ class TestStudy:
         assert comparable(one) == comparable(one | {"output_dir": "b"})
         for other in ({"max_steps": 2}, {"config_overrides": '{"num_experts": 64}'}):
             assert comparable(one) != comparable(one | other)
+
+    def test_a_change_after_training_that_was_redefined_is_measured_again(self):
+        result = {"after_training": {"h = 1": {"fields": {"num_retrieval_heads": 1}}}}
+        for fields, is_missing in (({"num_retrieval_heads": 1}, False), ({"num_retrieval_heads": 2}, True)):
+            assert bool(changes_to_measure(result, {"h = 1": fields})) == is_missing
 
     def test_a_run_goes_on_where_it_was_killed(self, small_study, tmp_path):
         """After a checkpoint, and after the last one: it ends as one that was not killed, with the same arguments only."""
