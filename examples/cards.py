@@ -48,7 +48,7 @@ def make_card(
         config (`PreTrainedConfig`): A [`PeerConfig`] is described, with its costs.
         results (`dict[str, float]`): By the names in `RESULTS`, as in all_results.json; others are left out.
         license, dataset_name (`str`, *optional*): The model's licence, the dataset of the Hub it was trained on.
-        tags (`list[str]`, *optional*): Beside `peer`.
+        tags (`list[str]`, *optional*): Beside `peer`, which models with PEER layers and adapters have.
         description (`str`, *optional*): What else to say, in Markdown.
         prompt (`str`), max_new_tokens (`int`): Of the example.
         sequence_length (`int`, *optional*): At which FLOPs are counted, see [`model_costs`].

@@ -68,8 +68,9 @@ def _describe(results: Results, run: Run) -> str:
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     return (
         f"{label(run.variant)}{ablation}: trained from scratch by `examples/scaling.py` for {run.steps:,} steps of "
-        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {describe_training(training)}. Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, "
-        "the other evaluation texts are from other sources. A research model, too small to state facts.\n\n"
+        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {describe_training(training)}. "
+        f"Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, the other evaluation "
+        "texts are from other sources. A research model, too small to state facts.\n\n"
         f"Perplexities are means over {seeds}; their geometric mean over the evaluation texts is "
         f"{spread(mean_perplexities(losses, plan))}."
     )

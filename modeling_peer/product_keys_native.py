@@ -175,6 +175,7 @@ static void number_pairs(int64_t k, const workspace *w) {
     }
 }
 
+/* The k best experts of a query, of the best rows and columns. */
 static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t *column_places,
                        int64_t k, int64_t *indices, float *scores, const workspace *w) {
     const words infinite = (words){} + 0x7f800000;
