@@ -14,6 +14,7 @@
 """Exact product-key retrieval: the best k of N experts by looking at 2 √N sub-keys (paper, section 2.1)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -23,6 +24,7 @@ from .expert_kernels import (
     needs_operator,
     refuse_double_backward,
 )
+from .product_keys_native import empty_gradients
 
 
 MASKED_SCORES = 2**22  # of a piece of the tokens
@@ -187,21 +189,31 @@ def _save_for_backward(ctx, inputs, output):
 
 @torch.library.custom_op(f"{NAMESPACE}::product_key_retrieval_gradients", mutates_args=())
 def product_key_retrieval_gradients(
-    gradient: torch.Tensor, indices: torch.Tensor, queries: torch.Tensor, sub_keys: torch.Tensor, kernels: str
+    gradient: torch.Tensor,
+    indices: torch.Tensor,
+    queries: torch.Tensor,
+    sub_keys: torch.Tensor,
+    wanted: Sequence[bool],
+    kernels: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the queries and sub-keys of [`product_key_retrieval`], from that of its scores and what it found."""
-    return ALL_EXPERT_KERNELS[kernels].retrieval_gradients(gradient, indices, queries, sub_keys)
+    """
+    Gradients of the queries and sub-keys of [`product_key_retrieval`], from that of its scores and what it found; without
+    elements where one is not wanted.
+    """
+    return ALL_EXPERT_KERNELS[kernels].retrieval_gradients(gradient, indices, queries, sub_keys, wanted)
 
 
 @product_key_retrieval_gradients.register_fake
-def _(gradient, indices, queries, sub_keys, kernels):
-    return torch.empty_like(queries), torch.empty_like(sub_keys)
+def _(gradient, indices, queries, sub_keys, wanted, kernels):
+    return empty_gradients(queries, sub_keys, wanted)
 
 
 def _retrieval_backward(ctx, gradient, _):
     refuse_double_backward()
     queries, sub_keys, indices = ctx.saved_tensors
-    of_queries, of_sub_keys = product_key_retrieval_gradients(gradient, indices, queries, sub_keys, ctx.kernels)
+    wanted = ctx.needs_input_grad[:2]
+    found = product_key_retrieval_gradients(gradient, indices, queries, sub_keys, wanted, ctx.kernels)
+    of_queries, of_sub_keys = (each if is_wanted else None for each, is_wanted in zip(found, wanted, strict=True))
     return of_queries, of_sub_keys, None, None
 
 

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Product-key retrieval on a CPU, in C: scores and selection go block by block through the cache, never to memory."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .native_library import PREAMBLE, call, refuse_index
@@ -291,55 +293,57 @@ static inline void cell_of(int64_t number, int64_t cell[2]) {
     cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
 }
 
-/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. Returns 0, or 1 for a number that is
-   not of the grid. */
+/* to += factor * from */
+static inline void add_scaled(float *restrict to, float factor, const float *restrict from, int64_t size) {
+    for (int64_t c = 0; c < size; c++) to[c] += factor * from[c];
+}
+
+/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. What is NULL is not wanted. Returns
+   0, or 1 for a number that is not of the grid. */
 static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
                                float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
-    for (int64_t i = 0; i < 2 * size; i++) of_query[i] = 0;
+    if (of_query) memset(of_query, 0, 2 * size * sizeof *of_query);
     for (int64_t a = 0; a < k; a++) {
         int64_t cell[2];
         if (indices[a] < 0 || indices[a] >= n * n) return 1;
         cell_of(indices[a], cell);
         for (int half = 0; half < 2; half++) {
             const int64_t place = (half * n + cell[half]) * size;
-            const float factor = gradient[a], *restrict from = query + half * size, *restrict key = keys + place;
-            float *restrict to = of_query + half * size, *restrict of_key = of_keys + place;
-            for (int64_t c = 0; c < size; c++) {
-                to[c] += factor * key[c];
-                of_key[c] += factor * from[c];
-            }
+            if (of_query) add_scaled(of_query + half * size, gradient[a], keys + place, size);
+            if (of_keys) add_scaled(of_keys + place, gradient[a], query + half * size, size);
         }
     }
     return 0;
 }
 
 /* of_queries as queries `[tokens, heads, 2, size]`, of_keys as keys `[sets, 2, n, size]`, of gradients of the scores at
-   `indices` `[tokens, heads, k]`. Every thread sums up keys of its own. Returns 0, -1 without memory, or 1
-   for a number that is not of the grid. */
+   `indices` `[tokens, heads, k]`; NULL where it is not wanted. Every thread sums up keys of its own. Returns 0, -1 without
+   memory, or 1 for a number that is not of the grid. */
 int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
     const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
-    float *others = malloc((threads - 1) * set_size * sizeof *others + 1);
-    if (!others) return -1;
+    float *others = of_keys ? malloc((threads - 1) * set_size * sizeof *others + 1) : NULL;
+    if (of_keys && !others) return -1;
     int failed = 0;
     for (int64_t set = 0; set < sets; set++) {
-        float *of_set = of_keys + set * set_size;
+        float *of_set = of_keys ? of_keys + set * set_size : NULL;
         #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t part = 0; part < threads; part++) {
-            float *own = part ? others + (part - 1) * set_size : of_set;
-            memset(own, 0, set_size * sizeof *own);
+            float *own = part && of_keys ? others + (part - 1) * set_size : of_set;
+            if (own) memset(own, 0, set_size * sizeof *own);
             for (int64_t r = part * chunk; r < rows && r < (part + 1) * chunk; r++) {
                 const int64_t row = r * sets + set;
                 if (gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
-                                       keys + set * set_size, of_queries + row * 2 * size, own, n, size, k)) {
+                                       keys + set * set_size, of_queries ? of_queries + row * 2 * size : NULL, own, n,
+                                       size, k)) {
                     #pragma omp atomic write
                     failed = 1;
                 }
             }
         }
         #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < set_size; i++)
+        for (int64_t i = 0; i < (of_keys ? set_size : 0); i++)
             for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
     }
     free(others);
@@ -372,8 +376,23 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[tor
     return indices, scores
 
 
+def empty_gradients(
+    queries: torch.Tensor, sub_keys: torch.Tensor, wanted: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`retrieval_gradients`] fills."""
+    of_queries, of_sub_keys = (
+        torch.empty_like(each) if is_wanted else each.new_empty(0)
+        for each, is_wanted in zip((queries, sub_keys), wanted, strict=True)
+    )
+    return of_queries, of_sub_keys
+
+
 def retrieval_gradients(
-    gradient: torch.Tensor, indices: torch.Tensor, queries: torch.Tensor, sub_keys: torch.Tensor
+    gradient: torch.Tensor,
+    indices: torch.Tensor,
+    queries: torch.Tensor,
+    sub_keys: torch.Tensor,
+    wanted: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the gradient of the scores that [`retrieve`] returns says of what went in.
@@ -382,12 +401,13 @@ def retrieval_gradients(
         gradient (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): float32, on the CPU.
         indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert numbers, as retrieved.
         queries, sub_keys: See [`retrieve`].
+        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether the gradient of each of these two is.
 
     Returns:
-        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`.
+        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`; without elements where it is not wanted.
     """
     gradient, indices, queries, sub_keys = (each.contiguous() for each in (gradient, indices, queries, sub_keys))
-    of_queries, of_sub_keys = torch.empty_like(queries), torch.empty_like(sub_keys)
+    of_queries, of_sub_keys = empty_gradients(queries, sub_keys, wanted)
     num_tokens, num_heads, _, half_size = queries.shape
     num_sets, _, size, _ = sub_keys.shape
     tensors = (gradient, indices, queries, sub_keys, of_queries, of_sub_keys)

@@ -303,7 +303,9 @@ def samples(kernels, sparse=False):
         queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
         yield product_key_retrieval, (queries, sub_keys, 3, kernels)
         indices, scores = retrieve(queries.detach(), sub_keys.detach(), 3, kernels)
-        yield product_key_retrieval_gradients, (scores, indices, queries.detach(), sub_keys.detach(), kernels)
+        for wanted in ([True, True], [False, True]):
+            leaves = queries.detach(), sub_keys.detach()
+            yield product_key_retrieval_gradients, (scores, indices, *leaves, wanted, kernels)
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
@@ -477,6 +479,21 @@ class TestRetrieval:
         assert indices.min() >= 0
         assert indices.max() < 256**2
         assert scores.softmax(-1).isnan().any()
+
+    @pytest.mark.parametrize("frozen", [0, 1], ids=["queries", "sub_keys"])
+    def test_what_is_frozen_gets_no_gradient(self, frozen):
+        """Nor is it computed."""
+        leaves = [torch.randn(9, 2, 2, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)]
+        indices, scores = retrieve(*leaves, 3, "native")
+        gradient = torch.randn_like(scores)
+        expected = torch.autograd.grad(scores, leaves, gradient)[1 - frozen]
+        leaves[frozen].requires_grad_(False)
+        retrieve(*leaves, 3, "native")[1].backward(gradient)
+        assert leaves[frozen].grad is None
+        assert torch.equal(leaves[1 - frozen].grad, expected)
+        wanted = [which != frozen for which in range(2)]
+        found = NativeKernels.retrieval_gradients(gradient, indices, *(each.detach() for each in leaves), wanted)
+        assert found[frozen].numel() == 0
 
     @pytest.mark.parametrize("number", [-1, 36])
     def test_gradients_of_an_expert_that_is_not_there(self, number):
