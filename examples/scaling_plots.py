@@ -13,6 +13,7 @@
 # limitations under the License.
 """The pictures of the scaling study."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def plot_sizes(results: Results, file: Path) -> None:
             own = [run for run in runs if run.variant == variant]
             flops = [costs_of(run, results.plan).flops / 1e6 for run in own]
             axes.plot(flops, _corpus_losses(results, own), "o-", color=_color(results, variant), label=label(variant))
-        axes.set(xscale="log", xlabel="MFLOPs per token", ylabel="held-out loss, nats per token")
+        axes.set(xlabel="MFLOPs per token", ylabel="held-out loss, nats per token")
         axes.set_title(f"{budget_name(budget)} training FLOPs, one seed")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper center")
     _plot_margins(results, margins)
     figure.savefig(file, dpi=120)
 
@@ -60,20 +61,23 @@ def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
 
 
 def _plot_margins(results: Results, axes: Axes) -> None:
-    """How far perplexity is below that of dense, of this study and of the paper, side by side."""
+    """How far perplexity is below that of dense, of this study with the deviation over seeds and of the paper."""
     variants = [variant for variant in results.plan.variants if variant != DENSE]
     groups = [(budget_name(budget), results.margins(budget)) for budget in results.plan.budgets]
     groups += [(f"paper, {budget}", found) for budget, found in paper_margins().items()]
+    deviations = [results.deviations(budget) for budget in results.plan.budgets]
+    deviations += [dict.fromkeys(found, math.nan) for _, found in groups[len(deviations) :]]
     width = 0.8 / len(variants)
     for i, variant in enumerate(variants):
         places = [place + i * width for place, (_, found) in enumerate(groups) if variant in found]
         values = [100 * found[variant] for _, found in groups if variant in found]
-        axes.bar(places, values, width, color=_color(results, variant), label=label(variant))
+        bars = [100 * found[variant] for found in deviations if variant in found]
+        axes.bar(places, values, width, yerr=bars, color=_color(results, variant), label=label(variant), capsize=2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
     )
-    axes.set(ylabel="perplexity below dense, %", title="Compute-optimal models, mean over evaluation texts")
+    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
 
@@ -87,6 +91,7 @@ def plot_seconds(results: Results, file: Path) -> None:
         seconds = [step * results.step_seconds(run) for step, _ in history]
         name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
         curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
+    curves.set_xscale("log")
     curves.set_title("Training loss, schedules of equal seconds, one seed")
     for variant in (DENSE, PEER):
         runs = [
@@ -101,7 +106,7 @@ def plot_seconds(results: Results, file: Path) -> None:
             ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
     ends.set_title("Held-out loss of every size and budget at its end, one seed")
     for axes in (curves, ends):
-        axes.set(xscale="log", xlabel="seconds on this machine", ylabel="loss, nats per token")
+        axes.set(xlabel="seconds on this machine", ylabel="loss, nats per token")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)

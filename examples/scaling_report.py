@@ -112,11 +112,24 @@ class Results:
 
     def margins(self, budget: float) -> dict[str, float]:
         """By which share each variant's mean perplexity is below that of dense, compute-optimal both."""
-        means = {
+        means = self._means(budget)
+        return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
+
+    def deviations(self, budget: float) -> dict[str, float]:
+        """Of the margins: how far each variant's mean perplexity varies over seeds, as a share of that of dense."""
+        means = self._means(budget)
+        return {
+            variant: stdev(values) / mean(means[DENSE]) if len(values) > 1 else math.nan
+            for variant, values in means.items()
+            if variant != DENSE
+        }
+
+    def _means(self, budget):
+        """Of each variant's compute-optimal model the mean perplexity with each seed."""
+        return {
             variant: mean_perplexities(self.with_seeds(run), self.plan)
             for variant, run in self.optimal(budget).items()
         }
-        return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
 
     def step_seconds(self, run: Run) -> float:
         """The median step of the run's model."""

@@ -287,6 +287,8 @@ class TestReport:
         deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
         assert row.count(f"{mean:.2f} ± {deviation:.2f}") == 7  # six texts, and the mean over five of them
         assert f"{1 - math.exp(-0.2):.1%}" in row
+        dense = sum(math.exp(5.0 + 0.1 * seed) for seed in range(3)) / 3
+        assert results.deviations(PLAN.budgets[0])[PEER] == pytest.approx(deviation / dense)
 
     def test_the_mean_is_geometric_and_leaves_the_corpus_out(self, results):
         run = results.optimal(PLAN.budgets[0])["dense"]
