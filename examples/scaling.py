@@ -17,6 +17,7 @@ The paper's comparison and its ablations, at the size that a plan says.
 
     python examples/scaling.py                       # configuration/scaling/two-cores.json, for hours
     python examples/scaling.py --plan PLAN.json      # other sizes, budgets, texts, variants
+    python examples/scaling.py --results examples/results/scaling.json      # goes on from what is committed: all is there
 
 Every model is trained by run_clm.py, in a process of its own. Killed at any point, the same command goes on. Every run is a
 file in `--output_dir`; what comes of them all is `scaling.json` there, with tables, pictures and model cards.
@@ -40,7 +41,7 @@ from scaling_plan import (
     with_seeds,
 )
 from scaling_plots import PLOTS
-from scaling_report import Results, describe, write_results
+from scaling_report import Results, describe, read_results, write_results
 from scaling_study import Study
 from studies import write_text
 from training import parse_arguments
@@ -56,6 +57,9 @@ class ScalingArguments:
 
     plan: str = field(default=str(PLAN), metadata={"help": "The plan, a JSON file."})
     output_dir: str = field(default="runs/scaling", metadata={"help": "The folder for all that is saved."})
+    results: str | None = field(
+        default=None, metadata={"help": "A scaling.json made elsewhere, whose runs are not made again."}
+    )
     processes: int | None = field(
         default=None,
         metadata={
@@ -97,8 +101,8 @@ def main():
     try:
         with FileLock(folder / ".lock", timeout=0):
             study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2)
-            print("Reading the texts ...")
-            study.prepare()
+            if args.results is not None:
+                study.adopt(read_results(Path(args.results)))
             report(run_study(study), folder)
     except Timeout:
         raise SystemExit(

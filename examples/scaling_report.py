@@ -81,7 +81,7 @@ class Results:
     Args:
         plan (`Plan`)
         runs (`dict[str, dict]`): Of each run's name what `scaling_run.py` wrote.
-        seconds (`dict`): What `Study.seconds` measured.
+        seconds (`dict`): What `Study.seconds` found.
     """
 
     def __init__(self, plan: Plan, runs: dict[str, dict[str, Any]], seconds: dict[str, Any]):

@@ -41,6 +41,7 @@ from scaling_plan import (
     training_flops,
     with_seeds,
 )
+from scaling_report import Results
 from scaling_run import EVAL_BATCH_SIZE, changes_to_measure, comparable
 from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
@@ -55,6 +56,9 @@ EXAMPLES = Path(__file__).parent
 # For the C library: a step's logits, freed, are kept for the next step instead of being asked of the system anew, page by page,
 # which takes a quarter of the time of a small model's step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+# What the texts of all runs are made by; the rest is checked run by run: lists of sizes, budgets or ablations may grow.
+TEXTS = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
 
 # Of a run: points of its training loss, and how often it is saved.
 LOGS, CHECKPOINTS = 40, 4
@@ -74,14 +78,30 @@ class Study:
         self.plan = plan
         self.folder = folder
         self.processes = processes
-        # The rest is checked run by run: lists of sizes, budgets or ablations may grow.
-        texts = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
-        claim_folder(folder, {name: getattr(plan, name) for name in texts})
+        claim_folder(folder, {name: getattr(plan, name) for name in TEXTS})
+
+    def adopt(self, results: Results) -> None:
+        """
+        Takes over runs and step times made elsewhere that are not here.
+
+        Raises:
+            `ValueError`: if their texts are others.
+        """
+        for name in TEXTS:
+            found, expected = getattr(results.plan, name), getattr(self.plan, name)
+            if found != expected:
+                raise ValueError(f"The results are of a study whose `{name}` was {found}, got {expected}.")
+        files = {self.folder / "results" / f"{name}.json": run for name, run in results.runs.items()}
+        files |= {self._seconds_file(size): measured for size, measured in results.seconds.items()}
+        for file, content in files.items():
+            if not file.exists():
+                write_json(file, content)
 
     def prepare(self) -> None:
         """Fetches the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
         if (self.folder / "held_out" / "texts.json").exists():
             return
+        print("Reading the texts ...")
         parts = [self._read(name) for name in self.plan.training_texts]
         corpus = {split: concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation")}
         for split, texts in corpus.items():
@@ -124,13 +144,17 @@ class Study:
         for hidden_size in self.plan.all_sizes:
             runs = [Run(variant, hidden_size, 1, self.plan.learning_rates[0]) for variant in (DENSE, PEER)]
             fields = {run.variant: changed_fields(run, self.plan) for run in runs}
-            file = self.folder / "seconds" / f"{hidden_size}.json"
+            file = self._seconds_file(str(hidden_size))
             if not file.exists() or read_json(file)["fields"] != fields:
                 self._measure_seconds(runs, fields, file)
-            found[str(hidden_size)] = {name: read_json(file)[name] for name in ("machine", "seconds")}
+            found[str(hidden_size)] = read_json(file)
         return found
 
+    def _seconds_file(self, hidden_size):
+        return self.folder / "seconds" / f"{hidden_size}.json"
+
     def _measure_seconds(self, runs, fields, result_file):
+        self.prepare()
         file = self.folder / "work" / f"seconds-{result_file.name}"
         work = {
             "plan": asdict(self.plan),
@@ -149,12 +173,14 @@ class Study:
 
         Raises:
             `RuntimeError`: if one fails, after those under way are done.
-            `ValueError`: if one that is there is of a model with other fields.
+            `ValueError`: if one that is there is of a model with other fields, or is to be measured again without its model.
         """
         runs = list(dict.fromkeys(runs))
         for run in runs:
             self._check(run)
         missing = [run for run in runs if not self._is_whole(run)]
+        if missing:
+            self.prepare()
         devices: SimpleQueue[int] = SimpleQueue()
         for i in range(self.processes):
             devices.put(i)
@@ -185,6 +211,11 @@ class Study:
                 + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
                 + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)}, or choose another "
                 "--output_dir."
+            )
+
+        if not self._is_whole(run) and not (self.folder / "models" / run.name).exists():
+            raise ValueError(
+                f"{file} was made elsewhere, without what `after_training` asks for today: remove it to train the model here."
             )
 
     def _is_whole(self, run):

@@ -635,6 +635,44 @@ class TestStudy:
         assert set(after.runs[run.name]["after_training"]) == {"k = 2", "h = 1", "k = 3"}
         assert after.losses(run) == before.losses(run) and after.runs.keys() == before.runs.keys()
 
+    def test_goes_on_from_results_made_elsewhere(self, small_study, tmp_path, monkeypatch):
+        """Without texts and models, to the same tables and cards."""
+        folder, main = small_study
+        for module, name in ((scaling_study.subprocess, "run"), (scaling_study, "train_tokenizer")):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("makes what is there"))
+        flags = ("--output_dir", str(tmp_path), "--results", str(folder / "scaling.json"))
+        main(*flags)
+        before, after = read_results(folder / "scaling.json"), read_results(tmp_path / "scaling.json")
+        assert (after.runs, after.seconds) == (before.runs, before.seconds)
+        card = "model_cards/peer-6e08-flops.md"
+        assert (tmp_path / card).read_text() == (folder / card).read_text()
+        assert not (tmp_path / "held_out").exists()
+
+        run = before.reference()
+        kept = tmp_path / "results" / f"{run.name}.json"
+        changed = json.loads(kept.read_text()) | {"losses": {}}
+        kept.write_text(json.dumps(changed))
+        scaling_study.Study(read_plan(folder / "plan.json"), tmp_path, 1).adopt(before)
+        assert json.loads(kept.read_text()) == changed  # what is here stays
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"block_size": 16}, "a study whose `block_size` was 32, got 16"),
+            (
+                {"after_training": {"k = 3": {"num_experts_per_head": 3}}},
+                "was made elsewhere, without what `after_training` asks for today: remove it to train",
+            ),
+        ],
+    )
+    def test_refuses_results_made_elsewhere_in_another_way(self, small_study, tmp_path, changed, message):
+        folder, main = small_study
+        plan = tmp_path / "plan.json"
+        plan.write_text(json.dumps(SMALL | changed))
+        flags = ("--output_dir", str(tmp_path), "--plan", str(plan), "--results", str(folder / "scaling.json"))
+        with pytest.raises(ValueError, match=message):
+            main(*flags)
+
     def test_one_at_a_time(self, small_study):
         folder, main = small_study
         with FileLock(folder / ".lock"), pytest.raises(SystemExit, match="Another process is at work"):
