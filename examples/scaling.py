@@ -30,13 +30,13 @@ import torch
 from filelock import FileLock, Timeout
 from scaling_cards import write_cards
 from scaling_plan import (
-    ablation_runs,
     budget_name,
     choose_rates,
     choose_sizes,
     rate_runs,
     read_plan,
     reference_run,
+    repeated_ablation_runs,
     size_runs,
     with_seeds,
 )
@@ -76,7 +76,7 @@ def run_study(study: Study) -> Results:
         runs = study.make(size_runs(plan, rates, budget), f"Sizes at {budget_name(budget)} FLOPs")
     optimal = [run for budget in plan.budgets for run in choose_sizes(plan, rates, budget, runs).values()]
     repeated = [each for run in [*optimal, reference_run(plan, rates)] for each in with_seeds(run, plan)]
-    runs = study.make([*repeated, *ablation_runs(plan, rates)], "Seeds and ablations")
+    runs = study.make([*repeated, *repeated_ablation_runs(plan, rates)], "Seeds and ablations")
     results = Results(plan, runs, study.seconds())
     timed = [each for budget in plan.budgets for each in with_seeds(results.equal_seconds(budget)[1], plan)]
     return Results(plan, study.make(timed, "Equal wall-clock"), results.seconds)

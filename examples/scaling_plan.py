@@ -61,6 +61,7 @@ class Plan:
             as many steps as the last budget pays for.
         ablations (`dict[str, dict[str, dict]]`): In the groups of `ABLATIONS`, fields and `training` arguments in which
             models differ from the PEER variant.
+        repeated_ablations (`list[str]`): Groups of them that are made with every seed, the others with one.
         after_training (`dict[str, dict]`): Fields to change in the trained PEER model at that size, without training again.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     variants: dict[str, dict[str, Any]]
     reference_hidden_size: int
     ablations: dict[str, dict[str, dict[str, Any]]]
+    repeated_ablations: list[str]
     after_training: dict[str, dict[str, Any]]
 
     def __post_init__(self):
@@ -86,9 +88,10 @@ class Plan:
                 raise ValueError(
                     f"`variants` must have {name!r}, the comparison's two ends, got {list(self.variants)}."
                 )
-        for group in self.ablations:
-            if group not in ABLATIONS:
-                raise ValueError(f"`ablations` are of the groups {list(ABLATIONS)}, got {group!r}.")
+        for name in ("ablations", "repeated_ablations"):
+            for group in getattr(self, name):
+                if group not in ABLATIONS:
+                    raise ValueError(f"`{name}` are of the groups {list(ABLATIONS)}, got {group!r}.")
         for name in ("training_texts", "evaluation_texts", "hidden_sizes", "budgets", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must name at least one.")
@@ -280,7 +283,7 @@ def reference_run(plan: Plan, rates: dict[str, float]) -> Run:
 
 
 def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
-    """All ablations, trained for as many steps as the run they are held against."""
+    """All ablations, with the first seed, trained for as many steps as the run they are held against."""
     reference = reference_run(plan, rates)
     return [
         replace(reference, ablation=(group, name)) for group, members in plan.ablations.items() for name in members
@@ -290,6 +293,14 @@ def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
 def with_seeds(run: Run, plan: Plan) -> list[Run]:
     """The run with every seed."""
     return [replace(run, seed=seed) for seed in range(plan.seeds)]
+
+
+def repeated_ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
+    """All ablations, those of `plan.repeated_ablations` with every seed."""
+    found = []
+    for run in ablation_runs(plan, rates):
+        found += with_seeds(run, plan) if run.ablation[0] in plan.repeated_ablations else [run]
+    return found
 
 
 def corpus_loss(result: dict[str, Any]) -> float:

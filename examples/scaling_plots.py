@@ -16,6 +16,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from matplotlib.axes import Axes
@@ -119,7 +120,10 @@ def plot_ablations(results: Results, file: Path) -> None:
     runs = norm_runs(results)
     for norm in dict.fromkeys(norm for norm, _ in runs):
         own = {num_experts: run for (each, num_experts), run in runs.items() if each == norm}
-        pool.plot(list(own), _perplexities(results, own.values()), "o-", label=f"query norm {norm or 'none'}")
+        found = [mean_perplexities(results.with_seeds(run), results.plan) for run in own.values()]
+        bars = [stdev(values) if len(values) > 1 else math.nan for values in found]
+        name = f"query norm {norm or 'none'}"
+        pool.errorbar(list(own), list(map(mean, found)), bars, fmt="o-", capsize=2, label=name)
     pool.set(xlabel="experts N, at fixed active ones", title="More experts")
     trained = active_runs(results)
     active.plot(list(trained), _perplexities(results, trained.values()), "o-", label="trained with them")

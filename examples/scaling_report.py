@@ -106,9 +106,13 @@ class Results:
         """Of each text, of this run alone."""
         return self.runs[run.name]["losses"]
 
+    def made(self, run: Run) -> list[dict[str, Any]]:
+        """What came of the run with each seed that it was made with."""
+        return [self.runs[each.name] for each in with_seeds(run, self.plan) if each.name in self.runs]
+
     def with_seeds(self, run: Run) -> list[dict[str, float]]:
-        """Of each seed that the run was made with, the loss of each text."""
-        return [self.losses(each) for each in with_seeds(run, self.plan) if each.name in self.runs]
+        """Of each of these seeds, the loss of each text."""
+        return [result["losses"] for result in self.made(run)]
 
     def margins(self, budget: float) -> dict[str, float]:
         """By which share each variant's mean perplexity is below that of dense, compute-optimal both."""
@@ -282,26 +286,38 @@ def table_of_experts(results: Results) -> str:
     """The number of experts at fixed active ones, and query norms, as in the paper's table 3."""
     rows = [["query norm", "N", *_COST_COLUMNS, "usage, %", "top-1 usage, %", "unevenness"]]
     for (norm, num_experts), run in norm_runs(results).items():
-        (usage,) = results.runs[run.name]["usage"].values()
-        shares = [f"{100 * usage[name]:.1f}" for name in ("usage", "top1_usage")]
-        rows.append(
-            [norm or "none", f"{num_experts:,}", *_cost_cells(results, run), *shares, f"{usage['unevenness']:.2f}"]
+        usages = [usage for result in results.made(run) for usage in result["usage"].values()]
+        usage, top1_usage, unevenness = (
+            mean(each[name] for each in usages) for name in ("usage", "top1_usage", "unevenness")
         )
+        measures = [f"{100 * usage:.1f}", f"{100 * top1_usage:.1f}", f"{unevenness:.2f}"]
+        cost_cells = _cost_cells(results, run, results.with_seeds(run))
+        rows.append([norm or "none", f"{num_experts:,}", *cost_cells, *measures])
     return markdown_table(rows)
 
 
 _COST_COLUMNS = ["MFLOPs per token", "parameters, M", CORPUS, "geometric mean"]
 
 
-def _cost_cells(results, run):
-    """What a run's model costs, and its perplexity."""
-    costs, losses = costs_of(run, results.plan), [results.losses(run)]
+def _cost_cells(results, run, losses):
+    """What a run's model costs, and its perplexity of these seeds."""
+    costs = costs_of(run, results.plan)
     return [
         f"{costs.flops / 1e6:.2f}",
         f"{costs.parameters / 1e6:.1f}",
         spread(perplexities(losses, CORPUS)),
         spread(mean_perplexities(losses, results.plan)),
     ]
+
+
+def note_on_experts(results: Results) -> str:
+    """How to read the table of experts."""
+    return f"Means over {results.plan.seeds} seeds ± deviation, or of one seed. {_same_text(results)}"
+
+
+def _same_text(results):
+    reference = results.reference()
+    return f"All of hidden_size {reference.hidden_size}, {reference.steps:,} steps: the same text, not the same FLOPs."
 
 
 def table_of_the_papers_experts() -> str:
@@ -325,26 +341,22 @@ def table_of_active_experts(results: Results) -> str:
     for active, run in active_runs(results).items():
         config = configuration_of(run, results.plan)
         sizes = (active, config.num_retrieval_heads, config.num_experts_per_head)
-        rows.append([*map(str, sizes), *_cost_cells(results, run)])
+        rows.append([*map(str, sizes), *_cost_cells(results, run, [results.losses(run)])])
     return markdown_table(rows)
 
 
 def note_on_ablations(results: Results) -> str:
     """What ablations have in common, and how much seeds differ."""
-    reference = results.reference()
-    losses = results.with_seeds(reference)
+    losses = results.with_seeds(results.reference())
     return (
-        f"One seed of each, hidden_size {reference.hidden_size}, {reference.steps:,} steps: the same text, not the same FLOPs. "
-        f"PEER itself with {len(losses)} seeds: {spread(mean_perplexities(losses, results.plan))}."
+        f"One seed of each. {_same_text(results)} PEER itself with {len(losses)} seeds: "
+        f"{spread(mean_perplexities(losses, results.plan))}."
     )
 
 
 def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
     """Of the trained reference with fields changed, with each seed, the loss of each text."""
-    found = (
-        results.runs[each.name] for each in with_seeds(results.reference(), results.plan) if each.name in results.runs
-    )
-    return [result["after_training"][change]["losses"] for result in found]
+    return [result["after_training"][change]["losses"] for result in results.made(results.reference())]
 
 
 def table_after_training(results: Results) -> str:
@@ -370,7 +382,7 @@ def table_of_variations(results: Results) -> str:
     for run in results.ablations("variation"):
         means = mean_perplexities([results.losses(run)], results.plan)
         name, share = ("PEER", "") if run.ablation is None else (run.ablation[1], f"{below(means, before):.1%}")
-        rows.append([name, *_cost_cells(results, run), share])
+        rows.append([name, *_cost_cells(results, run, [results.losses(run)]), share])
     return markdown_table(rows)
 
 
@@ -414,8 +426,8 @@ def table_of_expert_choice(results: Results) -> str:
     rows = [["experts choose", "routed by token, as it generates", "as trained, sees later tokens"]]
     for budget in results.plan.budgets:
         for variant, run in results.optimal(budget).items():
-            found = [results.runs[each.name] for each in with_seeds(run, results.plan) if each.name in results.runs]
-            trained = [result["losses_as_trained"] for result in found if "losses_as_trained" in result]
+            made = results.made(run)
+            trained = [result["losses_as_trained"] for result in made if "losses_as_trained" in result]
             if trained:
                 means = [mean_perplexities(losses, results.plan) for losses in (results.with_seeds(run), trained)]
                 rows.append([f"{label(variant)}, {budget_name(budget)} FLOPs", *map(spread, means)])
@@ -442,7 +454,7 @@ def describe(results: Results) -> str:
         "More experts, and query norms": [
             table_of_experts(results),
             table_of_the_papers_experts(),
-            note_on_ablations(results),
+            note_on_experts(results),
         ],
         "More active experts": [
             table_of_active_experts(results),
