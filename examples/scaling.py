@@ -17,7 +17,7 @@ The paper's comparison and its ablations, at the size that a plan says.
 
     python examples/scaling.py                       # configuration/scaling/two-cores.json, for hours
     python examples/scaling.py --plan PLAN.json      # other sizes, budgets, texts, variants
-    python examples/scaling.py --results examples/results/scaling.json      # goes on from what is committed: all is there
+    python examples/scaling.py --results examples/results/scaling.json      # goes on from these runs
 
 Every model is trained by run_clm.py, in a process of its own. Killed at any point, the same command goes on. Every run is a
 file in `--output_dir`; what comes of them all is `scaling.json` there, with tables, pictures and model cards.
@@ -53,7 +53,7 @@ PLAN = Path(__file__).parent.parent / "configuration" / "scaling" / "two-cores.j
 
 @dataclass
 class ScalingArguments:
-    """Which plan, and how many of its runs at once."""
+    """Which plan, where, what of it there is already, and how many of its runs at once."""
 
     plan: str = field(default=str(PLAN), metadata={"help": "The plan, a JSON file."})
     output_dir: str = field(default="runs/scaling", metadata={"help": "The folder for all that is saved."})
@@ -100,9 +100,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2)
-            if args.results is not None:
-                study.adopt(read_results(Path(args.results)))
+            made_elsewhere = None if args.results is None else read_results(Path(args.results))
+            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere)
             report(run_study(study), folder)
     except Timeout:
         raise SystemExit(

@@ -78,7 +78,7 @@ def _plot_margins(results: Results, axes: Axes) -> None:
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
     )
-    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models")
+    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models, ± deviation over seeds")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
 
@@ -107,7 +107,7 @@ def plot_seconds(results: Results, file: Path) -> None:
             ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
     ends.set_title("Held-out loss of every size and budget at its end, one seed")
     for axes in (curves, ends):
-        axes.set(xlabel="seconds on this machine", ylabel="loss, nats per token")
+        axes.set(xlabel="seconds, by measured steps", ylabel="loss, nats per token")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
@@ -168,7 +168,7 @@ def plot_usage(results: Results, file: Path) -> None:
             (usage,) = results.runs[run.name]["usage"].values()
             shares = [count / num_experts for count in usage["histogram"]]
             axes.stairs(shares, edges, label=f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused")
-        axes.set(xlabel="weight over the mean, powers of ten", title=f"query norm {norm or 'none'}")
+        axes.set(xlabel="weight over the mean, powers of ten", title=f"query norm {norm or 'none'}, one seed")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("share of experts")

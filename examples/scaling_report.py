@@ -95,7 +95,7 @@ class Results:
         return choose_sizes(self.plan, self.rates, budget, self.runs)
 
     def reference(self) -> Run:
-        """The run that ablations are held against, with one seed as they have."""
+        """The run that ablations are held against, with the first seed."""
         return reference_run(self.plan, self.rates)
 
     def ablations(self, *groups: str) -> list[Run]:
@@ -120,13 +120,10 @@ class Results:
         return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
 
     def deviations(self, budget: float) -> dict[str, float]:
-        """Of the margins: how far each variant's mean perplexity varies over seeds, as a share of that of dense."""
+        """How far these margins vary over seeds, those of the variant and those of dense."""
         means = self._means(budget)
-        return {
-            variant: stdev(values) / mean(means[DENSE]) if len(values) > 1 else math.nan
-            for variant, values in means.items()
-            if variant != DENSE
-        }
+        dense = means.pop(DENSE)
+        return {variant: _ratio_deviation(values, dense) for variant, values in means.items()}
 
     def _means(self, budget):
         """Of each variant's compute-optimal model the mean perplexity with each seed."""
@@ -158,6 +155,14 @@ def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]
 def spread(values: list[float]) -> str:
     """Mean ± deviation over seeds."""
     return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
+
+
+def _ratio_deviation(values, others):
+    """Of the ratio of two means, to first order; not a number where there is one seed."""
+    if len(values) == 1:
+        return math.nan
+    ratio = mean(values) / mean(others)
+    return ratio * math.hypot(stdev(values) / mean(values), stdev(others) / mean(others))
 
 
 def below(values: list[float], others: list[float]) -> float:
@@ -286,7 +291,10 @@ def table_of_experts(results: Results) -> str:
     """The number of experts at fixed active ones, and query norms, as in the paper's table 3."""
     rows = [["query norm", "N", *_COST_COLUMNS, "usage, %", "top-1 usage, %", "unevenness"]]
     for (norm, num_experts), run in norm_runs(results).items():
-        usages = [usage for result in results.made(run) for usage in result["usage"].values()]
+        usages = []
+        for result in results.made(run):
+            (usage,) = result["usage"].values()
+            usages.append(usage)
         usage, top1_usage, unevenness = (
             mean(each[name] for each in usages) for name in ("usage", "top1_usage", "unevenness")
         )
@@ -312,7 +320,11 @@ def _cost_cells(results, run, losses):
 
 def note_on_experts(results: Results) -> str:
     """How to read the table of experts."""
-    return f"Means over {results.plan.seeds} seeds ± deviation, or of one seed. {_same_text(results)}"
+    first = mean_perplexities([results.losses(results.reference())], results.plan)
+    return (
+        f"Rows with ± are means over {results.plan.seeds} seeds, others of the first seed alone, with which PEER itself has "
+        f"{spread(first)}. {_same_text(results)}"
+    )
 
 
 def _same_text(results):

@@ -101,10 +101,17 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of run_clm.py, each field of the configuration by itself, without where files are."""
-    paths = ("tokenizer_name", "train_file", "validation_file", "output_dir", "config_overrides")
+    """Arguments of run_clm.py, each field of the configuration by itself, without where files are and what machine this is."""
+    apart = (
+        "tokenizer_name",
+        "train_file",
+        "validation_file",
+        "output_dir",
+        "dataloader_pin_memory",
+        "config_overrides",
+    )
     return {
-        **{name: value for name, value in arguments.items() if name not in paths},
+        **{name: value for name, value in arguments.items() if name not in apart},
         **json.loads(arguments["config_overrides"]),
     }
 

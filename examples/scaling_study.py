@@ -57,8 +57,8 @@ EXAMPLES = Path(__file__).parent
 # which takes a quarter of the time of a small model's step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
-# What the texts of all runs are made by; the rest is checked run by run: lists of sizes, budgets or ablations may grow.
-TEXTS = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
+# What all runs have in common; the rest is checked run by run: lists of sizes, budgets or ablations may grow.
+COMMON = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
 
 # Of a run: points of its training loss, and how often it is saved.
 LOGS, CHECKPOINTS = 40, 4
@@ -72,30 +72,34 @@ class Study:
         plan (`Plan`)
         folder (`Path`)
         processes (`int`): Runs at once.
+        made_elsewhere (`Results`, *optional*): Runs and step times to take over where they have not been begun here.
+
+    Raises:
+        `ValueError`: if those are, or what is in the folder is, of a study that differs in `COMMON`.
     """
 
-    def __init__(self, plan: Plan, folder: Path, processes: int):
+    def __init__(self, plan: Plan, folder: Path, processes: int, made_elsewhere: Results | None = None):
         self.plan = plan
         self.folder = folder
         self.processes = processes
-        claim_folder(folder, {name: getattr(plan, name) for name in TEXTS})
-
-    def adopt(self, results: Results) -> None:
-        """
-        Takes over runs and step times made elsewhere that are not here.
-
-        Raises:
-            `ValueError`: if their texts are others.
-        """
-        for name in TEXTS:
-            found, expected = getattr(results.plan, name), getattr(self.plan, name)
-            if found != expected:
+        self.asked: set[str] = set()  # names of runs
+        common = {name: getattr(plan, name) for name in COMMON}
+        for name, expected in common.items() if made_elsewhere is not None else ():
+            if (found := getattr(made_elsewhere.plan, name)) != expected:
                 raise ValueError(f"The results are of a study whose `{name}` was {found}, got {expected}.")
-        files = {self.folder / "results" / f"{name}.json": run for name, run in results.runs.items()}
-        files |= {self._seconds_file(size): measured for size, measured in results.seconds.items()}
-        for file, content in files.items():
-            if not file.exists():
-                write_json(file, content)
+        claim_folder(folder, common)
+        if made_elsewhere is not None:
+            self._adopt(made_elsewhere)
+
+    def _adopt(self, results):
+        for name, result in results.runs.items():
+            file = self.folder / "results" / f"{name}.json"
+            if not file.exists() and not (self.folder / "models" / name).exists():
+                write_json(file, result)
+        # Times are compared with each other: all of one machine, or none.
+        if not (self.folder / "seconds").exists() and results.seconds.keys() >= set(map(str, self.plan.all_sizes)):
+            for size, measured in results.seconds.items():
+                write_json(self._seconds_file(size), measured)
 
     def prepare(self) -> None:
         """Fetches the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
@@ -135,8 +139,9 @@ class Study:
         return self.folder / "work" / f"{run.name}.json"
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """What came of all runs there are, by their names."""
-        return {file.stem: read_json(file) for file in sorted((self.folder / "results").glob("*.json"))}
+        """What came of all runs that were asked for, by their names."""
+        files = sorted((self.folder / "results").glob("*.json"))
+        return {file.stem: read_json(file) for file in files if file.stem in self.asked}
 
     def seconds(self) -> dict[str, Any]:
         """Of the two ends of the comparison at all sizes, seconds of a training step, see `step_seconds`; measured once."""
@@ -169,13 +174,15 @@ class Study:
 
     def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
         """
-        Makes those of the runs that are not there yet, several at once, and returns the results of all there are.
+        Makes those of the runs that are not there yet, several at once, and returns the results of all asked for until now.
 
         Raises:
             `RuntimeError`: if one fails, after those under way are done.
-            `ValueError`: if one that is there is of a model with other fields, or is to be measured again without its model.
+            `ValueError`: if one that is there is of a model with other fields, is to be measured again without its model, or
+                was trained on other texts.
         """
         runs = list(dict.fromkeys(runs))
+        self.asked |= {run.name for run in runs}
         for run in runs:
             self._check(run)
         missing = [run for run in runs if not self._is_whole(run)]
@@ -190,6 +197,7 @@ class Study:
                 bar = tqdm(as_completed(futures), desc=description, total=len(missing), disable=not missing)
                 for future in bar:
                     future.result()
+                    self._check_texts()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -209,13 +217,26 @@ class Study:
             raise ValueError(
                 f"{file} was made with other arguments: "
                 + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
-                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)}, or choose another "
-                "--output_dir."
+                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)} and go on without "
+                "--results, or choose another --output_dir."
             )
 
         if not self._is_whole(run) and not (self.folder / "models" / run.name).exists():
             raise ValueError(
-                f"{file} was made elsewhere, without what `after_training` asks for today: remove it to train the model here."
+                f"{file} has not all that `after_training` asks for, and its model is not in {self.folder / 'models'}: remove "
+                "it and go on without --results to train the model again."
+            )
+
+    def _check_texts(self):
+        """Raises `ValueError` if the training texts of results differ: their packages may come in another version one day."""
+        sizes = {name: result["all_results"]["train_samples"] for name, result in self.results().items()}
+        if len(set(sizes.values())) > 1:
+            one, other = (
+                next(name for name in sizes if sizes[name] == size) for size in sorted(set(sizes.values()))[:2]
+            )
+            raise ValueError(
+                f"The training text of {one} has {sizes[one]:,} sequences, that of {other} {sizes[other]:,}: the texts are no "
+                "longer the same. Choose another --output_dir and make all runs anew."
             )
 
     def _is_whole(self, run):

@@ -401,7 +401,8 @@ def retrieval_gradients(
         gradient (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): float32, on the CPU.
         indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert numbers, as retrieved.
         queries, sub_keys: See [`retrieve`].
-        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether the gradient of each of these two is.
+        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether that of `queries` and that of
+            `sub_keys` are to be computed.
 
     Returns:
         `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`; without elements where it is not wanted.
