@@ -38,6 +38,7 @@ from scaling_plan import (
     Plan,
     Run,
     ablation_runs,
+    budget_name,
     changed_fields,
     choose_rates,
     choose_sizes,
@@ -723,3 +724,99 @@ class TestStudy:
         folder, main = small_study
         with FileLock(folder / ".lock"), pytest.raises(SystemExit, match="Another process is at work"):
             main()
+
+
+class Recorded:
+    """A study whose runs have all been made."""
+
+    def __init__(self, results):
+        self.plan, self.results, self.asked = results.plan, results, set()
+
+    def make(self, runs, description):
+        self.asked |= {run.name for run in runs}
+        return self.results.runs
+
+    def seconds(self):
+        return self.results.seconds
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return read_results(EXAMPLES / "results" / "scaling.json")
+
+
+unfinished = pytest.mark.skipif(
+    not read_results(EXAMPLES / "results" / "scaling.json").seconds, reason="the committed study is still being made"
+)
+
+
+class TestCommittedResults:
+    """What is told in the repository is what came of the runs whose raw results are there."""
+
+    @unfinished
+    def test_are_all_of_the_plan_and_no_others(self, committed):
+        assert committed.plan == read_plan(PLANS / "two-cores.json")
+        recorded = Recorded(committed)
+        scaling.run_study(recorded)
+        assert recorded.asked == set(committed.runs)
+
+    def test_every_run_was_made_as_planned(self, committed, tmp_path):
+        """The arguments of its training are those that the plan makes today."""
+        study = scaling_study.Study(committed.plan, tmp_path, 1)
+        for name, result in committed.runs.items():
+            ablation = None if result["ablation"] is None else tuple(result["ablation"])
+            run = Run(
+                *(result[each] for each in ("variant", "hidden_size", "steps", "learning_rate", "seed")), ablation
+            )
+            assert run.name == name
+            assert comparable(result["run_clm"]) == comparable(study._arguments(run))
+            assert result["training_flops"] == training_flops(run, committed.plan)
+            every = result["run_clm"]["logging_steps"]
+            assert [step for step, _ in result["train_history"]] == list(range(every, run.steps + 1, every))
+
+    @unfinished
+    def test_tables(self, committed):
+        page = (EXAMPLES / "results" / "scaling.md").read_text()
+        readme = (ROOT / "README.md").read_text()
+        assert describe(committed) in page
+        for table in (table_of_perplexities(committed, committed.plan.budgets[-1]), table_of_seconds(committed)):
+            assert table in readme
+
+    @unfinished
+    def test_a_row_of_the_tables_by_hand(self, committed):
+        """Of PEER at the larger budget, without the report's functions."""
+        budget = committed.plan.budgets[-1]
+        of_budget = [
+            run
+            for run in committed.runs.values()
+            if run["variant"] == PEER and run["ablation"] is None and abs(run["training_flops"] / budget - 1) < 1e-3
+        ]
+        swept = [run for run in of_budget if run["seed"] == 0]
+        best = min(swept, key=lambda run: run["losses"][CORPUS])["hidden_size"]
+        losses = [run["losses"] for run in of_budget if run["hidden_size"] == best]
+        assert len(losses) == committed.plan.seeds
+        means = [math.prod(math.exp(each[name]) for name in committed.plan.evaluation_texts) ** 0.2 for each in losses]
+        row = re.search(rf"^\| PEER +\| +{best} .*$", (ROOT / "README.md").read_text(), re.M).group()
+        assert f"{sum(means) / len(means):.2f} ± {stdev(means):.2f}" in row
+
+    @unfinished
+    def test_pictures(self):
+        readme, page = (file.read_text() for file in (ROOT / "README.md", EXAMPLES / "results" / "scaling.md"))
+        for name in PLOTS:
+            assert (EXAMPLES / "results" / f"scaling_{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert f"(scaling_{name}.png)" in page
+        assert "(examples/results/scaling_sizes.png)" in readme and "(examples/results/scaling_seconds.png)" in readme
+
+    @unfinished
+    def test_cards(self, committed):
+        folder = ROOT / "model_cards" / "scaling"
+        cards = {f"{name}.md": card for name, card in make_cards(committed).items()}
+        assert {file.name: file.read_text() for file in folder.iterdir()} == {
+            name: str(card) for name, card in cards.items()
+        }
+        for variant, run in committed.optimal(committed.plan.budgets[0]).items():
+            card = ModelCard.load(folder / f"{variant}-{budget_name(committed.plan.budgets[0])}-flops.md")
+            seeds = [committed.runs[each.name]["losses"] for each in with_seeds(run, committed.plan)]
+            assert {each.dataset_name: each.metric_value for each in card.data.eval_results} == pytest.approx(
+                {name: sum(math.exp(losses[name]) for losses in seeds) / len(seeds) for name in seeds[0]}
+            )
