@@ -705,7 +705,7 @@ class TestStudy:
         [
             ({"block_size": 16}, "a study whose `block_size` was 32, got 16"),
             (
-                {"after_training": {"k = 3": {"num_experts_per_head": 3}}},
+                {"after_training": {"never measured": {"num_experts_per_head": 1}}},  # by no test of the same study
                 "has not all that `after_training` asks for, and its model is not in",
             ),
         ],
