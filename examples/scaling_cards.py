@@ -21,14 +21,14 @@ from corpora import CORPORA
 from huggingface_hub import ModelCard
 from scaling_plan import (
     CORPUS,
+    PEER,
     Run,
     ablation_runs,
     budget_name,
     configuration_of,
-    training_arguments,
     training_flops,
 )
-from scaling_report import Results, describe_training, label, mean_perplexities, perplexities, spread
+from scaling_report import Results, in_words, label, mean_perplexities, own_training, perplexities, spread
 from studies import write_text
 
 
@@ -36,12 +36,16 @@ PROMPT, NEW_TOKENS = "The function returns", 30
 
 
 def make_cards(results: Results) -> dict[str, ModelCard]:
-    """The card of each configuration in the study's tables, by a name for its repository."""
-    runs = {
-        f"{variant}-{budget_name(budget)}-flops": run
-        for budget in results.plan.budgets
-        for variant, run in results.optimal(budget).items()
-    }
+    """
+    The card of each configuration that the study trained, by a name for its repository; sizes and rates that were not
+    chosen aside.
+    """
+    runs = {}
+    for budget in results.plan.budgets:
+        for variant, run in results.optimal(budget).items():
+            runs[f"{variant}-{budget_name(budget)}-flops"] = run
+        runs[f"{PEER}-{budget_name(budget)}-flops-seconds-of-dense"] = results.equal_seconds(budget)[1]
+    runs[f"{PEER}-before-ablations"] = results.reference()
     for run in ablation_runs(results.plan, results.rates):
         runs["-".join([run.variant, *run.ablation]).replace(", ", "-").replace(" ", "-")] = run
     return {name: _card(results, run, name) for name, run in runs.items()}
@@ -64,11 +68,11 @@ def _card(results: Results, run: Run, name: str) -> ModelCard:
 def _describe(results: Results, run: Run) -> str:
     plan, losses = results.plan, results.with_seeds(run)
     ablation = "" if run.ablation is None else f", {' '.join(run.ablation)}"
-    training = {"learning_rate": run.learning_rate, **training_arguments(run, plan)}
+    training = {"learning_rate": run.learning_rate, **plan.training, **own_training(run, plan)}
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     return (
         f"{label(run.variant)}{ablation}: trained from scratch by `examples/scaling.py` for {run.steps:,} steps of "
-        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {describe_training(training)}. "
+        f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {in_words(training)}. "
         f"Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, the other evaluation "
         "texts are from other sources. A research model, too small to state facts.\n\n"
         f"Perplexities are means over {seeds}; their geometric mean over the evaluation texts is "

@@ -50,7 +50,7 @@ class Plan:
         hidden_sizes (`list[list[int]]`): Sizes to sweep at each budget, rising; widths of feed-forwards and the number of
             heads grow with them.
         learning_rates (`list[float]`): Of which each variant takes its best.
-        seeds (`int`): Seeds of the compute-optimal models.
+        seeds (`int`): Seeds that figures are means over. Rates and sizes are chosen with one more.
         eval_sequences (`int`): Sequences of each held-out text.
         training (`dict`): Further `TrainingArguments` of every run, in which `gradient_accumulation_steps` divides the
             `batch_size`.
@@ -229,7 +229,8 @@ def run_of_budget(variant: str, hidden_size: int, budget: float, learning_rate: 
 def _of_steps(run, steps):
     if steps < 0.5:
         raise ValueError(
-            f"There is no step in it for {run.variant} of hidden_size {run.hidden_size}: raise `budgets`."
+            f"{run.variant} of hidden_size {run.hidden_size} must be trained for a step at least, got {steps:.2g}: raise "
+            "`budgets`."
         )
     return replace(run, steps=round(steps))
 
@@ -291,8 +292,12 @@ def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
 
 
 def with_seeds(run: Run, plan: Plan) -> list[Run]:
-    """The run with every seed."""
-    return [replace(run, seed=seed) for seed in range(plan.seeds)]
+    """
+    The run with every seed that its figures are of. Of what was chosen by the loss with the first seed, that seed is not: it
+    was the luckiest of several.
+    """
+    first = 1 if run.ablation is None else 0
+    return [replace(run, seed=first + i) for i in range(plan.seeds)]
 
 
 def repeated_ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:

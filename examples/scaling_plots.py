@@ -14,7 +14,6 @@
 """The pictures of the scaling study."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -88,7 +87,7 @@ def plot_seconds(results: Results, file: Path) -> None:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     curves, ends = figure.subplots(1, 2)
     for run in results.equal_seconds(results.plan.budgets[-1]):
-        history = results.runs[run.name]["train_history"]
+        history = results.made(run)[0]["train_history"]
         seconds = [step * results.step_seconds(run) for step, _ in history]
         name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
         curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
@@ -119,16 +118,15 @@ def plot_ablations(results: Results, file: Path) -> None:
     pool, active = figure.subplots(1, 2)
     runs = norm_runs(results)
     for norm in dict.fromkeys(norm for norm, _ in runs):
-        own = {num_experts: run for (each, num_experts), run in runs.items() if each == norm}
-        found = [mean_perplexities(results.with_seeds(run), results.plan) for run in own.values()]
-        bars = [stdev(values) if len(values) > 1 else math.nan for values in found]
-        name = f"query norm {norm or 'none'}"
-        pool.errorbar(list(own), list(map(mean, found)), bars, fmt="o-", capsize=2, label=name)
+        own = {num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm}
+        _plot_means(results, pool, own, "o-", f"query norm {norm or 'none'}")
     pool.set(xlabel="experts N, at fixed active ones", title="More experts")
     trained = active_runs(results)
-    active.plot(list(trained), _perplexities(results, trained.values()), "o-", label="trained with them")
+    _plot_means(
+        results, active, {h_k: results.with_seeds(run) for h_k, run in trained.items()}, "o-", "trained with them"
+    )
     for name, points in _changed_after_training(results).items():
-        active.plot(*zip(*sorted(points.items()), strict=True), "s--", label=f"{name} changed after training")
+        _plot_means(results, active, points, "s--", f"{name} changed after training")
     active.set(xlabel="active experts h·k", title="More active experts")
     for axes in (pool, active):
         axes.set_xscale("log", base=2)
@@ -138,20 +136,23 @@ def plot_ablations(results: Results, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _perplexities(results: Results, runs: Iterable[Run]) -> list[float]:
-    return mean_perplexities([results.losses(run) for run in runs], results.plan)
+def _plot_means(results: Results, axes: Axes, losses: dict[int, list[dict[str, float]]], fmt: str, name: str) -> None:
+    """Mean perplexity over seeds by the number of experts, with the deviation where there is more than one seed."""
+    found = {place: mean_perplexities(each, results.plan) for place, each in sorted(losses.items())}
+    bars = [stdev(values) if len(values) > 1 else math.nan for values in found.values()]
+    axes.errorbar(list(found), list(map(mean, found.values())), bars, fmt=fmt, capsize=2, label=name)
 
 
-def _changed_after_training(results: Results) -> dict[str, dict[int, float]]:
-    """For h and for k, perplexity by active experts where it alone was changed in the trained model of the first seed."""
+def _changed_after_training(results: Results) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """For h and for k, losses with each seed by active experts, where it alone was changed in the trained model."""
     config = configuration_of(results.reference(), results.plan)
     found = {}
     for name, field in (("k", "num_experts_per_head"), ("h", "num_retrieval_heads")):
-        points = {config.num_experts_per_tok: _perplexities(results, [results.reference()])[0]}
+        points = {config.num_experts_per_tok: results.with_seeds(results.reference())}
         for change, fields in results.plan.after_training.items():
             if field in fields:
                 active = config.num_experts_per_tok // getattr(config, field) * fields[field]
-                points[active] = mean_perplexities(losses_after_training(results, change), results.plan)[0]
+                points[active] = losses_after_training(results, change)
         found[name] = points
     return found
 

@@ -28,6 +28,7 @@ from scaling_plan import (
     Run,
     ablation_runs,
     budget_name,
+    changed_fields,
     choose_rates,
     choose_sizes,
     configuration_of,
@@ -36,6 +37,7 @@ from scaling_plan import (
     reference_run,
     run_of_seconds,
     size_runs,
+    training_arguments,
     with_seeds,
 )
 from studies import markdown_table, read_json, spread_cell, write_text
@@ -158,8 +160,8 @@ def spread(values: list[float]) -> str:
 
 
 def _ratio_deviation(values, others):
-    """Of the ratio of two means, to first order; not a number where there is one seed."""
-    if len(values) == 1:
+    """Of the ratio of two means, to first order; not a number where one is of one seed."""
+    if min(len(values), len(others)) == 1:
         return math.nan
     ratio = mean(values) / mean(others)
     return ratio * math.hypot(stdev(values) / mean(values), stdev(others) / mean(others))
@@ -168,6 +170,12 @@ def _ratio_deviation(values, others):
 def below(values: list[float], others: list[float]) -> float:
     """By which share the mean of the values is below that of the others."""
     return 1 - mean(values) / mean(others)
+
+
+def below_cell(values: list[float], others: list[float]) -> str:
+    """The same, ± how far it varies over seeds."""
+    deviation = _ratio_deviation(values, others)
+    return f"{below(values, others):.1%}" + ("" if math.isnan(deviation) else f" ± {deviation:.1%}")
 
 
 def label(variant: str) -> str:
@@ -179,8 +187,9 @@ def table_of_perplexities(results: Results, budget: float) -> str:
     plan = results.plan
     texts = [*plan.evaluation_texts, CORPUS]
     rows = [[f"{budget_name(budget)} FLOPs", "size", "parameters, M", *texts, "geometric mean", "below dense"]]
-    margins = results.margins(budget)
-    for variant, run in results.optimal(budget).items():
+    optimal = results.optimal(budget)
+    dense = mean_perplexities(results.with_seeds(optimal[DENSE]), plan)
+    for variant, run in optimal.items():
         losses = results.with_seeds(run)
         rows.append(
             [
@@ -189,7 +198,7 @@ def table_of_perplexities(results: Results, budget: float) -> str:
                 f"{costs_of(run, plan).parameters / 1e6:.1f}",
                 *(spread(perplexities(losses, text)) for text in texts),
                 spread(mean_perplexities(losses, plan)),
-                f"{margins[variant]:.1%}" if variant in margins else "",
+                "" if variant == DENSE else below_cell(mean_perplexities(losses, plan), dense),
             ]
         )
     return markdown_table(rows)
@@ -198,20 +207,27 @@ def table_of_perplexities(results: Results, budget: float) -> str:
 def note_on_models(results: Results) -> str:
     """How to read the tables of perplexities, and what of the training is a variant's own."""
     plan = results.plan
-    own = "; ".join(
-        f"{label(variant)} with {describe_training(fields['training'])}"
-        for variant, fields in plan.variants.items()
-        if "training" in fields
-    )
+    own = {variant: own_training(run, plan) for variant, run in results.optimal(plan.budgets[0]).items()}
+    differ = "; ".join(f"{label(variant)} with {in_words(found)}" for variant, found in own.items() if found)
     return (
-        f"Means over {plan.seeds} seeds ± deviation; size is `hidden_size`. All models are evaluated as they generate: where "
-        f"experts choose in training, tokens choose here. Trained alike, but {own or 'for nothing'}."
+        f"Means over {plan.seeds} seeds ± deviation, none of them the one that the size was chosen with; size is "
+        "`hidden_size`. All models are evaluated as they generate: where experts choose in training, tokens choose here. "
+        f"Trained alike, but {differ or 'for nothing'}."
     )
 
 
-def describe_training(arguments: dict[str, Any]) -> str:
-    """`TrainingArguments` and their values, in words."""
-    return ", ".join(f"`{name}` {value}" for name, value in arguments.items())
+def own_training(run: Run, plan: Plan) -> dict[str, Any]:
+    """In what a run's training differs from the plan's: its optimizer, `TrainingArguments`, how its experts start."""
+    fields, arguments = changed_fields(run, plan), training_arguments(run, plan)
+    optimizer = {"row_adamw": True} if fields.get("sparse_expert_gradients") else {}
+    own = {name: value for name, value in arguments.items() if plan.training.get(name) != value}
+    start = {name: fields[name] for name in ("expert_initializer_range",) if name in fields}
+    return {**optimizer, **own, **start}
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """Names and values."""
+    return ", ".join(f"`{name}` {value}" for name, value in values.items())
 
 
 def paper_margins() -> dict[str, dict[str, float]]:
@@ -248,10 +264,12 @@ def table_of_sizes(results: Results, budget: float) -> str:
 
 
 def table_of_rates(results: Results) -> str:
-    """Held-out loss at each learning rate."""
-    rows = [["held-out loss at a learning rate of", *(f"{rate:g}" for rate in results.plan.learning_rates)]]
-    runs = rate_runs(results.plan)
-    rows += [[label(variant), *_corpus_cells(results, runs, variant)] for variant in results.plan.variants]
+    """Held-out loss at each learning rate, of the size and budget that they are chosen at."""
+    plan = results.plan
+    where = f"hidden_size {plan.reference_hidden_size}, {budget_name(plan.budgets[0])} FLOPs"
+    rows = [[f"held-out loss, {where}", *(f"learning rate {rate:g}" for rate in plan.learning_rates)]]
+    runs = rate_runs(plan)
+    rows += [[label(variant), *_corpus_cells(results, runs, variant)] for variant in plan.variants]
     return markdown_table(rows)
 
 
@@ -320,10 +338,10 @@ def _cost_cells(results, run, losses):
 
 def note_on_experts(results: Results) -> str:
     """How to read the table of experts."""
-    first = mean_perplexities([results.losses(results.reference())], results.plan)
+    plan = results.plan
     return (
-        f"Rows with ± are means over {results.plan.seeds} seeds, others of the first seed alone, with which PEER itself has "
-        f"{spread(first)}. {_same_text(results)}"
+        f"Rows with ± are means over {plan.seeds} seeds, others are of one. {_same_text(results)} Usage is counted on "
+        f"{plan.eval_sequences * plan.block_size:,} tokens of the held-out corpus, or as many as there are."
     )
 
 
@@ -353,17 +371,13 @@ def table_of_active_experts(results: Results) -> str:
     for active, run in active_runs(results).items():
         config = configuration_of(run, results.plan)
         sizes = (active, config.num_retrieval_heads, config.num_experts_per_head)
-        rows.append([*map(str, sizes), *_cost_cells(results, run, [results.losses(run)])])
+        rows.append([*map(str, sizes), *_cost_cells(results, run, results.with_seeds(run))])
     return markdown_table(rows)
 
 
 def note_on_ablations(results: Results) -> str:
-    """What ablations have in common, and how much seeds differ."""
-    losses = results.with_seeds(results.reference())
-    return (
-        f"One seed of each. {_same_text(results)} PEER itself with {len(losses)} seeds: "
-        f"{spread(mean_perplexities(losses, results.plan))}."
-    )
+    """What ablations have in common."""
+    return f"PEER itself is a mean over {results.plan.seeds} seeds ± deviation, others are of one seed. {_same_text(results)}"
 
 
 def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
@@ -390,11 +404,12 @@ def table_after_training(results: Results) -> str:
 def table_of_variations(results: Results) -> str:
     """What the paper does not try."""
     rows = [["", *_COST_COLUMNS, "below PEER"]]
-    before = mean_perplexities([results.losses(results.reference())], results.plan)
+    before = mean_perplexities(results.with_seeds(results.reference()), results.plan)
     for run in results.ablations("variation"):
-        means = mean_perplexities([results.losses(run)], results.plan)
-        name, share = ("PEER", "") if run.ablation is None else (run.ablation[1], f"{below(means, before):.1%}")
-        rows.append([name, *_cost_cells(results, run, [results.losses(run)]), share])
+        losses = results.with_seeds(run)
+        means = mean_perplexities(losses, results.plan)
+        name, share = ("PEER", "") if run.ablation is None else (run.ablation[1], below_cell(means, before))
+        rows.append([name, *_cost_cells(results, run, losses), share])
     return markdown_table(rows)
 
 
@@ -416,7 +431,7 @@ def table_of_seconds(results: Results) -> str:
                     f"{seconds * run.steps:.0f}",
                     spread(perplexities(losses, CORPUS)),
                     spread(means),
-                    "" if run.variant == DENSE else f"{below(means, dense):.1%}",
+                    "" if run.variant == DENSE else below_cell(means, dense),
                 ]
             )
     return markdown_table(rows)
@@ -429,7 +444,8 @@ def note_on_seconds(results: Results) -> str:
     machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
     return (
         f"Times of a step are medians of {repetitions}, of dense and PEER in turns, of forward, backward and optimizer without "
-        f"reading data, on {'; '.join(sorted(machines))}. Seconds are steps times these."
+        "reading data, of new models, whose tokens retrieve more different experts than those of trained ones, on "
+        f"{'; '.join(sorted(machines))}. Seconds are steps times these."
     )
 
 

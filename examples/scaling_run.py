@@ -20,6 +20,7 @@ The file is written by scaling.py. What it holds under `run_clm` is kept beside 
 as its only argument, to train the same model without the study.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -153,10 +154,16 @@ def read_texts(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def digests(texts: dict[str, torch.Tensor]) -> dict[str, str]:
+    """By which results tell whether they are of the same texts and tokenizer."""
+    return {name: hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()[:16] for name, text in texts.items()}
+
+
 def load(folder: Path, **fields: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, **fields).to(DEVICE).eval()
 
 
+@torch.no_grad()
 def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
     """Held-out losses and expert usage of a trained model; `batch_size` is that of its training."""
     model = load(folder)
@@ -191,12 +198,13 @@ def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
     arguments = work["run_clm"]
     folder = Path(arguments["output_dir"])
     trained = train(arguments, file.with_suffix(".run_clm.json"))
-    measured = measure(folder, read_texts(Path(work["held_out"])), arguments["per_device_train_batch_size"])
+    texts = read_texts(Path(work["held_out"]))
+    measured = measure(folder, texts, arguments["per_device_train_batch_size"])
     # For the card that push_to_hub.py makes of the model, with these in place of what run_clm.py measured on another sample.
     others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
     perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
     write_json(folder / "all_results.json", {**others, **perplexities})
-    about = {"run_clm": arguments, "machine": machine(), "after_training": {}}
+    about = {"run_clm": arguments, "texts": digests(texts), "machine": machine(), "after_training": {}}
     return {**work["run"], **trained, **measured, **about}
 
 

@@ -186,6 +186,8 @@ class Study:
         for run in runs:
             self._check(run)
         missing = [run for run in runs if not self._is_whole(run)]
+        for run in set(runs).difference(missing):
+            self._remove_checkpoints(run)  # of a study that was killed before it did
         if missing:
             self.prepare()
         devices: SimpleQueue[int] = SimpleQueue()
@@ -201,9 +203,6 @@ class Study:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for run in runs:
-            for checkpoint in (self.folder / "models" / run.name).glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
         return self.results()
 
     def _check(self, run):
@@ -228,16 +227,17 @@ class Study:
             )
 
     def _check_texts(self):
-        """Raises `ValueError` if the training texts of results differ: their packages may come in another version one day."""
-        sizes = {name: result["all_results"]["train_samples"] for name, result in self.results().items()}
-        if len(set(sizes.values())) > 1:
-            one, other = (
-                next(name for name in sizes if sizes[name] == size) for size in sorted(set(sizes.values()))[:2]
-            )
-            raise ValueError(
-                f"The training text of {one} has {sizes[one]:,} sequences, that of {other} {sizes[other]:,}: the texts are no "
-                "longer the same. Choose another --output_dir and make all runs anew."
-            )
+        """Raises `ValueError` if the texts of results differ: their packages may come in another version one day."""
+        first: dict[str, tuple[str, Any]] = {}  # of each text, a run's name and what it says of it
+        for name, result in self.results().items():
+            found = {"the training text, its sequences": result["all_results"]["train_samples"]}
+            for text, value in (found | result.get("texts", {})).items():
+                other, expected = first.setdefault(text, (name, value))
+                if value != expected:
+                    raise ValueError(
+                        f"The texts are no longer the same: of {text}, {other} had {expected}, {name} {value}. Choose "
+                        "another --output_dir and make all runs anew."
+                    )
 
     def _is_whole(self, run):
         file = self.result_file(run)
@@ -260,6 +260,12 @@ class Study:
             devices.put(device)
         if status:
             raise RuntimeError(f"{run.name} failed with {status}: see {file.with_suffix('.log')}.")
+        self._remove_checkpoints(run)
+
+    def _remove_checkpoints(self, run):
+        """Those that training goes on from; the trained model stays."""
+        for checkpoint in (self.folder / "models" / run.name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     def _environment(self, device):
         """Of a run that is alone on an accelerator, or on its share of the cores."""

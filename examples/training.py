@@ -219,16 +219,24 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
         logger.warning(f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to go on.")
         trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
         trainer.save_model()
+        if not os.path.exists(os.path.join(trainer.args.output_dir, "train_results.json")):
+            # Killed before they were saved: the rest of them is lost.
+            trainer.save_metrics("train", _samples(trainer))
         trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         trainer.save_state()
         return
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
-    if hasattr(trainer.train_dataset, "__len__"):
-        metrics["train_samples"] = len(trainer.train_dataset)
+    metrics |= _samples(trainer)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+
+
+def _samples(trainer):
+    """How large the training set is, unless it is a stream."""
+    sized = hasattr(trainer.train_dataset, "__len__")
+    return {"train_samples": len(trainer.train_dataset)} if sized else {}
 
 
 def _has_finished(checkpoint, training_args):
