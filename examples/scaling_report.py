@@ -40,6 +40,7 @@ from scaling_plan import (
     training_arguments,
     with_seeds,
 )
+from scaling_speed import WARM_UPS
 from studies import markdown_table, read_json, spread_cell, write_text
 
 
@@ -444,8 +445,8 @@ def note_on_seconds(results: Results) -> str:
     machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
     return (
         f"Times of a step are medians of {repetitions}, of dense and PEER in turns, of forward, backward and optimizer without "
-        "reading data, of new models, whose tokens retrieve more different experts than those of trained ones, on "
-        f"{'; '.join(sorted(machines))}. Seconds are steps times these."
+        f"reading data, on {'; '.join(sorted(machines))}, after {WARM_UPS} steps, by when a text's tokens share experts. "
+        "Seconds are steps times these."
     )
 
 

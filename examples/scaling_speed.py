@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from scaling_plan import Plan, Run, configuration_of
+from scaling_plan import Plan, Run, configuration_of, training_arguments
 from studies import machine, read_json, write_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
@@ -36,13 +36,14 @@ from transformers import AutoModelForCausalLM
 from modeling_peer import RowAdamW, expert_parameter_groups
 
 
-WARM_UPS, REPETITIONS = 5, 25
+# The first steps are not those of a training: new models spread a text over experts by chance, trained ones repeat them.
+WARM_UPS, REPETITIONS = 200, 100
 
 
 def step_seconds(runs: list[Run], plan: Plan, text: torch.Tensor) -> dict[str, list[float]]:
     """
-    Seconds of training steps of new models, in turns: forwards, backwards, and the optimizer that trains it in the study, on
-    all cores or one accelerator.
+    Seconds of training steps, in turns: forwards, backwards, and the optimizer that trains it in the study, on all cores or
+    one accelerator.
 
     Args:
         runs (`list[Run]`): Models of one size, of different variants.
@@ -50,7 +51,7 @@ def step_seconds(runs: list[Run], plan: Plan, text: torch.Tensor) -> dict[str, l
         text (`torch.Tensor` of shape `(num_sequences, block_size)`): What to train on: real text repeats experts.
 
     Returns:
-        `dict[str, list[float]]`: of each variant all repetitions after the warm-up.
+        `dict[str, list[float]]`: of each variant all repetitions after `WARM_UPS` steps.
     """
     steps = {run.variant: _training_step(run, plan, text) for run in runs}
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}
@@ -69,7 +70,9 @@ def _training_step(run: Run, plan: Plan, text: torch.Tensor) -> Callable[[], Non
     model = AutoModelForCausalLM.from_config(config).to(device).train()
     optimizer: torch.optim.Optimizer
     if config.sparse_expert_gradients:
-        optimizer = RowAdamW(expert_parameter_groups(model, run.learning_rate), weight_decay=0.0)
+        own = training_arguments(run, plan)
+        multipliers = {name: own[name] for name in ("expert_lr_multiplier", "down_proj_lr_multiplier") if name in own}
+        optimizer = RowAdamW(expert_parameter_groups(model, run.learning_rate, 0.0, **multipliers))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0, fused=True)
     batches = cycle(text.to(device).split(plan.batch_size // plan.accumulation_steps))
