@@ -15,7 +15,7 @@
 Does PEER have a lower perplexity than a dense feed-forward, a mixture of experts and a product-key memory at equal compute?
 The paper's comparison and its ablations, at the size that a plan says.
 
-    python examples/scaling.py                       # configuration/scaling/two-cores.json, for hours
+    python examples/scaling.py                       # configuration/scaling/two-cores.json, seven hours and more
     python examples/scaling.py --plan PLAN.json      # other sizes, budgets, texts, variants
     python examples/scaling.py --results examples/results/scaling.json      # goes on from these runs
 

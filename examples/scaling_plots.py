@@ -120,14 +120,14 @@ def plot_ablations(results: Results, file: Path) -> None:
     for norm in dict.fromkeys(norm for norm, _ in runs):
         own = {num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm}
         _plot_means(results, pool, own, "o-", f"query norm {norm or 'none'}")
-    pool.set(xlabel="experts N, at fixed active ones", title="More experts")
+    pool.set(xlabel="experts N, at fixed active ones", title="More experts, ± deviation over seeds")
     trained = active_runs(results)
     _plot_means(
         results, active, {h_k: results.with_seeds(run) for h_k, run in trained.items()}, "o-", "trained with them"
     )
     for name, points in _changed_after_training(results).items():
         _plot_means(results, active, points, "s--", f"{name} changed after training")
-    active.set(xlabel="active experts h·k", title="More active experts")
+    active.set(xlabel="active experts h·k", title="More active experts; without a bar, one seed")
     for axes in (pool, active):
         axes.set_xscale("log", base=2)
         axes.set_ylabel("perplexity, mean over evaluation texts")
