@@ -293,8 +293,8 @@ def ablation_runs(plan: Plan, rates: dict[str, float]) -> list[Run]:
 
 def with_seeds(run: Run, plan: Plan) -> list[Run]:
     """
-    The run with every seed that its figures are of. Of what was chosen by the loss with the first seed, that seed is not: it
-    was the luckiest of several.
+    The run with every seed that its figures are of. Where the choice is by the loss with the first seed, of sizes and rates,
+    that is another seed: what is chosen was lucky with it. Ablations are not chosen.
     """
     first = 1 if run.ablation is None else 0
     return [replace(run, seed=first + i) for i in range(plan.seeds)]

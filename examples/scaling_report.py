@@ -220,10 +220,11 @@ def note_on_models(results: Results) -> str:
 def own_training(run: Run, plan: Plan) -> dict[str, Any]:
     """In what a run's training differs from the plan's: its optimizer, `TrainingArguments`, how its experts start."""
     fields, arguments = changed_fields(run, plan), training_arguments(run, plan)
-    optimizer = {"row_adamw": True} if fields.get("sparse_expert_gradients") else {}
-    own = {name: value for name, value in arguments.items() if plan.training.get(name) != value}
-    start = {name: fields[name] for name in ("expert_initializer_range",) if name in fields}
-    return {**optimizer, **own, **start}
+    own = {"row_adamw": True} if fields.get("sparse_expert_gradients") else {}
+    own |= {name: value for name, value in arguments.items() if plan.training.get(name) != value}
+    if "expert_initializer_range" in fields:
+        own["expert_initializer_range"] = fields["expert_initializer_range"]
+    return own
 
 
 def in_words(values: dict[str, Any]) -> str:
@@ -445,8 +446,8 @@ def note_on_seconds(results: Results) -> str:
     machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
     return (
         f"Times of a step are medians of {repetitions}, of dense and PEER in turns, of forward, backward and optimizer without "
-        f"reading data, on {'; '.join(sorted(machines))}, after {WARM_UPS} steps, by when a text's tokens share experts. "
-        "Seconds are steps times these."
+        f"reading data, on {'; '.join(sorted(machines))}, of models trained for {WARM_UPS} steps: tokens of new ones "
+        "have hardly an expert in common. Seconds are steps times these."
     )
 
 

@@ -42,7 +42,7 @@ from scaling_plan import (
     with_seeds,
 )
 from scaling_report import Results
-from scaling_run import EVAL_BATCH_SIZE, changes_to_measure, comparable
+from scaling_run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
 from studies import claim_folder, read_json, write_json
 from text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from tqdm.auto import tqdm
@@ -190,6 +190,7 @@ class Study:
             self._remove_checkpoints(run)  # of a study that was killed before it did
         if missing:
             self.prepare()
+            self._check_texts()
         devices: SimpleQueue[int] = SimpleQueue()
         for i in range(self.processes):
             devices.put(i)
@@ -228,14 +229,16 @@ class Study:
 
     def _check_texts(self):
         """Raises `ValueError` if the texts of results differ: their packages may come in another version one day."""
-        first: dict[str, tuple[str, Any]] = {}  # of each text, a run's name and what it says of it
-        for name, result in self.results().items():
+        here = digests(read_texts(self.folder / "held_out"))
+        first = {text: (str(self.folder), digest) for text, digest in here.items()}  # who has it, and what of it
+        for file in sorted((self.folder / "results").glob("*.json")):
+            result = read_json(file)
             found = {"the training text, its sequences": result["all_results"]["train_samples"]}
             for text, value in (found | result.get("texts", {})).items():
-                other, expected = first.setdefault(text, (name, value))
+                other, expected = first.setdefault(text, (file.stem, value))
                 if value != expected:
                     raise ValueError(
-                        f"The texts are no longer the same: of {text}, {other} had {expected}, {name} {value}. Choose "
+                        f"The texts are no longer the same: of {text}, {other} has {expected}, {file.stem} {value}. Choose "
                         "another --output_dir and make all runs anew."
                     )
 

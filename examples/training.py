@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the training examples have in common: arguments and logs as the library's own examples have them, and a run."""
 
+import json
 import logging
 import os
 import sys
@@ -219,8 +220,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
         logger.warning(f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to go on.")
         trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
         trainer.save_model()
-        if not os.path.exists(os.path.join(trainer.args.output_dir, "train_results.json")):
-            # Killed before they were saved: the rest of them is lost.
+        if not _has_metrics(trainer.args):  # killed before they were saved: the rest of them is lost
             trainer.save_metrics("train", _samples(trainer))
         trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         trainer.save_state()
@@ -237,6 +237,11 @@ def _samples(trainer):
     """How large the training set is, unless it is a stream."""
     sized = hasattr(trainer.train_dataset, "__len__")
     return {"train_samples": len(trainer.train_dataset)} if sized else {}
+
+
+def _has_metrics(training_args):
+    saved = Path(training_args.output_dir, "all_results.json")
+    return saved.exists() and any(name.startswith("train_") for name in json.loads(saved.read_text()))
 
 
 def _has_finished(checkpoint, training_args):

@@ -588,7 +588,7 @@ class TestStudy:
         assert first["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         last = max(tmp_path.glob("model/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         assert last.name == f"checkpoint-{run.steps}"
-        for name in ("trainer_state.json", "train_results.json", "all_results.json"):
+        for name in ("trainer_state.json", "all_results.json"):
             (tmp_path / "model" / name).unlink()  # killed while the model was saved
         killed = make()
         assert killed["losses"] == pytest.approx(first["losses"], rel=1e-5)
@@ -708,11 +708,25 @@ class TestStudy:
         run, *others = rate_runs(results.plan)
         made = results.runs.pop(run.name)
         study = scaling_study.Study(results.plan, tmp_path, 1, results)
+        (tmp_path / "held_out").symlink_to(folder / "held_out")
         change(made)
         monkeypatch.setattr(study, "prepare", lambda: None)
         monkeypatch.setattr(study, "_make", lambda run, _: study.result_file(run).write_text(json.dumps(made)))
         with pytest.raises(ValueError, match=f"no longer the same: of {text}"):
             study.make([run, *others], "")
+
+    def test_refuses_results_on_other_texts_before_it_trains(self, small_study, tmp_path):
+        folder, _ = small_study
+        results = read_results(folder / "scaling.json")
+        run, *_ = rate_runs(results.plan)
+        del results.runs[run.name]
+        study = scaling_study.Study(results.plan, tmp_path, 1, results)
+        shutil.copytree(folder / "held_out", tmp_path / "held_out")
+        shutil.rmtree(tmp_path / "held_out" / "new")
+        shutil.copytree(folder / "held_out" / CORPUS, tmp_path / "held_out" / "new")  # a package in another version
+        with pytest.raises(ValueError, match=f"no longer the same: of new, {tmp_path} has"):
+            study.make([run], "")
+        assert not (tmp_path / "work").exists()
 
     @pytest.mark.parametrize(
         ("changed", "message"),
