@@ -146,10 +146,10 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     }
 
 
-def read_texts(folder: Path) -> dict[str, torch.Tensor]:
-    """The held-out texts, where the model will be."""
+def read_texts(folder: Path, device: str) -> dict[str, torch.Tensor]:
+    """The held-out texts, on a device."""
     return {
-        name: torch.tensor(load_from_disk(folder / name)["input_ids"], device=DEVICE)
+        name: torch.tensor(load_from_disk(folder / name)["input_ids"], device=device)
         for name in read_json(folder / "texts.json")
     }
 
@@ -198,7 +198,7 @@ def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
     arguments = work["run_clm"]
     folder = Path(arguments["output_dir"])
     trained = train(arguments, file.with_suffix(".run_clm.json"))
-    texts = read_texts(Path(work["held_out"]))
+    texts = read_texts(Path(work["held_out"]), DEVICE)
     measured = measure(folder, texts, arguments["per_device_train_batch_size"])
     # For the card that push_to_hub.py makes of the model, with these in place of what run_clm.py measured on another sample.
     others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
@@ -217,7 +217,7 @@ def main():
             write_json(result_file, make(work, file))
         result = read_json(result_file)
         if changes := changes_to_measure(result, work["after_training"]):
-            texts = read_texts(Path(work["held_out"]))
+            texts = read_texts(Path(work["held_out"]), DEVICE)
             result["after_training"] |= measure_after_training(Path(work["run_clm"]["output_dir"]), texts, changes)
             write_json(result_file, result)
 

@@ -229,7 +229,7 @@ class Study:
 
     def _check_texts(self):
         """Raises `ValueError` if the texts of results differ: their packages may come in another version one day."""
-        here = digests(read_texts(self.folder / "held_out"))
+        here = digests(read_texts(self.folder / "held_out", "cpu"))  # accelerators are the runs'
         first = {text: (str(self.folder), digest) for text, digest in here.items()}  # who has it, and what of it
         for file in sorted((self.folder / "results").glob("*.json")):
             result = read_json(file)
