@@ -19,7 +19,8 @@ Pushes a trained checkpoint to the Hub, with its tokenizer, generation configura
 
 What is pushed is one commit: either all of it is there or nothing is. `--pull` alone downloads the model and continues
 a prompt; after a push it checks that what came back continues the prompt as the local checkpoint does. A README.md in
-the folder is pushed as it is; without one the card is made of the configuration and of `all_results.json`.
+the folder is pushed as it is, unless it is the short one that comes with every saved model; then the card is made of the
+configuration and of `all_results.json`.
 """
 
 import json
@@ -31,6 +32,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from training import parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from modeling_peer.checkpoint_card import is_written_card
 
 
 # What a checkpoint must hold, each with an example of a file …
@@ -77,8 +80,10 @@ def push(args: PushArguments) -> str:
     files = sorted(
         {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name not in LEFT_OUT}
     )
-    operations = [CommitOperationAdd(file.name, file) for file in files]
-    if not (folder / "README.md").exists():
+    readme = folder / "README.md"
+    has_own_card = readme.exists() and not is_written_card(readme.read_text(encoding="utf-8"))
+    operations = [CommitOperationAdd(file.name, file) for file in files if file != readme or has_own_card]
+    if not has_own_card:
         card = model_card(args, config, repo_id)
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
     try:

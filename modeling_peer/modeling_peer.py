@@ -36,6 +36,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_card import PEER_MODEL, write_card
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
@@ -179,11 +180,13 @@ class PeerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in the library. A file of weights stays where it is and is mapped; of the expert tables, whose rows are read
         at random, the operating system is told to read no more than asked for."""
+        # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
+        register_head_selection()
         loaded = super().from_pretrained(*args, **kwargs)
         _advise_tables(loaded[0] if isinstance(loaded, tuple) else loaded, advise_random_access)
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in the library, with the configuration refused before a file is written, and the model's own code saved
         where FSDP2 has put a class of its own in front of the model's."""
         self.config.validate()
@@ -192,10 +195,11 @@ class PeerPreTrainedModel(PreTrainedModel):
             self.__class__ = actual_class.__bases__[1]
         _advise_tables(self, advise_whole_access)
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = actual_class
             _advise_tables(self, advise_random_access)
+        write_card(save_directory, PEER_MODEL, type(self)._auto_class)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -448,7 +452,6 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 
 register_parallel_styles()
-register_head_selection()
 
 
 __all__ = [
