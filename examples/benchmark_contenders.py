@@ -16,7 +16,7 @@ What `benchmark.py` compares, and the process that measures one contender of it:
 for each of the job's tasks it prints a line of JSON.
 
 Retrieval costs all PEER contenders the same FLOPs: PEER-pytorch's heads have sub-keys of their own where ours share
-them, but each query meets as many. None normalises queries. Weights are random and do not stand for a trained layer's.
+them, but each query meets as many. None normalizes queries. Weights are random and do not stand for a trained layer's.
 """
 
 import ctypes
@@ -37,14 +37,14 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path
-from modeling_peer.expert_kernels_native import NativeKernels
+from modeling_peer.expert_generations import first_generation
+from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.feed_forward_dense import DenseFeedForward
 from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
 from modeling_peer.feed_forward_pkm import PkmFeedForward
-from modeling_peer.generations import first_generation
+from modeling_peer.key_grid import grid_size
 from modeling_peer.memory_advice import advise_huge_pages
-from modeling_peer.product_keys import grid_size
-from modeling_peer.row_adamw import RowAdamW
+from modeling_peer.optim.row_adamw import RowAdamW
 
 
 # One-token steps of a decoding measurement, and the tokens before them.
@@ -212,7 +212,7 @@ def build(task: Task, device: str) -> nn.Module:
 def expert_kernels(module: nn.Module, device: str, allow_fallback: bool) -> str | None:
     """What runs the experts of one of our modules. Raises `RuntimeError` if it is not what is made for the device."""
     names = {part.kernels for part in module.modules() if hasattr(part, "kernels")}
-    fastest = {"cpu": "native", "cuda": "triton"}[device]
+    fastest = {"cpu": "cpu", "cuda": "triton"}[device]
     if names - {fastest} and not allow_fallback:
         raise RuntimeError(
             f"Experts run by {sorted(names)} here, not {fastest!r}: --allow_fallback measures them too."
@@ -220,7 +220,7 @@ def expert_kernels(module: nn.Module, device: str, allow_fallback: bool) -> str 
     return ", ".join(sorted(names)) or None
 
 
-def why_not(task: Task, device: str, built: bool) -> str | None:
+def unavailable_reason(task: Task, device: str, built: bool) -> str | None:
     """Why a task cannot be measured here: what it needs, at least, is more memory than there is, or a package."""
     if task.contender == "peer_pytorch" and find_spec("PEER_pytorch") is None:
         return "needs `pip install peer-pytorch`"
@@ -316,7 +316,7 @@ class LayerRun:
         """What is measured once, aside of time."""
         self.prepare()
         self.module.zero_grad()
-        NativeKernels.gradient_memory.release()  # it counts as memory that a step takes
+        CpuKernels.gradient_memory.release()  # it counts as memory that a step takes
         facts = {"peak_bytes": peak_bytes(self, self.device)}
         if self.optimizer is not None:
             states = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -453,7 +453,7 @@ def run_job(job: dict) -> Iterator[dict]:
     for _, group in groupby(tasks, lambda task: replace(task, operation="", num_tokens=0, indices=None)):
         module = None
         for task in group:
-            reason = why_not(task, job["device"], built=module is not None)
+            reason = unavailable_reason(task, job["device"], built=module is not None)
             if reason is None and module is None and task.contender != "machine":
                 module = build(task, job["device"])
             result = {"seconds": [], "reason": reason} if reason else measure(task, module, job)

@@ -26,7 +26,7 @@ before it stay.
 |---|---|
 | `weight_down_embed`, into the neurons | `expert_pool.up_proj` |
 | `weight_up_embed`, out of the neurons | `expert_pool.down_proj` |
-| expert `row * num_keys + column` | expert `expert_number(row, column)` |
+| expert `row * num_keys + column` | expert `expert_index(row, column)` |
 | `keys` `[heads, num_keys, 2, dim_key]` | `router.sub_keys` `[heads, 2, √N, query_size / 2]`: `sub_keys_per_head` |
 | `to_queries`, outputs ordered (half, head, feature) | `router.query_proj`, outputs ordered (head, half, feature) |
 | `dim_key`, of a half | `query_size = 2 * dim_key`, of both; `query_norm = None` |
@@ -44,7 +44,7 @@ from training import parse_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.product_keys import expert_number, grid_size
+from modeling_peer.key_grid import expert_index, grid_size
 
 
 TENSORS = ("weight_down_embed.weight", "weight_up_embed.weight", "to_queries.0.weight", "keys")
@@ -147,7 +147,7 @@ def _renumber_experts(table):
     size = grid_size(table.shape[0])
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     renumbered = torch.empty_like(table)
-    renumbered[expert_number(row, column).flatten()] = table
+    renumbered[expert_index(row, column).flatten()] = table
     return renumbered
 
 

@@ -365,7 +365,7 @@ def load_graft(study: Study) -> nn.Module:
     """
     from peft import PeftModel, get_peft_model
 
-    from modeling_peer.graft_model import PeerGraftConfig
+    from modeling_peer.graft.model import PeerGraftConfig
 
     folder = study.folder / "graft"
     if not folder.exists():

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_peer import measure_usage
-from modeling_peer.evaluation import evaluation
+from modeling_peer.analysis.evaluation import evaluation
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

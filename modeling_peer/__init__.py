@@ -24,16 +24,18 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .analysis.costs import ModelCosts, PartCosts, model_costs
+from .analysis.expert_background import ExpertBackground
+from .analysis.expert_mask import masked_experts
+from .analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 from .configuration_peer import PeerConfig
-from .costs import ModelCosts, PartCosts, model_costs
-from .expert_background import ExpertBackground
+from .continual.freezing import FrozenExperts, freeze_experts
+from .continual.gate_fitting import GateFit, fit_gates
+from .continual.growth import Addition, add_experts, train_added_experts_only
+from .continual.sparse_finetuning import SparseFinetuningCallback
 from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
-from .expert_mask import masked_experts
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
-from .freezing import FrozenExperts, freeze_experts
-from .gate_fitting import GateFit, fit_gates
-from .graft_baked import PeerGraftedConfig
-from .growth import Addition, add_experts, train_added_experts_only
+from .graft_merged import PeerGraftedConfig
 from .modeling_peer import (
     PeerForCausalLM,
     PeerForQuestionAnswering,
@@ -43,20 +45,18 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
-from .row_adamw import RowAdamW, expert_parameter_groups
-from .sparse_finetuning import SparseFinetuningCallback
-from .usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
+from .optim.row_adamw import RowAdamW, expert_parameter_groups
 
 
 # Where PEFT is, `PeftModel.from_pretrained` is to know grafts; where it is not, asking for them says what is missing.
 with contextlib.suppress(ImportError):
-    from .graft_model import PeerGraftConfig as PeerGraftConfig
-    from .graft_model import PeerGraftModel as PeerGraftModel
+    from .graft.model import PeerGraftConfig as PeerGraftConfig
+    from .graft.model import PeerGraftModel as PeerGraftModel
 
 
 def __getattr__(name):
     if name in ("PeerGraftConfig", "PeerGraftModel"):
-        from . import graft_model
+        from .graft import model as graft_model
 
         return getattr(graft_model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

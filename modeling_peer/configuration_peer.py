@@ -27,8 +27,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
-from .generations import check_additions
-from .product_keys import grid_size
+from .expert_generations import check_additions
+from .key_grid import grid_size
 
 
 FORMAT_VERSION = 1
@@ -59,7 +59,7 @@ class PeerConfig(PreTrainedConfig):
     query_size (`int`, *optional*, defaults to 256):
         Size d_k of a query, an even number: two halves meet two sets of sub-keys.
     query_norm (`str`, *optional*, defaults to `"batch"`):
-        Normalisation of queries: `"batch"` across tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
+        Normalization of queries: `"batch"` across tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
         causality while training), `"rms"` on each half of queries and keys, or `None`.
     scoring_func (`str`, *optional*, defaults to `"softmax"`):
         How a head's retrieved scores become router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
@@ -79,7 +79,7 @@ class PeerConfig(PreTrainedConfig):
         Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
     expert_kernels (`str`, *optional*, defaults to `"auto"`):
         What computes the experts of PEER and PKM layers and retrieves them: `"auto"`, the fastest that can run where the
-        experts are, or by name `"eager"` (the literal Algorithm 1), `"torch"`, `"native"` (CPU), `"triton"` (GPU), or one
+        experts are, or by name `"eager"` (the literal Algorithm 1), `"torch"`, `"cpu"` (C), `"triton"` (GPU), or one
         registered with [`ExpertKernelsInterface`]. Results do not depend on it.
     sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
         Whether the gradients of expert tables are sparse tensors with a row for each expert that the batch retrieved,
@@ -194,6 +194,8 @@ class PeerConfig(PreTrainedConfig):
             self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
+        if self.expert_kernels == "native":  # the name in checkpoints of before
+            self.expert_kernels = "cpu"
         # Whole, and without the repository that a remote copy was loaded from: the code travels with every save.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)

@@ -23,14 +23,14 @@ a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Act
 
 | `config.expert_kernels` | | where |
 |---|---|---|
-| `"eager"` | Algorithm 1 as printed, the reference | `expert_kernels_eager.py` |
+| `"eager"` | Algorithm 1 as printed, the reference | `expert_kernels_torch.py` |
 | `"torch"` | torch operations on any device, `[T, A, d]` only piece by piece | `expert_kernels_torch.py` |
-| `"native"` | compiled for this processor on first use | `expert_kernels_native.py` |
+| `"cpu"` | C, compiled for this processor on first use | `expert_kernels_cpu.py` |
 | `"triton"` | for a GPU | `expert_kernels_triton.py` |
 | `"auto"` | the fastest of them that can run where the table is | |
 
 One's own is a class with the static methods of [`TorchKernels`], and if it knows a faster way to retrieve experts than a
-product and top-k, `retrieve` and `retrieval_gradients` of [`NativeKernels`], registered before the model is built:
+product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`], registered before the model is built:
 
 ```python
 >>> from modeling_peer import ExpertKernelsInterface
@@ -45,9 +45,8 @@ import re
 import torch
 from transformers.utils.generic import GeneralInterface
 
-from .expert_kernels_eager import EagerKernels
-from .expert_kernels_native import NativeKernels
-from .expert_kernels_torch import TorchKernels
+from .expert_kernels_cpu import CpuKernels
+from .expert_kernels_torch import EagerKernels, TorchKernels
 from .expert_kernels_triton import TritonKernels
 
 
@@ -57,7 +56,7 @@ class ExpertKernelsInterface(GeneralInterface):
     _global_mapping = {
         "eager": EagerKernels,
         "torch": TorchKernels,
-        "native": NativeKernels,
+        "cpu": CpuKernels,
         "triton": TritonKernels,
     }
 
@@ -88,9 +87,9 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
         `RuntimeError`: if the named implementation cannot run here.
     """
     if name == "auto":
-        fastest = {"cpu": "native", "cuda": "triton"}.get(table.device.type, "torch")
-        return fastest if ALL_EXPERT_KERNELS[fastest].why_not(table) is None else "torch"
-    reason = ALL_EXPERT_KERNELS[name].why_not(table)
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(table.device.type, "torch")
+        return fastest if ALL_EXPERT_KERNELS[fastest].unavailable_reason(table) is None else "torch"
+    reason = ALL_EXPERT_KERNELS[name].unavailable_reason(table)
     if reason is not None:
         raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` takes what can.')
     return name

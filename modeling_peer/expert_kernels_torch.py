@@ -16,10 +16,37 @@
 from collections.abc import Iterator
 
 import torch
+from torch.nn import functional as F
 
 
 # Numbers of a piece: 4 MB in float32, which a cache holds.
 PIECE_SIZE = 2**20
+
+
+class EagerKernels:
+    """
+    Gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of times.
+
+    Signatures as in [`TorchKernels`], and whether the table's gradient is sparse.
+    """
+
+    @staticmethod
+    def unavailable_reason(table: torch.Tensor) -> str | None:
+        return None
+
+    @staticmethod
+    def up(
+        hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
+    ) -> torch.Tensor:
+        rows = F.embedding(indices, table, sparse=sparse_gradient).to(hidden_states.dtype)
+        return torch.einsum("td,tad->ta", hidden_states, rows)
+
+    @staticmethod
+    def down(
+        weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
+    ) -> torch.Tensor:
+        rows = F.embedding(indices, table, sparse=sparse_gradient).to(weights.dtype)
+        return torch.einsum("ta,tad->td", weights, rows)
 
 
 class TorchKernels:
@@ -31,7 +58,7 @@ class TorchKernels:
     """
 
     @staticmethod
-    def why_not(table: torch.Tensor) -> str | None:
+    def unavailable_reason(table: torch.Tensor) -> str | None:
         """Why it cannot run on a table, a sentence, or `None` if it can."""
         return None
 

@@ -17,7 +17,7 @@ Experts on a GPU, in Triton. An entry is a pair of a token and one of its expert
 - by token, as they come. Every row of the table is read as often as an entry names it.
 - by expert, sorted. Entries that name the same row are neighbours, and memory hands it out once.
 
-Without Triton the module imports and `TritonKernels.why_not` says so.
+Without Triton the module imports and `TritonKernels.unavailable_reason` says so.
 """
 
 import os
@@ -147,7 +147,7 @@ class TritonKernels:
     """Signatures as in [`TorchKernels`]; sums are taken in float32 whatever the dtypes."""
 
     @staticmethod
-    def why_not(table: torch.Tensor) -> str | None:
+    def unavailable_reason(table: torch.Tensor) -> str | None:
         if triton is None:
             return "Triton is not installed."
         if table.device.type != "cuda" and not (INTERPRETED and table.device.type == "cpu"):

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
-from .expert_kernels_eager import EagerKernels
+from .expert_kernels_torch import EagerKernels
 from .memory_advice import advise_huge_pages, advise_whole_access
 
 
@@ -34,7 +34,7 @@ class ExpertTable(nn.Embedding):
         config (`PeerConfig`): Its `hidden_size`, and its `expert_kernels` and `sparse_expert_gradients`, which may be
             changed on a model's configuration at any time.
         num_experts (`int`): Number of rows.
-        init_std (`float`): Standard deviation of the rows at initialisation.
+        init_std (`float`): Standard deviation of the rows at initialization.
     """
 
     def __init__(self, config: PeerConfig, num_experts: int, init_std: float):

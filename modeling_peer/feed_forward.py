@@ -26,7 +26,7 @@ A variant is a module class, constructed as `variant(config, layer_idx)` and cal
 >>> config = PeerConfig(num_hidden_layers=2, feed_forward_types=["dense", "my_feed_forward"])
 ```
 
-Its `nn.Linear`, `nn.Embedding` and norm modules are initialised by the library; what else it holds it initialises in a
+Its `nn.Linear`, `nn.Embedding` and norm modules are initialized by the library; what else it holds it initializes in a
 method `init_own_weights()`, with the functions of `transformers.initialization`, which leave loaded weights alone. A
 class method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself; a static method
 `count_costs(config, layer_idx)` lets [`model_costs`] count it.

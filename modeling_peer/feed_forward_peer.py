@@ -30,9 +30,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_peer import PeerConfig
+from .expert_generations import Generation, generations_of, has_protected_additions
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
-from .generations import Generation, generations_of, has_protected_additions
 from .initial_scale import activation_power, expert_std, router_weight_power
 from .product_key_router import AddedRouter, ProductKeyRouter
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from .configuration_peer import PeerConfig
+from .expert_generations import first_generation
 from .expert_table import ExpertDownProjection
-from .generations import first_generation
 from .initial_scale import expert_std, router_weight_power
 from .product_key_router import ProductKeyRouter
 

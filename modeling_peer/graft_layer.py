@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-PEER beside or in place of the feed-forward of a layer of another model, its host: the feed-forwards that are recognised,
+PEER beside or in place of the feed-forward of a layer of another model, its host: the feed-forwards that are recognized,
 the graft, and what the host's decoder tells it.
 """
 
@@ -20,14 +20,12 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.pytorch_utils import Conv1D
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
@@ -37,6 +35,10 @@ from .modeling_peer import padding_mask_of
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 
+
+# The method of PEFT, and what the names of its adapters' modules start with.
+METHOD_NAME = "peer_graft"
+PREFIX = f"{METHOD_NAME}_"
 
 PLACEMENTS = ("beside", "in_place")
 
@@ -54,92 +56,6 @@ LAYER_FIELDS = (
     "expert_kernels",
     "sparse_expert_gradients",
 )
-
-# Names of a feed-forward's linear layers: gate if it has one, into the neurons, out of them.
-LINEAR_LAYERS = (
-    ("gate_proj", "up_proj", "down_proj"),
-    (None, "up_proj", "down_proj"),
-    (None, "c_fc", "c_proj"),
-    (None, "fc1", "fc2"),
-    (None, "fc_in", "fc_out"),
-    (None, "dense_h_to_4h", "dense_4h_to_h"),
-)
-
-
-@dataclass
-class FeedForwardParts:
-    """
-    The linear layers of a host's feed-forward `down(σ(up(x)))`, or `down(σ(gate(x)) · up(x))` with a gate.
-
-    Attributes:
-        gate (`nn.Module`, *optional*)
-        up (`nn.Module`)
-        down (`nn.Module`)
-    """
-
-    gate: Any | None
-    up: Any
-    down: Any
-
-    @property
-    def linear_layers(self) -> list[Any]:
-        return [layer for layer in (self.gate, self.up, self.down) if layer is not None]
-
-    @property
-    def hidden_size(self) -> int:
-        return _sizes(self.up)[1]
-
-    @property
-    def intermediate_size(self) -> int:
-        return _sizes(self.up)[0]
-
-    @property
-    def has_biases(self) -> bool:
-        return any(layer.bias is not None for layer in self.linear_layers)
-
-
-def weight_matrix(layer: Any) -> torch.Tensor:
-    """The weight of a linear layer, of shape `(out_features, in_features)`."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-
-
-def _sizes(layer):
-    """(out_features, in_features), also of a layer whose weights are packed."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
-
-
-def recognise_feed_forward(module: nn.Module) -> FeedForwardParts | None:
-    """
-    The parts of a feed-forward: a module with two or three linear layers under names that the library's models use, that
-    is called with nothing but hidden states. `None` if it is something else, a mixture of experts for one.
-    """
-    for names in LINEAR_LAYERS:
-        layers = [None if name is None else getattr(module, name, None) for name in names]
-        found = [layer for layer, name in zip(layers, names, strict=True) if name is not None]
-        if not all(isinstance(layer, (nn.Linear, Conv1D)) for layer in found):
-            continue
-        parts = FeedForwardParts(*layers)
-        others = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in found]
-        if others or _num_required_arguments(module) != 1 or not _fit_together(parts):
-            return None
-        return parts
-    return None
-
-
-def _num_required_arguments(module):
-    parameters = inspect.signature(module.forward).parameters.values()
-    named = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    return sum(parameter.kind in named and parameter.default is inspect.Parameter.empty for parameter in parameters)
-
-
-def _fit_together(parts):
-    sizes = (parts.intermediate_size, parts.hidden_size)
-    into_neurons = [layer for layer in (parts.gate, parts.up) if layer is not None]
-    return all(_sizes(layer) == sizes for layer in into_neurons) and _sizes(parts.down) == sizes[::-1]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
@@ -243,18 +159,18 @@ class GraftedFeedForward(nn.Module):
         self.feed_forward = feed_forward
         self.grafts = nn.ModuleList(grafts)
         # Whether the model's configuration has them, so that they come back when it is loaded.
-        self.is_baked = False
-        self.register_state_dict_pre_hook(_refuse_if_not_baked)
+        self.is_merged = False
+        self.register_state_dict_pre_hook(_refuse_if_not_merged)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return sum_of_branches(self.feed_forward, self.grafts, hidden_states, **kwargs)
 
 
-def _refuse_if_not_baked(module, prefix, keep_vars):
-    if not module.is_baked:
+def _refuse_if_not_merged(module, prefix, keep_vars):
+    if not module.is_merged:
         raise ValueError(
             f"There are grafts at {prefix.removesuffix('.') or 'a feed-forward'} that the model would not be loaded with: "
-            "another method's `merge_and_unload` left them. Make them a part of it by `modeling_peer.graft_baked.bake(model)`."
+            "another method's `merge_and_unload` left them. Make them a part of it by `modeling_peer.graft_merged.merge_grafts(model)`."
         )
 
 

@@ -30,7 +30,7 @@ from .configuration_peer import PeerConfig
 
 
 def activation_power(act_fn: Callable, config: PeerConfig, gated: bool) -> float:
-    """Mean square of a neuron's output at initialisation, times that of its gate where it has one."""
+    """Mean square of a neuron's output at initialization, times that of its gate where it has one."""
     std = config.initializer_range * config.hidden_size**0.5
     inputs = torch.linspace(-8, 8, 2001, device="cpu", dtype=torch.float64)
     density = torch.exp(-(inputs**2) / 2)
@@ -69,5 +69,5 @@ def router_weight_power(config: PeerConfig) -> float:
 
 
 def initial_score_std(config: PeerConfig) -> float:
-    """Standard deviation of the experts' scores at initialisation: one where queries are normalised."""
+    """Standard deviation of the experts' scores at initialization: one where queries are normalized."""
     return 1.0 if config.query_norm is not None else config.initializer_range * config.hidden_size**0.5

@@ -37,12 +37,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
+from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
 from .expert_table import ExpertTable
 from .feed_forward import ALL_FEED_FORWARDS, check_feed_forward_types, feed_forward_tp_plan
 from .feed_forward_moe import MoeFeedForward, MoeRouter
 from .feed_forward_peer import ExpertPool
-from .generations import shared_generations
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter

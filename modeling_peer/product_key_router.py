@@ -18,16 +18,23 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_peer import PeerConfig
-from .expert_gate import ExpertGate
+from .expert_generations import Generation
 from .expert_kernels import resolve_kernels
-from .generations import Generation
-from .product_keys import ExpertMask, grid_size, retrieve, retrieve_unmasked
+from .key_grid import grid_size
+from .product_key_retrieval import ExpertMask, retrieve, retrieve_unmasked
 from .query_norm import QueryBatchNorm, QueryRMSNorm
 
+
+GATE_WIDTH = 64
+
+SHUT = 0.01  # what opens less is shut
+
+OPEN = 32.0  # a logit whose sigmoid is 1 in float32
 
 SCORING_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": partial(torch.softmax, dim=-1),
@@ -86,7 +93,7 @@ class ProductKeyRouter(nn.Module):
         return {"query_norm": "query_norm"} if config.query_norm == "batch" else {}
 
     def init_own_weights(self) -> None:
-        # Scores of normalised queries start with unit variance.
+        # Scores of normalized queries start with unit variance.
         init.normal_(self.sub_keys, std=self.query_size**-0.5)
 
     @torch.no_grad()
@@ -120,7 +127,7 @@ class ProductKeyRouter(nn.Module):
         queries = self.query_proj(hidden_states)
         # Autocast would take the products back to bfloat16.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            queries, sub_keys = self._normalised(queries, padding_mask)
+            queries, sub_keys = self._normalized(queries, padding_mask)
             kernels = resolve_kernels(self.config.expert_kernels, sub_keys)
             arguments = (queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
             if self.expert_mask is None:
@@ -131,8 +138,8 @@ class ProductKeyRouter(nn.Module):
         shape = (*hidden_states.shape[:-1], self.num_heads, self.num_experts_per_head)
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
-    def _normalised(self, queries, padding_mask):
-        """Queries `(..., heads, 2, d_k / 2)` and sub-keys, normalised as configured, at least in float32."""
+    def _normalized(self, queries, padding_mask):
+        """Queries `(..., heads, 2, d_k / 2)` and sub-keys, normalized as configured, at least in float32."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         sub_keys = self.sub_keys.to(dtype)
         halves = (*queries.shape[:-1], self.num_heads, 2, self.query_size // 2)
@@ -144,6 +151,47 @@ class ProductKeyRouter(nn.Module):
             queries = self.query_norm(queries) * self.query_size**-0.5
             sub_keys = self.key_norm(sub_keys)
         return queries, sub_keys
+
+
+class DotProduct(nn.Linear):
+    """
+    A linear layer of one output. A matrix library's product with a vector may round by where the vector lies in memory, so
+    the weight is copied to where torch puts new tensors: a loaded model computes to the bit what the saved one did.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight.clone(), self.bias)
+
+
+class ExpertGate(nn.Module):
+    """
+    A small classifier of hidden states, `sigmoid(w · gelu(W x + b) + c)`, which multiplies what added experts put out. It
+    starts open for everything, and is shut, exactly zero, where it would be less than one percent open.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, GATE_WIDTH)
+        self.down_proj = DotProduct(GATE_WIDTH, 1)
+
+    def init_own_weights(self) -> None:
+        init.zeros_(self.down_proj.weight)
+        init.constant_(self.down_proj.bias, OPEN)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`)
+
+        Returns:
+            `torch.Tensor` of shape `(..., 1)`: between 0 and 1.
+        """
+        openness = torch.sigmoid(self.logits(hidden_states))
+        return torch.where(openness < SHUT, 0.0, openness)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the sigmoid is of, to be fitted."""
+        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
 
 
 class AddedRouter(ProductKeyRouter):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Normalisation of the queries across tokens: BatchNorm that leaves padding out and equals the joint batch's on ranks."""
+"""Normalization of the queries across tokens: BatchNorm that leaves padding out and equals the joint batch's on ranks."""
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
     BatchNorm over the unpadded positions of a batch, one mean and variance per feature of the query (paper, section
     2.3 and table 3: it evens out how often experts are used).
 
-    While training, a query is normalised by moments of the whole micro-batch, of later tokens and other sequences
+    While training, a query is normalized by moments of the whole micro-batch, of later tokens and other sequences
     too. These moments are the only thing a token learns of its future: a mean over thousands of positions, not a
     position. In evaluation and generation the running statistics take their place and a token depends on nothing but
     its past. Whoever must have strict causality while training takes `query_norm="rms"` or `None`. A frozen norm, one
@@ -79,7 +79,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
                 True (or 1) where there is a token, False where there is padding. All tokens if not given.
 
         Returns:
-            `torch.Tensor`: normalised queries, of the shape of `queries`, at least float32.
+            `torch.Tensor`: normalized queries, of the shape of `queries`, at least float32.
         """
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         weight, bias = self.weight.to(queries.dtype), self.bias.to(queries.dtype)
@@ -87,8 +87,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
             mean, variance, count = self._batch_moments(queries, padding_mask)
             unbiased_variance = variance * (count / (count - 1).clamp(min=1))
             self.pending_moments = (mean.detach(), unbiased_variance.detach(), count)
-            normalised = (queries - mean) * torch.rsqrt(variance + self.eps)
-            return normalised * weight + bias
+            normalized = (queries - mean) * torch.rsqrt(variance + self.eps)
+            return normalized * weight + bias
         statistics = (self.running_mean.to(queries.dtype), self.running_var.to(queries.dtype))
         features = queries.reshape(-1, self.num_features)
         return F.batch_norm(features, *statistics, weight, bias, eps=self.eps).view_as(queries)

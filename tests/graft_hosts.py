@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from modeling_peer.graft.model import PeerGraftConfig
 from modeling_peer.graft_layer import PeerGraft
-from modeling_peer.graft_model import PeerGraftConfig
 
 
 SIZES = {

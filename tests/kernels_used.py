@@ -22,8 +22,8 @@ from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 
 FUNCTIONS = ("up", "down", "row_gradient", "retrieve", "retrieval_gradients")
 
-INFERENCE = {("native", "up"), ("native", "down"), ("native", "retrieve")}
-TRAINING = INFERENCE | {("native", "row_gradient"), ("native", "retrieval_gradients")}
+INFERENCE = {("cpu", "up"), ("cpu", "down"), ("cpu", "retrieve")}
+TRAINING = INFERENCE | {("cpu", "row_gradient"), ("cpu", "retrieval_gradients")}
 
 
 def record_kernels(patch: Callable[[type, str, Any], None] = setattr) -> set[tuple[str, str]]:

@@ -1,0 +1,285 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The sets of experts in a model, of its own or grafted onto it: their tables, who retrieves from them, and what."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..expert_table import ExpertTable
+from ..feed_forward_peer import ExpertPool, PeerFeedForward
+from ..feed_forward_pkm import PkmFeedForward
+from ..graft_layer import PREFIX
+from ..library_releases import in_backward
+from ..product_key_router import ProductKeyRouter
+
+
+TABLES = ("up_proj", "gate_proj", "down_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSet:
+    """
+    Experts that are numbered together: those of a PEER layer, added ones among them, those of all layers that share a
+    pool, or the values of a PKM layer.
+
+    Args:
+        name (`str`): The path of the module that holds the tables.
+        layers (`tuple[int]`): Indices of the layers that retrieve from it, see [`layer_index`].
+        routers (`tuple[ProductKeyRouter]`): What retrieves from it.
+        tables (`dict[str, list[tuple[int, ExpertTable]]]`):
+            Under `"up_proj"` the tables of u, under `"gate_proj"` of gates, under `"down_proj"` of v, the values of PKM
+            among these; each with the number of the expert that its first row is of.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    routers: tuple[ProductKeyRouter, ...]
+    tables: dict[str, list[tuple[int, ExpertTable]]]
+
+    @property
+    def num_experts(self) -> int:
+        return max(first + table.num_embeddings for first, table in self.tables["down_proj"])
+
+    @property
+    def label(self) -> str:
+        """
+        `"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share; `"layer_1_default"` of a graft that the
+        adapter of this name has there, `"layer_1_graft_0"` of the first that is a part of the model.
+        """
+        return "_".join(["layer", *map(str, self.layers), *graft_label(self.name)])
+
+
+def layer_index(name: str) -> int:
+    """The first number in the path of a module: 3 of `"model.layers.3.mlp"` or `"transformer.h.3.mlp"`, 0 without one."""
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(number[1]) if number else 0
+
+
+def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
+    """
+    All sets of experts in a module, under their names, in the order of the layers. Grafts of adapters that are not active
+    are left out.
+
+    Raises:
+        `ValueError`: if there is none, or a layer shares a pool that the module does not hold.
+    """
+    members: dict[str, tuple[nn.Module, list[str]]] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, (PeerFeedForward, PkmFeedForward)) and _is_active(modules, name):
+            holder_name, holder = _holder(modules, name, module)
+            members.setdefault(holder_name, (holder, []))[1].append(name)
+    if not members:
+        off = any(isinstance(module, (PeerFeedForward, PkmFeedForward)) for module in modules.values())
+        raise ValueError(
+            f"{type(model).__name__} has no PEER or PKM layer{' but grafts of adapters that are off' if off else ''}."
+        )
+    return {
+        name: ExpertSet(
+            name,
+            tuple(sorted({layer_index(member) for member in names})),
+            tuple(
+                each for member in names for each in modules[member].modules() if isinstance(each, ProductKeyRouter)
+            ),
+            _tables(holder),
+        )
+        for name, (holder, names) in members.items()
+    }
+
+
+def adapter_of(name: str) -> tuple[str, str] | None:
+    """Path of the layer whose graft a module is in, and name of the graft's adapter; `None` if it is in none."""
+    found = re.search(rf"(.*?)\.?\b{PREFIX}layer\.([^.]+)", name)
+    return (found[1], found[2]) if found else None
+
+
+def graft_label(name: str) -> list[str]:
+    """What tells the graft that a module is in from others of its layer: nothing if it is in none."""
+    if adapter := adapter_of(name):
+        return [adapter[1]]
+    merged = re.search(r"\bgrafts\.(\d+)", name)
+    return [f"graft_{merged[1]}"] if merged else []
+
+
+def _is_active(modules, name):
+    """Whether a layer takes part: all do but grafts of adapters that are not active."""
+    found = adapter_of(name)
+    if found is None:
+        return True
+    layer = modules[found[0]]
+    return found[1] in layer.active_adapters and not layer.disable_adapters
+
+
+def _holder(modules, name, feed_forward):
+    """Name and module of what holds the tables of a layer: its pool, that of a module it is in, or a PKM layer itself."""
+    if isinstance(feed_forward, PkmFeedForward):
+        return name, feed_forward
+    path = name
+    while True:
+        # Not by `getattr`: PEFT's wrappers answer for what they wrap.
+        pool = modules[path]._modules.get("expert_pool")
+        if pool is not None:
+            return f"{path}.expert_pool".removeprefix("."), pool
+        if not path:
+            raise ValueError(
+                f"{name or type(feed_forward).__name__} shares its experts with other layers, and "
+                f"{type(modules['']).__name__} does not hold them: pass the model that has an `expert_pool`."
+            )
+        path = path.rpartition(".")[0]
+
+
+def _tables(holder: nn.Module) -> dict[str, list[tuple[int, ExpertTable]]]:
+    if isinstance(holder, PkmFeedForward):
+        parts = [("down_proj", 0, holder.values)]
+    else:
+        pools = [module for module in holder.modules() if isinstance(module, ExpertPool)]
+        parts = [(role, pool.first_expert, getattr(pool, role)) for role in TABLES for pool in pools]
+    tables: dict[str, list[tuple[int, ExpertTable]]] = {}
+    for role, first, part in parts:
+        # An adapter may be around a table.
+        found = [] if part is None else [(first, each) for each in part.modules() if isinstance(each, ExpertTable)]
+        tables.setdefault(role, []).extend(found)
+    return {role: found for role, found in tables.items() if found}
+
+
+def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = None) -> dict[str, ExpertSet]:
+    """
+    The sets of experts of some layers, or all.
+
+    Args:
+        model (`nn.Module`): Any module with PEER or PKM layers.
+        layers (`int` or iterable of `int`, *optional*):
+            Indices of the layers; of layers that share a pool all or none. All if not given.
+
+    Raises:
+        `ValueError`: for layers without experts, or some of those that share a pool.
+    """
+    sets = find_expert_sets(model)
+    if layers is None:
+        return sets
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    known = {layer for each in sets.values() for layer in each.layers}
+    if not wanted or not wanted <= known:
+        raise ValueError(f"`layers` must be some of {sorted(known)}, the layers with experts, got {sorted(wanted)}.")
+    selected = {name: each for name, each in sets.items() if wanted & set(each.layers)}
+    for each in selected.values():
+        if not set(each.layers) <= wanted:
+            raise ValueError(
+                f"`layers` must name all or none of {list(each.layers)}, as they share one pool of experts, got "
+                f"{sorted(wanted)}."
+            )
+    return selected
+
+
+def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.Tensor | None:
+    """
+    What a user names as experts, as a tensor of numbers or a mask, or `None`. Raises `ValueError` for anything else.
+    """
+    if experts is None:
+        return None
+    if not isinstance(experts, torch.Tensor):
+        experts = [experts] if isinstance(experts, int) else list(experts)
+        if not all(isinstance(number, (Integral, torch.Tensor)) for number in experts):
+            raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts[:5]}.")
+        experts = torch.tensor(experts)
+    if not experts.numel() or experts.is_floating_point() or experts.is_complex():
+        raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts}.")
+    return experts.cpu()
+
+
+def mask_of_indices(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:
+    """
+    Which experts of a set [`expert_indices`] are: bool, `(num_experts,)`. Raises `ValueError` if it does not have them.
+    """
+    size = experts.num_experts
+    of_set = f"{experts.name} has experts 0 to {size - 1}"
+    if numbers.dtype == torch.bool:
+        if numbers.shape != (size,):
+            raise ValueError(
+                f"A mask of `experts` must be of shape {(size,)}, as {of_set}, got {tuple(numbers.shape)}."
+            )
+        return numbers
+    unknown = numbers[(numbers < 0) | (numbers >= size)]
+    if len(unknown):
+        raise ValueError(f"{of_set}, but `experts` has {len(unknown)} others, {unknown[:5].tolist()} among them.")
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[numbers.long().flatten()] = True
+    return mask
+
+
+def observe_routers(
+    sets: dict[str, ExpertSet],
+    on_output: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None],
+) -> list[RemovableHandle]:
+    """
+    Calls a function with what each router puts out. The forward that activation checkpointing repeats in the backward is
+    left out.
+
+    Args:
+        sets (`dict[str, ExpertSet]`)
+        on_output (`Callable`):
+            Gets the name of the set, the experts (int64) and their weights, both of shape `(batch_size, sequence_length,
+            num_heads, k)`, and the padding mask of shape `(batch_size, sequence_length)` or `None`.
+
+    Returns:
+        `list`: handles of the hooks, each with a method `remove`.
+    """
+    return [
+        router.register_forward_hook(_router_hook(name, on_output), with_kwargs=True)
+        for name, each in sets.items()
+        for router in each.routers
+    ]
+
+
+def _router_hook(name, on_output):
+    # Not traced: a graph would keep the answer that the first forward got to whether it runs in backward.
+    @torch.compiler.disable
+    def observe(router, args, kwargs, output):
+        # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
+        if not in_backward():
+            padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
+            on_output(name, *output, padding_mask)
+
+    return observe
+
+
+def observe_retrievals(
+    sets: dict[str, ExpertSet], on_retrieval: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> list[RemovableHandle]:
+    """
+    Calls a function with what tokens retrieve, see [`observe_routers`].
+
+    Args:
+        sets (`dict[str, ExpertSet]`)
+        on_retrieval (`Callable`):
+            Gets the name of the set, the experts (int64) and where they count (bool), both of shape `(batch_size,
+            sequence_length, num_heads, k)`: padding does not, nor does an expert of weight zero: one behind a gate that is shut.
+
+    Returns:
+        `list`: handles of the hooks, each with a method `remove`.
+    """
+
+    def on_output(name, indices, weights, padding_mask):
+        counts = weights != 0
+        if padding_mask is not None:
+            counts = counts & padding_mask.to(counts.device, torch.bool)[..., None, None]
+        on_retrieval(name, indices, counts)
+
+    return observe_routers(sets, on_output)

@@ -1,0 +1,245 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How evenly experts are used: the measures of the paper's table 3, by hand or in the logs of a `Trainer`."""
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+
+from ..library_releases import in_backward
+from ..product_key_router import ProductKeyRouter
+from .evaluation import evaluation
+from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
+
+
+class ExpertUsageMeter:
+    """
+    Accumulates, on the device and without a copy to the host, how much weight a router gave to each expert.
+
+    Args:
+        num_experts (`int`): Number of experts N.
+        device (`torch.device`, *optional*): Where to accumulate; torch's default device if not given.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `(num_experts,)`): Accumulated router weight of each expert, float32.
+        top1_counts (`torch.Tensor` of shape `(num_experts,)`):
+            How often each was the best of a head, with a weight other than zero, int64.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | str | None = None):
+        self.scores = torch.zeros(num_experts, device=device)
+        self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, indices: torch.Tensor, weights: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """
+        Adds what a router returned, see [`ProductKeyRouter`].
+
+        Args:
+            indices (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, k)`): Experts, best first.
+            weights (`torch.Tensor` of the same shape): Their router weights, not negative.
+            padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                True (or 1) where there is a token; the rest is left out.
+
+        Raises:
+            `ValueError`: if the shapes are others, those of a MoE router for one.
+        """
+        if indices.ndim != 4 or weights.shape != indices.shape:
+            raise ValueError(
+                "`indices` and `weights` must both be of shape (batch_size, sequence_length, num_heads, k), as PEER and "
+                f"PKM routers return them, got {tuple(indices.shape)} and {tuple(weights.shape)}."
+            )
+        device = self.scores.device
+        indices, weights = indices.to(device), weights.to(device, torch.float32)
+        is_token = torch.ones(1, dtype=torch.bool, device=device)
+        if padding_mask is not None:
+            is_token = padding_mask.to(device, torch.bool)[..., None]
+        # A selection, not a product: weights of padding may be NaN.
+        weights = torch.where(is_token[..., None], weights, 0.0)
+        # Summed by themselves first, as a large float32 sum would lose small weights one by one.
+        self.scores += torch.zeros_like(self.scores).index_add_(0, indices.flatten(), weights.flatten())
+        best = indices[..., 0]
+        self.top1_counts.index_add_(0, best.flatten(), (weights[..., 0] > 0).flatten().long())
+
+    def sum_over_ranks(self) -> None:
+        """Replaces what this rank accumulated by the sum over the ranks of torch.distributed; all must call it."""
+        dist.all_reduce(self.scores)
+        dist.all_reduce(self.top1_counts)
+
+    def compute(self) -> dict[str, float]:
+        """
+        Measures of what was accumulated, NaN if nothing was.
+
+        Returns:
+            `dict[str, float]`:
+                - `usage`: share of experts with non-zero accumulated weight (paper, table 3);
+                - `unevenness`: Kullback-Leibler divergence of the normalized accumulated weights from uniform, in
+                  nats: 0 where all experts are used alike, log N where one is used alone (paper, table 3);
+                - `top1_usage`: share of experts that were ever the best of a head.
+        """
+        scores = self.scores.cpu().double()
+        total = scores.sum()
+        if total == 0:
+            return dict.fromkeys(("usage", "unevenness", "top1_usage"), math.nan)
+        shares = scores / total
+        return {
+            "usage": (scores > 0).double().mean().item(),
+            "unevenness": torch.xlogy(shares, shares * len(shares)).sum().item(),
+            "top1_usage": (self.top1_counts > 0).double().mean().item(),
+        }
+
+    def reset(self) -> None:
+        """Starts anew."""
+        self.scores.zero_()
+        self.top1_counts.zero_()
+
+
+def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
+    """
+    Which experts a text uses: the router weights of all its tokens, in evaluation.
+
+    Args:
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
+        inputs: What the model takes, `input_ids` and `attention_mask`; padding is left out.
+
+    Returns:
+        `dict[str, ExpertUsageMeter]`: a meter for each set of experts, under the path of the module that holds their
+        tables. Those that [`add_experts`] gave a layer are behind the others.
+
+    ```python
+    >>> scores = measure_usage(model, input_ids=input_ids)["model.layers.1.mlp.expert_pool"].scores
+    >>> scores.topk(10)  # the experts that the text used most
+    >>> scores[model.config.num_experts :].sum() / scores.sum()  # how much of it is new
+    ```
+    """
+    sets = find_expert_sets(model)
+    device = next(model.parameters()).device
+    meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
+    hooks = observe_routers(sets, lambda name, *retrieved: meters[name].update(*retrieved))
+    try:
+        with evaluation(model):
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return meters
+
+
+class ExpertUsageCallback(TrainerCallback):
+    """
+    Puts the measures of [`ExpertUsageMeter`] for every PEER and PKM layer into the logs of a `Trainer`:
+
+    ```python
+    >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[ExpertUsageCallback()])
+    ```
+
+    While it trains, each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft), of the training forwards since the last such log and over all ranks. The metrics of
+    an evaluation or a prediction in the midst of training get the same of the forwards in evaluation mode, prefixed as
+    the other metrics are (`eval_`).
+
+    All of them are in `trainer.state.log_history`. A `Trainer` calls the reporting integrations of `report_to` before
+    the callbacks it was given; for them to see the values as well, this one must come first:
+    `trainer.callback_handler.callbacks.insert(0, ExpertUsageCallback())` in place of the argument.
+    """
+
+    def __init__(self):
+        self._hooks = []
+        # Of forwards in training (True) and evaluation (False), the name of each layer and its meter.
+        self._meters = {True: [], False: []}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._detach()
+        for name, router in model.named_modules():
+            if isinstance(router, ProductKeyRouter):
+                self._attach(name, router, args.device)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._detach()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            values = self._read(training=True)
+        elif prefix := _evaluation_prefix(logs):
+            values = self._read(training=False, prefix=prefix)
+        else:
+            return
+        logs.update(values)
+        # The Trainer has copied the logs into its history by now.
+        state.log_history[-1].update(values)
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        if prefix := _evaluation_prefix(metrics):
+            metrics.update(self._read(training=False, prefix=prefix))
+
+    def _attach(self, name, router, device):
+        label = _label(name)
+        first_expert = router.generation.first_expert
+        meters = {}
+        for training in (True, False):
+            meters[training] = ExpertUsageMeter(router.generation.num_experts, device)
+            self._meters[training].append((label, meters[training]))
+
+        # Not traced: a graph would keep the answer that the first forward got to whether it runs in backward.
+        @torch.compiler.disable
+        def measure(module, args, kwargs, output):
+            # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
+            if not in_backward():
+                padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
+                indices, weights = output
+                meters[module.training].update(indices - first_expert, weights, padding_mask)
+
+        self._hooks.append(router.register_forward_hook(measure, with_kwargs=True))
+
+    def _detach(self):
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._meters = {True: [], False: []}
+
+    def _read(self, training, prefix=""):
+        """Values to log; a router that no token went through, the original that PEFT keeps beside a copy, has none."""
+        values = {}
+        for label, meter in self._meters[training]:
+            if dist.is_available() and dist.is_initialized():
+                meter.sum_over_ranks()
+            measures = meter.compute()
+            meter.reset()
+            if not math.isnan(measures["usage"]):
+                values |= {f"{prefix}expert_{name}/{label}": value for name, value in measures.items()}
+        return values
+
+
+def _label(name):
+    """What a router is called in logs: by its layer, the adapter whose graft it is in, the addition it came with."""
+    parts = [f"layer_{layer_index(name)}", *graft_label(name)]
+    if added := re.search(r"added_routers\.(\d+)", name):
+        parts.append(f"added_{added[1]}")
+    return "_".join(parts)
+
+
+def _evaluation_prefix(metrics):
+    """`"eval_"` of `"eval_runtime"`; none if these are no metrics of an evaluation."""
+    for name in metrics:
+        if name.endswith("_runtime") and name != "train_runtime":
+            return name.removesuffix("runtime")
+    return None
+
+
+__all__ = ["ExpertUsageCallback", "ExpertUsageMeter"]

@@ -1,0 +1,181 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Teaching the gates of added experts for which text they were added."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..analysis.evaluation import evaluation
+from ..analysis.expert_background import batches_of
+from ..feed_forward_peer import PeerFeedForward
+from ..modeling_peer import PeerPreTrainedModel
+from ..product_key_router import AddedRouter, ExpertGate
+from .growth import check_is_peer_model
+
+
+LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """
+    How a gate came out, on sequences held out from its fit.
+
+    Args:
+        open_for_new (`float`): Mean of the gate over the tokens of the new text.
+        open_for_reference (`float`): Mean over the tokens of the reference.
+    """
+
+    open_for_new: float
+    open_for_reference: float
+
+
+def fit_gates(
+    model: PeerPreTrainedModel,
+    new_text: Iterable[dict[str, Any]],
+    reference_text: Iterable[dict[str, Any]],
+    *,
+    reference_weight: float = 4.0,
+    num_steps: int = 500,
+    batch_size: int = 8,
+    progress_bar: bool = True,
+) -> dict[int, GateFit]:
+    """
+    Teaches the gates of the last protected addition to open for the new text and to stay closed for the reference, token by
+    token, from the hidden states that the layers see. Best between [`add_experts`] and training: experts that are silent
+    where they were not asked have less to forget there. Nothing but the gates changes. The hidden states of both texts are
+    held on the CPU, of each layer that grew.
+
+    Args:
+        model ([`PeerPreTrainedModel`]): To which experts were added in protected mode.
+        new_text (iterable of `dict`): Sequences, `input_ids` and perhaps an `attention_mask`, of what is to be learned.
+        reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did.
+        reference_weight (`float`, *optional*, defaults to 4.0):
+            How much worse it is to open for the reference than to be closed for the new text.
+        num_steps (`int`, *optional*, defaults to 500): Of AdamW, each on 1024 tokens of both texts.
+        batch_size (`int`, *optional*, defaults to 8): Sequences that run through the model at a time.
+        progress_bar (`bool`, *optional*, defaults to `True`)
+
+    Returns:
+        `dict[int, GateFit]`: for each layer that grew, how far the gate opens on a tenth of the sequences, held out.
+
+    Raises:
+        `ValueError`: if the last addition was not a protected one, a text has less than two sequences, or for a number
+            that cannot be.
+    """
+    _check_options(model, reference_weight, num_steps)
+    layers = {
+        module.layer_idx: module
+        for module in model.modules()
+        if isinstance(module, PeerFeedForward) and module.layer_idx in model.config.expert_additions[-1]["layers"]
+    }
+    texts = [_hidden_states(model, layers, text, batch_size, progress_bar) for text in (new_text, reference_text)]
+    results = {}
+    for index, layer in layers.items():
+        (new_held_out, new), (reference_held_out, reference) = (_split(text[index]) for text in texts)
+        gate = cast("AddedRouter", layer.added_routers[-1]).gate
+        fitted = _fit(gate, new, reference, reference_weight, num_steps)
+        with torch.no_grad():
+            for parameter, value in zip(gate.parameters(), fitted.parameters(), strict=True):
+                parameter.copy_(value)
+        results[index] = GateFit(_openness(gate, new_held_out), _openness(gate, reference_held_out))
+    return results
+
+
+def _check_options(model, reference_weight, num_steps):
+    check_is_peer_model(model)
+    last = (model.config.expert_additions or [None])[-1]
+    if last is None or last["mode"] != "protected":
+        raise ValueError(
+            "`fit_gates` is for experts added in protected mode, and the last addition to this model is "
+            f"{last or 'not there'}."
+        )
+    if not 0 < reference_weight < math.inf:
+        raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight}.")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"`num_steps` must be a whole number, at least 1, got {num_steps!r}.")
+
+
+def _hidden_states(model, layers, text, batch_size, progress_bar):
+    """What each layer sees of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
+    seen: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0].cpu()))
+        for index, layer in layers.items()
+    ]
+    sequences: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    try:
+        with evaluation(model):
+            for batch in tqdm(batches_of(text, batch_size), disable=not progress_bar, desc="Hidden states"):
+                model.base_model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+                present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
+                for index, states in seen.items():
+                    sequences[index] += [each[mask] for each, mask in zip(states.pop(), present, strict=True)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sequences = {index: [each for each in of_layer if len(each)] for index, of_layer in sequences.items()}
+    number = len(next(iter(sequences.values())))
+    if number < 2:
+        raise ValueError(f"Both texts must have at least two sequences, one to fit and one to hold out, got {number}.")
+    return sequences
+
+
+def _split(sequences):
+    """Tokens of every tenth sequence, and of the others."""
+    return torch.cat(sequences[::10]), torch.cat([each for i, each in enumerate(sequences) if i % 10])
+
+
+def _fit(gate, new, reference, reference_weight, num_steps):
+    """A gate in float32, from first weights of its own, that tells new tokens from those of the reference."""
+    device = gate.down_proj.weight.device
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        fitted = ExpertGate(gate.up_proj.in_features)
+    fitted = fitted.float().to_empty(device="cpu")
+    for linear in (fitted.up_proj, fitted.down_proj):
+        bound = linear.in_features**-0.5
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    fitted.to(device)
+    optimizer = torch.optim.AdamW(fitted.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def loss_on(states, label):
+        sample = states[torch.randint(len(states), (BATCH_TOKENS,), generator=generator)]
+        logits = fitted.logits(sample.to(device, torch.float32))
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+    with torch.enable_grad():
+        for _ in range(num_steps):
+            optimizer.zero_grad()
+            (loss_on(new, 1.0) + reference_weight * loss_on(reference, 0.0)).backward()
+            optimizer.step()
+    return fitted
+
+
+@torch.no_grad()
+def _openness(gate, states):
+    """The mean of a gate over tokens."""
+    weight = gate.up_proj.weight
+    return gate(states.to(weight.device, weight.dtype)).float().mean().item()
+
+
+__all__ = ["GateFit", "fit_gates"]

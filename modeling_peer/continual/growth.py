@@ -1,0 +1,327 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adding experts to a trained model."""
+
+import copy
+import functools
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import initialization as init
+
+from ..analysis.evaluation import evaluation
+from ..expert_generations import check_additions, generations_of
+from ..expert_table import ExpertTable
+from ..feed_forward_peer import ExpertPool, PeerFeedForward
+from ..key_grid import grid_size
+from ..modeling_peer import PeerPreTrainedModel
+from ..optim.frozen_rows import freeze_rows, require_gradients
+from ..product_key_router import AddedRouter
+from .freezing import FrozenExperts
+
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Addition:
+    """
+    What [`add_experts`] did.
+
+    Args:
+        experts (`dict[int, range]`): The numbers of the new experts in each layer.
+        deviation (`float`): The largest difference that the growth made to an output of the model, before any training.
+    """
+
+    experts: dict[int, range]
+    deviation: float
+
+
+def add_experts(
+    model: PeerPreTrainedModel,
+    num_experts: int,
+    *,
+    layers: Iterable[int] | int | None = None,
+    mode: str = "protected",
+    num_retrieval_heads: int | None = None,
+    num_experts_per_head: int | None = None,
+    inputs: torch.Tensor | None = None,
+) -> Addition:
+    """
+    Gives a trained model more experts, in its configuration too, and leaves nothing but them to be trained, see
+    [`train_added_experts_only`]. Old experts keep their numbers and rows; new ones are silent at first, v_i = 0. An
+    optimizer has to be made anew.
+
+    `mode="protected"`: the new experts are a generation with a router, a softmax and a gate of their own (see
+    [`AddedRouter`]), whose query network starts as a copy of the layer's. Outputs stay what they were. Whatever is
+    trained on the new experts, a model that masks them ([`masked_experts`]) computes what it did before, to the bit.
+    Costs what `num_retrieval_heads · num_experts_per_head` experts and their retrieval cost.
+
+    `mode="open"`: the key grid gets larger, and new keys compete with the old ones for the same k places of a head, at no
+    cost per token but that of their scores. New experts that win a place take weight from the old ones at once. Train with
+    [`RowAdamW`]: other optimizers keep state for old rows too.
+
+    Args:
+        model ([`PeerPreTrainedModel`]): With PEER layers.
+        num_experts (`int`):
+            Number of experts to add to each layer, or to the pool they share: in protected mode a perfect square, in open
+            mode what is missing to one.
+        layers (`int` or iterable of `int`, *optional*): The layers to grow, all PEER layers if not given.
+        mode (`str`, *optional*, defaults to `"protected"`): `"protected"` or `"open"`.
+        num_retrieval_heads (`int`, *optional*):
+            Heads that retrieve protected new experts, at most those of the configuration, which is the default.
+        num_experts_per_head (`int`, *optional*):
+            Protected new experts that a head retrieves; as in the configuration if not given.
+        inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Tokens to measure the deviation on. Random ones if not given.
+
+    Returns:
+        [`Addition`]: the numbers of the new experts, and how much the outputs changed.
+
+    Raises:
+        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or a size that cannot
+            be. The model is left as it was.
+
+    ```python
+    >>> from modeling_peer import add_experts, fit_gates, masked_experts
+
+    >>> add_experts(model, 64**2)
+    >>> fit_gates(model, new_text, reference_text)  # so that they do not speak where they were not asked
+    >>> Trainer(model, args, train_dataset=new_text).train()
+    >>> with masked_experts(model):
+    ...     model.generate(**inputs)  # what it would have written before
+    ```
+    """
+    check_is_peer_model(model)
+    grown = _peer_layers(model, layers)
+    _check_inputs(model, inputs)
+    if any(
+        router.expert_mask is not None for layer in grown.values() for router in [layer.router, *layer.added_routers]
+    ):
+        raise ValueError("Experts cannot be added while some are masked: leave `masked_experts` first.")
+    old_config, config = model.config, copy.deepcopy(model.config)
+    addition = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
+    budget = {"num_retrieval_heads": num_retrieval_heads, "num_experts_per_head": num_experts_per_head}
+    if mode == "protected":
+        for name, value in budget.items():
+            addition[name] = getattr(config, name) if value is None else value
+    elif any(value is not None for value in budget.values()):
+        raise ValueError("`num_retrieval_heads` and `num_experts_per_head` are of protected experts; open ones share.")
+    config.expert_additions = [*(config.expert_additions or []), addition]
+    _check(config, addition)
+    before = _outputs(model, inputs)
+    experts = {index: _new_numbers(old_config, layer, index, num_experts) for index, layer in grown.items()}
+    (_grow_protected if mode == "protected" else _grow_open)(model, grown, config)
+    module: Any
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config
+    train_added_experts_only(model)
+    return Addition(experts, (_outputs(model, inputs) - before).abs().max().item())
+
+
+def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
+    """
+    Freezes all of a grown model but the experts of its last addition, their keys, and, if it was a protected one, their
+    query network; their gates are left to [`fit_gates`]. [`add_experts`] does so; it has to be said again of a model that
+    was loaded, or copied.
+
+    In layers with an open addition the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds them
+    at no cost, other optimizers at that of a copy in each step.
+
+    Returns:
+        [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be trained.
+
+    Raises:
+        `ValueError`: if no experts were added.
+    """
+    check_is_peer_model(model)
+    if not model.config.expert_additions:
+        raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
+    addition = model.config.expert_additions[-1]
+    if model in _FREEZES:
+        _FREEZES.pop(model).remove()
+    require_gradients(model.parameters(), False)
+    num_frozen, causes = {}, []
+    for index, layer in _peer_layers(model, addition["layers"]).items():
+        pool = _pool(model, layer)
+        if addition["mode"] == "protected":
+            require_gradients([*layer.added_routers[-1].parameters(), *pool.added[-1].parameters()])
+            require_gradients(layer.added_routers[-1].gate.parameters(), False)
+        else:
+            num_frozen[f"layer_{index}"] = layer.router.generation.num_experts - addition["num_experts"]
+            causes += _freeze_old_rows(layer.router, pool, addition["num_experts"])
+    _FREEZES[model] = FrozenExperts(num_frozen, causes)
+    return _FREEZES[model]
+
+
+# What `train_added_experts_only` froze of a model, to be lifted when it is said again.
+_FREEZES: weakref.WeakKeyDictionary[nn.Module, FrozenExperts] = weakref.WeakKeyDictionary()
+
+
+def check_is_peer_model(model: nn.Module) -> None:
+    """Raises `ValueError` if a model is none that experts can be added to."""
+    if not isinstance(model, PeerPreTrainedModel):
+        raise ValueError(
+            f"Experts can be added to PEER models, got {type(model).__name__}. Of a model with adapters, merge or unload them "
+            "first; a model with grafts takes another graft."
+        )
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("Experts can be added to a model without adapters: merge or unload those it has first.")
+    if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "Experts can be added before a model is split over processes, and this one is: grow it first."
+        )
+
+
+def _peer_layers(model, layers):
+    """The PEER layers of a model by their index in it, all or those named."""
+    found = {module.layer_idx: module for module in model.modules() if isinstance(module, PeerFeedForward)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no PEER layer that could get more experts.")
+    if layers is None:
+        return found
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    # A number of another type would find its layer, and stand in the configuration.
+    if unknown := [layer for layer in layers if layer not in found or type(layer) is not int]:
+        raise ValueError(f"`layers` must be some of the PEER layers {sorted(found)}, got {unknown} among them.")
+    return {layer: found[layer] for layer in layers}
+
+
+def _check(config, addition):
+    """Raises `ValueError` if a model cannot grow so."""
+    check_additions(config)
+    if addition["mode"] == "protected" and addition["num_retrieval_heads"] > config.num_retrieval_heads:
+        raise ValueError(
+            f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, those of the layer, whose query network "
+            f"new experts start with, got {addition['num_retrieval_heads']}."
+        )
+
+
+def _check_inputs(model, inputs):
+    if inputs is None:
+        return
+    size = model.config.vocab_size
+    is_tokens = isinstance(inputs, torch.Tensor) and inputs.ndim == 2 and inputs.dtype in (torch.int32, torch.int64)
+    if not is_tokens or not inputs.numel() or inputs.min() < 0 or inputs.max() >= size:
+        found = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else repr(inputs)
+        raise ValueError(
+            f"`inputs` must be tokens, whole numbers from 0 to {size - 1} of shape (batch_size, sequence_length), got {found}"
+            + (f", from {inputs.min()} to {inputs.max()}." if is_tokens and inputs.numel() else ".")
+        )
+
+
+def _new_numbers(config, layer, index, num_experts):
+    """The numbers of the experts that a layer will get."""
+    held = [layer.router, *layer.added_routers]
+    if [router.generation for router in held] != generations_of(config, index):
+        raise ValueError(
+            f"`expert_additions` of the configuration is {config.expert_additions}, which is not how layer {index} grew: do "
+            "models share a configuration? Give each its own."
+        )
+    first = held[-1].generation.experts.stop
+    return range(first, first + num_experts)
+
+
+def _pool(model, layer):
+    return layer.expert_pool if layer.expert_pool is not None else model.base_model.expert_pool
+
+
+def _tables(pool):
+    """Those of a pool's first generation."""
+    return [module for module in pool.children() if isinstance(module, ExpertTable)]
+
+
+def _outputs(model, inputs):
+    """What the model puts out in evaluation, on random tokens if not told on which."""
+    if inputs is None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
+    with evaluation(model):
+        # Row by row: a classifier without a padding token takes no more.
+        return torch.cat([model(row, use_cache=False)[0].float() for row in inputs.to(model.device).split(1)])
+
+
+def _grow_protected(model, grown, config):
+    """Makes everything that is new first: until it is put in its place, the model is what it was."""
+    new_pools, new_routers = {}, {}
+    for index, layer in grown.items():
+        pool, generation = _pool(model, layer), generations_of(config, index)[-1]
+        if pool not in new_pools:
+            new_pools[pool] = _initialized(
+                model, pool.up_proj.weight, lambda each=generation: ExpertPool(config, [each])
+            )
+        router = _initialized(model, layer.router.sub_keys, lambda each=generation: AddedRouter(config, each))
+        router.copy_query_network(layer.router)
+        new_routers[layer] = router
+    for pool, new_pool in new_pools.items():
+        pool.added.append(new_pool)
+    for layer, router in new_routers.items():
+        layer.added_routers.append(router)
+
+
+def _initialized(model, reference, make):
+    """A new module, where and of the dtype that a parameter of the model is, its weights as those of a new model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(reference.dtype)
+    try:
+        with torch.device(reference.device):
+            module = make()
+    finally:
+        torch.set_default_dtype(dtype)
+    return module.apply(model._init_weights).train(model.training)
+
+
+def _grow_open(model, grown, config):
+    """Table by table, so that no more than one is there twice; all of them shrink again if one cannot grow."""
+    undo = []
+    try:
+        for pool, generation in {
+            _pool(model, each): generations_of(config, i)[0] for i, each in grown.items()
+        }.items():
+            for table in _tables(pool):
+                undo.append(functools.partial(table.keep_rows, table.num_embeddings))
+                table.append_rows(_new_rows(table, generation.num_experts, silent=table is pool.down_proj))
+        for index, layer in grown.items():
+            undo.append(functools.partial(layer.router.restore_keys, layer.router.sub_keys, layer.router.generation))
+            layer.router.enlarge(generations_of(config, index)[0])
+    except BaseException:
+        for step in undo:
+            step()
+        raise
+
+
+def _new_rows(table, num_experts, silent):
+    rows = torch.zeros_like(table.weight[:1]).repeat(num_experts - table.num_embeddings, 1)
+    return rows if silent else init.normal_(rows, std=table.init_std)
+
+
+def _freeze_old_rows(router, pool, num_added):
+    num_old = router.generation.num_experts - num_added
+    parts = [(router, router.sub_keys, 2, grid_size(num_old))]
+    parts += [(table, table.weight, 0, num_old) for table in _tables(pool)]
+    causes = []
+    for owner, parameter, dim, size in parts:
+        require_gradients([parameter])
+        causes.append(freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim, owner))
+    return causes
+
+
+__all__ = ["Addition", "add_experts", "train_added_experts_only"]

@@ -1,0 +1,166 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of PEER grafts for PEFT."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from ..graft_layer import LAYER_FIELDS, PLACEMENTS, peer_config_of_host
+from .peft_releases import PEFT_TYPE_NAME, asking_for_peft, check_release
+
+
+with asking_for_peft():
+    from peft import PeftConfig, PeftType
+
+check_release()
+
+
+@dataclass
+class PeerGraftConfig(PeftConfig):
+    """
+    Configuration of a [`PeerGraftModel`]: a PEER layer beside or in place of the feed-forward of chosen layers of a host.
+
+    Args:
+        placement (`str`, *optional*, defaults to `"beside"`):
+            `"beside"` the feed-forward, whose output the graft's is added to, and where it starts as nothing: rows that
+            come out of experts are zero. Or `"in_place"` of it.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Numbers of the layers that get a graft. Defaults to the middle one, as in the paper.
+        target_modules (`str` or `list[str]`, *optional*):
+            Names of the feed-forwards, as elsewhere in PEFT: a regular expression, or ends of names that go with
+            `layers_to_transform`. Found by their linear layers if not given.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            Name of the list of layers, where `target_modules` are ends of names.
+        modules_to_save (`list[str]`, *optional*):
+            Modules of the host that are trained and saved besides.
+        init_from_ffn (`bool`, *optional*):
+            Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, all others with
+            rows of zeros coming out of them. If not given, they do: it was better than random experts at every learning
+            rate (`examples/compare_graft_starts.py`). If √N is at least 2h and at least the width of the feed-forward
+            divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds those that matter most;
+            else at random.
+        num_experts (`int`, *optional*, defaults to 65536):
+            Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.
+        num_retrieval_heads (`int`, *optional*, defaults to 8):
+            Query networks, h.
+        num_experts_per_head (`int`, *optional*, defaults to 16):
+            Experts retrieved by each, k, at most √N.
+        query_size (`int`, *optional*, defaults to 256):
+            Size d_k of a query, an even number.
+        query_norm (`str`, *optional*, defaults to `"rms"`):
+            Normalization of queries: `"rms"`, `"batch"` as in the paper, or `None`. With `"batch"` and activation
+            checkpointing, each forward is followed by its backward.
+        scoring_func (`str`, *optional*, defaults to `"softmax"`):
+            How scores become router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
+        sub_keys_per_head (`bool`, *optional*, defaults to `False`):
+            Whether each head has sub-keys of its own.
+        expert_act (`str`, *optional*, defaults to `"auto"`):
+            Activation of the experts, `None` for none. `"auto"` is the host's with `init_from_ffn`, else `"gelu"`.
+        gated_experts (`bool` or `str`, *optional*, defaults to `"auto"`):
+            Whether experts are gated. `"auto"` is as the host's feed-forward with `init_from_ffn`, else `False`.
+        expert_kernels (`str`, *optional*, defaults to `"auto"`):
+            What computes the experts, see [`PeerConfig`]. Of a graft that is there, its own `config` has this and the next.
+        sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
+            Whether gradients of expert tables are row-sparse, for [`RowAdamW`].
+        host_model_type (`str`, *optional*):
+            Kind of model that the adapter was made for. This and what follows are filled in when it is. A configuration
+            that was read with them is of weights to be loaded: its grafts do not start as neurons.
+        host_hidden_size (`int`, *optional*):
+            Its hidden size.
+        host_num_layers (`int`, *optional*):
+            Its number of layers.
+        host_intermediate_size (`int`, *optional*):
+            The width of its feed-forwards that have a graft, of the widest if they differ.
+        host_has_biases (`bool`, *optional*):
+            Whether any of these has biases.
+
+    Raises:
+        `ValueError`: for a value out of its range, with the name of its field.
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from modeling_peer import PeerGraftConfig
+
+    >>> config = PeerGraftConfig(layers_to_transform=[15], num_experts=256**2, task_type="CAUSAL_LM")
+    >>> model = get_peft_model(model, config)
+    ```"""
+
+    placement: Literal["beside", "in_place"] = "beside"
+    layers_to_transform: list[int] | int | None = None
+    target_modules: list[str] | str | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_from_ffn: bool | None = None
+    num_experts: int = 256**2
+    num_retrieval_heads: int = 8
+    num_experts_per_head: int = 16
+    query_size: int = 256
+    query_norm: Literal["batch", "rms"] | None = "rms"
+    scoring_func: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    sub_keys_per_head: bool = False
+    expert_act: str | None = "auto"
+    gated_experts: bool | Literal["auto"] = "auto"
+    expert_kernels: str = "auto"
+    sparse_expert_gradients: bool = False
+    host_model_type: str | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_hidden_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_num_layers: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_intermediate_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_has_biases: bool | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE_NAME)
+        if self.init_from_ffn is None:
+            self.init_from_ffn = self.placement == "in_place"
+        self.is_of_saved_adapter = self.host_model_type is not None and self.inference_mode
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` if fields do not go together, as the constructor does; they may have been set since."""
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"`placement` must be one of {PLACEMENTS}, got {self.placement!r}.")
+        if self.init_from_ffn and self.placement != "in_place":
+            raise ValueError(
+                '`init_from_ffn` is for `placement="in_place"`: a graft beside the feed-forward starts as nothing.'
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
+        numbers = (
+            self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        )
+        if self.layers_to_transform is not None and any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"`layers_to_transform` must be a number of a layer or a list of them, got {self.layers_to_transform!r}."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`.")
+        try:
+            peer_config_of_host(PreTrainedConfig(), 2, 2, **self.layer_fields(expert_act="gelu", gated_experts=False))
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    def layer_fields(self, expert_act: str | None, gated_experts: bool) -> dict[str, Any]:
+        """The fields of a [`PeerConfig`], with what `"auto"` stands for."""
+        fields = {name: getattr(self, name) for name in LAYER_FIELDS}
+        if self.expert_act == "auto":
+            fields["expert_act"] = expert_act
+        if self.gated_experts == "auto":
+            fields["gated_experts"] = gated_experts
+        return fields

@@ -1,0 +1,47 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The key grid of a pool: which expert stands in which cell, so that growth keeps every expert index."""
+
+import math
+
+import torch
+
+
+def grid_size(num_experts: int) -> int:
+    """Side √N of the key grid of `num_experts` = N experts. Raises `ValueError` if N is not a perfect square."""
+    size = math.isqrt(max(num_experts, 0))
+    if size < 1 or size * size != num_experts:
+        raise ValueError(
+            f"`num_experts` must be a perfect square, the product of two equal sets of sub-keys, got {num_experts}; "
+            f"the nearest are {max(size, 1) ** 2} and {(max(size, 1) + 1) ** 2}."
+        )
+    return size
+
+
+def expert_index(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """
+    Number of the expert in cell (`row`, `column`) of the key grid, two integer tensors of one shape.
+
+    Cells are counted in square shells, m = max(row, column): m² + m + row - column. A cell keeps its number when the
+    grid gets larger, so that a pool grows by appending rows to its tables.
+    """
+    shell = torch.maximum(row, column)
+    return shell * shell + shell + row - column
+
+
+def expert_cell(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cell (row, column) of the key grid that the expert with a number is in."""
+    shell = number.double().sqrt().long()
+    before_diagonal = number - shell * shell - shell  # row - column
+    return shell + before_diagonal.clamp(max=0), shell - before_diagonal.clamp(min=0)

@@ -1,0 +1,439 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""AdamW that moves only the rows of expert tables that a step touched, with moments of their own count of steps."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.adamw import adamw
+from transformers.trainer_pt_utils import get_parameter_names
+
+from ..expert_table import ExpertDownProjection, ExpertTable
+from ..memory_advice import advise_huge_pages
+from ..sparse_gradients import rows_and_values
+from . import row_adamw_cpu as cpu
+
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Replicate
+
+SECOND_MOMENTS = ("full", "row")
+
+# Numbers of the rows that torch operations work on together: 1 MB in float32, so that what they make stays in the cache.
+CHUNK_NUMBERS = 2**18
+
+# As in `Trainer.get_decay_parameter_names`.
+NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+class RowAdamW(torch.optim.Optimizer):
+    r"""
+    AdamW (Loshchilov & Hutter, arXiv 1711.05101) for models with expert tables.
+
+    In *row* parameters, those of groups with `"rows": True` and those with sparse gradients, a step moves the rows whose
+    gradient has a number other than zero, and counts steps for each row: m and v of a row are corrected for bias by how
+    often it was touched. All other rows, and their state, stay as they are: no weight decay, no stale momentum. Their
+    state is in float32, of float64 parameters in float64. All other parameters are treated as `torch.optim.AdamW` does.
+
+    Gradients of row parameters may be sparse (`config.sparse_expert_gradients`) or dense; the result is the same.
+
+    Args:
+        params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may have values of its
+            own for what follows, and `"rows"` (`bool`, defaults to `False`): whether its parameters, of shape
+            `(num_rows, width)`, are row parameters.
+        lr (`float`, *optional*, defaults to 0.001): Learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): How much of m and of v a step keeps.
+        eps (`float`, *optional*, defaults to 1e-08): Added to √v.
+        weight_decay (`float`, *optional*, defaults to 0.01): Decoupled: a step takes `lr * weight_decay` of the
+            parameter away.
+        second_moment (`str`, *optional*, defaults to `"full"`): What is kept of squared gradients of row parameters:
+            `"full"`, a number for each of theirs, or `"row"`, one number for each row, of the mean over the row.
+
+    Raises:
+        `ValueError`: for a value out of its range, a row parameter without rows, or `second_moment="row"` with rows that
+            are split over processes.
+
+    ```python
+    >>> from modeling_peer import RowAdamW, expert_parameter_groups
+
+    >>> optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-3, weight_decay=0.1))
+    >>> trainer = Trainer(model, args, optimizers=(optimizer, None))
+    ```"""
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        second_moment: str = "full",
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"second_moment": second_moment, "rows": False}
+        _check_group({**defaults, "params": []})
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters. Raises `ValueError` as the constructor does."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """
+        Makes a step with the gradients of the parameters that have one.
+
+        Args:
+            closure (`Callable`, *optional*): Evaluates the model anew and returns the loss, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            dense = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if self.moves_by_rows(parameter, group):
+                    self._step_rows(parameter, group)
+                else:
+                    dense.append(parameter)
+            self._step_dense(dense, group)
+        return loss
+
+    def moves_by_rows(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
+        """Whether a step moves only those rows of a parameter, of this group, whose gradient has a number other than zero."""
+        sparse = parameter.grad is not None and parameter.grad.is_sparse
+        return group["rows"] or sparse or "row_steps" in self.state[parameter]
+
+    def _step_rows(self, parameter, group):
+        state = self.state[parameter]
+        if "step" in state:
+            raise ValueError(
+                f"A parameter of shape {tuple(parameter.shape)} got a sparse gradient after dense ones: put it into a "
+                'group with `"rows": True` from the start.'
+            )
+        rows, gradient, places = _touched_rows(parameter)
+        if not state:
+            state.update(_row_state(parameter, group["second_moment"]))
+        local_state = {name: _local(tensor) for name, tensor in state.items()}
+        update_rows(_local(parameter), local_state, rows, gradient, places, group)
+
+    def _step_dense(self, parameters, group):
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        states = [self.state[parameter] for parameter in parameters]
+        local = [_local(parameter) for parameter in parameters]
+        adamw(
+            local,
+            [_local_gradient(parameter) for parameter in parameters],
+            *([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            # On a CPU torch takes a loop by itself, in several passes over the memory and one thread.
+            fused=bool(local) and all(each.is_floating_point() and each.is_cpu for each in local),
+            has_complex=any(map(torch.is_complex, parameters)),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state of row parameters keeps its dtype. Raises `ValueError` for another optimizer's."""
+        hook = self.register_load_state_dict_pre_hook(_keep_row_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for parameter, saved in self.state.items():
+            if isinstance(saved, _AsItIs):
+                self.state[parameter] = saved.on(parameter)
+
+
+class _AsItIs:
+    """
+    A row parameter's saved state, while `Optimizer.load_state_dict` handles the rest: it would cast every tensor to the
+    dtype of its parameter, but for those under the name `step`.
+    """
+
+    def __init__(self, state):
+        self.state = state
+
+    def on(self, parameter):
+        num_rows, width = parameter.shape
+        shapes = {
+            "row_steps": [(num_rows,)],
+            "exp_avg": [(num_rows, width)],
+            "exp_avg_sq": [(num_rows, width), (num_rows, 1)],
+        }
+        for name, expected in shapes.items():
+            if tuple(self.state[name].shape) not in expected:
+                raise ValueError(
+                    f"`{name}` of a table of shape {(num_rows, width)} must be of shape {expected[0]}, the state dict has "
+                    f"{tuple(self.state[name].shape)}."
+                )
+        dtypes = {"row_steps": torch.int32}
+        return {
+            name: value.to(parameter.device, dtypes.get(name, _state_dtype(parameter)))
+            for name, value in self.state.items()
+        }
+
+
+def _keep_row_state(optimizer, state_dict):
+    for group in state_dict["param_groups"]:
+        if not {"rows", "second_moment"} <= group.keys():
+            raise ValueError(
+                "The state dict is another optimizer's: its groups lack `rows` and `second_moment`, they have "
+                f"{sorted(group)}. Start `RowAdamW` without it."
+            )
+    state = {
+        parameter: _AsItIs(saved) if isinstance(saved, dict) and "row_steps" in saved else saved
+        for parameter, saved in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _check_group(group):
+    for name in ("lr", "eps", "weight_decay"):
+        if not _is_number(group[name]) or not 0 <= group[name] < math.inf:
+            raise ValueError(f"`{name}` must be a number, at least 0, got {group[name]!r}.")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"`betas` must be two numbers, at least 0 and less than 1, got {betas!r}.")
+    if group["second_moment"] not in SECOND_MOMENTS:
+        raise ValueError(f"`second_moment` must be one of {SECOND_MOMENTS}, got {group['second_moment']!r}.")
+    if not isinstance(group["rows"], bool):
+        raise ValueError(f"`rows` must be `True` or `False`, got {group['rows']!r}.")
+    for parameter in group["params"] if group["rows"] else ():
+        _check_row_parameter(parameter, group["second_moment"])
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_row_parameter(parameter, second_moment):
+    shape = tuple(parameter.shape)
+    if parameter.ndim != 2 or not parameter.is_floating_point():
+        raise ValueError(
+            f'Parameters of a group with `"rows": True` must be real, of shape (num_rows, width), got {parameter.dtype} '
+            f"of shape {shape}."
+        )
+    if second_moment == "row" and _is_dtensor(parameter) and any(p.is_shard(1) for p in parameter.placements):
+        raise ValueError(
+            f'`second_moment` must be "full" for a table whose rows are split over processes, got "row" and a table of '
+            f"shape {shape} with placements {parameter.placements}."
+        )
+
+
+def _is_dtensor(tensor):
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
+def _local(tensor):
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def _local_gradient(parameter):
+    gradient = parameter.grad
+    if _is_dtensor(gradient) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return _local(gradient)
+
+
+def _state_dtype(parameter):
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _row_state(parameter, second_moment):
+    """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded as the parameter is."""
+    _check_row_parameter(parameter, second_moment)
+    dtype = _state_dtype(parameter)
+    return {
+        "row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32),
+        "exp_avg": _zeros(parameter, lambda n, d: (n, d), dtype),
+        "exp_avg_sq": _zeros(parameter, lambda n, d: (n, d if second_moment == "full" else 1), dtype),
+    }
+
+
+def _zeros(parameter, shape_of, dtype):
+    local = _local(parameter)
+    zeros = advise_huge_pages(torch.empty(shape_of(*local.shape), dtype=dtype, device=local.device)).zero_()
+    if not _is_dtensor(parameter):
+        return zeros
+    whole = torch.empty(shape_of(*parameter.shape), device="meta")
+    placements = [Replicate() if p.is_shard(whole.ndim) else p for p in parameter.placements]
+    return DTensor.from_local(
+        zeros, parameter.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _touched_rows(parameter):
+    """
+    Rows of a parameter's local part whose gradient is other than zero, a tensor of gradients, and the row in it of each.
+    """
+    gradient = _local_gradient(parameter)
+    if not gradient.is_sparse:
+        rows = _find_touched(gradient, parameter).nonzero()[:, 0]
+        return rows, gradient, rows
+    if gradient.sparse_dim() != 1 or parameter.ndim != 2:
+        raise ValueError(
+            "`RowAdamW` takes sparse gradients by rows of parameters of shape (num_rows, width), got one that is sparse "
+            f"in {gradient.sparse_dim()} dimensions of {tuple(parameter.shape)}."
+        )
+    rows, values = rows_and_values(gradient)
+    places = _find_touched(values, parameter).nonzero()[:, 0]
+    return rows[places], values, places
+
+
+def _find_touched(gradient, parameter):
+    """Of each row of a gradient, whether any number in it is other than zero, on any process that has a part of it."""
+    if cpu.can_update(gradient, gradient):
+        touched = cpu.touched_rows(gradient)
+    else:
+        chunks = gradient.split(_rows_per_chunk(gradient))
+        touched = torch.cat([chunk.ne(0).any(1) for chunk in chunks])
+    if _is_dtensor(parameter):
+        for dim, placement in enumerate(parameter.placements):
+            if placement.is_shard(1):
+                counts = touched.to(torch.uint8)
+                dist.all_reduce(counts, dist.ReduceOp.MAX, parameter.device_mesh.get_group(dim))
+                touched = counts.bool()
+    return touched
+
+
+def _rows_per_chunk(table):
+    return max(1, CHUNK_NUMBERS // max(1, table.shape[1]))
+
+
+def update_rows(
+    parameter: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    rows: torch.Tensor,
+    gradient: torch.Tensor,
+    places: torch.Tensor,
+    group: dict[str, Any],
+) -> None:
+    """
+    AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
+
+    Args:
+        parameter (`torch.Tensor` of shape `(num_rows, width)`)
+        state (`dict[str, torch.Tensor]`): Moments `exp_avg`, `exp_avg_sq` and counts of steps `row_steps`.
+        rows (`torch.Tensor` of shape `(num_touched,)`): int64, each row once.
+        gradient (`torch.Tensor` of shape `(num_gradients, width)`)
+        places (`torch.Tensor` of shape `(num_touched,)`): int64, the row of `gradient` that is of each of `rows`.
+        group (`dict`): The parameter's group, for `lr`, `betas`, `eps` and `weight_decay`.
+    """
+    if cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
+        cpu.update_rows(parameter, state, rows, gradient, places, group)
+        return
+    size = _rows_per_chunk(parameter)
+    for some_rows, some_places in zip(rows.split(size), places.split(size), strict=True):
+        _update_chunk(parameter, state, some_rows, gradient.index_select(0, some_places), group)
+
+
+def _update_chunk(parameter, state, rows, gradient, group):
+    beta1, beta2 = group["betas"]
+    dtype = state["exp_avg"].dtype
+    steps = state["row_steps"].index_select(0, rows) + 1
+    gradient = gradient.to(dtype)
+    first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
+    squares = gradient.square()
+    if state["exp_avg_sq"].shape != state["exp_avg"].shape:
+        squares = squares.mean(1, keepdim=True)
+    second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(squares, alpha=1 - beta2)
+    for name, values in (("row_steps", steps), ("exp_avg", first), ("exp_avg_sq", second)):
+        state[name].index_copy_(0, rows, values)
+    rate = group["lr"] / _bias_correction(beta1, steps, dtype)
+    denominator = second.sqrt_().div_(_bias_correction(beta2, steps, dtype).sqrt_()).add_(group["eps"])
+    values = parameter.index_select(0, rows).to(dtype).mul_(1 - group["lr"] * group["weight_decay"])
+    values.sub_(first.mul_(rate).div_(denominator))
+    parameter.index_copy_(0, rows, values.to(parameter.dtype))
+
+
+def _bias_correction(beta, steps, dtype):
+    """`1 - beta ** steps`, which is small at first, without the rounding of a number close to 1."""
+    log_beta = math.log(beta) if beta else -math.inf
+    return -torch.expm1(steps.to(dtype)[:, None] * log_beta)
+
+
+def expert_parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    expert_lr_multiplier: float = 1.0,
+    down_proj_lr_multiplier: float = 1.0,
+) -> list[dict[str, Any]]:
+    """
+    Groups of a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
+    them, and the expert tables, as rows. A table that several layers share is in one group once.
+
+    Args:
+        model (`nn.Module`)
+        learning_rate (`float`)
+        weight_decay (`float`, *optional*, defaults to 0.0): Of all but biases and norms.
+        expert_lr_multiplier (`float`, *optional*, defaults to 1.0): What the learning rate of expert tables is multiplied
+            with. Schedulers multiply each group's own learning rate, so this holds all along.
+        down_proj_lr_multiplier (`float`, *optional*, defaults to 1.0): What that of the rows v_i that come out, of PKM the
+            values, is multiplied with besides. A head's router weights sum to one, so its rows must be up to k times as
+            large as a dense projection's, and at one learning rate take as many more steps to get there.
+
+    Returns:
+        `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
+    """
+    tables = {
+        id(module.weight): "down_tables" if isinstance(module, ExpertDownProjection) else "tables"
+        for module in model.modules()
+        if isinstance(module, ExpertTable)
+    }
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
+    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")
+            kinds["tables" if down_proj_lr_multiplier == 1.0 and kind == "down_tables" else kind].append(parameter)
+    lr, expert_lr = learning_rate, learning_rate * expert_lr_multiplier
+    down_lr = expert_lr * down_proj_lr_multiplier
+    groups = [
+        {"params": kinds["decayed"], "lr": lr, "weight_decay": weight_decay, "rows": False},
+        {"params": kinds["not_decayed"], "lr": lr, "weight_decay": 0.0, "rows": False},
+        {"params": kinds["tables"], "lr": expert_lr, "weight_decay": weight_decay, "rows": True},
+        {"params": kinds["down_tables"], "lr": down_lr, "weight_decay": weight_decay, "rows": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+__all__ = ["RowAdamW", "expert_parameter_groups"]

@@ -1,0 +1,421 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Product-key retrieval on a CPU, in C: scores and selection go block by block through the cache, never to memory."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .native_library import PREAMBLE, call, refuse_index
+
+
+SOURCE = (
+    PREAMBLE
+    + r"""
+#include <math.h>
+#include <stdlib.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+/* Queries of a tile and keys of a panel: their scores fill the registers, with room for one column of each. */
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+#define TILE 12
+#elif defined(__AVX__)
+#define TILE 6
+#else
+#define TILE 4
+#endif
+#define PANEL (2 * LANES)
+/* Queries whose scores against one set of sub-keys are in the cache together: 192 KB for 1,024 sub-keys. */
+#define BLOCK (4 * TILE)
+
+static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline floats larger(floats a, floats b) { return (floats)select_words(b > a, (words)b, (words)a); }
+
+static inline ints lanes(void) {
+    ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane;
+}
+
+/* The lanes that are at least a threshold, one after the other, and their places, `first` and on; returns how many. Up to
+   LANES are written of both. */
+static inline int64_t keep(floats v, float threshold, int64_t first, float *values, int32_t *places) {
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, (__m512)v));
+    _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(mask, (__m512i)(lanes() + (int32_t)first)));
+    return __builtin_popcount(mask);
+#else
+    int64_t count = 0;
+    uint32_t bits = 0;
+#if defined(__AVX__)
+    bits = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GE_OQ));
+#else
+    for (int lane = 0; lane < LANES; lane++) bits |= (uint32_t)(v[lane] >= threshold) << lane;
+#endif
+    for (; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        values[count] = v[lane];
+        places[count++] = first + lane;
+    }
+    return count;
+#endif
+}
+
+/* Keys `[n, size]` to panels `[n / PANEL, size, PANEL]`, the last one filled up with zeros. */
+static void pack_panel(const float *keys, float *panel, int64_t first, int64_t n, int64_t size) {
+    for (int64_t j = 0; j < PANEL; j++)
+        for (int64_t c = 0; c < size; c++)
+            panel[c * PANEL + j] = first + j < n ? keys[(first + j) * size + c] : 0;
+}
+
+/* scores[r, j] = Σ_c queries[c, r] panel[c, j]. Not a number counts as infinitely good: it must not go unseen. */
+static void score_tile(const float *queries, const float *panel, float *scores, int64_t stride, int64_t size) {
+    floats sums[TILE][2] = {};
+    for (int64_t c = 0; c < size; c++) {
+        const floats left = load_float32(panel + c * PANEL), right = load_float32(panel + c * PANEL + LANES);
+        for (int r = 0; r < TILE; r++) {
+            sums[r][0] += queries[c * TILE + r] * left;
+            sums[r][1] += queries[c * TILE + r] * right;
+        }
+    }
+    const words infinite = (words){} + 0x7f800000;
+    for (int r = 0; r < TILE; r++)
+        for (int j = 0; j < 2; j++) {
+            const words ordered = select_words(sums[r][j] == sums[r][j], (words)sums[r][j], infinite);
+            store_float32(scores + r * stride + j * LANES, (floats)ordered);
+        }
+}
+
+/* A value that at least k scores reach, near the k-th best: the k-th best of the maxima of 2k groups of lanes. */
+static float threshold_of(const float *scores, int64_t n, int64_t k, floats *maxima, ints *counts) {
+    const int64_t groups = round_up(2 * k, LANES) / LANES;
+    if (n <= groups * LANES) return -INFINITY;
+    for (int64_t g = 0; g < groups; g++) {
+        maxima[g] = load_float32(scores + g * LANES);
+        counts[g] = (ints){};
+    }
+    for (int64_t i = groups * LANES, g = 0; i < n; i += LANES, g = g + 1 < groups ? g + 1 : 0)
+        maxima[g] = larger(maxima[g], load_float32(scores + i));
+    for (int64_t other = 0; other < groups * LANES; other++) {
+        const float x = ((const float *)maxima)[other];
+        for (int64_t g = 0; g < groups; g++) counts[g] += maxima[g] <= x;  /* true is -1 */
+    }
+    const words worst = (words)((floats){} - INFINITY);
+    floats reached = (floats)worst;
+    for (int64_t g = 0; g < groups; g++)
+        reached = larger(reached, (floats)select_words(counts[g] <= (int32_t)-k, (words)maxima[g], worst));
+    float threshold = reached[0];
+    for (int lane = 1; lane < LANES; lane++) threshold = reached[lane] > threshold ? reached[lane] : threshold;
+    return threshold;
+}
+
+/* What a thread works in. */
+typedef struct {
+    float *queries, *scores, *best[2], *values, *sorted;
+    int32_t *places[2], *found, *order;
+    int32_t *pair_counts, *pair_rows, *pair_columns;
+    floats *maxima, *candidates;
+    ints *counts, *ranks;
+} workspace;
+
+/* The k best of n scores, best first, the earlier one where two are equal. n is a multiple of LANES. */
+static void select_best(const float *scores, int64_t n, int64_t k, float *best, int32_t *places, const workspace *w) {
+    const float threshold = threshold_of(scores, n, k, w->maxima, w->counts);
+    float *candidates = (float *)w->candidates;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += LANES)
+        count += keep(load_float32(scores + i), threshold, i, candidates + count, w->found + count);
+    const int64_t vectors = round_up(count, LANES) / LANES;
+    for (int64_t i = count; i < vectors * LANES; i++) candidates[i] = -INFINITY;
+    const ints lane = lanes();
+    for (int64_t v = 0; v < vectors; v++) {
+        const floats x = w->candidates[v];
+        ints rank = {};
+        for (int64_t j = 0; j < count; j++) {
+            const float y = candidates[j];
+            rank -= (x < y) | ((x == y) & (lane + (int32_t)(v * LANES) > (int32_t)j));
+        }
+        w->ranks[v] = rank;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t rank = ((const int32_t *)w->ranks)[i];
+        w->sorted[rank] = candidates[i];
+        w->order[rank] = w->found[i];
+    }
+    memcpy(best, w->sorted, k * sizeof *best);
+    memcpy(places, w->order, k * sizeof *places);
+}
+
+static inline int64_t expert_index(int64_t row, int64_t column) {
+    const int64_t shell = row > column ? row : column;
+    return shell * shell + shell + row - column;
+}
+
+/* Of the pairs of ranks (i, j) those with (i + 1) (j + 1) <= k can be among the k best sums: how many of each i, and the
+   ranks of each pair. */
+static void number_pairs(int64_t k, const workspace *w) {
+    for (int64_t i = 0, pair = 0; i < k; i++) {
+        w->pair_counts[i] = k / (i + 1);
+        for (int64_t j = 0; j < w->pair_counts[i]; j++, pair++) {
+            w->pair_rows[pair] = i;
+            w->pair_columns[pair] = j;
+        }
+    }
+}
+
+/* The k best experts of a query, of the best rows and columns. */
+static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t *column_places,
+                       int64_t k, int64_t *indices, float *scores, const workspace *w) {
+    const words infinite = (words){} + 0x7f800000;
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; count += w->pair_counts[i++])
+        for (int64_t j = 0; j < w->pair_counts[i]; j += LANES) {
+            const floats sums = rows[i] + load_float32(columns + j);  /* those too many are written over */
+            store_float32(w->values + count + j, (floats)select_words(sums == sums, (words)sums, infinite));
+        }
+    const int64_t padded = round_up(count, LANES);
+    for (int64_t p = count; p < padded; p++) w->values[p] = -INFINITY;
+    int32_t *pairs = w->places[0] + BLOCK * k;
+    select_best(w->values, padded, k, scores, pairs, w);
+    for (int64_t rank = 0; rank < k; rank++) {
+        const int32_t pair = pairs[rank];
+        indices[rank] = expert_index(row_places[w->pair_rows[pair]], column_places[w->pair_columns[pair]]);
+    }
+}
+
+static void *take(char **memory, int64_t bytes) {
+    void *start = *memory;
+    if (*memory) *memory += round_up(bytes, 64);
+    return start;
+}
+
+/* Lays out a workspace; returns its size. Called with NULL first. */
+static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
+    const int64_t most = round_up(n > num_pairs ? n : num_pairs, PANEL);
+    int64_t bytes = 0;
+#define TAKE(field, count) \
+    bytes += round_up((count) * sizeof *(field), 64); field = take(&memory, (count) * sizeof *(field))
+    TAKE(w->queries, BLOCK * size);
+    TAKE(w->scores, BLOCK * most);
+    TAKE(w->values, most + LANES);
+    TAKE(w->found, most + LANES);
+    TAKE(w->candidates, most / LANES + 1);
+    TAKE(w->ranks, most / LANES);
+    TAKE(w->sorted, most);
+    TAKE(w->order, most);
+    TAKE(w->pair_counts, k);
+    TAKE(w->pair_rows, num_pairs);
+    TAKE(w->pair_columns, num_pairs);
+    TAKE(w->maxima, round_up(2 * k, LANES) / LANES);
+    TAKE(w->counts, round_up(2 * k, LANES) / LANES);
+    for (int half = 0; half < 2; half++) {
+        TAKE(w->best[half], BLOCK * k + LANES);
+        TAKE(w->places[half], (BLOCK + 1) * k);
+    }
+#undef TAKE
+    return bytes;
+}
+
+/* queries [tokens, heads, 2, size], keys [sets, 2, n, size] with one set or one per head
+   -> indices and scores [tokens, heads, k]. Returns 0, or -1 without memory. */
+int64_t retrieve(const float *queries, const float *keys, int64_t *indices, float *scores, int64_t num_tokens,
+             int64_t heads, int64_t sets, int64_t n, int64_t size, int64_t k, int threads) {
+    const int64_t rows = num_tokens * heads / sets, panels = round_up(n, PANEL) / PANEL;
+    const int64_t padded = panels * PANEL, blocks = (rows + BLOCK - 1) / BLOCK;
+    int64_t num_pairs = 0;
+    for (int64_t i = 0; i < k; i++) num_pairs += k / (i + 1);
+    workspace sizes;
+    const int64_t bytes = lay_out(&sizes, NULL, n, k, size, num_pairs);
+    float *packed = NULL;
+    char *memory = NULL;
+    if (posix_memalign((void **)&packed, 64, sets * 2 * padded * size * sizeof(float))) return -1;
+    if (posix_memalign((void **)&memory, 64, threads * bytes)) { free(packed); return -1; }
+
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t panel = 0; panel < sets * 2 * panels; panel++)
+        pack_panel(keys + panel / panels * n * size, packed + panel * PANEL * size, panel % panels * PANEL, n, size);
+
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < threads; part++) {
+        workspace w;
+        lay_out(&w, memory + part * bytes, n, k, size, num_pairs);
+        number_pairs(k, &w);
+        for (int64_t task = part; task < sets * blocks; task += threads) {
+            const int64_t set = task / blocks, first = task % blocks * BLOCK;
+            const int64_t count = rows - first < BLOCK ? rows - first : BLOCK;
+            for (int half = 0; half < 2; half++) {
+                for (int64_t r = 0; r < round_up(count, TILE); r++) {
+                    const int64_t row = (first + (r < count ? r : 0)) * sets + set;
+                    const float *query = queries + (row * 2 + half) * size;
+                    float *tile = w.queries + r / TILE * TILE * size + r % TILE;
+                    for (int64_t c = 0; c < size; c++) tile[c * TILE] = query[c];
+                }
+                for (int64_t panel = 0; panel < panels; panel++)
+                    for (int64_t r = 0; r < count; r += TILE)
+                        score_tile(w.queries + r * size, packed + ((set * 2 + half) * panels + panel) * PANEL * size,
+                                   w.scores + r * padded + panel * PANEL, padded, size);
+                for (int64_t r = 0; r < count; r++) {
+                    float *row = w.scores + r * padded;
+                    for (int64_t j = n; j < padded; j++) row[j] = -INFINITY;
+                    select_best(row, padded, k, w.best[half] + r * k, w.places[half] + r * k, &w);
+                }
+            }
+            for (int64_t r = 0; r < count; r++) {
+                const int64_t row = (first + r) * sets + set;
+                best_pairs(w.best[0] + r * k, w.places[0] + r * k, w.best[1] + r * k, w.places[1] + r * k, k,
+                           indices + row * k, scores + row * k, &w);
+            }
+        }
+    }
+    free(packed);
+    free(memory);
+    return 0;
+}
+
+/* The cell of an expert in the key grid: expert_index's inverse. */
+static inline void cell_of(int64_t number, int64_t cell[2]) {
+    const int64_t shell = sqrt((double)number), before_diagonal = number - shell * shell - shell;
+    cell[0] = shell + (before_diagonal < 0 ? before_diagonal : 0);
+    cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
+}
+
+/* to += factor * from */
+static inline void add_scaled(float *restrict to, float factor, const float *restrict from, int64_t size) {
+    for (int64_t c = 0; c < size; c++) to[c] += factor * from[c];
+}
+
+/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. What is NULL is not wanted. Returns
+   0, or 1 for a number that is not of the grid. */
+static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
+                               float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
+    if (of_query) memset(of_query, 0, 2 * size * sizeof *of_query);
+    for (int64_t a = 0; a < k; a++) {
+        int64_t cell[2];
+        if (indices[a] < 0 || indices[a] >= n * n) return 1;
+        cell_of(indices[a], cell);
+        for (int half = 0; half < 2; half++) {
+            const int64_t place = (half * n + cell[half]) * size;
+            if (of_query) add_scaled(of_query + half * size, gradient[a], keys + place, size);
+            if (of_keys) add_scaled(of_keys + place, gradient[a], query + half * size, size);
+        }
+    }
+    return 0;
+}
+
+/* of_queries as queries `[tokens, heads, 2, size]`, of_keys as keys `[sets, 2, n, size]`, of gradients of the scores at
+   `indices` `[tokens, heads, k]`; NULL where it is not wanted. Every thread sums up keys of its own. Returns 0, -1 without
+   memory, or 1 for a number that is not of the grid. */
+int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
+                            float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
+                            int64_t size, int64_t k, int threads) {
+    const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
+    float *others = of_keys ? malloc((threads - 1) * set_size * sizeof *others + 1) : NULL;
+    if (of_keys && !others) return -1;
+    int failed = 0;
+    for (int64_t set = 0; set < sets; set++) {
+        float *of_set = of_keys ? of_keys + set * set_size : NULL;
+        #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t part = 0; part < threads; part++) {
+            float *own = part && of_keys ? others + (part - 1) * set_size : of_set;
+            if (own) memset(own, 0, set_size * sizeof *own);
+            for (int64_t r = part * chunk; r < rows && r < (part + 1) * chunk; r++) {
+                const int64_t row = r * sets + set;
+                if (gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
+                                       keys + set * set_size, of_queries ? of_queries + row * 2 * size : NULL, own, n,
+                                       size, k)) {
+                    #pragma omp atomic write
+                    failed = 1;
+                }
+            }
+        }
+        #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < (of_keys ? set_size : 0); i++)
+            for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
+    }
+    free(others);
+    return failed;
+}
+"""
+)
+
+
+def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The k best experts of every query, exactly.
+
+    Args:
+        queries (`torch.Tensor` of shape `(num_tokens, num_heads, 2, d_k / 2)`): float32, on the CPU.
+        sub_keys (`torch.Tensor` of shape `(num_heads or 1, 2, √N, d_k / 2)`): float32, on the CPU.
+        k (`int`): Number of experts to retrieve, at most √N.
+
+    Returns:
+        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
+    """
+    queries, sub_keys = queries.contiguous(), sub_keys.contiguous()
+    num_tokens, num_heads, _, half_size = queries.shape
+    scores = queries.new_empty(num_tokens, num_heads, k)
+    indices = torch.empty_like(scores, dtype=torch.int64)
+    num_sets, _, size, _ = sub_keys.shape
+    sizes = (num_tokens, num_heads, num_sets, size, half_size, k)
+    if call(SOURCE, "retrieve", queries, sub_keys, indices, scores, *sizes):
+        raise MemoryError(f"No memory to retrieve the experts of {num_tokens} tokens.")
+    return indices, scores
+
+
+def empty_gradients(
+    queries: torch.Tensor, sub_keys: torch.Tensor, wanted: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`retrieval_gradients`] fills."""
+    of_queries, of_sub_keys = (
+        torch.empty_like(each) if is_wanted else each.new_empty(0)
+        for each, is_wanted in zip((queries, sub_keys), wanted, strict=True)
+    )
+    return of_queries, of_sub_keys
+
+
+def retrieval_gradients(
+    gradient: torch.Tensor,
+    indices: torch.Tensor,
+    queries: torch.Tensor,
+    sub_keys: torch.Tensor,
+    wanted: Sequence[bool] = (True, True),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the gradient of the scores that [`retrieve`] returns says of what went in.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): float32, on the CPU.
+        indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert numbers, as retrieved.
+        queries, sub_keys: See [`retrieve`].
+        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether that of `queries` and that of
+            `sub_keys` are to be computed.
+
+    Returns:
+        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`; without elements where it is not wanted.
+    """
+    gradient, indices, queries, sub_keys = (each.contiguous() for each in (gradient, indices, queries, sub_keys))
+    of_queries, of_sub_keys = empty_gradients(queries, sub_keys, wanted)
+    num_tokens, num_heads, _, half_size = queries.shape
+    num_sets, _, size, _ = sub_keys.shape
+    tensors = (gradient, indices, queries, sub_keys, of_queries, of_sub_keys)
+    sizes = (num_tokens, num_heads, num_sets, size, half_size, indices.shape[-1])
+    failed = call(SOURCE, "retrieval_gradients", *tensors, *sizes)
+    if failed > 0:
+        refuse_index(indices, size**2)
+    if failed:
+        raise MemoryError(f"No memory for the gradients of {sub_keys.numel():,} numbers of sub-keys on each thread.")
+    return of_queries, of_sub_keys

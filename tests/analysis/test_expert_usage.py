@@ -1,0 +1,394 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Expert usage is that of the paper's table 3, of every token of a training or an evaluation, each counted once."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer.analysis import expert_usage as usage
+from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter
+from modeling_peer.product_key_router import ProductKeyRouter
+
+
+SEQUENCE_LENGTH = 12
+NAMES = ("usage", "unevenness", "top1_usage")
+
+
+def tiny_config(**kwargs):
+    return PeerConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        feed_forward_types=["dense", "peer", "pkm"],
+        num_experts=12**2,
+        num_retrieval_heads=2,
+        num_experts_per_head=3,
+        query_size=8,
+        pad_token_id=0,
+        **kwargs,
+    )
+
+
+def tiny_model(model_class=PeerForCausalLM, **kwargs):
+    torch.manual_seed(0)
+    return model_class(tiny_config(**kwargs))
+
+
+def sequences(number, seed):
+    """Sequences of different lengths, padded on the left to `SEQUENCE_LENGTH`."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(number):
+        padding = int(torch.randint(SEQUENCE_LENGTH // 2, (), generator=generator))
+        input_ids = torch.randint(1, 64, (SEQUENCE_LENGTH,), generator=generator)
+        attention_mask = (torch.arange(SEQUENCE_LENGTH) >= padding).long()
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        examples.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    return examples
+
+
+def measured_by_hand(num_experts, records):
+    """The measures of records of (indices, weights, padding mask), token by token."""
+    scores, best = np.zeros(num_experts), set()
+    for indices, weights, padding_mask in records:
+        for position in np.ndindex(*indices.shape[:2]):
+            if not padding_mask[position]:
+                continue
+            for head_indices, head_weights in zip(indices[position], weights[position], strict=True):
+                best.add(int(head_indices[0]))
+                for index, weight in zip(head_indices, head_weights, strict=True):
+                    scores[index] += weight
+    used = scores[scores > 0] / scores.sum()
+    return {
+        "usage": len(used) / num_experts,
+        "unevenness": float((used * np.log(used * num_experts)).sum()),
+        "top1_usage": len(best) / num_experts,
+    }
+
+
+def record_router(model, layer_idx):
+    """A list that each forward of a layer's router, in training or evaluation, adds itself to."""
+    records = []
+    router = next(module for name, module in model.named_modules() if name.endswith(f"layers.{layer_idx}.mlp.router"))
+
+    def record(module, args, output):
+        indices, weights = (tensor.detach().numpy() for tensor in output)
+        records.append((module.training, (indices, weights, args[1].numpy())))
+
+    router.register_forward_hook(record)
+    return records
+
+
+def trainer_of(model, folder, callbacks=None, **kwargs):
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 1e-2,
+            **kwargs,
+        }
+    )
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=sequences(12, seed=1),
+        eval_dataset=sequences(6, seed=2),
+        callbacks=[ExpertUsageCallback()] if callbacks is None else callbacks,
+    )
+
+
+def measures_of(entry, layer, prefix=""):
+    return {name: entry[f"{prefix}expert_{name}/{layer}"] for name in NAMES}
+
+
+class TestMeter:
+    def test_equals_brute_force_and_leaves_padding_out(self):
+        generator = np.random.default_rng(0)
+        meter, records = ExpertUsageMeter(500), []
+        for _ in range(3):
+            indices = generator.integers(500, size=(2, 9, 4, 3))
+            weights = generator.random((2, 9, 4, 3), dtype=np.float32)
+            padding_mask = generator.random((2, 9)) < 0.6
+            records.append((indices, weights, padding_mask))
+            # What a router makes of padding may be anything.
+            given = torch.from_numpy(np.where(padding_mask[..., None, None], weights, np.nan))
+            meter.update(torch.from_numpy(indices), given, torch.from_numpy(padding_mask).long())
+        assert meter.compute() == pytest.approx(measured_by_hand(500, records), rel=1e-5)
+        assert meter.scores.sum() == pytest.approx(sum(w[m].sum() for _, w, m in records), rel=1e-5)
+        assert meter.top1_counts.sum() == sum(m.sum() for _, _, m in records) * 4
+
+    def test_without_mask_counts_every_position(self):
+        meter = ExpertUsageMeter(16)
+        meter.update(torch.tensor([[[[3, 1]], [[3, 2]]]]), torch.tensor([[[[0.5, 0.5]], [[1.0, 0.0]]]]))
+        assert meter.scores.nonzero().flatten().tolist() == [1, 3]
+        assert meter.compute()["usage"] == 2 / 16  # the expert of weight zero was retrieved, not used
+        assert meter.top1_counts[3] == 2
+
+    def test_the_best_of_a_head_is_not_used_with_a_weight_of_zero(self):
+        meter = ExpertUsageMeter(16)
+        meter.update(torch.tensor([[[[3, 1]], [[4, 2]]]]), torch.tensor([[[[0.0, 0.0]], [[0.5, 0.5]]]]))
+        assert meter.top1_counts.nonzero().flatten().tolist() == [4]
+
+    def test_uniform_use(self):
+        meter = ExpertUsageMeter(64)
+        meter.update(torch.arange(64).view(1, 4, 4, 4), torch.full((1, 4, 4, 4), 0.25))
+        assert meter.compute() == {"usage": 1.0, "unevenness": pytest.approx(0, abs=1e-12), "top1_usage": 0.25}
+
+    def test_single_expert(self):
+        meter = ExpertUsageMeter(64)
+        meter.update(torch.full((1, 4, 4, 1), 7), torch.rand(1, 4, 4, 1))
+        assert meter.compute() == {"usage": 1 / 64, "unevenness": pytest.approx(math.log(64)), "top1_usage": 1 / 64}
+
+    def test_reset_starts_anew(self):
+        meter, fresh = ExpertUsageMeter(16), ExpertUsageMeter(16)
+        meter.update(torch.tensor([[[[3, 1]]]]), torch.tensor([[[[0.5, 0.5]]]]))
+        meter.reset()
+        assert all(math.isnan(value) for value in meter.compute().values())
+        for each in (meter, fresh):
+            each.update(torch.tensor([[[[9, 8]]]]), torch.tensor([[[[0.9, 0.1]]]]))
+        assert meter.compute() == fresh.compute()
+
+    def test_small_weights_are_not_lost_in_a_large_sum(self):
+        meter = ExpertUsageMeter(4)
+        meter.scores += 2.0**24
+        meter.update(torch.zeros(1, 100, 1, 1, dtype=torch.int64), torch.full((1, 100, 1, 1), 0.5))
+        assert meter.scores[0] == 2**24 + 50
+
+    def test_update_copies_nothing_to_the_host(self):
+        """Meta tensors have no values: whatever needs one, `.item()` or a boolean selection, raises."""
+        meter = ExpertUsageMeter(16, device="meta")
+        indices = torch.empty(2, 5, 3, 2, dtype=torch.int64, device="meta")
+        meter.update(indices, torch.empty(2, 5, 3, 2, device="meta", dtype=torch.bfloat16))
+        meter.update(indices, torch.empty(2, 5, 3, 2, device="meta"), torch.empty(2, 5, device="meta"))
+
+
+class TestCallback:
+    def test_logs_equal_a_meter_fed_by_hand(self, tmp_path):
+        """Two micro-batches to a step, an evaluation between two logs that must keep its forwards to itself."""
+        model = tiny_model()
+        records = {layer_idx: record_router(model, layer_idx) for layer_idx in (1, 2)}
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            num_train_epochs=2,
+            gradient_accumulation_steps=2,
+            eval_strategy="steps",
+            eval_steps=3,
+            logging_steps=2,
+        )
+        trainer.train()
+        train_logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        eval_logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(train_logs) == 3 and len(eval_logs) == 2
+        for layer_idx in (1, 2):
+            layer = f"layer_{layer_idx}"
+            training = [record for is_training, record in records[layer_idx] if is_training]
+            evaluation = [record for is_training, record in records[layer_idx] if not is_training]
+            for step, entry in enumerate(train_logs):
+                by_hand = measured_by_hand(144, training[4 * step : 4 * step + 4])
+                assert measures_of(entry, layer) == pytest.approx(by_hand, rel=1e-5)
+            for number, entry in enumerate(eval_logs):
+                by_hand = measured_by_hand(144, evaluation[3 * number : 3 * number + 3])
+                assert measures_of(entry, layer, "eval_") == pytest.approx(by_hand, rel=1e-5)
+        assert not any("layer_0" in name for entry in trainer.state.log_history for name in entry)
+        json.dumps(trainer.state.log_history, allow_nan=False)
+
+    def test_values_stand_where_they_belong(self, tmp_path):
+        class Later(TrainerCallback):
+            seen = []
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                self.seen.append(dict(logs))
+
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                self.metrics = dict(metrics)
+
+            def on_epoch_end(self, args, state, control, model=None, **kwargs):
+                # A forward of the user's own, of neither.
+                model.eval()(torch.ones(1, 4, dtype=torch.int64))
+
+        later = Later()
+        trainer = trainer_of(
+            tiny_model(),
+            tmp_path,
+            [ExpertUsageCallback(), later],
+            max_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            include_num_input_tokens_seen="all",
+        )
+        trainer.train()
+        for logs, entry in zip(later.seen, trainer.state.log_history, strict=True):
+            assert logs | {"step": 1} == entry
+        training, evaluation, summary = (
+            {name for name in logs if "expert_" in name} for logs in trainer.state.log_history
+        )
+        names = {f"expert_{name}/layer_{layer_idx}" for name in NAMES for layer_idx in (1, 2)}
+        assert training == names
+        assert (
+            evaluation == {f"eval_{name}" for name in names} == {name for name in later.metrics if "expert_" in name}
+        )
+        assert not summary
+
+    def test_other_logs_and_predictions_do_not_disturb(self, tmp_path):
+        """A user's own log between two steps takes nothing away, nor does a prediction add to the next evaluation."""
+
+        class Disturb(TrainerCallback):
+            def on_substep_end(self, args, state, control, **kwargs):
+                self.trainer.log({"mine": 1.0})
+
+            def on_step_end(self, args, state, control, **kwargs):
+                self.metrics = self.trainer.predict(sequences(4, seed=9)).metrics
+
+        logs = []
+        for disturb in ([], [Disturb()]):
+            trainer = trainer_of(
+                tiny_model(),
+                tmp_path,
+                [ExpertUsageCallback(), *disturb],
+                max_steps=2,
+                gradient_accumulation_steps=2,
+                eval_strategy="steps",
+                eval_steps=1,
+            )
+            for callback in disturb:
+                callback.trainer = trainer
+            trainer.train()
+            logs.append([e for e in trainer.state.log_history if "loss" in e or "eval_loss" in e])
+        for calm, disturbed in zip(*logs, strict=True):
+            for name in calm:
+                if "expert_" in name:
+                    assert disturbed[name] == pytest.approx(calm[name], rel=1e-5)
+        assert 0 < disturb[0].metrics["test_expert_usage/layer_1"] <= 1
+
+    def test_hooks_are_gone_after_training(self, tmp_path):
+        trainer = trainer_of(tiny_model(), tmp_path, max_steps=1)
+        routers = [module for module in trainer.model.modules() if isinstance(module, ProductKeyRouter)]
+        before = [len(router._forward_hooks) for router in routers]
+        trainer.train()
+        trainer.train()
+        assert [len(router._forward_hooks) for router in routers] == before
+        assert not any("expert_" in name for name in trainer.evaluate())
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpointing_counts_no_token_twice(self, tmp_path, monkeypatch, use_reentrant):
+        """Measures alone would not tell: they are the same if every token counts twice."""
+        updates = []
+
+        class Counting(ExpertUsageMeter):
+            def update(self, *args):
+                updates.append(args)
+                super().update(*args)
+
+        monkeypatch.setattr(usage, "ExpertUsageMeter", Counting)
+        logs, forwards = [], []
+        for checkpointing in (False, True):
+            model = tiny_model()
+            forwards.append(record_router(model, 1))
+            updates.clear()
+            trainer = trainer_of(
+                model,
+                tmp_path,
+                max_steps=3,
+                activation_checkpointing=checkpointing,
+                activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+            )
+            trainer.train()
+            assert len(updates) == 3 * 2
+            logs.append([measures_of(entry, "layer_1") for entry in trainer.state.log_history if "loss" in entry])
+        assert len(forwards[0]) == 3 and len(forwards[1]) == 6
+        assert logs[0] == [pytest.approx(measures, rel=1e-4) for measures in logs[1]]
+
+    def test_other_heads(self, tmp_path):
+        model = tiny_model(PeerForSequenceClassification, num_labels=2)
+        trainer = trainer_of(model, tmp_path, max_steps=1)
+        trainer.train_dataset = [{**example, "labels": 1} for example in sequences(4, seed=3)]
+        trainer.train()
+        assert 0 < trainer.state.log_history[0]["expert_usage/layer_1"] <= 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"target_modules": ["query_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["router"]}],
+        ids=str,
+    )
+    def test_under_peft(self, tmp_path, options):
+        """Of the routers that PEFT keeps for a layer, the original and a copy for each adapter, only one runs."""
+        model = get_peft_model(tiny_model(), LoraConfig(r=2, **options))
+        model.add_adapter("idle", LoraConfig(r=2, **options))
+        trainer = trainer_of(model, tmp_path, max_steps=1)
+        trainer.train()
+        measures = measures_of(trainer.state.log_history[0], "layer_1")
+        assert 0 < measures["usage"] <= 1
+
+    def test_compiled(self, tmp_path):
+        logs = []
+        for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+            trainer = trainer_of(tiny_model(), tmp_path, max_steps=1, **options)
+            trainer.train()
+            logs.append(measures_of(trainer.state.log_history[0], "layer_1"))
+        assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+
+
+def run_rank(rank, folder, finish):
+    """One training forward of the rank's own sequences in a wrapped model, and a log."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(tiny_model())
+    records = record_router(model, 1)
+    callback, state, control = ExpertUsageCallback(), TrainerState(), TrainerControl()
+    arguments = TrainingArguments(output_dir=folder, use_cpu=True)
+    callback.on_train_begin(arguments, state, control, model=model)
+    batch = torch.utils.data.default_collate(sequences(2, seed=10 + rank))
+    model.train()(**batch)
+    state.log_history.append({})
+    logs = {"loss": 1.0}
+    callback.on_log(arguments, state, control, logs=logs)
+    torch.save((logs, [record for _, record in records]), f"{folder}/{rank}.pt")
+    # Python would tear the reducer down with its lock held, and wait for a thread of gloo that waits for that lock.
+    finish.wait()
+    os._exit(0)
+
+
+def test_ranks_are_summed(tmp_path):
+    mp.spawn(run_rank, (str(tmp_path), mp.get_context("spawn").Barrier(2)), nprocs=2)
+    (logs, records), (other_logs, other_records) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)
+    )
+    assert logs == other_logs
+    assert measures_of(logs, "layer_1") == pytest.approx(measured_by_hand(144, records + other_records), rel=1e-5)
+    assert measured_by_hand(144, records) != measured_by_hand(144, records + other_records)
+
+
+def test_outputs_of_a_moe_router_are_refused():
+    meter = ExpertUsageMeter(16)
+    with pytest.raises(ValueError, match="must both be of shape.*got \\(6, 2\\) and \\(6, 2\\)"):
+        meter.update(torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))

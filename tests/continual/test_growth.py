@@ -1,0 +1,656 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Growing a model: old experts and outputs stay what they were, to the bit where that is said."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny_models import random_tokens, tiny_config, tiny_model
+from torch.testing import assert_close
+from trainer_worker import counting_sequences, logged, trainer_of
+from transformers import AutoModelForCausalLM
+
+from modeling_peer import (
+    PeerForCausalLM,
+    PeerForSequenceClassification,
+    RowAdamW,
+    add_experts,
+    expert_parameter_groups,
+    freeze_experts,
+    masked_experts,
+    measure_usage,
+    train_added_experts_only,
+)
+from modeling_peer.expert_table import ExpertTable
+from modeling_peer.feed_forward_peer import ExpertPool
+from modeling_peer.key_grid import expert_cell
+from modeling_peer.optim.frozen_rows import _FROZEN
+from modeling_peer.product_key_retrieval import retrieve
+from modeling_peer.product_key_router import AddedRouter, ProductKeyRouter
+from modeling_peer.query_norm import QueryBatchNorm
+
+
+CONFIGS = {
+    "one layer": tiny_config("peer", "dense"),
+    "two layers": tiny_config("peer", "dense", "peer"),
+    "shared pool": tiny_config("peer", "dense", "peer", share_experts_across_layers=True),
+    "gated, dense branch": tiny_config("peer", gated_experts=True, shared_expert_intermediate_size=8),
+    "rms": tiny_config("dense", "peer", query_norm="rms", scoring_func="sigmoid"),
+    "no norm, keys per head": tiny_config("peer", query_norm=None, sub_keys_per_head=True),
+    "beside the others": tiny_config("peer", "moe", "pkm", "dense"),
+}
+
+SIZES = {"protected": 25, "open": 13}  # of six times six experts an open addition makes seven times seven
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return tiny_model(CONFIGS[request.param])
+
+
+@pytest.fixture(params=SIZES)
+def mode(request):
+    return request.param
+
+
+def logits_of(model, tokens=None):
+    with torch.no_grad():
+        return model(random_tokens(2, 20) if tokens is None else tokens).logits
+
+
+def train_a_little(model, steps=5, optimizer_class=torch.optim.AdamW):
+    """On tokens of its own; leaves the model in evaluation."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_class(trainable, lr=0.05, weight_decay=0.1)
+    model.train()
+    for step in range(steps):
+        tokens = random_tokens(4, 16, seed=step)
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def old_state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+class TestProtected:
+    def test_leaves_outputs_as_they_were(self, model):
+        before = logits_of(model)
+        addition = add_experts(model, 25)
+        assert addition.deviation <= 1e-6
+        assert_close(logits_of(model), before, rtol=0, atol=1e-6)
+
+    def test_old_outputs_stay_to_the_bit_whatever_is_trained(self, model):
+        before, state = logits_of(model), old_state(model)
+        add_experts(model, 25)
+        train_a_little(model)
+        assert not torch.equal(logits_of(model), before)
+        with masked_experts(model):
+            assert torch.equal(logits_of(model), before)
+        for name, tensor in state.items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+    def test_old_outputs_survive_even_broken_new_experts(self):
+        model = tiny_model(CONFIGS["two layers"])
+        before = logits_of(model)
+        add_experts(model, 25)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(torch.nan)
+        with masked_experts(model):
+            assert torch.equal(logits_of(model), before)
+
+    def test_trains_the_new_experts_their_keys_and_queries_alone(self, model):
+        state = old_state(model)
+        add_experts(model, 25)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        added = {name for name, _ in model.named_parameters() if name not in state}
+        assert trainable == {name for name in added if ".gate." not in name}
+        added = {name: tensor.clone() for name, tensor in model.named_parameters() if name in trainable}
+        train_a_little(model)
+        assert all(not torch.equal(model.get_parameter(name), tensor) for name, tensor in added.items())
+
+    def test_trains_new_queries_on_their_own_statistics(self):
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 25)
+        old, new = [module for module in model.modules() if isinstance(module, QueryBatchNorm)]
+        # What the old network knew of its queries is where the new one starts.
+        layer = model.model.layers[0].mlp
+        assert torch.equal(layer.added_routers[0].query_proj.weight, layer.router.query_proj.weight)
+        assert torch.equal(new.running_mean, old.running_mean) and torch.equal(new.running_var, old.running_var)
+        before = old.running_mean.clone()
+        train_a_little(model)
+        assert torch.equal(old.running_mean, before) and not torch.equal(new.running_mean, before)
+
+    def test_has_a_budget_of_its_own(self):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 16, layers=2, num_retrieval_heads=1, num_experts_per_head=4)
+        output = model(random_tokens(2, 20), output_router_indices=True, output_router_weights=True)
+        old_0, old_2, new_2 = output.router_indices
+        assert old_0.shape == old_2.shape == (2, 20, 2, 3) and new_2.shape == (2, 20, 1, 4)
+        assert old_2.max() < 36 <= new_2.min() and new_2.max() < 52
+        assert_close(output.router_weights[2].sum(-1), torch.ones(2, 20, 1))
+
+    def test_adds_what_the_new_experts_say(self):
+        """The layer's output is the old one, and Algorithm 1 on the new generation."""
+        model = tiny_model(tiny_config("peer")).double()
+        layer = model.model.layers[0].mlp
+        hidden_states = torch.randn(1, 5, 24, dtype=torch.float64)
+        before = layer(hidden_states)
+        add_experts(model, 16)
+        router, pool = layer.added_routers[0], layer.expert_pool.added[0]
+        with torch.no_grad():
+            pool.down_proj.weight.normal_()
+        indices, weights = (tensor[0].flatten(1) for tensor in router(hidden_states))
+        expected = before.clone()
+        for token in range(5):
+            x = hidden_states[0, token]
+            for expert, weight in zip(indices[token] - 36, weights[token], strict=True):
+                neuron = torch.nn.functional.gelu(pool.up_proj.weight[expert] @ x)
+                expected[0, token] += weight * neuron * pool.down_proj.weight[expert]
+        assert_close(layer(hidden_states), expected)
+
+    def test_starts_silent_but_not_deaf(self):
+        """No expert puts anything out, and every expert that is retrieved would learn to."""
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 25)
+        pool = model.model.layers[0].mlp.expert_pool.added[0]
+        assert not pool.down_proj.weight.any() and pool.up_proj.weight.any(1).all()
+        tokens = random_tokens(4, 20)
+        model.train()(tokens, labels=tokens).loss.backward()
+        assert pool.down_proj.weight.grad.any(1).float().mean() > 0.5
+
+
+class TestOpen:
+    def test_experts_keep_numbers_and_rows(self, model):
+        old = {
+            name: tensor.clone()
+            for name, tensor in model.state_dict().items()
+            if "expert_pool" in name or "router.sub_keys" in name
+        }
+        add_experts(model, 13, mode="open")
+        for name, tensor in old.items():
+            grown = model.state_dict()[name]
+            if name.endswith("sub_keys") and grown.shape != tensor.shape:
+                assert grown.shape[2] == 7 and torch.equal(grown[:, :, :6], tensor)
+            elif "expert_pool" in name:
+                assert grown.shape[0] == 49 and torch.equal(grown[:36], tensor)
+        row, column = expert_cell(torch.arange(36, 49))
+        assert torch.equal(torch.maximum(row, column), torch.full((13,), 6))
+
+    def test_new_experts_start_silent_but_not_deaf(self, model):
+        add_experts(model, 13, mode="open")
+        pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
+        assert pools
+        for pool in pools:
+            assert not pool.down_proj.weight[36:].any() and pool.down_proj.weight[:36].any(1).all()
+            assert pool.up_proj.weight[36:].any(1).all()
+
+    def test_states_its_deviation(self, model):
+        tokens = random_tokens(3, 30, seed=5)
+        before = logits_of(model, tokens)
+        addition = add_experts(model, 13, mode="open", inputs=tokens)
+        assert addition.deviation == (logits_of(model, tokens) - before).abs().max().item() > 1e-3
+
+    def test_without_the_new_experts_is_the_old_model(self, model):
+        before = logits_of(model)
+        add_experts(model, 13, mode="open")
+        train_a_little(model)
+        with masked_experts(model):
+            assert torch.equal(logits_of(model), before)
+
+    @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, RowAdamW])
+    def test_trains_the_new_rows_and_keys_alone(self, optimizer_class):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 13, mode="open")
+        state = old_state(model)
+        train_a_little(model, optimizer_class=optimizer_class)
+        for name, tensor in model.state_dict().items():
+            if "expert_pool" in name:
+                assert torch.equal(tensor[:36], state[name][:36]) and not torch.equal(tensor, state[name])
+            elif name.endswith("router.sub_keys"):
+                assert torch.equal(tensor[:, :, :6], state[name][:, :, :6]) and not torch.equal(tensor, state[name])
+            else:
+                assert torch.equal(tensor, state[name]), name
+
+    def test_its_freeze_is_one_and_can_be_lifted(self):
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 13, mode="open")
+        for _ in range(3):
+            frozen = train_added_experts_only(model)
+        table = model.model.layers[0].mlp.expert_pool.up_proj.weight
+        assert len(_FROZEN[table].masks) == 1 and frozen.num_frozen == {"layer_0": 36}
+        frozen.remove()
+        before = table.detach().clone()
+        train_a_little(model)
+        assert table[:36].ne(before[:36]).any()
+
+    def test_its_freeze_does_not_vanish_with_the_parameter(self):
+        """As where FSDP2 puts parameters of its own in the place of a model's."""
+        for name in ("expert_pool.up_proj.weight", "router.sub_keys"):
+            model = tiny_model(CONFIGS["one layer"])
+            add_experts(model, 13, mode="open")
+            owner = model.model.layers[0].mlp.get_submodule(name.rpartition(".")[0])
+            attribute = name.rpartition(".")[2]
+            setattr(owner, attribute, torch.nn.Parameter(getattr(owner, attribute).detach().clone()))
+            with pytest.raises(RuntimeError, match="another parameter has taken its place"):
+                train_a_little(model)
+
+    def test_takes_places_from_the_old_ones(self):
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 13, mode="open")
+        (indices,) = model(random_tokens(4, 32), output_router_indices=True).router_indices
+        assert indices.shape[-1] == 3 and (indices >= 36).any() and (indices < 36).any()
+
+
+class TestGrownModel:
+    def test_saves_and_loads(self, model, mode, tmp_path):
+        add_experts(model, SIZES[mode], mode=mode)
+        train_a_little(model)
+        model.save_pretrained(tmp_path)
+        loaded = PeerForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.expert_additions == model.config.expert_additions
+        assert torch.equal(logits_of(loaded), logits_of(model))
+        with masked_experts(model), masked_experts(loaded):
+            assert torch.equal(logits_of(loaded), logits_of(model))
+
+    def test_loads_with_the_code_of_its_checkpoint(self, tmp_path):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 25)
+        add_experts(model, 16)
+        train_a_little(model)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+        assert torch.equal(logits_of(loaded), logits_of(model))
+
+    def test_grows_again(self, model, mode):
+        before = logits_of(model)
+        first = add_experts(model, SIZES[mode], mode=mode)
+        train_a_little(model)
+        between = logits_of(model)
+        second = add_experts(model, {"protected": 9, "open": 15}[mode], mode=mode)
+        train_a_little(model)
+        for layer, experts in second.experts.items():
+            assert experts.start == first.experts[layer].stop
+        with masked_experts(model, next(iter(second.experts.values())), layers=list(second.experts)):
+            assert torch.equal(logits_of(model), between)
+        with masked_experts(model):
+            assert torch.equal(logits_of(model), before)
+
+    def test_is_protected_after_it_was_open(self, tmp_path):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 13, mode="open")
+        train_a_little(model)
+        before = logits_of(model)
+        addition = add_experts(model, 16, layers=[2])
+        assert addition.experts == {2: range(49, 65)} and addition.deviation == 0
+        train_a_little(model)
+        with masked_experts(model, addition.experts[2], layers=2):
+            assert torch.equal(logits_of(model), before)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits_of(PeerForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+    def test_generates_as_without_a_cache(self, model, mode):
+        add_experts(model, SIZES[mode], mode=mode)
+        train_a_little(model)
+        prompt = random_tokens(2, 6)
+        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
+
+    def test_does_not_see_the_future_or_padding(self, model, mode):
+        add_experts(model, SIZES[mode], mode=mode)
+        train_a_little(model)
+        tokens = random_tokens(2, 12)
+        changed = tokens.clone()
+        changed[:, 8:] = 1
+        assert_close(logits_of(model, tokens)[:, :8], logits_of(model, changed)[:, :8], rtol=1e-4, atol=1e-5)
+
+    def test_goes_on_training_after_it_was_loaded(self, mode, tmp_path):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, SIZES[mode], mode=mode)
+        model.save_pretrained(tmp_path)
+        loaded = PeerForCausalLM.from_pretrained(tmp_path)
+        train_added_experts_only(loaded)
+        for each in (model, loaded):
+            train_a_little(each)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_trains_in_the_stock_trainer(self, mode, sparse, tmp_path):
+        model = tiny_model(CONFIGS["two layers"])
+        before, old = logits_of(model), old_state(model)
+        add_experts(model, SIZES[mode], mode=mode)
+        model.config.sparse_expert_gradients = sparse
+        trainer = trainer_of(model, tmp_path, counting_sequences(64), max_steps=30, weight_decay=0.1)
+        if sparse:
+            trainer.optimizer = RowAdamW(expert_parameter_groups(model, 1e-2, 0.1))
+        trainer.train()
+        losses = logged(trainer)
+        assert sum(losses[-8:]) < sum(losses[:8])
+        model.eval()
+        with masked_experts(model):
+            assert torch.equal(logits_of(model), before)
+        assert torch.equal(model.get_input_embeddings().weight, old["model.embed_tokens.weight"])
+
+    def test_may_train_after_the_end_of_an_earlier_freeze(self):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, 25)
+        frozen = freeze_experts(model)
+        train_added_experts_only(model)
+        frozen.remove()
+        added = model.model.layers[0].mlp.expert_pool.added[0]
+        assert all(parameter.requires_grad for parameter in added.parameters())
+        assert not any(
+            parameter.requires_grad for parameter in model.model.layers[0].mlp.expert_pool.up_proj.parameters()
+        )
+
+    def test_keeps_dtype_and_mode(self, mode):
+        model = tiny_model(CONFIGS["two layers"]).to(torch.bfloat16).train()
+        add_experts(model, SIZES[mode], mode=mode)
+        assert model.training and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        statistics = []
+        for name, buffer in model.named_buffers():
+            if "added_routers" in name and "running_" in name:
+                assert buffer.dtype == torch.float32, name
+                statistics.append(name)
+        assert len(statistics) == (4 if mode == "protected" else 0)
+        assert logits_of(model).isfinite().all()
+
+    def test_keeps_the_mode_of_each_module(self, mode):
+        model = tiny_model(CONFIGS["two layers"]).train()
+        model.model.layers[0].eval()
+        add_experts(model, SIZES[mode], mode=mode)
+        assert model.training and not model.model.layers[0].training and not model.model.layers[0].mlp.training
+
+    def test_classifies(self, mode):
+        """Without a padding token a classifier takes one text at a time."""
+        model = PeerForSequenceClassification(tiny_config("peer", pad_token_id=None)).eval()
+        before = model(random_tokens(1, 9)).logits
+        addition = add_experts(model, SIZES[mode], mode=mode)
+        assert (addition.deviation == 0) == (mode == "protected")
+        with masked_experts(model):
+            assert torch.equal(model(random_tokens(1, 9)).logits, before)
+
+    def test_has_every_expert_in_reach(self, mode):
+        """Each new expert is the best for the query that is its own key."""
+        model = tiny_model(CONFIGS["one layer"])
+        (experts,) = add_experts(model, SIZES[mode], mode=mode).experts.values()
+        layer = model.model.layers[0].mlp
+        router = layer.added_routers[0] if mode == "protected" else layer.router
+        row, column = expert_cell(torch.as_tensor(list(experts)) - router.generation.first_expert)
+        keys = router.sub_keys[0]
+        # Long enough to outdo any other key, along which no other is longer.
+        unit = torch.nn.functional.normalize(keys, dim=-1)
+        queries = torch.stack([unit[0, row], unit[1, column]], 1)[:, None]
+        indices, _ = retrieve(queries, unit[None], 1, "eager")
+        assert indices.flatten().tolist() == [each - router.generation.first_expert for each in experts]
+
+
+class TestMask:
+    def test_hands_places_to_the_best_of_the_others(self):
+        model = tiny_model(CONFIGS["one layer"])
+        tokens = random_tokens(2, 20)
+        (before,) = model(tokens, output_router_indices=True).router_indices
+        masked = before.flatten().bincount(minlength=36).topk(8).indices
+        with masked_experts(model, masked):
+            (indices,) = model(tokens, output_router_indices=True).router_indices
+        assert not torch.isin(indices, masked).any()
+        untouched = ~torch.isin(before, masked).any(-1)
+        assert untouched.any() and torch.equal(indices[untouched], before[untouched])
+
+    def test_equals_a_search_of_all_experts(self):
+        model = tiny_model(tiny_config("peer", sub_keys_per_head=True)).double()
+        router = model.model.layers[0].mlp.router
+        hidden_states = torch.randn(2, 7, 24, dtype=torch.float64)
+        masked = [0, 5, 7, 8, 20, 35]
+        with masked_experts(model, masked):
+            indices, weights = router(hidden_states)
+        queries, sub_keys = router._normalized(router.query_proj(hidden_states), None)
+        row, column = expert_cell(torch.arange(36))
+        for batch, position, head in torch.cartesian_prod(torch.arange(2), torch.arange(7), torch.arange(2)):
+            query = queries[batch, position, head]
+            scores = sub_keys[head, 0, row] @ query[0] + sub_keys[head, 1, column] @ query[1]
+            scores[masked] = -torch.inf
+            best = scores.topk(3)
+            assert torch.equal(indices[batch, position, head], best.indices)
+            assert_close(weights[batch, position, head], best.values.softmax(-1))
+
+    @pytest.mark.parametrize("kernels", ["eager", "torch", "cpu"])
+    def test_is_the_same_with_any_kernels(self, kernels):
+        """A grid smaller than k among the masks, and a generation masked as a whole."""
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 25)
+        train_a_little(model)
+        for masked in (range(4, 36), range(9, 36), [3, 5], range(36)):
+            model.config.expert_kernels = "eager"
+            with masked_experts(model, masked):
+                expected = logits_of(model)
+            model.config.expert_kernels = kernels
+            with masked_experts(model, masked):
+                assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+    def test_of_all_values_of_a_pkm_layer(self):
+        model = tiny_model(tiny_config("pkm"))
+        with masked_experts(model, range(36)):
+            assert not model.model.layers[0].mlp(torch.randn(1, 4, 24)).any()
+
+    def test_compiles(self):
+        model = tiny_model(CONFIGS["one layer"])
+        tokens = random_tokens(1, 8)
+        with masked_experts(model, range(9, 36)), torch.no_grad():
+            expected = model(tokens, use_cache=False).logits
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
+        assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+    def test_goes_when_it_ends(self):
+        model = tiny_model(CONFIGS["two layers"])
+        before = logits_of(model)
+        with pytest.raises(KeyError), masked_experts(model, range(5)):
+            assert not torch.equal(logits_of(model), before)
+            raise KeyError
+        assert torch.equal(logits_of(model), before)
+
+    def test_adds_to_an_outer_one(self):
+        model = tiny_model(CONFIGS["one layer"])
+        with masked_experts(model, range(5)), masked_experts(model, range(5, 9)):
+            (indices,) = model(random_tokens(2, 20), output_router_indices=True).router_indices
+        assert indices.min() >= 9
+
+    def test_is_of_the_layers_that_are_named(self):
+        model = tiny_model(CONFIGS["two layers"])
+        with masked_experts(model, range(20), layers=2):
+            first, second = model(random_tokens(2, 20), output_router_indices=True).router_indices
+        assert first.min() < 20 <= second.min()
+
+    def test_of_all_experts_leaves_the_rest_of_the_layer(self):
+        model = tiny_model(CONFIGS["gated, dense branch"])
+        layer = model.model.layers[0].mlp
+        hidden_states = torch.randn(1, 4, 24)
+        with masked_experts(model, range(36)):
+            assert torch.equal(layer(hidden_states), layer.shared_expert(hidden_states))
+
+    def test_of_what_was_added_where_nothing_was(self):
+        with pytest.raises(ValueError, match="No experts were added"), masked_experts(tiny_model(CONFIGS["rms"])):
+            pass
+
+    @pytest.mark.parametrize(
+        ("experts", "layers", "message"),
+        [
+            ([36], None, r"has experts 0 to 35, .*\[36\]"),
+            ([-1], None, r"\[-1\]"),
+            (range(34), None, "leave 2 of .*layers.0.* to a router whose heads retrieve 3"),
+            ([0], 1, r"some of \[0, 2\], the layers with experts, got \[1\]"),
+        ],
+    )
+    def test_refuses(self, experts, layers, message):
+        model = tiny_model(CONFIGS["two layers"])
+        before = logits_of(model)
+        with pytest.raises(ValueError, match=message), masked_experts(model, experts, layers=layers):
+            pass
+        assert torch.equal(logits_of(model), before)
+
+
+class TestUsage:
+    def test_tells_what_of_a_text_is_new(self, mode):
+        model = tiny_model(CONFIGS["two layers"])
+        add_experts(model, SIZES[mode], mode=mode)
+        tokens, mask = random_tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+        mask[1, :7] = 0
+        meters = list(measure_usage(model.train(), input_ids=tokens, attention_mask=mask).values())
+        assert model.training and len(meters) == 2
+        output = model.eval()(tokens, attention_mask=mask, output_router_indices=True, output_router_weights=True)
+        expected = torch.zeros(36 + SIZES[mode])
+        for indices, weights in zip(output.router_indices, output.router_weights, strict=True):
+            if indices is output.router_indices[0] or (mode == "protected" and indices is output.router_indices[1]):
+                expected.index_add_(0, indices[mask.bool()].flatten(), weights[mask.bool()].flatten())
+        assert_close(meters[0].scores, expected)
+        assert meters[0].scores[36:].sum() > 0
+        with masked_experts(model):
+            (first, second) = measure_usage(model, input_ids=tokens).values()
+            assert not first.scores[36:].any() and not second.scores[36:].any()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_experts": 24}, "perfect square.*got 24"),
+            ({"num_experts": 12, "mode": "open"}, "12 experts makes 48 in layer 0: .*nearest are 36 and 49"),
+            ({"num_experts": 25, "mode": "closed"}, r"\('protected', 'open'\), got 'closed'"),
+            ({"num_experts": 4}, "at most √num_experts = 2, got 3"),
+            ({"num_experts": 25, "layers": [0, 1]}, r"PEER layers \[0, 2\], got \[1\]"),
+            ({"num_experts": 25, "num_retrieval_heads": 3}, "at most 2, .*got 3"),
+            ({"num_experts": 13, "mode": "open", "num_experts_per_head": 2}, "are of protected experts"),
+            ({"num_experts": -25}, "got -25"),
+            ({"num_experts": True, "num_experts_per_head": 1}, "whole number, at least 1, got True"),
+            ({"num_experts": 25, "num_retrieval_heads": 0}, "`num_retrieval_heads` .* at least 1, got 0"),
+            ({"num_experts": 25, "layers": [False]}, r"PEER layers \[0, 2\], got \[False\]"),
+            ({"num_experts": 25, "layers": [0.0]}, r"PEER layers \[0, 2\], got \[0.0\]"),
+            ({"num_experts": 25, "inputs": "text"}, "`inputs` must be tokens, .* got 'text'"),
+            ({"num_experts": 25, "inputs": torch.zeros(2, 3)}, r"`inputs` .* got torch.float32 of shape \(2, 3\)"),
+            ({"num_experts": 25, "inputs": torch.tensor([[1, -1]])}, "`inputs` .*, from -1 to 1"),
+        ],
+    )
+    def test_leave_the_model_as_it_was(self, arguments, message):
+        model = tiny_model(CONFIGS["two layers"])
+        state, config = old_state(model), copy.deepcopy(model.config.to_dict())
+        with pytest.raises(ValueError, match=message):
+            add_experts(model, **arguments)
+        assert model.config.to_dict() == config
+        after = old_state(model)
+        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    @pytest.mark.parametrize("mode", ["protected", "open"])
+    def test_a_model_with_masked_experts(self, mode):
+        model = tiny_model(CONFIGS["two layers"])
+        config = copy.deepcopy(model.config.to_dict())
+        with masked_experts(model, [3]), pytest.raises(ValueError, match="while some are masked"):
+            add_experts(model, 25 if mode == "protected" else 13, mode=mode)
+        assert model.config.to_dict() == config
+
+    # Two pools and two routers in turn, or four tables and the keys of two routers.
+    @pytest.mark.parametrize(
+        ("mode", "number"), [("protected", number) for number in range(4)] + [("open", number) for number in range(6)]
+    )
+    def test_memory_that_is_not_there(self, mode, number, monkeypatch):
+        """The allocation of the n-th new part fails."""
+        model = tiny_model(CONFIGS["two layers"])
+        before, state, config = logits_of(model), old_state(model), copy.deepcopy(model.config.to_dict())
+        calls = itertools.count()
+
+        def failing(method):
+            def call(*args, **kwargs):
+                if next(calls) == number:
+                    raise RuntimeError("out of memory")
+                return method(*args, **kwargs)
+
+            return call
+
+        for owner, name in (
+            (ExpertTable, "append_rows"),
+            (ProductKeyRouter, "enlarge"),
+            (ExpertPool, "__init__"),
+            (AddedRouter, "__init__"),
+        ):
+            monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            add_experts(model, SIZES[mode], mode=mode)
+        monkeypatch.undo()
+        after = old_state(model)
+        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+        assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
+        assert add_experts(model, SIZES[mode], mode=mode).experts[2].start == 36
+
+    def test_models_of_one_configuration(self):
+        config = tiny_config("peer")
+        first, second = PeerForCausalLM(config), PeerForCausalLM(config)
+        add_experts(first, 25)
+        assert second.config.expert_additions is None and config.expert_additions is None
+        assert all(module.config is first.config for module in first.modules() if hasattr(module, "config"))
+        assert add_experts(second, 16).experts == {0: range(36, 52)}
+        second.config.expert_additions = None
+        with pytest.raises(ValueError, match="not how layer 0 grew"):
+            add_experts(second, 16)
+
+    def test_no_peer_layer(self):
+        model = tiny_model(tiny_config("dense", "pkm"))
+        with pytest.raises(ValueError, match="PeerForCausalLM has no PEER layer"):
+            add_experts(model, 25)
+
+    def test_a_model_with_injected_adapters(self):
+        model = inject_adapter_in_model(LoraConfig(target_modules=["query_proj"]), tiny_model(CONFIGS["one layer"]))
+        with pytest.raises(ValueError, match="without adapters: merge or unload"):
+            add_experts(model, 25)
+
+    def test_a_model_with_adapters(self):
+        model = get_peft_model(tiny_model(CONFIGS["one layer"]), LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="got PeftModel.* merge or unload them first"):
+            add_experts(model, 25)
+
+    def test_one_of_the_layers_of_a_shared_pool(self):
+        model = tiny_model(CONFIGS["shared pool"])
+        with pytest.raises(ValueError, match=r"all PEER layers \[0, 2\], as they share one pool"):
+            add_experts(model, 25, layers=0)
+
+    def test_open_after_protected(self):
+        model = tiny_model(CONFIGS["one layer"])
+        add_experts(model, 25)
+        with pytest.raises(ValueError, match="open addition after a protected one"):
+            add_experts(model, 13, mode="open")
+        assert len(model.config.expert_additions) == 1
+
+    def test_a_model_that_never_grew(self):
+        with pytest.raises(ValueError, match="No experts were added"):
+            train_added_experts_only(tiny_model(CONFIGS["one layer"]))
+
+    @pytest.mark.parametrize(
+        ("addition", "message"),
+        [
+            ({"layers": [1], "mode": "open", "num_experts": 13}, r"PEER layers \[0\], got \[1\]"),
+            ({"layers": [0], "mode": "protected", "num_experts": 25}, "has the fields"),
+            ({"layers": [0], "mode": "open", "num_experts": "13"}, "whole number"),
+        ],
+    )
+    def test_a_configuration_that_nothing_made(self, addition, message):
+        with pytest.raises(StrictDataclassClassValidationError, match=message):
+            tiny_config("peer", "dense", expert_additions=[addition])

@@ -1,0 +1,370 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Grafts that became a part of their model: it is saved and loaded without PEFT, generates the same, loads in processes that
+have this package and in those that have the code in the checkpoint only, and is refused where neither is.
+"""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from graft_hosts import HOSTS, graft_config, grafted, grafts_of, host_of, logits_of, trained
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_graft import PLACEMENTS, TASKS, assert_same_state, state_of
+from tiny_models import random_tokens, tiny_config
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from modeling_peer import PeerForCausalLM, graft_merged
+from modeling_peer.analysis.expert_sets import find_expert_sets
+from modeling_peer.graft_layer import GraftedFeedForward, find_decoder_layers
+from modeling_peer.graft_merged import merge_grafts
+
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def without_peft(model):
+    return not any(
+        "peft" in type(module).__module__ or ("Layer" in type(module).__name__ and "Graft" in type(module).__name__)
+        for module in model.modules()
+    )
+
+
+def hooks_of(model):
+    decoder = find_decoder_layers(model)[1]
+    return decoder._forward_pre_hooks, decoder._forward_hooks
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("family", HOSTS)
+    @pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
+    def test_is_equal_to_the_bit(self, family, fields, tmp_path):
+        model = trained(grafted(family, layers_to_transform=[0, 2], **fields))
+        tokens = random_tokens(2, 5)
+        logits, generated = logits_of(model), model.generate(input_ids=tokens, **GREEDY)
+        merged = model.merge_and_unload()
+        assert torch.equal(logits_of(merged), logits) and without_peft(merged)
+        merged.save_pretrained(tmp_path)
+        loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert type(loaded) is type(merged) and isinstance(loaded, type(host_of(family)))
+        assert torch.equal(logits_of(loaded), logits)
+        for use_cache in (True, False):
+            assert torch.equal(loaded.generate(tokens, use_cache=use_cache, **GREEDY), generated)
+        in_place = fields.get("placement") == "in_place"
+        own = [module.feed_forward for module in loaded.modules() if isinstance(module, GraftedFeedForward)]
+        assert [feed_forward is None for feed_forward in own] == [in_place] * 2
+        base_model = AutoModel.from_pretrained(tmp_path)
+        hidden_states = base_model(tokens).last_hidden_state
+        assert torch.equal(hidden_states, loaded.base_model(tokens).last_hidden_state)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("task_type", TASKS)
+    def test_of_every_auto_class(self, family, task_type, tmp_path):
+        host = TASKS[task_type].from_config(copy.deepcopy(HOSTS[family])).eval()
+        model = get_peft_model(host, graft_config(task_type=task_type)).eval()
+        nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
+        tokens = random_tokens(1, 5)
+        outputs = model(input_ids=tokens)[0]
+        model.merge_and_unload().save_pretrained(tmp_path)
+        loaded, report = TASKS[task_type].from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        assert torch.equal(loaded(input_ids=tokens)[0], outputs)
+        assert [len(hooks) for hooks in hooks_of(loaded)] == [1, 1]
+
+    def test_as_a_model_with_another_head(self, tmp_path):
+        merged = trained(grafted(query_norm="batch")).merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        expected = grafts_of(merged)[0].state_dict()
+        assert all(
+            torch.equal(tensor, expected[name]) for name, tensor in grafts_of(classifier)[0].state_dict().items()
+        )
+
+    def test_of_pickles(self, tmp_path):
+        """Also in another process, where no class was made yet."""
+        merged = trained(grafted(query_norm="batch")).merge_and_unload()
+        tokens = random_tokens(2, 5)
+        torch.save((merged, pickle.dumps(merged.config), tokens, logits_of(merged, tokens)), tmp_path / "model.pt")
+        script = """
+import pickle, sys, torch
+model, config, tokens, logits = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(tokens).logits, logits)
+assert type(pickle.loads(config)) is type(model.config) is type(model).config_class
+print(type(model).__name__)
+"""
+        completed = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "model.pt")],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+        )
+        assert completed.stdout == "PeerGraftedLlamaForCausalLM\n", completed.stderr
+        with pytest.raises(AttributeError, match="no attribute 'PeerGraftedNothing'"):
+            _ = graft_merged.PeerGraftedNothing
+
+    def test_of_tied_embeddings_that_grow(self, tmp_path):
+        merged = trained(grafted("llama")).merge_and_unload()
+        assert merged.config.tie_word_embeddings
+        merged.resize_token_embeddings(70)
+        logits = logits_of(merged)
+        assert logits.shape[-1] == 70
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert torch.equal(logits_of(loaded), logits)
+
+    def test_of_bfloat16_takes_the_dtype_of_the_host(self, tmp_path):
+        model = trained(grafted(host_of(dtype=torch.bfloat16), query_norm="batch"))
+        merged = model.merge_and_unload()
+        assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+        assert torch.equal(logits_of(loaded), logits_of(merged))
+
+    def test_of_several_adapters_and_twice(self, tmp_path):
+        model = trained(grafted(adapter_name="first"))
+        model.add_adapter("second", graft_config(num_experts=6**2, layers_to_transform=[1, 2]))
+        model.set_adapter("second")
+        trained(model)
+        model.base_model.set_adapter(["first", "second"])
+        logits = logits_of(model)
+        merged = model.merge_and_unload()
+        assert torch.equal(logits_of(merged), logits)
+        assert len(grafts_of(merged)) == 3
+        again = trained(grafted(merged, layers_to_transform=[0]))
+        assert not torch.equal(logits_of(again), logits)
+        logits = logits_of(again)
+        again.merge_and_unload().save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits_of(loaded), logits)
+        assert list(loaded.config.peer_grafts) == ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
+
+    @pytest.mark.parametrize("fields", [{}, {"target_modules": ["mlp"]}, PLACEMENTS["neurons"]])
+    def test_twice_at_one_layer(self, fields, tmp_path):
+        merged = trained(grafted()).merge_and_unload()
+        plain = copy.deepcopy(merged)
+        again = trained(grafted(merged, **fields))
+        logits = logits_of(again)
+        again.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(logits_of(PeftModel.from_pretrained(plain, tmp_path / "adapter")), logits)
+        again.merge_and_unload().save_pretrained(tmp_path)
+        assert [len(hooks) for hooks in hooks_of(merged)] == [1, 1]
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(logits_of(loaded), logits)
+        assert len(grafts_of(loaded)) == 2
+        assert list(loaded.config.peer_grafts) == ["layers.1.mlp", "layers.1.mlp.feed_forward"]
+
+    def test_keeps_what_another_method_learned(self):
+        lora = trained(get_peft_model(host_of(), LoraConfig(target_modules=["q_proj"])))
+        with pytest.warns(UserWarning, match="for a second time"):
+            model = trained(grafted(lora.get_base_model(), adapter_name="graft"))
+        logits = logits_of(model)
+        merged = model.merge_and_unload()
+        assert without_peft(merged) and type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+        torch.testing.assert_close(logits_of(merged), logits)
+
+    def test_of_what_another_method_left_in_the_host(self, tmp_path):
+        """LoRA's `merge_and_unload` takes all layers of PEFT out, but makes no grafts a part of the configuration."""
+        graft = trained(grafted())
+        with pytest.warns(UserWarning, match="for a second time"):
+            model = get_peft_model(graft.get_base_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+        model = trained(model)
+        logits = logits_of(model)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged), logits)
+        with pytest.raises(ValueError, match=r"grafts at model\.layers\.1\.mlp .*graft_merged\.merge\(model\)"):
+            merged.save_pretrained(tmp_path)
+        merge_grafts(merged).save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(logits_of(loaded), logits_of(merged))
+
+    def test_tell_their_measures_apart(self):
+        model = grafted(adapter_name="first")
+        model.add_adapter("second", graft_config(num_experts=100))
+        model.base_model.set_adapter(["first", "second"])
+        merged = model.merge_and_unload()
+        assert {each.label for each in find_expert_sets(merged).values()} == {"layer_1_graft_0", "layer_1_graft_1"}
+
+    def test_of_chosen_adapters(self):
+        model = trained(grafted(adapter_name="first"))
+        first = logits_of(model)
+        model.add_adapter("second", graft_config())
+        model.set_adapter("second")
+        trained(model)
+        assert torch.equal(logits_of(model.merge_and_unload(adapter_names=["first"])), first)
+
+    def test_trains_on_as_before(self, tmp_path):
+        merged = grafted(query_norm="batch").merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        logits = logits_of(trained(grafted(query_norm="batch")))
+        for model in (merged, loaded):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = ".grafts." in name
+            assert torch.equal(logits_of(trained(model)), logits)
+            assert grafts_of(model)[0].router.query_norm.num_batches_tracked == 3
+
+    def test_starts_anew_from_the_configuration(self, tmp_path):
+        trained(grafted(placement="in_place", init_from_ffn=True, num_experts=100)).merge_and_unload().save_pretrained(
+            tmp_path
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        for graft in grafts_of(model):
+            for name, parameter in graft.named_parameters():
+                assert "norm" in name or 0 < parameter.std() < 2, (name, parameter)
+        assert logits_of(model.eval()).isfinite().all()
+
+
+class TestWhereItLoads:
+    SCRIPT = """
+import sys, torch
+{imports}
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+tokens, logits, generated = torch.load(folder + "/expected.pt")
+model = AutoModelForCausalLM.from_pretrained(folder, {arguments})
+assert torch.equal(model(tokens).logits, logits)
+assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False), generated)
+model.save_pretrained(folder + "/again")
+again = AutoModelForCausalLM.from_pretrained(folder + "/again", {arguments})
+assert torch.equal(again(tokens).logits, logits)
+print("loaded", type(model).__module__)
+"""
+
+    @pytest.fixture(scope="class", params=["gpt2", "gemma2"])
+    def folder(self, request, tmp_path_factory):
+        folder = tmp_path_factory.mktemp(request.param)
+        model = trained(grafted(request.param, query_norm="batch")).merge_and_unload()
+        model.save_pretrained(folder)
+        tokens = random_tokens(2, 5)
+        torch.save((tokens, logits_of(model, tokens), model.generate(tokens, **GREEDY)), folder / "expected.pt")
+        return folder
+
+    def run(self, folder, imports, arguments, cache, python_path=""):
+        environment = {**os.environ, "PYTHONPATH": python_path, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", self.SCRIPT.format(imports=imports, arguments=arguments), str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env=environment,
+            cwd=cache,
+            input="",
+        )
+
+    def test_where_the_package_is(self, folder, tmp_path):
+        completed = self.run(folder, "import modeling_peer.graft_merged", "", tmp_path, str(PACKAGE_ROOT))
+        assert "loaded modeling_peer.graft_merged" in completed.stdout, completed.stderr
+
+    def test_where_the_code_in_the_checkpoint_is_trusted(self, folder, tmp_path):
+        imports = "sys.modules['modeling_peer'] = None"
+        completed = self.run(folder, imports, "trust_remote_code=True", tmp_path)
+        assert "loaded transformers_modules" in completed.stdout, completed.stderr
+
+    def test_nowhere_else(self, folder, tmp_path):
+        """Rather than loading the host without its grafts."""
+        completed = self.run(folder, "", "trust_remote_code=False", tmp_path)
+        assert (
+            completed.returncode and "trust_remote_code=True" in completed.stderr and "loaded" not in completed.stdout
+        )
+
+
+class TestRefusals:
+    def test_of_a_host_that_the_library_does_not_have(self, tmp_path):
+        trained(grafted()).merge_and_unload().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "host_model_type": "nothing"}))
+        with pytest.raises(
+            ValueError, match="`host_model_type` is 'nothing', which this release of Transformers does not"
+        ):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("kind", ["subclass", "peer"])
+    def test_of_models_that_could_not_be_loaded_again(self, kind):
+        host = {
+            "subclass": lambda: type("Own", (LlamaForCausalLM,), {})(host_of().config),
+            "peer": lambda: PeerForCausalLM(tiny_config("dense", "peer", "dense")),
+        }[kind]()
+        model = get_peft_model(host.eval(), graft_config(layers_to_transform=[0]))
+        logits, before = logits_of(trained(model)), state_of(host)
+        with pytest.raises(ValueError, match="none of .* finds"):
+            model.merge_and_unload()
+        assert_same_state(state_of(host), before)
+        assert torch.equal(logits_of(model), logits)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["typo"], r"`adapter_names` must be a list of some of \['default', 'second'\], got \['typo'\]"),
+            ("default", "got 'default'"),
+            ([], r"no graft of \[\] to become a part"),
+        ],
+    )
+    def test_of_adapters_that_are_not_there(self, names, message):
+        model = trained(grafted())
+        model.add_adapter("second", graft_config())
+        logits = logits_of(model)
+        with pytest.raises(ValueError, match=message):
+            model.merge_and_unload(adapter_names=names)
+        assert torch.equal(logits_of(model), logits)
+
+    def test_of_an_adapter_that_was_saved_where_now_is_a_graft(self, tmp_path):
+        trained(grafted()).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`target_modules` names model.layers.1.mlp, a GraftedFeedForward"):
+            PeftModel.from_pretrained(grafted().merge_and_unload(), tmp_path)
+
+    def test_of_a_graft_at_a_layer_whose_feed_forward_is_gone(self):
+        merged = grafted(placement="in_place").merge_and_unload()
+        with pytest.raises(ValueError, match="names layer 1, in place of whose feed-forward a graft is"):
+            grafted(merged)
+
+    def test_of_broken_weights(self):
+        model = trained(grafted())
+        grafts_of(model)[0].router.sub_keys.data[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinity in router.sub_keys of a graft at model.layers.1.mlp"):
+            model.merge_and_unload(safe_merge=True)
+        assert isinstance(model.base_model.model, LlamaForCausalLM) and not without_peft(model)
+
+
+def test_the_host_and_its_class_stay_as_they_were():
+    config = LlamaConfig(**HOSTS["llama"].to_dict())
+    before, other = config.to_dict(), LlamaForCausalLM(config)
+    merged = grafted(LlamaForCausalLM(config)).merge_and_unload()
+    assert type(config) is type(other.config) is LlamaConfig and other.config.to_dict() == before
+    for module in merged.modules():
+        if isinstance(getattr(module, "config", None), LlamaConfig):
+            assert module.config is merged.config
+    host = AutoModelForCausalLM.from_config(config)
+    assert type(host) is LlamaForCausalLM and not grafts_of(host)

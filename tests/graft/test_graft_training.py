@@ -1,0 +1,207 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Grafts in the stock `Trainer` and in TRL's `SFTTrainer`, with the optimizer and the measures of PEER models."""
+
+import pytest
+import torch
+from graft_hosts import graft_config, grafted, grafts_of, host_of
+from peft import PeftModel, get_peft_model
+from sft import save_tokenizer, sft_trainer
+from torch.testing import assert_close
+from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from modeling_peer import (
+    ExpertBackground,
+    ExpertUsageCallback,
+    ExpertUsageMeter,
+    RowAdamW,
+    SparseFinetuningCallback,
+    expert_parameter_groups,
+    freeze_experts,
+    masked_experts,
+    measure_usage,
+)
+from modeling_peer.analysis.expert_sets import find_expert_sets, observe_retrievals
+from modeling_peer.expert_table import ExpertTable
+
+
+def model_of(family="llama", **fields):
+    return grafted(host_of(family), **fields)
+
+
+@torch.no_grad()
+def logits_of(model):
+    batch = pad_right(counting_sequences(8, seed=3))
+    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_learns_and_comes_back(self, tmp_path, family, query_norm):
+        trainer = trainer_of(model_of(family, query_norm=query_norm), tmp_path, max_steps=40, learning_rate=3e-2)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        trainer.save_model(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(host_of(family), tmp_path / "adapter")
+        assert torch.equal(logits_of(loaded), logits_of(trainer.model))
+
+    def test_resumes_to_the_bit(self, tmp_path):
+        options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+
+        def trainer_in(folder):
+            return trainer_of(model_of(query_norm="batch"), tmp_path / folder, counting_sequences(40), **options)
+
+        whole = trainer_in("whole")
+        whole.train()
+        resumed = trainer_in("resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        assert logged(resumed)[-4:] == logged(whole)[-4:]
+        assert_close(copy_of_state(resumed.model), copy_of_state(whole.model), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_activation_checkpointing_changes_nothing(self, tmp_path, query_norm):
+        plain, checkpointed = (
+            train(model_of(query_norm=query_norm), tmp_path, max_steps=5, activation_checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        )
+        assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
+        assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+
+    def test_row_adamw_moves_the_same_rows_with_sparse_gradients(self, tmp_path):
+        trainers = []
+        for sparse in (False, True):
+            model = model_of(sparse_expert_gradients=sparse)
+            groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
+            tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+            rows = next(group for group in groups if group["rows"])["params"]
+            assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
+            trainer = trainer_of(model, tmp_path, max_steps=5)
+            trainer.optimizer = RowAdamW(groups)
+            trainer.train()
+            trainers.append(trainer)
+        assert logged(trainers[1]) == pytest.approx(logged(trainers[0]), rel=1e-5)
+        assert_close(*(copy_of_state(trainer.model) for trainer in trainers), rtol=1e-4, atol=1e-6)
+        sparse_model = trainers[1].model.train()
+        batch = pad_right(counting_sequences(2, seed=4))
+        sparse_model(**batch).loss.backward()
+        assert all(
+            module.weight.grad.is_sparse for module in sparse_model.modules() if isinstance(module, ExpertTable)
+        )
+
+    def test_usage_is_measured(self, tmp_path):
+        trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
+        assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1_default"))
+        assert len(logged(trainer, "expert_usage/layer_1_default")) == 3
+        router, meter, seen = grafts_of(trainer.model)[0].router, ExpertUsageMeter(64), set()
+        router.register_forward_hook(lambda module, args, output: seen.update(output[0].flatten().tolist()))
+        meter.update(*router(torch.randn(2, 5, 24)))
+        assert meter.compute()["usage"] == pytest.approx(len(seen) / 64)
+        assert 2 * 4 < len(seen) < 64
+
+    def test_measures_and_freezes_of_a_graft_are_of_the_active_adapter(self, tmp_path):
+        model = grafted(adapter_name="first")
+        model.add_adapter("second", graft_config(num_experts=6**2))
+        tokens = pad_right(counting_sequences(8))["input_ids"]
+        for adapter, num_experts in (("first", 64), ("second", 36)):
+            model.set_adapter(adapter)
+            name = f"base_model.model.model.layers.1.mlp.peer_graft_layer.{adapter}.expert_pool"
+            assert {each: found.num_experts for each, found in find_expert_sets(model).items()} == {name: num_experts}
+            assert find_expert_sets(model)[name].label == f"layer_1_{adapter}"
+            assert len(measure_usage(model, input_ids=tokens)) == 1
+            frozen = freeze_experts(model, range(30))
+            assert frozen.num_frozen == {name: 30}
+            before = copy_of_state(model)
+            train(model, tmp_path, max_steps=3, weight_decay=0.1)
+            for table, tensor in model.state_dict().items():
+                if "_proj.weight" in table and "expert_pool" in table:
+                    moved = tensor.ne(before[table]).any(1)
+                    assert not moved[:30].any() and moved[30:].any() == (f".{adapter}." in table)
+            frozen.remove()
+            logits, masked = logits_of(model), torch.arange(num_experts) < num_experts // 2
+            with masked_experts(model, masked):
+                assert not torch.equal(logits_of(model), logits)
+                seen = []
+                hooks = observe_retrievals(find_expert_sets(model), lambda _, found, __, seen=seen: seen.append(found))
+                logits_of(model)
+                hooks[0].remove()
+            assert torch.cat(seen).min() >= num_experts // 2
+            assert torch.equal(logits_of(model), logits)
+
+    def test_there_is_nothing_to_measure_while_adapters_are_off(self):
+        model = grafted()
+        with (
+            model.disable_adapter(),
+            pytest.raises(ValueError, match="no PEER or PKM layer but grafts of adapters that"),
+        ):
+            measure_usage(model, input_ids=torch.arange(9)[None])
+
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_sparse_finetuning_of_a_graft(self, tmp_path, query_norm):
+        """Whatever makes all of the adapter require gradients, before the training or in it."""
+
+        class SwitchOff(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                with model.disable_adapter():
+                    pass
+
+        model = model_of(query_norm=query_norm)
+        background = ExpertBackground.measure(model, counting_sequences(8), progress_bar=False)
+        callback = SparseFinetuningCallback(model, background, num_trained_experts=5)
+        with model.disable_adapter():
+            pass
+        before = copy_of_state(model)
+        options = {"max_steps": 3, "optim": "sgd", "learning_rate": 1.0}
+        trainer = train(model, tmp_path, callbacks=[callback, SwitchOff()], **options)
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        (name,) = find_expert_sets(model)
+        assert moved == {f"{name}.down_proj.weight"}
+        assert logged(trainer, "sparse_finetuning/trained_experts/layer_1_default") == [5.0] * 3
+
+    def test_usage_leaves_padding_out(self, tmp_path):
+        usages = []
+        for width in (0, 6):
+            examples = [{"input_ids": torch.arange(1, 8), "labels": torch.arange(1, 8)}] * 7
+            examples.append({"input_ids": torch.arange(1, 8 + width), "labels": torch.arange(1, 8 + width)})
+            model = model_of()
+            router, seen = grafts_of(model)[0].router, []
+            router.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[1]))
+            train(model, tmp_path, examples, max_steps=1, per_device_train_batch_size=8)
+            usages.append([int(mask.sum()) for mask in seen if mask is not None])
+        assert usages == [[56], [62]]
+
+
+class TestSupervisedFineTuning:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        """Of a host and the tokenizer of the texts."""
+        folder = tmp_path_factory.mktemp("host")
+        save_tokenizer(folder)
+        host_of("qwen3", seed=1).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize("by_config", [True, False], ids=["peft_config", "wrapped"])
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_of_a_graft(self, tmp_path, folder, by_config, query_norm):
+        config = graft_config(query_norm=query_norm)
+        model = str(folder) if by_config else get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        options = {"max_steps": 20, "learning_rate": 3e-2}
+        trainer = sft_trainer(model, tmp_path, config if by_config else None, **options)
+        trainer.train()
+        assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
+        trainer.save_model(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+        assert_close(logits_of(loaded), logits_of(trainer.model), rtol=0, atol=0)

@@ -1,0 +1,79 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Retrieval against brute force over all experts, and the numbering of experts."""
+
+import pytest
+import torch
+
+from modeling_peer.key_grid import expert_index, grid_size
+from modeling_peer.product_key_retrieval import product_key_topk
+
+
+def all_expert_scores(scores):
+    """[..., N] scores of all experts, in the order of their numbers, from `[..., 2, √N]`."""
+    size = scores.shape[-1]
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    sums = scores[..., 0, :, None] + scores[..., 1, None, :]
+    flat = torch.empty(*scores.shape[:-2], size * size, dtype=scores.dtype)
+    flat[..., expert_index(rows, columns).flatten()] = sums.flatten(-2)
+    return flat
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 16, 32])
+def test_retrieval_equals_brute_force(size, k):
+    if k > size:
+        k = size
+    scores = torch.randn(7, 3, 2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size + k))
+    indices, top_scores = product_key_topk(scores, k)
+    expected = all_expert_scores(scores).topk(k)
+    assert torch.equal(top_scores, expected.values)
+    assert torch.equal(indices, expected.indices)
+
+
+def test_a_tie_changes_no_score():
+    scores = torch.randint(0, 3, (200, 2, 12), generator=torch.Generator().manual_seed(0)).double()
+    indices, top_scores = product_key_topk(scores, 8)
+    everything = all_expert_scores(scores)
+    assert torch.equal(top_scores, everything.topk(8).values)
+    assert torch.equal(everything.gather(-1, indices), top_scores)
+    assert all(len(set(row.tolist())) == 8 for row in indices)
+
+
+def test_every_expert_is_reachable():
+    size = 7
+    # For each cell a query that likes its row and its column best.
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    scores = torch.zeros(size, size, 2, size)
+    scores[..., 0, :].scatter_(-1, rows[..., None], 1.0)
+    scores[..., 1, :].scatter_(-1, columns[..., None], 1.0)
+    indices, _ = product_key_topk(scores, 1)
+    assert sorted(indices.flatten().tolist()) == list(range(size * size))
+
+
+def test_numbers_are_stable_under_growth():
+    def numbers(size):
+        rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        return expert_index(rows, columns)
+
+    small, large = numbers(9), numbers(13)
+    assert torch.equal(large[:9, :9], small)
+    assert sorted(small.flatten().tolist()) == list(range(81))
+    assert sorted(large.flatten().tolist()) == list(range(169))
+
+
+@pytest.mark.parametrize("num_experts", [0, 2, 63, 1024**2 - 1])
+def test_a_pool_that_is_no_square_is_refused(num_experts):
+    with pytest.raises(ValueError, match=f"`num_experts` must be a perfect square.*got {num_experts}"):
+        grid_size(num_experts)

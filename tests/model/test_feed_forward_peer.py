@@ -1,0 +1,167 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The PEER layer against the literal Algorithm 1, in float64, outputs and gradients."""
+
+import pytest
+import torch
+from tiny_models import EXPERTS, ROUTERS, tiny_config
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from modeling_peer.expert_generations import first_generation
+from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
+from modeling_peer.feed_forward_pkm import PkmFeedForward
+from modeling_peer.key_grid import expert_index
+
+
+def layer_in_float64(config, layer_class=PeerFeedForward):
+    torch.manual_seed(0)
+    layer = layer_class(config, 0).double().eval()
+    for name, tensor in layer.state_dict().items():
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(tensor)
+    return layer
+
+
+def rms_norm(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def retrieve(config, router, x):
+    """Algorithm 1 without product keys: for each head of one token all N scores, the best k, their weights."""
+    half, size = config.query_size // 2, round(config.num_experts**0.5)
+    query = router.query_proj.weight @ x
+    if config.query_norm == "batch":
+        norm = router.query_norm
+        query = (query - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    for head in range(config.num_retrieval_heads):
+        keys = router.sub_keys[head if config.sub_keys_per_head else 0]
+        halves = query.view(config.num_retrieval_heads, 2, half)[head]
+        if config.query_norm == "rms":
+            halves = rms_norm(halves, router.query_norm.weight, config.rms_norm_eps) / config.query_size**0.5
+            keys = rms_norm(keys, router.key_norm.weight, config.rms_norm_eps)
+        scores = {
+            int(expert_index(torch.tensor(i), torch.tensor(j))): halves[0] @ keys[0, i] + halves[1] @ keys[1, j]
+            for i in range(size)
+            for j in range(size)
+        }
+        best = sorted(scores, key=lambda expert: -scores[expert].item())[: config.num_experts_per_head]
+        scores = torch.stack([scores[expert] for expert in best])
+        weights = {"softmax": F.softmax(scores, dim=0), "sigmoid": scores.sigmoid(), "relu": scores.relu()}
+        yield best, weights[config.scoring_func]
+
+
+def literal_peer(config, layer, hidden_states, pool=None):
+    """One token, one head, one expert at a time."""
+    pool = pool or layer.expert_pool
+    activation = ACT2FN[config.expert_act] if config.expert_act else (lambda x: x)
+    outputs = []
+    for x in hidden_states.flatten(0, -2):
+        output = 0
+        for experts, weights in retrieve(config, layer.router, x):
+            for expert, weight in zip(experts, weights, strict=True):
+                neuron = pool.up_proj.weight[expert] @ x
+                if config.gated_experts:
+                    neuron = activation(pool.gate_proj.weight[expert] @ x) * neuron
+                else:
+                    neuron = activation(neuron)
+                output = output + weight * neuron * pool.down_proj.weight[expert]
+        if layer.shared_expert is not None:
+            branch = layer.shared_expert
+            gate = F.silu(branch.gate_proj.weight @ x)
+            output = output + branch.down_proj.weight @ (gate * (branch.up_proj.weight @ x))
+        outputs.append(output)
+    return torch.stack(outputs).view_as(hidden_states)
+
+
+def gradients(output, modules, hidden_states):
+    parameters = [p for module in modules for p in module.parameters()]
+    direction = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
+    return torch.autograd.grad((output * direction).sum(), [*parameters, hidden_states])
+
+
+@pytest.mark.parametrize("config", [*ROUTERS.values(), *EXPERTS.values()], ids=[*ROUTERS, *EXPERTS])
+def test_outputs_and_gradients_equal_algorithm_1(config):
+    layer = layer_in_float64(config)
+    pool = (
+        layer_in_float64(config, lambda config, _: ExpertPool(config, [first_generation(config)]))
+        if layer.expert_pool is None
+        else None
+    )
+    hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
+    output = layer(hidden_states, expert_pool=pool)
+    expected = literal_peer(config, layer, hidden_states, pool)
+    assert torch.allclose(output, expected, rtol=1e-10, atol=1e-10)
+
+    modules = [layer] if pool is None else [layer, pool]
+    for gradient, literal in zip(
+        gradients(output, modules, hidden_states), gradients(expected, modules, hidden_states), strict=True
+    ):
+        assert torch.allclose(gradient, literal, rtol=1e-9, atol=1e-9)
+
+
+def test_every_retrieved_expert_and_sub_key_gets_a_gradient():
+    config = tiny_config(num_experts=6**2)
+    layer = layer_in_float64(config)
+    hidden_states = torch.randn(64, 8, config.hidden_size, dtype=torch.float64)
+    indices, _ = layer.router(hidden_states)
+    layer(hidden_states).square().sum().backward()
+    retrieved = torch.zeros(config.num_experts, dtype=torch.bool)
+    retrieved[indices.flatten()] = True
+    assert retrieved.all()  # with so many tokens every expert is reached
+    for table in (layer.expert_pool.up_proj, layer.expert_pool.down_proj):
+        assert table.weight.grad.abs().sum(-1).gt(0).all()
+    assert layer.router.sub_keys.grad.abs().sum(-1).gt(0).all()
+
+
+def test_with_one_expert_per_head_it_is_a_feed_forward_of_picked_neurons():
+    config = tiny_config(num_experts_per_head=1, expert_act="relu")
+    layer = layer_in_float64(config)
+    hidden_states = torch.randn(3, 5, config.hidden_size, dtype=torch.float64)
+    picked = layer.router(hidden_states)[0].squeeze(-1)  # [3, 5, heads]
+    up, down = layer.expert_pool.up_proj.weight[picked], layer.expert_pool.down_proj.weight[picked]
+    neurons = F.relu(torch.einsum("bsd,bshd->bsh", hidden_states, up))
+    assert torch.allclose(layer(hidden_states), torch.einsum("bsh,bshd->bsd", neurons, down))
+
+
+@pytest.mark.parametrize("config", [c for name, c in ROUTERS.items() if "batch" in name or "softmax" in name])
+def test_pkm_equals_brute_force(config):
+    layer = layer_in_float64(config, PkmFeedForward)
+    hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
+    expected = [
+        sum(weights @ layer.values.weight[experts] for experts, weights in retrieve(config, layer.router, x))
+        for x in hidden_states.flatten(0, -2)
+    ]
+    output, expected = layer(hidden_states), torch.stack(expected).view_as(hidden_states)
+    assert torch.allclose(output, expected, rtol=1e-10)
+    for gradient, literal in zip(
+        gradients(output, [layer], hidden_states), gradients(expected, [layer], hidden_states), strict=True
+    ):
+        assert torch.allclose(gradient, literal, rtol=1e-9, atol=1e-9)
+
+
+def test_scores_are_computed_in_float32_whatever_the_dtype():
+    config = tiny_config(num_experts=32**2, num_experts_per_head=8, query_norm=None)
+    layer = layer_in_float64(config).bfloat16()
+    hidden_states = torch.randn(1, 64, config.hidden_size).bfloat16()
+    queries = layer.router.query_proj(hidden_states).float().view(64, 2, 2, -1)
+    scores = torch.einsum("thpc,pnc->thpn", queries, layer.router.sub_keys[0].float())
+    every_pair = scores[:, :, 0, :, None] + scores[:, :, 1, None, :]
+    best = every_pair.flatten(-2).topk(8)
+    size = scores.shape[-1]
+    expected = expert_index(best.indices // size, best.indices % size).sort().values
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            indices, _ = layer.router(hidden_states)
+        assert torch.equal(indices.view(64, 2, 8).sort().values, expected)

@@ -1,0 +1,122 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""At initialization, the feed-forward variants' outputs vary alike: nobody's training starts from another scale."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_peer import PeerConfig, PeerModel
+from modeling_peer.expert_table import ExpertTable
+from modeling_peer.named_configurations import configuration_path
+
+
+NUM_TOKENS = 256
+
+
+class Retrieved(nn.Module):
+    """Stands for a router whose result is known."""
+
+    is_off = False
+
+    def __init__(self, indices, weights):
+        super().__init__()
+        self.indices, self.weights = indices, weights
+
+    def forward(self, hidden_states, padding_mask=None):
+        return self.indices, self.weights
+
+
+def initialized(config, variant, hidden_states, training):
+    """
+    A feed-forward of `variant` as the model initializes it. Of the paper's tables, 6.4 GB, it holds only the rows
+    that are retrieved for `hidden_states`: as rows are drawn independently, that changes nothing for these.
+    """
+    config = PeerConfig.from_dict(
+        config.to_dict() | {"num_hidden_layers": 1, "feed_forward_types": [variant], "vocab_size": 8}
+    )
+    with torch.device("meta"):
+        model = PeerModel(config)
+    feed_forward = model.layers[0].mlp.train(training)
+    if variant in ("peer", "pkm") and config.num_experts == 1024**2:
+        router = feed_forward.router.to_empty(device="cpu").apply(model._init_weights)
+        indices, weights = router(hidden_states)
+        retrieved, rows = indices.unique(return_inverse=True)
+        feed_forward.router = Retrieved(rows, weights)
+        for table in feed_forward.modules():
+            if isinstance(table, ExpertTable):
+                table.weight = nn.Parameter(torch.empty(len(retrieved), config.hidden_size, device="meta"))
+    return feed_forward.to_empty(device="cpu").apply(model._init_weights)
+
+
+@torch.no_grad()
+def output_variance(config, variant, training):
+    torch.manual_seed(0)
+    hidden_states = nn.functional.rms_norm(torch.randn(1, NUM_TOKENS, config.hidden_size), (config.hidden_size,))
+    return initialized(config, variant, hidden_states, training)(hidden_states).var().item()
+
+
+def assert_close_to_dense(config, variant, training):
+    ratio = output_variance(config, variant, training) / output_variance(config, "dense", training)
+    assert 1 / 2 < ratio < 2
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", ["tiny", "paper"])
+@pytest.mark.parametrize("variant", ["moe", "pkm", "peer"])
+def test_named_configurations_vary_as_dense_ones(variant, size, training):
+    config = PeerConfig.from_pretrained(configuration_path(f"{variant}-{size}"))
+    assert_close_to_dense(config, variant, training)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gated_experts": True},
+        {"expert_act": None},
+        {"scoring_func": "sigmoid"},
+        {"scoring_func": "relu"},
+        {"query_norm": "rms"},
+        {"query_norm": None},
+        {"sub_keys_per_head": True},
+        {"num_experts_per_head": 1, "num_retrieval_heads": 64},
+    ],
+    ids=str,
+)
+def test_options_vary_as_dense_ones(options):
+    """While training: in evaluation queries are not normalized before the running statistics have learned."""
+    config = PeerConfig.from_pretrained(configuration_path("peer-tiny"))
+    assert_close_to_dense(PeerConfig.from_dict(config.to_dict() | options), "peer", training=True)
+
+
+def test_dense_varies_as_its_matrices_say():
+    """Output variance m · E[silu(z)²] · Var[z] · σ², of pre-activations z of standard deviation σ √d."""
+    config = PeerConfig.from_pretrained(configuration_path("dense-paper"))
+    pre_activations = torch.randn(10**6) * config.initializer_range * config.hidden_size**0.5
+    neuron_power = nn.functional.silu(pre_activations).square().mean() * pre_activations.var()
+    expected = config.intermediate_size * neuron_power.item() * config.initializer_range**2
+    assert output_variance(config, "dense", training=False) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", ["peer", "pkm"])
+def test_rows_that_come_out_can_start_smaller(variant):
+    config = PeerConfig.from_pretrained(configuration_path(f"{variant}-tiny"))
+    config = PeerConfig.from_dict(config.to_dict() | {"expert_initializer_range": 0.003})
+    feed_forward = initialized(config, variant, None, training=True)
+    table = feed_forward.values if variant == "pkm" else feed_forward.expert_pool.down_proj
+    assert table.weight.std().item() == pytest.approx(0.003, rel=0.02)
+    if variant == "peer":
+        assert feed_forward.expert_pool.up_proj.weight.std().item() == pytest.approx(
+            config.initializer_range, rel=0.02
+        )

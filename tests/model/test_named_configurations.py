@@ -1,0 +1,96 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The named configurations load, say only what they mean, and are found in a checkout and in a wheel."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer.named_configurations import configuration_path, list_configurations
+
+
+CHECKOUT = Path(__file__).parents[2]
+NAMES = [f"{variant}-{size}" for variant in ("dense", "moe", "peer", "pkm") for size in ("paper", "tiny")]
+
+
+def test_listed():
+    assert list_configurations() == NAMES
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"'peer-huge'; known are .*'peer-paper'"):
+        configuration_path("peer-huge")
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestFile:
+    def test_loads_with_the_variant_in_the_middle_block(self, name):
+        config = AutoConfig.from_pretrained(configuration_path(name))
+        assert type(config) is PeerConfig and config.architectures == ["PeerForCausalLM"]
+        variant = name.split("-")[0]
+        middle = (config.num_hidden_layers - 1) // 2
+        others = config.feed_forward_types[:middle] + config.feed_forward_types[middle + 1 :]
+        assert config.feed_forward_types[middle] == variant and set(others) == {"dense"}
+
+    def test_has_no_field_that_the_configuration_has_not(self, name):
+        written = json.loads((Path(configuration_path(name)) / "config.json").read_text())
+        assert written.pop("model_type") == "peer"
+        assert set(written) <= {field.name for field in fields(PeerConfig)} - {"transformers_version"}
+        loaded = PeerConfig.from_pretrained(configuration_path(name))
+        assert {field: getattr(loaded, field) for field in written} == written
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-tiny")])
+def test_tiny_ones_build(name):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_path(name)))
+    assert type(model) is PeerForCausalLM
+
+
+def test_paper_sizes():
+    """Set-up of the paper's section 3.1; a PKM head takes twice as many, of which each costs half."""
+    peer, pkm, moe = (AutoConfig.from_pretrained(configuration_path(f"{v}-paper")) for v in ("peer", "pkm", "moe"))
+    for config, k in ((peer, 16), (pkm, 32)):
+        retrieval = config.num_experts, config.num_retrieval_heads, config.num_experts_per_head, config.query_norm
+        assert retrieval == (1024**2, 8, k, "batch")
+    assert moe.moe_num_experts == 128
+    assert moe.output_router_logits  # without them the balance loss is none
+
+
+def test_found_in_a_wheel(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", str(CHECKOUT), "--no-deps", "--no-build-isolation", "-w", "."]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    program = (
+        "import modeling_peer\n"
+        "from transformers import AutoConfig\n"
+        "from modeling_peer.named_configurations import configuration_path, list_configurations\n"
+        "print(modeling_peer.__file__, *list_configurations())\n"
+        "AutoConfig.from_pretrained(configuration_path('peer-tiny'))\n"
+    )
+    # Isolated (-I): without the current folder or PYTHONPATH, where the checkout may be.
+    program = f"import sys; sys.path.insert(0, 'installed')\n{program}"
+    output = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    imported_from, *names = output.stdout.split()
+    assert (tmp_path / imported_from).is_relative_to(tmp_path / "installed")
+    assert names == NAMES

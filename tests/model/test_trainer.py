@@ -1,0 +1,276 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The library's own `Trainer` trains every head and variant; nothing it can be asked for changes what is computed."""
+
+import math
+import multiprocessing
+import signal
+
+import numpy as np
+import pytest
+import torch
+from kernels_used import TRAINING
+from torch.testing import assert_close
+from trainer_worker import (
+    PERIOD,
+    RESUMED_OPTIONS,
+    copy_of_state,
+    counting_sequences,
+    logged,
+    query_batch_norms,
+    resumable_trainer,
+    small_model,
+    train,
+    train_until_killed,
+    trainer_of,
+)
+from transformers import EarlyStoppingCallback
+
+from modeling_peer import (
+    PeerForCausalLM,
+    PeerForQuestionAnswering,
+    PeerForSequenceClassification,
+    PeerForTokenClassification,
+)
+from modeling_peer.product_key_router import ProductKeyRouter
+
+
+def assert_same(state, other):
+    assert_close(state, other, rtol=0, atol=0)
+
+
+class TestLearning:
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda: small_model("dense", "peer"),
+            lambda: small_model("dense", "peer", query_norm="rms", scoring_func="sigmoid"),
+            lambda: small_model("peer", "peer", share_experts_across_layers=True, gated_experts=True),
+            lambda: small_model("dense", "pkm"),
+            lambda: small_model("dense", "moe", output_router_logits=True),
+        ],
+        ids=["peer", "peer-rms-sigmoid", "peer-shared-gated", "pkm", "moe"],
+    )
+    def test_trains_and_evaluates(self, tmp_path, model):
+        trainer = trainer_of(model(), tmp_path)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        losses = logged(trainer)
+        assert np.mean(losses[-5:]) < 0.3 * losses[0]
+        assert trainer.evaluate()["eval_loss"] < 0.3 * before
+
+    def test_stops_early_and_loads_the_best(self, tmp_path):
+        """Eight sequences learned by heart do not help with those of another rule, for long."""
+        backwards = [{name: ids.flip(0) for name, ids in example.items()} for example in counting_sequences(32)]
+        trainer = train(
+            small_model(),
+            tmp_path,
+            counting_sequences(8),
+            backwards,
+            [EarlyStoppingCallback(early_stopping_patience=2)],
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+        )
+        eval_losses = logged(trainer, "eval_loss")
+        best = int(np.argmin(eval_losses))
+        assert 0 < best == len(eval_losses) - 3
+        assert trainer.state.global_step == 2 * len(eval_losses) < trainer.args.max_steps
+        assert trainer.evaluate()["eval_loss"] == eval_losses[best] < eval_losses[-1]
+
+    @pytest.mark.parametrize("half", ["autocast", "weights"])
+    def test_bfloat16_follows_float32(self, tmp_path, half):
+        model = small_model()
+        if half == "weights":
+            model.save_pretrained(tmp_path)
+            model = PeerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        losses = logged(train(model, tmp_path, bf16=True))
+        assert all(math.isfinite(loss) for loss in losses)
+        assert losses[-1] < 0.3 * losses[0]
+        reference = small_model()
+        in_float32 = logged(train(reference, tmp_path))
+        assert losses != in_float32
+        assert losses[:10] == pytest.approx(in_float32[:10], rel=0.05)
+        assert losses == pytest.approx(in_float32, rel=0.2, abs=0.2)
+        (norm,), (reference_norm,) = query_batch_norms(model), query_batch_norms(reference)
+        assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+        assert_close(norm.running_var.mean(), reference_norm.running_var.mean(), rtol=0.1, atol=0)
+
+
+def classified_by_their_last_token(number, seed=1):
+    return [example | {"labels": int(example["labels"][-1]) % 2} for example in counting_sequences(number, seed)]
+
+
+def classified_token_by_token(number, seed=1):
+    return [example | {"labels": example["labels"] % 3} for example in counting_sequences(number, seed)]
+
+
+def with_marked_answers(number, seed=1):
+    """Sequences in which one token marks the start of the answer and another, at the end, its end."""
+    examples = []
+    for example in counting_sequences(number, seed):
+        input_ids, start = example["input_ids"].clone(), int(example["input_ids"][0]) % (len(example["input_ids"]) - 1)
+        input_ids[start], input_ids[-1] = PERIOD + 1, PERIOD + 2
+        examples.append({"input_ids": input_ids, "start_positions": start, "end_positions": len(input_ids) - 1})
+    return examples
+
+
+@pytest.mark.parametrize(
+    ("model_class", "examples", "fields"),
+    [
+        (PeerForSequenceClassification, classified_by_their_last_token, {"num_labels": 2}),
+        (PeerForTokenClassification, classified_token_by_token, {"num_labels": 3}),
+        (PeerForQuestionAnswering, with_marked_answers, {}),
+    ],
+)
+def test_other_heads_train_and_evaluate(tmp_path, model_class, examples, fields):
+    trainer = trainer_of(
+        small_model(model_class=model_class, **fields), tmp_path, examples(160), examples(16, seed=2), max_steps=60
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = logged(trainer)
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert trainer.evaluate()["eval_loss"] < 0.5 * before
+
+
+class TestEvaluation:
+    def test_leaves_the_model_as_it_is(self, tmp_path):
+        trainer = train(small_model(), tmp_path, max_steps=2)
+        before = copy_of_state(trainer.model)
+        trainer.evaluate()
+        trainer.predict(counting_sequences(8))
+        assert_same(trainer.model.state_dict(), before)
+
+    def test_in_between_changes_nothing_of_a_training(self, tmp_path):
+        alone = train(small_model(), tmp_path, max_steps=6)
+        evaluated = train(small_model(), tmp_path, max_steps=6, eval_strategy="steps", eval_steps=1)
+        assert len(logged(evaluated, "eval_loss")) == 6
+        assert logged(evaluated) == logged(alone)
+        assert_same(evaluated.model.state_dict(), alone.model.state_dict())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(tmp_path, use_reentrant):
+    """Neither losses nor statistics, each micro-batch counted once though its forward runs twice."""
+    trainers, forwards = [], []
+    for checkpointing in (False, True):
+        model = small_model("peer", "peer", share_experts_across_layers=True, attention_dropout=0.1)
+        router = next(module for module in model.modules() if isinstance(module, ProductKeyRouter))
+        calls = []
+        router.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        trainers.append(
+            train(
+                model,
+                tmp_path,
+                max_steps=5,
+                gradient_accumulation_steps=2,
+                activation_checkpointing=checkpointing,
+                activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+            )
+        )
+        forwards.append(len(calls))
+    assert forwards == [10, 20]
+    plain, checkpointed = trainers
+    assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
+    assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+    assert [norm.num_batches_tracked for norm in query_batch_norms(checkpointed.model)] == [10, 10]
+    assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+class TestGradientAccumulation:
+    @pytest.mark.parametrize("query_norm", ["rms", None])
+    def test_equals_the_large_batch(self, tmp_path, query_norm):
+        """Of sequences of different lengths: the mean over tokens is no mean of the micro-batches' means."""
+        in_one, in_four = (
+            train(
+                small_model(query_norm=query_norm),
+                tmp_path,
+                counting_sequences(24),
+                max_steps=6,
+                per_device_train_batch_size=8 // steps,
+                gradient_accumulation_steps=steps,
+                optim="sgd",
+                learning_rate=0.3,
+            )
+            for steps in (1, 4)
+        )
+        assert logged(in_four) == pytest.approx(logged(in_one), rel=1e-5)
+        assert logged(in_four, "grad_norm") == pytest.approx(logged(in_one, "grad_norm"), rel=1e-4)
+        assert_close(in_four.model.state_dict(), in_one.model.state_dict(), rtol=1e-4, atol=1e-6)
+        assert logged(in_one)[-1] < 0.95 * logged(in_one)[0]
+
+    def test_statistics_are_those_of_each_micro_batch(self, tmp_path):
+        """Folded one after the other, of tokens and not of padding."""
+        model = small_model()
+        router = model.model.layers[1].mlp.router
+        micro_batches = []
+
+        def record(module, args, output):
+            queries = router.query_proj(args[0]).detach()
+            micro_batches.append(queries[args[1].bool()])
+
+        router.register_forward_hook(record)
+        train(model, tmp_path, max_steps=1, gradient_accumulation_steps=4)
+        assert len({len(queries) for queries in micro_batches}) > 1
+
+        def folded(batches):
+            mean, variance = torch.zeros(()), torch.ones(())
+            for queries in batches:
+                mean = 0.9 * mean + 0.1 * queries.mean(0)
+                variance = 0.9 * variance + 0.1 * queries.var(0)
+            return mean, variance
+
+        norm = router.query_norm
+        mean, variance = folded(micro_batches)
+        assert norm.num_batches_tracked == len(micro_batches) == 4
+        assert_close(norm.running_mean, mean)
+        assert_close(norm.running_var, variance)
+        of_the_joint_batch, _ = folded([torch.cat(micro_batches)])
+        assert not torch.allclose(norm.running_mean, of_the_joint_batch, rtol=0.1)
+
+
+def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kernels):
+    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path / "killed"),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert [folder.name for folder in (tmp_path / "killed").iterdir()] == [
+        f"checkpoint-{RESUMED_OPTIONS['save_steps']}"
+    ]
+
+    unbroken = resumable_trainer(tmp_path / "unbroken")
+    unbroken.train()
+    # Its own first weights are others: all that it knows is from the checkpoint.
+    resumed = resumable_trainer(tmp_path / "killed", seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert len(logged(resumed, name)) == RESUMED_OPTIONS["max_steps"]
+        assert logged(resumed, name) == logged(unbroken, name)
+    (norm,) = query_batch_norms(resumed.model)
+    assert norm.num_batches_tracked == 2 * RESUMED_OPTIONS["max_steps"]
+    assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
+    assert used_kernels == TRAINING
+
+
+def test_losses_are_those_of_the_literal_experts(tmp_path, used_kernels):
+    losses = {}
+    for kernels, used in (("eager", {"eager"}), ("auto", {"cpu"})):
+        used_kernels.clear()
+        losses[kernels] = logged(train(small_model("peer", "pkm", expert_kernels=kernels), tmp_path))
+        assert {name for name, _ in used_kernels} == used
+    assert losses["auto"][-1] < 0.7 * losses["auto"][0]
+    assert losses["auto"] == pytest.approx(losses["eager"], rel=1e-4)
