@@ -12,26 +12,27 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures a PEER layer against other implementations and layers, and against what memory and products of matrices take.
+Benchmarks a PEER layer against other implementations, other layers and the limits of memory and matrix products.
 
-    python examples/benchmark.py
+    ./run benchmark
 
-A table of all times is printed, with one of targets; the measurements (results.json) and a plot of them (results.png) are in
---output_dir. Every contender runs in
-processes of its own, in turn with the others, --rounds times; a time is the median over all rounds. What is measured
-already is not measured again, so that a stopped run goes on, unless --overwrite is given.
+A table of all times is printed, with a table of targets; the measurements (results.json) and a plot of them
+(results.png) are saved in --output_dir. Every contender runs in processes of its own, in turn with the others,
+--rounds times; a time is the median over all rounds. Existing measurements are kept, so that an interrupted benchmark
+resumes, unless --overwrite is given.
 
 | section | |
 |---|---|
-| `forward` | the forward of a layer, and of a wide one |
-| `training` | forward and backward, and a step of training |
-| `experts` | our experts without their retrieval, in float32 and bfloat16, on evenly and unevenly retrieved rows |
-| `scaling` | the forward against the number of experts and of tokens |
-| `decode` | tokens of whole models, one at a time |
+| `forward` | forward of a layer, and of a wide layer |
+| `training` | forward and backward, and a training step |
+| `experts` | experts of this package without retrieval, in float32 and bfloat16, for even and uneven retrieval |
+| `scaling` | forward against the number of experts and of tokens |
+| `decode` | decoding of whole models, one token at a time |
 
-The floor of an operation is what the machine takes, in the same run and at its best, for the row of each distinct expert
-that was retrieved (read, in backward read again and its gradient written, in a step read and written with its moments)
-and for the products of queries and keys. Rows are read at random, and counted as written in order.
+The floor of an operation is the best time of the machine, in the same benchmark, for the memory traffic of the
+distinct retrieved experts and for the products of queries and keys. A forward reads the row of each retrieved expert,
+a backward reads it again and writes its gradient, an optimizer step reads and writes it together with its moments.
+Reads are measured at random rows, writes in order.
 """
 
 import json
@@ -56,7 +57,7 @@ from common.training import parse_arguments
 
 
 TRAINED_INDICES = "trained_indices.pt"
-WORKER = "benchmark.contenders"
+WORKER = "benchmark.worker"
 SECTIONS = ("forward", "training", "experts", "scaling", "decode")
 PRODUCTS = ("query_product", "query_product_dx", "query_product_dw", "key_product")
 ROWS = ("row_read_bag", "row_read_select", "write", "copy")
@@ -69,57 +70,56 @@ class BenchmarkArguments:
     """What to measure, at which sizes, and how often."""
 
     sections: list[str] = field(
-        default_factory=lambda: list(SECTIONS), metadata={"help": f"Which of {', '.join(SECTIONS)} to measure."}
+        default_factory=lambda: list(SECTIONS), metadata={"help": f"Sections to measure: {', '.join(SECTIONS)}."}
     )
     contenders: list[str] = field(
-        default_factory=lambda: list(CONTENDERS), metadata={"help": "Which contenders to measure."}
+        default_factory=lambda: list(CONTENDERS), metadata={"help": "Contenders to measure."}
     )
     output_dir: str = field(default="runs/benchmark", metadata={"help": "The folder of results.json and results.png."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Measure the sections anew, even where results.json has them."}
-    )
-    repetitions: int = field(default=9, metadata={"help": "Timed repetitions of everything, over all rounds."})
-    rounds: int = field(default=3, metadata={"help": "How often every contender gets its turn."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    dtype: str = field(default="float32", metadata={"help": "Of weights and tokens, float32 or bfloat16."})
+    overwrite: bool = field(default=False, metadata={"help": "Measure sections again that results.json has already."})
+    repetitions: int = field(default=9, metadata={"help": "Number of timed repetitions, over all rounds."})
+    rounds: int = field(default=3, metadata={"help": "Number of turns of every contender."})
+    device: str = field(default="cpu", metadata={"help": "Device, cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Data type of weights and tokens, float32 or bfloat16."})
     allow_fallback: bool = field(
-        default=False, metadata={"help": "Measure our layers even if not by the kernels that are made for the device."}
+        default=False,
+        metadata={"help": "Measure layers of this package even if the kernels for the device are unavailable."},
     )
     checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A model trained here, as large a pool and with as many active experts: the experts are measured "
-            "on those that it retrieves for held-out text, too."
+            "help": "A trained model of this package with a pool of the same size and as many active experts. Experts "
+            "are also measured on what it retrieves for held-out text."
         },
     )
     num_experts: list[int] = field(
         default_factory=lambda: [1024**2, 512**2],
-        metadata={"help": "Pool sizes N of a layer; the last is also that of the curve against tokens."},
+        metadata={"help": "Numbers of experts N of a layer; the curve against tokens uses the last one."},
     )
-    num_tokens: int = field(default=1024, metadata={"help": "Tokens T of a batch."})
-    hidden_size: int = field(default=512, metadata={"help": "Numbers of a token, d."})
-    wide_hidden_size: int = field(default=1024, metadata={"help": "The same of the wide layer."})
-    num_retrieval_heads: int = field(default=8, metadata={"help": "Heads h."})
-    num_experts_per_head: int = field(default=16, metadata={"help": "Experts of a head k."})
-    query_size: int = field(default=256, metadata={"help": "Size of a query d_k."})
+    num_tokens: int = field(default=1024, metadata={"help": "Tokens T per batch."})
+    hidden_size: int = field(default=512, metadata={"help": "Hidden size d."})
+    wide_hidden_size: int = field(default=1024, metadata={"help": "Hidden size of the wide layer."})
+    num_retrieval_heads: int = field(default=8, metadata={"help": "Retrieval heads h."})
+    num_experts_per_head: int = field(default=16, metadata={"help": "Experts per head k."})
+    query_size: int = field(default=256, metadata={"help": "Query size d_k."})
     scaling_num_experts: list[int] = field(
         default_factory=lambda: [64**2, 128**2, 256**2, 512**2, 1024**2],
-        metadata={"help": "Pool sizes of the curve against experts."},
+        metadata={"help": "Numbers of experts of the curve against experts."},
     )
     scaling_num_tokens: list[int] = field(
         default_factory=lambda: [1, 16, 128, 1024, 4096, 16384],
-        metadata={"help": "Batches of the curve against tokens."},
+        metadata={"help": "Tokens per batch of the curve against tokens."},
     )
 
     def __post_init__(self):
         for name, known in (("sections", SECTIONS), ("contenders", (*CONTENDERS, "machine"))):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
-                raise ValueError(f"--{name}: {unknown} are none of {list(known)}.")
+                raise ValueError(f"--{name} must be some of {list(known)}, but got {unknown}.")
 
 
 def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
-    """All that is measured, by section; tasks of a contender stand together, and of one size together in these."""
+    """All tasks by section, grouped by contender and, within a contender, by size."""
 
     def tasks(contenders, operations, num_experts, num_tokens=(args.num_tokens,), **fields):
         names = ("hidden_size", "num_retrieval_heads", "num_experts_per_head", "query_size", "dtype")
@@ -176,8 +176,8 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
     }
 
 
-def settings(args: BenchmarkArguments) -> dict:
-    """What a time depends on, beside what is measured."""
+def conditions(args: BenchmarkArguments) -> dict:
+    """Conditions that times depend on, beside the task."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
@@ -195,8 +195,9 @@ def _read(file):
 
 def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
     """
-    Saves what the first layer with a router of the checkpoint retrieves, `[tokens, active experts]`, for the start of each
-    held-out file of the text that the examples train on. Raises `ValueError` for a pool of another size.
+    Saves the expert indices that the first layer with a router of the checkpoint retrieves, of shape `(num_tokens,
+    num_active)`, for the start of held-out files of the text that the examples train on. Raises `ValueError` if the
+    pool of the checkpoint has another size.
     """
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint).eval()
     sizes = {name: getattr(model.config, name) for name in ("num_experts", "num_experts_per_tok")}
@@ -205,7 +206,7 @@ def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
         "num_experts_per_tok": args.num_retrieval_heads * args.num_experts_per_head,
     }
     if sizes != expected:
-        raise ValueError(f"--checkpoint must have {expected}, {args.checkpoint} has {sizes}.")
+        raise ValueError(f"--checkpoint must have {expected}, but {args.checkpoint} has {sizes}.")
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     texts = standard_library()["validation"]["text"]
     blocks = [tokenizer(text, truncation=True, max_length=256, return_tensors="pt") for text in texts[:64]]
@@ -215,7 +216,7 @@ def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
 
 
 def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
-    """What a process is to measure in its turn: tasks of one contender, on tokens that are new in each turn."""
+    """The job of a process in its turn: tasks of one contender, with new tokens in each turn."""
     return {
         "tasks": [asdict(task) for task in tasks],
         "seed": turn,
@@ -227,31 +228,32 @@ def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
 
 
 def repetitions_per_turn(args: BenchmarkArguments) -> int:
+    """Repetitions per turn, rounded up."""
     return -(-args.repetitions // args.rounds)
 
 
 def run_worker(tasks: list[Task], args: BenchmarkArguments, turn: int) -> list[dict]:
-    """Measures tasks of one contender in a process of their own."""
+    """Measures tasks of one contender in a process of their own, and returns one record per task."""
     job = make_job(tasks, args, turn)
     done = subprocess.run(
         module_command(WORKER, json.dumps(job)), env=module_environment(), stdout=subprocess.PIPE, text=True
     )
     if done.returncode > 0:
-        raise RuntimeError(f"{tasks[0].contender} could not be measured; its process says why above.")
+        raise RuntimeError(f"{tasks[0].contender} could not be measured: see the error of its process above.")
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    reason = f"its process was ended by signal {-done.returncode}, most likely for want of memory"
+    reason = f"its process was ended by signal {-done.returncode}, most likely out of memory"
     return records + [{**asdict(task), "seconds": [], "reason": reason} for task in tasks[len(records) :]]
 
 
 class Store:
-    """The file of results, up to date after every process, and what is still missing in it."""
+    """The file of results, which is written after every process, and the measurements that are missing in it."""
 
     def __init__(self, file: Path):
         self.file = file
         self.sections = json.loads(file.read_text()) if file.is_file() else {}
 
     def open_section(self, name: str, now: dict, overwrite: bool) -> None:
-        """Makes a section ready to go on. Raises `ValueError` if it was begun under other settings."""
+        """Starts or resumes a section. Raises `ValueError` if it was measured under other conditions."""
         section = self.sections.get(name)
         if section is None or overwrite:
             self.sections[name] = {"settings": now, "measurements": []}
@@ -260,16 +262,17 @@ class Store:
         if differing:
             raise ValueError(
                 f"The section {name} in {self.file} was measured with other {differing}: --overwrite measures it "
-                "anew, another --output_dir keeps both."
+                "again, another --output_dir keeps both."
             )
 
     def record_of(self, name: str, task: Task) -> dict | None:
+        """The record of a task in a section. `None` if there is none."""
         fields = asdict(task)
         records = self.sections[name]["measurements"]
         return next((r for r in records if {key: r[key] for key in fields} == fields), None)
 
     def missing(self, name: str, tasks: list[Task], repetitions: int) -> list[Task]:
-        """Those with fewer repetitions so far, but for those that cannot be measured."""
+        """Tasks with fewer repetitions so far, without those that cannot be measured."""
         records = [self.record_of(name, task) for task in tasks]
         return [
             task
@@ -278,7 +281,7 @@ class Store:
         ]
 
     def add(self, name: str, records: list[dict]) -> None:
-        """Adds repetitions to those that are there, and writes the file, all or nothing."""
+        """Adds repetitions to the existing records, and writes the file atomically."""
         for new in records:
             record = self.record_of(name, Task(**{key: new[key] for key in Task.__dataclass_fields__}))
             if record is None:
@@ -291,10 +294,10 @@ class Store:
 
 
 def measure_sections(args: BenchmarkArguments, store: Store) -> None:
-    """Gives every contender of every section its turns."""
+    """Measures every section, every contender in its turns."""
     sections = section_tasks(args)
     for name in sections:
-        store.open_section(name, settings(args), args.overwrite)
+        store.open_section(name, conditions(args), args.overwrite)
     turns = [
         (name, turn, list(tasks))
         for name, section in sections.items()

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the numbers of `benchmark.py` say: floors, a table, targets, and a picture."""
+"""Results of the benchmark: floors, a table of times, targets, and plots."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,18 +35,21 @@ COLORS = dict(
 
 
 class Results:
-    """The sections of `benchmark.json`, to look things up in."""
+    """The sections of a results.json of the benchmark, with lookups."""
 
     def __init__(self, sections: dict[str, dict]):
         self.sections = sections
 
     def records(self, section: str, **fields) -> list[dict]:
-        """The measurements of a section with these values."""
+        """The records of a section with the given values."""
         records = self.sections.get(section, {"measurements": []})["measurements"]
         return [record for record in records if all(record[name] == value for name, value in fields.items())]
 
     def value(self, section: str, name: str, **fields) -> float | None:
-        """What one measurement says of `name`, `"seconds"` for the median; of two sizes, at the smaller width."""
+        """
+        The value `name` of one record, `"seconds"` for the median time; of several records, that of the smallest
+        width.
+        """
         found = [record for record in self.records(section, **fields) if record["seconds"]]
         if not found:
             return None
@@ -54,19 +57,19 @@ class Results:
         return median(record["seconds"]) if name == "seconds" else record.get(name)
 
     def ratio(self, section: str, over: dict, under: dict, **fields) -> float | None:
-        """The time of one measurement over that of another."""
+        """The time of one record divided by that of another."""
         return _divide(
             self.value(section, "seconds", **fields, **over), self.value(section, "seconds", **fields, **under)
         )
 
     def rate(self, section: str, record: dict, *operations: str) -> float | None:
-        """Bytes or FLOPs per second of the machine, at its best in this section and size."""
+        """The best bytes or FLOPs per second of the machine in a section, at the size of a record."""
         size = {name: record[name] for name in SIZE if name != "indices"}
         found = [r for name in operations for r in self.records(section, contender="machine", operation=name, **size)]
         return max((r["work"] / min(r["seconds"]) for r in found if r["seconds"]), default=None)
 
     def floor(self, section: str, record: dict) -> float | None:
-        """The least seconds that a measurement of ours could take, see `benchmark.py`. `None` if that was not measured."""
+        """The floor of a record in seconds, see `python -m benchmark --help`. `None` if it was not measured."""
         operation = record["operation"]
         read = self.rate(section, record, "row_read_bag", "row_read_select")
         if record.get("unique_rows") is None or read is None:
@@ -91,7 +94,7 @@ class Results:
         return rows * (reads / read + writes / self.rate(section, record, "write")) + sum(times)
 
     def over_floor(self, section: str, **fields) -> float | None:
-        """How many times its floor a measurement takes."""
+        """The time of a record divided by its floor."""
         found = [record for record in self.records(section, **fields) if record["seconds"]]
         return _divide(median(found[0]["seconds"]), self.floor(section, found[0])) if found else None
 
@@ -101,7 +104,7 @@ def _divide(over, under):
 
 
 def table(results: Results, section: str) -> str:
-    """All measurements of a section, those of one operation and size together."""
+    """The table of all records of a section, grouped by operation and size."""
     head = f"{'':<20}{'ms':>10}{'x peer':>9}{'GB above':>10}{'GB state':>10}{'rows':>9}{'floor ms':>10}{'x floor':>9}"
     lines = []
     machine = results.records(section, contender="machine")
@@ -116,7 +119,7 @@ def table(results: Results, section: str) -> str:
         peer = next((median(r["seconds"]) for r in group if r["contender"] == "peer" and r["seconds"]), None)
         lines += [_line(results, section, record, peer) for record in group]
     if machine:
-        lines += ["", "the machine at its best, GB/s or GFLOP/s"]
+        lines += ["", "best rates of the machine, GB/s or GFLOP/s"]
     for record in machine:
         if record["seconds"]:
             size = f"N = {record['num_experts']}, d = {record['hidden_size']}, {record['dtype']}"
@@ -144,7 +147,7 @@ def _line(results, section, record, peer):
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: at least `limit`, or at most. `device` is what it holds on, anything but "cpu" a GPU."""
+    """A limit that a value should reach, at least or at most. `device` is `"cpu"` or `"cuda"`."""
 
     name: str
     value: Callable[[Results], float | None]
@@ -228,7 +231,7 @@ TARGETS = (
 
 
 def target_table(results: Results) -> str:
-    """Targets of the device and what was reached."""
+    """The table of the targets of the device and the values that were reached."""
     device = next((section["settings"]["device"] for section in results.sections.values()), "cpu")
     lines = [f"{'target':<62}{'':>9}{'reached':>9}"]
     for target in TARGETS:
@@ -242,7 +245,7 @@ def target_table(results: Results) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Bars of times with their floors, curves against N and T, experts alone and decoding."""
+    """Plots bars of times with their floors, curves against N and T, and experts alone and decoding."""
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3).flat
     for axes, (section, operation) in zip(
@@ -286,7 +289,7 @@ def _bars(axes, results, section, records, labels):
 
 
 def _curves(axes, records, name, other):
-    """Against `name`, at the value of `other` at which most was measured."""
+    """Plots times against `name`, at the most frequent value of `other`."""
     values = [record[other] for record in records]
     records = [r for r in records if r["seconds"] and r[other] == max(values, key=values.count)]
     for contender, color in COLORS.items():

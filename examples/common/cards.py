@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model cards in the Hub's format, made of a configuration and of results, never by hand."""
+"""Model cards in the format of the Hub, generated from a configuration and from results."""
 
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from modeling_peer import PeerConfig, model_costs
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
 
-# Names and units of results, as all_results.json has them. `perplexity/brown` is that of a text by its name.
+# Labels of results by their keys in all_results.json. The key `perplexity/brown` is the perplexity of the text
+# `brown`.
 RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
 
 
@@ -41,17 +42,18 @@ def make_card(
     sequence_length: int | None = None,
 ) -> ModelCard:
     """
-    A model card, made of `model_cards/template.md`.
+    Makes a model card from `model_cards/template.md`.
 
     Args:
-        repo_id (`str`): The repository the card stands in.
-        config (`PreTrainedConfig`): A [`PeerConfig`] is described, with its costs.
-        results (`dict[str, float]`): By the names in `RESULTS`, as in all_results.json; others are left out.
-        license, dataset_name (`str`, *optional*): The model's licence, the dataset of the Hub it was trained on.
-        tags (`list[str]`, *optional*): Beside `peer`, which models with PEER layers and adapters have.
-        description (`str`, *optional*): What else to say, in Markdown.
-        prompt (`str`), max_new_tokens (`int`): Of the example.
-        sequence_length (`int`, *optional*): At which FLOPs are counted, see [`model_costs`].
+        repo_id (`str`): Repository of the model.
+        config (`PreTrainedConfig`): Configuration of the model. A [`PeerConfig`] is described, with its costs.
+        results (`dict[str, float]`): Results as in all_results.json. Keys that are not in `RESULTS` are left out.
+        license, dataset_name (`str`, *optional*):
+            License of the model, and the dataset of the Hub that it was trained on.
+        tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
+        description (`str`, *optional*): Further description, in Markdown.
+        prompt (`str`), max_new_tokens (`int`): Prompt of the example code, and number of tokens that it generates.
+        sequence_length (`int`, *optional*): Sequence length at which FLOPs are counted, see [`model_costs`].
     """
     model_name = repo_id.split("/")[-1]
     has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types

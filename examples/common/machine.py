@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The machine that a measurement was made on."""
+"""The machine and the releases of libraries that a measurement was made with."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ import transformers
 
 
 def machine() -> dict[str, Any]:
-    """What a study ran on."""
+    """Processor, cores, threads and releases of libraries, for the results of a study."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -33,7 +33,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def processor_name():
+def processor_name() -> str:
+    """The name of the processor, or its architecture where the system does not give a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

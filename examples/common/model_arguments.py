@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which model an example trains: a named configuration from scratch, or a checkpoint that goes on."""
+"""The model that an example trains: a new one from a named configuration, or a checkpoint."""
 
 import json
 import logging
@@ -38,46 +38,46 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """Which model to train. A checkpoint brings its tokenizer; a new model gets one trained on the text."""
+    """Which model to train. A checkpoint comes with its tokenizer; for a new model, one is trained on the text."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A checkpoint to go on from: a folder, or a model of the Hub by its id."}
+        default=None,
+        metadata={"help": "Checkpoint to continue training from: a folder, or the id of a model of the Hub."},
     )
     config_name: str | None = field(
         default=None,
         metadata={
-            "help": "The configuration of a new model: one that this package names "
-            f"({', '.join(list_configurations())}), a folder, or a model of the Hub by its id. `peer-tiny` if neither "
-            "this nor --model_name_or_path is given."
+            "help": "Configuration of a new model: a named configuration of this package "
+            f"({', '.join(list_configurations())}), a folder, or the id of a model of the Hub. Defaults to "
+            "`peer-tiny` without --model_name_or_path."
         },
     )
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": 'Fields of the configuration to change: "num_experts=4096,query_norm=rms", or an object in JSON '
-            "where a value is a list."
+            "help": 'Fields of the configuration to change: "num_experts=4096,query_norm=rms", or a JSON object '
+            "if a value is a list."
         },
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer, a folder or a model of the Hub by its id, to use as it is."}
+        default=None,
+        metadata={"help": "Tokenizer to use without training: a folder, or the id of a model of the Hub."},
     )
-    model_revision: str = field(
-        default="main", metadata={"help": "The branch, tag or commit of a model of the Hub to use."}
-    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model of the Hub."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32",
-        metadata={"help": "The data type of the weights; `auto` is that of the checkpoint. See also --bf16."},
+        metadata={"help": "Data type of the weights; `auto` is that of the checkpoint. See also --bf16."},
     )
 
     def __post_init__(self):
         if self.model_name_or_path is not None and self.config_name is not None:
-            raise ValueError("Choose one: a new model of --config_name, or the checkpoint --model_name_or_path.")
+            raise ValueError("Choose either a new model, --config_name, or a checkpoint, --model_name_or_path.")
         if self.model_name_or_path is None and self.config_name is None:
             self.config_name = "peer-tiny"
 
 
 def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
-    """The configuration that the arguments name, with their overrides and with `fields`."""
+    """Loads the configuration that the arguments name, with their overrides and with `fields`."""
     name = args.model_name_or_path or args.config_name
     if name in list_configurations() and args.model_name_or_path is None:
         name = configuration_path(name)
@@ -86,7 +86,7 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(
             f"There is no configuration {name!r}: it is neither one of {list_configurations()}, nor a folder with a "
-            "config.json, nor a model of the Hub that can be reached."
+            "config.json, nor a reachable model of the Hub."
         ) from error
     config_class = CONFIG_MAPPING[values["model_type"]]
     fields |= _parse_overrides(args.config_overrides)
@@ -95,7 +95,7 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
             raise ValueError(f"--config_overrides: {config_class.__name__} has no field {field_name!r}.")
     if args.model_name_or_path is not None:
         return AutoConfig.from_pretrained(name, revision=args.model_revision, **fields)
-    # Made anew rather than changed: what a configuration derives from other fields follows them.
+    # A new configuration derives its fields from the changed ones; changing an existing one would not.
     return config_class.from_dict(values | fields)
 
 
@@ -108,13 +108,13 @@ def _parse_overrides(text):
     for assignment in text.split(","):
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ValueError(f'--config_overrides is written "name=value,name=value", not {text!r}.')
+            raise ValueError(f'--config_overrides must have the form "name=value,name=value", but got {text!r}.')
         overrides[name.strip()] = _parse_value(value.strip())
     return overrides
 
 
 def _parse_value(text):
-    """As JSON has it, or Python, or the bare word."""
+    """Parses a value in the notation of JSON or Python. Anything else is a string."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -131,12 +131,14 @@ def load_tokenizer(
     train_dataset: Dataset | IterableDataset | None,
     checkpoint: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is named, or that belongs to what training goes on from, or a new one of the training set."""
+    """
+    Loads the named tokenizer or that of the checkpoint to continue from, or trains a new one on the training set.
+    """
     name = args.tokenizer_name or args.model_name_or_path or checkpoint
     if name is not None:
         return AutoTokenizer.from_pretrained(name, revision=args.model_revision)
     if train_dataset is None:
-        raise ValueError("There is no training set to train a tokenizer on: name a tokenizer, --tokenizer_name.")
+        raise ValueError("There is no training set to train a tokenizer on: give a tokenizer, --tokenizer_name.")
     logger.info(f"Training a tokenizer of {config.vocab_size} tokens on the training set")
     column = text_column(train_dataset, data_args)
     return train_tokenizer(train_dataset, column, config.vocab_size, config.max_position_embeddings)
@@ -146,13 +148,13 @@ def load_model(
     auto_class: type, args: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """
-    The model of a configuration, new or with a checkpoint's weights, with room for every token of the tokenizer.
+    Makes a new model or loads a checkpoint, with embeddings for every token of the tokenizer.
 
     Args:
-        auto_class (`type`): Such as `AutoModelForCausalLM`.
-        args (`ModelArguments`): Name the checkpoint, if any, and the data type.
-        config (`PreTrainedConfig`): See [`load_config`]; its special tokens become the tokenizer's.
-        tokenizer (`PreTrainedTokenizerBase`)
+        auto_class (`type`): Auto class of the model, such as `AutoModelForCausalLM`.
+        args (`ModelArguments`): Arguments with the checkpoint, if any, and the data type.
+        config (`PreTrainedConfig`): Configuration from [`load_config`]. It gets the special tokens of the tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
     """
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id

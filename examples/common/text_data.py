@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Text for the examples: where it comes from, the tokenizer trained on it, and the blocks of tokens a model reads.
+Text for the examples: loading it, training a tokenizer on it, and cutting it into blocks of tokens.
 
-Without a flag the text is the source code of the Python standard library that this interpreter runs on, so that every
-example works without a network. `--dataset_name` takes any dataset of the Hugging Face Hub, `--train_file` and
-`--validation_file` take local files.
+Without flags the text is the source code of the standard library of the running Python, so that every example works
+without a network. `--dataset_name` takes any dataset of the Hugging Face Hub, `--train_file` and `--validation_file`
+take local files.
 """
 
 import sys
@@ -34,47 +34,47 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-# The loader of a file by its ending; the rows of any other file are its lines.
+# Loader of a file by its suffix. The rows of any other file are its lines.
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
-# Of the standard library: what others installed, tests, and tables of data in the form of code.
+# Skipped in the standard library: installed packages, tests, and tables of data in the form of code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SKIPPED_FILES = "_sysconfigdata"
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
-# Enough for a vocabulary; more text changes a tokenizer little and costs minutes.
+# Characters to train a tokenizer on: more text changes the vocabulary little and takes minutes.
 TOKENIZER_CHARACTERS = 50_000_000
 
 
 @dataclass
 class DatasetArguments:
-    """Which dataset to read: by default the source code of the Python standard library."""
+    """Which dataset to read. Defaults to the source code of the Python standard library."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub, by its id, or a folder."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub by its id, or a folder."})
     dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of the dataset, where it has several."}
+        default=None, metadata={"help": "Configuration of the dataset, if it has several."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "A .csv, .json, .jsonl or .parquet file, or any text file, to train on."}
+        default=None, metadata={"help": "File to train on: .csv, .json, .jsonl, .parquet or any text file."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "A file of the same kind to evaluate on."})
+    validation_file: str | None = field(default=None, metadata={"help": "File of the same kind to evaluate on."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "How much of the training set to hold out where there is no validation set."}
+        default=5, metadata={"help": "Percentage of the training set to hold out if there is no validation set."}
     )
     text_column_name: str | None = field(
-        default=None, metadata={"help": "The column that holds the text; `text`, or else the first one, if not given."}
+        default=None, metadata={"help": "Column that holds the text. Defaults to `text`, or else to the first column."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many samples of the training set, evenly spaced."}
+        default=None, metadata={"help": "Number of training samples to use, evenly spaced."}
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many samples of the validation set, evenly spaced."}
+        default=None, metadata={"help": "Number of validation samples to use, evenly spaced."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "The number of processes for the preprocessing."}
+        default=None, metadata={"help": "Number of processes for preprocessing."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Preprocess again what is cached."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Ignore cached results of preprocessing."})
 
     def __post_init__(self):
         if self.dataset_name is not None and (self.train_file or self.validation_file):
@@ -83,23 +83,24 @@ class DatasetArguments:
 
 @dataclass
 class DataTrainingArguments(DatasetArguments):
-    """Which text to read, and in blocks of how many tokens."""
+    """Which text to read, and the length of its blocks."""
 
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a sequence: `max_position_embeddings` of the model, at most 1024, if not given."},
+        metadata={"help": "Tokens per sequence. Defaults to `max_position_embeddings` of the model, at most 1024."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset while training instead of downloading all of it first."}
+        default=False, metadata={"help": "Stream the dataset during training instead of downloading it first."}
     )
 
 
 def load_datasets(args: DatasetArguments, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """
-    The training set (`"train"`) and the held-out one (`"validation"`) that the arguments name.
+    Loads the training set (`"train"`) and the held-out set (`"validation"`) that the arguments name.
 
-    A source without a validation set gives `validation_split_percentage` of its training set: rows evenly spaced, of a
-    stream the first of every hundred, of a text file its beginning, of the standard library some of the files.
+    If the source has no validation set, `validation_split_percentage` of its training set is held out: evenly spaced
+    rows; the first rows of every hundred of a stream; the beginning of a text file; whole files of the standard
+    library.
     """
     if args.dataset_name is not None:
         datasets = load_dataset(args.dataset_name, args.dataset_config_name, streaming=streaming)
@@ -114,19 +115,21 @@ def load_datasets(args: DatasetArguments, streaming: bool = False) -> DatasetDic
 
 def standard_library(validation_split_percentage: int = 5) -> DatasetDict:
     """
-    The sources of the standard library of the running interpreter, one `text` for each `file`.
+    Loads the source code of the standard library of the running Python, with one row (`file`, `text`) per file.
 
-    Files come in an order, and are held out by a rule, that depends on their names alone.
+    The order of files and the choice of held-out files depend only on their names.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_library_source(path, root)]
     if not names:
-        raise FileNotFoundError(f"There are no Python sources in {root}: name a text, --dataset_name or --train_file.")
+        raise FileNotFoundError(
+            f"There are no Python sources in {root}: choose another text, --dataset_name or --train_file."
+        )
     hashes = {name: crc32(name.encode()) for name in sorted(names)}
     shuffled = sorted(hashes, key=hashes.get)
     held_out = [name for name in shuffled if hashes[name] % 100 < validation_split_percentage]
     splits = {"train": [name for name in shuffled if name not in held_out], "validation": held_out}
-    # The version is part of what the cache is found by: an upgrade leaves the paths as they are.
+    # The version is part of the key of the cache, because an upgrade of Python does not change the paths.
     return DatasetDict(
         {
             split: Dataset.from_generator(
@@ -144,7 +147,7 @@ def _is_library_source(path, root):
 
 def _read_sources(root: str, names: tuple[str, ...], version: str) -> Iterator[dict[str, str]]:
     for name in names:
-        with tokenize.open(Path(root, name)) as file:  # in the encoding that the source declares
+        with tokenize.open(Path(root, name)) as file:  # decodes with the encoding that the source declares
             yield {"file": name, "text": file.read()}
 
 
@@ -154,7 +157,7 @@ def _load_files(args, streaming):
     loaders = {LOADERS.get(Path(file).suffix, "text") for file in files.values()}
     if len(loaders) > 1:
         raise ValueError(
-            f"--train_file and --validation_file must be of one kind, not {' and '.join(sorted(loaders))}."
+            f"--train_file and --validation_file must be of the same kind, but got {' and '.join(sorted(loaders))}."
         )
     (loader,) = loaders
     options = {"keep_linebreaks": True} if loader == "text" else {}
@@ -162,7 +165,7 @@ def _load_files(args, streaming):
 
 
 def _hold_out(dataset, args):
-    """Training set and validation set."""
+    """Splits a dataset into a training set and a validation set."""
     percentage = args.validation_split_percentage
     if isinstance(dataset, IterableDataset):
         return (
@@ -180,13 +183,13 @@ def _evenly_spaced(length, number):
 
 
 def rows_are_lines(args: DatasetArguments) -> bool:
-    """Whether a row is a line of a text file, which goes on in the next row, and not a text of its own."""
+    """Whether rows are the lines of one text file, instead of separate texts."""
     file = args.train_file or args.validation_file
     return file is not None and Path(file).suffix not in LOADERS
 
 
 def text_column(dataset: Dataset | IterableDataset, args: DatasetArguments) -> str:
-    """Name of the column that holds the text."""
+    """The name of the column that holds the text."""
     columns = dataset.column_names or list(next(iter(dataset)))
     name = args.text_column_name or ("text" if "text" in columns else columns[0])
     if name not in columns:
@@ -195,7 +198,7 @@ def text_column(dataset: Dataset | IterableDataset, args: DatasetArguments) -> s
 
 
 def take_samples(dataset: Dataset | IterableDataset, number: int | None) -> Dataset | IterableDataset:
-    """As many samples, evenly spaced, or the first of a stream; all of them if `number` is `None`."""
+    """Selects `number` evenly spaced samples, or the first ones of a stream; all samples if `number` is `None`."""
     if number is None:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -207,20 +210,21 @@ def train_tokenizer(
     dataset: Dataset | IterableDataset, column: str, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
     """
-    Trains a byte-level BPE tokenizer: any text can be written with it, and the same text makes the same tokenizer.
+    Trains a byte-level BPE tokenizer, which can encode any text. Training is deterministic.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): Text to train on, of which the first 50 million characters are read.
-        column (`str`): Its column that holds the text.
-        vocab_size (`int`): Number of tokens at most; a short text has fewer.
-        max_length (`int`): The length of a text that the tokenizer truncates to, where it is asked to truncate.
+        column (`str`): Column that holds the text.
+        vocab_size (`int`): Maximum number of tokens; a short text gives fewer.
+        max_length (`int`): Number of tokens to truncate to (`model_max_length`).
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
         raise ValueError(
-            f"A byte-level tokenizer has at least {smallest} tokens and the model's `vocab_size` is {vocab_size}: "
-            "choose a larger one (--config_overrides vocab_size=4096), or name a tokenizer (--tokenizer_name)."
+            f"A byte-level tokenizer has at least {smallest} tokens, but the `vocab_size` of the model is "
+            f"{vocab_size}: choose a larger one (--config_overrides vocab_size=4096), or give a tokenizer "
+            "(--tokenizer_name)."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -240,7 +244,7 @@ def train_tokenizer(
 
 
 def _texts(dataset, column):
-    """Texts in batches, until there is enough for a tokenizer."""
+    """Yields texts in batches until there are enough for a tokenizer."""
     characters = 0
     for batch in dataset.select_columns(column).iter(batch_size=1000):
         yield batch[column]
@@ -256,8 +260,8 @@ def tokenize_into_blocks(
     args: DataTrainingArguments,
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes a text and cuts it into blocks of `block_size` tokens, `input_ids` and `labels`. The end of a text is
-    marked; what is left of each thousand texts is dropped.
+    Tokenizes texts and cuts them into blocks of `block_size` tokens, `input_ids` and `labels`. An end-of-text token
+    follows each text; the remainder of every thousand texts is dropped.
     """
     column = text_column(dataset, args)
     options = {
@@ -279,8 +283,8 @@ def tokenize_into_blocks(
     blocks = dataset.map(_blocks_of, **options)
     if isinstance(blocks, Dataset) and not len(blocks):
         raise ValueError(
-            f"The text does not fill a block of {block_size} tokens: choose a smaller --block_size, a longer text, or "
-            "a larger --validation_split_percentage if it is the held-out text that is short."
+            f"The text does not fill a block of {block_size} tokens: choose a smaller --block_size, a longer text or, "
+            "if the held-out text is too short, a larger --validation_split_percentage."
         )
     return blocks
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the training examples have in common: arguments and logs as the library's own examples have them, and a run."""
+"""Training for the examples: arguments and logs as in the examples of Transformers, resuming, training, evaluation."""
 
 import json
 import logging
@@ -45,48 +45,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class OptimizerArguments:
-    """Whether [`RowAdamW`] trains, in place of the optimizer that --optim names."""
+    """Whether to train with [`RowAdamW`] instead of the optimizer of --optim."""
 
     row_adamw: bool = field(
         default=False,
         metadata={
-            "help": "Move only those rows of expert tables that a step retrieved. Faster with sparse gradients, "
+            "help": "Update only the rows of expert tables that a step retrieved. Faster with sparse gradients, "
             "--config_overrides sparse_expert_gradients=true. Not under FSDP, where `Trainer` makes its own optimizer."
         },
     )
     second_moment: Literal["full", "row"] = field(
         default="full",
-        metadata={
-            "help": "What RowAdamW keeps of squared gradients: a number for each of theirs, or one for each row."
-        },
+        metadata={"help": "Second moment of RowAdamW: one value per element, or one per row."},
     )
     expert_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "What RowAdamW multiplies the learning rate of expert tables with."}
+        default=1.0, metadata={"help": "Multiplier of RowAdamW on the learning rate of expert tables."}
     )
     down_proj_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "What it multiplies that of the experts' output rows with, besides."}
+        default=1.0,
+        metadata={"help": "Further multiplier on the learning rate of the down-projection vectors of experts."},
     )
 
     def __post_init__(self):
         options = (self.second_moment, self.expert_lr_multiplier, self.down_proj_lr_multiplier)
         if not self.row_adamw and options != ("full", 1.0, 1.0):
             raise ValueError(
-                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier are of RowAdamW: add --row_adamw."
+                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: add --row_adamw."
             )
 
     def check(self, config: PreTrainedConfig, training_args: TrainingArguments) -> None:
-        """Raises `ValueError` if a model of this configuration has gradients that the optimizer does not take."""
+        """Raises `ValueError` if a model of this configuration has gradients that the optimizer does not support."""
         if training_args.do_train and getattr(config, "sparse_expert_gradients", False) and not self.row_adamw:
             raise ValueError(
-                "`sparse_expert_gradients` is true in the configuration, and AdamW does not take sparse gradients: add "
-                "--row_adamw, or --config_overrides sparse_expert_gradients=false."
+                "`sparse_expert_gradients` is true in the configuration, but AdamW does not support sparse gradients: "
+                "add --row_adamw, or --config_overrides sparse_expert_gradients=false."
             )
 
 
 def make_optimizers(
     args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel
 ) -> tuple[RowAdamW | None, None]:
-    """What `Trainer` takes as `optimizers`: RowAdamW if it is asked for, else nothing; it makes its scheduler itself."""
+    """The `optimizers` of `Trainer`: RowAdamW if requested, else none. `Trainer` makes the scheduler itself."""
     if not args.row_adamw:
         return None, None
     groups = expert_parameter_groups(
@@ -101,16 +100,16 @@ def make_optimizers(
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults of the flags, and the description as it is written."""
+    """Shows defaults of flags, and keeps the line breaks of the description."""
 
 
 def parse_arguments(dataclass_types: tuple[type, ...], description: str) -> tuple:
     """
-    One object of each dataclass, from the command line or from the JSON file that is its only argument.
+    Parses the command line, or the JSON file that is its only argument, into one object of each dataclass.
 
     Args:
-        dataclass_types (`tuple[type]`): Their fields are the flags.
-        description (`str`): What `--help` says first.
+        dataclass_types (`tuple[type]`): Dataclasses whose fields are the flags.
+        description (`str`): Description at the beginning of `--help`.
     """
     parser = HfArgumentParser(
         dataclass_types,
@@ -125,13 +124,16 @@ def parse_arguments(dataclass_types: tuple[type, ...], description: str) -> tupl
 
 
 def _program():
-    """How this process was started: a script by its name, a package as `python -m` takes it."""
+    """The program for `--help`: the name of a script, or `python -m` and the name of a package."""
     spec = sys.modules["__main__"].__spec__
     return os.path.basename(sys.argv[0]) if spec is None else f"python -m {spec.parent}"
 
 
 def setup_logging(training_args: TrainingArguments) -> None:
-    """Logs of this process as `--log_level` and `--log_level_replica` say, `info` on the main one by default."""
+    """
+    Sets the log level of this process to `--log_level` or `--log_level_replica`; `info` on the main process by
+    default.
+    """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -149,11 +151,11 @@ def setup_logging(training_args: TrainingArguments) -> None:
 
 
 def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: TrainingArguments) -> list[str]:
-    """Which of the training set and the held-out set this run needs. Raises `ValueError` if one is not there."""
+    """The splits that a run needs, `"train"` and `"validation"`. Raises `ValueError` if one is missing."""
     needed = {"train": training_args.do_train, "validation": training_args.do_eval}
     splits = [split for split, is_needed in needed.items() if is_needed]
     if not splits:
-        raise ValueError("There is nothing to do: ask for --do_train, --do_eval or both.")
+        raise ValueError("There is nothing to do: add --do_train, --do_eval or both.")
     for split in splits:
         if split not in datasets:
             raise ValueError(
@@ -164,17 +166,17 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
 
 
 def last_whole_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a folder that was written to its end, `None` if there is none."""
+    """The latest complete checkpoint in a folder. `None` if there is none."""
     whole = {
         int(path.name.rpartition("-")[2]): path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (path / TRAINER_STATE_NAME).exists()  # which is written last
+        if (path / TRAINER_STATE_NAME).exists()  # written last
     }
     return str(whole[max(whole)]) if whole else None
 
 
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, or the last one in the output folder, if there is one."""
+    """The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any."""
     if training_args.resume_from_checkpoint is not None:
         return training_args.resume_from_checkpoint
     if not training_args.do_train or not os.path.isdir(training_args.output_dir):
@@ -182,7 +184,7 @@ def last_checkpoint(training_args: TrainingArguments) -> str | None:
     checkpoint = last_whole_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.warning(
-            f"Training goes on from {checkpoint}. To start afresh, choose another --output_dir or remove this one."
+            f"Resuming training from {checkpoint}. To start again, choose another --output_dir or remove this one."
         )
     return checkpoint
 
@@ -194,20 +196,21 @@ def run(
     **card: str | None,
 ) -> dict[str, float]:
     """
-    Trains, evaluates and pushes, what of it the trainer's arguments ask for.
+    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it.
 
     Args:
-        trainer (`Trainer`)
-        checkpoint (`str`, *optional*): Where training goes on from.
-        evaluation (`Callable`, *optional*): Takes the trainer and a callback that measures expert usage and returns
-            metrics; [`evaluate`] if not given.
-        card: What a pushed model's card says, see `Trainer.push_to_hub`.
+        trainer (`Trainer`): Trainer of the model.
+        checkpoint (`str`, *optional*): Checkpoint to resume from.
+        evaluation (`Callable`, *optional*):
+            Function that takes the trainer and a callback that measures expert usage, and returns metrics. Defaults to
+            [`evaluate`].
+        card: Contents of the card of a pushed model, see `Trainer.push_to_hub`.
 
     Returns:
-        `dict[str, float]`: the metrics of the evaluation, none without one.
+        `dict[str, float]`: the metrics of the evaluation; empty without one.
     """
     usage = ExpertUsageCallback()
-    # Before the reporting integrations, so that they see what it adds to the logs.
+    # Before the reporting integrations, so that they receive what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, usage)
     metrics = {}
     if trainer.args.do_train:
@@ -215,7 +218,7 @@ def run(
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)  # with those of training, in all_results.json
+        trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
     return metrics
@@ -223,14 +226,16 @@ def run(
 
 def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     """
-    Trains and saves model, tokenizer, metrics and state. From a checkpoint training goes on; if it was the last one,
-    its model is saved and no step is made.
+    Trains a model, or resumes from a checkpoint, and saves model, tokenizer, metrics and state. If the checkpoint is
+    the end of the training, its model is saved without a further step.
     """
     if checkpoint is not None and _has_finished(checkpoint, trainer.args):
-        logger.warning(f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to go on.")
+        logger.warning(
+            f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to continue."
+        )
         trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
         trainer.save_model()
-        if not _has_metrics(trainer.args):  # killed before they were saved: the rest of them is lost
+        if not _has_metrics(trainer.args):  # the process was killed before it saved them
             trainer.save_metrics("train", _samples(trainer))
         trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         trainer.save_state()
@@ -244,7 +249,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
 
 
 def _samples(trainer):
-    """How large the training set is, unless it is a stream."""
+    """The size of the training set, unless it is a stream."""
     sized = hasattr(trainer.train_dataset, "__len__")
     return {"train_samples": len(trainer.train_dataset)} if sized else {}
 
@@ -262,8 +267,8 @@ def _has_finished(checkpoint, training_args):
 
 
 def evaluate(trainer: Trainer, usage: ExpertUsageCallback) -> dict[str, float]:
-    """Metrics of the held-out set, expert usage among them."""
-    # The callback measures from here on, as in training.
+    """Returns metrics of the held-out set, including expert usage."""
+    # Starts measuring expert usage, as at the start of training.
     usage.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     metrics = trainer.evaluate()
     usage.on_train_end(trainer.args, trainer.state, trainer.control)

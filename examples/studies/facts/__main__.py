@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Does a pretrained model that learns new facts keep what it knew? SmolLM2-135M learns facts from the World Factbook that it does
-not know, all of it, through LoRA, and through a graft; what each way forgot is compared at equal learning.
+Measures continual learning of facts: SmolLM2-135M learns facts of the World Factbook that it does not know, with full
+finetuning, LoRA and grafts, and forgetting is compared at equal learning.
 
-    python examples/lifelong_facts.py
+    ./run study facts
 
-Killed at any point, the same command goes on. Every run is a file in `--output_dir`; what comes of them all is `results.json`
-and `results.png` there. Model and facts are packages of PyPI and npm, see corpora.py; `pip install gguf` reads the model.
+Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` and `results.png`
+there sum them up. The model and the facts are packages of PyPI and npm, see studies/common/corpora.py; reading the
+model needs the package `gguf`.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from common.training import parse_arguments
 from studies.common.arms import named_arms, run_all
 from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
 from studies.facts.arms import ARMS, Arm, train_facts
-from studies.facts.report import choose_settings, describe, plot, summarize
+from studies.facts.report import choose_hyperparameters, describe, plot, summarize
 from studies.facts.study import FactsArguments, Study, load_study, measure
 
 
@@ -42,12 +43,15 @@ from studies.facts.study import FactsArguments, Study, load_study, measure
 class RunArguments(FactsArguments):
     """Which arms are run."""
 
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of the arms to run."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
 
 
 @torch.no_grad()
 def is_as_before(model: nn.Module, study: Study) -> bool | None:
-    """Whether a model computes, bit for bit, what it did before it had an adapter, which is off. `None` without one."""
+    """
+    Whether the model with its adapter disabled equals the base model bit for bit. `None` for a model without an
+    adapter.
+    """
     if not hasattr(model, "disable_adapter"):
         return None
     tokens = next(iter(study.texts.values()))[:1]
@@ -55,21 +59,24 @@ def is_as_before(model: nn.Module, study: Study) -> bool | None:
         return torch.equal(model(input_ids=tokens).logits, study.load_model()(input_ids=tokens).logits)
 
 
-def run(name: str, settings: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
-    """Teaches a model the new facts in one way, or reads what came of it before."""
-    label = {"arm": name, "settings": settings, "seed": seed}
-    return saved_run(study.folder / "runs", label, lambda: teach(ARMS[name], settings, seed, study))
+def run(name: str, hyperparameters: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
+    """Runs one arm, or reads the result of an earlier run."""
+    label = {"arm": name, "settings": hyperparameters, "seed": seed}
+    return saved_run(study.folder / "runs", label, lambda: teach(ARMS[name], hyperparameters, seed, study))
 
 
-def teach(arm: Arm, settings: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
-    """The `points` at which the model was measured, whether it is itself again without an adapter, what was trained."""
+def teach(arm: Arm, hyperparameters: dict[str, float], seed: int, study: Study) -> dict[str, Any]:
+    """
+    Teaches the new facts, and returns the measured `points`, the check without the adapter and the size of what was
+    trained.
+    """
     before = study.folder / "before.json"
     if not before.exists():
         write_json(before, measure(study.load_model(), study))
     set_seed(seed)
-    model, callbacks = arm.prepare(study, settings)
+    model, callbacks = arm.prepare(study, hyperparameters)
     trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    points = train_facts(model, study, settings, seed, callbacks)
+    points = train_facts(model, study, hyperparameters, seed, callbacks)
     return {
         "points": [{"step": 0, **read_json(before)}, *points],
         "without_adapter_as_before": is_as_before(model, study),
@@ -86,7 +93,7 @@ def main():
     claim_folder(folder, vars(args))
     print("Reading model, facts and texts ...")
     study = load_study(args, folder)
-    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, study), choose_settings)
+    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, study), choose_hyperparameters)
     summary = summarize(runs, {name: arm.label for name, arm in arms.items()}, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")

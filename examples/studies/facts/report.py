@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What comes of the runs that learn facts: measures along each, the comparison at equal learning, a table, a picture."""
+"""Results of the study of facts: measures along each run, the comparison at equal learning, tables and plots."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,16 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.machine import machine
-from studies.common.tables import markdown_table, settings_cell, spread_cell
+from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
 
 
-# Of the most that every arm learned with some setting: another seed may learn a little less.
+# Share of the most that every arm learned with some hyperparameters: another seed may learn a little less.
 LEVEL_SHARE = 0.95
 
-# What sparse memory finetuning is said to leave of this (arXiv 2510.15103): drops of a question answering score.
+# Published drops of a question answering score, in percent, of sparse memory finetuning and others (arXiv 2510.15103).
 PUBLISHED_DROPS = {"full": 89, "lora": 71, "sparse": 11}
 
-# Its forgetting as a share of another arm's, at most.
+# Aims: the forgetting of a graft as a share of that of another arm, at most.
 AIMS = {"full": 1 / 10, "lora": 1 / 3}
 
 FORGETTING = {
@@ -42,9 +42,12 @@ FORGETTING = {
 
 def curve_of(run: dict[str, Any]) -> list[dict[str, float]]:
     """
-    Learning and forgetting at each point of a run, the model before it the first. `learning`: nats per token of the new
-    facts' answers, after sentences that no training saw, below that model. Forgetting: the rise of the mean loss of `texts`;
-    of that of the known facts' answers, `known_loss`; and how many percent fewer of them are said, `known_drop`.
+    Learning and forgetting at each measured point of a run; the first point is the base model.
+
+    `learning` is how far the loss of the new answers, in sentences that were not trained on, is below that of the base
+    model. Forgetting is the rise of the mean loss of the `texts`, the rise of the loss of the known answers
+    (`known_loss`), and by
+    how many percent fewer of these are matched (`known_drop`). Losses are in nats per token.
     """
     first = run["points"][0]
     return [
@@ -59,11 +62,14 @@ def curve_of(run: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def most_learned(run: dict[str, Any]) -> float:
+    """The highest learning at any point of a run."""
     return max(point["learning"] for point in curve_of(run))
 
 
 def forgetting_at(level: float, run: dict[str, Any]) -> dict[str, float] | None:
-    """What a run had forgotten when it had first learned so much, linearly between two points; `None` if it never had."""
+    """
+    Forgetting of a run where it first reached a level of learning, interpolated linearly. `None` if it never did.
+    """
     curve = curve_of(run)
     reached = next((i for i, point in enumerate(curve) if point["learning"] >= level), None)
     if reached is None:
@@ -74,10 +80,12 @@ def forgetting_at(level: float, run: dict[str, Any]) -> dict[str, float] | None:
     return {name: before[name] + share * (after[name] - before[name]) for name in FORGETTING}
 
 
-def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
+def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
     """
-    The level of learning at which arms are compared, a little below the most that every arm reached with some setting; and of
-    each arm the settings whose loss of known facts' answers and of texts, added up, was least there.
+    Chooses the level of learning at which arms are compared, and the hyperparameters of each arm.
+
+    The level is `LEVEL_SHARE` of the highest that every arm reached with some hyperparameters. The chosen
+    hyperparameters have the smallest sum of the two rises of loss there, that of known answers and that of texts.
     """
     arms = dict.fromkeys(run["arm"] for run in runs)
     of_arm = {arm: [run for run in runs if run["arm"] == arm and run["seed"] == 0] for arm in arms}
@@ -90,7 +98,7 @@ def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[s
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean of each measure, and its standard deviation if there are several."""
+    """Mean of each measure over runs, and its standard deviation if there are several."""
     return {
         "mean": {name: mean(row[name] for row in rows) for name in (rows[0] if rows else ())},
         "deviation": {name: stdev(row[name] for row in rows) for name in (rows[0] if len(rows) > 1 else ())},
@@ -115,9 +123,9 @@ def summarize(
     chosen: dict[str, dict[str, float]],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """All figures of the study, with what they were made by."""
+    """Sums up all figures of the study, together with the runs and arguments that they come from."""
     summary: dict[str, Any] = {
-        "command": "python examples/lifelong_facts.py",
+        "command": "./run study facts",
         "arguments": arguments,
         "machine": machine(),
         "seconds": sum(run["seconds"] for run in runs),
@@ -126,12 +134,12 @@ def summarize(
         "arms": {},
         "runs": runs,
     }
-    for arm, settings in chosen.items():
-        best = [run for run in runs if run["arm"] == arm and run["settings"] == settings]
+    for arm, hyperparameters in chosen.items():
+        best = [run for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
         reached = [forgetting for run in best if (forgetting := forgetting_at(level, run)) is not None]
         summary["arms"][arm] = {
             "label": labels[arm],
-            "settings": settings,
+            "settings": hyperparameters,
             "seeds": sorted(run["seed"] for run in best),
             "seeds_that_learned_as_much": len(reached),
             "end": _spread([_end_of(run) for run in best]),
@@ -144,8 +152,8 @@ def summarize(
 
 def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """
-    Of each forgetting at equal learning that of each way to train a graft as a share of full finetuning's and of LoRA's, where
-    these forgot anything.
+    The forgetting of each way to train a graft at equal learning, as a share of that of full finetuning and of LoRA,
+    for each measure in which these forgot anything.
     """
     means = {arm: result["at_equal_learning"]["mean"] for arm, result in summary["arms"].items()}
     return {
@@ -159,20 +167,25 @@ def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-AT_THE_END = {"new_loss": "new, nats", "new_matches": "new said, %", "known_matches": "known said, %", **FORGETTING}
+AT_THE_END = {
+    "new_loss": "new, nats",
+    "new_matches": "new matches, %",
+    "known_matches": "known matches, %",
+    **FORGETTING,
+}
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The tables of a study."""
+    """All tables, each after a sentence that introduces it."""
     arms = summary["arms"].values()
     return "\n\n".join(
         [
-            f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, mean ± deviation of seeds, beside "
-            "the published drop of a question answering score (arXiv 2510.15103):",
+            f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, as mean ± standard "
+            "deviation over seeds, beside the published drop of a question answering score (arXiv 2510.15103):",
             table_at_equal_learning(summary),
-            "That of grafts as a share of that of others, where these forgot anything:",
+            "Forgetting of grafts as a share of that of the other arms, where these forgot anything:",
             _table_of_shares(summary),
-            "At the end of the training:",
+            "At the end of training:",
             markdown_table(
                 [["", *AT_THE_END.values()], *([each["label"], *_cells(each["end"], AT_THE_END)] for each in arms)]
             ),
@@ -181,8 +194,8 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def table_at_equal_learning(summary: dict[str, Any]) -> str:
-    """Forgetting of each arm, by each measure."""
-    rows = [["", *FORGETTING.values(), "published, %", "seeds", "settings"]]
+    """The table of forgetting at equal learning, by each measure."""
+    rows = [["", *FORGETTING.values(), "published, %", "seeds", "hyperparameters"]]
     for arm, result in summary["arms"].items():
         seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
         published = str(PUBLISHED_DROPS.get(arm, ""))
@@ -192,7 +205,7 @@ def table_at_equal_learning(summary: dict[str, Any]) -> str:
                 *_cells(result["at_equal_learning"], FORGETTING),
                 published,
                 seeds,
-                settings_cell(result["settings"]),
+                hyperparameters_cell(result["settings"]),
             ]
         )
     return markdown_table(rows)
@@ -213,13 +226,13 @@ def _cells(spread, names):
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
-    """Learning against forgetting of texts and of known facts, a curve for each run; and what is said at the end."""
+    """Plots learning against forgetting of texts and of known facts, one curve per run, and the matches at the end."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     texts, known, recall = figure.subplots(1, 3)
     _plot_curves(texts, summary, "texts")
     _plot_curves(known, summary, "known_drop")
     texts.set(ylabel="rise of loss, nats per token", title="Held-out general text")
-    known.set(ylabel="fewer said, %", title="Facts that the model knew")
+    known.set(ylabel="fewer matches, %", title="Facts that the model knew")
     results = list(summary["arms"].values())
     for i, (name, label) in enumerate({"new_matches": "new facts", "known_matches": "known facts"}.items()):
         recall.bar(
@@ -231,7 +244,7 @@ def plot(summary: dict[str, Any], file: Path) -> None:
         )
     recall.set_xticks([position + 0.2 for position in range(len(results))], [each["label"] for each in results])
     recall.tick_params(axis="x", labelrotation=15)
-    recall.set(ylabel="said word for word, %", title="At the end, asked otherwise than taught")
+    recall.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
     recall.legend(fontsize=8)
     recall.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
@@ -250,6 +263,6 @@ def _plot_curves(axes: Axes, summary: dict[str, Any], name: str) -> None:
                 label=result["label"] if best and run["seed"] == 0 else None,
             )
     axes.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
-    axes.set(xlabel="learning: nats per token below the model before")
+    axes.set(xlabel="learning: nats per token below the base model")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -27,24 +27,26 @@ IGNORED = -100
 
 @dataclass
 class Sentence:
-    """A sentence that tells a fact: its tokens, and how many of them, before the full stop that ends it, are the answer."""
+    """Tokens of a sentence that states a fact, and the number of tokens of the answer, which a full stop follows."""
 
     input_ids: list[int]
     answer_length: int
 
 
 def make_sentence(tokenizer: PreTrainedTokenizerBase, beginning: str, answer: str) -> Sentence:
+    """Tokenizes a sentence: its beginning, the answer and a full stop."""
     parts = [tokenizer(text, add_special_tokens=False).input_ids for text in (beginning, f" {answer}", ".")]
     return Sentence([token for part in parts for token in part], len(parts[1]))
 
 
 def collate(sentences: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    A batch with the answers at its end, padded on the left, so that the head is run there alone: `labels`, of shape
-    `(batch_size, logits_to_keep)`, are the answers and full stops, where the model says what comes next.
+    Collates sentences into a batch that is padded on the left, so that all answers are at its end and the language
+    modeling head runs only there. The `labels`, of shape `(batch_size, logits_to_keep)`, are the answers and full
+    stops.
     """
     longest = max(len(each["input_ids"]) for each in sentences)
-    kept = max(each["answer_length"] for each in sentences) + 2  # a full stop, and the place before the answer
+    kept = max(each["answer_length"] for each in sentences) + 2  # the full stop, and the position before the answer
     input_ids = torch.zeros(len(sentences), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
@@ -67,18 +69,18 @@ def ask(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sentences: list[Sentence], batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How well a model says answers.
+    Measures how well a model completes sentences with their answers.
 
     Args:
-        model (`nn.Module`): In evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`)
-        sentences (`list[Sentence]`)
-        batch_size (`int`, *optional*, defaults to 64)
+        model (`nn.Module`): Model in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+        sentences (`list[Sentence]`): Sentences to complete.
+        batch_size (`int`, *optional*, defaults to 64): Number of sentences per forward.
 
     Returns:
-        `tuple(torch.Tensor)` of shape `(num_sentences,)`: nats per token of each answer, and whether greedy decoding says
-        it, all of it and not as the beginning of a longer word. It does if each token is the likeliest after those before:
-        one forward tells.
+        `tuple(torch.Tensor)` of shape `(num_sentences,)`: the loss of each answer in nats per token, and whether
+        greedy decoding produces the whole answer and does not continue its last word. One forward suffices, because
+        greedy decoding produces the answer if each of its tokens is the most likely one after those before it.
     """
     continues_word = torch.tensor(
         [text[:1].isalnum() for text in tokenizer.batch_decode([[token] for token in range(len(tokenizer))])]

@@ -35,32 +35,43 @@ from studies.facts.sentences import Sentence, ask, make_sentence
 
 @dataclass
 class FactsArguments:
-    """Which model learns how much, and what is looked at."""
+    """Which model learns how much, and what is measured."""
 
-    output_dir: str = field(default="runs/lifelong_facts", metadata={"help": "The folder for all that is saved."})
+    output_dir: str = field(default="runs/facts", metadata={"help": "Output folder."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": f"The model, by its id or folder. PyPI's {MODEL_PACKAGE} if not given."}
+        default=None,
+        metadata={"help": f"Base model, by its id or folder. Defaults to the package {MODEL_PACKAGE} of PyPI."},
     )
     texts: list[str] = field(
         default_factory=lambda: ["brown", "python-docs", "perl-docs"],
-        metadata={"help": "Held-out texts to measure forgetting on, by their names in corpora.py or ids of the Hub."},
+        metadata={
+            "help": "Held-out texts to measure forgetting on, by their names in studies/common/corpora.py or ids of "
+            "the Hub."
+        },
     )
     background_texts: list[str] = field(
         default_factory=lambda: ["prose", "linux-docs"],
-        metadata={"help": "Others, that tell which experts of a graft general text uses."},
+        metadata={"help": "Other texts, which show what experts of a graft general text uses."},
     )
-    num_new: int = field(default=240, metadata={"help": "Facts to learn, at most, equally many of each relation."})
-    num_known: int = field(default=100, metadata={"help": "Facts that the model knows, at most."})
-    min_loss: float = field(default=2.0, metadata={"help": "Nats per token of an answer that is not known, at least."})
-    steps: int = field(default=64, metadata={"help": "Training steps."})
-    batch_size: int = field(default=32, metadata={"help": "Sentences of a step."})
-    measurements: int = field(default=4, metadata={"help": "How often a run is measured, at growing distances."})
-    eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences of 256 tokens of each text."})
-    background_blocks: int = field(default=96, metadata={"help": "Sequences of 256 tokens of each background text."})
-    seeds: int = field(default=3, metadata={"help": "Seeds at the best settings of each arm; one for all others."})
-    full_precision: bool = field(default=False, metadata={"help": "Compute in float32, not bfloat16 autocast."})
-    graft_layers: list[int] = field(default_factory=lambda: [3, 7, 11], metadata={"help": "Layers with a graft."})
-    num_experts: int = field(default=256**2, metadata={"help": "Experts of each layer's graft."})
+    num_new: int = field(
+        default=240, metadata={"help": "Maximum number of facts to learn, the same number of each relation."}
+    )
+    num_known: int = field(default=100, metadata={"help": "Maximum number of known facts to measure forgetting on."})
+    min_loss: float = field(
+        default=2.0,
+        metadata={"help": "Minimum loss, in nats per token, of the answer to a fact that counts as unknown."},
+    )
+    steps: int = field(default=64, metadata={"help": "Number of training steps."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per step."})
+    measurements: int = field(default=4, metadata={"help": "Number of measurements of a run, at growing distances."})
+    eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences per text, of 256 tokens each."})
+    background_blocks: int = field(default=96, metadata={"help": "Sequences per background text, of 256 tokens each."})
+    seeds: int = field(
+        default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
+    )
+    full_precision: bool = field(default=False, metadata={"help": "Compute in float32 instead of bfloat16 autocast."})
+    graft_layers: list[int] = field(default_factory=lambda: [3, 7, 11], metadata={"help": "Layers that get a graft."})
+    num_experts: int = field(default=256**2, metadata={"help": "Number of experts of each graft."})
 
 
 @dataclass
@@ -69,12 +80,13 @@ class Study:
     What all runs share.
 
     Args:
-        args (`FactsArguments`)
-        folder (`Path`): Holds the model in `base` and its graft in `graft`.
-        tokenizer (`PreTrainedTokenizerBase`)
-        taught (`list[Sentence]`): Those that teach the new facts.
-        asked (`dict[str, list[Sentence]]`): `"new"` and `"known"`, other sentences of new facts and those of known ones.
-        texts (`dict[str, torch.Tensor]`): Held-out blocks of each text.
+        args (`FactsArguments`): Arguments of the study.
+        folder (`Path`): Folder with the base model in `base` and its graft in `graft`.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the base model.
+        taught (`list[Sentence]`): Sentences that teach the new facts.
+        asked (`dict[str, list[Sentence]]`):
+            Sentences that test facts: `"new"` ones, in other words than taught, and `"known"` ones.
+        texts (`dict[str, torch.Tensor]`): Held-out blocks of each text, of shape `(num_blocks, 256)`.
         background (`Dataset`): Blocks of general text.
     """
 
@@ -97,17 +109,20 @@ def choose_facts(
     facts: list[Fact], losses: torch.Tensor, matches: torch.Tensor, args: FactsArguments
 ) -> tuple[list[Fact], list[Fact]]:
     """
-    Facts that a model does not know and facts that it knows, by what it says of each.
+    Chooses facts that a model does not know, and facts that it knows.
 
     Args:
-        facts (`list[Fact]`)
-        losses (`torch.Tensor` of shape `(num_facts, num_sentences)`): From [`ask`], of sentences of each.
-        matches (`torch.Tensor` of that shape)
-        args (`FactsArguments`)
+        facts (`list[Fact]`): All facts.
+        losses (`torch.Tensor` of shape `(num_facts, num_sentences)`):
+            Losses of the sentences of each fact, from [`ask`].
+        matches (`torch.Tensor` of shape `(num_facts, num_sentences)`):
+            Matches of the sentences of each fact, from [`ask`].
+        args (`FactsArguments`): Arguments with `min_loss`, `num_new` and `num_known`.
 
     Returns:
-        `tuple(list[Fact])`: those of which no answer was said and each had at least `min_loss`, at most `num_new`, as
-        evenly over the relations as they allow; and those of which each was said, at most `num_known`.
+        `tuple(list[Fact])`: at most `num_new` facts of which no sentence was matched and each had a loss of at least
+        `min_loss`, spread over the relations as evenly as possible; and at most `num_known` facts of which every
+        sentence was matched.
     """
     is_new = ~matches.any(1) & (losses.min(1).values >= args.min_loss)
     is_known = matches.all(1)
@@ -126,7 +141,7 @@ def choose_facts(
 
 
 def load_study(args: FactsArguments, folder: Path) -> Study:
-    """Everything that runs share. Which facts are chosen is kept in `facts.json`."""
+    """Loads what all runs share. The choice of facts is saved in `facts.json`."""
     save_base(args.model_name_or_path, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     options = DataTrainingArguments()
@@ -155,7 +170,10 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
 
 @torch.no_grad()
 def measure(model: nn.Module, study: Study) -> dict[str, Any]:
-    """Loss and share of matches of new facts and known ones, and the loss of each text, in nats per token."""
+    """
+    Returns loss and share of matches of new and of known facts, and the loss of each text. Losses are in nats per
+    token.
+    """
     was_training = model.training
     model.eval()
     result: dict[str, Any] = {"texts": {}}

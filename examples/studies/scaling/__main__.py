@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Does PEER have a lower perplexity than a dense feed-forward, a mixture of experts and a product-key memory at equal compute?
-The paper's comparison and its ablations, at the size that a plan says.
+Compares the perplexity of PEER, a dense feed-forward, a mixture of experts and a product-key memory at equal compute:
+the comparison of the paper and its ablations, at the size that a plan gives.
 
-    python examples/scaling.py                       # configuration/scaling/two-cores.json, seven hours and more
-    python examples/scaling.py --plan PLAN.json      # other sizes, budgets, texts, variants
-    python examples/scaling.py --results examples/results/scaling.json      # goes on from these runs
+    ./run study scaling                       # the plan two-cores.json in examples/studies/scaling, more than seven
+    hours ./run study scaling --plan PLAN.json      # other sizes, budgets, texts and variants ./run study scaling
+    --results examples/studies/scaling/results.json    # reuses these runs
 
-Every model is trained by run_clm.py, in a process of its own. Killed at any point, the same command goes on. Every run is a
-file in `--output_dir`; what comes of them all is `scaling.json` there, with tables, pictures and model cards.
+run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
+file in --output_dir; `results.json` there sums them up, and tables, plots and model cards are made from it.
 """
 
 from dataclasses import dataclass, field
@@ -54,23 +54,23 @@ PLAN = Path(__file__).with_name("two-cores.json")
 
 @dataclass
 class ScalingArguments:
-    """Which plan, where, what of it there is already, and how many of its runs at once."""
+    """Which plan to run, where to save the results, which results to reuse, and how many runs to make at once."""
 
-    plan: str = field(default=str(PLAN), metadata={"help": "The plan, a JSON file."})
-    output_dir: str = field(default="runs/scaling", metadata={"help": "The folder for all that is saved."})
+    plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
+    output_dir: str = field(default="runs/scaling", metadata={"help": "Output folder."})
     results: str | None = field(
-        default=None, metadata={"help": "A results.json made elsewhere, whose runs are not made again."}
+        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
     )
     processes: int | None = field(
         default=None,
         metadata={
-            "help": "Runs at once: one on each accelerator, or two that share the cores of a CPU, if not given."
+            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
         },
     )
 
 
 def run_study(study: Study) -> Results:
-    """All that is trained and measured, or read: rates, sizes, seeds and ablations, equal wall-clock."""
+    """Makes or reads all runs: learning rates, sizes, seeds and ablations, and equal wall-clock time."""
     plan = study.plan
     rates = choose_rates(plan, study.make(rate_runs(plan), "Learning rates"))
     for budget in plan.budgets:
@@ -84,7 +84,7 @@ def run_study(study: Study) -> Results:
 
 
 def report(results: Results, folder: Path) -> None:
-    """Writes what came of the study: results, tables, pictures, model cards."""
+    """Writes results, tables, plots and model cards."""
     write_results(folder / "results.json", results)
     write_text(folder / "tables.md", describe(results))
     for name, plot in PLOTS.items():
@@ -106,7 +106,7 @@ def main():
             report(run_study(study), folder)
     except Timeout:
         raise SystemExit(
-            f"Another process is at work in {folder}: wait for it, or choose another --output_dir."
+            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
         ) from None
 
 

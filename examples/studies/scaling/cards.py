@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model cards of what the scaling study trained, made of its results alone."""
+"""Model cards of the models of the scaling study, made from its results alone."""
 
 from pathlib import Path
 from statistics import mean
@@ -38,8 +38,8 @@ PROMPT, NEW_TOKENS = "The function returns", 30
 
 def make_cards(results: Results) -> dict[str, ModelCard]:
     """
-    The card of each configuration that the study trained, by a name for its repository; sizes and rates that were not
-    chosen aside.
+    Makes the card of each configuration that the study trained, by a name for its repository. Sizes and learning rates
+    that were not chosen get no card.
     """
     runs = {}
     for budget in results.plan.budgets:
@@ -53,7 +53,7 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
 
 
 def _card(results: Results, run: Run, name: str) -> ModelCard:
-    """Its figures are means over seeds."""
+    """Makes the card of a run. Its figures are means over seeds."""
     losses = results.with_seeds(run)
     return make_card(
         f"USER/{name}",
@@ -71,13 +71,14 @@ def _describe(results: Results, run: Run) -> str:
     ablation = "" if run.ablation is None else f", {' '.join(run.ablation)}"
     training = {"learning_rate": run.learning_rate, **plan.training, **own_training(run, plan)}
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
+    deviation = "" if len(losses) == 1 else " (mean ± standard deviation over seeds)"
     return (
-        f"{label(run.variant)}{ablation}: trained from scratch by `examples/scaling.py` for {run.steps:,} steps of "
+        f"{label(run.variant)}{ablation}: trained from scratch by `./run study scaling` for {run.steps:,} steps of "
         f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {in_words(training)}. "
-        f"Text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it, the other evaluation "
-        "texts are from other sources. A research model, too small to state facts.\n\n"
-        f"Perplexities are means over {seeds}; their geometric mean over the evaluation texts is "
-        f"{spread(mean_perplexities(losses, plan))}."
+        f"Training text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it; the "
+        "other evaluation texts come from other sources. A research model, too small to state facts.\n\n"
+        f"Perplexities are means over {seeds}. Their geometric mean over the evaluation texts is "
+        f"{spread(mean_perplexities(losses, plan))}{deviation}."
     )
 
 
@@ -85,10 +86,10 @@ def _source(name: str) -> str:
     if name not in CORPORA:
         return name
     corpus = CORPORA[name]
-    return f"{name} ({corpus.registry} {corpus.package}, {corpus.licence})"
+    return f"{name} ({corpus.registry} {corpus.package}, {corpus.license})"
 
 
 def write_cards(results: Results, folder: Path) -> None:
-    """Writes the cards as files in a folder."""
+    """Writes the cards as files into a folder."""
     for name, card in make_cards(results).items():
         write_text(folder / f"{name}.md", str(card))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The pictures of the scaling study."""
+"""Plots of the scaling study."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,9 @@ def _color(results: Results, variant: str) -> str:
 
 
 def plot_sizes(results: Results, file: Path) -> None:
-    """IsoFLOP curves, a panel for each budget: held-out loss against FLOPs per token; and how far below dense."""
+    """
+    Plots IsoFLOP curves, one panel per budget: held-out loss against FLOPs per token; and the margins below dense.
+    """
     budgets = results.plan.budgets
     figure = Figure(figsize=(5 * len(budgets) + 5, 4.5), layout="constrained")
     *panels, margins = figure.subplots(1, len(budgets) + 1)
@@ -62,7 +64,10 @@ def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
 
 
 def _plot_margins(results: Results, axes: Axes) -> None:
-    """How far perplexity is below that of dense, of this study with the deviation over seeds and of the paper."""
+    """
+    Plots by how much perplexity is below dense: of this study, with the standard deviation over seeds, and of the
+    paper.
+    """
     variants = [variant for variant in results.plan.variants if variant != DENSE]
     groups = [(budget_name(budget), results.margins(budget)) for budget in results.plan.budgets]
     groups += [(f"paper, {budget}", found) for budget, found in paper_margins().items()]
@@ -78,13 +83,13 @@ def _plot_margins(results: Results, axes: Axes) -> None:
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
     )
-    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models, ± deviation over seeds")
+    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models, ± standard deviation over seeds")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
 
 
 def plot_seconds(results: Results, file: Path) -> None:
-    """Loss against seconds: while training at equal wall-clock, and of all sizes at the end."""
+    """Plots loss against seconds: during training at equal wall-clock time, and of all sizes at the end."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     curves, ends = figure.subplots(1, 2)
     for run in results.equal_seconds(results.plan.budgets[-1]):
@@ -93,7 +98,7 @@ def plot_seconds(results: Results, file: Path) -> None:
         name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
         curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
     curves.set_xscale("log")
-    curves.set_title("Training loss, schedules of equal seconds, one seed")
+    curves.set_title("Training loss at equal wall-clock time, one seed")
     for variant in (DENSE, PEER):
         runs = [
             run
@@ -105,30 +110,36 @@ def plot_seconds(results: Results, file: Path) -> None:
         ends.scatter(places, _corpus_losses(results, runs), color=_color(results, variant), label=label(variant))
         for run, place, loss in zip(runs, places, _corpus_losses(results, runs), strict=True):
             ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
-    ends.set_title("Held-out loss of every size and budget at its end, one seed")
+    ends.set_title("Held-out loss of every size and budget at the end, one seed")
     for axes in (curves, ends):
-        axes.set(xlabel="seconds, by measured steps", ylabel="loss, nats per token")
+        axes.set(xlabel="seconds, from measured step times", ylabel="loss, nats per token")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
 
 def plot_ablations(results: Results, file: Path) -> None:
-    """Perplexity against the number of experts, and of active ones, trained with and changed after training."""
+    """Plots perplexity against the number of experts and of active experts, in training and changed after training."""
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     pool, active = figure.subplots(1, 2)
     runs = norm_runs(results)
     for norm in dict.fromkeys(norm for norm, _ in runs):
         own = {num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm}
         _plot_means(results, pool, own, "o-", f"query norm {norm or 'none'}")
-    pool.set(xlabel="experts N, at fixed active ones", title="More experts, ± deviation over seeds")
+    pool.set(
+        xlabel="experts N, at a fixed number of active experts", title="More experts, ± standard deviation over seeds"
+    )
     trained = active_runs(results)
     _plot_means(
-        results, active, {h_k: results.with_seeds(run) for h_k, run in trained.items()}, "o-", "trained with them"
+        results,
+        active,
+        {h_k: results.with_seeds(run) for h_k, run in trained.items()},
+        "o-",
+        "trained with this number",
     )
     for name, points in _changed_after_training(results).items():
         _plot_means(results, active, points, "s--", f"{name} changed after training")
-    active.set(xlabel="active experts h·k", title="More active experts; without a bar, one seed")
+    active.set(xlabel="active experts h·k", title="More active experts; points without a bar are one seed")
     for axes in (pool, active):
         axes.set_xscale("log", base=2)
         axes.set_ylabel("perplexity, mean over evaluation texts")
@@ -138,14 +149,20 @@ def plot_ablations(results: Results, file: Path) -> None:
 
 
 def _plot_means(results: Results, axes: Axes, losses: dict[int, list[dict[str, float]]], fmt: str, name: str) -> None:
-    """Mean perplexity over seeds by the number of experts, with the deviation where there is more than one seed."""
+    """
+    Plots mean perplexity over seeds by the number of experts, with the standard deviation where there are several
+    seeds.
+    """
     found = {place: mean_perplexities(each, results.plan) for place, each in sorted(losses.items())}
     bars = [stdev(values) if len(values) > 1 else math.nan for values in found.values()]
     axes.errorbar(list(found), list(map(mean, found.values())), bars, fmt=fmt, capsize=2, label=name)
 
 
 def _changed_after_training(results: Results) -> dict[str, dict[int, list[dict[str, float]]]]:
-    """For h and for k, losses with each seed by active experts, where it alone was changed in the trained model."""
+    """
+    For k and for h: losses with each seed by the number of active experts, with only k or h changed in the trained
+    model.
+    """
     config = configuration_of(results.reference(), results.plan)
     found = {}
     for name, field in (("k", "num_experts_per_head"), ("h", "num_retrieval_heads")):
@@ -159,7 +176,7 @@ def _changed_after_training(results: Results) -> dict[str, dict[int, list[dict[s
 
 
 def plot_usage(results: Results, file: Path) -> None:
-    """How much weight experts get on held-out text, in histograms for numbers of experts and query norms."""
+    """Plots histograms of router weight per expert on held-out text, by query norm and number of experts."""
     runs = norm_runs(results)
     norms = list(dict.fromkeys(norm for norm, _ in runs))
     figure = Figure(figsize=(4.5 * len(norms), 4), layout="constrained")
@@ -170,7 +187,7 @@ def plot_usage(results: Results, file: Path) -> None:
             (usage,) = results.runs[run.name]["usage"].values()
             shares = [count / num_experts for count in usage["histogram"]]
             axes.stairs(shares, edges, label=f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused")
-        axes.set(xlabel="weight over the mean, powers of ten", title=f"query norm {norm or 'none'}, one seed")
+        axes.set(xlabel="log10 of router weight relative to the mean", title=f"query norm {norm or 'none'}, one seed")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("share of experts")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What comes of the scaling study: its tables, each beside what the paper reports."""
+"""Results of the scaling study: lookups, and tables beside those of the paper."""
 
 import json
 import math
@@ -53,7 +53,7 @@ LABELS = {
     "peer": "PEER",
 }
 
-# The paper's table 1: perplexity of compute-optimal models at two budgets.
+# Table 1 of the paper: perplexity of compute-optimal models at two budgets.
 PAPER_TEXTS = ("Curation", "Lambada", "Pile", "Wikitext", "C4")
 PAPER_PERPLEXITIES = {
     "6e18": {
@@ -70,7 +70,8 @@ PAPER_PERPLEXITIES = {
     },
 }
 
-# The paper's table 3, at rising N: perplexity on C4, usage in percent, unevenness; without and with BatchNorm.
+# Table 3 of the paper, in ascending order of N: perplexity on C4, usage in percent, unevenness; without and with
+# BatchNorm.
 PAPER_NUM_EXPERTS = ("16k", "65k", "262k", "1M")
 PAPER_USAGE = {
     None: ((23.47, 100, 0.45), (22.61, 100, 0.63), (21.54, 100, 0.97), (20.73, 99.8, 1.52)),
@@ -80,12 +81,12 @@ PAPER_USAGE = {
 
 class Results:
     """
-    What came of all runs, to look things up in.
+    Results of all runs, with lookups.
 
     Args:
-        plan (`Plan`)
-        runs (`dict[str, dict]`): Of each run's name what `scaling_run.py` wrote.
-        seconds (`dict`): What `Study.seconds` found.
+        plan (`Plan`): Plan of the study.
+        runs (`dict[str, dict]`): Results of studies/scaling/run.py by the names of runs.
+        seconds (`dict`): Step times from `Study.seconds`.
     """
 
     def __init__(self, plan: Plan, runs: dict[str, dict[str, Any]], seconds: dict[str, Any]):
@@ -95,74 +96,74 @@ class Results:
         self.rates = choose_rates(plan, runs)
 
     def optimal(self, budget: float) -> dict[str, Run]:
-        """Of each variant the run of the size with the lowest loss."""
+        """The compute-optimal run of each variant: that of the size with the lowest loss."""
         return choose_sizes(self.plan, self.rates, budget, self.runs)
 
     def reference(self) -> Run:
-        """The run that ablations are held against, with the first seed."""
+        """The run that ablations are compared with, with the first seed."""
         return reference_run(self.plan, self.rates)
 
     def ablations(self, *groups: str) -> list[Run]:
-        """The reference, and the runs of groups of ablations."""
+        """The reference run, and the runs of groups of ablations."""
         return [self.reference(), *(run for run in ablation_runs(self.plan, self.rates) if run.ablation[0] in groups)]
 
     def losses(self, run: Run) -> dict[str, float]:
-        """Of each text, of this run alone."""
+        """Loss of each text, of this run alone."""
         return self.runs[run.name]["losses"]
 
     def made(self, run: Run) -> list[dict[str, Any]]:
-        """What came of the run with each seed that it was made with."""
+        """Results of the run with each seed that it was made with."""
         return [self.runs[each.name] for each in with_seeds(run, self.plan) if each.name in self.runs]
 
     def with_seeds(self, run: Run) -> list[dict[str, float]]:
-        """Of each of these seeds, the loss of each text."""
+        """Loss of each text, for each of these seeds."""
         return [result["losses"] for result in self.made(run)]
 
     def margins(self, budget: float) -> dict[str, float]:
-        """By which share each variant's mean perplexity is below that of dense, compute-optimal both."""
+        """By which share the mean perplexity of each variant is below that of dense, both compute-optimal."""
         means = self._means(budget)
         return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
 
     def deviations(self, budget: float) -> dict[str, float]:
-        """How far these margins vary over seeds, those of the variant and those of dense."""
+        """Standard deviations of these margins over the seeds of the variant and of dense."""
         means = self._means(budget)
         dense = means.pop(DENSE)
         return {variant: _ratio_deviation(values, dense) for variant, values in means.items()}
 
     def _means(self, budget):
-        """Of each variant's compute-optimal model the mean perplexity with each seed."""
+        """Mean perplexity of the compute-optimal model of each variant, with each seed."""
         return {
             variant: mean_perplexities(self.with_seeds(run), self.plan)
             for variant, run in self.optimal(budget).items()
         }
 
     def step_seconds(self, run: Run) -> float:
-        """The median step of the run's model."""
+        """Median seconds of a training step of the model of a run."""
         return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
 
     def equal_seconds(self, budget: float) -> tuple[Run, Run]:
-        """The compute-optimal dense run, and the PEER run of the size that is so too, for as many seconds."""
+        """The compute-optimal dense run, and a run of the compute-optimal PEER size for the same number of seconds."""
         optimal = self.optimal(budget)
         return optimal[DENSE], run_of_seconds(optimal[PEER], optimal[DENSE], self.step_seconds)
 
 
 def perplexities(losses: list[dict[str, float]], text: str) -> list[float]:
-    """Of a text, with each seed."""
+    """Perplexity of a text, with each seed."""
     return [math.exp(each[text]) for each in losses]
 
 
 def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]:
-    """The geometric mean over the evaluation texts, with each seed."""
+    """Geometric mean of perplexity over the evaluation texts, with each seed."""
     return [math.exp(mean(each[name] for name in plan.evaluation_texts)) for each in losses]
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± deviation over seeds."""
+    """Mean ± standard deviation over seeds; of one seed, the value."""
     return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
 
 
 def _ratio_deviation(values, others):
-    """Of the ratio of two means, to first order; not a number where one is of one seed."""
+    """Standard deviation of the ratio of two means, to first order. NaN if one of them is of one seed."""
     if min(len(values), len(others)) == 1:
         return math.nan
     ratio = mean(values) / mean(others)
@@ -170,22 +171,23 @@ def _ratio_deviation(values, others):
 
 
 def below(values: list[float], others: list[float]) -> float:
-    """By which share the mean of the values is below that of the others."""
+    """By which share the mean of `values` is below that of `others`."""
     return 1 - mean(values) / mean(others)
 
 
 def below_cell(values: list[float], others: list[float]) -> str:
-    """The same, ± how far it varies over seeds."""
+    """The same as a cell of a table, with its standard deviation over seeds."""
     deviation = _ratio_deviation(values, others)
     return f"{below(values, others):.1%}" + ("" if math.isnan(deviation) else f" ± {deviation:.1%}")
 
 
 def label(variant: str) -> str:
+    """Label of a variant in tables and plots."""
     return LABELS.get(variant, variant)
 
 
 def table_of_perplexities(results: Results, budget: float) -> str:
-    """Perplexity of the compute-optimal models on the evaluation texts, as in the paper's table 1."""
+    """Table of perplexities of the compute-optimal models on the evaluation texts, as table 1 of the paper."""
     plan = results.plan
     texts = [*plan.evaluation_texts, CORPUS]
     rows = [[f"{budget_name(budget)} FLOPs", "size", "parameters, M", *texts, "geometric mean", "below dense"]]
@@ -207,19 +209,21 @@ def table_of_perplexities(results: Results, budget: float) -> str:
 
 
 def note_on_models(results: Results) -> str:
-    """How to read the tables of perplexities, and what of the training is a variant's own."""
+    """Note on how to read the tables of perplexities, and on how the training of variants differs."""
     plan = results.plan
     own = {variant: own_training(run, plan) for variant, run in results.optimal(plan.budgets[0]).items()}
     differ = "; ".join(f"{label(variant)} with {in_words(found)}" for variant, found in own.items() if found)
     return (
-        f"Means over {plan.seeds} seeds ± deviation, none of them the one that the size was chosen with; size is "
-        "`hidden_size`. All models are evaluated as they generate: where experts choose in training, tokens choose here. "
-        f"Trained alike, but {differ or 'for nothing'}."
+        f"Mean ± standard deviation over {plan.seeds} seeds, none of which is the seed that the size was chosen with; "
+        "size is `hidden_size`. All models are evaluated as they generate: by token choice, also where they were "
+        f"trained with expert choice. All are trained alike{f', except {differ}' if differ else ''}."
     )
 
 
 def own_training(run: Run, plan: Plan) -> dict[str, Any]:
-    """In what a run's training differs from the plan's: its optimizer, `TrainingArguments`, how its experts start."""
+    """
+    How the training of a run differs from that of the plan: optimizer, `TrainingArguments`, initialization of experts.
+    """
     fields, arguments = changed_fields(run, plan), training_arguments(run, plan)
     own = {"row_adamw": True} if fields.get("sparse_expert_gradients") else {}
     own |= {name: value for name, value in arguments.items() if plan.training.get(name) != value}
@@ -229,12 +233,12 @@ def own_training(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def in_words(values: dict[str, Any]) -> str:
-    """Names and values."""
+    """Names and values, in words."""
     return ", ".join(f"`{name}` {value}" for name, value in values.items())
 
 
 def paper_margins() -> dict[str, dict[str, float]]:
-    """At each of the paper's budgets, by which share a variant's mean perplexity is below that of dense."""
+    """By which share the mean perplexity of each variant is below that of dense, at each budget of the paper."""
     means = {
         budget: {variant: geometric_mean(values) for variant, values in found.items()}
         for budget, found in PAPER_PERPLEXITIES.items()
@@ -246,7 +250,7 @@ def paper_margins() -> dict[str, dict[str, float]]:
 
 
 def table_of_the_paper(budget: str) -> str:
-    """The same of the paper."""
+    """Table of perplexities at a budget of the paper."""
     rows = [[f"paper, {budget} FLOPs", *PAPER_TEXTS, "geometric mean", "below dense"]]
     margins = paper_margins()[budget]
     for variant, values in PAPER_PERPLEXITIES[budget].items():
@@ -256,7 +260,7 @@ def table_of_the_paper(budget: str) -> str:
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
-    """Held-out loss of every size at a budget, with the first seed: the isoFLOP curves."""
+    """Table of held-out losses of every size at a budget, with the first seed: the isoFLOP curves."""
     plan = results.plan
     rows = [[f"held-out loss at {budget_name(budget)} FLOPs", *(f"hidden_size {size}" for size in plan.sizes(budget))]]
     runs = size_runs(plan, results.rates, budget)
@@ -267,7 +271,7 @@ def table_of_sizes(results: Results, budget: float) -> str:
 
 
 def table_of_rates(results: Results) -> str:
-    """Held-out loss at each learning rate, of the size and budget that they are chosen at."""
+    """Table of held-out losses at each learning rate, at the size and budget at which rates are chosen."""
     plan = results.plan
     where = f"hidden_size {plan.reference_hidden_size}, {budget_name(plan.budgets[0])} FLOPs"
     rows = [[f"held-out loss, {where}", *(f"learning rate {rate:g}" for rate in plan.learning_rates)]]
@@ -277,13 +281,13 @@ def table_of_rates(results: Results) -> str:
 
 
 def _corpus_cells(results, runs, variant):
-    """Of a variant's runs the held-out losses, the lowest one bold."""
+    """Held-out losses of the runs of a variant, the lowest one in bold."""
     losses = [results.losses(run)[CORPUS] for run in runs if run.variant == variant]
     return [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
 
 
 def edges(results: Results) -> list[str]:
-    """What was best at the end of what was tried, so that there may be better beyond."""
+    """Optima at an end of the range that was tried, beyond which there may be better values."""
     plan = results.plan
     found = [
         f"{label(variant)} at a learning rate of {rate:g}"
@@ -300,7 +304,7 @@ def edges(results: Results) -> list[str]:
 
 
 def norm_runs(results: Results) -> dict[tuple[str | None, int], Run]:
-    """Runs that differ in nothing but the query norm and the number of experts, by these."""
+    """Runs that differ only in the query norm and the number of experts, by these two."""
     found = {}
     for run in results.ablations("num_experts", "query_norm"):
         config = configuration_of(run, results.plan)
@@ -309,7 +313,7 @@ def norm_runs(results: Results) -> dict[tuple[str | None, int], Run]:
 
 
 def table_of_experts(results: Results) -> str:
-    """The number of experts at fixed active ones, and query norms, as in the paper's table 3."""
+    """Table of numbers of experts at a fixed number of active ones, and of query norms, as table 3 of the paper."""
     rows = [["query norm", "N", *_COST_COLUMNS, "usage, %", "top-1 usage, %", "unevenness"]]
     for (norm, num_experts), run in norm_runs(results).items():
         usages = []
@@ -329,7 +333,7 @@ _COST_COLUMNS = ["MFLOPs per token", "parameters, M", CORPUS, "geometric mean"]
 
 
 def _cost_cells(results, run, losses):
-    """What a run's model costs, and its perplexity of these seeds."""
+    """Costs of the model of a run, and its perplexities over seeds."""
     costs = costs_of(run, results.plan)
     return [
         f"{costs.flops / 1e6:.2f}",
@@ -340,21 +344,25 @@ def _cost_cells(results, run, losses):
 
 
 def note_on_experts(results: Results) -> str:
-    """How to read the table of experts."""
+    """Note on how to read the table of experts."""
     plan = results.plan
     return (
-        f"Rows with ± are means over {plan.seeds} seeds, others are of one. {_same_text(results)} Usage is counted on "
-        f"{plan.eval_sequences * plan.block_size:,} tokens of the held-out corpus, or as many as there are."
+        f"Rows with ± give mean ± standard deviation over {plan.seeds} seeds, others one seed. {_same_text(results)} "
+        f"Usage is counted on {plan.eval_sequences * plan.block_size:,} tokens of the held-out corpus, or on all if "
+        "there are fewer."
     )
 
 
 def _same_text(results):
     reference = results.reference()
-    return f"All of hidden_size {reference.hidden_size}, {reference.steps:,} steps: the same text, not the same FLOPs."
+    return (
+        f"All models have hidden_size {reference.hidden_size} and {reference.steps:,} steps: equal text, not equal "
+        "FLOPs."
+    )
 
 
 def table_of_the_papers_experts() -> str:
-    """The same of the paper."""
+    """Table of numbers of experts and query norms of the paper."""
     rows = [["paper, query norm", "N", "C4", "usage, %", "unevenness"]]
     for norm, measures in PAPER_USAGE.items():
         for num_experts, (perplexity, usage, unevenness) in zip(PAPER_NUM_EXPERTS, measures, strict=True):
@@ -363,13 +371,13 @@ def table_of_the_papers_experts() -> str:
 
 
 def active_runs(results: Results) -> dict[int, Run]:
-    """Runs that differ in the number of active experts, by it."""
+    """Runs that differ only in the number of active experts, by this number."""
     runs = results.ablations("active")
     return dict(sorted((configuration_of(run, results.plan).num_experts_per_tok, run) for run in runs))
 
 
 def table_of_active_experts(results: Results) -> str:
-    """The number of active experts, trained with."""
+    """Table of numbers of active experts in training."""
     rows = [["h·k", "h", "k", *_COST_COLUMNS]]
     for active, run in active_runs(results).items():
         config = configuration_of(run, results.plan)
@@ -379,24 +387,27 @@ def table_of_active_experts(results: Results) -> str:
 
 
 def note_on_ablations(results: Results) -> str:
-    """What ablations have in common."""
-    return f"PEER itself is a mean over {results.plan.seeds} seeds ± deviation, others are of one seed. {_same_text(results)}"
+    """Note on seeds and steps of ablations."""
+    return (
+        f"PEER itself is given as mean ± standard deviation over {results.plan.seeds} seeds, others with one seed. "
+        f"{_same_text(results)}"
+    )
 
 
 def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
-    """Of the trained reference with fields changed, with each seed, the loss of each text."""
+    """Loss of each text, with each seed, of the trained reference model loaded with changed fields."""
     return [result["after_training"][change]["losses"] for result in results.made(results.reference())]
 
 
 def table_after_training(results: Results) -> str:
-    """What it does to the trained model to change h or k at load."""
+    """Table of the effect of changing h or k when the trained model is loaded."""
     reference = results.reference()
     config = configuration_of(reference, results.plan)
     trained = f"as trained, h = {config.num_retrieval_heads}, k = {config.num_experts_per_head}"
     changed = {trained: results.with_seeds(reference)}
     changed |= {change: losses_after_training(results, change) for change in results.plan.after_training}
     before = mean_perplexities(changed[trained], results.plan)
-    rows = [["without training again", CORPUS, "geometric mean", "rise"]]
+    rows = [["without retraining", CORPUS, "geometric mean", "rise"]]
     for name, losses in changed.items():
         means = mean_perplexities(losses, results.plan)
         rise = "" if name == trained else f"{-below(means, before):+.1%}"
@@ -405,7 +416,7 @@ def table_after_training(results: Results) -> str:
 
 
 def table_of_variations(results: Results) -> str:
-    """What the paper does not try."""
+    """Table of variations that the paper does not try."""
     rows = [["", *_COST_COLUMNS, "below PEER"]]
     before = mean_perplexities(results.with_seeds(results.reference()), results.plan)
     for run in results.ablations("variation"):
@@ -417,7 +428,7 @@ def table_of_variations(results: Results) -> str:
 
 
 def table_of_seconds(results: Results) -> str:
-    """Dense and PEER at equal wall-clock, each with the schedule of its own steps."""
+    """Table of dense and PEER at equal wall-clock time, each with the schedule of its own steps."""
     rows = [["", "size", "steps", "ms per step", "seconds", CORPUS, "geometric mean", "below dense"]]
     for budget in results.plan.budgets:
         runs = results.equal_seconds(budget)
@@ -441,20 +452,23 @@ def table_of_seconds(results: Results) -> str:
 
 
 def note_on_seconds(results: Results) -> str:
-    """How steps were timed, and where."""
+    """Note on how and where steps were timed."""
     measured = [results.seconds[str(size)] for size in results.plan.all_sizes]
     (repetitions,) = {len(times) for each in measured for times in each["seconds"].values()}
     machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
     return (
-        f"Times of a step are medians of {repetitions}, of dense and PEER in turns, of forward, backward and optimizer without "
-        f"reading data, on {'; '.join(sorted(machines))}, of models trained for {WARM_UPS} steps: tokens of new ones "
-        "have hardly an expert in common. Seconds are steps times these."
+        f"The time of a step is the median of {repetitions} steps, measured for dense and PEER in turns: forward, "
+        f"backward and optimizer, without reading data, on {'; '.join(sorted(machines))}. The models were trained for "
+        f"{WARM_UPS} steps before, because tokens of a new model share hardly any experts. Seconds are steps times "
+        "this time."
     )
 
 
 def table_of_expert_choice(results: Results) -> str:
-    """What experts' choice, in training mode, sees of later tokens. Empty where no variant's experts choose."""
-    rows = [["experts choose", "routed by token, as it generates", "as trained, sees later tokens"]]
+    """
+    Table of perplexities under expert choice, which sees later tokens in training mode. Empty without such a variant.
+    """
+    rows = [["expert choice in training", "evaluated by token choice", "as trained, sees later tokens"]]
     for budget in results.plan.budgets:
         for variant, run in results.optimal(budget).items():
             made = results.made(run)
@@ -466,7 +480,7 @@ def table_of_expert_choice(results: Results) -> str:
 
 
 def describe(results: Results) -> str:
-    """All tables, each of this study before the paper's, under headings."""
+    """All tables and notes under headings, those of this study before those of the paper."""
     budgets = results.plan.budgets
     beyond = "; ".join(edges(results)) or "none"
     tables = {
@@ -479,15 +493,15 @@ def describe(results: Results) -> str:
         "Sizes and learning rates": [
             *(table_of_sizes(results, budget) for budget in budgets),
             table_of_rates(results),
-            f"Best at the end of what was tried: {beyond}.",
+            f"Optima at an end of the range that was tried: {beyond}.",
         ],
-        "Equal wall-clock": [table_of_seconds(results), note_on_seconds(results)],
-        "More experts, and query norms": [
+        "Equal wall-clock time": [table_of_seconds(results), note_on_seconds(results)],
+        "Number of experts and query norms": [
             table_of_experts(results),
             table_of_the_papers_experts(),
             note_on_experts(results),
         ],
-        "More active experts": [
+        "Number of active experts": [
             table_of_active_experts(results),
             note_on_ablations(results),
             table_after_training(results),
@@ -500,13 +514,13 @@ def describe(results: Results) -> str:
 
 
 def write_results(file: Path, results: Results) -> None:
-    """Writes all there is to know, a run in each line."""
+    """Writes the results to a JSON file, with one line per run."""
     head = json.dumps({"plan": asdict(results.plan), "seconds": results.seconds}, indent=1).removesuffix("\n}")
     runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(results.runs.items()))
     write_text(file, f'{head},\n "runs": {{\n{runs}\n }}\n}}\n')
 
 
 def read_results(file: Path) -> Results:
-    """What [`write_results`] wrote."""
+    """Reads a file of [`write_results`]."""
     parts = read_json(file)
     return Results(Plan(**parts["plan"]), parts["runs"], parts["seconds"])

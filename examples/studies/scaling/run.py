@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes one run of the scaling study, in a process of its own: trains a model with run_clm.py, and measures what came of it.
+Makes one run of the scaling study, in a process of its own: trains a model with run_clm.py, and measures it.
 
-    python examples/scaling_run.py RUN.json
+    python -m studies.scaling.run RUN.json
 
-The file is written by scaling.py. What it holds under `run_clm` is kept beside it, RUN.run_clm.json: what run_clm.py takes
-as its only argument, to train the same model without the study.
+The study writes the file. Its entry `run_clm` is saved beside it as RUN.run_clm.json, which run_clm.py accepts as its
+only argument to train the same model without the study.
 """
 
 import hashlib
@@ -44,21 +44,21 @@ from studies.scaling.plan import CORPUS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Sequences of a forward in evaluation.
+# Sequences per forward in evaluation.
 EVAL_BATCH_SIZE = 16
 
-# Bins of a histogram of how much weight experts get, in powers of ten of the mean.
+# Lower end, upper end and number of bins of the histogram of router weight per expert, in powers of ten of the mean.
 USAGE_BINS = (-4.0, 3.0, 28)
 
 
 def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
     """
-    Loss of each text, in nats per token, without what a MoE adds to balance its experts.
+    Returns the loss of each text in nats per token, without the balance loss of a MoE.
 
     Args:
-        model (`PreTrainedModel`)
-        texts (`dict[str, torch.Tensor]`): Of each, tokens of shape `(num_sequences, block_size)`.
-        batch_size (`int`): Sequences of a forward.
+        model (`PreTrainedModel`): Model to evaluate, in the mode it is in.
+        texts (`dict[str, torch.Tensor]`): Tokens of each text, of shape `(num_sequences, block_size)`.
+        batch_size (`int`): Number of sequences per forward.
     """
     return {
         name: sum(_summed_loss(model, batch) for batch in text.split(batch_size)) / text[:, 1:].numel()
@@ -73,8 +73,8 @@ def _summed_loss(model, tokens):
 
 def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
     """
-    The losses of a MoE in training mode, with the batches of its training: where experts choose, they choose among all
-    tokens of a batch, later ones too.
+    Returns the losses of a MoE in training mode and with the batch size of its training. Under expert choice, experts
+    choose among all tokens of a batch, including later ones.
     """
     model.train()
     found = losses(model, texts, batch_size)
@@ -84,8 +84,9 @@ def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor], ba
 
 def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
     """
-    For each set of experts the measures of the paper's table 3 and a histogram of the weight that experts got: how many
-    experts got how much, by its decimal logarithm over the mean, and how many got none.
+    Returns, for each set of experts, the measures of the paper's table 3 and a histogram over experts of their router
+    weight, as the decimal logarithm of the weight relative to the mean; experts without any weight are counted as
+    `unused`.
     """
     first, *others = (measure_usage(model.model, input_ids=batch) for batch in tokens.split(EVAL_BATCH_SIZE))
     for other in others:
@@ -103,7 +104,10 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of run_clm.py, each field of the configuration by itself, without where files are and what machine this is."""
+    """
+    Arguments of run_clm.py that determine the result: without paths and machine, and with fields of the configuration
+    apart.
+    """
     apart = (
         "tokenizer_name",
         "train_file",
@@ -120,21 +124,22 @@ def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     """
-    Trains with the ordinary script, or goes on.
+    Trains a model with run_clm.py, or resumes its training.
 
     Args:
-        arguments (`dict`): What run_clm.py takes.
-        file (`Path`): Where they are kept.
+        arguments (`dict`): Arguments of run_clm.py.
+        file (`Path`): File in which the arguments are saved.
 
     Returns:
-        `dict`: its results and the training loss by step.
+        `dict`: the results of run_clm.py, and the training loss by step.
 
     Raises:
-        `ValueError`: if what is to go on was begun with others.
+        `ValueError`: if the training was started with other arguments.
     """
     if file.exists() and comparable(read_json(file)) != comparable(arguments):
         raise ValueError(
-            f"{arguments['output_dir']} was begun with other arguments, those in {file}: remove both to begin anew."
+            f"{arguments['output_dir']} was started with other arguments, which are in {file}: remove both to start "
+            "again."
         )
     write_json(file, arguments)
     sys.argv = [run_clm.__file__, str(file)]
@@ -148,7 +153,7 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def read_texts(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    """The held-out texts, on a device."""
+    """Reads the held-out texts of a study onto a device."""
     return {
         name: torch.tensor(load_from_disk(folder / name)["input_ids"], device=device)
         for name in read_json(folder / "texts.json")
@@ -156,17 +161,18 @@ def read_texts(folder: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def digests(texts: dict[str, torch.Tensor]) -> dict[str, str]:
-    """By which results tell whether they are of the same texts and tokenizer."""
+    """Digests of texts, which tell whether results come from the same texts and tokenizer."""
     return {name: hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def load(folder: Path, **fields: Any) -> PreTrainedModel:
+    """Loads a trained model with changed fields of its configuration, in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(folder, **fields).to(DEVICE).eval()
 
 
 @torch.no_grad()
 def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
-    """Held-out losses and expert usage of a trained model; `batch_size` is that of its training."""
+    """Returns held-out losses and expert usage of a trained model. `batch_size` is that of its training."""
     model = load(folder)
     with evaluation(model):
         result: dict[str, Any] = {"losses": losses(model, texts, EVAL_BATCH_SIZE)}
@@ -181,7 +187,7 @@ def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> di
 def measure_after_training(
     folder: Path, texts: dict[str, torch.Tensor], changes: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Held-out losses of a trained model with fields changed as it is loaded, and these fields."""
+    """Returns, for each change, its fields and the held-out losses of the trained model loaded with them."""
     return {
         name: {"fields": fields, "losses": losses(load(folder, **fields), texts, EVAL_BATCH_SIZE)}
         for name, fields in changes.items()
@@ -189,19 +195,19 @@ def measure_after_training(
 
 
 def changes_to_measure(result: dict[str, Any], planned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of the planned changes after training that the result of a run does not have."""
+    """The planned changes after training that the result of a run lacks."""
     measured = {name: each["fields"] for name, each in result["after_training"].items()}
     return {name: fields for name, fields in planned.items() if measured.get(name) != fields}
 
 
 def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Trains the model of a run and measures it."""
+    """Trains the model of a run, measures it, and returns the result."""
     arguments = work["run_clm"]
     folder = Path(arguments["output_dir"])
     trained = train(arguments, file.with_suffix(".run_clm.json"))
     texts = read_texts(Path(work["held_out"]), DEVICE)
     measured = measure(folder, texts, arguments["per_device_train_batch_size"])
-    # For the card that push_to_hub.py makes of the model, with these in place of what run_clm.py measured on another sample.
+    # push_to_hub.py makes the card of the model from these, in place of what run_clm.py measured on another sample.
     others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
     perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
     write_json(folder / "all_results.json", {**others, **perplexities})
@@ -213,7 +219,7 @@ def main():
     file = Path(sys.argv[1])
     work = read_json(file)
     result_file = Path(work["result_file"])
-    with FileLock(file.with_suffix(".lock")):  # a run that outlived its study, killed, is waited for
+    with FileLock(file.with_suffix(".lock")):  # wait for a run that outlived its killed study
         if not result_file.exists():
             write_json(result_file, make(work, file))
         result = read_json(result_file)

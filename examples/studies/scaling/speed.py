@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures how long a training step takes of models of the scaling study, side by side, in a process of its own, which like that
-of a run keeps its memory.
+Measures the seconds of a training step of models of the scaling study, in a process of its own that, like that of a
+run, keeps the memory it frees.
 
-    python examples/scaling_speed.py MODELS.json
+    python -m studies.scaling.speed MODELS.json
 
-The file is written by scaling.py.
+The study writes the file.
 """
 
 import sys
@@ -37,22 +37,22 @@ from studies.common.study_folder import read_json, write_json
 from studies.scaling.plan import Plan, Run, configuration_of, training_arguments
 
 
-# The first steps are not those of a training: new models spread a text over experts by chance, trained ones repeat them.
+# New models spread tokens over experts at random; models that were trained for some steps reuse the same experts more.
 WARM_UPS, REPETITIONS = 200, 100
 
 
 def step_seconds(runs: list[Run], plan: Plan, text: torch.Tensor) -> dict[str, list[float]]:
     """
-    Seconds of training steps, in turns: forwards, backwards, and the optimizer that trains it in the study, on all cores or
-    one accelerator.
+    Measures the seconds of training steps of several models in turns, on all cores or on one accelerator. A step
+    consists of forward, backward and the optimizer that the study uses for the model.
 
     Args:
-        runs (`list[Run]`): Models of one size, of different variants.
-        plan (`Plan`)
-        text (`torch.Tensor` of shape `(num_sequences, block_size)`): What to train on: real text repeats experts.
+        runs (`list[Run]`): Runs of one size and of different variants.
+        plan (`Plan`): Plan of the study.
+        text (`torch.Tensor` of shape `(num_sequences, block_size)`): Text to train on. Real text reuses experts.
 
     Returns:
-        `dict[str, list[float]]`: of each variant all repetitions after `WARM_UPS` steps.
+        `dict[str, list[float]]`: seconds of all repetitions after `WARM_UPS` steps, by variant.
     """
     steps = {run.variant: _training_step(run, plan, text) for run in runs}
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The folder of a scaling study: its texts, and what came of its runs, several of which are made at once."""
+"""The folder of a scaling study: its texts, its runs, several of which are made at once, and their results."""
 
 import json
 import os
@@ -51,40 +51,41 @@ from studies.scaling.report import Results
 from studies.scaling.run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
 
 
-# For the C library: a step's logits, freed, are kept for the next step instead of being asked of the system anew, page by page,
-# which takes a quarter of the time of a small model's step.
+# Makes the C library keep freed memory, such as the logits of a step, for the next step. Otherwise it is returned to
+# the system and mapped again page by page, which takes a quarter of the time of a step of a small model.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
-# What all runs have in common; the rest is checked run by run: lists of sizes, budgets or ablations may grow.
+# Parts of the plan that all runs share. The rest is checked for each run: lists of sizes, budgets and ablations may
+# grow.
 COMMON = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
 
-# Of a run: points of its training loss, and how often it is saved.
+# Per run: points of its training loss, and checkpoints.
 LOGS, CHECKPOINTS = 40, 4
 
 
 class Study:
     """
-    A folder with the texts, the tokenizer, and what came of each run.
+    A folder with the texts, the tokenizer and the result of each run.
 
     Args:
-        plan (`Plan`)
-        folder (`Path`)
-        processes (`int`): Runs at once.
-        made_elsewhere (`Results`, *optional*): Runs and step times to take over where they have not been begun here.
+        plan (`Plan`): Plan of the study.
+        folder (`Path`): Folder of the study.
+        processes (`int`): Number of runs at once.
+        made_elsewhere (`Results`, *optional*): Runs and step times to reuse where they have not been started here.
 
     Raises:
-        `ValueError`: if those are, or what is in the folder is, of a study that differs in `COMMON`.
+        `ValueError`: if the folder or the reused results belong to a study that differs in `COMMON`.
     """
 
     def __init__(self, plan: Plan, folder: Path, processes: int, made_elsewhere: Results | None = None):
         self.plan = plan
         self.folder = folder
         self.processes = processes
-        self.asked: set[str] = set()  # names of runs
+        self.asked: set[str] = set()  # names of all runs that were asked for
         common = {name: getattr(plan, name) for name in COMMON}
         for name, expected in common.items() if made_elsewhere is not None else ():
             if (found := getattr(made_elsewhere.plan, name)) != expected:
-                raise ValueError(f"The results are of a study whose `{name}` was {found}, got {expected}.")
+                raise ValueError(f"The results belong to a study whose `{name}` was {found}, but got {expected}.")
         claim_folder(folder, common)
         if made_elsewhere is not None:
             self._adopt(made_elsewhere)
@@ -94,13 +95,13 @@ class Study:
             file = self.folder / "results" / f"{name}.json"
             if not file.exists() and not (self.folder / "models" / name).exists():
                 write_json(file, result)
-        # Times are compared with each other: all of one machine, or none.
+        # Step times are compared with each other, so all of them must come from one machine.
         if not (self.folder / "seconds").exists() and results.seconds.keys() >= set(map(str, self.plan.all_sizes)):
             for size, measured in results.seconds.items():
                 write_json(self._seconds_file(size), measured)
 
     def prepare(self) -> None:
-        """Fetches the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
+        """Downloads the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
         if (self.folder / "held_out" / "texts.json").exists():
             return
         print("Reading the texts ...")
@@ -131,18 +132,19 @@ class Study:
         return blocks.shuffle(seed=0).select(range(min(self.plan.eval_sequences, len(blocks))))
 
     def result_file(self, run: Run) -> Path:
+        """The file with the result of a run."""
         return self.folder / "results" / f"{run.name}.json"
 
     def _work_file(self, run):
         return self.folder / "work" / f"{run.name}.json"
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """What came of all runs that were asked for, by their names."""
+        """The results of all runs that were asked for, by their names."""
         files = sorted((self.folder / "results").glob("*.json"))
         return {file.stem: read_json(file) for file in files if file.stem in self.asked}
 
     def seconds(self) -> dict[str, Any]:
-        """Of the two ends of the comparison at all sizes, seconds of a training step, see `step_seconds`; measured once."""
+        """Seconds of a training step of dense and PEER at all sizes, see `step_seconds`. They are measured once."""
         found = {}
         for hidden_size in self.plan.all_sizes:
             runs = [Run(variant, hidden_size, 1, self.plan.learning_rates[0]) for variant in (DENSE, PEER)]
@@ -172,12 +174,13 @@ class Study:
 
     def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
         """
-        Makes those of the runs that are not there yet, several at once, and returns the results of all asked for until now.
+        Makes the runs that have no result yet, several at once, and returns the results of all runs asked for so far.
 
         Raises:
-            `RuntimeError`: if one fails, after those under way are done.
-            `ValueError`: if one that is there is of a model with other fields, is to be measured again without its model, or
-                was trained on other texts.
+            `RuntimeError`: if a run fails, after the runs in progress have ended.
+            `ValueError`:
+                if an existing result belongs to a model with other fields, has to be measured again without its model,
+                or was trained on other texts.
         """
         runs = list(dict.fromkeys(runs))
         self.asked |= {run.name for run in runs}
@@ -185,7 +188,7 @@ class Study:
             self._check(run)
         missing = [run for run in runs if not self._is_whole(run)]
         for run in set(runs).difference(missing):
-            self._remove_checkpoints(run)  # of a study that was killed before it did
+            self._remove_checkpoints(run)  # a killed study leaves them behind
         if missing:
             self.prepare()
             self._check_texts()
@@ -205,7 +208,7 @@ class Study:
         return self.results()
 
     def _check(self, run):
-        """Raises `ValueError` if there is a result of the run's name that is of another model, or trained in another way."""
+        """Raises `ValueError` if the existing result of a run belongs to another model or another training."""
         file = self.result_file(run)
         if not file.exists():
             return
@@ -215,29 +218,33 @@ class Study:
             raise ValueError(
                 f"{file} was made with other arguments: "
                 + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
-                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)} and go on without "
+                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)} and resume without "
                 "--results, or choose another --output_dir."
             )
 
         if not self._is_whole(run) and not (self.folder / "models" / run.name).exists():
             raise ValueError(
-                f"{file} has not all that `after_training` asks for, and its model is not in {self.folder / 'models'}: remove "
-                "it and go on without --results to train the model again."
+                f"{file} lacks some of the changes in `after_training`, and its model is not in "
+                f"{self.folder / 'models'}: remove the file and resume without --results to train the model again."
             )
 
     def _check_texts(self):
-        """Raises `ValueError` if the texts of results differ: their packages may come in another version one day."""
-        here = digests(read_texts(self.folder / "held_out", "cpu"))  # accelerators are the runs'
-        first = {text: (str(self.folder), digest) for text, digest in here.items()}  # who has it, and what of it
+        """
+        Raises `ValueError` if results come from different texts: a package may have been released in another version.
+        """
+        here = digests(read_texts(self.folder / "held_out", "cpu"))  # accelerators are left to the runs
+        first = {
+            text: (str(self.folder), digest) for text, digest in here.items()
+        }  # where a text was seen first, and its digest
         for file in sorted((self.folder / "results").glob("*.json")):
             result = read_json(file)
-            found = {"the training text, its sequences": result["all_results"]["train_samples"]}
+            found = {"the number of training sequences": result["all_results"]["train_samples"]}
             for text, value in (found | result.get("texts", {})).items():
                 other, expected = first.setdefault(text, (file.stem, value))
                 if value != expected:
                     raise ValueError(
-                        f"The texts are no longer the same: of {text}, {other} has {expected}, {file.stem} {value}. Choose "
-                        "another --output_dir and make all runs anew."
+                        f"The texts are no longer the same: for {text}, {other} has {expected}, but {file.stem} has "
+                        f"{value}. Choose another --output_dir and make all runs again."
                     )
 
     def _is_whole(self, run):
@@ -245,7 +252,7 @@ class Study:
         return file.exists() and not changes_to_measure(read_json(file), self._changes(run))
 
     def _changes(self, run):
-        """What is changed in its model after training."""
+        """The changes to measure in the model of a run after its training."""
         reference = reference_run(self.plan, {PEER: run.learning_rate})
         return self.plan.after_training if run in with_seeds(reference, self.plan) else {}
 
@@ -260,16 +267,16 @@ class Study:
         finally:
             devices.put(device)
         if status:
-            raise RuntimeError(f"{run.name} failed with {status}: see {file.with_suffix('.log')}.")
+            raise RuntimeError(f"{run.name} failed with exit code {status}: see {file.with_suffix('.log')}.")
         self._remove_checkpoints(run)
 
     def _remove_checkpoints(self, run):
-        """Those that training goes on from; the trained model stays."""
+        """Removes the checkpoints of a finished run. The trained model is kept."""
         for checkpoint in (self.folder / "models" / run.name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
     def _environment(self, device):
-        """Of a run that is alone on an accelerator, or on its share of the cores."""
+        """The environment of a run, which gets one accelerator or its share of the cores to itself."""
         environment = module_environment() | {"TOKENIZERS_PARALLELISM": "false"}
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -299,7 +306,7 @@ class Study:
         }
 
     def _arguments(self, run):
-        """What run_clm.py takes."""
+        """The arguments of run_clm.py for a run."""
         fields = changed_fields(run, self.plan)
         return {
             "config_name": base_configuration(run, self.plan),

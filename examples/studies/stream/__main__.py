@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Does a model that learns one text after another keep what it knew? A small PEER model and its dense twin learn four texts in
-a row, in eight ways; what each learned and forgot is compared at equal learning.
+Measures continual learning of a stream of texts: a small PEER model and its dense twin learn four texts one after the
+other, in eight ways, and forgetting is compared at equal learning.
 
-    python examples/lifelong_stream.py
+    ./run study stream
 
-Both are pre-trained here on technical documentation. Killed at any point, the same command goes on. Every run is a file in
-`--output_dir`; what comes of them all is `results.json` and `results.png` there.
+Both models are pre-trained first, on technical documentation. Killed at any point, the same command resumes. Each run
+is a file in --output_dir; `results.json` and `results.png` there sum them up.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ from studies.common.arms import named_arms, run_all
 from studies.common.corpora import load_corpus
 from studies.common.study_folder import claim_folder, saved_run, write_json
 from studies.stream.arms import ARMS, Arm, Stage
-from studies.stream.report import choose_settings, describe, describe_shares, plot, summarize
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, summarize
 
 
 FEED_FORWARDS = {"peer": ["dense", "dense", "peer", "peer"], "dense": ["dense"] * 4}
@@ -52,28 +52,32 @@ FEED_FORWARDS = {"peer": ["dense", "dense", "peer", "peer"], "dense": ["dense"] 
 
 @dataclass
 class StreamArguments:
-    """Which texts in which order, and for how long."""
+    """Which texts are learned, in which order, and for how long."""
 
-    output_dir: str = field(default="runs/lifelong_stream", metadata={"help": "The folder for all that is saved."})
+    output_dir: str = field(default="runs/stream", metadata={"help": "Output folder."})
     pretraining_texts: list[str] = field(
         default_factory=lambda: ["python-docs", "linux-docs"],
-        metadata={"help": "Texts to pre-train on, by their names in corpora.py or ids of the Hub."},
+        metadata={"help": "Texts to pre-train on, by their names in studies/common/corpora.py or ids of the Hub."},
     )
     stream: list[str] = field(
         default_factory=lambda: ["handbook-german", "perl-docs", "prose", "brown"],
-        metadata={"help": "Texts to learn after that, in this order."},
+        metadata={"help": "Texts to learn after the pre-training, in this order."},
     )
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Which of the arms to run."})
-    pretraining_steps: int = field(default=1500, metadata={"help": "Steps of the pre-training, of 4,096 tokens."})
-    stage_steps: int = field(default=100, metadata={"help": "Steps on each text of the stream, of 2,048 tokens."})
-    block_size: int = field(default=256, metadata={"help": "Tokens of a sequence."})
-    eval_sequences: int = field(default=40, metadata={"help": "Held-out sequences of each text."})
-    seeds: int = field(default=3, metadata={"help": "Seeds at the best settings of each arm; one for all others."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
+    pretraining_steps: int = field(default=1500, metadata={"help": "Pre-training steps, of 4,096 tokens each."})
+    stage_steps: int = field(
+        default=100, metadata={"help": "Training steps on each text of the stream, of 2,048 tokens each."}
+    )
+    block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
+    eval_sequences: int = field(default=40, metadata={"help": "Held-out sequences per text."})
+    seeds: int = field(
+        default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
+    )
 
 
 @dataclass
 class Texts:
-    """The texts of the study in blocks, the pre-training's first."""
+    """The texts of the study in blocks of tokens; the first text is that of the pre-training."""
 
     names: list[str]
     train: list[Dataset]
@@ -81,7 +85,7 @@ class Texts:
 
 
 def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Texts]:
-    """All texts, and the tokenizer of the pre-training's."""
+    """Loads all texts, and trains the tokenizer on the text of the pre-training."""
     parts = [load_corpus(name) for name in args.pretraining_texts]
     base = DatasetDict({split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]})
     if not (folder / "tokenizer").exists():
@@ -102,7 +106,7 @@ def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Text
 
 
 def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: Texts, folder: Path) -> None:
-    """Trains the PEER model or its dense twin, or goes on with it."""
+    """Pre-trains the PEER model or its dense twin, once. An interrupted pre-training is resumed."""
     if (folder / name / "config.json").exists():
         return
     config = AutoConfig.from_pretrained(configuration_path("peer-tiny"))
@@ -140,7 +144,7 @@ def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: 
 
 @torch.no_grad()
 def losses(model: nn.Module, texts: Texts) -> list[float]:
-    """Held-out loss of each text, in nats per token."""
+    """Returns the held-out loss of each text, in nats per token."""
     model.eval()
     return [
         sum(model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in held_out.split(16))
@@ -149,18 +153,22 @@ def losses(model: nn.Module, texts: Texts) -> list[float]:
     ]
 
 
-def run(name: str, settings: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path) -> dict:
-    """Takes a model through the stream in one way, or reads what came of it before."""
-    label = {"arm": name, "settings": settings, "seed": seed}
+def run(
+    name: str, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+) -> dict:
+    """Runs one arm through the stream, or reads the result of an earlier run."""
+    label = {"arm": name, "settings": hyperparameters, "seed": seed}
     return saved_run(
-        folder / "stages", label, lambda: take_through_stream(ARMS[name], settings, seed, args, texts, folder)
+        folder / "stages", label, lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder)
     )
 
 
 def take_through_stream(
-    arm: Arm, settings: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+    arm: Arm, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
 ) -> dict:
-    """The `losses` of all texts before and after each stage, and those with added experts `masked`."""
+    """
+    Returns the `losses` of all texts before and after each stage, and the losses with the added experts `masked`.
+    """
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)
     result: dict[str, list] = {"losses": [losses(model, texts)], "masked": []}
@@ -175,7 +183,7 @@ def take_through_stream(
             seed,
             memory,
         )
-        model = arm.learn(model, stage, settings)
+        model = arm.learn(model, stage, hyperparameters)
         result["losses"].append(losses(model, texts))
         if getattr(model.config, "expert_additions", None):
             with masked_experts(model):
@@ -195,7 +203,9 @@ def main():
     for name in dict.fromkeys(arm.base for arm in arms.values()):
         print(f"Pre-training the {name} model ...")
         pretrain(name, args, tokenizer, texts, folder)
-    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_settings)
+    runs, level, chosen = run_all(
+        arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_hyperparameters
+    )
     summary = summarize(runs, texts.names, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")

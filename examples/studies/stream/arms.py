@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The arms of the lifelong-learning studies: ways to teach a trained model a new text, stage by stage.
+The arms of the study of streams: ways to teach a trained model a new text, stage by stage.
 
-An arm is a function `(model, stage, settings) -> model`. What it needs from stage to stage it keeps on `stage.memory`.
+An arm is a function `(model, stage, hyperparameters) -> model`. State that it needs in later stages is kept in
+`stage.memory`.
 """
 
 from collections.abc import Callable
@@ -40,22 +41,22 @@ REPLAYED_SHARE = 0.05
 
 REFERENCE_SEQUENCES, BACKGROUND_SEQUENCES = 128, 256
 
-ADDED_SIDE, ADDED_ROWS = 64, 16  # 4,096 protected experts, or some 4,400 of 16 more rows and columns of the key grid
+ADDED_SIDE, ADDED_ROWS = 64, 16  # 4,096 protected experts; or about 4,400, as 16 more rows and columns of the key grid
 
 
 @dataclass
 class Stage:
     """
-    A text to be learned.
+    One text to learn.
 
     Args:
-        blocks (`Dataset`): Its sequences, shuffled.
-        earlier (`list[Dataset]`): Those of all texts before it, the first that of the pre-training.
-        steps (`int`): Training steps.
-        batch_size (`int`): Sequences of a step.
-        folder (`Path`): For what a `Trainer` writes.
-        seed (`int`)
-        memory (`dict`): What an arm keeps from stage to stage.
+        blocks (`Dataset`): Sequences of the text, shuffled.
+        earlier (`list[Dataset]`): Sequences of each earlier text; the first is that of the pre-training.
+        steps (`int`): Number of training steps.
+        batch_size (`int`): Number of sequences per step.
+        folder (`Path`): Output folder of the `Trainer`.
+        seed (`int`): Seed of the training.
+        memory (`dict`): State that an arm keeps from stage to stage.
     """
 
     blocks: Dataset
@@ -67,11 +68,11 @@ class Stage:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def sequences(self, dataset: Dataset, number: int) -> Dataset:
-        """As many sequences of a text, at most."""
+        """The first sequences of a text, at most `number`."""
         return dataset.select(range(min(number, len(dataset))))
 
     def reference(self, number: int) -> Dataset:
-        """As many sequences of all earlier texts, equally many of each."""
+        """At most `number` sequences of all earlier texts, the same number of each."""
         return concatenate_datasets([self.sequences(each, number // len(self.earlier)) for each in self.earlier])
 
 
@@ -82,7 +83,7 @@ def train_stage(
     blocks: Dataset | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
-    """Trains what of a model requires a gradient on a stage, or on other sequences in their place."""
+    """Trains the parameters that require a gradient on the text of a stage, or on `blocks` in its place."""
     train(
         model,
         blocks or stage.blocks,
@@ -95,33 +96,35 @@ def train_stage(
     )
 
 
-def full_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """Everything is trained."""
-    train_stage(model, stage, settings["learning_rate"])
+def full_finetuning(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """Trains all parameters."""
+    train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
 
-def replay(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """Everything is trained, and one in twenty sequences is of an earlier text."""
+def replay(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """Trains all parameters; one in twenty sequences comes from an earlier text."""
     needed = stage.steps * stage.batch_size
     old = stage.reference(round(REPLAYED_SHARE * needed))
     new = stage.sequences(stage.blocks, needed - len(old))
-    train_stage(model, stage, settings["learning_rate"], concatenate_datasets([new, old]).shuffle(seed=stage.seed))
+    train_stage(
+        model, stage, hyperparameters["learning_rate"], concatenate_datasets([new, old]).shuffle(seed=stage.seed)
+    )
     return model
 
 
-def experts_only(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """All rows of u and v are trained, and nothing else."""
+def experts_only(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """Trains the expert tables, all rows of u and v, and nothing else."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, ExpertTable):
             module.weight.requires_grad_(True)
-    train_stage(model, stage, settings["learning_rate"])
+    train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
 
-def lora(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> nn.Module:
-    """An adapter of rank 16 on all linear layers, one through all stages."""
+def lora(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> nn.Module:
+    """Trains an adapter of rank 16 on all linear layers, the same one in all stages."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if not isinstance(model, PeftModel):
@@ -129,12 +132,14 @@ def lora(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> nn
             name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
         ]
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
-    train_stage(model, stage, settings["learning_rate"])
+    train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
 
-def sparse_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """Of each layer the t experts move, v alone or u too, that a step uses most and earlier texts least."""
+def sparse_finetuning(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """
+    Trains, in each layer, the t experts that a step uses most and earlier texts use least: their v alone, or u too.
+    """
     measured = stage.earlier[stage.memory.get("num_texts", 0) :]
     for text in measured:
         background = ExpertBackground.measure(
@@ -144,44 +149,46 @@ def sparse_finetuning(model: PreTrainedModel, stage: Stage, settings: dict[str, 
             background.update(stage.memory["background"])
         stage.memory["background"] = background
     stage.memory["num_texts"] = len(stage.earlier)
-    tables = ("down_proj", "up_proj")[: int(settings.get("num_tables", 2))]
+    tables = ("down_proj", "up_proj")[: int(hyperparameters.get("num_tables", 2))]
     callback = SparseFinetuningCallback(
-        model, stage.memory["background"], int(settings["num_trained_experts"]), tables
+        model, stage.memory["background"], int(hyperparameters["num_trained_experts"]), tables
     )
-    train_stage(model, stage, settings["learning_rate"], callbacks=[callback])
+    train_stage(model, stage, hyperparameters["learning_rate"], callbacks=[callback])
     return model
 
 
-def grown_protected(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """Each text gets experts of its own, in protected mode, and gates that know it from the earlier ones."""
+def grown_protected(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """Adds experts in protected mode for each text, with gates that distinguish it from the earlier texts."""
     add_experts(model, ADDED_SIDE**2)
     fit_gates(
         model,
         stage.sequences(stage.blocks, REFERENCE_SEQUENCES),
         stage.reference(REFERENCE_SEQUENCES),
-        reference_weight=settings["reference_weight"],
+        reference_weight=hyperparameters["reference_weight"],
         progress_bar=False,
     )
-    train_stage(model, stage, settings["learning_rate"])
+    train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
 
-def grown_open(model: PreTrainedModel, stage: Stage, settings: dict[str, float]) -> PreTrainedModel:
-    """The key grid gets larger for each text; old experts and keys are frozen."""
+def grown_open(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
+    """Enlarges the key grid for each text; old experts and keys are frozen."""
     side = round(model.config.num_experts**0.5) + ADDED_ROWS * len(model.config.expert_additions or ())
     add_experts(model, (side + ADDED_ROWS) ** 2 - side**2, mode="open")
-    train_stage(model, stage, settings["learning_rate"])
+    train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
 
 @dataclass(frozen=True)
 class Arm:
     """
+    One way to teach a trained model a new text.
+
     Args:
-        label (`str`): As plots call it.
-        learn (`Callable`): See the module's docstring.
-        sweep (`tuple[dict]`): The settings to try.
-        base (`str`, *optional*, defaults to `"peer"`): The model it starts from, `"peer"` or its `"dense"` twin.
+        label (`str`): Label in tables and plots.
+        learn (`Callable`): Function that teaches a stage to the model, see the docstring of this module.
+        sweep (`tuple[dict]`): Hyperparameters to try.
+        base (`str`, *optional*, defaults to `"peer"`): Model to start from, `"peer"` or its `"dense"` twin.
     """
 
     label: str

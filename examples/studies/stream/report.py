@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What comes of the lifelong-learning runs: measures, the comparison at equal learning, a table, a picture."""
+"""Results of the study of streams: measures, the comparison at equal learning, tables and plots."""
 
 import math
 from pathlib import Path
@@ -21,26 +21,28 @@ from typing import Any
 from matplotlib.figure import Figure, SubFigure
 
 from common.machine import machine
-from studies.common.tables import markdown_table, settings_cell, spread_cell
+from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
 from studies.stream.arms import ARMS
 
 
-# How far from the level of learning, as a share of it, a run may be to count as one at it.
+# Relative distance from the level of learning within which a run counts as being at that level.
 TOLERANCE = 0.05
 
 COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
 
 
 def learning_of(run: dict[str, Any]) -> float:
-    """How much lower each text's loss is right after it was learned than in the pre-trained model, in the mean, in nats."""
+    """
+    Mean over texts of how much lower the loss is right after learning the text than in the pre-trained model, in nats.
+    """
     losses = run["losses"]
     return mean(losses[0][i] - losses[i][i] for i in range(1, len(losses)))
 
 
 def measures(run: dict[str, Any]) -> dict[str, float]:
     """
-    Measures of a run, from `losses[i][j]`, the loss of text j after stage i, text and stage 0 those of the pre-training
-    (Lopez-Paz & Ranzato, arXiv 1706.08840, in losses for accuracies).
+    Computes the measures of a run from `losses[i][j]`, the loss of text j after stage i; text 0 and stage 0 are those
+    of the pre-training (Lopez-Paz & Ranzato, arXiv 1706.08840, with losses in place of accuracies).
     """
     losses = run["losses"]
     last = len(losses) - 1
@@ -58,11 +60,13 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
     return result
 
 
-def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
+def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
     """
-    The level of learning at which arms are compared, the most that every arm reached with some setting; and of each arm the
-    settings to reach just that with: of the families of settings that differ in the learning rate alone, the one that by its
-    runs would forget least there, at the rate between those of its runs that the level asks for.
+    Chooses the level of learning at which arms are compared, and the hyperparameters with which each arm reaches it.
+
+    The level is the highest that every arm reached with some hyperparameters. Runs of an arm whose hyperparameters
+    differ only in the learning rate form a family. The family that would forget least at the level is chosen, with the
+    learning rate, interpolated between its runs, that leads to the level.
     """
     of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
     level = min(max(map(learning_of, own)) for own in of_arm.values())
@@ -76,7 +80,10 @@ def choose_settings(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[s
 
 
 def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list[dict[str, Any]]]]:
-    """Runs whose settings differ in the learning rate alone, by rising rate, each family with its other settings."""
+    """
+    Families of runs that differ only in the learning rate, in ascending order of it, each after its other
+    hyperparameters.
+    """
     families: list[tuple[dict[str, float], list[dict[str, Any]]]] = []
     for run in sorted(runs, key=lambda run: run["settings"]["learning_rate"]):
         rest = {name: value for name, value in run["settings"].items() if name != "learning_rate"}
@@ -90,10 +97,12 @@ def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list
 
 def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float] | None:
     """
-    The learning rate with which a family of settings learns as much, and what it forgets then: those of the run nearest to
-    the level, if it is near enough. Else the rate's logarithm linearly in what was learned, from the two runs around the
-    level or nearest to it, to two digits; what is forgotten too, but below all runs from no learning and no forgetting. Rates
-    above the one that learns most are left out. `None` if none learned so much.
+    Returns the learning rate with which a family of runs reaches a level of learning, and its forgetting there.
+
+    If a run is within `TOLERANCE` of the level, both are those of the nearest run. Otherwise the logarithm of the rate
+    is interpolated linearly in what was learned, between the two runs around the level or nearest to it, and rounded
+    to two digits. Forgetting is interpolated in the same way; below all runs, from the point of no learning and no
+    forgetting. Rates above the one that learns most are left out. Returns `None` if no run learned as much.
     """
     most = max(range(len(family)), key=lambda i: learning_of(family[i]))
     points = sorted(
@@ -119,9 +128,9 @@ def summarize(
     chosen: dict[str, dict[str, float]],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """All figures of the study, with what they were made by."""
+    """Sums up all figures of the study, together with the runs and arguments that they come from."""
     summary: dict[str, Any] = {
-        "command": "python examples/lifelong_stream.py",
+        "command": "./run study stream",
         "seconds": sum(run["seconds"] for run in runs),
         "texts": names,
         "arguments": arguments,
@@ -130,10 +139,10 @@ def summarize(
         "arms": {},
         "runs": runs,
     }
-    for arm, settings in chosen.items():
-        found = [measures(run) for run in runs if run["arm"] == arm and run["settings"] == settings]
+    for arm, hyperparameters in chosen.items():
+        found = [measures(run) for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
         summary["arms"][arm] = {
-            "settings": settings,
+            "settings": hyperparameters,
             "seeds": len(found),
             "mean": {name: mean(each[name] for each in found) for name in found[0]},
             "deviation": {name: stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else {},
@@ -144,7 +153,7 @@ def summarize(
 COLUMNS = {
     "learning": "learning",
     "forgetting": "forgetting",
-    "forgetting_of_pretraining": "of pre-training",
+    "forgetting_of_pretraining": "forgetting of pre-training",
     "forgetting_of_pretraining_masked": "the same, masked",
     "forward_transfer": "forward transfer",
     "final_mean": "final mean",
@@ -152,19 +161,19 @@ COLUMNS = {
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The table of a study."""
-    rows = [["nats per token", *COLUMNS.values(), "settings"]]
+    """The table of all measures."""
+    rows = [["nats per token", *COLUMNS.values(), "hyperparameters"]]
     for arm, result in summary["arms"].items():
         cells = [_cell(result, name) for name in COLUMNS]
-        rows.append([ARMS[arm].label, *cells, settings_cell(result["settings"])])
+        rows.append([ARMS[arm].label, *cells, hyperparameters_cell(result["settings"])])
     return markdown_table(rows)
 
 
 def describe_shares(summary: dict[str, Any]) -> str:
-    """What each arm forgot, as a share of what full finetuning and LoRA forgot."""
+    """The table of forgetting, also as a share of the forgetting of full finetuning and of LoRA."""
     references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
     forgetting = {arm: result["mean"]["forgetting"] for arm, result in summary["arms"].items()}
-    rows = [["", "learning", "forgetting", *(f"of that of {ARMS[arm].label}" for arm in references)]]
+    rows = [["", "learning", "forgetting", *(f"relative to {ARMS[arm].label}" for arm in references)]]
     for arm, result in summary["arms"].items():
         shares = [f"{forgetting[arm] / forgetting[other]:.0%}" for other in references]
         rows.append([ARMS[arm].label, _cell(result, "learning"), _cell(result, "forgetting"), *shares])
@@ -177,8 +186,8 @@ def _cell(result, name):
 
 def plot(summary: dict[str, Any], file: Path) -> None:
     """
-    Learning against forgetting, a curve for each arm; the loss of the pre-training's text along the stream; and of each arm
-    the losses of all texts after each.
+    Plots learning against forgetting, one curve per family of runs; the loss of the text of the pre-training along the
+    stream; and, for each arm, the losses of all texts after each stage.
     """
     figure = Figure(figsize=(14, 8), layout="constrained")
     curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
@@ -209,7 +218,7 @@ def plot(summary: dict[str, Any], file: Path) -> None:
 
 
 def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
-    """Rows are stages, columns texts."""
+    """Plots one matrix of losses per arm: rows are stages, columns are texts."""
     low = min(loss for run in best.values() for row in run["losses"] for loss in row)
     high = max(loss for run in best.values() for row in run["losses"] for loss in row)
     figure.suptitle("Loss of each text (columns) after learning each (rows), seed 0")

@@ -30,7 +30,14 @@ from studies.facts import factbook
 from studies.facts import study as shared
 from studies.facts.arms import ARMS
 from studies.facts.factbook import RELATIONS, Fact, clean, country_name, find_answer, load_facts
-from studies.facts.report import choose_settings, curve_of, describe, forgetting_at, summarize, table_at_equal_learning
+from studies.facts.report import (
+    choose_hyperparameters,
+    curve_of,
+    describe,
+    forgetting_at,
+    summarize,
+    table_at_equal_learning,
+)
 from studies.facts.sentences import Sentence, ask, collate, make_sentence
 from studies.facts.study import FactsArguments, choose_facts
 
@@ -199,7 +206,9 @@ class TestAsking:
             assert_close(loss, torch.nn.functional.cross_entropy(logits, tokens[0, start:-1]))
 
     def test_matches_are_what_greedy_decoding_says(self, model, tokenizer):
-        """The answer is what is decoded, at each length: said, unless what is decoded next goes on with its last word."""
+        """
+        The answer is what is decoded, at each length: said, unless what is decoded next goes on with its last word.
+        """
         beginnings = [f"The capital of {name} is" for name in "ABCDEFGHIJ"]
         stop = tokenizer(".").input_ids
         sentences, expected = [], []
@@ -240,9 +249,9 @@ def point(new, text, known, matches):
 
 def make_run(arm, *points, seed=0, rate=1.0):
     first = point(5.0, 3.0, 1.0, 0.8)
-    settings = {"learning_rate": rate}
+    hyperparameters = {"learning_rate": rate}
     rest = {"seconds": 1.0, "without_adapter_as_before": None}
-    return {"arm": arm, "settings": settings, "seed": seed, "points": [first, *points], **rest}
+    return {"arm": arm, "settings": hyperparameters, "seed": seed, "points": [first, *points], **rest}
 
 
 class TestComparison:
@@ -265,7 +274,7 @@ class TestComparison:
             make_run("lora", point(4.0, 3.1, 1.0, 0.8), rate=4),
             make_run("lora", point(4.1, 3.0, 1.0, 0.8), rate=5),
         ]
-        level, chosen = choose_settings(runs)
+        level, chosen = choose_hyperparameters(runs)
         assert level == pytest.approx(0.95)  # a little less than LoRA's 1
         assert chosen == {"full": {"learning_rate": 2}, "lora": {"learning_rate": 4}}
 
@@ -312,9 +321,9 @@ def study_here(countries, model, tokenizer, tmp_path, monkeypatch):
     }
     train, made = facts_study.train_facts, []
 
-    def counted(model, study, settings, seed, callbacks):
-        made.append((settings, seed))
-        return train(model, study, settings, seed, callbacks)
+    def counted(model, study, hyperparameters, seed, callbacks):
+        made.append((hyperparameters, seed))
+        return train(model, study, hyperparameters, seed, callbacks)
 
     # Something to know: of a fact that is asked for, what is said.
     def told(model, tokenizer, sentences, *args):
@@ -359,9 +368,9 @@ class TestStudy:
     def test_sparse_arm_trains_rows_alone(self, study_here, tmp_path, monkeypatch):
         seen = {}
 
-        def train(model, study, settings, seed, callbacks):
+        def train(model, study, hyperparameters, seed, callbacks):
             seen["before"] = {name: weight.clone() for name, weight in model.named_parameters()}
-            points = train_facts(model, study, {**settings, "num_trained_experts": 3}, seed, callbacks)
+            points = train_facts(model, study, {**hyperparameters, "num_trained_experts": 3}, seed, callbacks)
             seen["model"], seen["trained"] = model, callbacks[0].num_trained_experts
             return points
 
@@ -381,7 +390,7 @@ class TestStudy:
 
 def test_committed_tables_are_those_of_the_raw_results():
     results = json.loads((FACTS / "results.json").read_text())
-    level, chosen = choose_settings([run for run in results["runs"] if run["seed"] == 0])
+    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
     labels = {arm: result["label"] for arm, result in results["arms"].items()}
     rebuilt = summarize(results["runs"], labels, level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]

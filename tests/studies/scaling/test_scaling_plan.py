@@ -86,16 +86,19 @@ class TestPlans:
 
 
 REFUSED = [
-    ({"variants": {"dense": {"configuration": "dense-tiny"}}}, "`variants` must have 'peer'"),
-    ({"ablations": {"depth": {}}}, r"`ablations` are of the groups \['num_experts', .*got 'depth'"),
-    ({"repeated_ablations": ["depth"]}, r"`repeated_ablations` are of the groups \['num_experts', .*got 'depth'"),
-    ({"evaluation_texts": []}, "`evaluation_texts` must name at least one"),
-    ({"hidden_sizes": [[32], [64]]}, "as many lists as `budgets`, 1, got 2"),
-    ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
-    ({"hidden_sizes": [[]]}, r"`hidden_sizes` must rise, with one at least, got \[\]"),
-    ({"hidden_sizes": [[64, 32]]}, r"`hidden_sizes` must rise, .*got \[64, 32\]"),
-    ({"budgets": [2e13, 6e12]}, "`budgets` must rise"),
-    ({"batch_size": 3}, "multiple of `gradient_accumulation_steps` = 2, got 3"),
+    ({"variants": {"dense": {"configuration": "dense-tiny"}}}, "`variants` must contain 'peer' and 'dense'"),
+    ({"ablations": {"depth": {}}}, r"groups in `ablations` must be some of \['num_experts', .*got 'depth'"),
+    (
+        {"repeated_ablations": ["depth"]},
+        r"groups in `repeated_ablations` must be some of \['num_experts', .*got 'depth'",
+    ),
+    ({"evaluation_texts": []}, "`evaluation_texts` must have at least one element"),
+    ({"hidden_sizes": [[32], [64]]}, "one list per budget, 1, but got 2"),
+    ({"seeds": 0}, "`seeds` must be at least 1, but got 0"),
+    ({"hidden_sizes": [[]]}, r"`hidden_sizes` must be non-empty and strictly ascending, but got \[\]"),
+    ({"hidden_sizes": [[64, 32]]}, r"`hidden_sizes` must be non-empty and strictly ascending, but got \[64, 32\]"),
+    ({"budgets": [2e13, 6e12]}, "`budgets` must be non-empty and strictly ascending"),
+    ({"batch_size": 3}, "multiple of `gradient_accumulation_steps` = 2, but got 3"),
 ]
 
 
@@ -106,7 +109,9 @@ class TestPlan:
             Plan(**(SMALL | fields))
 
     def test_refuses_a_budget_without_a_step(self):
-        with pytest.raises(ValueError, match="dense of hidden_size 64 must be trained for a step at least, got 0.00"):
+        with pytest.raises(
+            ValueError, match="dense of hidden_size 64 must be trained for at least one step, but got 0.00"
+        ):
             run_of_budget("dense", 64, 1e6, 1.0, PLAN)
 
     def test_widths_grow_with_the_hidden_size(self):
@@ -125,7 +130,7 @@ class TestPlan:
         )
 
     def test_refuses_a_size_that_heads_do_not_divide(self):
-        with pytest.raises(ValueError, match="multiples of the head size 16 of peer, got 100"):
+        with pytest.raises(ValueError, match="multiples of the head size 16 of peer, but got 100"):
             changed_fields(Run(PEER, 100, 1, 1.0), PLAN)
 
     def test_equal_seconds_are_those_of_the_steps(self):

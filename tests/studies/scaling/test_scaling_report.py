@@ -194,11 +194,14 @@ class TestReport:
 
     def test_what_differs_beside_the_layer_is_said(self, results):
         tables = describe(results)
-        own = "`row_adamw` True, `down_proj_lr_multiplier` 48, `expert_initializer_range` 0.1; PEER with `row_adamw` True"
-        assert f"Trained alike, but PKM with {own}, `expert_lr_multiplier` 0.25" in tables
-        assert tables.count("PEER itself is a mean over 3 seeds") == 2
+        own = (
+            "`row_adamw` True, `down_proj_lr_multiplier` 48, `expert_initializer_range` 0.1; PEER with `row_adamw` "
+            "True"
+        )
+        assert f"trained alike, except PKM with {own}, `expert_lr_multiplier` 0.25" in tables
+        assert tables.count("PEER itself is given as mean ± standard deviation over 3 seeds") == 2
         assert "counted on 65,536 tokens" in tables
-        assert "medians of 3, of dense and PEER in turns" in tables and "cores 2" in tables
+        assert "median of 3 steps, measured for dense and PEER in turns" in tables and "cores 2" in tables
 
     def test_experts_that_choose_have_their_routing_in_the_table(self, results):
         cells = table_of_expert_choice(results).split("\n")[2].split("|")

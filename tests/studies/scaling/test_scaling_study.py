@@ -115,7 +115,9 @@ class TestStudy:
             assert one[CORPUS] != other[CORPUS]
 
     def test_losses_are_those_of_the_saved_model(self, small_study):
-        """By the model's own loss, on each text, without what balances the experts of a MoE; also with h or k changed."""
+        """
+        By the model's own loss, on each text, without what balances the experts of a MoE; also with h or k changed.
+        """
         folder, _ = small_study
         results = read_results(folder / "results.json")
         texts = {
@@ -198,7 +200,9 @@ class TestStudy:
             assert bool(changes_to_measure(result, {"h = 1": fields})) == is_missing
 
     def test_a_run_goes_on_where_it_was_killed(self, small_study, tmp_path):
-        """After a checkpoint, and after the last one: it ends as one that was not killed, with the same arguments only."""
+        """
+        After a checkpoint, and after the last one: it ends as one that was not killed, with the same arguments only.
+        """
         folder, _ = small_study
         run = read_results(folder / "results.json").reference()
         expected = read_results(folder / "results.json").runs[run.name]
@@ -236,7 +240,7 @@ class TestStudy:
         )
         with pytest.raises(subprocess.CalledProcessError) as error:
             make()
-        assert b"was begun with other arguments" in error.value.stderr
+        assert b"was started with other arguments" in error.value.stderr
 
     def test_a_run_that_fails_is_named_and_its_log(self, small_study, monkeypatch):
         folder, main = small_study
@@ -247,7 +251,7 @@ class TestStudy:
         missing = [sys.executable, str(folder / "missing.py")]
         monkeypatch.setattr(scaling_study, "module_command", lambda *_: missing)
         try:
-            with pytest.raises(RuntimeError, match=re.escape(run.name) + r" failed with 2: see .*\.log"):
+            with pytest.raises(RuntimeError, match=re.escape(run.name) + r" failed with exit code 2: see .*\.log"):
                 main()
         finally:
             lost.write_bytes(kept)
@@ -256,7 +260,8 @@ class TestStudy:
         ("changed", "message"),
         [
             ({"block_size": 16}, "block_size was 32, got 16"),
-            # A variant that was redefined has results that are not its own: also by what was not there, and by its base.
+            # A variant that was redefined has results that are not its own: also by what was not there, and by its
+            # base.
             (
                 {"variants": SMALL["variants"] | {"peer": SMALL["variants"]["peer"] | {"expert_act": None}}},
                 "expert_act was absent, got None",
@@ -331,7 +336,7 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("change", "text"),
         [
-            (lambda made: made["all_results"].update(train_samples=7), "the training text"),
+            (lambda made: made["all_results"].update(train_samples=7), "the number of training sequences"),
             (lambda made: made["texts"].update(new="another"), "new"),
         ],
     )
@@ -347,7 +352,7 @@ class TestStudy:
         change(made)
         monkeypatch.setattr(study, "prepare", lambda: None)
         monkeypatch.setattr(study, "_make", lambda run, _: study.result_file(run).write_text(json.dumps(made)))
-        with pytest.raises(ValueError, match=f"no longer the same: of {text}"):
+        with pytest.raises(ValueError, match=f"no longer the same: for {text}"):
             study.make([run, *others], "")
 
     def test_refuses_results_on_other_texts_before_it_trains(self, small_study, tmp_path):
@@ -359,17 +364,17 @@ class TestStudy:
         shutil.copytree(folder / "held_out", tmp_path / "held_out")
         shutil.rmtree(tmp_path / "held_out" / "new")
         shutil.copytree(folder / "held_out" / CORPUS, tmp_path / "held_out" / "new")  # a package in another version
-        with pytest.raises(ValueError, match=f"no longer the same: of new, {tmp_path} has"):
+        with pytest.raises(ValueError, match=f"no longer the same: for new, {tmp_path} has"):
             study.make([run], "")
         assert not (tmp_path / "work").exists()
 
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"block_size": 16}, "a study whose `block_size` was 32, got 16"),
+            ({"block_size": 16}, "a study whose `block_size` was 32, but got 16"),
             (
                 {"after_training": {"never measured": {"num_experts_per_head": 1}}},  # by no test of the same study
-                "has not all that `after_training` asks for, and its model is not in",
+                "lacks some of the changes in `after_training`, and its model is not in",
             ),
         ],
     )

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The study of a stream of texts: what it makes of runs, that it goes on where it was killed, and where its texts come from."""
+"""
+The study of a stream of texts: what it makes of runs, that it goes on where it was killed, and where its texts come
+from.
+"""
 
 import json
 import math
@@ -25,7 +28,7 @@ from common.training import last_whole_checkpoint
 from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
 from studies.stream.arms import Arm
-from studies.stream.report import choose_settings, describe, describe_shares, measures, summarize
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, measures, summarize
 
 
 ROOT = Path(__file__).parents[3]
@@ -33,8 +36,15 @@ STREAM = ROOT / "examples" / "studies" / "stream"
 
 
 def run_of(arm, losses, seed=0, rate=1.0, masked=()):
-    settings = {"learning_rate": rate}
-    return {"arm": arm, "settings": settings, "seed": seed, "losses": losses, "masked": list(masked), "seconds": 1.0}
+    hyperparameters = {"learning_rate": rate}
+    return {
+        "arm": arm,
+        "settings": hyperparameters,
+        "seed": seed,
+        "losses": losses,
+        "masked": list(masked),
+        "seconds": 1.0,
+    }
 
 
 # Two texts after the pre-training: rows are stages, columns texts.
@@ -57,9 +67,9 @@ class TestReport:
         )
 
     def test_arms_are_compared_at_what_all_of_them_learned(self):
-        def swept(arm, rate, learned, forgotten, **settings):
+        def swept(arm, rate, learned, forgotten, **hyperparameters):
             run = run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
-            return {**run, "settings": {**run["settings"], **settings}}
+            return {**run, "settings": {**run["settings"], **hyperparameters}}
 
         runs = [
             swept("full", 1, 1.0, 0.1),
@@ -73,7 +83,7 @@ class TestReport:
             swept("sparse", 1, 1.0, 0.0, t=3),
             swept("sparse", 10, 3.0, 0.2, t=3),
         ]
-        level, chosen = choose_settings(runs)
+        level, chosen = choose_hyperparameters(runs)
         assert level == pytest.approx(2.0)
         assert chosen == {
             "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
@@ -81,19 +91,22 @@ class TestReport:
             "sparse": {"learning_rate": 3.2, "t": 3},
         }
         # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
-        assert choose_settings([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
+        assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
 
     def test_what_is_chosen_is_tried_and_chosen_again(self):
         """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
         made = []
 
-        def run(arm, settings, seed):
-            made.append((arm, settings["learning_rate"], seed))
-            learned = settings["learning_rate"] ** (0.5 if arm == "full" else 0.1)
-            return {**run_of(arm, [[3.0, 6.0], [3.5, 6.0 - learned]], rate=settings["learning_rate"]), "seed": seed}
+        def run(arm, hyperparameters, seed):
+            made.append((arm, hyperparameters["learning_rate"], seed))
+            learned = hyperparameters["learning_rate"] ** (0.5 if arm == "full" else 0.1)
+            return {
+                **run_of(arm, [[3.0, 6.0], [3.5, 6.0 - learned]], rate=hyperparameters["learning_rate"]),
+                "seed": seed,
+            }
 
         arms = {"full": Arm("", None, with_rates(0.1, 10.0)), "lora": Arm("", None, with_rates(1.0, 2.0))}
-        runs, level, chosen = run_all(arms, 2, run, choose_settings)
+        runs, level, chosen = run_all(arms, 2, run, choose_hyperparameters)
         assert level == pytest.approx(2**0.1)
         assert chosen["lora"] == {"learning_rate": 2.0}
         assert chosen["full"]["learning_rate"] ** 0.5 == pytest.approx(level, rel=0.05)
@@ -106,8 +119,8 @@ class TestReport:
             return {**run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 5.0]]), "seed": seed}
 
         runs = [learned("full", 0.3, 0), learned("full", 0.5, 1), learned("open", 0.05, 0), learned("open", 0.03, 1)]
-        settings = runs[0]["settings"]
-        summary = summarize(runs, ["a", "b"], 1.0, {"full": settings, "open": settings}, {})
+        hyperparameters = runs[0]["settings"]
+        summary = summarize(runs, ["a", "b"], 1.0, {"full": hyperparameters, "open": hyperparameters}, {})
         assert summary["arms"]["open"]["seeds"] == 2
         for table, cell in ((describe, "| learning_rate 1 |"), (describe_shares, "| 10% |")):
             (row,) = (" ".join(line.split()) for line in table(summary).split("\n") if "grown, open" in line)
@@ -204,7 +217,7 @@ class TestStudy:
 
 def test_committed_tables_are_those_of_the_raw_results():
     results = json.loads((STREAM / "results.json").read_text())
-    level, chosen = choose_settings([run for run in results["runs"] if run["seed"] == 0])
+    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
     rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == 3 for result in results["arms"].values())
