@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ..graft_layer import LAYER_FIELDS, PLACEMENTS, peer_config_of_host
-from .peft_releases import PEFT_TYPE_NAME, asking_for_peft, check_release
+from ..peft_releases import PEFT_TYPE_NAME, asking_for_peft, check_release
 
 
 with asking_for_peft():

@@ -32,11 +32,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from ..base_feed_forward import FeedForwardParts, recognize_feed_forward, weight_matrix
 from ..configuration_peer import PeerConfig
 from ..graft_layer import PeerGraft
 from ..initial_scale import router_weight_power
 from ..key_grid import expert_index, grid_size
-from .base_feed_forward import FeedForwardParts, recognize_feed_forward, weight_matrix
 
 
 # What scores start scaled with: a head's neurons get nearly equal weights.

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..base_feed_forward import FeedForwardParts, recognize_feed_forward
+from ..config import PeerGraftConfig
 from ..graft_layer import (
     LAYER_FIELDS,
     METHOD_NAME,
@@ -34,11 +36,9 @@ from ..graft_layer import (
     watch_decoder,
 )
 from ..graft_merged import check_mergeable, host_model_type, merge_grafts
-from .base_feed_forward import FeedForwardParts, recognize_feed_forward
-from .config import PeerGraftConfig
-from .initialization import computes, init_graft
-from .peft_releases import asking_for_peft
-from .registration import register_peer_graft
+from ..initialization import computes, init_graft
+from ..peft_releases import asking_for_peft
+from ..registration import register_peer_graft
 
 
 with asking_for_peft():

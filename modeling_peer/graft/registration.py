@@ -17,7 +17,7 @@ import importlib.metadata
 from typing import Any
 
 from ..graft_layer import METHOD_NAME, PREFIX
-from .peft_releases import PEFT_TYPE_NAME, TESTED_PEFT, check_registration, extend, shrink
+from ..peft_releases import PEFT_TYPE_NAME, TESTED_PEFT, check_registration, extend, shrink
 
 
 def register_peer_graft(config_class: type, model_class: type) -> None:
