@@ -29,7 +29,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
+from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
+from .library_releases import in_backward
 from .modeling_peer import padding_mask_of
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
@@ -176,8 +178,7 @@ class PeerGraft(PeerFeedForward):
         """
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
-        # Activation checkpointing runs a forward again in the backward pass, as part of a graph task.
-        recomputes = torch._C._current_graph_task_id() != -1
+        recomputes = in_backward()  # as activation checkpointing does
         learns = recomputes or self._learns()
         if learns and not recomputes:
             check_sparse_gradients(self)
@@ -300,9 +301,9 @@ def peer_config_of_base_model(
         fields: Fields of [`PeerConfig`].
 
     Raises:
-        `ValueError`: as [`PeerConfig`] does.
+        `ValueError`: as [`PeerConfig`] and [`PeerModel`] do.
     """
-    return PeerConfig(
+    config = PeerConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=1,
@@ -313,6 +314,8 @@ def peer_config_of_base_model(
         initializer_range=getattr(base_config, "initializer_range", None) or PeerConfig.initializer_range,
         **fields,
     )
+    check_expert_kernels(config.expert_kernels)
+    return config
 
 
 def base_activation(base_config: PreTrainedConfig) -> str | None:

@@ -15,6 +15,7 @@
 
 import pytest
 import torch
+from release_names import CACHE, enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
 
@@ -74,7 +75,7 @@ def test_a_forward_without_gradients_teaches_nothing():
 def test_a_frozen_norm_keeps_what_it_had_when_it_was_frozen():
     model, norm, before = model_and_norm()
     tokens = random_tokens(3, 8)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model(tokens, labels=tokens).loss.backward()  # the recomputation leaves moments behind
     after = statistics(norm).clone()
     assert not torch.equal(after, before)
@@ -92,8 +93,8 @@ def test_of_a_mask_of_past_and_present_the_present_counts():
     for masks in ({"attention_mask": mask}, {"attention_mask": mask, "padding_mask": mask[:, 6:]}):
         model, norm, _ = model_and_norm()
         with torch.no_grad():
-            cache = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
-        model(tokens[:, 6:], cache=cache, use_cache=True, **masks)
+            cache = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)[CACHE]
+        model(tokens[:, 6:], **{CACHE: cache}, use_cache=True, **masks)
         results.append(statistics(norm))
     assert torch.equal(*results)
 
