@@ -109,8 +109,9 @@ if is_peft_installed():
         importlib.import_module(".graft.model", __name__)
     except Exception as error:  # whatever is wrong with PEFT, PEER models do not need it
         warnings.warn(
-            "PEER grafts do not work: PEFT is installed, but they could not be made one of its methods, so adapters that are "
-            f"grafts can be neither made nor loaded. The rest of modeling_peer works. {type(error).__name__}: {error}",
+            "PEER grafts do not work: PEFT is installed, but they could not be made one of its methods, so adapters "
+            "that are grafts can be neither made nor loaded. The rest of modeling_peer works. "
+            f"{type(error).__name__}: {error}",
             stacklevel=2,
         )
 

@@ -75,5 +75,5 @@ def write_card(save_directory: str | Path, kind: str, auto_class: str) -> None:
 
 
 def is_written_card(text: str) -> bool:
-    """Whether the text of a README.md is that of [`write_card`], unchanged or not: nobody has put another in its place."""
+    """Whether a README.md is the one that [`write_card`] wrote, edited or not, by its text."""
     return _MARK in text

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A PEER layer beside or in place of a feed-forward of another model, its base model: the graft, the module that holds merged
-grafts, and what the base model's decoder tells them about its forward pass.
+A PEER layer beside or in place of a feed-forward of another model, its base model: the graft, the module that holds
+merged grafts, and what the base model's decoder tells them about its forward pass.
 """
 
 import functools
@@ -79,8 +79,8 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     names = [name for name in found if found[name]] or list(found)
     if len(names) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(names)} lists of `config.num_hidden_layers` = {num_layers} layers, {names}: a "
-            "graft needs a decoder of Transformers, with one."
+            f"{type(model).__name__} has {len(names)} lists of `config.num_hidden_layers` = {num_layers} layers, "
+            f"{names}: a graft needs a decoder of Transformers, with one."
         )
     return names[0], model.get_submodule(names[0].rpartition(".")[0])
 
@@ -89,9 +89,10 @@ class DecoderForward(threading.local):
     """
     What the grafts in a decoder read about the forward pass in which they run. Each thread has values of its own.
 
-    A base model is not ours: its layers hand a feed-forward nothing but hidden states, so neither the attention mask nor
-    whether the pass is trained can be an argument. Hooks of the decoder note both here, in one object that all its grafts
-    hold: no module is searched, and a graft that is wrapped or copied later reads the same. See [`watch_decoder`].
+    A base model is not ours: its layers hand a feed-forward nothing but hidden states, so neither the attention mask
+    nor whether the pass is trained can be an argument. Hooks of the decoder note both here, in one object that all its
+    grafts hold: no module is searched, and a graft that is wrapped or copied later reads the same. See
+    [`watch_decoder`].
 
     Args:
         decoder (`nn.Module`): The module whose forward pass it is.
@@ -100,9 +101,9 @@ class DecoderForward(threading.local):
         attention_mask (`torch.Tensor`, `dict` or `None`):
             The mask that the decoder was given. `None` if it was given none, or is not running on this thread.
         learns (`bool`, *optional*):
-            Whether a backward pass may follow: the decoder is in training mode and gradients are enabled. A layer cannot
-            tell by itself: reentrant activation checkpointing first runs it without gradients. `None` outside of a
-            forward pass.
+            Whether a backward pass may follow: the decoder is in training mode and gradients are enabled. A layer
+            cannot tell by itself: reentrant activation checkpointing first runs it without gradients. `None` outside
+            of a forward pass.
     """
 
     attention_mask: torch.Tensor | dict | None = None
@@ -135,8 +136,8 @@ class PeerGraft(PeerFeedForward):
     """
     A PEER layer in a base model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
 
-    With `has_biases` every expert has a bias of its neuron and of its gate: hidden states get a last feature that is one,
-    and up-projection vectors a last element that it is multiplied with. `output_bias` is added to the output.
+    With `has_biases` every expert has a bias of its neuron and of its gate: hidden states get a last feature that is
+    one, and up-projection vectors a last element that it is multiplied with. `output_bias` is added to the output.
 
     Args:
         config (`PeerConfig`):
@@ -205,8 +206,9 @@ class PeerGraft(PeerFeedForward):
 
     def _padding_mask(self, hidden_states, learns, recomputes):
         """
-        Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of the
-        graft's last forward: another batch may have come since, and only with its BatchNorm would the result differ.
+        Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of
+        the graft's last forward: another batch may have come since, and only with its BatchNorm would the result
+        differ.
         """
         attention_mask = None if self.decoder_forward is None else self.decoder_forward.attention_mask
         if isinstance(self.router.query_norm, QueryBatchNorm) and learns:
@@ -246,8 +248,8 @@ def _refuse_if_not_merged(module, prefix, keep_vars):
     if not module.is_merged:
         raise ValueError(
             f"The model has grafts at {prefix.removesuffix('.') or 'a feed-forward'} that its configuration does not "
-            "describe, so a checkpoint would not load with them: `merge_and_unload` of another method left them. Merge them "
-            "first, with `modeling_peer.graft_merged.merge_grafts(model)`."
+            "describe, so a checkpoint would not load with them: `merge_and_unload` of another method left them. "
+            "Merge them first, with `modeling_peer.graft_merged.merge_grafts(model)`."
         )
 
 
@@ -262,8 +264,8 @@ def sum_of_branches(
 
 def watch_decoder(decoder: nn.Module) -> None:
     """
-    Let all grafts that are now in a decoder read about its forward passes, see [`DecoderForward`]. Call it again when more
-    have come.
+    Let all grafts that are now in a decoder read about its forward passes, see [`DecoderForward`]. Call it again when
+    more have come.
     """
     decoder_forward = getattr(decoder, f"{PREFIX}forward", None)
     if decoder_forward is None:

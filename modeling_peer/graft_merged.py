@@ -62,8 +62,8 @@ AUTO_CLASSES = {
 
 class PeerGraftedConfig(PreTrainedConfig):
     """
-    The configuration that the auto classes find for a model with merged grafts. Reading one gives an instance of the base
-    model's configuration class, extended by
+    The configuration that the auto classes find for a model with merged grafts. Reading one gives an instance of the
+    base model's configuration class, extended by
 
     - `host_model_type` (`str`): the base model's own `model_type`;
     - `peer_grafts` (`dict[str, dict]`): for each feed-forward with grafts, by its name in the model without a head,
@@ -78,8 +78,8 @@ class PeerGraftedConfig(PreTrainedConfig):
         model_type = config_dict.get("host_model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"`host_model_type` is {model_type!r}, which this release of Transformers does not have; the base model of "
-                "merged grafts must be one of its models."
+                f"`host_model_type` is {model_type!r}, which this release of Transformers does not have; the base "
+                "model of merged grafts must be one of its models."
             )
         base_class: Any = CONFIG_MAPPING[model_type]
         return grafted_config_class(base_class).from_dict(config_dict, **kwargs)
@@ -90,7 +90,8 @@ def base_model_type(config: PreTrainedConfig) -> str:
     return getattr(config, "host_model_type", config.model_type)
 
 
-# Any configuration and model of Transformers can be a base, so classes with grafts are made when they are needed, once each.
+# Any configuration and model of Transformers can be a base, so classes with grafts are made when they are needed, once
+# each.
 @cache
 def grafted_config_class(base_class: Any) -> Any:
     """The configuration class of a base model with grafts. The auto classes find its models from now on."""
@@ -137,9 +138,9 @@ def __getattr__(name):
     """
     Find a class that is made of a base model's by its name.
 
-    Two callers have nothing but the name, in a process where the class may not exist yet: `pickle`, and the auto classes,
-    which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`). A list of all classes
-    beforehand would import every model of Transformers.
+    Two callers have nothing but the name, in a process where the class may not exist yet: `pickle`, and the auto
+    classes, which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`). A list of
+    all classes beforehand would import every model of Transformers.
     """
     base_class = (
         getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
@@ -193,8 +194,8 @@ def check_mergeable(model: PreTrainedModel) -> None:
 
 def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Make a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts get
-    the dtype of the model, as they would when it is loaded.
+    Make a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts
+    get the dtype of the model, as they would when it is loaded.
 
     Returns:
         `PreTrainedModel`: `model` itself, now of a class with grafts.
@@ -210,9 +211,10 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
         config_class = grafted_config_class(base_class)
         _give_own_config(model, config_class)
         model.config.host_model_type = base_class.model_type
-        # Its class is what a checkpoint names in `architectures` and carries the code of. Nothing but assigning it keeps
-        # the model that the caller, its hooks and the wrappers of its `forward` hold: a new object around its modules would
-        # leave them with the old one. Parametrizations of torch and FSDP2 assign classes of modules for the same reason.
+        # Its class is what a checkpoint names in `architectures` and carries the code of. Nothing but assigning it
+        # keeps the model that the caller, its hooks and the wrappers of its `forward` hold: a new object around its
+        # modules would leave them with the old one. Parametrizations of torch and FSDP2 assign classes of modules for
+        # the same reason.
         model.__class__ = _grafted_class_of(base_class, config_class, type(model))
     grafts = {}
     for name, module in model.base_model.named_modules():

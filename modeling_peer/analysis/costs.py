@@ -71,8 +71,9 @@ class ModelCosts:
     Args:
         sequence_length (`int`): Sequence length that FLOPs of the attention are counted at.
         dtype (`torch.dtype`): Data type that bytes are counted in.
-        embedding, attention, norms, expert_pool, lm_head (`PartCosts`): Costs of each over all layers. `expert_pool` is
-            the pool that PEER layers share, zero where each has its own; its FLOPs are counted as those of the layers.
+        embedding, attention, norms, expert_pool, lm_head (`PartCosts`): Costs of each over all layers. `expert_pool`
+            is the pool that PEER layers share, zero where each has its own; its FLOPs are counted as those of the
+            layers.
         feed_forward_types (`tuple[str]`): Feed-forward variant of each layer.
         feed_forwards (`tuple[PartCosts]`): Costs of each layer's feed-forward.
     """
@@ -155,7 +156,8 @@ class ModelCosts:
         lines = [f"{heading:<{width}}  {'MFLOPs':>12}  {'parameters':>15}  {'active':>13}"]
         for name, costs in rows.items():
             lines.append(
-                f"{name:<{width}}  {costs.flops / 1e6:>12,.3f}  {costs.parameters:>15,}  {costs.active_parameters:>13,}"
+                f"{name:<{width}}  {costs.flops / 1e6:>12,.3f}  {costs.parameters:>15,}  "
+                f"{costs.active_parameters:>13,}"
             )
         memory = {
             "weights": self.weight_bytes,
@@ -176,9 +178,9 @@ def model_costs(
     """
     Count the costs of a [`PeerForCausalLM`] from its configuration, without building it.
 
-    FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward pass of `sequence_length` tokens
-    with logits for each: attention scores of every pair of positions, masked or not, and no elementwise operations. The
-    formulas of retrieval are in section 2 of the paper and its Algorithm 1.
+    FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward pass of `sequence_length`
+    tokens with logits for each: attention scores of every pair of positions, masked or not, and no elementwise
+    operations. The formulas of retrieval are in section 2 of the paper and its Algorithm 1.
 
     A registered variant of your own counts itself, in a static method `count_costs(config, layer_idx) -> PartCosts`.
 

@@ -36,8 +36,9 @@ COUNTS = "document_counts."
 
 class ExpertBackground:
     """
-    The number of documents of a reference corpus that use each expert. A document is one sequence of a batch. It uses an
-    expert if a token retrieves it with a non-zero weight, in any of the layers that share a pool; padding does not count.
+    The number of documents of a reference corpus that use each expert. A document is one sequence of a batch. It uses
+    an expert if a token retrieves it with a non-zero weight, in any of the layers that share a pool; padding does not
+    count.
 
     Args:
         document_counts (`dict[str, torch.Tensor]`):
@@ -139,8 +140,8 @@ class ExpertBackground:
 
     def check(self, model: nn.Module) -> None:
         """
-        Raise `ValueError` if the counts were measured on other experts than the model has, by name or by number, such as
-        those of the same model before it grew.
+        Raise `ValueError` if the counts were measured on other experts than the model has, by name or by number, such
+        as those of the same model before it grew.
         """
         sizes = {name: each.num_experts for name, each in find_expert_sets(model).items()}
         self._check_sizes(sizes, type(model).__name__)
@@ -200,20 +201,21 @@ def _check_counts(name, counts, num_documents):
     wrong = counts[(counts < 0) | (counts > num_documents)]
     if len(wrong):
         raise ValueError(
-            f"`document_counts[{name!r}]` must be from 0 to `num_documents` = {num_documents}, got {len(wrong)} others, "
-            f"such as {wrong[:5].tolist()}."
+            f"`document_counts[{name!r}]` must be from 0 to `num_documents` = {num_documents}, got {len(wrong)} "
+            f"others, such as {wrong[:5].tolist()}."
         )
 
 
 def _check_batch(batch):
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"Batches of `dataset` must be arguments of the model by name, got a {type(batch).__name__}: {batch!r:.80}."
+            f"Batches of `dataset` must be arguments of the model by name, got a {type(batch).__name__}: "
+            f"{batch!r:.80}."
         )
 
 
 def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = None) -> DataLoader:
-    """Make a `DataLoader` of examples, padded by [`pad_examples`] if there is no collator; one is returned as it is."""
+    """Make a `DataLoader` of examples, padded by [`pad_examples`] without a collator; one is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
@@ -222,7 +224,8 @@ def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = N
 
 def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Make a batch of sequences, padded on the right. Raises `ValueError` for examples without the `input_ids` of one sequence.
+    Make a batch of sequences, padded on the right. Raises `ValueError` for examples without the `input_ids` of one
+    sequence.
     """
     columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": []}
     for example in examples:

@@ -32,11 +32,11 @@ def masked_experts(
     layers: Iterable[int] | int | None = None,
 ) -> Iterator[None]:
     """
-    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. A generation
-    that is masked completely is not run. A copy of the model that is made within the context stays masked.
+    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. A
+    generation that is masked completely is not run. A copy of the model that is made within the context stays masked.
 
-    With the experts of protected additions masked, a model computes exactly what it did before they were added. So does
-    a model with an open addition, if its first experts, keys and queries were not trained since.
+    With the experts of protected additions masked, a model computes exactly what it did before they were added. So
+    does a model with an open addition, if its first experts, keys and queries were not trained since.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model with grafts.
@@ -46,8 +46,8 @@ def masked_experts(
             Indices of the layers in which to mask them, all or none of those that share a pool. Defaults to all.
 
     Raises:
-        `ValueError`: for an expert or a layer that does not exist, if there are no experts to mask, or if a head would be
-            left with less than its k experts.
+        `ValueError`: for an expert or a layer that does not exist, if there are no experts to mask, or if a head would
+            be left with less than its k experts.
 
     ```python
     >>> with masked_experts(model):

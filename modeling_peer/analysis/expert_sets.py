@@ -36,8 +36,8 @@ TABLES = ("up_proj", "gate_proj", "down_proj")
 @dataclass(frozen=True, eq=False)
 class ExpertSet:
     """
-    Experts with a common range of indices: those of a PEER layer, with added ones, those of all layers that share a pool,
-    or the values of a PKM layer.
+    Experts with a common range of indices: those of a PEER layer, with added ones, those of all layers that share a
+    pool, or the values of a PKM layer.
 
     Args:
         name (`str`): The name of the module that holds the tables.
@@ -67,7 +67,7 @@ class ExpertSet:
 
 
 def layer_index(name: str) -> int:
-    """The layer in the name of a module: 3 for `"model.layers.3.mlp"` or `"transformer.h.3.mlp"`, 0 if there is none."""
+    """The layer in the name of a module: 3 for `"model.layers.3.mlp"` or `"transformer.h.3.mlp"`, 0 without one."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number[1]) if number else 0
 
@@ -127,7 +127,7 @@ def _is_active(modules, name):
 
 
 def _holder(modules, name, feed_forward):
-    """Name and module of the holder of a layer's tables: its pool, that of a module around it, or a PKM layer itself."""
+    """Name and module of the holder of a layer's tables: its pool, that of a module around it, or a PKM layer."""
     if isinstance(feed_forward, PkmFeedForward):
         return name, feed_forward
     path = name
@@ -205,7 +205,8 @@ def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.
 
 def mask_of_indices(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:
     """
-    Which experts of a set [`expert_indices`] are: bool, `(num_experts,)`. Raises `ValueError` if it does not have them.
+    Which experts of a set [`expert_indices`] are: bool, `(num_experts,)`. Raises `ValueError` if it does not have
+    them.
     """
     size = experts.num_experts
     of_set = f"{experts.name} has experts 0 to {size - 1}"
@@ -268,8 +269,8 @@ def observe_retrievals(
         sets (`dict[str, ExpertSet]`)
         on_retrieval (`Callable`):
             Gets the name of the set, the expert indices (int64) and whether they count (bool), both of shape
-            `(batch_size, sequence_length, num_heads, k)`. Experts of padding do not count, nor do those of zero weight,
-            such as experts behind a closed gate.
+            `(batch_size, sequence_length, num_heads, k)`. Experts of padding do not count, nor do those of zero
+            weight, such as experts behind a closed gate.
 
     Returns:
         `list[RemovableHandle]`: handles of the hooks.

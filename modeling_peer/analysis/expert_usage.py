@@ -67,8 +67,8 @@ class ExpertUsageMeter:
         """
         if indices.ndim != 4 or weights.shape != indices.shape:
             raise ValueError(
-                "`indices` and `weights` must both be of shape (batch_size, sequence_length, num_heads, k), as PEER and "
-                f"PKM routers return them, got {tuple(indices.shape)} and {tuple(weights.shape)}."
+                "`indices` and `weights` must both be of shape (batch_size, sequence_length, num_heads, k), as PEER "
+                f"and PKM routers return them, got {tuple(indices.shape)} and {tuple(weights.shape)}."
             )
         device = self.scores.device
         indices, weights = indices.to(device), weights.to(device, torch.float32)
@@ -160,8 +160,8 @@ def _check_input_ids(input_ids):
         )
     if input_ids.ndim != 2:
         raise ValueError(
-            f"`input_ids` must be of shape (batch_size, sequence_length), got {tuple(input_ids.shape)}: one sequence is "
-            "`input_ids[None]`."
+            f"`input_ids` must be of shape (batch_size, sequence_length), got {tuple(input_ids.shape)}: one sequence "
+            "is `input_ids[None]`."
         )
 
 
@@ -174,9 +174,10 @@ class ExpertUsageCallback(TrainerCallback):
     ```
 
     Each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft), of
-    the training forward passes since the last such log and over all ranks. The metrics of an evaluation or prediction
-    during training get the same of the forward passes in evaluation mode, with the prefix of the other metrics (`eval_`).
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft),
+    of the training forward passes since the last such log and over all ranks. The metrics of an evaluation or
+    prediction during training get the same of the forward passes in evaluation mode, with the prefix of the other
+    metrics (`eval_`).
 
     All of them are in `trainer.state.log_history`. A `Trainer` calls the reporting integrations of `report_to` before
     the callbacks that it is given. For the integrations to report these values, this callback must come first:
@@ -238,7 +239,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._meters = {True: [], False: []}
 
     def _read(self, training, prefix=""):
-        """The values to log. A router that no token passed has none, such as the original that PEFT keeps beside a copy."""
+        """The values to log. A router that no token passed has none, as the original that PEFT keeps beside a copy."""
         values = {}
         for label, meter in self._meters[training]:
             if dist.is_available() and dist.is_initialized():

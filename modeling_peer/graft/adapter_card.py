@@ -56,8 +56,8 @@ library_name: peft
 
 def write_adapter_card(save_directory: str | Path, base_model: str | None, task_type: str | None) -> None:
     """
-    Say in the card of an adapter how to load it: in the place that PEFT's card leaves for it, or in a card of its own where
-    there is none. Any other README.md stays as it is.
+    Say in the card of an adapter how to load it: in the place that PEFT's card leaves for it, or in a card of its own
+    where there is none. Any other README.md stays as it is.
 
     Args:
         save_directory (`str` or `Path`): The adapter's folder.

@@ -35,13 +35,13 @@ class PeerGraftConfig(PeftConfig):
     """
     Configuration of a [`PeerGraftModel`]: a PEER layer beside or in place of the feed-forward of chosen layers.
 
-    PEFT fills in a configuration when an adapter is made of it, and saves it with the adapter: this one gets the `host_*`
-    fields, `target_modules`, and what `"auto"` stands for. Use a new configuration for each base model.
+    PEFT fills in a configuration when an adapter is made of it, and saves it with the adapter: this one gets the
+    `host_*` fields, `target_modules`, and what `"auto"` stands for. Use a new configuration for each base model.
 
     Args:
         placement (`str`, *optional*, defaults to `"beside"`):
-            `"beside"` the feed-forward, to whose output the graft's is added, at first zero: the down-projection vectors
-            of its experts start as zeros. Or `"in_place"` of the feed-forward.
+            `"beside"` the feed-forward, to whose output the graft's is added, at first zero: the down-projection
+            vectors of its experts start as zeros. Or `"in_place"` of the feed-forward.
         layers_to_transform (`int` or `list[int]`, *optional*):
             Indices of the layers that get a graft. Defaults to the middle one, as in the paper.
         target_modules (`str` or `list[str]`, *optional*):
@@ -52,11 +52,11 @@ class PeerGraftConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules of the base model that are trained and saved besides.
         init_from_ffn (`bool`, *optional*):
-            Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, and all others
-            with down-projection vectors of zeros. Defaults to `True` there: it was better than random experts at every
-            learning rate (`examples/compare_graft_starts.py`). If √N is at least 2h and at least the width of the
-            feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the neurons
-            that matter most; otherwise it starts at random.
+            Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, and all
+            others with down-projection vectors of zeros. Defaults to `True` there: it was better than random experts
+            at every learning rate (`examples/compare_graft_starts.py`). If √N is at least 2h and at least the width of
+            the feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the
+            neurons that matter most; otherwise it starts at random.
         num_experts (`int`, *optional*, defaults to 65536):
             Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.
         num_retrieval_heads (`int`, *optional*, defaults to 8):
@@ -73,12 +73,14 @@ class PeerGraftConfig(PeftConfig):
         sub_keys_per_head (`bool`, *optional*, defaults to `False`):
             Whether each head has sub-keys of its own.
         expert_act (`str`, *optional*, defaults to `"auto"`):
-            Activation of the experts, `None` for none. `"auto"` is the base model's with `init_from_ffn`, else `"gelu"`.
+            Activation of the experts, `None` for none. `"auto"` is the base model's with `init_from_ffn`, else
+            `"gelu"`.
         gated_experts (`bool` or `str`, *optional*, defaults to `"auto"`):
-            Whether experts are gated. `"auto"` is as in the base model's feed-forward with `init_from_ffn`, else `False`.
+            Whether experts are gated. `"auto"` is as in the base model's feed-forward with `init_from_ffn`, else
+            `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
-            What computes the experts, see [`PeerConfig`]. For an existing graft, set this and the next field in its own
-            `config`.
+            What computes the experts, see [`PeerConfig`]. For an existing graft, set this and the next field in its
+            own `config`.
         sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
             Whether gradients of expert tables are row-sparse, for [`RowAdamW`].
         host_model_type (`str`, *optional*):
@@ -148,14 +150,16 @@ class PeerGraftConfig(PeftConfig):
             raise ValueError(f"`placement` must be one of {PLACEMENTS}, got {self.placement!r}.")
         if self.init_from_ffn and self.placement != "in_place":
             raise ValueError(
-                '`init_from_ffn` needs `placement="in_place"`, got "beside": a graft beside the feed-forward starts with an output of zero.'
+                '`init_from_ffn` needs `placement="in_place"`, got "beside": a graft beside the feed-forward starts '
+                "with an output of zero."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
         layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
         if self.layers_to_transform is not None and any(type(layer_idx) is not int for layer_idx in layers):
             raise ValueError(
-                f"`layers_to_transform` must be the index of a layer or a list of them, got {self.layers_to_transform!r}."
+                "`layers_to_transform` must be the index of a layer or a list of them, got "
+                f"{self.layers_to_transform!r}."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`.")

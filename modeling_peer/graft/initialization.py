@@ -14,10 +14,11 @@
 """
 Initialization of a graft: beside a feed-forward with an output of zero, in place of one from its neurons or at random.
 
-From neurons, the router is initialized as well, if the pool has room. Each head gets an equal share of the neurons, one in
-each column of the key grid, and looks for those with the largest input to the activation. Its query half for columns and
-the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matrix that gives these inputs. Its half for
-rows finds one of the two rows that belong to the head, one for each sign of a feature; both hold all of the head's neurons.
+From neurons, the router is initialized as well, if the pool has room. Each head gets an equal share of the neurons,
+one in each column of the key grid, and looks for those with the largest input to the activation. Its query half for
+columns and the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matrix that gives these inputs.
+Its half for rows finds one of the two rows that belong to the head, one for each sign of a feature; both hold all of
+the head's neurons.
 
 Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft
 (N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`examples/compare_graft_starts.py`).
@@ -65,8 +66,8 @@ def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_f
 
 def neuron_gain(config: PeerConfig) -> float:
     """
-    The factor of the neurons' down-projection vectors that gives a retrieved neuron about the weight that it has in the
-    feed-forward, one: a router weight of a head's softmax over k is about 1 / k.
+    The factor of the neurons' down-projection vectors that gives a retrieved neuron about the weight that it has in
+    the feed-forward, one: a router weight of a head's softmax over k is about 1 / k.
     """
     num_active = config.num_retrieval_heads * config.num_experts_per_head
     return math.sqrt(num_active / router_weight_power(config))
@@ -81,8 +82,8 @@ def has_room_for_neurons(config: PeerConfig, num_neurons: int) -> bool:
 
 def neuron_cells(config: PeerConfig, num_neurons: int) -> torch.Tensor:
     """
-    The experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`. Two copies of each if there is room for
-    them, see [`has_room_for_neurons`], else the first experts.
+    The experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`. Two copies of each if there is room
+    for them, see [`has_room_for_neurons`], else the first experts.
     """
     neurons = torch.arange(num_neurons)
     if not has_room_for_neurons(config, num_neurons):
@@ -120,7 +121,7 @@ def _with_bias(layer, graft):
 
 
 def _find_neurons(router, activated):
-    """Set the router so that it retrieves the largest of `activated @ x`, `activated` of shape `(num_neurons, width)`."""
+    """Set the router to retrieve the largest of `activated @ x`, `activated` of shape `(num_neurons, width)`."""
     heads, half, size = router.num_heads, router.query_size // 2, router.sub_keys.shape[2]
     num_columns, width = -(-len(activated) // heads), activated.shape[1]
     padding = activated.new_zeros(num_columns * heads - len(activated), width)
@@ -151,8 +152,8 @@ def _find_neurons(router, activated):
 @torch.no_grad()
 def computes(feed_forward: nn.Module, activation: str | None) -> bool:
     """
-    Whether a recognized feed-forward is its linear layers and an activation and nothing else, in evaluation mode. Assumed
-    for one on the meta device, which has no weights to try.
+    Whether a recognized feed-forward is its linear layers and an activation and nothing else, in evaluation mode.
+    Assumed for one on the meta device, which has no weights to try.
     """
     if activation not in ACT2FN:
         return False

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PEER grafts as adapters of PEFT: the layer that wraps a feed-forward, and the tuner that puts it into a base model."""
+"""PEER grafts as adapters of PEFT: the layer around a feed-forward, and the tuner that puts it into a base model."""
 
 import copy
 import math
@@ -49,7 +49,8 @@ with asking_for_peft():
 
 class PeerGraftLayer(nn.Module, BaseTunerLayer):
     """
-    Wraps a feed-forward of a base model: adds the outputs of active grafts beside it, and skips it for a graft in its place.
+    Wraps a feed-forward of a base model: adds the outputs of active grafts beside it, and skips it for a graft in its
+    place.
 
     Args:
         base_layer (`nn.Module`): The base model's feed-forward.
@@ -67,7 +68,8 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
     def add_graft(self, adapter_name: str, graft: PeerGraft, placement: str) -> None:
         """Add a graft, on the device of the feed-forward and with parameters of its dtype."""
         dtype = next(self.base_layer.parameters()).dtype
-        # Running statistics of queries stay in float32, and so does all of it in a model that is quantized to integers.
+        # Running statistics of queries stay in float32, and so does all of it in a model that is quantized to
+        # integers.
         for parameter in graft.parameters() if dtype.is_floating_point else ():
             parameter.data = parameter.data.to(dtype)
         self.peer_graft_layer[adapter_name] = graft
@@ -87,14 +89,15 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         return [self.peer_graft_layer[name] for name in names if name in self.peer_graft_layer]
 
     def remaining_feed_forward(self, adapter_names: list[str] | None = None) -> nn.Module | None:
-        """The base model's feed-forward; `None` if a graft of the named adapters, or the active ones, is in its place."""
+        """The feed-forward; `None` if a graft of the named adapters, or of the active ones, is in its place."""
         names = self.active_adapters if adapter_names is None else adapter_names
         replaced = any(self.peer_graft_placement.get(name) == "in_place" for name in names)
         return None if replaced else self.base_layer
 
     def check_places(self, adapter_names: list[str] | None, name: str) -> None:
         """
-        Raise `ValueError` if several grafts, of the named adapters or the active ones, would be in place of the feed-forward.
+        Raise `ValueError` if several grafts, of the named adapters or the active ones, would be in place of the
+        feed-forward.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         replacing = [each for each in names if self.peer_graft_placement.get(each) == "in_place"]
@@ -115,7 +118,8 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise `ValueError`: the base model has no weights that could express a graft."""
         raise ValueError(
-            "A graft cannot be merged into the weights of its base model. `merge_and_unload()` makes it a module of the model."
+            "A graft cannot be merged into the weights of its base model. `merge_and_unload()` makes it a module of "
+            "the model."
         )
 
     def unmerge(self) -> None:
@@ -141,22 +145,24 @@ class PeerGraftModel(BaseTuner):
     Grafts of a bfloat16 base model are in float32 unless `autocast_adapter_dtype` is `False`, as in all of PEFT;
     `load_adapter` of Transformers keeps the dtype of the base model.
 
-    Padding is taken from the attention mask that the base model's decoder gets. Where that is no mask of tokens, as in a
-    multimodal Gemma 3, padding counts in the query BatchNorm and in measures of expert usage.
+    Padding is taken from the attention mask that the base model's decoder gets. Where that is no mask of tokens, as in
+    a multimodal Gemma 3, padding counts in the query BatchNorm and in measures of expert usage.
 
-    Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` returns a model
-    without PEFT in which the grafts are modules, see [`PeerGraftedConfig`].
+    Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` returns a
+    model without PEFT in which the grafts are modules, see [`PeerGraftedConfig`].
 
     Args:
         model (`PreTrainedModel`): The base model.
         config (`PeerGraftConfig` or `dict[str, PeerGraftConfig]`):
-            What is found in the base model is filled in, as methods of PEFT do: use another one for another base model.
+            What is found in the base model is filled in, as methods of PEFT do: use another one for another base
+            model.
         adapter_name (`str`)
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Whether to make grafts on the meta device, to be loaded.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Whether to make grafts on the meta device, to be
+            loaded.
 
     Raises:
-        `ValueError`: for a layer that does not exist or whose feed-forward is not recognized, an adapter of another base
-            model, or experts that do not fit the feed-forward. The base model is left as it was.
+        `ValueError`: for a layer that does not exist or whose feed-forward is not recognized, an adapter of another
+            base model, or experts that do not fit the feed-forward. The base model is left as it was.
     """
 
     prefix = PREFIX
@@ -264,7 +270,8 @@ class PeerGraftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "`adapter_names` for each row of a batch is not supported by grafts: all rows go through the active adapters."
+                "`adapter_names` for each row of a batch is not supported by grafts: all rows go through the active "
+                "adapters."
             )
         yield
 
@@ -318,8 +325,8 @@ def _check_same_base(config, base):
         expected = getattr(config, name)
         if expected is not None and expected != found:
             raise ValueError(
-                f"The adapter was made for a base model with `{name}` = {expected!r}, this one has {found!r}. A new adapter "
-                "needs a configuration of its own."
+                f"The adapter was made for a base model with `{name}` = {expected!r}, this one has {found!r}. A new "
+                "adapter needs a configuration of its own."
             )
 
 
@@ -344,8 +351,8 @@ def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, 
         others = [name for name in targets if _layer_of(name, list_name) not in layers]
         if others and config.layers_to_transform is not None:
             raise ValueError(
-                f"`layers_to_transform` is {config.layers_to_transform}, but `target_modules` names {others}. It was filled in "
-                "when the configuration was first used: make a new configuration for other layers."
+                f"`layers_to_transform` is {config.layers_to_transform}, but `target_modules` names {others}. It was "
+                "filled in when the configuration was first used: make a new configuration for other layers."
             )
         if not targets:
             raise ValueError(f"`target_modules` names no module of layers {layers}, got {config.target_modules}.")
@@ -362,14 +369,16 @@ def _find_feed_forward(layer_name, model, layer_idx):
     children = [_within_grafted(f"{layer_name}.{name}", child) for name, child in layer.named_children()]
     if any(isinstance(child, GraftedFeedForward) for _, child in children):
         raise ValueError(
-            f"`layers_to_transform` names layer {layer_idx}, which has no feed-forward any more: a merged graft is in its place."
+            f"`layers_to_transform` names layer {layer_idx}, which has no feed-forward any more: a merged graft is in "
+            "its place."
         )
     found = [name for name, child in children if recognize_feed_forward(_feed_forward_of(child)) is not None]
     if len(found) != 1:
         raise ValueError(
-            f"`layers_to_transform` names layer {layer_idx}, where {len(found)} feed-forwards were recognized, expected one: a "
-            f"child of {type(layer).__name__} with two or three linear layers and no adapters on them. Merge or unload other "
-            "adapters first, or name the feed-forward in `target_modules`; a mixture of experts is not supported."
+            f"`layers_to_transform` names layer {layer_idx}, where {len(found)} feed-forwards were recognized, "
+            f"expected one: a child of {type(layer).__name__} with two or three linear layers and no adapters on "
+            "them. Merge or unload other adapters first, or name the feed-forward in `target_modules`; a mixture of "
+            "experts is not supported."
         )
     return found[0]
 
@@ -407,8 +416,8 @@ def _recognize(name, module):
     parts = recognize_feed_forward(_feed_forward_of(module))
     if parts is None:
         raise ValueError(
-            f"`target_modules` names {name}, a {type(_feed_forward_of(module)).__name__}, expected a feed-forward of two or "
-            "three linear layers."
+            f"`target_modules` names {name}, a {type(_feed_forward_of(module)).__name__}, expected a feed-forward of "
+            "two or three linear layers."
         )
     return parts
 
@@ -421,8 +430,8 @@ def _resolve(config, model, targets):
     """
     Fill in what was found in the base model, and refuse what does not fit its feed-forwards.
 
-    The configuration that the caller passed is changed in place: PEFT saves that very object with the adapter, and its own
-    methods fill in theirs the same way.
+    The configuration that the caller passed is changed in place: PEFT saves that very object with the adapter, and its
+    own methods fill in theirs the same way.
     """
     activation, gated = "gelu", False
     for name, parts in targets.items() if _starts_as_neurons(config) else ():
@@ -442,15 +451,15 @@ def _check_neurons(config, name, feed_forward, parts, activation):
     if config.num_experts < parts.intermediate_size:
         size = math.isqrt(parts.intermediate_size - 1) + 1
         raise ValueError(
-            f"`num_experts` must be at least {parts.intermediate_size}, the width of {name}, with `init_from_ffn`, got "
-            f"{config.num_experts}; the smallest such square is {size**2}. {RANDOM_EXPERTS}"
+            f"`num_experts` must be at least {parts.intermediate_size}, the width of {name}, with `init_from_ffn`, "
+            f"got {config.num_experts}; the smallest such square is {size**2}. {RANDOM_EXPERTS}"
         )
     gated = parts.gate is not None
     for field, value in (("expert_act", activation), ("gated_experts", gated)):
         if getattr(config, field) not in ("auto", value):
             raise ValueError(
-                f"`{field}` must be {value!r} or 'auto' with `init_from_ffn`, as in {name}, got {getattr(config, field)!r}. "
-                f"{RANDOM_EXPERTS}"
+                f"`{field}` must be {value!r} or 'auto' with `init_from_ffn`, as in {name}, got "
+                f"{getattr(config, field)!r}. {RANDOM_EXPERTS}"
             )
     if not all(layer.weight.is_floating_point() for layer in parts.linear_layers):
         raise ValueError(
@@ -459,8 +468,8 @@ def _check_neurons(config, name, feed_forward, parts, activation):
         )
     if not computes(feed_forward, activation):
         raise ValueError(
-            f"`init_from_ffn` needs a feed-forward that is its linear layers and the activation {activation!r}, but {name} "
-            f"computes something else. {RANDOM_EXPERTS}"
+            f"`init_from_ffn` needs a feed-forward that is its linear layers and the activation {activation!r}, but "
+            f"{name} computes something else. {RANDOM_EXPERTS}"
         )
 
 

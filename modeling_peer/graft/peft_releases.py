@@ -14,8 +14,9 @@
 """
 What differs between releases of PEFT, and all that grafts use of it that is not public.
 
-PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new. What they rely on is checked
-when they are registered, so a release that lacks any of it is named in one warning, and the rest of the package works.
+PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new. What they rely on is
+checked when they are registered, so a release that lacks any of it is named in one warning, and the rest of the
+package works.
 """
 
 import importlib.metadata
@@ -35,13 +36,14 @@ OLDEST_PEFT = "0.21"
 
 # Methods that PEFT calls, or that grafts call, under names that PEFT may change. A tuner that overrides a method that
 # nobody calls any more would fail later and silently, so a release without one of them is refused at registration.
-# Not in this table, as PEFT defines it for some methods only: `_enable_peft_forward_hooks`, by which `PeftModel` hands on
-# `adapter_names` of a batch's rows. If PEFT no longer calls it, these reach the base model, which refuses or ignores them.
+# Not in this table, as PEFT defines it for some methods only: `_enable_peft_forward_hooks`, by which `PeftModel` hands
+# on `adapter_names` of a batch's rows. If PEFT no longer calls it, these reach the base model, which refuses or
+# ignores them.
 PRIVATE_METHODS = {
     "BaseTuner": (
         "_create_and_replace",  # puts a graft at a feed-forward; without it nothing would be injected
         "_replace_module",  # PEFT's own assumes a linear layer
-        "_unload_and_optionally_merge",  # makes the grafts a part of the model; without it they would be lost on saving
+        "_unload_and_optionally_merge",  # merges grafts; without it they would be lost on saving
         "_remove_adapter_name_from_key",  # without it a saved adapter would have keys that no other name can load
     ),
     "BaseTunerLayer": (
@@ -91,8 +93,9 @@ def check_release() -> None:
 
 def extend(enumeration) -> None:
     """
-    Add a member to the enumeration of PEFT's methods, as `enum` does when it makes the class: `register_peft_method` takes
-    no other names, and an enumeration cannot be extended otherwise. [`check_registration`] notices if it did not work.
+    Add a member to the enumeration of PEFT's methods, as `enum` does when it makes the class: `register_peft_method`
+    takes no other names, and an enumeration cannot be extended otherwise. [`check_registration`] notices if it did not
+    work.
     """
     member = str.__new__(enumeration, PEFT_TYPE_NAME)
     member._name_ = member._value_ = PEFT_TYPE_NAME
@@ -115,7 +118,7 @@ def shrink(enumeration) -> None:
 
 
 def check_registration(enumeration, registries, expected) -> None:
-    """Raise `RuntimeError` if PEFT does not find the method by name and by value, or loses a configuration's fields."""
+    """Raise `RuntimeError` if PEFT does not find the method by name and value, or loses fields of a configuration."""
     from peft import PeftConfig
 
     member = enumeration(PEFT_TYPE_NAME)

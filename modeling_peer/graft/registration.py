@@ -30,7 +30,8 @@ def register_peer_graft(config_class: type, model_class: type) -> None:
         model_class (`type`): [`PeerGraftModel`].
 
     Raises:
-        `ImportError`: if PEFT works otherwise than expected, or already has a method of this name. PEFT is left as it was.
+        `ImportError`: if PEFT works otherwise than expected, or already has a method of this name. PEFT is left as it
+            was.
     """
     version = importlib.metadata.version("peft")
     try:

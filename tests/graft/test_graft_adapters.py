@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Grafts as adapters of PEFT: they train alone, save alone, come back to the bit, are switched, disabled and deleted."""
+"""Grafts as adapters of PEFT: they train and save alone, come back to the bit, are switched, disabled and deleted."""
 
 import copy
 import json

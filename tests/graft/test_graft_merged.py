@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Grafts that became a part of their model: it is saved and loaded without PEFT, generates the same, loads in processes that
-have this package and in those that have the code in the checkpoint only. (Where neither is: `test_cards.py`.)
+Grafts that became a part of their model: it is saved and loaded without PEFT, generates the same, loads in processes
+that have this package and in those that have the code in the checkpoint only. (Where neither is: `test_cards.py`.)
 """
 
 import copy

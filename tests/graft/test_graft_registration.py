@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Grafts are registered with PEFT once, or not at all and with one warning. In processes of their own, as an import registers
-them once for all.
+Grafts are registered with PEFT once, or not at all and with one warning. In processes of their own, as an import
+registers them once for all.
 """
 
 import subprocess
@@ -125,8 +125,9 @@ version, register, mixin = metadata.version, peft.utils.register_peft_method, pe
 to_dict, replace_module = mixin.to_dict, tuners_utils.BaseTuner._replace_module
 
 def state_of_peft():
-    registries = (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING, mapping.PEFT_TYPE_TO_PREFIX_MAPPING)
-    return dict(PeftType.__members__), list(PeftType), [dict(each) for each in registries], hasattr(PeftType, "PEER_GRAFT")
+    registries = (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING,
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING) return dict(PeftType.__members__), list(PeftType), [dict(each) for each in
+    registries], hasattr(PeftType, "PEER_GRAFT")
 
 for breakage, repair, message in {BREAKAGES!r}:
     for name in [name for name in sys.modules if name == "modeling_peer" or name.startswith("modeling_peer.graft.")]:

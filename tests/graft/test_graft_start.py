@@ -157,7 +157,7 @@ class TestStart:
 
 
 class TestNeurons:
-    """In place of a feed-forward, from its own neurons: with all of them at a softmax's mean weight it is the feed-forward."""
+    """In place of a feed-forward, from its own neurons: all at a softmax's mean weight are the feed-forward."""
 
     @pytest.mark.parametrize("num_experts", [10**2, 48**2], ids=["as_they_are", "found_by_the_router"])
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -184,7 +184,7 @@ class TestNeurons:
     @pytest.mark.parametrize("query_norm", ["rms", "batch", None])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_are_found_by_their_inputs(self, family, query_norm):
-        """With as many features as neurons of a head, every head retrieves those of its share with the largest inputs."""
+        """With as many features as neurons of a head, every head retrieves the largest of its share."""
         host = host_of(family)
         fields = {**PLACEMENTS["neurons"], "num_experts": 48**2, "query_size": 128, "query_norm": query_norm}
         feed_forward = copy.deepcopy(host.base_model.get_submodule(middle_feed_forward(family)))
