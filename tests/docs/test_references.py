@@ -1,0 +1,88 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the pages name and link to exists: files, headings, pictures, tests, fields and their defaults."""
+
+import re
+
+import pytest
+from documentation import PAGES, ROOT, STUDY_PAGES, name_of, prose
+
+import modeling_peer
+from modeling_peer import PeerConfig
+
+
+ALL_PAGES = [*PAGES, *STUDY_PAGES]
+
+every_page = pytest.mark.parametrize("page", ALL_PAGES, ids=map(name_of, ALL_PAGES))
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+@every_page
+def test_files_that_it_names_exist(page):
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    for span in spans:
+        if re.match(r"(modeling_peer|examples|tests|docs|configuration|model_cards)/[\w./-]*$", span):
+            assert (ROOT / span).exists(), span
+        elif re.fullmatch(r"\w+\.py", span):
+            folders = ("tests", "modeling_peer", "examples")
+            assert any(any((ROOT / folder).rglob(span)) for folder in folders), span
+
+
+@every_page
+def test_names_of_the_package_exist(page):
+    """Names that only this package could have: `PeerConfig`, `ExpertUsageCallback()`, `RowAdamW`."""
+    names = re.findall(r"`((?:Peer|Expert|RowAdamW|SparseFine|FeedForwardInter)\w*)[`(.]", prose(page))
+    unknown = {name for name in names if not hasattr(modeling_peer, name)}
+    assert not unknown, unknown
+
+
+def test_options_and_their_defaults():
+    page = (ROOT / "docs/layer-and-options.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page, flags=re.M)
+    config = PeerConfig(num_hidden_layers=3)
+    assert {"num_experts", "query_norm", "sparse_expert_gradients"} <= {name for name, _ in rows}
+    for name, default in rows:
+        shown = 1024**2 if default == "1024²" else eval(default.strip("`"))
+        assert getattr(config, name) == shown, name
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.stem != "README"])
+def test_a_page_starts_with_what_it_is_for(page):
+    _, _, first, *_ = page.read_text().splitlines()
+    assert re.match(r"After this page you (can|know) ", first), first
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
