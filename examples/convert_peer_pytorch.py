@@ -40,9 +40,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from training import parse_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.training import parse_arguments
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.key_grid import expert_index, grid_size
 

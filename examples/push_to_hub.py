@@ -26,11 +26,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cards import make_card
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from training import parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from common.cards import make_card
+from common.training import parse_arguments
 
 
 # What a checkpoint must hold, each with an example of a file …

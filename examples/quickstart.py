@@ -30,11 +30,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from model_arguments import ModelArguments, load_config
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from run_generation import describe_experts, generate
-from text_data import DataTrainingArguments
-from training import parse_arguments, run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +41,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.model_arguments import ModelArguments, load_config
+from common.text_data import DataTrainingArguments
+from common.training import parse_arguments, run
 from modeling_peer import model_costs
 
 

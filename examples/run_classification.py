@@ -28,17 +28,6 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
-from text_data import DatasetArguments, load_datasets, take_samples, text_column
-from training import (
-    OptimizerArguments,
-    last_checkpoint,
-    make_optimizers,
-    needed_splits,
-    parse_arguments,
-    run,
-    setup_logging,
-)
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -47,6 +36,18 @@ from transformers import (
     Trainer,
     TrainingArguments,
     set_seed,
+)
+
+from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
+from common.training import (
+    OptimizerArguments,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
 )
 
 

@@ -27,18 +27,6 @@ import logging
 import math
 
 from datasets import Dataset
-from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
-from text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
-from training import (
-    OptimizerArguments,
-    evaluate,
-    last_checkpoint,
-    make_optimizers,
-    needed_splits,
-    parse_arguments,
-    run,
-    setup_logging,
-)
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -49,6 +37,18 @@ from transformers import (
     set_seed,
 )
 
+from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
+from common.training import (
+    OptimizerArguments,
+    evaluate,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
+)
 from modeling_peer import ExpertUsageCallback
 
 

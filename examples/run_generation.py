@@ -20,7 +20,6 @@ Continues a prompt, printing the text as it comes, and says which experts it use
 from dataclasses import dataclass, field
 
 import torch
-from training import parse_arguments
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from common.training import parse_arguments
 from modeling_peer import ExpertUsageMeter
 
 

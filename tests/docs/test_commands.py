@@ -16,7 +16,6 @@
 import importlib
 import re
 import shlex
-import sys
 
 import pytest
 from documentation import PAGES, ROOT, STUDY_PAGES, code_blocks, name_of, prose
@@ -123,6 +122,5 @@ def test_command(words, monkeypatch):
     ids=shlex.join,
 )
 def test_a_wrong_command_is_found(words, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", open("/dev/null", "w"))
     with pytest.raises((AssertionError, SystemExit)):
         test_command(words, monkeypatch)
