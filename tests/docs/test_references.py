@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the pages name and link to exists: files, headings, pictures, tests, fields and their defaults."""
 
+import ast
 import re
 
 import pytest
@@ -46,8 +47,9 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), link
 
 
-@every_page
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
 def test_files_that_it_names_exist(page):
+    """The table of files in CONTRIBUTING.md is held by test_layout.py."""
     spans = re.findall(r"`([^`\n]+)`", prose(page))
     for span in spans:
         if re.match(r"(modeling_peer|examples|tests|docs|configuration|model_cards)/[\w./-]*$", span):
@@ -64,6 +66,25 @@ def test_names_of_the_package_exist(page):
     names += re.findall(r"`([a-z]+(?:_[a-z]+)*_experts(?:_only)?)[`(]", prose(page))
     unknown = {name for name in names if name not in DEFINED and name not in FIELDS}
     assert not unknown, unknown
+
+
+def messages_of(file):
+    """All strings of a source file as users would see them, with `…` for what is filled in."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_that_are_explained_exist():
+    """What stands in bold and quotes on the page of errors is a message of the package; `…` stands for anything."""
+    quoted = re.findall(r"^\*\*“([^”]+)”", prose(ROOT / "docs/troubleshooting.md"), flags=re.M)
+    assert len(quoted) > 10
+    messages = [text for file in (ROOT / "modeling_peer").rglob("*.py") for text in messages_of(file)]
+    for message in quoted:
+        pattern = ".*".join(re.escape(part) for part in message.split("…"))
+        assert any(re.search(pattern, text, flags=re.S) for text in messages), message
 
 
 def test_options_and_their_defaults():
