@@ -395,5 +395,5 @@ def test_committed_tables_are_those_of_the_raw_results():
     rebuilt = summarize(results["runs"], labels, level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == [0, 1, 2] for result in results["arms"].values())
-    assert table_at_equal_learning(results) in (ROOT / "README.md").read_text()
+    assert table_at_equal_learning(results) in (ROOT / "docs/continual-learning.md").read_text()
     assert describe(results) in (FACTS / "README.md").read_text()

@@ -221,6 +221,6 @@ def test_committed_tables_are_those_of_the_raw_results():
     rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == 3 for result in results["arms"].values())
-    page, readme = ((folder / "README.md").read_text() for folder in (STREAM, ROOT))
-    assert describe_shares(results) in readme and describe_shares(results) in page
+    page, guide = (file.read_text() for file in (STREAM / "README.md", ROOT / "docs/continual-learning.md"))
+    assert describe_shares(results) in guide and describe_shares(results) in page
     assert describe(results) in page
