@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .forward_pass import ForwardPass
 from .initial_scale import activation_power, matched_std
 
 
@@ -95,8 +96,6 @@ class MoeFeedForward(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.expert_choice = config.moe_routing == "expert_choice"
-        # Whether a forward in training mode has a backward to come; the base model says so.
-        self.learns = True
         self.gate = MoeRouter(config)
         self.experts = MoeExperts(config)
 
@@ -108,10 +107,29 @@ class MoeFeedForward(nn.Module):
             "experts.down_proj": "rowwise",
         }
 
-    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
+            padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                True where there is a token. No expert chooses padding.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model. If `None`, this call is one by itself, which learns if gradients are
+                enabled.
+
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
+        learns = torch.is_grad_enabled() if forward_pass is None else forward_pass.learns
         tokens = hidden_states.flatten(0, -2)
         indices, weights, router_logits = self.gate(tokens)
-        if self.expert_choice and self.training and self.learns:
+        if self.expert_choice and self.training and learns:
             output = self._chosen_by_experts(tokens, router_logits, padding_mask)
         else:
             output = self.experts(tokens, indices, weights)

@@ -32,6 +32,7 @@ from transformers.activations import ACT2FN
 from .expert_generations import Generation, generations_of, has_protected_additions
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
+from .forward_pass import ForwardPass
 from .initial_scale import activation_power, expert_std, router_weight_power
 from .product_key_router import AddedRouter, ProductKeyRouter
 
@@ -126,6 +127,7 @@ class PeerFeedForward(nn.Module):
         hidden_states: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         expert_pool: ExpertPool | None = None,
+        forward_pass: ForwardPass | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -135,22 +137,24 @@ class PeerFeedForward(nn.Module):
                 True where there is a token; see `QueryBatchNorm`.
             expert_pool (`ExpertPool`, *optional*):
                 The base model's pool, where layers share one.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, see [`QueryBatchNorm`].
 
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
         """
         pool = self.expert_pool if self.expert_pool is not None else expert_pool
-        output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask)
+        output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask, forward_pass)
         for router, added_pool in zip(self.added_routers, pool.added, strict=True):
-            output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask)
+            output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask, forward_pass)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
 
-    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask):
+    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask, forward_pass):
         if router.is_off:
             return torch.zeros_like(hidden_states)
-        indices, weights = router(hidden_states, padding_mask)
+        indices, weights = router(hidden_states, padding_mask, forward_pass)
         output = pool(
             hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
         )

@@ -18,6 +18,7 @@ from torch import nn
 
 from .expert_generations import first_generation
 from .expert_table import ExpertDownProjection
+from .forward_pass import ForwardPass
 from .initial_scale import expert_std, router_weight_power
 from .product_key_router import ProductKeyRouter
 
@@ -39,9 +40,26 @@ class PkmFeedForward(nn.Module):
         router = {f"router.{name}": style for name, style in ProductKeyRouter.tp_plan(config).items()}
         return router | {"values": "expert_down_projection"}
 
-    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
+            padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                True where there is a token, see [`QueryBatchNorm`].
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, see [`QueryBatchNorm`].
+
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
         if self.router.is_off:
             return torch.zeros_like(hidden_states)
-        indices, weights = self.router(hidden_states, padding_mask)
+        indices, weights = self.router(hidden_states, padding_mask, forward_pass)
         output = self.values(weights.flatten(-2).flatten(0, -2), indices.flatten(-2).flatten(0, -2))
         return output.view_as(hidden_states)

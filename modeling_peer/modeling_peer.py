@@ -41,11 +41,11 @@ from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_table import ExpertTable
 from .feed_forward import ALL_FEED_FORWARDS
-from .feed_forward_moe import MoeFeedForward, MoeRouter
+from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
+from .forward_pass import ForwardPass
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
-from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
 
@@ -93,11 +93,18 @@ class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length: int) -> torch.Tensor | None:
     """
-    Where the last `sequence_length` positions hold tokens, `(batch_size, sequence_length)`. `None` if a mask of another
-    form than `(batch_size, past and present length)` does not say.
+    The padding mask of the present tokens, taken from an attention mask of past and present tokens.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
+            Masks of other forms (four-dimensional, dictionaries, block masks) do not tell what is padding.
+        sequence_length (`int`): Number of present tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length)`, or `None` if the attention mask does not tell.
 
     Raises:
-        `ValueError`: if the mask is shorter than the inputs.
+        `ValueError`: if the mask has fewer columns than there are present tokens.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
@@ -107,6 +114,51 @@ def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length:
             f"{tuple(attention_mask.shape)}."
         )
     return attention_mask[:, -sequence_length:]
+
+
+def check_masks(
+    attention_mask: torch.Tensor | dict | None,
+    padding_mask: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    cache: Cache | None,
+    learns: bool,
+) -> None:
+    """
+    Refuse masks of another shape than the tokens: attention reads the first columns of an attention mask that is too
+    long, query norms its last ones.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
+            Masks of other forms are left to the attention.
+        padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*)
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
+        cache (`Cache`, *optional*): The past tokens.
+        learns (`bool`):
+            Whether query norms read the padding mask. If not, an attention mask that comes with a cache may have further
+            columns: a static cache has room for later tokens, and a stage of pipeline parallelism without the first
+            layer takes its cache for empty.
+
+    Raises:
+        `ValueError`: naming the mask, its shape and the expected one.
+    """
+    batch_size, sequence_length = inputs_embeds.shape[:2]
+    if padding_mask is not None and padding_mask.shape != (batch_size, sequence_length):
+        raise ValueError(
+            f"`padding_mask` must have the shape (batch size, sequence length) = {(batch_size, sequence_length)}, got "
+            f"{tuple(padding_mask.shape)}."
+        )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return
+    past_length = cache.get_seq_length() if cache is not None else 0
+    if isinstance(past_length, torch.Tensor):  # of a static cache, on its device: reading it would wait for the device
+        past_length, learns = 0, False
+    length = past_length + sequence_length
+    rows, columns = attention_mask.shape
+    if rows != batch_size or columns < length or (columns > length and (learns or cache is None)):
+        raise ValueError(
+            f"`attention_mask` must have the shape (batch size, past and present length) = {(batch_size, length)}, got "
+            f"{(rows, columns)}."
+        )
 
 
 def _advise_tables(model, advise):
@@ -134,6 +186,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         padding_mask: torch.Tensor | None = None,
         expert_pool: ExpertPool | None = None,
+        forward_pass: ForwardPass | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
@@ -151,7 +204,9 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
 
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
-        hidden_states = self.mlp(hidden_states, padding_mask=padding_mask, expert_pool=expert_pool)
+        hidden_states = self.mlp(
+            hidden_states, padding_mask=padding_mask, expert_pool=expert_pool, forward_pass=forward_pass
+        )
         return residual + hidden_states
 
 
@@ -249,26 +304,30 @@ class PeerModel(PeerPreTrainedModel):
     ) -> PeerModelOutputWithPast:
         r"""
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True where there is a token. Taken from a two-dimensional `attention_mask` if not given; it tells the
-            feed-forward which positions count while training, whatever the attention makes of its own mask.
+            True (or 1) where there is a token, which feed-forwards learn from; taken from a two-dimensional
+            `attention_mask` if not given. Attention does not read it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
+        if forward_pass.learns:
+            check_sparse_gradients(self)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+
+        check_masks(attention_mask, padding_mask, inputs_embeds, cache, forward_pass.learns)
+        if padding_mask is None:
+            padding_mask = padding_mask_of(attention_mask, inputs_embeds.shape[1])
+
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
-
-        if padding_mask is None:
-            padding_mask = padding_mask_of(attention_mask, inputs_embeds.shape[1])
-        self._tell_whether_it_learns()
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -291,10 +350,11 @@ class PeerModel(PeerPreTrainedModel):
                 position_embeddings=position_embeddings,
                 padding_mask=padding_mask,
                 expert_pool=self.expert_pool,
+                forward_pass=forward_pass,
                 **kwargs,
             )
 
-        self._fold_query_moments()
+        forward_pass.end()
 
         hidden_states = self.norm(hidden_states)
 
@@ -302,23 +362,6 @@ class PeerModel(PeerPreTrainedModel):
             last_hidden_state=hidden_states,
             cache=cache,
         )
-
-    def _tell_whether_it_learns(self):
-        """Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing."""
-        learns = self.training and torch.is_grad_enabled()
-        if learns:
-            check_sparse_gradients(self)
-        for module in self.layers.modules():
-            if isinstance(module, (QueryBatchNorm, MoeFeedForward)):
-                module.learns = learns
-            if isinstance(module, QueryBatchNorm):
-                module.pending_moments = None  # what a recomputation left behind
-
-    def _fold_query_moments(self):
-        """Here rather than in the layers, whose forward runs a second time under activation checkpointing."""
-        for module in self.layers.modules():
-            if isinstance(module, QueryBatchNorm):
-                module.fold_moments()
 
 
 @auto_docstring

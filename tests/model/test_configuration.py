@@ -16,7 +16,6 @@
 import json
 
 import pytest
-import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from tiny_models import tiny_config
 
@@ -114,11 +113,3 @@ def test_the_middle_block_is_replaced(layers):
     types = PeerConfig(num_hidden_layers=layers).feed_forward_types
     assert types.count("peer") == 1
     assert types.index("peer") == (layers - 1) // 2
-
-
-def test_exactly_one_of_tokens_and_embeddings():
-    model = PeerModel(tiny_config())
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model()
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model(torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 24))
