@@ -13,6 +13,12 @@
 # limitations under the License.
 """PEER model configuration"""
 
+# Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
+from .library_releases import check_releases as check_releases
+
+
+# isort: split
+
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -22,9 +28,6 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
 from .expert_generations import check_additions
-from .expert_kernels import ALL_EXPERT_KERNELS
-from .feed_forward import ALL_FEED_FORWARDS
-from .feed_forward_peer import ExpertPool
 from .key_grid import grid_size
 
 
@@ -120,6 +123,13 @@ class PeerConfig(PreTrainedConfig):
 
     model_type = "peer"
 
+    # Of what every model has; each feed-forward variant has a plan of its own, which the model adds.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -207,18 +217,11 @@ class PeerConfig(PreTrainedConfig):
             )
         return loaded
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallel plan: the attention's, and what each variant in use says of itself."""
-        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in ("q", "k", "v")}
-        plan["layers.*.self_attn.o_proj"] = "rowwise"
-        for name in dict.fromkeys(self.feed_forward_types):
-            variant = ALL_FEED_FORWARDS[name]
-            if hasattr(variant, "tp_plan"):
-                plan |= {f"layers.*.mlp.{module}": style for module, style in variant.tp_plan(self).items()}
-        if self.share_experts_across_layers and "peer" in self.feed_forward_types:
-            plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self).items()}
-        return plan
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, which leaves other plans out of what is saved, and without an expert parallel plan as well."""
+        fields = super().to_dict()
+        fields.pop("base_model_ep_plan", None)
+        return fields
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -270,13 +273,6 @@ class PeerConfig(PreTrainedConfig):
                 f"`feed_forward_types` must name one variant for each of `num_hidden_layers` = "
                 f"{self.num_hidden_layers} layers, got {len(self.feed_forward_types)}: {self.feed_forward_types}."
             )
-        for name in self.feed_forward_types:
-            if name not in ALL_FEED_FORWARDS:
-                raise ValueError(
-                    f"`feed_forward_types` names the unknown variant {name!r}; known are "
-                    f"{sorted(ALL_FEED_FORWARDS)}. Register others with `FeedForwardInterface.register(name, class)` "
-                    "before the configuration is made."
-                )
 
     def validate_retrieval(self):
         size = grid_size(self.num_experts)
@@ -290,13 +286,6 @@ class PeerConfig(PreTrainedConfig):
 
     def validate_expert_additions(self):
         check_additions(self)
-
-    def validate_expert_kernels(self):
-        if self.expert_kernels != "auto" and self.expert_kernels not in ALL_EXPERT_KERNELS:
-            raise ValueError(
-                f"`expert_kernels` is {self.expert_kernels!r}, neither 'auto' nor one of {sorted(ALL_EXPERT_KERNELS)}. "
-                "Register others with `ExpertKernelsInterface.register(name, class)` before the configuration is made."
-            )
 
     def validate_activations(self):
         for name in ("hidden_act", "expert_act"):

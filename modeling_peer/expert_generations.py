@@ -24,9 +24,13 @@ generation after generation, so that growth changes no number.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .key_grid import grid_size
+
+
+if TYPE_CHECKING:  # the configuration imports this module
+    from .configuration_peer import PeerConfig
 
 
 MODES = ("protected", "open")
@@ -57,12 +61,12 @@ class Generation:
         return range(self.first_expert, self.first_expert + self.num_experts)
 
 
-def first_generation(config) -> Generation:
+def first_generation(config: "PeerConfig") -> Generation:
     """What a layer begins with, of the sizes that the configuration names."""
     return Generation(config.num_experts, config.num_retrieval_heads, config.num_experts_per_head)
 
 
-def generations_of(config, layer_idx: int) -> list[Generation]:
+def generations_of(config: "PeerConfig", layer_idx: int) -> list[Generation]:
     """The generations of a PEER layer, in the order of their numbers."""
     first = first_generation(config)
     additions = [addition for addition in config.expert_additions or () if layer_idx in addition["layers"]]
@@ -75,17 +79,17 @@ def generations_of(config, layer_idx: int) -> list[Generation]:
     return generations
 
 
-def shared_generations(config) -> list[Generation]:
+def shared_generations(config: "PeerConfig") -> list[Generation]:
     """The generations of the pool that all PEER layers share."""
     return generations_of(config, config.feed_forward_types.index("peer"))
 
 
-def has_protected_additions(config) -> bool:
+def has_protected_additions(config: "PeerConfig") -> bool:
     """Whether any layer has more than one generation."""
     return any(entry["mode"] == "protected" for entry in config.expert_additions or ())
 
 
-def check_additions(config) -> None:
+def check_additions(config: "PeerConfig") -> None:
     """Raises `ValueError` if an entry of `config.expert_additions` is not one that [`add_experts`] could have made."""
     peer_layers = [i for i, name in enumerate(config.feed_forward_types) if name == "peer"]
     sizes = dict.fromkeys(peer_layers, config.num_experts)
@@ -111,7 +115,7 @@ def check_additions(config) -> None:
                 ) from None
 
 
-def _check_addition(addition: dict[str, Any], config, peer_layers):
+def _check_addition(addition: dict[str, Any], config: "PeerConfig", peer_layers):
     mode = addition.get("mode")
     if mode not in MODES:
         raise ValueError(f"The `mode` of an addition of experts must be one of {MODES}, got {mode!r}.")

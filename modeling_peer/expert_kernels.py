@@ -30,7 +30,7 @@ a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Act
 | `"auto"` | the fastest of them that can run where the table is | |
 
 One's own is a class with the static methods of [`TorchKernels`], and if it knows a faster way to retrieve experts than a
-product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`], registered before the configuration is made:
+product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`], registered before the model is built:
 
 ```python
 >>> from modeling_peer import ExpertKernelsInterface
@@ -62,6 +62,15 @@ class ExpertKernelsInterface(GeneralInterface):
 
 
 ALL_EXPERT_KERNELS = ExpertKernelsInterface()
+
+
+def check_expert_kernels(name: str) -> None:
+    """Raise `ValueError` if `PeerConfig.expert_kernels` is neither `"auto"` nor a registered name."""
+    if name != "auto" and name not in ALL_EXPERT_KERNELS:
+        raise ValueError(
+            f"`expert_kernels` is {name!r}, neither 'auto' nor one of {sorted(ALL_EXPERT_KERNELS)}. "
+            "Register others with `ExpertKernelsInterface.register(name, class)` before the model is built."
+        )
 
 
 # Decided once where a model is compiled: what it looks at are compilers and devices.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_peer import PeerConfig
 from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
 from .expert_kernels_torch import EagerKernels
 from .memory_advice import advise_huge_pages, advise_whole_access
@@ -36,7 +37,7 @@ class ExpertTable(nn.Embedding):
         init_std (`float`): Standard deviation of the rows at initialization.
     """
 
-    def __init__(self, config, num_experts: int, init_std: float):
+    def __init__(self, config: PeerConfig, num_experts: int, init_std: float):
         super().__init__(num_experts, config.hidden_size)
         self.config = config
         self.init_std = init_std

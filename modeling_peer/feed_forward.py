@@ -34,6 +34,7 @@ class method `tp_plan(config)` may name the tensor parallel styles of its module
 
 from transformers.utils.generic import GeneralInterface
 
+from .configuration_peer import PeerConfig
 from .feed_forward_dense import DenseFeedForward
 from .feed_forward_moe import MoeFeedForward
 from .feed_forward_peer import PeerFeedForward
@@ -52,3 +53,23 @@ class FeedForwardInterface(GeneralInterface):
 
 
 ALL_FEED_FORWARDS = FeedForwardInterface()
+
+
+def check_feed_forward_types(names: list[str]) -> None:
+    """Raise `ValueError` if one of the names in `PeerConfig.feed_forward_types` is not registered."""
+    for name in names:
+        if name not in ALL_FEED_FORWARDS:
+            raise ValueError(
+                f"`feed_forward_types` names the unknown variant {name!r}; known are {sorted(ALL_FEED_FORWARDS)}. "
+                "Register others with `FeedForwardInterface.register(name, class)` before the model is built."
+            )
+
+
+def feed_forward_tp_plan(config: PeerConfig) -> dict[str, str]:
+    """The tensor parallel styles of the variants in `config.feed_forward_types`, by names relative to the base model."""
+    plan: dict[str, str] = {}
+    for name in dict.fromkeys(config.feed_forward_types):
+        variant = ALL_FEED_FORWARDS[name]
+        if hasattr(variant, "tp_plan"):
+            plan |= {f"layers.*.mlp.{module}": style for module, style in variant.tp_plan(config).items()}
+    return plan

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .configuration_peer import PeerConfig
+
 
 class DenseFeedForward(nn.Module):
     """
@@ -28,7 +30,7 @@ class DenseFeedForward(nn.Module):
         intermediate_size (`int`, *optional*): Width, `config.intermediate_size` if not given.
     """
 
-    def __init__(self, config, layer_idx: int, intermediate_size: int | None = None):
+    def __init__(self, config: PeerConfig, layer_idx: int, intermediate_size: int | None = None):
         super().__init__()
         intermediate_size = intermediate_size or config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
@@ -37,7 +39,7 @@ class DenseFeedForward(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .configuration_peer import PeerConfig
 from .forward_pass import ForwardPass
 from .initial_scale import activation_power, matched_std
 
@@ -27,7 +28,7 @@ from .initial_scale import activation_power, matched_std
 class MoeRouter(nn.Module):
     """Linear router over `config.moe_num_experts` experts; probabilities are a float32 softmax over all of them."""
 
-    def __init__(self, config):
+    def __init__(self, config: PeerConfig):
         super().__init__()
         self.num_experts_per_tok = config.moe_num_experts_per_tok
         self.init_std = config.initializer_range
@@ -56,7 +57,7 @@ class MoeRouter(nn.Module):
 class MoeExperts(nn.Module):
     """The experts' weights as 3D tensors, run by the library's experts interface (`experts_implementation`)."""
 
-    def __init__(self, config):
+    def __init__(self, config: PeerConfig):
         super().__init__()
         self.num_experts = config.moe_num_experts
         self.act_fn = ACT2FN[config.hidden_act]
@@ -93,14 +94,14 @@ class MoeFeedForward(nn.Module):
     losses are not of the same model; padding is never chosen.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.expert_choice = config.moe_routing == "expert_choice"
         self.gate = MoeRouter(config)
         self.experts = MoeExperts(config)
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         return {
             "experts": "moe_tp_experts",
             "experts.gate_up_proj": "packed_colwise",

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .configuration_peer import PeerConfig
 from .expert_generations import Generation, generations_of, has_protected_additions
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
@@ -45,7 +46,7 @@ class ExpertPool(nn.Module):
     Generations added in protected mode are pools of their own in `added`, whose experts are silent at first: v_i = 0.
     """
 
-    def __init__(self, config, generations: list[Generation]):
+    def __init__(self, config: PeerConfig, generations: list[Generation]):
         super().__init__()
         generation, *added = generations
         self.first_expert = generation.first_expert
@@ -62,7 +63,7 @@ class ExpertPool(nn.Module):
         self.added = nn.ModuleList([ExpertPool(config, [each]) for each in added])
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         plan = {"up_proj": "expert_up_projection", "down_proj": "expert_down_projection"}
         if config.gated_experts:
             plan["gate_proj"] = "expert_up_projection"
@@ -100,7 +101,7 @@ class PeerFeedForward(nn.Module):
     and what they put out is added.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         generations = generations_of(config, layer_idx)
@@ -112,7 +113,7 @@ class PeerFeedForward(nn.Module):
             self.shared_expert = DenseFeedForward(config, layer_idx, config.shared_expert_intermediate_size)
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         parts = {"router": ProductKeyRouter.tp_plan(config)}
         if has_protected_additions(config):
             parts["added_routers.*"] = parts["router"]

@@ -16,6 +16,7 @@
 import torch
 from torch import nn
 
+from .configuration_peer import PeerConfig
 from .expert_generations import first_generation
 from .expert_table import ExpertDownProjection
 from .forward_pass import ForwardPass
@@ -29,14 +30,14 @@ class PkmFeedForward(nn.Module):
     `PeerFeedForward` does; what is retrieved does not look at the token again.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.router = ProductKeyRouter(config, first_generation(config))
         std = expert_std(config, router_weight_power(config))
         self.values = ExpertDownProjection(config, config.num_experts, std)
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         router = {f"router.{name}": style for name, style in ProductKeyRouter.tp_plan(config).items()}
         return router | {"values": "expert_down_projection"}
 

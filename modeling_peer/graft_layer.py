@@ -28,8 +28,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
+from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
 from .forward_pass import ForwardPass
+from .library_releases import in_backward
 from .modeling_peer import padding_mask_of
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
@@ -140,8 +142,7 @@ class PeerGraft(PeerFeedForward):
         Of the host's last forward. Another one may have come between a forward that activation checkpointing runs again in
         the backward and that: only a BatchNorm needs its mask there.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not isinstance(self.router.query_norm, QueryBatchNorm):
+        if in_backward() and not isinstance(self.router.query_norm, QueryBatchNorm):
             return None
         padding_mask = padding_mask_of(self.attention_mask, hidden_states.shape[1])
         # A host's layers may be on several devices.
@@ -229,7 +230,7 @@ def peer_config_of_host(
     host_config: PreTrainedConfig, hidden_size: int, intermediate_size: int, **fields
 ) -> PeerConfig:
     """
-    The configuration of a PEER layer in a host. Raises `ValueError` as [`PeerConfig`] does.
+    The configuration of a PEER layer in a host. Raises `ValueError` as [`PeerConfig`] and [`PeerModel`] do.
 
     Args:
         host_config (`PreTrainedConfig`)
@@ -237,7 +238,7 @@ def peer_config_of_host(
         intermediate_size (`int`): Of the host's feed-forward.
         fields: Fields of [`PeerConfig`].
     """
-    return PeerConfig(
+    config = PeerConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=1,
@@ -248,6 +249,8 @@ def peer_config_of_host(
         initializer_range=getattr(host_config, "initializer_range", None) or PeerConfig.initializer_range,
         **fields,
     )
+    check_expert_kernels(config.expert_kernels)
+    return config
 
 
 def host_activation(host_config: PreTrainedConfig) -> str | None:

@@ -26,8 +26,10 @@ from statistics import NormalDist
 import torch
 from transformers.activations import ACT2FN
 
+from .configuration_peer import PeerConfig
 
-def activation_power(act_fn: Callable, config, gated: bool) -> float:
+
+def activation_power(act_fn: Callable, config: PeerConfig, gated: bool) -> float:
     """Mean square of a neuron's output at initialization, times that of its gate where it has one."""
     std = config.initializer_range * config.hidden_size**0.5
     inputs = torch.linspace(-8, 8, 2001, device="cpu", dtype=torch.float64)
@@ -36,7 +38,7 @@ def activation_power(act_fn: Callable, config, gated: bool) -> float:
     return float(power) * (std**2 if gated else 1.0)
 
 
-def matched_std(config, power: float) -> float:
+def matched_std(config: PeerConfig, power: float) -> float:
     """
     Standard deviation of output rows that gives the output variance of the dense feed-forward.
 
@@ -47,12 +49,12 @@ def matched_std(config, power: float) -> float:
     return config.initializer_range * math.sqrt(dense_power / power)
 
 
-def expert_std(config, power: float) -> float:
+def expert_std(config: PeerConfig, power: float) -> float:
     """Standard deviation of the rows of experts: `config.expert_initializer_range`, or what [`matched_std`] makes of `power`."""
     return matched_std(config, power) if config.expert_initializer_range is None else config.expert_initializer_range
 
 
-def router_weight_power(config) -> float:
+def router_weight_power(config: PeerConfig) -> float:
     """Expected sum of squared router weights of a token, over the heads and experts of a `ProductKeyRouter`."""
     num_active = config.num_retrieval_heads * config.num_experts_per_head
     if config.scoring_func == "softmax":
@@ -66,6 +68,6 @@ def router_weight_power(config) -> float:
     return num_active * weight**2
 
 
-def initial_score_std(config) -> float:
+def initial_score_std(config: PeerConfig) -> float:
     """Standard deviation of the experts' scores at initialization: one where queries are normalized."""
     return 1.0 if config.query_norm is not None else config.initializer_range * config.hidden_size**0.5

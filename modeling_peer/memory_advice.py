@@ -24,6 +24,8 @@ import threading
 
 import torch
 
+from .library_releases import storage_use_count
+
 
 # Huge pages are 2 MB: less memory than some of them is not worth a call.
 LEAST_BYTES = 2**23
@@ -87,7 +89,8 @@ class ReusedMemory:
                 # Too small for what is asked of it now, or too large: out with all that is free.
                 self._blocks = [block for block in self._blocks if block not in free]
                 block = _Block(size + size // 8)
-                self._blocks.append(block)
+                if block.references_when_free is not None:
+                    self._blocks.append(block)
             return block.memory[:size].view(dtype).view(shape)
 
     def release(self) -> None:
@@ -108,5 +111,6 @@ class _Block:
         return self._references() == self.references_when_free and not self.memory.is_shared()
 
     def _references(self):
-        """Of tensors, and of Python to the storage itself."""
-        return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+        """Of tensors, and of Python to the storage itself. `None` if torch does not count them."""
+        uses = storage_use_count(self.storage)
+        return None if uses is None else (uses, sys.getrefcount(self.storage))

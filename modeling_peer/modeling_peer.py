@@ -27,23 +27,24 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
+from .expert_kernels import check_expert_kernels
 from .expert_table import ExpertTable
-from .feed_forward import ALL_FEED_FORWARDS
+from .feed_forward import ALL_FEED_FORWARDS, check_feed_forward_types, feed_forward_tp_plan
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
+from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .sparse_gradients import check_sparse_gradients
@@ -161,6 +162,20 @@ def check_masks(
         )
 
 
+def check_configuration(config: PeerConfig) -> None:
+    """
+    Refuse a configuration that no model can be built of: its fields may have been set since it was made, and the names of
+    feed-forward variants and of kernels are only known where they are registered.
+
+    Raises:
+        `StrictDataclassClassValidationError`: if its fields do not fit together.
+        `ValueError`: if it names a feed-forward variant or kernels that are not registered.
+    """
+    config.validate()
+    check_feed_forward_types(config.feed_forward_types)
+    check_expert_kernels(config.expert_kernels)
+
+
 def _advise_tables(model, advise):
     for module in model.modules():
         if isinstance(module, ExpertTable):
@@ -175,7 +190,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @rename_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -195,9 +210,9 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -216,7 +231,7 @@ class PeerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
-    _skip_keys_device_placement = ["cache", "expert_pool"]
+    _skip_keys_device_placement = [CACHE, "expert_pool"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -239,9 +254,9 @@ class PeerPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
-        """As in the library, with the configuration refused before a file is written, and the model's own code saved
+        """As in Transformers, with the configuration refused before a file is written, and the model's own code saved
         where FSDP2 has put a class of its own in front of the model's."""
-        self.config.validate()
+        check_configuration(self.config)
         actual_class = type(self)
         if actual_class.__name__.startswith("FSDP"):
             self.__class__ = actual_class.__bases__[1]
@@ -269,7 +284,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 @auto_docstring
 class PeerModel(PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
-        config.validate()  # its fields may have been set since it was made
+        check_configuration(config)
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -290,7 +305,7 @@ class PeerModel(PeerPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @rename_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -333,8 +348,8 @@ class PeerModel(PeerPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            cache=cache,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
 
         hidden_states = inputs_embeds
@@ -345,12 +360,12 @@ class PeerModel(PeerPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                cache=cache,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 padding_mask=padding_mask,
                 expert_pool=self.expert_pool,
                 forward_pass=forward_pass,
+                **{CACHE: cache},
                 **kwargs,
             )
 
@@ -360,8 +375,16 @@ class PeerModel(PeerPreTrainedModel):
 
         return PeerModelOutputWithPast(
             last_hidden_state=hidden_states,
-            cache=cache,
+            **{CACHE: cache},
         )
+
+    def init_parallel_plans(self) -> None:
+        """Make the plans as Transformers does, and add to the tensor parallel plan what the feed-forwards say of theirs."""
+        super().init_parallel_plans()
+        plan = feed_forward_tp_plan(self.config)
+        if self.expert_pool is not None:
+            plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
+        self._tp_plan = plan | self._tp_plan  # what was set on the configuration goes first
 
 
 @auto_docstring
@@ -382,7 +405,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @rename_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -418,10 +441,10 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -447,12 +470,12 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             router_indices=outputs.router_indices,
             router_weights=outputs.router_weights,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
+from .configuration_peer import PeerConfig
 from .expert_generations import Generation
 from .expert_kernels import resolve_kernels
 from .forward_pass import ForwardPass
@@ -55,7 +56,7 @@ class ProductKeyRouter(nn.Module):
         expert_mask (`ExpertMask`, *optional*): Which experts take part. All do if `None`. See [`masked_experts`].
     """
 
-    def __init__(self, config, generation: Generation):
+    def __init__(self, config: PeerConfig, generation: Generation):
         super().__init__()
         self.config = config
         self.generation = generation
@@ -89,7 +90,7 @@ class ProductKeyRouter(nn.Module):
         return self.expert_mask is not None and not self.expert_mask.num_experts
 
     @classmethod
-    def tp_plan(cls, config) -> dict[str, str]:
+    def tp_plan(cls, config: PeerConfig) -> dict[str, str]:
         return {"query_norm": "query_norm"} if config.query_norm == "batch" else {}
 
     def init_own_weights(self) -> None:
@@ -205,7 +206,7 @@ class AddedRouter(ProductKeyRouter):
     multiplies its weights: open until [`fit_gates`] teaches it for which text the experts were added.
     """
 
-    def __init__(self, config, generation: Generation):
+    def __init__(self, config: PeerConfig, generation: Generation):
         super().__init__(config, generation)
         self.gate = ExpertGate(config.hidden_size)
 

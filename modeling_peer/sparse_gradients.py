@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .library_releases import has_kernel
+
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -40,7 +42,7 @@ def _register_norm():
     """
     `clip_grad_norm_`, which `Trainer` calls at every step, takes norms that torch 2.13 lacks for sparse tensors.
     """
-    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", "SparseCPU"):
+    if has_kernel("aten::linalg_vector_norm", "SparseCPU"):
         return None
 
     def vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):

@@ -17,7 +17,7 @@ row; routers are replicated.
 """
 
 import torch
-from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
 if torch.distributed.is_available():
@@ -60,7 +60,10 @@ class ExpertDownProjectionParallel(ExpertTableParallel):
         return (replicated.to_local(grad_placements=[Partial()]), indices), kwargs
 
     def transform_output_post_forward(self, module, output, mesh):
-        sharded = self._from_local_last_dim_shard(output, mesh, module.embedding_dim)
+        shape = torch.Size((*output.shape[:-1], module.embedding_dim))
+        # The width may not be a multiple of the number of ranks: shape and strides are those of the whole.
+        strides = torch.empty(shape, device="meta").stride()
+        sharded = DTensor.from_local(output, mesh, [Shard(-1)], run_check=False, shape=shape, stride=strides)
         return sharded.redistribute(placements=[Replicate()]).to_local()
 
 
@@ -73,7 +76,7 @@ class QueryNormParallel(TensorParallelLayer):
 
 
 def register_parallel_styles() -> None:
-    """Makes the styles known under the names that `PeerConfig.base_model_tp_plan` uses."""
+    """Make the styles known under the names that the `tp_plan` of feed-forward variants uses."""
     if torch.distributed.is_available():
         ALL_PARALLEL_STYLES.register("expert_up_projection", ExpertUpProjectionParallel())
         ALL_PARALLEL_STYLES.register("expert_down_projection", ExpertDownProjectionParallel())

@@ -28,7 +28,7 @@ import torch
 
 from ..configuration_peer import PeerConfig
 from ..expert_generations import first_generation, generations_of, shared_generations
-from ..feed_forward import ALL_FEED_FORWARDS
+from ..feed_forward import ALL_FEED_FORWARDS, check_feed_forward_types
 from ..feed_forward_dense import DenseFeedForward
 from ..feed_forward_moe import MoeFeedForward
 from ..feed_forward_peer import PeerFeedForward
@@ -189,8 +189,9 @@ def model_costs(
         `ModelCosts`.
 
     Raises:
-        `ValueError`: if a layer's variant is of unknown cost.
+        `ValueError`: if a layer's variant is not registered or of unknown cost.
     """
+    check_feed_forward_types(config.feed_forward_types)
     if sequence_length is None:
         sequence_length = config.max_position_embeddings
     num_embedding_parameters = config.vocab_size * config.hidden_size
@@ -211,7 +212,7 @@ def model_costs(
     )
 
 
-def _feed_forward(config, layer_idx):
+def _feed_forward(config: PeerConfig, layer_idx):
     name = config.feed_forward_types[layer_idx]
     variant = ALL_FEED_FORWARDS[name]
     count = getattr(variant, "count_costs", None) or _COUNTS.get(variant)
@@ -233,7 +234,7 @@ def _elementwise(num_parameters):
     return PartCosts(0, num_parameters, num_parameters)
 
 
-def _attention(config, sequence_length):
+def _attention(config: PeerConfig, sequence_length):
     query_size = config.num_attention_heads * config.head_dim
     key_value_size = config.num_key_value_heads * config.head_dim
     layer = _linear(config.hidden_size, query_size + 2 * key_value_size) + _linear(query_size, config.hidden_size)
@@ -243,15 +244,15 @@ def _attention(config, sequence_length):
     return sum([layer] * config.num_hidden_layers, PartCosts())
 
 
-def _gated_mlp(config, width):
+def _gated_mlp(config: PeerConfig, width):
     return _linear(config.hidden_size, 2 * width) + _linear(width, config.hidden_size)
 
 
-def _dense(config, layer_idx):
+def _dense(config: PeerConfig, layer_idx):
     return _gated_mlp(config, config.intermediate_size)
 
 
-def _moe(config, layer_idx):
+def _moe(config: PeerConfig, layer_idx):
     expert = _gated_mlp(config, config.moe_intermediate_size)
     num_active = config.moe_num_experts_per_tok
     experts = PartCosts(
@@ -260,7 +261,7 @@ def _moe(config, layer_idx):
     return _linear(config.hidden_size, config.moe_num_experts) + experts
 
 
-def _router(config, generation):
+def _router(config: PeerConfig, generation):
     all_queries_size = generation.num_heads * config.query_size
     num_sub_keys = grid_size(generation.num_experts) * (generation.num_heads if config.sub_keys_per_head else 1)
     costs = _linear(config.hidden_size, all_queries_size) + _elementwise(num_sub_keys * config.query_size)
@@ -272,11 +273,11 @@ def _router(config, generation):
     return costs
 
 
-def _gate(config):
+def _gate(config: PeerConfig):
     return _linear(config.hidden_size, GATE_WIDTH) + _linear(GATE_WIDTH, 1) + _elementwise(GATE_WIDTH + 1)
 
 
-def _tables(config, generation, num_tables, num_layers=1):
+def _tables(config: PeerConfig, generation, num_tables, num_layers=1):
     """Tables of one row per expert, of which a token in each of `num_layers` layers multiplies what it retrieves."""
     num_experts = generation.num_experts
     num_retrieved = num_layers * generation.num_heads * generation.num_experts_per_head
@@ -284,11 +285,11 @@ def _tables(config, generation, num_tables, num_layers=1):
     return PartCosts(2 * num_retrieved * row, num_experts * row, min(num_retrieved, num_experts) * row)
 
 
-def _num_pool_tables(config):
+def _num_pool_tables(config: PeerConfig):
     return 3 if config.gated_experts else 2
 
 
-def _peer(config, layer_idx):
+def _peer(config: PeerConfig, layer_idx):
     costs = PartCosts()
     for generation in generations_of(config, layer_idx):
         pool = _tables(config, generation, _num_pool_tables(config))
@@ -301,7 +302,7 @@ def _peer(config, layer_idx):
     return costs
 
 
-def _shared_pool(config):
+def _shared_pool(config: PeerConfig):
     num_layers = config.feed_forward_types.count("peer")
     if not config.share_experts_across_layers or not num_layers:
         return PartCosts()
@@ -311,7 +312,7 @@ def _shared_pool(config):
     return PartCosts(0, pool.parameters, pool.active_parameters)
 
 
-def _pkm(config, layer_idx):
+def _pkm(config: PeerConfig, layer_idx):
     generation = first_generation(config)
     return _router(config, generation) + _tables(config, generation, num_tables=1)
 

@@ -26,6 +26,7 @@ from ..expert_table import ExpertTable
 from ..feed_forward_peer import ExpertPool, PeerFeedForward
 from ..feed_forward_pkm import PkmFeedForward
 from ..graft_layer import PREFIX
+from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
 
 
@@ -252,7 +253,7 @@ def _router_hook(name, on_output):
     @torch.compiler.disable
     def observe(router, args, kwargs, output):
         # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
             on_output(name, *output, padding_mask)
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
+from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
@@ -199,7 +200,7 @@ class ExpertUsageCallback(TrainerCallback):
         @torch.compiler.disable
         def measure(module, args, kwargs, output):
             # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
-            if torch._C._current_graph_task_id() == -1:
+            if not in_backward():
                 padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
                 indices, weights = output
                 meters[module.training].update(indices - first_expert, weights, padding_mask)

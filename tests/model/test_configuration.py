@@ -31,10 +31,6 @@ REFUSED_VALUES = [
     ({"num_experts_per_head": -1}, "`num_experts_per_head` must be at least 1, got -1"),
     ({"num_hidden_layers": 0, "feed_forward_types": []}, "`num_hidden_layers` must be at least 1, got 0"),
     ({"feed_forward_types": ["peer"]}, "`feed_forward_types` must name one variant for each.*2 layers, got 1"),
-    (
-        {"feed_forward_types": ["peer", "sparse"]},
-        "`feed_forward_types` names the unknown variant 'sparse'; known are.*pkm",
-    ),
     ({"expert_act": "no_such"}, "`expert_act` is 'no_such', not one of the library's activations"),
     ({"hidden_act": "no_such"}, "`hidden_act` is 'no_such'"),
     ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 4 and 3"),
@@ -87,6 +83,40 @@ def test_values_of_another_kind(fields, name):
     config = tiny_config("peer", "dense")
     with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{name}'"):
         setattr(config, name, fields[name])
+
+
+UNKNOWN_NAMES = [
+    (
+        {"feed_forward_types": ["peer", "sparse"]},
+        r"`feed_forward_types` names the unknown variant 'sparse'; known are \['dense', 'moe', 'peer', 'pkm'\]. "
+        r"Register others with `FeedForwardInterface.register\(name, class\)` before the model is built.",
+    ),
+    (
+        {"expert_kernels": "fast"},
+        "`expert_kernels` is 'fast', neither 'auto' nor one of .*'eager'.*. "
+        r"Register others with `ExpertKernelsInterface.register\(name, class\)` before the model is built.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), UNKNOWN_NAMES, ids=["variant", "kernels"])
+def test_names_that_are_not_registered(fields, message, tmp_path):
+    """A configuration knows no registry: the model refuses them, before it allocates what would not fit this memory."""
+    config = tiny_config("peer", "dense", **fields, vocab_size=10**12)
+    with pytest.raises(ValueError, match=message):
+        PeerModel(config)
+    with pytest.raises(ValueError, match=message):
+        PeerForCausalLM(config)
+
+    model = PeerForCausalLM(tiny_config("peer", "dense"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PeerForCausalLM.from_pretrained(tmp_path, **fields)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
 
 
 def test_what_is_changed_at_load_is_checked_too(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
 
 from modeling_peer import ALL_FEED_FORWARDS, FeedForwardInterface, PartCosts, PeerForCausalLM, model_costs
@@ -77,8 +77,10 @@ def test_a_checkpoint_of_an_unregistered_variant_says_so(tmp_path):
     FeedForwardInterface.register("scaled", ScaledFeedForward)
     tiny_model(tiny_config("dense", "scaled")).save_pretrained(tmp_path)
     del FeedForwardInterface._global_mapping["scaled"]
-    with pytest.raises(Exception, match="unknown variant 'scaled'.*Register others with"):
+    with pytest.raises(ValueError, match="unknown variant 'scaled'.*Register others with"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unknown variant 'scaled'"):
+        model_costs(AutoConfig.from_pretrained(tmp_path))
 
 
 def test_the_registry_knows_the_four():

@@ -1,0 +1,129 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What differs between the releases of Transformers and torch that this code runs on, and the private functions of theirs
+that it calls. A checkpoint's code carries this module along and imports it first: pip never sees which releases remote
+code needs, so the code itself refuses those that it does not know.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.utils import logging
+
+
+# The first release that is supported, and the major release that is not any more.
+SUPPORTED_RELEASES = {"Transformers": ("5.16.1", 6), "torch": ("2.9", 3)}
+
+FOUND_RELEASES = {"Transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def is_at_least(library: str, release: str) -> bool:
+    """Whether the installed `"Transformers"` or `"torch"` is of this release or a later one."""
+    # A vendor's build of a release may call itself an alpha of it: only the digits count.
+    return Version(FOUND_RELEASES[library]).release >= Version(release).release
+
+
+def check_releases() -> None:
+    """Raise `ImportError` if the installed release of Transformers or torch is not supported."""
+    for library, (first, too_late) in SUPPORTED_RELEASES.items():
+        if not is_at_least(library, first) or is_at_least(library, str(too_late)):
+            ranges = " and ".join(f"{name} {low} to {high - 1}.x" for name, (low, high) in SUPPORTED_RELEASES.items())
+            raise ImportError(
+                f"PEER for Transformers supports {ranges}, and found {library} {FOUND_RELEASES[library]}. Install a "
+                "supported release of it, or a release of modeling_peer that supports this one."
+            )
+
+
+# Before anything is imported that another release may have elsewhere.
+check_releases()
+
+logger = logging.get_logger(__name__)
+
+# What a forward, a layer, an attention, a mask and an output call the KV cache.
+CACHE = "cache" if is_at_least("Transformers", "5.24") else "past_key_values"
+
+
+def rename_cache(forward: Callable) -> Callable:
+    """
+    Decorate a forward so that its parameter `cache` has the name that this release of Transformers gives it.
+
+    Before 5.24 the parameter itself is renamed, to `past_key_values`, rather than wrapped: continuous batching passes a
+    cache of another kind, called `cache`, to the attention beside it; pipeline parallelism binds arguments by the
+    signature; and ahead-of-time compilation does not take a wrapper. The body of the forward goes on as it is.
+    """
+    if CACHE == "cache":
+        from transformers.utils.deprecation import deprecate_kwarg
+
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward)
+    code = forward.__code__
+    forward.__code__ = code.replace(co_varnames=tuple(CACHE if name == "cache" else name for name in code.co_varnames))
+    forward.__annotations__[CACHE] = forward.__annotations__.pop("cache")
+    return forward
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # before 5.21
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Select the last `logits_to_keep` positions, all if it is 0, or those that it lists."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+def require_transformers(release: str, feature: str) -> None:
+    """Raise `RuntimeError` if Transformers is older than the `release` that a `feature` needs."""
+    if not is_at_least("Transformers", release):
+        raise RuntimeError(f"{feature} needs Transformers {release} or later, and found {transformers.__version__}.")
+
+
+def _private(name: str, otherwise: Any, loss: str) -> Callable:
+    """A private function of torch or, where a release is without it, one that warns once of the loss and returns `otherwise`."""
+
+    def missing(*args):
+        logger.warning_once(f"torch {torch.__version__} has no `torch._C.{name}`: {loss}")
+        return otherwise
+
+    return getattr(torch._C, name, missing)
+
+
+# Without it, activation checkpointing's second forward is not told from the first.
+_current_graph_task_id = _private(
+    "_current_graph_task_id", -1, "what activation checkpointing runs again in the backward is observed twice."
+)
+# Without it, no memory of gradients is taken again for the next ones.
+_storage_use_count = _private("_storage_Use_Count", None, "memory of gradients is allocated anew at every step.")
+# Without it, an operator counts as there, and nothing is registered for it.
+_has_kernel = _private(
+    "_dispatch_has_kernel_for_dispatch_key", True, "gradient clipping may not take `sparse_expert_gradients`."
+)
+
+
+def in_backward() -> bool:
+    """Whether the caller runs in a backward, as a forward does that activation checkpointing runs again."""
+    return _current_graph_task_id() != -1
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int | None:
+    """How many tensors, here and in autograd, hold a storage. `None` if torch does not tell."""
+    return _storage_use_count(storage._cdata)
+
+
+def has_kernel(operator: str, dispatch_key: str) -> bool:
+    """Whether torch has a kernel of an operator, say `"aten::linalg_vector_norm"`, for a dispatch key, say `"SparseCPU"`."""
+    return _has_kernel(operator, dispatch_key)
