@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Product-key memory (Lample et al., arXiv 1907.05242), the paper's baseline: values only, no neurons."""
+"""Product-key memory (Lample et al., arXiv 1907.05242), a baseline of the paper: values without neurons."""
 
 import torch
 from torch import nn
@@ -26,8 +26,12 @@ from .product_key_router import ProductKeyRouter
 
 class PkmFeedForward(nn.Module):
     """
-    A memory of `config.num_experts` values: `Σ router weight · v_i` over the k best keys of each head. It retrieves as
-    `PeerFeedForward` does; what is retrieved does not look at the token again.
+    Memory of `config.num_experts` values: `Σ g_i(x) v_i` over the best k keys of each head. Retrieval is that of
+    [`PeerFeedForward`], but what a value contributes depends on the token through its router weight alone.
+
+    Args:
+        config (`PeerConfig`)
+        layer_idx (`int`): Index of the layer.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):

@@ -41,7 +41,7 @@ class QueryRMSNorm(nn.RMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(..., normalized_size)`): at least float32, as the router makes them.
+            hidden_states (`torch.Tensor` of shape `(..., normalized_size)`): In at least float32.
 
         Returns:
             `torch.Tensor` of the shape and dtype of `hidden_states`.
@@ -51,13 +51,13 @@ class QueryRMSNorm(nn.RMSNorm):
 
 class QueryBatchNorm(nn.BatchNorm1d):
     """
-    BatchNorm of queries over the tokens of a batch, padding excluded: one mean and variance per feature (section 2.3 of
-    the paper; its table 3 shows that it evens out how often experts are used).
+    BatchNorm of queries over the tokens of a batch, padding excluded: one mean and variance per feature (section 2.3
+    of the paper; its table 3 shows that it evens out how often experts are used).
 
     In training, a query is normalized by the moments of the whole micro-batch, which include later tokens and other
-    sequences. These moments are all that a token learns of its future: means over thousands of positions, never a single
-    position. In evaluation and generation the running statistics take their place, and a token depends on its past
-    alone. Where training must be strictly causal, choose `query_norm="rms"` or `None`.
+    sequences. These moments are all that a token learns of its future: means over thousands of positions, never a
+    single position. In evaluation and generation the running statistics take their place, and a token depends on its
+    past alone. Where training must be strictly causal, choose `query_norm="rms"` or `None`.
 
     Two cases use the running statistics in training mode too, and leave them unchanged:
 
@@ -65,9 +65,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
     - a forward pass without gradients, as when a policy generates between its updates.
 
     Moments are computed in float32 (float64 for float64 queries). Where `torch.distributed` is initialized they are
-    reduced over all ranks, with gradients, so that they equal the moments of the joint batch; every rank must therefore
-    run equally many training forward passes. Running statistics take up each micro-batch once, also under activation
-    checkpointing, which runs a layer twice: see [`ForwardPass`].
+    reduced over all ranks, with gradients, so that they equal the moments of the joint batch; every rank must
+    therefore run equally many training forward passes. Running statistics take up each micro-batch once, also under
+    activation checkpointing, which runs a layer twice: see [`ForwardPass`].
 
     Args:
         num_features (`int`): Elements of a query, of all heads together.
@@ -124,8 +124,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
             present = torch.ones_like(queries[:, :1], dtype=torch.bool)
         else:
             present = padding_mask.reshape(-1, 1).bool()
-        # Two passes: the variance as a mean of squares minus a squared mean would lose its digits in float32. Padding is
-        # selected away rather than multiplied by zero: the output of attention without a token to attend to may be NaN.
+        # Two passes: the variance as a mean of squares minus a squared mean would lose its digits in float32. Padding
+        # is selected away rather than multiplied by zero: the output of attention without a token to attend to may be
+        # NaN.
         total = torch.where(present, queries, 0.0).sum(0)
         sums = self._sum_over_ranks(torch.cat([total, present.sum(0).to(total.dtype)]))
         count = sums[-1].detach()

@@ -112,5 +112,5 @@ def test_masks_of_other_forms_are_left_to_the_attention():
 def test_exactly_one_of_tokens_and_embeddings():
     model = PeerModel(VARIANTS["peer"])
     for inputs in ({}, {"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 24)}):
-        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
             model(**inputs)
