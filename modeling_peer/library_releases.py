@@ -89,7 +89,7 @@ except ImportError:  # before 5.21
 def require_transformers(release: str, feature: str) -> None:
     """Raise `RuntimeError` if Transformers is older than the `release` that a `feature` needs."""
     if not is_at_least("Transformers", release):
-        raise RuntimeError(f"{feature} needs Transformers {release} or later, and found {transformers.__version__}.")
+        raise RuntimeError(f"{feature} needs Transformers {release} or later, found {FOUND_RELEASES['Transformers']}.")
 
 
 def _private(name: str, otherwise: Any, loss: str) -> Callable:

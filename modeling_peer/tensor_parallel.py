@@ -19,6 +19,8 @@ row; routers are replicated.
 import torch
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
+from .library_releases import require_transformers
+
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -26,6 +28,9 @@ if torch.distributed.is_available():
 
 class ExpertTableParallel(TensorParallelLayer):
     """A table sharded along the embedding dimension, run on local tensors: only `[T, A]` and `[T, d]` cross ranks."""
+
+    def validate_param(self, module, param, mesh, parameter_name=None):
+        require_transformers("5.23", "Tensor parallelism of experts")
 
     def should_use_local_tensors(self, module):
         return True

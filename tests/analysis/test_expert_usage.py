@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from release_names import CHECKPOINTING
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -319,8 +320,8 @@ class TestCallback:
                 model,
                 tmp_path,
                 max_steps=3,
-                activation_checkpointing=checkpointing,
-                activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+                **{CHECKPOINTING: checkpointing},
+                **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
             )
             trainer.train()
             assert len(updates) == 3 * 2

@@ -23,6 +23,7 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from release_names import CHECKPOINTING
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -487,7 +488,7 @@ class TestTrainer:
     @pytest.mark.parametrize("optimizer", ["stock", "dense rows", "sparse rows"])
     @pytest.mark.parametrize(
         "options",
-        [{}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}],
+        [{}, {"gradient_accumulation_steps": 2, CHECKPOINTING: True}],
         ids=["plain", "accumulated"],
     )
     def test_frozen_experts_stay_and_all_else_trains_as_by_hand(self, tmp_path, optimizer, options):

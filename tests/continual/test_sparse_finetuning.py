@@ -27,6 +27,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from peft import LoraConfig, get_peft_model
+from release_names import CHECKPOINTING, enable_checkpointing
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -234,7 +235,7 @@ def pad_left(examples):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_forward_repeated_in_the_backward_is_not_observed(use_reentrant):
     model, seen = model_of_three().train(), []
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
     observe_routers(find_expert_sets(model), lambda name, *output: seen.append(name))
     tokens = torch.arange(1, 13)[None]
     model(inputs_embeds=model.model.embed_tokens(tokens), labels=tokens).loss.backward()
@@ -354,15 +355,15 @@ CASES = [
     (
         "stock",
         ("down_proj", "gate_proj", "up_proj"),
-        {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+        {"gradient_accumulation_steps": 2, CHECKPOINTING: True},
     ),
     (
         "sgd",
         ("down_proj",),
         {
             "gradient_accumulation_steps": 2,
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": True},
+            CHECKPOINTING: True,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": True},
         },
     ),
 ]
@@ -376,7 +377,7 @@ class TestTraining:
         observer = Observer()
         trainer, background = sparse_trainer(tmp_path, optimizer, tables=tables, observer=observer, **options)
         model = trainer.model
-        if "activation_checkpointing_kwargs" in options:
+        if f"{CHECKPOINTING}_kwargs" in options:
             model.enable_input_require_grads()
         before = copy_of_state(model)
         trainer.train()

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import hand_over, padded_batch, random_rows, tiny_config, tiny_model
+from release_names import CHECKPOINTING, enable_checkpointing
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -49,7 +50,7 @@ CASES = {
     "left": (LAYERS, "left", {}),
     "accumulated": (LAYERS, "right", {"gradient_accumulation_steps": 2}),
     "shared_pool": (SHARED_POOL, "right", {}),
-    "checkpointed": (SHARED_POOL, "left", {"activation_checkpointing": True}),
+    "checkpointed": (SHARED_POOL, "left", {CHECKPOINTING: True}),
     "moe": (tiny_config("moe", "dense"), "right", {}),
 }
 
@@ -134,7 +135,7 @@ def bare_gradients(output: Path, checkpointed: bool) -> None:
     """Hands over each parameter's gradient, and the statistics, after one backward without the Trainer."""
     model = tiny_model(LAYERS).train()
     if checkpointed:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     rows = own_rows()[0]
     targets = sum(len(row) - 1 for row in ROWS[:ROWS_PER_STEP])

@@ -26,6 +26,7 @@ import pytest
 import torch
 from graft_hosts import HOSTS, SIZES, graft_config, grafted, grafts_of, host_of, logits_of, trained
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from release_names import enable_checkpointing
 from safetensors.torch import load_file
 from test_feed_forward_peer import literal_peer
 from tiny_models import random_tokens
@@ -456,7 +457,7 @@ class TestPadding:
             model = grafted(family, query_norm="batch")
             nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
             if checkpointing:
-                model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                enable_checkpointing(model.base_model.model, {"use_reentrant": use_reentrant})
                 model.enable_input_require_grads()
             tokens = random_tokens(2, 9)
             mask = torch.ones_like(tokens)
@@ -478,7 +479,7 @@ class TestPadding:
             model = grafted(query_norm=query_norm)
             nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
             if checkpointing:
-                model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+                enable_checkpointing(model.base_model.model, {"use_reentrant": use_reentrant})
                 model.enable_input_require_grads()
             model.train()
             losses = [

@@ -17,6 +17,7 @@ import pytest
 import torch
 from graft_hosts import graft_config, grafted, grafts_of, host_of
 from peft import PeftModel, get_peft_model
+from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
@@ -75,7 +76,7 @@ class TestTrainer:
     @pytest.mark.parametrize("query_norm", ["rms", "batch"])
     def test_activation_checkpointing_changes_nothing(self, tmp_path, query_norm):
         plain, checkpointed = (
-            train(model_of(query_norm=query_norm), tmp_path, max_steps=5, activation_checkpointing=checkpointing)
+            train(model_of(query_norm=query_norm), tmp_path, max_steps=5, **{CHECKPOINTING: checkpointing})
             for checkpointing in (False, True)
         )
         assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)

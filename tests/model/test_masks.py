@@ -15,6 +15,7 @@
 
 import pytest
 import torch
+from release_names import CACHE
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from transformers import DynamicCache, StaticCache
 
@@ -27,9 +28,9 @@ def training_statistics(*chunks):
     cache = None
     with torch.no_grad():
         for tokens, masks in chunks[:-1]:
-            cache = model(tokens, cache=cache, use_cache=True, **masks).cache
+            cache = model(tokens, use_cache=True, **{CACHE: cache}, **masks)[CACHE]
     tokens, masks = chunks[-1]
-    model(tokens, cache=cache, use_cache=cache is not None, **masks)
+    model(tokens, use_cache=cache is not None, **{CACHE: cache}, **masks)
     return model.model.layers[0].mlp.router.query_norm.running_mean
 
 
@@ -75,16 +76,16 @@ def test_a_mask_of_another_shape_is_refused(name, shape, training):
 def test_a_longer_mask_is_refused_in_training_with_a_cache_too():
     model = tiny_model(VARIANTS["peer"]).train()
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape .* = \(3, 8\), got \(3, 9\)"):
-        model(random_tokens(3, 8), attention_mask=torch.ones(3, 9), cache=DynamicCache(config=model.config))
+        model(random_tokens(3, 8), attention_mask=torch.ones(3, 9), **{CACHE: DynamicCache(config=model.config)})
 
 
 def test_a_mask_of_the_present_alone_is_refused():
     """Attention would take it for the past."""
     model = tiny_model(VARIANTS["peer"])
     tokens = random_tokens(2, 10)
-    cache = model(tokens[:, :6], use_cache=True).cache
+    cache = model(tokens[:, :6], use_cache=True)[CACHE]
     with pytest.raises(ValueError, match=r"\(batch size, past and present length\) = \(2, 10\), got \(2, 4\)"):
-        model(tokens[:, 6:], attention_mask=torch.ones(2, 4), cache=cache, use_cache=True)
+        model(tokens[:, 6:], attention_mask=torch.ones(2, 4), use_cache=True, **{CACHE: cache})
 
 
 def test_a_static_cache_takes_masks_of_its_whole_length():
@@ -96,7 +97,7 @@ def test_a_static_cache_takes_masks_of_its_whole_length():
     with torch.no_grad():
         for start, end in ((0, 6), (6, 10)):
             mask[:, :end] = 1
-            logits.append(model(tokens[:, start:end], attention_mask=mask, cache=cache, use_cache=True).logits)
+            logits.append(model(tokens[:, start:end], attention_mask=mask, use_cache=True, **{CACHE: cache}).logits)
         expected = model(tokens).logits
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
 

@@ -17,6 +17,7 @@ import copy
 
 import pytest
 import torch
+from release_names import enable_checkpointing
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
@@ -154,7 +155,7 @@ def test_running_statistics_move_while_training_only():
         model.train()(tokens)
         assert norm.num_batches_tracked == step
     assert norm.running_mean.abs().sum() > 0
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model(tokens, labels=tokens).loss.backward()
     assert norm.num_batches_tracked == 3
 

@@ -19,6 +19,7 @@ without padding train as padded ones.
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
@@ -126,8 +127,8 @@ class TestAdapters:
                 adapted(ADAPTERS["all"]),
                 tmp_path,
                 max_steps=5,
-                activation_checkpointing=checkpointing,
-                activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+                **{CHECKPOINTING: checkpointing},
+                **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
             )
             for checkpointing in (False, True)
         )

@@ -18,6 +18,7 @@ import threading
 
 import pytest
 import torch
+from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
 
@@ -85,7 +86,7 @@ def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
     """
     plain = tiny_model(VARIANTS[variant]).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(checkpointed, {"use_reentrant": use_reentrant})
     tokens, others = random_tokens(3, 8), random_tokens(2, 8, seed=2)
     for model in (plain, checkpointed):
         if use_reentrant:
@@ -105,7 +106,7 @@ def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
 def test_a_frozen_norm_keeps_what_it_had_when_it_was_frozen():
     model, norm, before = model_and_norm()
     tokens = random_tokens(3, 8)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model(tokens, labels=tokens).loss.backward()
     after = statistics(norm).clone()
     assert not torch.equal(after, before)

@@ -17,6 +17,7 @@ import copy
 
 import pytest
 import torch
+from release_names import CACHE
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from transformers import QuantizedCache, StaticCache
 
@@ -77,8 +78,8 @@ def test_decoding_with_a_cache_equals_the_full_forward(config, cache_type):
     cache = StaticCache(config=config, max_cache_len=16) if cache_type == "static" else None
     logits = []
     for part in (tokens[:, :4], tokens[:, 4:6], *tokens[:, 6:].split(1, dim=1)):  # a prompt, a chunk, single tokens
-        output = model(part, cache=cache, use_cache=True)
-        cache = output.cache
+        output = model(part, **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         logits.append(output.logits)
     assert_close(torch.cat(logits, dim=1), expected)
 
@@ -93,7 +94,7 @@ def test_a_quantized_cache_stays_within_its_tolerance(config):
     expected = model(tokens).logits[0]
     # Beyond its residual length the cache holds four bits a number: shorter prompts would not be quantized at all.
     cache = QuantizedCache("quanto", config, nbits=4, q_group_size=8, residual_length=16)
-    logits = torch.cat([model(part, cache=cache, use_cache=True).logits[0] for part in tokens.split(20, dim=1)])
+    logits = torch.cat([model(part, **{CACHE: cache}, use_cache=True).logits[0] for part in tokens.split(20, dim=1)])
     assert cache.layers[0]._quantized_keys.numel() > 0
     # In the median over positions: at one of them the error may flip a retrieved expert.
     errors = (logits - expected).std(-1) / expected.std(-1)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from kernels_used import TRAINING
+from release_names import CHECKPOINTING
 from torch.testing import assert_close
 from trainer_worker import (
     PERIOD,
@@ -178,8 +179,8 @@ def test_activation_checkpointing_changes_nothing(tmp_path, use_reentrant):
                 tmp_path,
                 max_steps=5,
                 gradient_accumulation_steps=2,
-                activation_checkpointing=checkpointing,
-                activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+                **{CHECKPOINTING: checkpointing},
+                **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
             )
         )
         forwards.append(len(calls))

@@ -22,6 +22,7 @@ import re
 
 import pytest
 import torch
+from release_names import CHECKPOINTING
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -545,7 +546,7 @@ class TestTrainer:
         [
             {},
             {"gradient_accumulation_steps": 2},
-            {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+            {CHECKPOINTING: True, "gradient_accumulation_steps": 2},
             {"bf16": True},
         ],
         ids=["plain", "accumulated", "checkpointed", "bfloat16"],

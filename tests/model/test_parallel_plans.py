@@ -19,9 +19,10 @@ import pytest
 import torch
 from tiny_models import PROTECTED, tiny_config
 from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM, PeerForSequenceClassification
-from modeling_peer.library_releases import is_at_least
+from modeling_peer.library_releases import FOUND_RELEASES, is_at_least
 
 
 ATTENTION = {
@@ -155,6 +156,18 @@ def test_a_registered_variant_without_a_plan(monkeypatch):
     monkeypatch.setitem(FeedForwardInterface._global_mapping, "plain", lambda config, layer_idx: nn.Identity())
     config = tiny_config("plain")
     assert on_meta(config).model.tp_plan == ATTENTION | embeddings(config)
+
+
+def test_tensor_parallelism_of_experts_needs_a_later_release(monkeypatch):
+    table = on_meta(tiny_config("peer")).model.layers[0].mlp.expert_pool.up_proj
+    style = ALL_PARALLEL_STYLES["expert_up_projection"]
+    monkeypatch.setitem(FOUND_RELEASES, "Transformers", "5.23.0")
+    style.validate_param(table, "weight", None)
+    monkeypatch.setitem(FOUND_RELEASES, "Transformers", "5.22.2")
+    with pytest.raises(
+        RuntimeError, match=r"Tensor parallelism of experts needs Transformers 5\.23 or later, found 5\.22"
+    ):
+        style.validate_param(table, "weight", None)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -1,0 +1,163 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The code refuses releases of Transformers and torch that it does not support, and goes by the names of those it does."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from modeling_peer import PeerForCausalLM, library_releases, memory_advice
+
+
+PACKAGE = Path(library_releases.__file__).parent
+
+REFUSED = [
+    ("Transformers", "4.57.6"),
+    ("Transformers", "5.16.0"),
+    ("Transformers", "6.0.0.dev0"),
+    ("torch", "2.8.1+cu128"),
+    ("torch", "3.0.0"),
+]
+SUPPORTED = [
+    ("Transformers", "5.16.1"),
+    ("Transformers", "5.99.0.dev0"),
+    ("torch", "2.9.0a0+50eac81.nv25.09"),  # as a vendor numbers its builds
+    ("torch", "2.99.1"),
+]
+
+
+def imports_of(module: str) -> set[str]:
+    """The package's modules that a flat file imports, those for a type checker left out."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    checked = {node for each in ast.walk(tree) if isinstance(each, ast.If) for node in ast.walk(each)}
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level} - {
+        node.module for node in checked if isinstance(node, ast.ImportFrom)
+    }
+
+
+@pytest.mark.parametrize(("library", "release"), REFUSED)
+def test_unsupported_releases_are_refused(library, release, monkeypatch):
+    monkeypatch.setitem(library_releases.FOUND_RELEASES, library, release)
+    message = rf"supports Transformers 5\.16\.1 to 5\.x and torch 2\.9 to 2\.x, and found {library} {release[:5]}"
+    with pytest.raises(ImportError, match=message):
+        library_releases.check_releases()
+
+
+@pytest.mark.parametrize(("library", "release"), SUPPORTED)
+def test_supported_releases_are_not(library, release, monkeypatch):
+    monkeypatch.setitem(library_releases.FOUND_RELEASES, library, release)
+    library_releases.check_releases()
+
+
+REMOTE_CODE = """
+import sys
+import transformers
+from transformers import AutoModelForCausalLM
+
+transformers.__version__ = "5.15.1"
+sys.modules["transformers.modeling_rope_utils"] = None  # stands for a module that release would not have
+sys.modules["modeling_peer"] = None
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = os.environ | {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", *command], env=environment, capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == 1
+    return result.stderr.splitlines()[-1]
+
+
+def test_a_checkpoints_own_code_refuses_them_before_it_imports_anything_else(tmp_path):
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    error = run(REMOTE_CODE, tmp_path / "model", cwd=tmp_path)
+    assert error.startswith("ImportError: PEER for Transformers supports") and "found Transformers 5.15.1" in error
+
+
+def test_the_package_refuses_them(tmp_path):
+    error = run('import torch; torch.__version__ = "2.8.0"; import modeling_peer', cwd=tmp_path)
+    assert error.startswith("ImportError: PEER for Transformers supports") and "found torch 2.8.0" in error
+
+
+def test_the_check_comes_first():
+    docstring, check, *_ = ast.parse((PACKAGE / "configuration_peer.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(check, ast.ImportFrom) and (check.level, check.module) == (1, "library_releases")
+    assert not imports_of("library_releases")
+
+
+def test_the_configuration_imports_nothing_that_it_configures():
+    reached, rest = set(), ["configuration_peer"]
+    while rest:
+        module = rest.pop()
+        reached.add(module)
+        rest += imports_of(module) - reached
+    assert reached == {"configuration_peer", "library_releases", "expert_generations", "key_grid"}
+
+
+def forward_with_cache() -> Callable:
+    def forward(self, hidden_states, cache: int | None = None, **kwargs):
+        return self, hidden_states, cache, kwargs
+
+    return library_releases.rename_cache(forward)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_the_name_of_the_release(name, monkeypatch):
+    monkeypatch.setattr(library_releases, "CACHE", name)
+    forward = forward_with_cache()
+    assert list(inspect.signature(forward).parameters) == ["self", "hidden_states", name, "kwargs"]
+    assert forward(1, 2, 3) == forward(1, hidden_states=2, **{name: 3}) == (1, 2, 3, {})
+    assert forward(1, 2) == (1, 2, None, {})
+    assert inspect.signature(forward).parameters[name].annotation == int | None
+
+
+def test_before_5_24_a_cache_of_continuous_batching_is_another_argument(monkeypatch):
+    monkeypatch.setattr(library_releases, "CACHE", "past_key_values")
+    forward = forward_with_cache()
+    assert forward(1, 2, cache=4) == (1, 2, None, {"cache": 4})
+    assert forward(1, 2, cache=4, past_key_values=3) == (1, 2, 3, {"cache": 4})
+
+
+def test_what_needs_a_later_release_says_so(monkeypatch):
+    monkeypatch.setitem(library_releases.FOUND_RELEASES, "Transformers", "5.20.2")
+    library_releases.require_transformers("5.20", "this")
+    with pytest.raises(
+        RuntimeError, match=r"^Tensor parallelism needs Transformers 5\.23 or later, found 5\.20\.2\.$"
+    ):
+        library_releases.require_transformers("5.23", "Tensor parallelism")
+
+
+def test_a_private_function_that_is_gone_is_missed_once(caplog):
+    function = library_releases._private("_no_such_function", -1, "something else happens.")
+    assert [function(1), function()] == [-1, -1]
+    assert library_releases._private("_current_graph_task_id", None, "") is torch._C._current_graph_task_id
+    (record,) = caplog.records
+    assert record.getMessage().endswith("has no `torch._C._no_such_function`: something else happens.")
+
+
+def test_memory_is_not_taken_again_where_its_uses_are_not_counted(monkeypatch):
+    monkeypatch.setattr(memory_advice, "storage_use_count", lambda storage: None)
+    memory = memory_advice.ReusedMemory()
+    first, second = (memory.empty(2**21, dtype=torch.float32) for _ in range(2))
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert not memory._blocks
