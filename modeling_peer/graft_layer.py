@@ -30,6 +30,7 @@ from transformers import initialization as init
 from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
+from .forward_pass import ForwardPass
 from .library_releases import in_backward
 from .modeling_peer import padding_mask_of
 from .query_norm import QueryBatchNorm
@@ -98,6 +99,8 @@ class PeerGraft(PeerFeedForward):
         self.config = config
         # Whatever mask the host was given; `None` if none.
         self.attention_mask: torch.Tensor | dict | None = None
+        # The decoder's last one; `None` before the first.
+        self.forward_pass: ForwardPass | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
 
     def init_own_weights(self) -> None:
@@ -127,9 +130,11 @@ class PeerGraft(PeerFeedForward):
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
         padding_mask = self._padding_mask(hidden_states)
         if self.output_bias is None:
-            return super().forward(hidden_states, padding_mask).to(dtype)
+            return super().forward(hidden_states, padding_mask, forward_pass=self.forward_pass).to(dtype)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
-        output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask)
+        output = super().forward(
+            torch.cat([hidden_states, ones], dim=-1), padding_mask, forward_pass=self.forward_pass
+        )
         return (output[..., :-1] + self.output_bias).to(dtype)
 
     def _padding_mask(self, hidden_states):
@@ -204,24 +209,21 @@ def _before_forward(decoder, args, kwargs):
     attention_mask = kwargs.get("attention_mask")
     if attention_mask is None and args:
         attention_mask = inspect.signature(decoder.forward).bind_partial(*args).arguments.get("attention_mask")
-    learns = decoder.training and torch.is_grad_enabled()
+    forward_pass = ForwardPass(learns=decoder.training and torch.is_grad_enabled())
     for graft in decoder.modules():
         if not isinstance(graft, PeerGraft):
             continue
-        if learns:
+        if forward_pass.learns:
             check_sparse_gradients(graft)
         graft.attention_mask = attention_mask
-        norm = graft.router.query_norm
-        if isinstance(norm, QueryBatchNorm):
-            norm.learns = learns
-            norm.pending_moments = None  # what a recomputation left behind
+        graft.forward_pass = forward_pass
 
 
 def _after_forward(decoder, args, output):
-    """Once, where a layer's forward may run twice."""
+    """Running statistics take up a batch once, where a layer's forward may run twice."""
     for module in decoder.modules():
-        if isinstance(module, QueryBatchNorm):
-            module.fold_moments()
+        if isinstance(module, PeerGraft) and module.forward_pass is not None:
+            module.forward_pass.end()
 
 
 def peer_config_of_host(

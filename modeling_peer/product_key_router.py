@@ -25,6 +25,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_peer import PeerConfig
 from .expert_generations import Generation
 from .expert_kernels import resolve_kernels
+from .forward_pass import ForwardPass
 from .key_grid import grid_size
 from .product_key_retrieval import ExpertMask, retrieve, retrieve_unmasked
 from .query_norm import QueryBatchNorm, QueryRMSNorm
@@ -112,13 +113,18 @@ class ProductKeyRouter(nn.Module):
         self.sub_keys, self.generation = sub_keys, generation
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 True where there is a token; the query BatchNorm leaves the rest out of its statistics.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, see [`QueryBatchNorm`].
 
         Returns:
             `tuple(torch.Tensor)`: expert numbers (int64) and router weights, each of shape
@@ -127,7 +133,7 @@ class ProductKeyRouter(nn.Module):
         queries = self.query_proj(hidden_states)
         # Autocast would take the products back to bfloat16.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            queries, sub_keys = self._normalized(queries, padding_mask)
+            queries, sub_keys = self._normalized(queries, padding_mask, forward_pass)
             kernels = resolve_kernels(self.config.expert_kernels, sub_keys)
             arguments = (queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
             if self.expert_mask is None:
@@ -138,13 +144,13 @@ class ProductKeyRouter(nn.Module):
         shape = (*hidden_states.shape[:-1], self.num_heads, self.num_experts_per_head)
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
-    def _normalized(self, queries, padding_mask):
+    def _normalized(self, queries, padding_mask, forward_pass):
         """Queries `(..., heads, 2, d_k / 2)` and sub-keys, normalized as configured, at least in float32."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         sub_keys = self.sub_keys.to(dtype)
         halves = (*queries.shape[:-1], self.num_heads, 2, self.query_size // 2)
         if self.norm_type == "batch":
-            return self.query_norm(queries, padding_mask).view(halves), sub_keys
+            return self.query_norm(queries, padding_mask, forward_pass).view(halves), sub_keys
         queries = queries.to(dtype).view(halves)
         if self.query_norm is not None:
             # As in attention, a product of two unit-size vectors is scaled to unit variance.
@@ -216,8 +222,11 @@ class AddedRouter(ProductKeyRouter):
                     tensor.copy_(source[:size] if tensor.ndim else source)
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As that of [`ProductKeyRouter`]."""
-        indices, weights = super().forward(hidden_states, padding_mask)
+        indices, weights = super().forward(hidden_states, padding_mask, forward_pass)
         return indices + self.generation.first_expert, weights * self.gate(hidden_states)[..., None]

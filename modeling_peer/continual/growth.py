@@ -26,7 +26,8 @@ from torch import nn
 from transformers import initialization as init
 
 from ..analysis.evaluation import evaluation
-from ..expert_generations import check_additions, generations_of
+from ..expert_additions import check_additions
+from ..expert_generations import generations_of
 from ..expert_table import ExpertTable
 from ..feed_forward_peer import ExpertPool, PeerFeedForward
 from ..key_grid import grid_size
@@ -207,7 +208,9 @@ def _peer_layers(model, layers):
 
 def _check(config, addition):
     """Raises `ValueError` if a model cannot grow so."""
-    check_additions(config)
+    check_additions(
+        config.expert_additions, config.feed_forward_types, config.num_experts, config.share_experts_across_layers
+    )
     if addition["mode"] == "protected" and addition["num_retrieval_heads"] > config.num_retrieval_heads:
         raise ValueError(
             f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, those of the layer, whose query network "
