@@ -20,8 +20,8 @@ back.
 
 The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
 prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A
-README.md in the folder is pushed unchanged; without one, a model card is made from the configuration and
-`all_results.json`.
+README.md in the folder is pushed unchanged. Without one, or with the short one that is saved with every model, a
+model card is made from the configuration and `all_results.json`.
 """
 
 import json
@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.cards import make_card
 from common.training import parse_arguments
+from modeling_peer.checkpoint_card import is_written_card
 
 
 # What a checkpoint must contain, with the files that show it.
@@ -80,8 +81,10 @@ def push(args: PushArguments) -> str:
     files = sorted(
         {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name not in LEFT_OUT}
     )
-    operations = [CommitOperationAdd(file.name, file) for file in files]
-    if not (folder / "README.md").exists():
+    readme = folder / "README.md"
+    has_own_card = readme.exists() and not is_written_card(readme.read_text(encoding="utf-8"))
+    operations = [CommitOperationAdd(file.name, file) for file in files if file != readme or has_own_card]
+    if not has_own_card:
         card = model_card(args, config, repo_id)
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
     try:
