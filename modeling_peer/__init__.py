@@ -45,6 +45,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .optim.resuming import last_complete_checkpoint
 from .optim.row_adamw import RowAdamW, expert_parameter_groups
 
 
@@ -106,6 +107,7 @@ __all__ = [
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
+    "last_complete_checkpoint",
     "list_configurations",
     "masked_experts",
     "measure_usage",
