@@ -48,6 +48,7 @@ from .product_key_router import ProductKeyRouter
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
+from .training_advice import advise_on_added_experts
 
 
 @auto_docstring(
@@ -308,6 +309,7 @@ class PeerModel(PeerPreTrainedModel):
         learns = self.training and torch.is_grad_enabled()
         if learns:
             check_sparse_gradients(self)
+            advise_on_added_experts(self)
         for module in self.layers.modules():
             if isinstance(module, (QueryBatchNorm, MoeFeedForward)):
                 module.learns = learns
