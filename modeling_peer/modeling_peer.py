@@ -55,6 +55,7 @@ from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
+from .training_advice import advise_on_added_experts
 
 
 if torch.distributed.is_available():
@@ -373,6 +374,7 @@ class PeerModel(PeerPreTrainedModel):
         forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
         if forward_pass.learns:
             check_sparse_gradients(self)
+            advise_on_added_experts(self)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
