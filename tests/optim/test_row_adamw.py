@@ -38,6 +38,7 @@ from two_processes import run_on_two_processes, save_parts
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 from modeling_peer.optim import row_adamw
+from modeling_peer.sparse_gradients import enable_sparse_norms
 
 
 assert_same = functools.partial(assert_close, rtol=0, atol=0)
@@ -511,6 +512,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
 def test_norms_of_sparse_gradients_are_those_of_dense_ones(norm_type):
+    enable_sparse_norms()
     first, second = random_gradients(2)
     for gradient in (by_rows(first), accumulated(first, second)):
         sparse, dense, bias = random_table(), random_table(), nn.Parameter(torch.ones(3))
