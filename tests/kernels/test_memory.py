@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a million experts take of memory: only what a token reads of them, in the load, the forward and generation."""
+"""Memory of a million experts: loading, forward and generation take only that of the rows that tokens read."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class OwnMemory:
         self.thread.join()
         self.peak = max(self.peak, resident("RssAnon"))
 def advised(address):
-    "Whether the system knows that the mapping at an address is read at random."
+    "Whether the mapping at an address is advised to be read at random."
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
@@ -82,8 +82,8 @@ def run(script: str, *arguments) -> dict:
 
 def write_with_holes(folder: Path, config: PeerConfig) -> int:
     """
-    A bfloat16 checkpoint of a model that is never made: the expert tables are holes in its file, the rest small random
-    numbers. Returns the size of the file.
+    A bfloat16 checkpoint of a model that is never made: the expert tables are holes in its file, the rest is small and
+    random. Returns the size of the file.
     """
     config.dtype = torch.bfloat16
     config.architectures = ["PeerForCausalLM"]
@@ -166,7 +166,8 @@ def test_no_gathered_rows_are_held(kernels):
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, expert_kernels=sys.argv[1], query_size=64)
+config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, expert_kernels=sys.argv[1],
+query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.05)
@@ -188,7 +189,8 @@ def test_sparse_gradients_take_memory_for_the_rows_they_touch():
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=512**2, sparse_expert_gradients=True, query_size=64)
+config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=512**2, sparse_expert_gradients=True,
+query_size=64)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.05)
@@ -204,7 +206,7 @@ print(json.dumps({"more": resident("VmHWM") - before}))
 class TestReusedMemory:
     SHAPE = (4096, 1024)  # 16 MB
 
-    def test_is_taken_again_only_when_nothing_refers_to_it(self):
+    def test_it_is_reused_only_when_nothing_refers_to_it(self):
         memory = ReusedMemory()
         values = memory.empty(*self.SHAPE, dtype=torch.float32)
         address = values.data_ptr()
@@ -224,27 +226,27 @@ class TestReusedMemory:
         others = [memory.empty(*self.SHAPE, dtype=torch.float32) for _ in range(2)]
         assert address in {tensor.data_ptr() for tensor in (fewer, *others)}
 
-    def test_is_never_taken_from_another_process(self):
+    def test_it_is_not_reused_while_another_process_may_have_it(self):
         memory = ReusedMemory()
         values = memory.empty(*self.SHAPE, dtype=torch.float32).share_memory_()
         address = values.data_ptr()
         del values
         assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
 
-    def test_release_gives_back_what_is_free(self):
+    def test_release_frees_what_is_not_in_use(self):
         memory = ReusedMemory()
         kept = memory.empty(*self.SHAPE, dtype=torch.float32)
         memory.empty(*self.SHAPE, dtype=torch.float32)
         memory.release()
         assert [block.memory.data_ptr() for block in memory._blocks] == [kept.data_ptr()]
 
-    def test_what_does_not_fit_is_let_go(self):
+    def test_blocks_that_do_not_fit_are_freed(self):
         memory = ReusedMemory()
         for rows in (4096, 8192, 32768, 4096):
             memory.empty(rows, 1024, dtype=torch.bfloat16)
             assert len(memory._blocks) == 1
 
-    def test_a_step_takes_that_of_the_last(self):
+    def test_a_step_reuses_that_of_the_last(self):
         config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, sparse_expert_gradients=True)
         layer, addresses = PeerFeedForward(config, 0), []
         for parameter in layer.parameters():

@@ -41,6 +41,7 @@ from torch.testing import assert_close
 
 from modeling_peer import RowAdamW
 from modeling_peer.optim import row_adamw
+from modeling_peer.sparse_gradients import enable_sparse_norms
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -386,6 +387,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
 def test_norms_of_sparse_gradients_are_those_of_dense_ones(norm_type):
+    enable_sparse_norms()
     first, second = random_gradients(2)
     for gradient in (by_rows(first), accumulated(first, second)):
         sparse, dense, bias = random_table(), random_table(), nn.Parameter(torch.ones(3))
