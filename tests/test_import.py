@@ -51,7 +51,7 @@ def run(script, **environment):
 
 def test_it_changes_nothing_in_the_process(tmp_path):
     script = """
-forks, hooks, optimizer = [], torch.nn.modules.module, torch.optim.optimizer
+forks, hooks, optimizer = [], torch.nn.modules.module, sys.modules["torch.optim.optimizer"]
 registrations = torch._C._dispatch_get_registrations_for_dispatch_key
 os.register_at_fork = lambda **functions: forks.append(list(functions))
 def state():
