@@ -97,6 +97,19 @@ def test_options_and_their_defaults():
         assert getattr(config, name) == shown, name
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/compatibility.md"])
+def test_the_lowest_releases_are_those_of_the_project(page):
+    """Of pyproject.toml, which pip reads, and of the constraints of `./run tests --lowest`."""
+    text, project = ((ROOT / name).read_text() for name in (page, "pyproject.toml"))
+    constraints = (ROOT / "tests/lowest-releases.txt").read_text()
+    for library, name in (("Transformers", "transformers"), ("torch", "torch"), ("PEFT", "peft")):
+        lowest = re.search(rf'"{name}>=([\d.]+)', project)[1]
+        assert re.search(rf"{library}[ |]+{re.escape(lowest)} (to|and later)", text), library
+        assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), library
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    assert re.search(rf"Python[ |]+{re.escape(python)} to", text)
+
+
 def test_the_index_names_every_page():
     index = (ROOT / "docs/README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
