@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the README shows works when pasted, and its figures are those that the package gives."""
+"""The code in the README runs when pasted, and its figures are those of the package and of committed results."""
 
 import json
 import re
