@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Facts are read right, a model is asked right, arms are compared right, and a study that was stopped goes on."""
+"""The study of facts: reading facts, measuring a model, comparing arms, resuming, and the committed tables."""
 
 import json
 import sys

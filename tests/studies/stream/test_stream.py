@@ -11,10 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-The study of a stream of texts: what it makes of runs, that it goes on where it was killed, and where its texts come
-from.
-"""
+"""The study of streams: measures, the comparison at equal learning, resuming, and the committed tables."""
 
 import json
 import math
