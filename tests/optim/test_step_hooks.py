@@ -138,3 +138,16 @@ class TestStepHooks:
         freeze.remove()
         assert not vars(optimizer).get(frozen_rows.SAVED_ROWS)
         assert frozen_rows.SAVED_ROWS not in optimizer.__getstate__()
+
+    def test_forget_a_freeze_that_ended_though_a_traceback_holds_it(self):
+        """As a notebook holds the last one."""
+        module = random_module()
+        optimizer, own = OPTIMIZERS["AdamW"](module.weight), OPTIMIZERS["SGD"](module.weight)
+        freeze = freeze_rows(module, "weight", FROZEN, optimizer=own)
+        with pytest.raises(RuntimeError, match="another optimizer") as refusal:
+            optimizer.step()
+        freeze.remove()
+        before = module.weight.detach().clone()
+        backward(module.weight, 0)
+        optimizer.step()
+        assert module.weight.ne(before).all() and refusal.tb is not None
