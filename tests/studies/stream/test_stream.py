@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from common.training import last_whole_checkpoint
 from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
 from studies.stream.arms import Arm
@@ -190,17 +189,6 @@ class TestStudy:
             patch.setattr(stream_study, "Trainer", killed)
             study("--arms", "full", "--seeds", "1")
         assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
-
-    def test_goes_on_with_the_last_checkpoint_that_is_whole(self, tmp_path):
-        assert last_whole_checkpoint(tmp_path / "missing") is None and last_whole_checkpoint(tmp_path) is None
-        for step, files in {100: ["model.safetensors", "trainer_state.json"], 200: ["model.safetensors"]}.items():
-            (tmp_path / f"checkpoint-{step}").mkdir()
-            for name in files:
-                (tmp_path / f"checkpoint-{step}" / name).touch()
-        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-        (tmp_path / "checkpoint-1000").mkdir()
-        (tmp_path / "checkpoint-1000" / "trainer_state.json").touch()
-        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
 
     def test_refuses_the_folder_of_another_study(self, study, tmp_path):
         (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
