@@ -42,7 +42,8 @@ from pathlib import Path
 def start_of_peak():
     Path("/proc/self/clear_refs").write_text("5")
 def resident(field):
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field)) / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 class OwnMemory:
     "The peak of RssAnon, which the system keeps no peak of, while the block lasts: read every two milliseconds."
     def __enter__(self):
@@ -166,8 +167,8 @@ def test_no_gathered_rows_are_held(kernels):
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, expert_kernels=sys.argv[1],
-query_size=64)
+sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 128**2, "query_size": 64}
+config = PeerConfig(**sizes, expert_kernels=sys.argv[1])
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.05)
@@ -189,8 +190,8 @@ def test_sparse_gradients_take_memory_for_the_rows_they_touch():
 import json, torch
 from modeling_peer import PeerConfig
 from modeling_peer.feed_forward_peer import PeerFeedForward
-config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=512**2, sparse_expert_gradients=True,
-query_size=64)
+sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 512**2, "query_size": 64}
+config = PeerConfig(**sizes, sparse_expert_gradients=True)
 layer = PeerFeedForward(config, 0)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.05)

@@ -131,8 +131,8 @@ import torch
 from pathlib import Path
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 def runtimes():
-    return {l.split()[-1] for l in Path("/proc/self/maps").read_text().splitlines() if "omp" in
-    l.split()[-1].split("/")[-1]}
+    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {file for file in files if "omp" in file.split("/")[-1]}
 torch.set_num_threads(2)
 torch.randn(1000, 1000).exp().sum()
 before = runtimes()
@@ -176,9 +176,8 @@ queries, keys = torch.randn(300, 2, 2, 8, generator=generator), torch.randn(1, 2
 found = kernels.retrieve(queries, keys, 4)[0]
 def is_right():
     rows, _ = kernels.row_gradient(expected, x, indices, torch.float32)
-    return torch.allclose(kernels.up(x, indices, table), expected, atol=1e-4) and len(rows) == len(indices.unique())
-    and (
-        torch.equal(kernels.retrieve(queries, keys, 4)[0], found))
+    are_near = torch.allclose(kernels.up(x, indices, table), expected, atol=1e-4)
+    return are_near and torch.equal(rows, indices.unique()) and torch.equal(kernels.retrieve(queries, keys, 4)[0], found)
 assert is_right()
 child = os.fork()
 if child == 0:
