@@ -72,6 +72,14 @@ PLACEMENTS = {
     "neurons": {"placement": "in_place", "num_experts": 10**2},
 }
 
+# Every family and every placement; not every pair of them, as the code does not know one from the other. GPT-2 has biases.
+FAMILIES_AND_PLACEMENTS = [(family, "beside_batch") for family in HOSTS] + [
+    ("gpt2", "beside"),
+    ("gpt2", "in_place"),
+    ("gpt2", "neurons"),
+    ("llama", "neurons"),
+]
+
 TASKS = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,

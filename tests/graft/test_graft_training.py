@@ -49,8 +49,7 @@ def logits_of(model):
 
 
 class TestTrainer:
-    @pytest.mark.parametrize("family", ["llama", "gpt2"])
-    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    @pytest.mark.parametrize(("family", "query_norm"), [("llama", "rms"), ("gpt2", "batch")])
     def test_learns_and_comes_back(self, tmp_path, family, query_norm):
         trainer = trainer_of(model_of(family, query_norm=query_norm), tmp_path, max_steps=40, learning_rate=3e-2)
         before = trainer.evaluate()["eval_loss"]
@@ -194,8 +193,9 @@ class TestSupervisedFineTuning:
         host_of("qwen3", seed=1).save_pretrained(folder)
         return folder
 
-    @pytest.mark.parametrize("by_config", [True, False], ids=["peft_config", "wrapped"])
-    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    @pytest.mark.parametrize(
+        ("by_config", "query_norm"), [(True, "rms"), (False, "batch")], ids=["peft_config", "wrapped"]
+    )
     def test_of_a_graft(self, tmp_path, folder, by_config, query_norm):
         config = graft_config(query_norm=query_norm)
         model = str(folder) if by_config else get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
