@@ -12,25 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Puts a layer trained with PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a checkpoint of this package.
+Converts a layer of PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a layer of a checkpoint of this package.
 
     python examples/convert_peer_pytorch.py --peer_pytorch_checkpoint layer.pt --model_name_or_path CHECKPOINT \
         --layer 5 --output_dir runs/converted
 
-`layer.pt` is the layer's `state_dict()`, or that of a larger model with `--prefix "blocks.5.ff."`. What the weights do
-not tell are the flags `--num_experts_per_head`, `--non_competing_scores` and `--activation`: the arguments that the
-layer was made with. Its dropout, a matter of training, is left behind. One run converts one layer; layers converted
-before it stay.
+`layer.pt` is the `state_dict()` of the layer, or of a larger model with `--prefix "blocks.5.ff."`. The weights do not
+determine the flags `--num_experts_per_head`, `--non_competing_scores` and `--activation`, which are the arguments that
+the layer was made with. Dropout, which only matters in training, is not converted. One run converts one layer and
+keeps layers that were converted before.
 
 | PEER-pytorch | here |
 |---|---|
-| `weight_down_embed`, into the neurons | `expert_pool.up_proj` |
-| `weight_up_embed`, out of the neurons | `expert_pool.down_proj` |
+| `weight_down_embed`, u_i | `expert_pool.up_proj` |
+| `weight_up_embed`, v_i | `expert_pool.down_proj` |
 | expert `row * num_keys + column` | expert `expert_index(row, column)` |
 | `keys` `[heads, num_keys, 2, dim_key]` | `router.sub_keys` `[heads, 2, √N, query_size / 2]`: `sub_keys_per_head` |
 | `to_queries`, outputs ordered (half, head, feature) | `router.query_proj`, outputs ordered (head, half, feature) |
-| `dim_key`, of a half | `query_size = 2 * dim_key`, of both; `query_norm = None` |
-| `norm.gamma + 1`, with `pre_rmsnorm` | the layer's `post_attention_layernorm` |
+| `dim_key`, of one half | `query_size = 2 * dim_key`, of both halves; `query_norm = None` |
+| `norm.gamma + 1`, with `pre_rmsnorm` | `post_attention_layernorm` of the decoder layer |
 | `non_competing_scores`: one expert per head, ReLU | `num_experts_per_head = 1`, `scoring_func = "relu"` |
 """
 
@@ -40,9 +40,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from training import parse_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.training import parse_arguments
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.key_grid import expert_index, grid_size
 
@@ -53,23 +53,19 @@ PRE_NORM = "norm.gamma"
 
 @dataclass
 class ConversionArguments:
-    """The layer to convert, and the checkpoint and the layer to put it into."""
+    """The layer to convert, and the checkpoint and layer that receive it."""
 
-    peer_pytorch_checkpoint: str = field(metadata={"help": "The state dict, a .pt or .safetensors file."})
-    model_name_or_path: str = field(metadata={"help": "The checkpoint whose layer it becomes; it is left as it is."})
-    layer: int = field(metadata={"help": "The number of that layer, from 0."})
-    output_dir: str = field(metadata={"help": "The folder to save the new checkpoint in."})
-    prefix: str = field(default="", metadata={"help": 'What the names of the tensors begin with, "blocks.5.ff.".'})
-    num_experts_per_head: int = field(default=16, metadata={"help": "The layer's argument of this name."})
+    peer_pytorch_checkpoint: str = field(metadata={"help": "State dict, a .pt or .safetensors file."})
+    model_name_or_path: str = field(metadata={"help": "Checkpoint to replace a layer of; it is not changed."})
+    layer: int = field(metadata={"help": "Index of that layer, from 0."})
+    output_dir: str = field(metadata={"help": "Folder to save the new checkpoint in."})
+    prefix: str = field(default="", metadata={"help": 'Prefix of the names of its tensors, such as "blocks.5.ff.".'})
+    num_experts_per_head: int = field(default=16, metadata={"help": "Argument of the layer with this name."})
     product_key_topk: int | None = field(
-        default=None, metadata={"help": "The layer's argument of this name; --num_experts_per_head if not given."}
+        default=None, metadata={"help": "Argument of the layer with this name. Defaults to --num_experts_per_head."}
     )
-    non_competing_scores: bool = field(
-        default=True, metadata={"help": "The layer's argument of this name, true unless it was set to false."}
-    )
-    activation: str = field(
-        default="gelu", metadata={"help": "The layer's activation, by the name that transformers has for it."}
-    )
+    non_competing_scores: bool = field(default=True, metadata={"help": "Argument of the layer with this name."})
+    activation: str = field(default="gelu", metadata={"help": "Activation of the layer, by its name in Transformers."})
 
 
 def layer_fields(
@@ -80,33 +76,36 @@ def layer_fields(
     activation: str = "gelu",
 ) -> dict[str, Any]:
     """
-    The fields of `PeerConfig` under which a `PeerFeedForward` computes what the PEER-pytorch layer does.
+    Returns the fields of `PeerConfig` with which a `PeerFeedForward` computes the same function as a PEER-pytorch
+    layer.
 
     Args:
-        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER`.
-        num_experts_per_head, product_key_topk, non_competing_scores, activation: What it was made with.
+        state_dict (`dict[str, torch.Tensor]`): State dict of a `PEER_pytorch.PEER`.
+        num_experts_per_head, product_key_topk, non_competing_scores, activation: Arguments that the layer was made
+        with.
 
     Raises:
-        `ValueError`: if there are no such fields, or this is not such a layer. It names what is in the way.
+        `ValueError`: if there are no such fields, or the state dict is not that of such a layer.
     """
     missing = [name for name in TENSORS if name not in state_dict]
     unknown = sorted(set(state_dict) - {*TENSORS, PRE_NORM})
     if missing or unknown:
         raise ValueError(
-            f"These are not the tensors of a PEER-pytorch `PEER` layer: {missing} missing, {unknown} unknown. Name "
-            "what the tensors of the layer begin with by --prefix; `PEERLora` and `PKAttention` are other layers."
+            f"These are not the tensors of a PEER-pytorch `PEER` layer: {missing} missing, {unknown} unknown. Give "
+            "the prefix of the tensors of the layer by --prefix; `PEERLora` and `PKAttention` are other layers."
         )
     num_heads, num_keys, _, dim_key = state_dict["keys"].shape
     num_rows, hidden_size = state_dict["weight_down_embed.weight"].shape
     if num_rows != num_keys**2:
         raise ValueError(
             f"`separate_embed_per_head=True` cannot be converted: the {num_heads} heads have {num_rows} experts, "
-            f"{num_keys**2} each, and here all heads of a layer retrieve from one pool."
+            f"{num_keys**2} each, but all heads of a `PeerFeedForward` retrieve from one pool."
         )
     if product_key_topk is not None and product_key_topk < num_experts_per_head and not non_competing_scores:
         raise ValueError(
             f"`product_key_topk={product_key_topk}` cannot be converted: fewer candidates than the "
-            f"{num_experts_per_head} experts of a head miss some of the best ones, and retrieval here is exact."
+            f"{num_experts_per_head} experts of a head miss some of the best ones, but retrieval in this package is "
+            "exact."
         )
     return {
         "hidden_size": hidden_size,
@@ -126,10 +125,11 @@ def layer_fields(
 
 def convert_layer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The state dict of a `PeerFeedForward` that computes what the PEER-pytorch layer does after its `pre_rmsnorm`.
+    Returns the state dict of a `PeerFeedForward` that computes the same function as a PEER-pytorch layer after its
+    `pre_rmsnorm`.
 
     Args:
-        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER` that [`layer_fields`] accepts.
+        state_dict (`dict[str, torch.Tensor]`): State dict of a `PEER_pytorch.PEER` that [`layer_fields`] accepts.
     """
     num_heads, _, _, dim_key = state_dict["keys"].shape
     queries = state_dict["to_queries.0.weight"]
@@ -143,7 +143,7 @@ def convert_layer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _renumber_experts(table):
-    """Rows of a table, counted row by row of the key grid, in the order of the numbers that experts have here."""
+    """Reorders the rows of a table from row-major order in the key grid to the order of expert indices."""
     size = grid_size(table.shape[0])
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     renumbered = torch.empty_like(table)
@@ -152,33 +152,33 @@ def _renumber_experts(table):
 
 
 def place_layer(
-    host: PeerForCausalLM, layer: int, state_dict: dict[str, torch.Tensor], fields: dict[str, Any]
+    base_model: PeerForCausalLM, layer: int, state_dict: dict[str, torch.Tensor], fields: dict[str, Any]
 ) -> PeerForCausalLM:
     """
-    A model like `host` whose feed-forward of one layer is the PEER-pytorch layer.
+    Returns a copy of a model in which the PEER-pytorch layer replaces the feed-forward of one layer.
 
     Args:
-        host (`PeerForCausalLM`): The model to take all else from.
-        layer (`int`): The number of the layer.
-        state_dict (`dict[str, torch.Tensor]`): Of a `PEER_pytorch.PEER`.
-        fields (`dict[str, Any]`): What [`layer_fields`] says of it.
+        base_model (`PeerForCausalLM`): Model that all other weights come from. It is not changed.
+        layer (`int`): Index of the layer.
+        state_dict (`dict[str, torch.Tensor]`): State dict of a `PEER_pytorch.PEER`.
+        fields (`dict[str, Any]`): Fields of the layer, from [`layer_fields`].
 
     Raises:
-        `ValueError`: if the layer does not fit into the host. It names what is in the way.
+        `ValueError`: if the layer does not fit into the model.
     """
-    config = host.config
+    config = base_model.config
     _check_fit(config, layer, fields)
     types = list(config.feed_forward_types)
     types[layer] = "peer"
     name = f"model.layers.{layer}"
-    weights = {key: value for key, value in host.state_dict().items() if not key.startswith(f"{name}.mlp.")}
+    weights = {key: value for key, value in base_model.state_dict().items() if not key.startswith(f"{name}.mlp.")}
     weights |= {f"{name}.mlp.{key}": value for key, value in convert_layer(state_dict).items()}
     if PRE_NORM in state_dict:
         weights[f"{name}.post_attention_layernorm.weight"] = state_dict[PRE_NORM] + 1
     model = PeerForCausalLM(PeerConfig.from_dict(config.to_dict() | fields | {"feed_forward_types": types}))
     model.load_state_dict(weights)
-    model.generation_config = host.generation_config
-    return model.to(host.dtype).eval()
+    model.generation_config = base_model.generation_config
+    return model.to(base_model.dtype).eval()
 
 
 def _check_fit(config, layer, fields):
@@ -186,8 +186,8 @@ def _check_fit(config, layer, fields):
         raise ValueError(f"There is no layer {layer}: the checkpoint has layers 0 to {config.num_hidden_layers - 1}.")
     if config.hidden_size != fields["hidden_size"]:
         raise ValueError(
-            f"`dim={fields['hidden_size']}` of the layer is not the `hidden_size` of the checkpoint, "
-            f"{config.hidden_size}."
+            f"`dim` of the layer must equal the `hidden_size` of the checkpoint, {config.hidden_size}, but got "
+            f"`dim={fields['hidden_size']}`."
         )
     others = [i for i, name in enumerate(config.feed_forward_types) if name in ("peer", "pkm") and i != layer]
     differing = [
@@ -197,16 +197,18 @@ def _check_fit(config, layer, fields):
     ]
     if others and differing:
         raise ValueError(
-            f"All PEER layers of a model are of one shape, and layers {others} of the checkpoint have "
+            f"All PEER layers of a model must have the same shape, but layers {others} of the checkpoint have "
             f"{'; '.join(differing)}."
         )
 
 
 def main():
     (args,) = parse_arguments((ConversionArguments,), __doc__)
-    host = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-    if not isinstance(host, PeerForCausalLM):
-        raise ValueError(f"{args.model_name_or_path} holds a {type(host).__name__}, not a PeerForCausalLM.")
+    base_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    if not isinstance(base_model, PeerForCausalLM):
+        raise ValueError(
+            f"{args.model_name_or_path} must contain a PeerForCausalLM, but contains a {type(base_model).__name__}."
+        )
     state_dict = _load_state_dict(args.peer_pytorch_checkpoint, args.prefix)
     fields = layer_fields(
         state_dict,
@@ -215,12 +217,12 @@ def main():
         non_competing_scores=args.non_competing_scores,
         activation=args.activation,
     )
-    model = place_layer(host, args.layer, state_dict, fields)
+    model = place_layer(base_model, args.layer, state_dict, fields)
     tokenizer = _tokenizer_of(args.model_name_or_path)
     model.save_pretrained(args.output_dir)
     if tokenizer is not None:
         tokenizer.save_pretrained(args.output_dir)
-    print(f"Layer {args.layer} of {args.output_dir} is now the layer of {args.peer_pytorch_checkpoint}.")
+    print(f"Saved {args.output_dir}, whose layer {args.layer} is converted from {args.peer_pytorch_checkpoint}.")
 
 
 def _load_state_dict(file, prefix):
@@ -229,7 +231,7 @@ def _load_state_dict(file, prefix):
 
 
 def _tokenizer_of(name_or_path):
-    """`None` for a checkpoint that has none."""
+    """The tokenizer of a checkpoint. `None` if it has none."""
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError):

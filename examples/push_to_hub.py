@@ -12,35 +12,39 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Pushes a trained checkpoint to the Hub, with its tokenizer, generation configuration and a model card, and pulls it back.
+Pushes a trained checkpoint to the Hub, with its tokenizer, generation configuration and a model card, and pulls it
+back.
 
     hf auth login
     python examples/push_to_hub.py --model_name_or_path runs/quickstart/peer-tiny --repo_id USER/peer-tiny --pull
 
-What is pushed is one commit: either all of it is there or nothing is. `--pull` alone downloads the model and continues
-a prompt; after a push it checks that what came back continues the prompt as the local checkpoint does. A README.md in
-the folder is pushed as it is; without one the card is made of the configuration and of `all_results.json`.
+The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
+prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A
+README.md in the folder is pushed unchanged. Without one, or with the short one that is saved with every model, a
+model card is made from the configuration and `all_results.json`.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cards import make_card
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from training import parse_arguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from common.cards import make_card
+from common.training import parse_arguments
+from modeling_peer.checkpoint_card import is_written_card
 
-# What a checkpoint must hold, each with an example of a file …
+
+# What a checkpoint must contain, with the files that show it.
 NEEDED = {
     "a configuration": "config.json",
     "a generation configuration": "generation_config.json",
     "a tokenizer": "tokenizer_config.json",
     "weights": "*.safetensors",
 }
-# … what of its folder is pushed, and what of that tells of the training alone.
+# Files that are pushed, and files among them that only describe the training.
 PUSHED = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.png", "README.md", "LICENSE")
 LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
 
@@ -49,22 +53,22 @@ LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
 class PushArguments:
     """What to push, and where to."""
 
-    repo_id: str = field(metadata={"help": "The repository on the Hub: `user/name` or `organization/name`."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The folder of the checkpoint to push."})
-    pull: bool = field(
-        default=False, metadata={"help": "Download the model, after a push if there is one, and try it."}
+    repo_id: str = field(metadata={"help": "Repository on the Hub: `user/name` or `organization/name`."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder of the checkpoint to push."})
+    pull: bool = field(default=False, metadata={"help": "Download the model (after the push, if any) and test it."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    license: str | None = field(default=None, metadata={"help": "License of the model, such as `apache-2.0`."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset of the Hub that the model was trained on."}
     )
-    private: bool = field(default=False, metadata={"help": "Make the repository, if it is new, a private one."})
-    license: str | None = field(default=None, metadata={"help": "The licence of the model, such as `apache-2.0`."})
-    dataset_name: str | None = field(default=None, metadata={"help": "The dataset of the Hub it was trained on."})
-    tags: list[str] = field(default_factory=list, metadata={"help": "Tags of the model card, beside `peer`."})
-    commit_message: str = field(default="Upload model", metadata={"help": "The message of the commit."})
-    prompt: str = field(default="def main(", metadata={"help": "The text to try the model with."})
-    max_new_tokens: int = field(default=30, metadata={"help": "The most tokens to add to it."})
+    tags: list[str] = field(default_factory=list, metadata={"help": "Tags of the model card, in addition to `peer`."})
+    commit_message: str = field(default="Upload model", metadata={"help": "Commit message."})
+    prompt: str = field(default="def main(", metadata={"help": "Prompt to test the model with."})
+    max_new_tokens: int = field(default=30, metadata={"help": "Maximum number of tokens to generate."})
 
     def __post_init__(self):
         if self.model_name_or_path is None and not self.pull:
-            raise ValueError("Name the checkpoint to push, --model_name_or_path, or ask for a download, --pull.")
+            raise ValueError("Give a checkpoint to push, --model_name_or_path, or ask for a download, --pull.")
 
 
 def push(args: PushArguments) -> str:
@@ -77,8 +81,10 @@ def push(args: PushArguments) -> str:
     files = sorted(
         {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name not in LEFT_OUT}
     )
-    operations = [CommitOperationAdd(file.name, file) for file in files]
-    if not (folder / "README.md").exists():
+    readme = folder / "README.md"
+    has_own_card = readme.exists() and not is_written_card(readme.read_text(encoding="utf-8"))
+    operations = [CommitOperationAdd(file.name, file) for file in files if file != readme or has_own_card]
+    if not has_own_card:
         card = model_card(args, config, repo_id)
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
     try:
@@ -91,15 +97,17 @@ def push(args: PushArguments) -> str:
 
 
 def _check_checkpoint(folder):
-    """Its configuration, if the folder holds a whole checkpoint of a language model."""
+    """Returns the configuration of a folder, if it contains a complete checkpoint of a language model."""
     if not folder.is_dir():
-        raise SystemExit(f"{folder} is not a folder: name that of a checkpoint, the --output_dir of run_clm.py.")
+        raise SystemExit(
+            f"{folder} is not a folder: give the folder of a checkpoint, such as the --output_dir of run_clm.py."
+        )
     missing = [name for name, pattern in NEEDED.items() if not any(folder.glob(pattern))]
     if missing:
-        raise SystemExit(f"{folder} is not a whole checkpoint, it lacks {', '.join(missing)}: see run_clm.py.")
+        raise SystemExit(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}: see run_clm.py.")
     config = AutoConfig.from_pretrained(folder)
     if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
-        raise SystemExit(f"{folder} holds {config.architectures}, not a language model.")
+        raise SystemExit(f"{folder} contains {config.architectures}, not a language model.")
     return config
 
 
@@ -108,7 +116,8 @@ def _logged_in_user(api):
         return api.whoami()["name"]
     except LocalTokenNotFoundError as error:
         raise SystemExit(
-            f"You are not logged in to {api.endpoint}: run `hf auth login`, or set HF_TOKEN to a token that may write."
+            f"You are not logged in to {api.endpoint}: run `hf auth login`, or set HF_TOKEN to a token with write "
+            "access."
         ) from error
     except HfHubHTTPError as error:
         raise SystemExit(
@@ -117,7 +126,7 @@ def _logged_in_user(api):
 
 
 def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> ModelCard:
-    """The card of a checkpoint, with what its all_results.json says, if it has one."""
+    """Makes the card of a checkpoint, with the results in its all_results.json, if any."""
     results_file = Path(args.model_name_or_path, "all_results.json")
     return make_card(
         repo_id,
@@ -132,7 +141,7 @@ def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> M
 
 
 def continuation(name_or_path: str, args: PushArguments) -> str:
-    """The likeliest continuation of the prompt by a checkpoint, with the prompt."""
+    """Returns the prompt and its greedy continuation by a checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     model = AutoModelForCausalLM.from_pretrained(name_or_path).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt")

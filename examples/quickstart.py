@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a small PEER language model and its dense twin of equal FLOPs, side by side, in under five minutes on two cores.
+Trains a small PEER language model and its dense twin of equal FLOPs in under five minutes on two cores.
 
-    python examples/quickstart.py
+    ./run quickstart
 
-Both learn from the same text for the same number of steps: the Python standard library, or the text that --dataset_name
-or --train_file names. Their held-out perplexity before and after, the use of the experts, a plot of both losses and a
-sample of what the PEER model writes are shown and, with the models, saved in --output_dir.
+Both are trained on the same text for the same number of steps: the Python standard library, or the text of
+--dataset_name or --train_file. The script prints their held-out perplexity before and after training, expert usage and
+a sample of the PEER model. The models, the results and a plot of both losses are saved in --output_dir.
 """
 
 import json
@@ -30,11 +30,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from model_arguments import ModelArguments, load_config
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from run_generation import describe_experts, generate
-from text_data import DataTrainingArguments
-from training import parse_arguments, run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +41,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.model_arguments import ModelArguments, load_config
+from common.text_data import DataTrainingArguments
+from common.training import parse_arguments, run
 from modeling_peer import model_costs
 
 
@@ -52,30 +52,33 @@ PEER, DENSE = "peer-tiny", "dense-tiny"
 
 @dataclass
 class QuickstartArguments:
-    """How long to train, and what to show."""
+    """How long to train, and which prompt to continue."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "The folder for all that is saved."})
-    max_steps: int = field(default=500, metadata={"help": "Training steps of each model."})
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Output folder."})
+    max_steps: int = field(default=500, metadata={"help": "Training steps per model."})
     prompt: str = field(
         default='class LineReader:\n    def __init__(self, path, encoding="utf-8"):\n',
-        metadata={"help": "The text that the PEER model continues at the end."},
+        metadata={"help": "Text that the PEER model continues at the end."},
     )
 
 
 @dataclass
 class QuickstartDataArguments(DataTrainingArguments):
-    """Which text to learn from."""
+    """Which text to train on."""
 
-    block_size: int = field(default=256, metadata={"help": "Tokens of a sequence."})
-    max_eval_samples: int = field(default=64, metadata={"help": "Held-out sequences to evaluate on, evenly spaced."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
+    max_eval_samples: int = field(
+        default=64, metadata={"help": "Number of held-out sequences to evaluate on, evenly spaced."}
+    )
 
 
 @dataclass
 class Result:
-    """What came of a model."""
+    """Costs and results of one model."""
 
     parameters: int
     flops_per_token: int
+    sequence_length: int
     perplexity_before: float
     perplexity_after: float
     seconds_per_step: float
@@ -85,7 +88,7 @@ class Result:
 
 
 def training_arguments(args: QuickstartArguments, name: str) -> TrainingArguments:
-    """The same for both models. Small batches: at this size more steps are worth more than larger ones."""
+    """The same arguments for both models. At this size, more steps improve a model more than larger batches."""
     return TrainingArguments(
         output_dir=str(Path(args.output_dir, name)),
         do_train=True,
@@ -109,21 +112,21 @@ def training_arguments(args: QuickstartArguments, name: str) -> TrainingArgument
 def train_model(
     name: str,
     args: QuickstartArguments,
-    data_args: QuickstartDataArguments,
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
 ) -> Result:
-    """Trains a model of a named configuration, evaluates and saves it."""
+    """Trains, evaluates and saves a model of a named configuration."""
     model_args = ModelArguments(config_name=name)
     config = load_config(model_args)
     trainer = make_trainer(model_args, training_arguments(args, name), config, tokenizer, blocks)
     metrics = run(trainer, evaluation=evaluate_perplexity)
     history = trainer.state.log_history
     eval_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    costs = model_costs(config, sequence_length=data_args.block_size)
+    costs = model_costs(config)
     return Result(
         parameters=costs.parameters,
         flops_per_token=costs.flops,
+        sequence_length=costs.sequence_length,
         perplexity_before=math.exp(eval_losses[0]),
         perplexity_after=metrics["perplexity"],
         seconds_per_step=_training_seconds(history) / args.max_steps,
@@ -136,14 +139,14 @@ def train_model(
 
 
 def _training_seconds(history):
-    """Of training itself, without the evaluations in between."""
+    """Seconds of training, without evaluations."""
     evaluations = sum(entry["eval_runtime"] for entry in history[:-1] if "eval_runtime" in entry)
     (total,) = (entry["train_runtime"] for entry in history if "train_runtime" in entry)
     return total - evaluations
 
 
 def plot_losses(results: dict[str, Result], file: Path) -> None:
-    """Draws training and held-out loss of all models against the step."""
+    """Plots training loss and held-out loss of all models against the step."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for color, (name, result) in zip(("tab:red", "tab:blue"), results.items(), strict=True):
@@ -158,11 +161,14 @@ def plot_losses(results: dict[str, Result], file: Path) -> None:
 
 
 def table(results: dict[str, Result]) -> str:
-    """What came of the models, in rows to compare."""
+    """A table of the results of the models."""
+    (sequence_length,) = {result.sequence_length for result in results.values()}
     rows = {
         "": list(results),
         "parameters": [f"{result.parameters:,}" for result in results.values()],
-        "MFLOPs per token": [f"{result.flops_per_token / 1e6:.3f}" for result in results.values()],
+        f"MFLOPs per token, in {sequence_length} tokens": [
+            f"{result.flops_per_token / 1e6:.2f}" for result in results.values()
+        ],
         "seconds per step": [f"{result.seconds_per_step:.3f}" for result in results.values()],
         "held-out perplexity before": [f"{result.perplexity_before:.1f}" for result in results.values()],
         "held-out perplexity after": [f"{result.perplexity_after:.1f}" for result in results.values()],
@@ -171,18 +177,18 @@ def table(results: dict[str, Result]) -> str:
 
 
 def verdict(results: dict[str, Result]) -> str:
-    """Which model has the lower perplexity, and how its experts were used."""
+    """Describes which model has the lower perplexity, and the expert usage."""
     better, worse = sorted(results, key=lambda name: results[name].perplexity_after)
     gain = 1 - results[better].perplexity_after / results[worse].perplexity_after
     usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
     return (
-        f"{better} ended with the lower perplexity, by {gain:.1%}: one short run of two tiny models with one seed.\n"
-        f"Experts of {PEER} on the held-out text: {usage}."
+        f"{better} has the lower perplexity, by {gain:.1%}, in one short run of two tiny models with one seed.\n"
+        f"Expert usage of {PEER} on the held-out text: {usage}."
     )
 
 
 def write_sample(folder: Path, prompt: str) -> None:
-    """Loads the PEER model as anybody would and lets it continue the prompt."""
+    """Loads the PEER model from its folder, and prints a continuation of the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     set_seed(0)
@@ -201,24 +207,24 @@ def main():
     results = {}
     for name in (PEER, DENSE):
         print(f"\nTraining {name} ...")
-        results[name] = train_model(name, args, data_args, tokenizer, blocks)
+        results[name] = train_model(name, args, tokenizer, blocks)
     plot_losses(results, folder / "losses.png")
     (folder / "results.json").write_text(
         json.dumps({name: vars(result) for name, result in results.items()}, indent=2)
     )
 
-    print(f"\nWhat {PEER} makes of a prompt:\n")
+    print(f"\nA continuation by {PEER}:\n")
     write_sample(folder / PEER, args.prompt)
     print(f"\n{table(results)}\n\n{verdict(results)}")
     print(f"""
-After {time.time() - start:.0f} seconds there are, in {folder}:
-  losses.png, results.json   the losses of both models as a picture and as numbers
-  {PEER}, {DENSE}      the models, with their tokenizer, to load with `from_pretrained`
+Finished after {time.time() - start:.0f} seconds. In {folder}:
+  losses.png, results.json   a plot of the losses of both models, and all results
+  {PEER}, {DENSE}      the models with their tokenizer, to load with `from_pretrained`
 What to do next:
   ./run python examples/run_generation.py --model_name_or_path {folder / PEER} --prompt "class " --do_sample
   ./run python examples/run_classification.py --model_name_or_path {folder / PEER} --help
   ./run python examples/push_to_hub.py --model_name_or_path {folder / PEER} --repo_id USER/{PEER} --pull
-  ./run python examples/run_clm.py --help   to train longer, on other text, with other configurations""")
+  ./run python examples/run_clm.py --help   to train longer, on other text or with other configurations""")
 
 
 if __name__ == "__main__":

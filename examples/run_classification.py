@@ -12,14 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Fine-tunes a model to classify texts, with the library's `Trainer`.
+Fine-tunes a model for text classification, with `Trainer` of Transformers.
 
     python examples/run_classification.py --model_name_or_path runs/quickstart/peer-tiny --do_train --do_eval \
         --output_dir runs/classification --max_steps 300 --per_device_train_batch_size 16 --learning_rate 5e-4
 
-Texts and labels are those of --dataset_name or of --train_file and --validation_file, csv or json; without these flags
-the task is to tell which package of the Python standard library a few lines of code come from. Without
---model_name_or_path a new model learns from nothing but this task. The accuracy is in `all_results.json`.
+Texts and labels come from --dataset_name, or from --train_file and --validation_file, csv or json. Without these flags
+the task is to predict which package of the Python standard library a few lines of code come from. Without
+--model_name_or_path a new model is trained on this task alone. The accuracy is in `all_results.json`.
 """
 
 from collections.abc import Iterable
@@ -28,17 +28,6 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
-from text_data import DatasetArguments, load_datasets, take_samples, text_column
-from training import (
-    OptimizerArguments,
-    last_checkpoint,
-    make_optimizers,
-    needed_splits,
-    parse_arguments,
-    run,
-    setup_logging,
-)
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -49,8 +38,20 @@ from transformers import (
     set_seed,
 )
 
+from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
+from common.training import (
+    OptimizerArguments,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
+)
 
-# The task of the default: a snippet of so many lines comes from one of these packages.
+
+# The default task: a snippet of `SNIPPET_LINES` lines comes from one of these packages.
 PACKAGES = (
     "asyncio",
     "ctypes",
@@ -70,15 +71,17 @@ SNIPPET_LINES = 8
 class DataTrainingArguments(DatasetArguments):
     """Which texts and labels to read."""
 
-    label_column_name: str = field(default="label", metadata={"help": "The column that holds the label."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; the rest of it is cut off."})
+    label_column_name: str = field(default="label", metadata={"help": "Column that holds the label."})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Maximum number of tokens per text; longer texts are truncated."}
+    )
     validation_split_percentage: int = field(
-        default=20, metadata={"help": "How much of the training set to hold out where there is no validation set."}
+        default=20, metadata={"help": "Percentage of the training set to hold out if there is no validation set."}
     )
 
 
-def load_labelled_datasets(args: DataTrainingArguments) -> DatasetDict:
-    """Training set and held-out set, with a column of texts and one of labels."""
+def load_labeled_datasets(args: DataTrainingArguments) -> DatasetDict:
+    """Loads the training set and the held-out set, with a column of texts and a column of labels."""
     datasets = load_datasets(args)
     if args.dataset_name is None and args.train_file is None and args.validation_file is None:
         columns = datasets["train"].column_names
@@ -105,7 +108,7 @@ def _cut_snippets(files: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def label_names(datasets: Iterable[Dataset], column: str) -> dict[str, str]:
-    """The name of each label that the column holds, both as strings, in the order of the model's outputs."""
+    """The name of each label in the column, both as strings, in the order of the outputs of the model."""
     datasets = list(datasets)
     feature = datasets[0].features[column]
     if isinstance(feature, ClassLabel):
@@ -122,14 +125,14 @@ def encode_datasets(
     max_length: int,
 ) -> dict[str, Dataset]:
     """
-    Tokens and numbers of labels, of as many samples as the arguments ask for.
+    Tokenizes texts and converts labels to label ids, for the requested number of samples.
 
     Args:
-        datasets (`dict[str, Dataset]`): The training set, the held-out set, or both.
-        args (`DataTrainingArguments`)
-        tokenizer (`PreTrainedTokenizerBase`)
-        labels (`list[str]`): What the column of labels may hold, in the order of the model's outputs.
-        max_length (`int`): Number of tokens at most.
+        datasets (`dict[str, Dataset]`): Training set, held-out set, or both.
+        args (`DataTrainingArguments`): Arguments with the columns and the numbers of samples.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+        labels (`list[str]`): Values of the column of labels, in the order of the outputs of the model.
+        max_length (`int`): Maximum number of tokens per text.
     """
     numbers = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     return {
@@ -164,7 +167,7 @@ def _encode(
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of texts whose label got the largest score."""
+    """Returns the share of texts whose label has the highest score."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
@@ -176,7 +179,7 @@ def main():
     set_seed(training_args.seed)
     checkpoint = last_checkpoint(training_args)
     with training_args.main_process_first(desc="loading the texts"):
-        datasets = load_labelled_datasets(data_args)
+        datasets = load_labeled_datasets(data_args)
     names = label_names(datasets.values(), data_args.label_column_name)
     config = load_config(model_args, num_labels=len(names))
     optimizer_args.check(config, training_args)

@@ -12,33 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Trains a language model from a named configuration, or goes on from a checkpoint, with the library's `Trainer`.
+Trains a language model from a named configuration or from a checkpoint, with `Trainer` of Transformers.
 
     python examples/run_clm.py --config_name peer-tiny --do_train --do_eval --output_dir runs/peer-tiny \
         --block_size 256 --per_device_train_batch_size 16 --max_steps 1000 --learning_rate 2e-3 \
         --lr_scheduler_type cosine --warmup_steps 0.1
 
-The text is the Python standard library unless --dataset_name or --train_file names another. A new model gets a
-tokenizer trained on its text, saved with it. A run that was interrupted resumes from the last checkpoint in
---output_dir, where all that is saved goes; its results, the held-out perplexity among them, are in `all_results.json`.
+The text is the Python standard library unless --dataset_name or --train_file gives another. A tokenizer for a new
+model is trained on its text and saved with it. An interrupted run resumes from the last checkpoint in --output_dir.
+The results, including the held-out perplexity, are in `all_results.json` there.
 """
 
 import logging
 import math
 
 from datasets import Dataset
-from model_arguments import ModelArguments, load_config, load_model, load_tokenizer
-from text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
-from training import (
-    OptimizerArguments,
-    evaluate,
-    last_checkpoint,
-    make_optimizers,
-    needed_splits,
-    parse_arguments,
-    run,
-    setup_logging,
-)
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -49,6 +37,18 @@ from transformers import (
     set_seed,
 )
 
+from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
+from common.training import (
+    OptimizerArguments,
+    evaluate,
+    last_checkpoint,
+    make_optimizers,
+    needed_splits,
+    parse_arguments,
+    run,
+    setup_logging,
+)
 from modeling_peer import ExpertUsageCallback
 
 
@@ -63,7 +63,7 @@ def load_text(
     checkpoint: str | None = None,
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset]]:
     """
-    The tokenizer, of the checkpoint or trained on the training set, and blocks of tokens to train and to evaluate on.
+    Loads or trains the tokenizer, and cuts the text into blocks of tokens to train and to evaluate on.
     """
     with training_args.main_process_first(desc="loading the text"):
         datasets = load_datasets(data_args, data_args.streaming)
@@ -82,13 +82,15 @@ def load_text(
 
 
 def choose_block_size(data_args: DataTrainingArguments, config: PreTrainedConfig) -> int:
-    """The block size that is asked for, or a good one. Raises `ValueError` if the model is not made for it."""
+    """
+    The requested block size, or a default. Raises `ValueError` if it exceeds `max_position_embeddings` of the model.
+    """
     longest = config.max_position_embeddings
     block_size = data_args.block_size or min(longest, 1024)
     if block_size > longest:
         raise ValueError(
-            f"--block_size {block_size} is more than the model's `max_position_embeddings`, {longest}: choose less, or "
-            f"--config_overrides max_position_embeddings={block_size}."
+            f"--block_size {block_size} exceeds `max_position_embeddings` of the model, {longest}: choose a smaller "
+            f"one, or --config_overrides max_position_embeddings={block_size}."
         )
     return block_size
 
@@ -101,7 +103,7 @@ def make_trainer(
     blocks: dict[str, Dataset],
     optimizer_args: OptimizerArguments | None = None,
 ) -> Trainer:
-    """The library's trainer, of a model that is new or goes on."""
+    """Makes the `Trainer` of a new model or of a checkpoint."""
     set_seed(training_args.seed)
     model = load_model(AutoModelForCausalLM, model_args, config, tokenizer)
     logger.info(f"A model of {model.num_parameters():,} parameters, a tokenizer of {len(tokenizer):,} tokens")
@@ -117,7 +119,7 @@ def make_trainer(
 
 
 def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[str, float]:
-    """Metrics of the held-out set, with the perplexity of the text alone: a MoE's loss has its balance loss added."""
+    """Returns metrics of the held-out set, with the perplexity computed without the balance loss of a MoE."""
     config = trainer.model.config
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if coefficient is not None:

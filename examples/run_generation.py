@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 r"""
-Continues a prompt, printing the text as it comes, and says which experts it used most.
+Continues a prompt, streaming the text as it is generated, and prints which experts were used most.
 
     python examples/run_generation.py --model_name_or_path runs/quickstart/peer-tiny --prompt "def main(" --do_sample
 """
@@ -20,7 +20,6 @@ Continues a prompt, printing the text as it comes, and says which experts it use
 from dataclasses import dataclass, field
 
 import torch
-from training import parse_arguments
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,33 +29,39 @@ from transformers import (
     set_seed,
 )
 
+from common.training import parse_arguments
 from modeling_peer import ExpertUsageMeter
 
 
 @dataclass
 class GenerationArguments:
-    """Which model continues what, and how it chooses tokens: flags that are not given are the checkpoint's own."""
+    """
+    Which model continues which prompt, and how. Flags that are not given keep the generation settings of the
+    checkpoint.
+    """
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint: a folder, or a model of the Hub by its id."})
-    prompt: str = field(default="", metadata={"help": "The text to continue."})
-    max_new_tokens: int = field(default=100, metadata={"help": "The most tokens to add."})
-    do_sample: bool = field(default=False, metadata={"help": "Draw tokens instead of taking the likeliest."})
-    temperature: float | None = field(default=None, metadata={"help": "Below 1, likely tokens get likelier."})
-    top_k: int | None = field(default=None, metadata={"help": "Draw from this many of the likeliest tokens."})
+    model_name_or_path: str = field(metadata={"help": "Checkpoint: a folder, or the id of a model of the Hub."})
+    prompt: str = field(default="", metadata={"help": "Text to continue."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Maximum number of tokens to generate."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample tokens instead of choosing the most likely one."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature; below 1, likely tokens become more likely."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Number of most likely tokens to sample from."})
     top_p: float | None = field(
-        default=None, metadata={"help": "Draw from the likeliest tokens that together have this probability."}
+        default=None, metadata={"help": "Sample from the most likely tokens that together have this probability."}
     )
     repetition_penalty: float | None = field(
-        default=None, metadata={"help": "Above 1, tokens that are there already get less likely."}
+        default=None, metadata={"help": "Penalty on tokens that already occur; above 1, they become less likely."}
     )
     num_beams: int | None = field(
-        default=None, metadata={"help": "Search with this many beams; the text comes when it is whole."}
+        default=None, metadata={"help": "Number of beams. With several, the text is printed when it is complete."}
     )
-    seed: int = field(default=42, metadata={"help": "What --do_sample starts from."})
-    num_shown_experts: int = field(default=5, metadata={"help": "How many experts of each layer to name."})
+    seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
+    num_shown_experts: int = field(default=5, metadata={"help": "Number of experts to list per layer."})
 
     def generation_options(self) -> dict[str, float | int | bool]:
-        """What was asked for, as `generate` takes it."""
+        """The flags that were given, as arguments of `generate`."""
         names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
         return {"max_new_tokens": self.max_new_tokens, **chosen}
@@ -69,16 +74,16 @@ def generate(
     Prints the prompt and its continuation.
 
     Args:
-        model (`PreTrainedModel`)
-        tokenizer (`PreTrainedTokenizerBase`)
-        prompt (`str`): The text to continue; an empty one stands for the beginning of a text.
-        options: Of `generate`.
+        model (`PreTrainedModel`): Model in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+        prompt (`str`): Text to continue. An empty one stands for the beginning of a text.
+        options: Arguments of `generate`.
 
     Returns:
-        `torch.Tensor` of shape `(1, num_tokens)`: the tokens of all of the text.
+        `torch.Tensor` of shape `(1, num_tokens)`: the tokens of prompt and continuation.
     """
     inputs = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    # Beams are not final before the end.
+    # Beams can change until the end and cannot be streamed.
     streams = options.get("num_beams", model.generation_config.num_beams) in (None, 1)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streams else None
     tokens = model.generate(**inputs, streamer=streamer, **options)
@@ -90,12 +95,12 @@ def generate(
 @torch.no_grad()
 def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: int = 5) -> str:
     """
-    A line for each layer with a router: how many experts a text used, and which most.
+    Describes, in one line per layer with a router, how many experts a text used, and which ones most.
 
     Args:
-        model (`PreTrainedModel`)
-        tokens (`torch.Tensor` of shape `(1, num_tokens)`): The text.
-        num_shown (`int`): How many experts to name; beside each stands its share of the router weight.
+        model (`PreTrainedModel`): Model in evaluation mode.
+        tokens (`torch.Tensor` of shape `(1, num_tokens)`): Tokens of the text.
+        num_shown (`int`): Number of experts to list, each with its share of the router weight.
     """
     config = model.config
     if getattr(config, "feed_forward_types", None) is None:
@@ -108,7 +113,7 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
     for layer, indices, weights in zip(layers, outputs.router_indices, outputs.router_weights, strict=True):
         is_moe = config.feed_forward_types[layer] == "moe"
         meter = ExpertUsageMeter(config.moe_num_experts if is_moe else config.num_experts, device=model.device)
-        # The router of a MoE returns tokens in one row, and has one head.
+        # The router of a MoE has one head and returns tokens without a batch dimension.
         shape = (*tokens.shape, -1, indices.shape[-1])
         meter.update(indices.view(shape), weights.view(shape))
         shares = meter.scores / meter.scores.sum()

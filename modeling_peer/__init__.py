@@ -11,9 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PEER for Transformers: language models with a million experts of one neuron each."""
+"""
+PEER for Transformers: language models with a million experts of one neuron each.
 
-import contextlib
+Importing the package registers PEER models and merged grafts with the auto classes of Transformers and, where PEFT is
+installed, grafts as a method of PEFT. Everything else is imported when it is first used.
+"""
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -24,17 +31,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .analysis.costs import ModelCosts, PartCosts, model_costs
-from .analysis.expert_background import ExpertBackground
-from .analysis.expert_mask import masked_experts
-from .analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 from .configuration_peer import PeerConfig
-from .continual.freezing import FrozenExperts, freeze_experts
-from .continual.gate_fitting import GateFit, fit_gates
-from .continual.growth import Addition, add_experts, train_added_experts_only
-from .continual.sparse_finetuning import SparseFinetuningCallback
 from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
+from .graft.peft_releases import is_peft_installed
 from .graft_merged import PeerGraftedConfig
 from .modeling_peer import (
     PeerForCausalLM,
@@ -45,21 +45,50 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
-from .optim.row_adamw import RowAdamW, expert_parameter_groups
 
 
-# Where PEFT is, `PeftModel.from_pretrained` is to know grafts; where it is not, asking for them says what is missing.
-with contextlib.suppress(ImportError):
-    from .graft.model import PeerGraftConfig as PeerGraftConfig
+if TYPE_CHECKING:
+    from .analysis.costs import ModelCosts, PartCosts, model_costs
+    from .analysis.expert_background import ExpertBackground
+    from .analysis.expert_mask import masked_experts
+    from .analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
+    from .continual.freezing import FrozenExperts, freeze_experts
+    from .continual.gate_fitting import GateFit, fit_gates
+    from .continual.growth import Addition, add_experts, train_added_experts_only
+    from .continual.sparse_finetuning import SparseFinetuningCallback
+    from .graft.config import PeerGraftConfig as PeerGraftConfig
     from .graft.model import PeerGraftModel as PeerGraftModel
+    from .optim.resuming import last_complete_checkpoint
+    from .optim.row_adamw import RowAdamW, expert_parameter_groups
 
 
-def __getattr__(name):
-    if name in ("PeerGraftConfig", "PeerGraftModel"):
-        from .graft import model as graft_model
+# Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
+_LAZY_NAMES = {
+    "analysis.costs": ("ModelCosts", "PartCosts", "model_costs"),
+    "analysis.expert_background": ("ExpertBackground",),
+    "analysis.expert_mask": ("masked_experts",),
+    "analysis.expert_usage": ("ExpertUsageCallback", "ExpertUsageMeter", "measure_usage"),
+    "continual.freezing": ("FrozenExperts", "freeze_experts"),
+    "continual.gate_fitting": ("GateFit", "fit_gates"),
+    "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
+    "continual.sparse_finetuning": ("SparseFinetuningCallback",),
+    "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
+    "optim.resuming": ("last_complete_checkpoint",),
+    "optim.row_adamw": ("RowAdamW", "expert_parameter_groups"),
+}
+_MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 
-        return getattr(graft_model, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF_NAME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF_NAME})
 
 
 # On import, as spawned ranks and data workers rely on it.
@@ -75,6 +104,17 @@ for auto_class, model_class in (
     auto_class.register(PeerConfig, model_class, exist_ok=True)
     # A saved checkpoint carries the code it needs, and loads with `trust_remote_code=True` where this package is not.
     model_class.register_for_auto_class(auto_class.__name__)
+
+# PEFT finds an adapter's method only if it was registered before. Without PEFT there is nothing to register with.
+if is_peft_installed():
+    try:
+        importlib.import_module(".graft.model", __name__)
+    except Exception as error:  # whatever is wrong with PEFT, PEER models do not need it
+        warnings.warn(
+            "PEER grafts do not work: PEFT is installed, but they could not be made one of its methods, so adapters that are "
+            f"grafts can be neither made nor loaded. The rest of modeling_peer works. {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
 
 __version__ = "0.1.0"
 
@@ -106,6 +146,7 @@ __all__ = [
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
+    "last_complete_checkpoint",
     "list_configurations",
     "masked_experts",
     "measure_usage",

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-PEER beside or in place of the feed-forward of a layer of another model, its host: the feed-forwards that are recognized,
-the graft, and what the host's decoder tells it.
+A PEER layer beside or in place of a feed-forward of another model, its base model: the graft, the module that holds merged
+grafts, and what the base model's decoder tells them about its forward pass.
 """
 
 import functools
 import inspect
 import operator
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +38,7 @@ from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 
 
-# The method of PEFT, and what the names of its adapters' modules start with.
+# The method of PEFT, and the prefix of the names of its adapters' modules.
 METHOD_NAME = "peer_graft"
 PREFIX = f"{METHOD_NAME}_"
 
@@ -61,14 +62,17 @@ LAYER_FIELDS = (
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """
-    Where a host has its layers: the name of the list of them in `model`, and the module that holds the list.
+    Find the layers of a base model.
+
+    Returns:
+        `tuple`: the name of the list of layers in `model`, and the module that holds the list.
 
     Raises:
         `ValueError`: if there is no list of `config.num_hidden_layers` modules, or several.
     """
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = set(model.get_decoder().modules())
-    found: dict[str, bool] = {}  # whether it is in the decoder of text, by name
+    found: dict[str, bool] = {}  # by name, whether the list is in the text decoder
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{other}.") for other in found)
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside_another:
@@ -77,40 +81,87 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     if len(names) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(names)} lists of `config.num_hidden_layers` = {num_layers} layers, {names}: a "
-            "graft needs a decoder of the library."
+            "graft needs a decoder of Transformers, with one."
         )
     return names[0], model.get_submodule(names[0].rpartition(".")[0])
 
 
-class PeerGraft(PeerFeedForward):
+class DecoderForward(threading.local):
     """
-    A PEER layer in another model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
+    What the grafts in a decoder read about the forward pass in which they run. Each thread has values of its own.
 
-    With `has_biases` every expert has a bias, of its neuron and its gate: hidden states get a last feature that is one,
-    and rows a last number that is multiplied with it. `output_bias` is added to what comes out.
+    A base model is not ours: its layers hand a feed-forward nothing but hidden states, so neither the attention mask nor
+    whether the pass is trained can be an argument. Hooks of the decoder note both here, in one object that all its grafts
+    hold: no module is searched, and a graft that is wrapped or copied later reads the same. See [`watch_decoder`].
 
     Args:
-        config (`PeerConfig`): See [`peer_config_of_host`]. `hidden_size` is that of the host, one more with `has_biases`.
+        decoder (`nn.Module`): The module whose forward pass it is.
+
+    Attributes:
+        attention_mask (`torch.Tensor`, `dict` or `None`):
+            The mask that the decoder was given. `None` if it was given none, or is not running on this thread.
+        learns (`bool`, *optional*):
+            Whether a backward pass may follow: the decoder is in training mode and gradients are enabled. A layer cannot
+            tell by itself: reentrant activation checkpointing first runs it without gradients. `None` outside of a
+            forward pass.
+    """
+
+    attention_mask: torch.Tensor | dict | None = None
+    learns: bool | None = None
+
+    def __init__(self, decoder: nn.Module):
+        self.decoder = decoder
+
+    def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note the arguments of a forward pass of the decoder, as a forward pre-hook."""
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is None and args:
+            attention_mask = inspect.signature(decoder.forward).bind_partial(*args).arguments.get("attention_mask")
+        self.attention_mask = attention_mask
+        self.learns = decoder.training and torch.is_grad_enabled()
+
+    def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        """Forget the forward pass, as a forward hook."""
+        self.attention_mask = self.learns = None
+
+    def __deepcopy__(self, memo):
+        # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.
+        return DecoderForward(memo[id(self.decoder)]) if id(self.decoder) in memo else self
+
+    def __reduce__(self):
+        return DecoderForward, (self.decoder,)
+
+
+class PeerGraft(PeerFeedForward):
+    """
+    A PEER layer in a base model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
+
+    With `has_biases` every expert has a bias of its neuron and of its gate: hidden states get a last feature that is one,
+    and up-projection vectors a last element that it is multiplied with. `output_bias` is added to the output.
+
+    Args:
+        config (`PeerConfig`):
+            See [`peer_config_of_base_model`]. `hidden_size` is that of the base model, one more with `has_biases`.
         has_biases (`bool`, *optional*, defaults to `False`)
     """
 
     def __init__(self, config: PeerConfig, has_biases: bool = False):
         super().__init__(config, layer_idx=0)
         self.config = config
-        # Whatever mask the host was given; `None` if none.
-        self.attention_mask: torch.Tensor | dict | None = None
-        # The decoder's last one; `None` before the first.
-        self.forward_pass: ForwardPass | None = None
+        # Set by `watch_decoder`; without it a forward is one by itself.
+        self.decoder_forward: DecoderForward | None = None
+        # For activation checkpointing, which runs a BatchNorm again when the decoder's forward pass is over.
+        self.mask_to_recompute_with: torch.Tensor | dict | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
 
     def init_own_weights(self) -> None:
-        """Its own parameters alone, as every module of a PEER model does."""
+        """Initialize its own parameters alone, as every module of a PEER model does."""
         if self.output_bias is not None:
             init.zeros_(self.output_bias)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws weights as those of a PEER model are drawn, with `config.initializer_range`."""
+        """Draw weights as those of a PEER model are drawn, with `config.initializer_range`."""
         module: Any
         for module in self.modules():
             if hasattr(module, "init_own_weights"):
@@ -128,31 +179,48 @@ class PeerGraft(PeerFeedForward):
         """
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
-        padding_mask = self._padding_mask(hidden_states)
-        if self.output_bias is None:
-            return super().forward(hidden_states, padding_mask, forward_pass=self.forward_pass).to(dtype)
-        ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
-        output = super().forward(
-            torch.cat([hidden_states, ones], dim=-1), padding_mask, forward_pass=self.forward_pass
-        )
-        return (output[..., :-1] + self.output_bias).to(dtype)
+        recomputes = in_backward()  # as activation checkpointing does
+        learns = recomputes or self._learns()
+        if learns and not recomputes:
+            check_sparse_gradients(self)
+        padding_mask = self._padding_mask(hidden_states, learns, recomputes)
+        forward_pass = ForwardPass(learns)
+        if recomputes:
+            forward_pass.end()
+        return self._with_biases(hidden_states, padding_mask, forward_pass).to(dtype)
 
-    def _padding_mask(self, hidden_states):
+    def _with_biases(self, hidden_states, padding_mask, forward_pass):
+        if self.output_bias is None:
+            return super().forward(hidden_states, padding_mask, forward_pass=forward_pass)
+        ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
+        output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask, forward_pass=forward_pass)
+        return output[..., :-1] + self.output_bias
+
+    def _learns(self):
+        learns = None if self.decoder_forward is None else self.decoder_forward.learns
+        return torch.is_grad_enabled() if learns is None else learns
+
+    def _padding_mask(self, hidden_states, learns, recomputes):
         """
-        Of the host's last forward. Another one may have come between a forward that activation checkpointing runs again in
-        the backward and that: only a BatchNorm needs its mask there.
+        Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of the
+        graft's last forward: another batch may have come since, and only with its BatchNorm would the result differ.
         """
-        if in_backward() and not isinstance(self.router.query_norm, QueryBatchNorm):
+        attention_mask = None if self.decoder_forward is None else self.decoder_forward.attention_mask
+        if isinstance(self.router.query_norm, QueryBatchNorm) and learns:
+            if recomputes:
+                attention_mask = self.mask_to_recompute_with
+            self.mask_to_recompute_with = attention_mask
+        elif recomputes:
             return None
-        padding_mask = padding_mask_of(self.attention_mask, hidden_states.shape[1])
-        # A host's layers may be on several devices.
+        padding_mask = padding_mask_of(attention_mask, hidden_states.shape[1])
+        # Layers of the base model may be on several devices.
         return None if padding_mask is None else padding_mask.to(hidden_states.device)
 
 
 class GraftedFeedForward(nn.Module):
     """
-    What stands in a layer of a host whose grafts are part of the model: the sum of the host's own feed-forward, unless a
-    graft took its place, and of the grafts.
+    The place of a feed-forward in a base model whose grafts are merged: the sum of the base model's own feed-forward,
+    unless a graft took its place, and of the grafts.
 
     Args:
         feed_forward (`nn.Module`, *optional*): `None` if a graft took its place.
@@ -163,7 +231,7 @@ class GraftedFeedForward(nn.Module):
         super().__init__()
         self.feed_forward = feed_forward
         self.grafts = nn.ModuleList(grafts)
-        # Whether the model's configuration has them, so that they come back when it is loaded.
+        # Whether the model's configuration describes them, so that a checkpoint loads with them.
         self.is_merged = False
         self.register_state_dict_pre_hook(_refuse_if_not_merged)
 
@@ -174,69 +242,63 @@ class GraftedFeedForward(nn.Module):
 def _refuse_if_not_merged(module, prefix, keep_vars):
     if not module.is_merged:
         raise ValueError(
-            f"There are grafts at {prefix.removesuffix('.') or 'a feed-forward'} that the model would not be loaded with: "
-            "another method's `merge_and_unload` left them. Make them a part of it by `modeling_peer.graft_merged.merge_grafts(model)`."
+            f"The model has grafts at {prefix.removesuffix('.') or 'a feed-forward'} that its configuration does not "
+            "describe, so a checkpoint would not load with them: `merge_and_unload` of another method left them. Merge them "
+            "first, with `modeling_peer.graft_merged.merge_grafts(model)`."
         )
 
 
 def sum_of_branches(
     feed_forward: nn.Module | None, grafts: Iterable[nn.Module], hidden_states: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """The output of a host's feed-forward, unless it is `None`, and of grafts, of which there is one if it is."""
+    """The sum of the outputs of a feed-forward, unless it is `None`, and of grafts, at least one if it is."""
     outputs = [] if feed_forward is None else [feed_forward(hidden_states, **kwargs)]
     outputs += [graft(hidden_states) for graft in grafts]
     return functools.reduce(operator.add, outputs)
 
 
-def watch_decoder(decoder: nn.Module) -> list:
+def watch_decoder(decoder: nn.Module) -> None:
     """
-    Lets the grafts in a host's decoder know, before each forward, whether it is one to learn from and where its batch is
-    padded, and folds the moments of their query norms after it.
-
-    Returns:
-        `list`: handles of the hooks, each with a method `remove`; none if the decoder has them.
+    Let all grafts that are now in a decoder read about its forward passes, see [`DecoderForward`]. Call it again when more
+    have come.
     """
-    if _before_forward in decoder._forward_pre_hooks.values():
-        return []
-    return [
-        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
-        decoder.register_forward_hook(_after_forward),
-    ]
-
-
-def _before_forward(decoder, args, kwargs):
-    """See `PeerModel`, which does the same. The mask stays: activation checkpointing runs layers again in the backward."""
-    attention_mask = kwargs.get("attention_mask")
-    if attention_mask is None and args:
-        attention_mask = inspect.signature(decoder.forward).bind_partial(*args).arguments.get("attention_mask")
-    forward_pass = ForwardPass(learns=decoder.training and torch.is_grad_enabled())
-    for graft in decoder.modules():
-        if not isinstance(graft, PeerGraft):
-            continue
-        if forward_pass.learns:
-            check_sparse_gradients(graft)
-        graft.attention_mask = attention_mask
-        graft.forward_pass = forward_pass
-
-
-def _after_forward(decoder, args, output):
-    """Running statistics take up a batch once, where a layer's forward may run twice."""
+    decoder_forward = getattr(decoder, f"{PREFIX}forward", None)
+    if decoder_forward is None:
+        decoder_forward = DecoderForward(decoder)
+        handles = [
+            decoder.register_forward_pre_hook(decoder_forward.begin, with_kwargs=True),
+            decoder.register_forward_hook(decoder_forward.end, always_call=True),
+        ]
+        setattr(decoder, f"{PREFIX}forward", decoder_forward)
+        setattr(decoder, f"{PREFIX}hooks", handles)
     for module in decoder.modules():
-        if isinstance(module, PeerGraft) and module.forward_pass is not None:
-            module.forward_pass.end()
+        if isinstance(module, PeerGraft):
+            module.decoder_forward = decoder_forward
 
 
-def peer_config_of_host(
-    host_config: PreTrainedConfig, hidden_size: int, intermediate_size: int, **fields
+def unwatch_decoder(decoder: nn.Module) -> None:
+    """Undo [`watch_decoder`], if it was called."""
+    if hasattr(decoder, f"{PREFIX}forward"):
+        for handle in getattr(decoder, f"{PREFIX}hooks"):
+            handle.remove()
+        delattr(decoder, f"{PREFIX}forward")
+        delattr(decoder, f"{PREFIX}hooks")
+
+
+def peer_config_of_base_model(
+    base_config: PreTrainedConfig, hidden_size: int, intermediate_size: int, **fields
 ) -> PeerConfig:
     """
-    The configuration of a PEER layer in a host. Raises `ValueError` as [`PeerConfig`] and [`PeerModel`] do.
+    Make the configuration of a PEER layer in a base model.
 
     Args:
-        host_config (`PreTrainedConfig`)
+        base_config (`PreTrainedConfig`): Configuration of the base model, of its text decoder.
         hidden_size (`int`): Of the layer.
-        intermediate_size (`int`): Of the host's feed-forward.
+        intermediate_size (`int`): Of the base model's feed-forward.
         fields: Fields of [`PeerConfig`].
+
+    Raises:
+        `ValueError`: as [`PeerConfig`] and [`PeerModel`] do.
     """
     config = PeerConfig(
         hidden_size=hidden_size,
@@ -245,18 +307,18 @@ def peer_config_of_host(
         num_attention_heads=1,
         head_dim=2,
         feed_forward_types=["peer"],
-        hidden_act=host_activation(host_config) or "silu",
-        initializer_range=getattr(host_config, "initializer_range", None) or PeerConfig.initializer_range,
+        hidden_act=base_activation(base_config) or "silu",
+        initializer_range=getattr(base_config, "initializer_range", None) or PeerConfig.initializer_range,
         **fields,
     )
     check_expert_kernels(config.expert_kernels)
     return config
 
 
-def host_activation(host_config: PreTrainedConfig) -> str | None:
-    """Name of the activation in the host's feed-forwards, as its configuration has it."""
+def base_activation(base_config: PreTrainedConfig) -> str | None:
+    """The activation in the base model's feed-forwards, by the name in its configuration; `None` if it names none."""
     for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = getattr(host_config, name, None)
+        value = getattr(base_config, name, None)
         if isinstance(value, str):
             return value
     return None

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Models of the library whose grafts are a part of them: their configuration, which the auto classes find under
-`model_type` "peer_grafted", and their classes, made from the host's.
+Models of Transformers with merged grafts: their configuration, which the auto classes find under the `model_type`
+"peer_grafted", and their classes, made of the base model's.
 """
 
 import copy
@@ -34,22 +34,23 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .checkpoint_card import GRAFTED_MODEL, write_card
 from .graft_layer import (
     LAYER_FIELDS,
     GraftedFeedForward,
     PeerGraft,
     find_decoder_layers,
-    peer_config_of_host,
+    peer_config_of_base_model,
     watch_decoder,
 )
 
 
 MODEL_TYPE = "peer_grafted"
 
-# What names of classes start with that are made from a host's.
+# Prefix of the names of classes that are made of a base model's.
 CLASS_PREFIX = "PeerGrafted"
 
-# The auto classes of a decoder, and where each looks a model up by its configuration.
+# The auto classes of a decoder, and the mapping in which each finds a model by its configuration.
 AUTO_CLASSES = {
     AutoModel: modeling_auto.MODEL_MAPPING,
     AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -61,80 +62,98 @@ AUTO_CLASSES = {
 
 class PeerGraftedConfig(PreTrainedConfig):
     """
-    What the auto classes look up for a model with grafts of its own. Reading one gives an instance of the host's
-    configuration class, extended by
+    The configuration that the auto classes find for a model with merged grafts. Reading one gives an instance of the base
+    model's configuration class, extended by
 
-    - `host_model_type` (`str`): the host's own `model_type`;
-    - `peer_grafts` (`dict[str, dict]`): for each feed-forward with grafts, named as in the base model, `in_place`, whether
-      it is gone, and `grafts`, the sizes and options of each.
+    - `host_model_type` (`str`): the base model's own `model_type`;
+    - `peer_grafts` (`dict[str, dict]`): for each feed-forward with grafts, by its name in the model without a head,
+      `in_place`, whether a graft took its place, and `grafts`, the sizes and options of each.
     """
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in the library. Raises `ValueError` if the library does not have the host."""
-        host_model_type = config_dict.get("host_model_type")
-        if host_model_type not in CONFIG_MAPPING:
+        """As in Transformers. Raises `ValueError` if this release of Transformers does not have the base model."""
+        model_type = config_dict.get("host_model_type")
+        if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"`host_model_type` is {host_model_type!r}, which this release of Transformers does not have; a model with "
-                "grafts is made of the library's."
+                f"`host_model_type` is {model_type!r}, which this release of Transformers does not have; the base model of "
+                "merged grafts must be one of its models."
             )
-        host_class: Any = CONFIG_MAPPING[host_model_type]
-        return grafted_config_class(host_class).from_dict(config_dict, **kwargs)
+        base_class: Any = CONFIG_MAPPING[model_type]
+        return grafted_config_class(base_class).from_dict(config_dict, **kwargs)
 
 
-def host_model_type(config: PreTrainedConfig) -> str:
-    """The `model_type` of a host, also where it has grafts."""
+def base_model_type(config: PreTrainedConfig) -> str:
+    """The `model_type` of a base model, also where grafts are merged into it."""
     return getattr(config, "host_model_type", config.model_type)
 
 
+# Any configuration and model of Transformers can be a base, so classes with grafts are made when they are needed, once each.
 @cache
-def grafted_config_class(host_class: Any) -> Any:
-    """The configuration class of a host with grafts. The auto classes find its models from now on."""
-    name = f"{CLASS_PREFIX}{host_class.__name__}"
-    config_class = type(name, (host_class,), {"__module__": __name__, "model_type": MODEL_TYPE})
+def grafted_config_class(base_class: Any) -> Any:
+    """The configuration class of a base model with grafts. The auto classes find its models from now on."""
+    name = f"{CLASS_PREFIX}{base_class.__name__}"
+    config_class = type(name, (base_class,), {"__module__": __name__, "model_type": MODEL_TYPE})
     for auto_class, mapping in AUTO_CLASSES.items():
-        host_model_class = mapping.get(host_class, None)
-        if isinstance(host_model_class, type):
+        base_model_class = mapping.get(base_class, None)
+        if isinstance(base_model_class, type):
             auto_class.register(
-                config_class, _grafted_model_class(host_model_class, config_class, auto_class.__name__)
+                config_class, _grafted_model_class(base_model_class, config_class, auto_class.__name__)
             )
     return config_class
 
 
-def _grafted_model_class(host_class, config_class, auto_class_name):
+def _grafted_model_class(base_class, config_class, auto_class_name):
     def __init__(self, config, *args, **kwargs):
-        host_class.__init__(self, config, *args, **kwargs)
+        base_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
-    name = f"{CLASS_PREFIX}{host_class.__name__}"
-    namespace = {"__module__": __name__, "config_class": config_class, "__init__": __init__}
-    model_class = type(name, (host_class,), namespace)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        base_class.save_pretrained(self, save_directory, *args, **kwargs)
+        write_card(save_directory, GRAFTED_MODEL, auto_class_name)
+
+    name = f"{CLASS_PREFIX}{base_class.__name__}"
+    namespace = {
+        "__module__": __name__,
+        "config_class": config_class,
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+    }
+    model_class = type(name, (base_class,), namespace)
     # A saved model carries the code it needs.
     model_class.register_for_auto_class(auto_class_name)
     return model_class
 
 
-def _grafted_class_of(host_class, config_class, host_model_class):
-    """The class of models with grafts that stands where the auto classes find the host's."""
-    mapping = next(each for each in AUTO_CLASSES.values() if each.get(host_class, None) is host_model_class)
+def _grafted_class_of(base_class, config_class, base_model_class):
+    """The class of models with grafts in the place where the auto classes find the base model's."""
+    mapping = next(each for each in AUTO_CLASSES.values() if each.get(base_class, None) is base_model_class)
     return mapping[config_class]
 
 
 def __getattr__(name):
-    """Finds the classes that are made from a host's by their names, as `pickle` does."""
-    made_from = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    if made_from is None:
+    """
+    Find a class that is made of a base model's by its name.
+
+    Two callers have nothing but the name, in a process where the class may not exist yet: `pickle`, and the auto classes,
+    which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`). A list of all classes
+    beforehand would import every model of Transformers.
+    """
+    base_class = (
+        getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    )
+    if base_class is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if issubclass(made_from, PreTrainedConfig):
-        return grafted_config_class(made_from)
-    host_class = made_from.config_class
-    return _grafted_class_of(host_class, grafted_config_class(host_class), made_from)
+    if issubclass(base_class, PreTrainedConfig):
+        return grafted_config_class(base_class)
+    config_class = base_class.config_class
+    return _grafted_class_of(config_class, grafted_config_class(config_class), base_class)
 
 
 def _add_grafts(model):
-    """Builds what `config.peer_grafts` says."""
+    """Build the grafts that `config.peer_grafts` describes."""
     base_model = model.base_model
     if any(isinstance(module, GraftedFeedForward) for module in base_model.modules()):
         return  # an auto class made the base model, with its grafts
@@ -150,7 +169,7 @@ def _add_grafts(model):
 
 
 def _graft_of(config, has_biases, **fields):
-    graft = PeerGraft(peer_config_of_host(config.get_text_config(), **fields), has_biases)
+    graft = PeerGraft(peer_config_of_base_model(config.get_text_config(), **fields), has_biases)
     graft.init_weights()
     return graft
 
@@ -161,30 +180,40 @@ def _describe(graft):
 
 
 def check_mergeable(model: PreTrainedModel) -> None:
-    """Raises `ValueError` for a model that no auto class of the library knows: it could not be loaded again."""
-    host_class: Any = type(model.config)
-    of_library = model.config.model_type == MODEL_TYPE or host_class.__module__.startswith("transformers.")
-    known = [mapping.get(host_class, None) for mapping in AUTO_CLASSES.values()]
-    if not of_library or type(model) not in known:
+    """Raise `ValueError` for a model that no auto class of Transformers finds: it could not be loaded again."""
+    base_class: Any = type(model.config)
+    of_transformers = model.config.model_type == MODEL_TYPE or base_class.__module__.startswith("transformers.")
+    known = [mapping.get(base_class, None) for mapping in AUTO_CLASSES.values()]
+    if not of_transformers or type(model) not in known:
         raise ValueError(
-            f"Grafts become a part of models of the library that its auto classes find; none of "
+            "Grafts are merged into models of Transformers that its auto classes find; none of "
             f"{[auto_class.__name__ for auto_class in AUTO_CLASSES]} finds {type(model).__name__}."
         )
 
 
 def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Makes a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts get
-    the dtype of the model, as they would when it is loaded. Raises `ValueError` as [`check_mergeable`] does.
+    Make a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts get
+    the dtype of the model, as they would when it is loaded.
+
+    Returns:
+        `PreTrainedModel`: `model` itself, now of a class with grafts.
+
+    Raises:
+        `ValueError`: as [`check_mergeable`] does.
     """
     check_mergeable(model)
-    _give_own_config(model)
-    if model.config.model_type != MODEL_TYPE:
-        host_class: Any = type(model.config)
-        config_class = grafted_config_class(host_class)
-        model.config.host_model_type = host_class.model_type
-        model.config.__class__ = config_class
-        model.__class__ = _grafted_class_of(host_class, config_class, type(model))
+    base_class: Any = type(model.config)
+    if model.config.model_type == MODEL_TYPE:
+        _give_own_config(model, base_class)
+    else:
+        config_class = grafted_config_class(base_class)
+        _give_own_config(model, config_class)
+        model.config.host_model_type = base_class.model_type
+        # Its class is what a checkpoint names in `architectures` and carries the code of. Nothing but assigning it keeps
+        # the model that the caller, its hooks and the wrappers of its `forward` hold: a new object around its modules would
+        # leave them with the old one. Parametrizations of torch and FSDP2 assign classes of modules for the same reason.
+        model.__class__ = _grafted_class_of(base_class, config_class, type(model))
     grafts = {}
     for name, module in model.base_model.named_modules():
         if isinstance(module, GraftedFeedForward):
@@ -198,15 +227,16 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _give_own_config(model):
-    """Another model may share the configuration: this one and its modules get a copy."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
+def _give_own_config(model, config_class):
+    """Give a model and its modules a copy of its configuration, of a class; another model may share the original."""
+    config = config_class.__new__(config_class)
+    copies: dict[int, Any] = {id(model.config): config}
+    config.__dict__.update(copy.deepcopy(model.config.__dict__, copies))
     module: Any
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and id(config) in copies:
-            module.config = copies[id(config)]
+        of_module = getattr(module, "config", None)
+        if isinstance(of_module, PreTrainedConfig) and id(of_module) in copies:
+            module.config = copies[id(of_module)]
 
 
 AutoConfig.register(MODEL_TYPE, PeerGraftedConfig, exist_ok=True)

@@ -35,6 +35,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_card import PEER_MODEL, write_card
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
@@ -54,6 +55,7 @@ from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
+from .training_advice import advise_on_added_experts
 
 
 if torch.distributed.is_available():
@@ -280,14 +282,16 @@ class PeerPreTrainedModel(PreTrainedModel):
         As in Transformers. Expert tables stay in the mapped file, and the operating system is advised to read no more
         than the rows that are asked for.
         """
+        # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
+        register_head_selection()
         loaded = super().from_pretrained(*args, **kwargs)
         _advise_tables(loaded[0] if isinstance(loaded, tuple) else loaded, advise_random_access)
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """
-        As in Transformers. Works with FSDP2 too, and warns of feed-forward variants whose code the checkpoint does not
-        carry.
+        As in Transformers, and writes a short model card where there is none. Works with FSDP2 too, and warns of
+        feed-forward variants whose code the checkpoint does not carry.
 
         Raises:
             `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong.
@@ -296,9 +300,10 @@ class PeerPreTrainedModel(PreTrainedModel):
         warn_of_custom_variants(self.config.feed_forward_types)
         _advise_tables(self, advise_whole_access)
         try:
-            super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(*args, **kwargs)
+            super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
             _advise_tables(self, advise_random_access)
+        write_card(save_directory, PEER_MODEL, type(self)._auto_class)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -369,6 +374,7 @@ class PeerModel(PeerPreTrainedModel):
         forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
         if forward_pass.learns:
             check_sparse_gradients(self)
+            advise_on_added_experts(self)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -578,7 +584,6 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 
 register_parallel_styles()
-register_head_selection()
 
 
 __all__ = [

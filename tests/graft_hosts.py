@@ -15,10 +15,16 @@
 
 import copy
 
+import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import VOCAB_SIZE, random_tokens
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -58,6 +64,22 @@ HOSTS = {
     "gpt2": GPT2Config(**SPECIAL, n_embd=24, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "olmo2": Olmo2Config(**{name: size for name, size in SIZES.items() if name != "head_dim"}),
 }
+
+PLACEMENTS = {
+    "beside": {},
+    "beside_batch": {"query_norm": "batch", "gated_experts": True},
+    "in_place": {"placement": "in_place", "init_from_ffn": False, "query_norm": None, "scoring_func": "sigmoid"},
+    "neurons": {"placement": "in_place", "num_experts": 10**2},
+}
+
+TASKS = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+HEADS = {"SEQ_CLS": {"score"}, "TOKEN_CLS": {"score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
 def host_of(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
@@ -108,3 +130,30 @@ def grafts_of(model) -> list[PeerGraft]:
 @torch.no_grad()
 def logits_of(model, tokens: torch.Tensor | None = None, **inputs) -> torch.Tensor:
     return model(input_ids=random_tokens(2, 9) if tokens is None else tokens, **inputs).logits
+
+
+def middle_feed_forward(family):
+    return "h.1.mlp" if family == "gpt2" else "layers.1.mlp"
+
+
+def state_of(host):
+    """Everything that a refusal must leave alone."""
+    tensors = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    modules = [(name, type(module)) for name, module in host.named_modules()]
+    trains = [parameter.requires_grad for parameter in host.parameters()]
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in host.modules()]
+    return tensors, modules, trains, hooks, host.config.to_dict(), hasattr(host, "peft_config")
+
+
+def assert_same_state(found, expected):
+    for name, tensor in expected[0].items():
+        assert torch.equal(found[0][name], tensor), name
+    assert found[0].keys() == expected[0].keys()
+    assert found[1:] == expected[1:]
+
+
+def assert_refused(host, config, message):
+    before = state_of(host)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(host, config)
+    assert_same_state(state_of(host), before)

@@ -11,4 +11,4 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model costs, which experts it uses, and what it computes without some of them."""
+"""Costs of a model, usage of its experts, and inference without some of them."""

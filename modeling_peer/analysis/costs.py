@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What a configuration costs: FLOPs, parameters and bytes, counted from the configuration alone.
+Costs of a model: FLOPs, parameters and bytes, counted from its configuration alone.
 
 ```python
 >>> from modeling_peer import PeerConfig, model_costs
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..configuration_peer import PeerConfig
 from ..expert_generations import first_generation, generations_of, shared_generations
@@ -35,18 +36,19 @@ from ..feed_forward_peer import PeerFeedForward
 from ..feed_forward_pkm import PkmFeedForward
 from ..key_grid import grid_size
 from ..product_key_router import GATE_WIDTH
+from .arguments import check_positive
 
 
 @dataclass(frozen=True)
 class PartCosts:
     """
-    Costs of a part of a model. Parts add up.
+    Costs of a part of a model. Those of several parts can be added.
 
     Args:
-        flops (`int`): Forward FLOPs of a token: those of matrix products, two per multiply-add.
-        parameters (`int`): Parameters held.
-        active_parameters (`int`): Parameters that a token's forward reads, each once; at most, where a token's heads
-            and layers could retrieve the same expert.
+        flops (`int`): Forward FLOPs per token: those of matrix products, two per multiply-add.
+        parameters (`int`): Number of parameters.
+        active_parameters (`int`): Parameters that the forward pass of a token reads, each counted once. An upper bound
+            where heads or layers may retrieve the same expert.
     """
 
     flops: int = 0
@@ -64,14 +66,14 @@ class PartCosts:
 @dataclass(frozen=True)
 class ModelCosts:
     """
-    Costs of a [`PeerForCausalLM`], made by [`model_costs`]. Printed, it is a table.
+    Costs of a [`PeerForCausalLM`], made by [`model_costs`]. Printed, they are a table.
 
     Args:
-        sequence_length (`int`): Length the attention is counted at.
+        sequence_length (`int`): Sequence length that FLOPs of the attention are counted at.
         dtype (`torch.dtype`): Data type that bytes are counted in.
         embedding, attention, norms, expert_pool, lm_head (`PartCosts`): Costs of each over all layers. `expert_pool` is
-            the pool that PEER layers share and zero where each has its own; the FLOPs are the layers' in either case.
-        feed_forward_types (`tuple[str]`): Variant of each layer.
+            the pool that PEER layers share, zero where each has its own; its FLOPs are counted as those of the layers.
+        feed_forward_types (`tuple[str]`): Feed-forward variant of each layer.
         feed_forwards (`tuple[PartCosts]`): Costs of each layer's feed-forward.
     """
 
@@ -92,7 +94,7 @@ class ModelCosts:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs per token; a training step takes three times as many."""
+        """Forward FLOPs per token, at `sequence_length`. Those of a training step are three times as many."""
         return self.total.flops
 
     @property
@@ -102,17 +104,17 @@ class ModelCosts:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model, tied ones once."""
+        """Parameters of the model, tied ones counted once."""
         return self.total.parameters
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token's forward reads."""
+        """Parameters that the forward pass of a token reads."""
         return self.total.active_parameters
 
     @property
     def weight_bytes_read(self) -> int:
-        """Bytes of weights read to generate one token, in a batch of one."""
+        """Bytes of the weights that are read to generate one token, in a batch of one."""
         return self.active_parameters * self.dtype.itemsize
 
     @property
@@ -122,7 +124,7 @@ class ModelCosts:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients, dense ones, as `torch.autograd` keeps them in the data type of the weights."""
+        """Bytes of dense gradients, which `torch.autograd` keeps in the data type of the weights."""
         return self.weight_bytes
 
     @property
@@ -132,7 +134,7 @@ class ModelCosts:
 
     @property
     def training_bytes(self) -> int:
-        """Bytes that training with AdamW needs before the first activation: weights, gradients and two moments."""
+        """Bytes that training with AdamW takes without activations: weights, gradients and two moments."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def _parts(self) -> dict[str, PartCosts]:
@@ -147,8 +149,10 @@ class ModelCosts:
 
     def __str__(self) -> str:
         rows = {**self._parts(), "total": self.total}
-        width = max(map(len, rows))
-        lines = [f"{'per token':<{width}}  {'MFLOPs':>12}  {'parameters':>15}  {'active':>13}"]
+        # FLOPs without their length cannot be compared: attention takes more of them in longer sequences.
+        heading = f"per token at length {self.sequence_length:,}"
+        width = max(map(len, [heading, *rows]))
+        lines = [f"{heading:<{width}}  {'MFLOPs':>12}  {'parameters':>15}  {'active':>13}"]
         for name, costs in rows.items():
             lines.append(
                 f"{name:<{width}}  {costs.flops / 1e6:>12,.3f}  {costs.parameters:>15,}  {costs.active_parameters:>13,}"
@@ -160,7 +164,7 @@ class ModelCosts:
             "training, before activations": self.training_bytes,
             "read per token": self.weight_bytes_read,
         }
-        lines += ["", f"attention over {self.sequence_length:,} tokens; bytes in {str(self.dtype).split('.')[-1]}:"]
+        lines += ["", f"in {str(self.dtype).split('.')[-1]}:"]
         width = max(map(len, memory))
         lines += [f"{name:<{width}}  {size / 2**30:>10.3f} GiB" for name, size in memory.items()]
         return "\n".join(lines)
@@ -170,30 +174,36 @@ def model_costs(
     config: PeerConfig, sequence_length: int | None = None, dtype: torch.dtype | None = None
 ) -> ModelCosts:
     """
-    Counts what a [`PeerForCausalLM`] of this configuration will cost, without building it.
+    Count the costs of a [`PeerForCausalLM`] from its configuration, without building it.
 
-    FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward of `sequence_length` tokens with
-    a logit for each: attention scores of every pair of positions, masked or not, and no elementwise work. Formulas of
-    retrieval: paper, section 2 and Algorithm 1.
+    FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward pass of `sequence_length` tokens
+    with logits for each: attention scores of every pair of positions, masked or not, and no elementwise operations. The
+    formulas of retrieval are in section 2 of the paper and its Algorithm 1.
 
-    A registered variant that this module does not know counts itself, in a static method
-    `count_costs(config, layer_idx) -> PartCosts`.
+    A registered variant of your own counts itself, in a static method `count_costs(config, layer_idx) -> PartCosts`.
 
     Args:
         config (`PeerConfig`)
-        sequence_length (`int`, *optional*): Length to count attention at, `config.max_position_embeddings` if not given.
-        dtype (`torch.dtype`, *optional*): Data type to count bytes in, `config.dtype`, or float32 where that is not set,
-            if not given.
+        sequence_length (`int`, *optional*):
+            Sequence length to count the attention at. Defaults to `config.max_position_embeddings`. FLOPs at different
+            lengths cannot be compared.
+        dtype (`torch.dtype`, *optional*):
+            Data type to count bytes in. Defaults to `config.dtype`, float32 if that is not set.
 
     Returns:
         `ModelCosts`.
 
     Raises:
+        `ValueError`: if `config` is not a [`PeerConfig`] or `sequence_length` not a positive integer.
         `ValueError`: if a layer's variant is not registered or of unknown cost.
     """
+    # Not by its class: a checkpoint's own code has another of this name.
+    if not isinstance(config, PreTrainedConfig) or config.model_type != PeerConfig.model_type:
+        raise ValueError(f"`config` must be a `PeerConfig`, got an object of class {type(config).__name__}.")
     check_feed_forward_types(config.feed_forward_types)
     if sequence_length is None:
         sequence_length = config.max_position_embeddings
+    check_positive("sequence_length", sequence_length)
     num_embedding_parameters = config.vocab_size * config.hidden_size
     tied = config.tie_word_embeddings
     return ModelCosts(
@@ -225,7 +235,7 @@ def _feed_forward(config: PeerConfig, layer_idx):
 
 
 def _linear(in_features, out_features):
-    """A matrix that every token is multiplied with."""
+    """Costs of a linear layer without a bias."""
     size = in_features * out_features
     return PartCosts(2 * size, size, size)
 
@@ -278,7 +288,7 @@ def _gate(config: PeerConfig):
 
 
 def _tables(config: PeerConfig, generation, num_tables, num_layers=1):
-    """Tables of one row per expert, of which a token in each of `num_layers` layers multiplies what it retrieves."""
+    """Costs of tables with one row per expert, from which a token retrieves rows in each of `num_layers` layers."""
     num_experts = generation.num_experts
     num_retrieved = num_layers * generation.num_heads * generation.num_experts_per_head
     row = num_tables * config.hidden_size

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Looking at a model in evaluation, and leaving it as it was."""
+"""Evaluation mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from torch import nn
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode and without gradients while it lasts; each module's own mode comes back after it."""
+    """Put a model into evaluation mode, without gradients, and restore the mode of each module afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

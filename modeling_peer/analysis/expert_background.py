@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How many documents of a reference corpus use each expert, kept beside the model."""
+"""Background counts: how many documents of a reference corpus use each expert, saved beside the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,17 @@ COUNTS = "document_counts."
 
 class ExpertBackground:
     """
-    Which experts a reference corpus uses: of each set of experts, in how many documents, a document being one sequence of
-    a batch. Experts of a pool that layers share are used in a document if any of the layers retrieved them; experts of
-    weight zero, and those that padding retrieved, are not used.
+    The number of documents of a reference corpus that use each expert. A document is one sequence of a batch. It uses an
+    expert if a token retrieves it with a non-zero weight, in any of the layers that share a pool; padding does not count.
 
     Args:
         document_counts (`dict[str, torch.Tensor]`):
-            Of each set of experts, under the path of the module that holds their tables, the number of documents that
-            used each: int64, of shape `(num_experts,)`.
+            For each set of experts, under the name of the module that holds their tables, the number of documents that
+            use each expert: int64, of shape `(num_experts,)`.
         num_documents (`int`): Number of documents.
+
+    Raises:
+        `ValueError`: for counts that are not integers from 0 to `num_documents`.
 
     ```python
     >>> background = ExpertBackground.measure(model, dataset, batch_size=8)
@@ -54,6 +56,10 @@ class ExpertBackground:
     """
 
     def __init__(self, document_counts: dict[str, torch.Tensor], num_documents: int):
+        if isinstance(num_documents, bool) or not isinstance(num_documents, int) or num_documents < 0:
+            raise ValueError(f"`num_documents` must be an integer of at least 0, got {num_documents!r}.")
+        for name, counts in document_counts.items():
+            _check_counts(name, counts, num_documents)
         self.document_counts = document_counts
         self.num_documents = num_documents
 
@@ -67,20 +73,20 @@ class ExpertBackground:
         progress_bar: bool = True,
     ) -> "ExpertBackground":
         """
-        Runs a corpus through a model, in evaluation mode and without gradients.
+        Measure the counts of a corpus, in evaluation mode and without gradients.
 
         Args:
             model (`nn.Module`): Any module with PEER or PKM layers.
             dataset (`DataLoader`, `Dataset` or iterable):
-                Batches of a `DataLoader` are what the model takes by name (`labels` are left out). Otherwise examples, each
-                with `input_ids`, and perhaps an `attention_mask`, of one sequence.
+                A `DataLoader` of batches with the model's arguments by name (`labels` are ignored), or examples with
+                the `input_ids`, and optionally the `attention_mask`, of one sequence each.
             batch_size (`int`, *optional*, defaults to 8): Of examples; a `DataLoader` has its own.
             data_collator (`Callable`, *optional*):
-                Makes a batch of examples. If not given, sequences are padded on the right, with a mask that says so.
-            progress_bar (`bool`, *optional*, defaults to `True`)
+                Makes a batch of examples. By default sequences are padded on the right, with an attention mask.
+            progress_bar (`bool`, *optional*, defaults to `True`): Whether to show progress.
 
         Raises:
-            `ValueError`: if the model has no experts or the corpus no documents.
+            `ValueError`: if the model has no experts, the corpus has no documents, or its examples are something else.
         """
         sets = find_expert_sets(model)
         batches = batches_of(dataset, batch_size, data_collator)
@@ -92,16 +98,17 @@ class ExpertBackground:
             if name not in used:
                 used[name] = torch.zeros(len(indices), len(counts[name]), dtype=torch.bool, device=indices.device)
             documents = torch.arange(len(indices), device=indices.device)[:, None]
-            numbers = (documents * len(counts[name]) + indices.flatten(1))[count.flatten(1)]
-            used[name].view(-1)[numbers.to(used[name].device)] = True
+            cells = (documents * len(counts[name]) + indices.flatten(1))[count.flatten(1)]
+            used[name].view(-1)[cells.to(used[name].device)] = True
 
-        # Without its head, if it has one: what it says is not asked.
+        # Without the head, if there is one: its output is not needed.
         decoder = getattr(model, "base_model", model)
         device = next(model.parameters()).device
         hooks = observe_retrievals(sets, note)
         try:
             with evaluation(model):
                 for batch in tqdm(batches, disable=not progress_bar, desc="Background"):
+                    _check_batch(batch)
                     decoder(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
                     num_documents += max(map(len, used.values()), default=0)
                     for name, documents in used.items():
@@ -115,7 +122,7 @@ class ExpertBackground:
         return cls(counts, num_documents)
 
     def update(self, other: "ExpertBackground") -> None:
-        """Adds the documents of another corpus. Raises `ValueError` if they were measured on other experts."""
+        """Add the counts of another corpus. Raises `ValueError` if they were measured on other experts."""
         self._check_sizes(other.sizes, "the other background")
         for name, counts in other.document_counts.items():
             self.document_counts[name] = self.document_counts[name] + counts
@@ -127,13 +134,13 @@ class ExpertBackground:
         return {name: len(counts) for name, counts in self.document_counts.items()}
 
     def used(self, name: str, min_documents: int = 1) -> torch.Tensor:
-        """Which experts of a set at least `min_documents` documents used: bool, `(num_experts,)`."""
+        """Whether at least `min_documents` documents use each expert of a set: bool, `(num_experts,)`."""
         return self.document_counts[name] >= min_documents
 
     def check(self, model: nn.Module) -> None:
         """
-        Raises `ValueError` if it was measured on other experts than the model has, in name or number: the same model
-        before it got more of them, for one.
+        Raise `ValueError` if the counts were measured on other experts than the model has, by name or by number, such as
+        those of the same model before it grew.
         """
         sizes = {name: each.num_experts for name, each in find_expert_sets(model).items()}
         self._check_sizes(sizes, type(model).__name__)
@@ -142,11 +149,11 @@ class ExpertBackground:
         if self.sizes != expected:
             raise ValueError(
                 f"The background counts are of other experts than those of {whose}: found {self.sizes}, expected "
-                f"{expected}. Measure them anew on this model, as it is now."
+                f"{expected}. Measure them on this model as it is now."
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes `expert_background.safetensors` into a folder, that of a checkpoint for one."""
+        """Write `expert_background.safetensors` into a folder, such as that of a checkpoint."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {COUNTS + name: counts.contiguous() for name, counts in self.document_counts.items()}
@@ -155,13 +162,15 @@ class ExpertBackground:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ExpertBackground":
         """
+        Read the counts that [`save_pretrained`] wrote.
+
         Args:
-            pretrained_model_name_or_path (`str`): A folder, or the id of a repository of the Hub.
-            kwargs: `revision`, `subfolder`, `token` and the like, as in the library.
+            pretrained_model_name_or_path (`str`): A folder, or the id of a repository on the Hub.
+            kwargs: `revision`, `subfolder`, `token` and others, as in Transformers.
 
         Raises:
             `OSError`: if there is no `expert_background.safetensors`.
-            `ValueError`: if it holds something else.
+            `ValueError`: if it contains something else.
         """
         path = cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)
         try:
@@ -176,11 +185,35 @@ class ExpertBackground:
                 f"{path} must have tensors named `{COUNTS}…` and `num_documents` in its metadata, got "
                 f"{sorted(counts)} and {metadata}."
             )
-        return cls(counts, int(metadata["num_documents"]))
+        try:
+            return cls(counts, int(metadata["num_documents"]))
+        except ValueError as error:
+            raise ValueError(f"{path} has no valid counts: {error}") from None
+
+
+def _check_counts(name, counts, num_documents):
+    if counts.ndim != 1 or counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(
+            f"`document_counts[{name!r}]` must be integers of shape (num_experts,), got {counts.dtype} of shape "
+            f"{tuple(counts.shape)}."
+        )
+    wrong = counts[(counts < 0) | (counts > num_documents)]
+    if len(wrong):
+        raise ValueError(
+            f"`document_counts[{name!r}]` must be from 0 to `num_documents` = {num_documents}, got {len(wrong)} others, "
+            f"such as {wrong[:5].tolist()}."
+        )
+
+
+def _check_batch(batch):
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"Batches of `dataset` must be arguments of the model by name, got a {type(batch).__name__}: {batch!r:.80}."
+        )
 
 
 def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = None) -> DataLoader:
-    """A `DataLoader` as it is, or one of examples, padded by [`pad_examples`] if there is no collator."""
+    """Make a `DataLoader` of examples, padded by [`pad_examples`] if there is no collator; one is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
@@ -188,10 +221,21 @@ def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = N
 
 
 def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of sequences, padded on the right."""
+    """
+    Make a batch of sequences, padded on the right. Raises `ValueError` for examples without the `input_ids` of one sequence.
+    """
     columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": []}
     for example in examples:
+        if not isinstance(example, Mapping) or "input_ids" not in example:
+            raise ValueError(
+                "Examples of `dataset` must have `input_ids`, as a tokenizer returns them, got a "
+                f"{type(example).__name__}: {example!r:.80}."
+            )
         input_ids = torch.as_tensor(example["input_ids"])
+        if input_ids.ndim != 1:
+            raise ValueError(
+                f"`input_ids` of an example must be those of one sequence, got shape {tuple(input_ids.shape)}."
+            )
         columns["input_ids"].append(input_ids)
         columns["attention_mask"].append(torch.as_tensor(example.get("attention_mask", torch.ones_like(input_ids))))
     return {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}

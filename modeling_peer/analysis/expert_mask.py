@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Switching experts off at inference: what a text does without some of them."""
+"""Masking experts at inference: what a model computes without some of them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,31 +32,34 @@ def masked_experts(
     layers: Iterable[int] | int | None = None,
 ) -> Iterator[None]:
     """
-    Takes experts out of the competition while it lasts: what a head would have retrieved of them goes to the best of the
-    others. A generation that is masked as a whole is not run. A copy of the model made meanwhile stays masked.
+    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. A generation
+    that is masked completely is not run. A copy of the model that is made within the context stays masked.
 
-    Where the experts added in protected mode are masked, a model computes what it did before they were added, to the bit;
-    and so does one with an open addition, if its old experts, keys and queries were not trained since.
+    With the experts of protected additions masked, a model computes exactly what it did before they were added. So does
+    a model with an open addition, if its first experts, keys and queries were not trained since.
 
     Args:
-        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model with grafts.
         experts (`int`, iterable of `int`, or `torch.Tensor`, *optional*):
-            Numbers of the experts to mask, or a bool mask of shape `(num_experts,)`. All that were ever added if not given.
+            Indices of the experts to mask, or a bool mask of shape `(num_experts,)`. Defaults to all added experts.
         layers (`int` or iterable of `int`, *optional*):
-            Indices of the layers in which to mask them; of layers that share a pool all or none. All if not given.
+            Indices of the layers in which to mask them, all or none of those that share a pool. Defaults to all.
 
     Raises:
-        `ValueError`: for an expert or a layer that does not exist, where there are none to mask, or where a head would be left with less than its k.
+        `ValueError`: for an expert or a layer that does not exist, if there are no experts to mask, or if a head would be
+            left with less than its k experts.
 
     ```python
     >>> with masked_experts(model):
-    ...     print(model(tokens, labels=tokens).loss)  # what the model knew before it grew
+    ...     print(model(tokens, labels=tokens).loss)  # without the added experts
     ```
     """
     numbers = expert_indices(experts)
     sets = select_expert_sets(model, layers)
     if numbers is None and not any(_added(each).any() for each in sets.values()):
-        raise ValueError("No experts were added, which `masked_experts` masks if `experts` does not name any.")
+        raise ValueError(
+            "No experts were added, which `masked_experts` masks if `experts` is None: pass the indices of others."
+        )
     masks: dict[ProductKeyRouter, ExpertMask | None] = {}
     for each in sets.values():
         masked = _added(each) if numbers is None else mask_of_indices(each, numbers)
@@ -72,12 +75,12 @@ def masked_experts(
 
 
 def _added(experts: ExpertSet) -> torch.Tensor:
-    """The experts that were added: bool, `(num_experts,)`."""
+    """Which experts were added: bool, `(num_experts,)`."""
     return torch.arange(experts.num_experts) >= experts.routers[0].config.num_experts
 
 
 def _mask_of_router(router, masked, experts):
-    """Which experts of a router take part, `None` if all do."""
+    """Which experts of a router take part in retrieval; `None` if all do."""
     generation = router.generation
     takes_part = ~masked[generation.first_expert : generation.experts.stop]
     if router.expert_mask is not None:

@@ -11,12 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The sets of experts in a model, of its own or grafted onto it: their tables, who retrieves from them, and what."""
+"""The sets of experts in a model or its grafts: their tables, their routers, and what these retrieve."""
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,16 +37,16 @@ TABLES = ("up_proj", "gate_proj", "down_proj")
 @dataclass(frozen=True, eq=False)
 class ExpertSet:
     """
-    Experts that are numbered together: those of a PEER layer, added ones among them, those of all layers that share a
-    pool, or the values of a PKM layer.
+    Experts with a common range of indices: those of a PEER layer, with added ones, those of all layers that share a pool,
+    or the values of a PKM layer.
 
     Args:
-        name (`str`): The path of the module that holds the tables.
-        layers (`tuple[int]`): Indices of the layers that retrieve from it, see [`layer_index`].
-        routers (`tuple[ProductKeyRouter]`): What retrieves from it.
+        name (`str`): The name of the module that holds the tables.
+        layers (`tuple[int]`): Indices of the layers that retrieve from the set, see [`layer_index`].
+        routers (`tuple[ProductKeyRouter]`): The routers of these layers.
         tables (`dict[str, list[tuple[int, ExpertTable]]]`):
-            Under `"up_proj"` the tables of u, under `"gate_proj"` of gates, under `"down_proj"` of v, the values of PKM
-            among these; each with the number of the expert that its first row is of.
+            The tables of up-projection vectors under `"up_proj"`, of gates under `"gate_proj"`, and of down-projection
+            vectors, or values of PKM, under `"down_proj"`; each with the expert index of its first row.
     """
 
     name: str
@@ -60,25 +61,24 @@ class ExpertSet:
     @property
     def label(self) -> str:
         """
-        `"layer_1"`, in logs; `"layer_1_3"` of a pool that layers 1 and 3 share; `"layer_1_default"` of a graft that the
-        adapter of this name has there, `"layer_1_graft_0"` of the first that is a part of the model.
+        The name in logs: `"layer_1"`, `"layer_1_3"` for a pool that layers 1 and 3 share, `"layer_1_default"` for the
+        graft of the adapter of this name, `"layer_1_graft_0"` for the first merged graft.
         """
         return "_".join(["layer", *map(str, self.layers), *graft_label(self.name)])
 
 
 def layer_index(name: str) -> int:
-    """The first number in the path of a module: 3 of `"model.layers.3.mlp"` or `"transformer.h.3.mlp"`, 0 without one."""
+    """The layer in the name of a module: 3 for `"model.layers.3.mlp"` or `"transformer.h.3.mlp"`, 0 if there is none."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number[1]) if number else 0
 
 
 def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     """
-    All sets of experts in a module, under their names, in the order of the layers. Grafts of adapters that are not active
-    are left out.
+    Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters are skipped.
 
     Raises:
-        `ValueError`: if there is none, or a layer shares a pool that the module does not hold.
+        `ValueError`: if there is none, or a layer shares a pool that is not part of the module.
     """
     members: dict[str, tuple[nn.Module, list[str]]] = {}
     modules = dict(model.named_modules())
@@ -105,13 +105,13 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
 
 
 def adapter_of(name: str) -> tuple[str, str] | None:
-    """Path of the layer whose graft a module is in, and name of the graft's adapter; `None` if it is in none."""
+    """The name of the layer that has the graft of a module, and of the graft's adapter; `None` outside of grafts."""
     found = re.search(rf"(.*?)\.?\b{PREFIX}layer\.([^.]+)", name)
     return (found[1], found[2]) if found else None
 
 
 def graft_label(name: str) -> list[str]:
-    """What tells the graft that a module is in from others of its layer: nothing if it is in none."""
+    """What distinguishes the graft of a module from others of its layer; empty outside of grafts."""
     if adapter := adapter_of(name):
         return [adapter[1]]
     merged = re.search(r"\bgrafts\.(\d+)", name)
@@ -119,7 +119,7 @@ def graft_label(name: str) -> list[str]:
 
 
 def _is_active(modules, name):
-    """Whether a layer takes part: all do but grafts of adapters that are not active."""
+    """Whether a layer takes part in the forward pass: all but grafts of inactive adapters."""
     found = adapter_of(name)
     if found is None:
         return True
@@ -128,12 +128,12 @@ def _is_active(modules, name):
 
 
 def _holder(modules, name, feed_forward):
-    """Name and module of what holds the tables of a layer: its pool, that of a module it is in, or a PKM layer itself."""
+    """Name and module of the holder of a layer's tables: its pool, that of a module around it, or a PKM layer itself."""
     if isinstance(feed_forward, PkmFeedForward):
         return name, feed_forward
     path = name
     while True:
-        # Not by `getattr`: PEFT's wrappers answer for what they wrap.
+        # Not by `getattr`, which wrappers of PEFT forward to what they wrap.
         pool = modules[path]._modules.get("expert_pool")
         if pool is not None:
             return f"{path}.expert_pool".removeprefix("."), pool
@@ -153,7 +153,7 @@ def _tables(holder: nn.Module) -> dict[str, list[tuple[int, ExpertTable]]]:
         parts = [(role, pool.first_expert, getattr(pool, role)) for role in TABLES for pool in pools]
     tables: dict[str, list[tuple[int, ExpertTable]]] = {}
     for role, first, part in parts:
-        # An adapter may be around a table.
+        # An adapter may wrap a table.
         found = [] if part is None else [(first, each) for each in part.modules() if isinstance(each, ExpertTable)]
         tables.setdefault(role, []).extend(found)
     return {role: found for role, found in tables.items() if found}
@@ -161,20 +161,21 @@ def _tables(holder: nn.Module) -> dict[str, list[tuple[int, ExpertTable]]]:
 
 def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = None) -> dict[str, ExpertSet]:
     """
-    The sets of experts of some layers, or all.
+    Selects the sets of experts of some layers, or all.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers.
         layers (`int` or iterable of `int`, *optional*):
-            Indices of the layers; of layers that share a pool all or none. All if not given.
+            Indices of the layers; of layers that share a pool all or none. All layers if `None`.
 
     Raises:
-        `ValueError`: for layers without experts, or some of those that share a pool.
+        `ValueError`: for anything but layer indices, layers without experts, or some of those that share a pool.
     """
+    indices = layer_indices(layers)
     sets = find_expert_sets(model)
-    if layers is None:
+    if indices is None:
         return sets
-    wanted = {layers} if isinstance(layers, int) else set(layers)
+    wanted = set(indices)
     known = {layer for each in sets.values() for layer in each.layers}
     if not wanted or not wanted <= known:
         raise ValueError(f"`layers` must be some of {sorted(known)}, the layers with experts, got {sorted(wanted)}.")
@@ -188,20 +189,63 @@ def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = No
     return selected
 
 
+def layer_indices(layers: Iterable[int] | int | None) -> list[int] | None:
+    """
+    What a user names as layers, as a list of Python integers, or `None` for all layers. Raises `ValueError` for
+    anything but an index or an iterable of indices.
+    """
+    if layers is None:
+        return None
+    found = _as_list(layers)
+    if found is None or not all(_is_index(layer) for layer in found):
+        raise ValueError(
+            "`layers` must be a layer index, an iterable of layer indices, or `None` for all layers, got "
+            f"{_shown(layers, found)}."
+        )
+    return [int(layer) for layer in found]
+
+
 def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.Tensor | None:
     """
-    What a user names as experts, as a tensor of numbers or a mask, or `None`. Raises `ValueError` for anything else.
+    What a user names as experts, as a tensor of expert indices (int64) or a mask (bool), or `None`. Raises
+    `ValueError` for anything but an index, an iterable of indices, a bool mask or `None`.
     """
     if experts is None:
         return None
+    found: Any = experts
     if not isinstance(experts, torch.Tensor):
-        experts = [experts] if isinstance(experts, int) else list(experts)
-        if not all(isinstance(number, (Integral, torch.Tensor)) for number in experts):
-            raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts[:5]}.")
-        experts = torch.tensor(experts)
-    if not experts.numel() or experts.is_floating_point() or experts.is_complex():
-        raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts}.")
-    return experts.cpu()
+        found = _as_list(experts)
+        # Booleans are a mask only if there is nothing else: among indices they would be experts 0 and 1.
+        is_mask = bool(found) and not isinstance(experts, bool) and all(isinstance(each, bool) for each in found)
+        if found and (is_mask or all(_is_index(each) for each in found)):
+            found = torch.tensor([bool(each) if is_mask else int(each) for each in found])
+    is_tensor = isinstance(found, torch.Tensor) and found.numel()
+    if not is_tensor or found.is_floating_point() or found.is_complex():
+        raise ValueError(
+            "`experts` must be an expert index, an iterable of expert indices, or a bool mask of shape (num_experts,), "
+            f"got {_shown(experts, None if isinstance(found, torch.Tensor) else found)}."
+        )
+    return found.cpu()
+
+
+def _as_list(value):
+    """An iterable as a list, one index as a list of it, `None` for anything else."""
+    if isinstance(value, (Integral, torch.Tensor)) and not getattr(value, "ndim", 0):
+        return [value]
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else None
+
+
+def _is_index(value):
+    """Whether this is a whole number, of Python, NumPy or torch. `True` is none, though Python takes it for 1."""
+    if isinstance(value, torch.Tensor):
+        return not value.ndim and value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _shown(value, elements):
+    """What an error says was found: the first elements of an iterable, or the value, and its type."""
+    shown = repr(value) if elements is None or isinstance(value, Integral) else repr(elements[:5])
+    return f"{shown} ({type(value).__name__})"
 
 
 def mask_of_indices(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:
@@ -229,17 +273,16 @@ def observe_routers(
     on_output: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None],
 ) -> list[RemovableHandle]:
     """
-    Calls a function with what each router puts out. The forward that activation checkpointing repeats in the backward is
-    left out.
+    Call a function with the output of each router. Forward passes that activation checkpointing repeats are skipped.
 
     Args:
         sets (`dict[str, ExpertSet]`)
         on_output (`Callable`):
-            Gets the name of the set, the experts (int64) and their weights, both of shape `(batch_size, sequence_length,
-            num_heads, k)`, and the padding mask of shape `(batch_size, sequence_length)` or `None`.
+            Gets the name of the set, the expert indices (int64) and their router weights, both of shape `(batch_size,
+            sequence_length, num_heads, k)`, and the padding mask of shape `(batch_size, sequence_length)` or `None`.
 
     Returns:
-        `list`: handles of the hooks, each with a method `remove`.
+        `list[RemovableHandle]`: handles of the hooks.
     """
     return [
         router.register_forward_hook(_router_hook(name, on_output), with_kwargs=True)
@@ -249,10 +292,10 @@ def observe_routers(
 
 
 def _router_hook(name, on_output):
-    # Not traced: a graph would keep the answer that the first forward got to whether it runs in backward.
+    # Not traced: a graph would keep the answer of the first forward pass to whether it runs in the backward pass.
     @torch.compiler.disable
     def observe(router, args, kwargs, output):
-        # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
+        # Activation checkpointing runs a forward pass again in the backward pass.
         if not in_backward():
             padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
             on_output(name, *output, padding_mask)
@@ -264,16 +307,17 @@ def observe_retrievals(
     sets: dict[str, ExpertSet], on_retrieval: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> list[RemovableHandle]:
     """
-    Calls a function with what tokens retrieve, see [`observe_routers`].
+    Call a function with the experts that tokens retrieve, see [`observe_routers`].
 
     Args:
         sets (`dict[str, ExpertSet]`)
         on_retrieval (`Callable`):
-            Gets the name of the set, the experts (int64) and where they count (bool), both of shape `(batch_size,
-            sequence_length, num_heads, k)`: padding does not, nor does an expert of weight zero: one behind a gate that is shut.
+            Gets the name of the set, the expert indices (int64) and whether they count (bool), both of shape
+            `(batch_size, sequence_length, num_heads, k)`. Experts of padding do not count, nor do those of zero weight,
+            such as experts behind a closed gate.
 
     Returns:
-        `list`: handles of the hooks, each with a method `remove`.
+        `list[RemovableHandle]`: handles of the hooks.
     """
 
     def on_output(name, indices, weights, padding_mask):

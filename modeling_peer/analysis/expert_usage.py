@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How evenly experts are used: the measures of the paper's table 3, by hand or in the logs of a `Trainer`."""
+"""How evenly experts are used: the measures of the paper's table 3, on their own or in the logs of a `Trainer`."""
 
 import math
 import re
@@ -24,41 +24,46 @@ from transformers import TrainerCallback
 
 from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
+from .arguments import check_positive
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
 
 
 class ExpertUsageMeter:
     """
-    Accumulates, on the device and without a copy to the host, how much weight a router gave to each expert.
+    Accumulates the router weight of each expert, on the device of the router and without synchronizing with it.
 
     Args:
         num_experts (`int`): Number of experts N.
-        device (`torch.device`, *optional*): Where to accumulate; torch's default device if not given.
+        device (`torch.device`, *optional*): Where to accumulate. Defaults to the default device of torch.
 
     Attributes:
         scores (`torch.Tensor` of shape `(num_experts,)`): Accumulated router weight of each expert, float32.
         top1_counts (`torch.Tensor` of shape `(num_experts,)`):
-            How often each was the best of a head, with a weight other than zero, int64.
+            How often each was the best expert of a head, with a non-zero weight, int64.
+
+    Raises:
+        `ValueError`: if `num_experts` is not a positive integer.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
+        check_positive("num_experts", num_experts)
         self.scores = torch.zeros(num_experts, device=device)
         self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, indices: torch.Tensor, weights: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """
-        Adds what a router returned, see [`ProductKeyRouter`].
+        Add the output of a router, see [`ProductKeyRouter`].
 
         Args:
             indices (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, k)`): Experts, best first.
             weights (`torch.Tensor` of the same shape): Their router weights, not negative.
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                True (or 1) where there is a token; the rest is left out.
+                True (or 1) where there is a token; other positions are not counted.
 
         Raises:
-            `ValueError`: if the shapes are others, those of a MoE router for one.
+            `ValueError`: for other shapes, such as those of a MoE router.
         """
         if indices.ndim != 4 or weights.shape != indices.shape:
             raise ValueError(
@@ -70,28 +75,28 @@ class ExpertUsageMeter:
         is_token = torch.ones(1, dtype=torch.bool, device=device)
         if padding_mask is not None:
             is_token = padding_mask.to(device, torch.bool)[..., None]
-        # A selection, not a product: weights of padding may be NaN.
+        # Selected rather than multiplied by zero: weights of padding may be NaN.
         weights = torch.where(is_token[..., None], weights, 0.0)
-        # Summed by themselves first, as a large float32 sum would lose small weights one by one.
+        # Summed separately first: added one by one to a large float32 sum, small weights would be lost.
         self.scores += torch.zeros_like(self.scores).index_add_(0, indices.flatten(), weights.flatten())
         best = indices[..., 0]
         self.top1_counts.index_add_(0, best.flatten(), (weights[..., 0] > 0).flatten().long())
 
     def sum_over_ranks(self) -> None:
-        """Replaces what this rank accumulated by the sum over the ranks of torch.distributed; all must call it."""
+        """Replace what was accumulated by its sum over the ranks of torch.distributed, all of which must call this."""
         dist.all_reduce(self.scores)
         dist.all_reduce(self.top1_counts)
 
     def compute(self) -> dict[str, float]:
         """
-        Measures of what was accumulated, NaN if nothing was.
+        Compute the measures of what was accumulated; they are NaN if nothing was.
 
         Returns:
             `dict[str, float]`:
-                - `usage`: share of experts with non-zero accumulated weight (paper, table 3);
+                - `usage`: fraction of experts with non-zero accumulated weight (paper, table 3);
                 - `unevenness`: Kullback-Leibler divergence of the normalized accumulated weights from uniform, in
-                  nats: 0 where all experts are used alike, log N where one is used alone (paper, table 3);
-                - `top1_usage`: share of experts that were ever the best of a head.
+                  nats: 0 if all experts are used equally, log N if only one is used (paper, table 3);
+                - `top1_usage`: fraction of experts that were ever the best of a head.
         """
         scores = self.scores.cpu().double()
         total = scores.sum()
@@ -105,29 +110,33 @@ class ExpertUsageMeter:
         }
 
     def reset(self) -> None:
-        """Starts anew."""
+        """Reset the accumulators."""
         self.scores.zero_()
         self.top1_counts.zero_()
 
 
 def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
     """
-    Which experts a text uses: the router weights of all its tokens, in evaluation.
+    Measure which experts a text uses: the router weights of all its tokens, in evaluation mode.
 
     Args:
-        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
-        inputs: What the model takes, `input_ids` and `attention_mask`; padding is left out.
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model with grafts.
+        inputs: Arguments of the model, such as `input_ids` and `attention_mask`; padding is not counted.
 
     Returns:
-        `dict[str, ExpertUsageMeter]`: a meter for each set of experts, under the path of the module that holds their
-        tables. Those that [`add_experts`] gave a layer are behind the others.
+        `dict[str, ExpertUsageMeter]`: a meter for each set of experts, under the name of the module that holds their
+        tables. Experts that [`add_experts`] added to a layer come after its first ones.
+
+    Raises:
+        `ValueError`: if the model has no experts, or `input_ids` are not a batch of sequences.
 
     ```python
     >>> scores = measure_usage(model, input_ids=input_ids)["model.layers.1.mlp.expert_pool"].scores
-    >>> scores.topk(10)  # the experts that the text used most
-    >>> scores[model.config.num_experts :].sum() / scores.sum()  # how much of it is new
+    >>> scores.topk(10)  # the experts that the text uses most
+    >>> scores[model.config.num_experts :].sum() / scores.sum()  # share of the added experts
     ```
     """
+    _check_input_ids(inputs.get("input_ids"))
     sets = find_expert_sets(model)
     device = next(model.parameters()).device
     meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
@@ -141,27 +150,42 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
     return meters
 
 
+def _check_input_ids(input_ids):
+    if input_ids is None:
+        return
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(
+            "`input_ids` must be a tensor of shape (batch_size, sequence_length), got a "
+            f"{type(input_ids).__name__}: {input_ids!r:.80}."
+        )
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"`input_ids` must be of shape (batch_size, sequence_length), got {tuple(input_ids.shape)}: one sequence is "
+            "`input_ids[None]`."
+        )
+
+
 class ExpertUsageCallback(TrainerCallback):
     """
-    Puts the measures of [`ExpertUsageMeter`] for every PEER and PKM layer into the logs of a `Trainer`:
+    Adds the measures of [`ExpertUsageMeter`] for every PEER and PKM layer to the logs of a `Trainer`:
 
     ```python
     >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[ExpertUsageCallback()])
     ```
 
-    While it trains, each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft), of the training forwards since the last such log and over all ranks. The metrics of
-    an evaluation or a prediction in the midst of training get the same of the forwards in evaluation mode, prefixed as
-    the other metrics are (`eval_`).
+    Each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft), of
+    the training forward passes since the last such log and over all ranks. The metrics of an evaluation or prediction
+    during training get the same of the forward passes in evaluation mode, with the prefix of the other metrics (`eval_`).
 
     All of them are in `trainer.state.log_history`. A `Trainer` calls the reporting integrations of `report_to` before
-    the callbacks it was given; for them to see the values as well, this one must come first:
-    `trainer.callback_handler.callbacks.insert(0, ExpertUsageCallback())` in place of the argument.
+    the callbacks that it is given. For the integrations to report these values, this callback must come first:
+    `trainer.callback_handler.callbacks.insert(0, ExpertUsageCallback())` instead of the argument.
     """
 
     def __init__(self):
         self._hooks = []
-        # Of forwards in training (True) and evaluation (False), the name of each layer and its meter.
+        # The name of each layer and its meter, for forward passes in training (True) and evaluation (False).
         self._meters = {True: [], False: []}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -181,7 +205,7 @@ class ExpertUsageCallback(TrainerCallback):
         else:
             return
         logs.update(values)
-        # The Trainer has copied the logs into its history by now.
+        # The Trainer has already copied the logs into its history.
         state.log_history[-1].update(values)
 
     def on_predict(self, args, state, control, metrics, **kwargs):
@@ -196,10 +220,10 @@ class ExpertUsageCallback(TrainerCallback):
             meters[training] = ExpertUsageMeter(router.generation.num_experts, device)
             self._meters[training].append((label, meters[training]))
 
-        # Not traced: a graph would keep the answer that the first forward got to whether it runs in backward.
+        # Not traced: a graph would keep the answer of the first forward pass to whether it runs in the backward pass.
         @torch.compiler.disable
         def measure(module, args, kwargs, output):
-            # Activation checkpointing runs a forward again inside backward, as a part of a graph task.
+            # Activation checkpointing runs a forward pass again in the backward pass.
             if not in_backward():
                 padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
                 indices, weights = output
@@ -214,7 +238,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._meters = {True: [], False: []}
 
     def _read(self, training, prefix=""):
-        """Values to log; a router that no token went through, the original that PEFT keeps beside a copy, has none."""
+        """The values to log. A router that no token passed has none, such as the original that PEFT keeps beside a copy."""
         values = {}
         for label, meter in self._meters[training]:
             if dist.is_available() and dist.is_initialized():
@@ -227,7 +251,7 @@ class ExpertUsageCallback(TrainerCallback):
 
 
 def _label(name):
-    """What a router is called in logs: by its layer, the adapter whose graft it is in, the addition it came with."""
+    """The name of a router in logs: its layer, the adapter of its graft, and its addition."""
     parts = [f"layer_{layer_index(name)}", *graft_label(name)]
     if added := re.search(r"added_routers\.(\d+)", name):
         parts.append(f"added_{added[1]}")
@@ -235,7 +259,7 @@ def _label(name):
 
 
 def _evaluation_prefix(metrics):
-    """`"eval_"` of `"eval_runtime"`; none if these are no metrics of an evaluation."""
+    """`"eval_"` if there is an `"eval_runtime"`, and so on; `None` if these are not metrics of an evaluation."""
     for name in metrics:
         if name.endswith("_runtime") and name != "train_runtime":
             return name.removesuffix("runtime")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-# Names of a feed-forward's linear layers: gate if it has one, into the neurons, out of them.
+# Names of a feed-forward's linear layers: gate, if it has one, up- and down-projection.
 LINEAR_LAYERS = (
     ("gate_proj", "up_proj", "down_proj"),
     (None, "up_proj", "down_proj"),
@@ -36,7 +36,7 @@ LINEAR_LAYERS = (
 @dataclass
 class FeedForwardParts:
     """
-    The linear layers of a host's feed-forward `down(σ(up(x)))`, or `down(σ(gate(x)) · up(x))` with a gate.
+    The linear layers of a base model's feed-forward `down(σ(up(x)))`, or `down(σ(gate(x)) · up(x))` with a gate.
 
     Attributes:
         gate (`nn.Module`, *optional*)
@@ -71,14 +71,14 @@ def weight_matrix(layer: Any) -> torch.Tensor:
 
 
 def _sizes(layer):
-    """(out_features, in_features), also of a layer whose weights are packed."""
+    """`(out_features, in_features)`, also of a layer whose quantized weights are packed."""
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
 def recognize_feed_forward(module: nn.Module) -> FeedForwardParts | None:
     """
-    The parts of a feed-forward: a module with two or three linear layers under names that the library's models use, that
-    is called with nothing but hidden states. `None` if it is something else, a mixture of experts for one.
+    Find the parts of a feed-forward: a module with two or three linear layers, under names that models of Transformers
+    use, that is called with nothing but hidden states. `None` for anything else, such as a mixture of experts.
     """
     for names in LINEAR_LAYERS:
         layers = [None if name is None else getattr(module, name, None) for name in names]

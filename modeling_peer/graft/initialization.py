@@ -12,14 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-How a graft starts: beside a feed-forward as nothing, in place of it from its neurons or drawn anew.
+Initialization of a graft: beside a feed-forward with an output of zero, in place of one from its neurons or at random.
 
-From neurons, the router starts as well, where the pool has room: each head gets an equal share of the neurons, one in a
-column of the key grid, and looks for those whose input to the activation is largest. Its query half for columns and
-the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matrix that gives these inputs; its half for rows
-finds one of the two rows that are its own, one for either sign of a feature, so that either holds all its neurons. Without
-the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft (N = 192²,
-h = 8, k = 16) by 0.066, with random experts by 0.109 (`examples/compare_graft_starts.py`).
+From neurons, the router is initialized as well, if the pool has room. Each head gets an equal share of the neurons, one in
+each column of the key grid, and looks for those with the largest input to the activation. Its query half for columns and
+the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matrix that gives these inputs. Its half for
+rows finds one of the two rows that belong to the head, one for each sign of a feature; both hold all of the head's neurons.
+
+Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft
+(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`examples/compare_graft_starts.py`).
 """
 
 import copy
@@ -39,19 +40,19 @@ from ..key_grid import expert_index, grid_size
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward, weight_matrix
 
 
-# What scores start scaled with: a head's neurons get nearly equal weights.
+# Scale of the scores at first: small, so that a head's neurons get nearly equal weights.
 FLATNESS = 0.05
 
 
 @torch.no_grad()
 def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_ffn: bool) -> None:
     """
-    On the device of the feed-forward, which the graft is moved to.
+    Initialize a graft on the device of its feed-forward, to which it is moved.
 
     Args:
         graft (`PeerGraft`)
-        parts (`FeedForwardParts`): Of the feed-forward it stands beside, or in place of.
-        placement (`str`): `"beside"`, where rows that come out of experts are zero, or `"in_place"`.
+        parts (`FeedForwardParts`): The feed-forward that the graft is beside, or in place of.
+        placement (`str`): `"beside"`, with down-projection vectors of zeros, or `"in_place"`.
         from_ffn (`bool`): Whether experts start as the neurons of the feed-forward, see [`neuron_cells`].
     """
     graft.to(parts.up.weight.device)
@@ -64,8 +65,8 @@ def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_f
 
 def neuron_gain(config: PeerConfig) -> float:
     """
-    What the neurons' outgoing rows are multiplied with, so that a retrieved neuron has about the weight it has in the
-    feed-forward: one, where a router weight of a head's softmax over k is about 1 / k.
+    The factor of the neurons' down-projection vectors that gives a retrieved neuron about the weight that it has in the
+    feed-forward, one: a router weight of a head's softmax over k is about 1 / k.
     """
     num_active = config.num_retrieval_heads * config.num_experts_per_head
     return math.sqrt(num_active / router_weight_power(config))
@@ -80,8 +81,8 @@ def has_room_for_neurons(config: PeerConfig, num_neurons: int) -> bool:
 
 def neuron_cells(config: PeerConfig, num_neurons: int) -> torch.Tensor:
     """
-    The experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`, two copies where there is room for them
-    and the router, the first experts where there is not.
+    The experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`. Two copies of each if there is room for
+    them, see [`has_room_for_neurons`], else the first experts.
     """
     neurons = torch.arange(num_neurons)
     if not has_room_for_neurons(config, num_neurons):
@@ -110,7 +111,7 @@ def _copy_neurons(graft, parts):
 
 
 def _with_bias(layer, graft):
-    """A linear layer's matrix, with its biases as a last column where the graft has them."""
+    """The matrix of a linear layer, with its biases as a last column if the graft has biases."""
     matrix = weight_matrix(layer)
     if graft.output_bias is None:
         return matrix
@@ -119,7 +120,7 @@ def _with_bias(layer, graft):
 
 
 def _find_neurons(router, activated):
-    """Sets the router so that it retrieves the largest of `activated @ x`, `activated` of shape `(num_neurons, width)`."""
+    """Set the router so that it retrieves the largest of `activated @ x`, `activated` of shape `(num_neurons, width)`."""
     heads, half, size = router.num_heads, router.query_size // 2, router.sub_keys.shape[2]
     num_columns, width = -(-len(activated) // heads), activated.shape[1]
     padding = activated.new_zeros(num_columns * heads - len(activated), width)
@@ -131,13 +132,13 @@ def _find_neurons(router, activated):
     queries[:, 1, :rank] = right[:rank].view(rank, heads, width).transpose(0, 1)
     sub_keys = activated.new_zeros(2, size, half)
     sub_keys[1, :num_columns, :rank] = left[:, :rank] * singular[:rank]
-    sub_keys[1, num_columns:, -1] = 1  # out of the way of every query, as are rows behind the heads'
+    sub_keys[1, num_columns:, -1] = 1  # which no query has, nor the rows after the heads'
     sub_keys[0, 2 * heads :, heads:] = torch.randn_like(sub_keys[0, 2 * heads :, heads:])
     for head in range(heads):
         queries[head, 0, head] = by_column[:, head].mean(0)
         sub_keys[0, 2 * head, head], sub_keys[0, 2 * head + 1, head] = 1, -1
     queries = F.normalize(queries, dim=-1)
-    if router.norm_type != "rms":  # which makes either half of queries and keys of one size
+    if router.norm_type != "rms":  # which normalizes both halves of queries and keys
         sub_keys[1] /= sub_keys[1].norm(dim=-1).mean()
         sub_keys[0] *= 10
         sub_keys *= FLATNESS
@@ -150,12 +151,12 @@ def _find_neurons(router, activated):
 @torch.no_grad()
 def computes(feed_forward: nn.Module, activation: str | None) -> bool:
     """
-    Whether a feed-forward that was recognized is its linear layers and an activation, in evaluation; of one without weights
-    it is taken so.
+    Whether a recognized feed-forward is its linear layers and an activation and nothing else, in evaluation mode. Assumed
+    for one on the meta device, which has no weights to try.
     """
     if activation not in ACT2FN:
         return False
-    # In float32, where functions that are nearly the same are told apart.
+    # In float32, which tells functions apart that are nearly the same.
     feed_forward = copy.deepcopy(feed_forward).float().eval()
     parts: Any = recognize_feed_forward(feed_forward)
     if parts.up.weight.is_meta:

@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PEER grafts for PEFT: what takes a feed-forward's place in a host while there are adapters, and what puts it there."""
+"""PEER grafts as adapters of PEFT: the layer that wraps a feed-forward, and the tuner that puts it into a base model."""
 
 import copy
 import math
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -27,13 +28,14 @@ from ..graft_layer import (
     PREFIX,
     GraftedFeedForward,
     PeerGraft,
+    base_activation,
     find_decoder_layers,
-    host_activation,
-    peer_config_of_host,
+    peer_config_of_base_model,
     sum_of_branches,
+    unwatch_decoder,
     watch_decoder,
 )
-from ..graft_merged import check_mergeable, host_model_type, merge_grafts
+from ..graft_merged import base_model_type, check_mergeable, merge_grafts
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft
@@ -47,11 +49,10 @@ with asking_for_peft():
 
 class PeerGraftLayer(nn.Module, BaseTunerLayer):
     """
-    Stands where a host's feed-forward stood: adds what active grafts beside it put out, or leaves it out for one in its
-    place.
+    Wraps a feed-forward of a base model: adds the outputs of active grafts beside it, and skips it for a graft in its place.
 
     Args:
-        base_layer (`nn.Module`): The host's feed-forward.
+        base_layer (`nn.Module`): The base model's feed-forward.
     """
 
     adapter_layer_names = (f"{PREFIX}layer",)
@@ -64,9 +65,9 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         self.peer_graft_placement: dict[str, str] = {}
 
     def add_graft(self, adapter_name: str, graft: PeerGraft, placement: str) -> None:
-        """Adds a graft, on the device of the feed-forward and with parameters of its dtype."""
+        """Add a graft, on the device of the feed-forward and with parameters of its dtype."""
         dtype = next(self.base_layer.parameters()).dtype
-        # Running statistics of queries stay in float32, and all of it beside integers, in which a host is quantized.
+        # Running statistics of queries stay in float32, and so does all of it in a model that is quantized to integers.
         for parameter in graft.parameters() if dtype.is_floating_point else ():
             parameter.data = parameter.data.to(dtype)
         self.peer_graft_layer[adapter_name] = graft
@@ -81,19 +82,19 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
             graft.to(device or next(self.base_layer.parameters()).device)
 
     def active_grafts(self, adapter_names: list[str] | None = None) -> list[PeerGraft]:
-        """The grafts of the adapters named, of active ones if none are."""
+        """The grafts of the named adapters, of the active ones if `None`."""
         names = self.active_adapters if adapter_names is None else adapter_names
         return [self.peer_graft_layer[name] for name in names if name in self.peer_graft_layer]
 
     def remaining_feed_forward(self, adapter_names: list[str] | None = None) -> nn.Module | None:
-        """The host's feed-forward, `None` if a graft of the adapters named, or of active ones, is in its place."""
+        """The base model's feed-forward; `None` if a graft of the named adapters, or the active ones, is in its place."""
         names = self.active_adapters if adapter_names is None else adapter_names
         replaced = any(self.peer_graft_placement.get(name) == "in_place" for name in names)
         return None if replaced else self.base_layer
 
     def check_places(self, adapter_names: list[str] | None, name: str) -> None:
         """
-        Raises `ValueError` if several grafts, of the adapters named or of active ones, would be in place of the feed-forward.
+        Raise `ValueError` if several grafts, of the named adapters or the active ones, would be in place of the feed-forward.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         replacing = [each for each in names if self.peer_graft_placement.get(each) == "in_place"]
@@ -101,7 +102,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"Only one of the adapters {replacing} can be in place of {name}.")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT. Raises `ValueError` as [`~PeerGraftLayer.check_places`] does."""
+        """As in PEFT. Raise `ValueError` as [`~PeerGraftLayer.check_places`] does."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.check_places(names, "a feed-forward")
         super().set_adapter(names, inference_mode=inference_mode)
@@ -112,19 +113,19 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         return sum_of_branches(self.remaining_feed_forward(), self.active_grafts(), hidden_states, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises `ValueError`: the host has no weights that a graft could be merged into."""
+        """Raise `ValueError`: the base model has no weights that could express a graft."""
         raise ValueError(
-            "A graft cannot be merged into the weights of its host. `merge_and_unload()` makes it a part of the model."
+            "A graft cannot be merged into the weights of its base model. `merge_and_unload()` makes it a module of the model."
         )
 
     def unmerge(self) -> None:
-        """Raises `ValueError`, as `merge` does."""
-        raise ValueError("A graft is never merged into the weights of its host: there is nothing to take out of them.")
+        """Raise `ValueError`, as `merge` does."""
+        raise ValueError("A graft is never merged into the weights of its base model: there is nothing to undo.")
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What stays in the host: its feed-forward, with `merge` the grafts too."""
+        """What stays in the base model: its feed-forward and, with `merge`, the grafts."""
         if not merge or not self.active_grafts(adapter_names):
             return self.base_layer
         return GraftedFeedForward(self.remaining_feed_forward(adapter_names), self.active_grafts(adapter_names))
@@ -135,25 +136,27 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
 
 class PeerGraftModel(BaseTuner):
     """
-    A host with grafts, see [`PeerGraftConfig`]. A bfloat16 host's grafts are in float32 unless `autocast_adapter_dtype` is
-    `False`, as adapters of PEFT are; the library's own `load_adapter` keeps the dtype of the host.
+    A base model with grafts, see [`PeerGraftConfig`].
 
-    Padding is told from the mask that the host's decoder gets. Where that is no mask of tokens, as in a multimodal Gemma 3,
-    it counts in query BatchNorm and in measures.
+    Grafts of a bfloat16 base model are in float32 unless `autocast_adapter_dtype` is `False`, as in all of PEFT;
+    `load_adapter` of Transformers keeps the dtype of the base model.
 
-    Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` leaves a model
-    without PEFT whose grafts are modules of its own, see [`PeerGraftedConfig`].
+    Padding is taken from the attention mask that the base model's decoder gets. Where that is no mask of tokens, as in a
+    multimodal Gemma 3, padding counts in the query BatchNorm and in measures of expert usage.
+
+    Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` returns a model
+    without PEFT in which the grafts are modules, see [`PeerGraftedConfig`].
 
     Args:
-        model (`PreTrainedModel`): The host.
-        config (`PeerGraftConfig` or `dict[str, PeerGraftConfig]`): What was found in the host is filled in: make another
-            for another host.
+        model (`PreTrainedModel`): The base model.
+        config (`PeerGraftConfig` or `dict[str, PeerGraftConfig]`):
+            What is found in the base model is filled in, as methods of PEFT do: use another one for another base model.
         adapter_name (`str`)
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Makes grafts on the meta device, to be loaded.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Whether to make grafts on the meta device, to be loaded.
 
     Raises:
-        `ValueError`: for a layer that is not there or whose feed-forward is not recognized, an adapter of another host,
-            experts that do not suit the feed-forward. The host is left as it was.
+        `ValueError`: for a layer that does not exist or whose feed-forward is not recognized, an adapter of another base
+            model, or experts that do not fit the feed-forward. The base model is left as it was.
     """
 
     prefix = PREFIX
@@ -161,9 +164,9 @@ class PeerGraftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        """As in PEFT, once everything has been looked at that may not fit."""
+        """As in PEFT, after every check that may refuse the adapter."""
         try:
-            self._look_at_host(model, adapter_name)
+            self._check_and_resolve(model, adapter_name)
             requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -173,26 +176,27 @@ class PeerGraftModel(BaseTuner):
                     parameter.requires_grad_(required)
                 raise
         except BaseException:
-            # PEFT put it there before; an adapter of that name may come again.
+            # PEFT added it before this method; the name must stay free for another try.
             self.peft_config.pop(adapter_name, None)
             raise
-        if getattr(self, "_decoder_hooks", None) is None:
-            self._decoder_hooks = watch_decoder(find_decoder_layers(model)[1])
+        watch_decoder(find_decoder_layers(model)[1])
 
-    def _look_at_host(self, model, adapter_name):
-        """Fills in the configuration of an adapter, or raises `ValueError` if it does not fit the host."""
+    def _check_and_resolve(self, model, adapter_name):
+        """Fill in the configuration of an adapter, or raise `ValueError` if it does not fit the base model."""
         config = self.peft_config[adapter_name]
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"A graft needs a model of the library as its host, got {type(model).__name__}.")
+            raise ValueError(
+                f"A graft needs a base model of Transformers, a `PreTrainedModel`, got {type(model).__name__}."
+            )
         _check_adapter_name(adapter_name, model)
         config.check()
-        _check_host(config, _host_of(model.config))
+        _check_same_base(config, _base_fields(model.config))
         targets = _find_targets(config, model)
-        _check_host(config, _feed_forwards_of(targets))
+        _check_same_base(config, _feed_forward_fields(targets))
         _resolve(config, model, targets)
 
     def _take_out(self, adapter_name):
-        """What there is of an adapter whose injection failed."""
+        """Take out what was injected of an adapter before an error."""
         for name, layer in self._graft_layers().items():
             if adapter_name in layer.peer_graft_layer:
                 layer.delete_adapter(adapter_name)
@@ -215,11 +219,11 @@ class PeerGraftModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child):
-        # PEFT's own takes what it replaces for a linear layer.
+        # PEFT's method assumes that the replaced module is a linear layer.
         setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT. Raises `ValueError` if grafts of several adapters would be in place of one feed-forward."""
+        """As in PEFT. Raise `ValueError` if grafts of several adapters would be in place of one feed-forward."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, layer in self._graft_layers().items():
             layer.check_places(names, name)
@@ -229,12 +233,13 @@ class PeerGraftModel(BaseTuner):
         if merge:
             check_mergeable(self.model)
             self._check_merge(adapter_names, safe_merge)
-        # If no names are given, layers of another method merge active adapters of their own.
+        # Without names, layers of other methods merge their own active adapters.
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for hook in self._decoder_hooks or ():
-            hook.remove()
-        self._decoder_hooks = None
-        return merge_grafts(model) if merge else model
+        if merge:
+            return merge_grafts(model)
+        if not any(isinstance(module, PeerGraft) for module in model.modules()):
+            unwatch_decoder(find_decoder_layers(model)[1])
+        return model
 
     def _check_merge(self, adapter_names, safe_merge):
         known = list(self.peft_config)
@@ -243,78 +248,85 @@ class PeerGraftModel(BaseTuner):
         layers = self._graft_layers()
         if not any(layer.active_grafts(adapter_names) for layer in layers.values()):
             names = "the active adapters" if adapter_names is None else adapter_names
-            raise ValueError(f"There is no graft of {names} to become a part of the model. `unload()` takes all out.")
+            raise ValueError(f"There is no graft of {names} to merge. `unload()` removes all adapters.")
         for name, layer in layers.items():
             layer.check_places(adapter_names, name)
             if safe_merge:
                 _check_finite(name, layer.active_grafts(adapter_names))
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
-        """Raises `ValueError`: grafts have no common weights."""
+        """Raise `ValueError`: the experts of two grafts do not correspond, so their weights have no average."""
         raise ValueError(
-            "Grafts cannot be averaged. `set_adapter` of `base_model` makes several active, which add up."
+            "Grafts cannot be averaged. `base_model.set_adapter([...])` activates several, whose outputs are added."
         )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "`adapter_names` of a batch's rows is not for grafts: all rows go through active adapters."
+                "`adapter_names` for each row of a batch is not supported by grafts: all rows go through the active adapters."
             )
         yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
-        # PEFT looks for it at the end of the key, and a graft has modules in modules.
+        # PEFT's method expects the name at the end of the key, and a graft has nested modules.
         return key.replace(f".{PREFIX}layer.{adapter_name}.", f".{PREFIX}layer.", 1)
 
 
-# Names in the paths of a graft's weights.
-GRAFT_PARTS = (
-    *("router", "query_proj", "query_norm", "key_norm", "sub_keys"),
-    *("expert_pool", "up_proj", "gate_proj", "down_proj", "output_bias", "weight", "bias"),
-)
+@cache
+def _graft_parts() -> frozenset[str]:
+    """Every name in the path of a graft's weight or buffer, whatever its options."""
+    fields = {"num_experts": 1, "num_experts_per_head": 1, "query_size": 2, "gated_experts": True}
+    with torch.device("meta"):
+        grafts = [
+            PeerGraft(
+                peer_config_of_base_model(PreTrainedConfig(), 2, 2, query_norm=query_norm, **fields), has_biases=True
+            )
+            for query_norm in ("rms", "batch")
+        ]
+    return frozenset(part for graft in grafts for name in graft.state_dict() for part in name.split("."))
 
 
 def _check_adapter_name(adapter_name, model):
-    """PEFT tells the weights of adapters apart by whether a part of their names is another adapter's name."""
-    host_parts = {part for name in model.state_dict() if PREFIX not in name for part in name.split(".")}
+    """Refuse a name that is part of a weight's name: by that PEFT tells the weights of adapters apart."""
+    base_parts = {part for name in model.state_dict() if PREFIX not in name for part in name.split(".")}
     if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which cannot be the name of a module.")
-    if adapter_name in host_parts.union(GRAFT_PARTS):
+    if adapter_name in base_parts | _graft_parts():
         raise ValueError(f"`adapter_name` is {adapter_name!r}, the name of a part of the model: choose another.")
 
 
-def _host_of(model_config: PreTrainedConfig) -> dict[str, int | str]:
+def _base_fields(model_config: PreTrainedConfig) -> dict[str, int | str]:
     text_config = model_config.get_text_config()
     return {
-        "host_model_type": host_model_type(text_config),
+        "host_model_type": base_model_type(text_config),
         "host_hidden_size": text_config.hidden_size,
         "host_num_layers": text_config.num_hidden_layers,
     }
 
 
-def _feed_forwards_of(targets: dict[str, FeedForwardParts]) -> dict[str, int | bool]:
+def _feed_forward_fields(targets: dict[str, FeedForwardParts]) -> dict[str, int | bool]:
     return {
         "host_intermediate_size": max(parts.intermediate_size for parts in targets.values()),
         "host_has_biases": any(parts.has_biases for parts in targets.values()),
     }
 
 
-def _check_host(config, host):
-    for name, found in host.items():
+def _check_same_base(config, base):
+    for name, found in base.items():
         expected = getattr(config, name)
         if expected is not None and expected != found:
             raise ValueError(
-                f"The adapter was made for a host with `{name}` = {expected!r}, this one has {found!r}. A new adapter needs a "
-                "configuration of its own."
+                f"The adapter was made for a base model with `{name}` = {expected!r}, this one has {found!r}. A new adapter "
+                "needs a configuration of its own."
             )
 
 
 def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, FeedForwardParts]:
-    """The feed-forwards that get a graft, by name."""
+    """Find the feed-forwards that get a graft, by name."""
     list_name, _ = find_decoder_layers(model)
-    layers = _layer_numbers(config, model.config.get_text_config().num_hidden_layers)
+    layers = _layer_indices(config, model.config.get_text_config().num_hidden_layers)
     targets = {}
     if config.target_modules is not None:
         by_layer = copy.copy(config)
@@ -326,63 +338,65 @@ def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, 
                 and ".base_layer" not in name
                 and check_target_module_exists(named, name)
             ):
-                if not config.is_of_saved_adapter:  # whose weights are under the name it has
+                if not config.is_of_saved_adapter:  # weights of a saved adapter are under the name that it gives
                     name, module = _within_grafted(name, module)
                 targets[name] = _recognize(name, module)
         others = [name for name in targets if _layer_of(name, list_name) not in layers]
         if others and config.layers_to_transform is not None:
             raise ValueError(
-                f"`layers_to_transform` is {config.layers_to_transform}, and `target_modules` names {others}. It was filled in "
-                "when the configuration was used: make a new one for other layers."
+                f"`layers_to_transform` is {config.layers_to_transform}, but `target_modules` names {others}. It was filled in "
+                "when the configuration was first used: make a new configuration for other layers."
             )
         if not targets:
             raise ValueError(f"`target_modules` names no module of layers {layers}, got {config.target_modules}.")
         return targets
-    for number in layers:
-        name = _find_feed_forward(f"{list_name}.{number}", model, number)
+    for layer_idx in layers:
+        name = _find_feed_forward(f"{list_name}.{layer_idx}", model, layer_idx)
         targets[name] = _recognize(name, model.get_submodule(name))
     return targets
 
 
-def _find_feed_forward(layer_name, model, number):
-    """Name of the only feed-forward of a layer."""
+def _find_feed_forward(layer_name, model, layer_idx):
+    """The name of the only feed-forward of a layer."""
     layer = model.get_submodule(layer_name)
     children = [_within_grafted(f"{layer_name}.{name}", child) for name, child in layer.named_children()]
     if any(isinstance(child, GraftedFeedForward) for _, child in children):
-        raise ValueError(f"`layers_to_transform` names layer {number}, in place of whose feed-forward a graft is.")
+        raise ValueError(
+            f"`layers_to_transform` names layer {layer_idx}, which has no feed-forward any more: a merged graft is in its place."
+        )
     found = [name for name, child in children if recognize_feed_forward(_feed_forward_of(child)) is not None]
     if len(found) != 1:
         raise ValueError(
-            f"`layers_to_transform` names layer {number}, where {len(found)} feed-forwards were recognized, and one is needed: "
-            f"two or three linear layers of a {type(layer).__name__}'s child, without adapters: merge or unload those first. "
-            "Name it in `target_modules` if there are several; a mixture of experts has none."
+            f"`layers_to_transform` names layer {layer_idx}, where {len(found)} feed-forwards were recognized, expected one: a "
+            f"child of {type(layer).__name__} with two or three linear layers and no adapters on them. Merge or unload other "
+            "adapters first, or name the feed-forward in `target_modules`; a mixture of experts is not supported."
         )
     return found[0]
 
 
 def _layer_of(name, list_name):
-    """The number of the layer that a module is in, `None` if it is in none."""
+    """The index of the layer that holds a module, `None` if none does."""
     return int(name.removeprefix(f"{list_name}.").split(".")[0]) if name.startswith(f"{list_name}.") else None
 
 
 def _within_grafted(name, module):
-    """Name and module of the feed-forward beside which grafts are a part of the model, or what was passed."""
+    """Name and module of the feed-forward beside merged grafts, or the arguments if there are none."""
     while isinstance(module, GraftedFeedForward) and module.feed_forward is not None:
         name, module = f"{name}.feed_forward", module.feed_forward
     return name, module
 
 
-def _layer_numbers(config, num_layers):
-    numbers = config.layers_to_transform
-    if numbers is None:
+def _layer_indices(config, num_layers):
+    indices = config.layers_to_transform
+    if indices is None:
         return [(num_layers - 1) // 2]
-    numbers = [numbers] if isinstance(numbers, int) else sorted(set(numbers))
-    if not numbers or any(not 0 <= number < num_layers for number in numbers):
+    indices = [indices] if isinstance(indices, int) else sorted(set(indices))
+    if not indices or any(not 0 <= layer_idx < num_layers for layer_idx in indices):
         raise ValueError(
-            f"`layers_to_transform` must be numbers of layers, 0 to {num_layers - 1} in this host, got "
+            f"`layers_to_transform` must be indices of layers, 0 to {num_layers - 1} in this base model, got "
             f"{config.layers_to_transform}."
         )
-    return numbers
+    return indices
 
 
 def _feed_forward_of(module):
@@ -393,8 +407,8 @@ def _recognize(name, module):
     parts = recognize_feed_forward(_feed_forward_of(module))
     if parts is None:
         raise ValueError(
-            f"`target_modules` names {name}, a {type(_feed_forward_of(module)).__name__} that is not recognized as a "
-            "feed-forward of two or three linear layers."
+            f"`target_modules` names {name}, a {type(_feed_forward_of(module)).__name__}, expected a feed-forward of two or "
+            "three linear layers."
         )
     return parts
 
@@ -404,27 +418,32 @@ def _starts_as_neurons(config):
 
 
 def _resolve(config, model, targets):
-    """Fills in what was found in the host, and refuses what does not suit its feed-forwards."""
+    """
+    Fill in what was found in the base model, and refuse what does not fit its feed-forwards.
+
+    The configuration that the caller passed is changed in place: PEFT saves that very object with the adapter, and its own
+    methods fill in theirs the same way.
+    """
     activation, gated = "gelu", False
     for name, parts in targets.items() if _starts_as_neurons(config) else ():
-        activation, gated = host_activation(model.config.get_text_config()), parts.gate is not None
+        activation, gated = base_activation(model.config.get_text_config()), parts.gate is not None
         _check_neurons(config, name, _feed_forward_of(model.get_submodule(name)), parts, activation)
-    found = {**_host_of(model.config), **_feed_forwards_of(targets), **config.layer_fields(activation, gated)}
+    found = {**_base_fields(model.config), **_feed_forward_fields(targets), **config.layer_fields(activation, gated)}
     for name, value in found.items():
         setattr(config, name, value)
     config.target_modules = set(targets)
 
 
-RANDOM_EXPERTS = "Experts start at random with `init_from_ffn=False`, which asks for none of that."
+RANDOM_EXPERTS = "With `init_from_ffn=False` experts start at random, without this requirement."
 
 
 def _check_neurons(config, name, feed_forward, parts, activation):
-    """An expert for each neuron, and each as the neuron is."""
+    """Check that there is an expert for each neuron, of the neuron's kind."""
     if config.num_experts < parts.intermediate_size:
         size = math.isqrt(parts.intermediate_size - 1) + 1
         raise ValueError(
             f"`num_experts` must be at least {parts.intermediate_size}, the width of {name}, with `init_from_ffn`, got "
-            f"{config.num_experts}; the least square is {size**2}. {RANDOM_EXPERTS}"
+            f"{config.num_experts}; the smallest such square is {size**2}. {RANDOM_EXPERTS}"
         )
     gated = parts.gate is not None
     for field, value in (("expert_act", activation), ("gated_experts", gated)):
@@ -435,18 +454,19 @@ def _check_neurons(config, name, feed_forward, parts, activation):
             )
     if not all(layer.weight.is_floating_point() for layer in parts.linear_layers):
         raise ValueError(
-            f"`init_from_ffn` copies neurons, and {name} is quantized: {parts.up.weight.dtype}. {RANDOM_EXPERTS}"
+            f"`init_from_ffn` copies neurons of {name}, whose weights must be floating point, got quantized ones of "
+            f"{parts.up.weight.dtype}. {RANDOM_EXPERTS}"
         )
     if not computes(feed_forward, activation):
         raise ValueError(
-            f"`init_from_ffn` needs a feed-forward that is linear layers and the activation {activation!r}, {name} computes "
-            f"something else. {RANDOM_EXPERTS}"
+            f"`init_from_ffn` needs a feed-forward that is its linear layers and the activation {activation!r}, but {name} "
+            f"computes something else. {RANDOM_EXPERTS}"
         )
 
 
 def _make_graft(config, model_config, parts):
     has_biases = config.init_from_ffn and config.host_has_biases
-    peer_config = peer_config_of_host(
+    peer_config = peer_config_of_base_model(
         model_config.get_text_config(),
         parts.hidden_size + has_biases,
         parts.intermediate_size,
@@ -460,7 +480,7 @@ def _check_finite(name, grafts):
         for parameter_name, parameter in graft.named_parameters():
             if not parameter.isfinite().all():
                 raise ValueError(
-                    f"NaN or infinity in {parameter_name} of a graft at {name}: the adapter seems broken."
+                    f"{parameter_name} of a graft at {name} has NaN or infinite elements: the adapter seems broken."
                 )
 
 

@@ -12,11 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What differs between releases of PEFT, and what grafts rely on in it that is not public: PEFT knows its methods by an
-enumeration, which has to be extended first.
+What differs between releases of PEFT, and all that grafts use of it that is not public.
+
+PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new. What they rely on is checked
+when they are registered, so a release that lacks any of it is named in one warning, and the rest of the package works.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +31,37 @@ from ..graft_layer import METHOD_NAME
 
 PEFT_TYPE_NAME = METHOD_NAME.upper()
 
-OLDEST_PEFT = (0, 21)
-TESTED_PEFT = "0.21"
+OLDEST_PEFT = "0.21"
+
+# Methods that PEFT calls, or that grafts call, under names that PEFT may change. A tuner that overrides a method that
+# nobody calls any more would fail later and silently, so a release without one of them is refused at registration.
+# Not in this table, as PEFT defines it for some methods only: `_enable_peft_forward_hooks`, by which `PeftModel` hands on
+# `adapter_names` of a batch's rows. If PEFT no longer calls it, these reach the base model, which refuses or ignores them.
+PRIVATE_METHODS = {
+    "BaseTuner": (
+        "_create_and_replace",  # puts a graft at a feed-forward; without it nothing would be injected
+        "_replace_module",  # PEFT's own assumes a linear layer
+        "_unload_and_optionally_merge",  # makes the grafts a part of the model; without it they would be lost on saving
+        "_remove_adapter_name_from_key",  # without it a saved adapter would have keys that no other name can load
+    ),
+    "BaseTunerLayer": (
+        "_move_adapter_to_device_of_base_layer",  # PEFT's own moves single parameters, not modules of modules
+    ),
+}
+
+# What `create_or_update_model_card` of PEFT, by a template of huggingface_hub, leaves to be filled in: how to load an
+# adapter. If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
+CARD_PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
+
+
+def is_peft_installed() -> bool:
+    """Whether PEFT can be found, of whatever release, working or not."""
+    return importlib.util.find_spec("peft") is not None
 
 
 @contextmanager
 def asking_for_peft() -> Iterator[None]:
-    """For imports of PEFT. Raises `ImportError` that says what to install if it is not there."""
+    """For imports of PEFT: raise `ImportError` that says what to install if it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -46,14 +73,27 @@ def asking_for_peft() -> Iterator[None]:
 
 
 def check_release() -> None:
-    """Raises `ImportError` if PEFT is older than 0.21."""
+    """Raise `ImportError` for a release of PEFT that is too old, or has no more what grafts use of it."""
+    from peft.tuners import tuners_utils
+
     version = importlib.metadata.version("peft")
-    if Version(version).release < OLDEST_PEFT:
-        raise ImportError(f"Grafts were tested with PEFT {TESTED_PEFT} and need it or a later one, found {version}.")
+    if Version(version).release < Version(OLDEST_PEFT).release:
+        raise ImportError(f"Grafts need PEFT {OLDEST_PEFT} or later, found {version}.")
+    missing = [
+        f"{class_name}.{name}"
+        for class_name, names in PRIVATE_METHODS.items()
+        for name in names
+        if not hasattr(getattr(tuners_utils, class_name, None), name)
+    ]
+    if missing:
+        raise ImportError(f"Grafts use methods of PEFT that PEFT {version} does not have: {', '.join(missing)}.")
 
 
-def extend(enumeration):
-    """Adds a member as `enum` does when it makes the class."""
+def extend(enumeration) -> None:
+    """
+    Add a member to the enumeration of PEFT's methods, as `enum` does when it makes the class: `register_peft_method` takes
+    no other names, and an enumeration cannot be extended otherwise. [`check_registration`] notices if it did not work.
+    """
     member = str.__new__(enumeration, PEFT_TYPE_NAME)
     member._name_ = member._value_ = PEFT_TYPE_NAME
     member._sort_order_ = len(enumeration._member_names_)
@@ -64,7 +104,8 @@ def extend(enumeration):
     enumeration._value2member_map_[PEFT_TYPE_NAME] = member
 
 
-def shrink(enumeration):
+def shrink(enumeration) -> None:
+    """Undo [`extend`], also where it failed halfway."""
     if PEFT_TYPE_NAME in enumeration.__dict__:
         type.__delattr__(enumeration, PEFT_TYPE_NAME)
     if PEFT_TYPE_NAME in enumeration._member_names_:
@@ -73,7 +114,8 @@ def shrink(enumeration):
     enumeration._value2member_map_.pop(PEFT_TYPE_NAME, None)
 
 
-def check_registration(enumeration, registries, expected):
+def check_registration(enumeration, registries, expected) -> None:
+    """Raise `RuntimeError` if PEFT does not find the method by name and by value, or loses a configuration's fields."""
     from peft import PeftConfig
 
     member = enumeration(PEFT_TYPE_NAME)

@@ -11,41 +11,44 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PEER grafts as a method of PEFT."""
+"""Registration of PEER grafts as a method of PEFT."""
 
 import importlib.metadata
 from typing import Any
 
 from ..graft_layer import METHOD_NAME, PREFIX
-from .peft_releases import PEFT_TYPE_NAME, TESTED_PEFT, check_registration, extend, shrink
+from .peft_releases import PEFT_TYPE_NAME, check_registration, extend, shrink
 
 
 def register_peer_graft(config_class: type, model_class: type) -> None:
     """
-    Makes grafts a method of PEFT, once, and looks whether they are: the enumeration finds the new member by name and by
-    value, each registry has it, and a configuration comes back from its file.
+    Make grafts a method of PEFT, once, and check it: the enumeration finds the new member by name and by value, each
+    registry has it, and a configuration comes back from its file.
 
     Args:
         config_class (`type`): [`PeerGraftConfig`].
         model_class (`type`): [`PeerGraftModel`].
 
     Raises:
-        `ImportError`: if PEFT works otherwise than expected, or has a method of this name already. It is left as it was.
+        `ImportError`: if PEFT works otherwise than expected, or already has a method of this name. PEFT is left as it was.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.utils import PeftType, register_peft_method
+    version = importlib.metadata.version("peft")
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.utils import PeftType, register_peft_method
+    except ImportError as error:
+        raise ImportError(f"Grafts cannot be registered as a method of PEFT {version}: {error}") from error
 
     registries: tuple[dict[Any, Any], ...] = (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
-    version = importlib.metadata.version("peft")
     registered = registries[0].get(PEFT_TYPE_NAME)
     if registered is config_class:
         return
     if registered is not None or PEFT_TYPE_NAME in PeftType.__members__:
-        raise ImportError(f"PEFT {version} has a method `{PEFT_TYPE_NAME}` already, of {registered}.")
+        raise ImportError(f"PEFT {version} already has a method `{PEFT_TYPE_NAME}`, of {registered}.")
     try:
         extend(PeftType)
         register_peft_method(name=METHOD_NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
@@ -54,6 +57,5 @@ def register_peer_graft(config_class: type, model_class: type) -> None:
         for registry in registries:
             registry.pop(PEFT_TYPE_NAME, None)
         shrink(PeftType)
-        raise ImportError(
-            f"Grafts cannot be made a method of PEFT {version}; they were tested with {TESTED_PEFT}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ImportError(f"Grafts cannot be registered as a method of PEFT {version}: {reason}") from error

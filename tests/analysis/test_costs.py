@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM
 from modeling_peer.analysis.costs import PartCosts, model_costs
@@ -190,6 +191,11 @@ class TestMemory:
 
 
 class TestTable:
+    def test_says_at_which_length(self):
+        config = small_config(max_position_embeddings=4096)
+        assert str(model_costs(config)).startswith("per token at length 4,096 ")
+        assert str(model_costs(config, 24)).startswith("per token at length 24 ")
+
     def test_names_every_part_and_its_share(self):
         costs = model_costs(PeerConfig(gated_experts=True, share_experts_across_layers=True))
         rows = {line.split("  ")[0]: line.split()[-3:] for line in str(costs).splitlines()}
@@ -198,6 +204,22 @@ class TestTable:
         assert rows["shared expert pool"] == ["0.000", f"{3 * 1024**2 * 768:,}", f"{3 * 128 * 768:,}"]
         assert rows["total"] == [f"{costs.flops / 1e6:.3f}", f"{costs.parameters:,}", f"{costs.active_parameters:,}"]
         assert rows["training, before activations"][1:] == [f"{costs.training_bytes / 2**30:.3f}", "GiB"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "config", [{}, None, "peer-tiny", LlamaConfig(), PeerConfig], ids=["dict", "None", "str", "Llama", "class"]
+    )
+    def test_of_what_is_no_configuration(self, config):
+        with pytest.raises(
+            ValueError, match=f"`config` must be a `PeerConfig`, got an object of class {type(config).__name__}"
+        ):
+            model_costs(config)
+
+    @pytest.mark.parametrize("length", [0, -1, 2.5, "24", True])
+    def test_of_lengths(self, length):
+        with pytest.raises(ValueError, match=f"`sequence_length` must be an integer of at least 1, got {length!r}"):
+            model_costs(small_config(), length)
 
 
 class TestRegisteredVariant:

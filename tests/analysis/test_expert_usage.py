@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
 from modeling_peer.analysis import expert_usage as usage
-from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter
+from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 from modeling_peer.product_key_router import ProductKeyRouter
 
 
@@ -393,3 +393,26 @@ def test_outputs_of_a_moe_router_are_refused():
     meter = ExpertUsageMeter(16)
     with pytest.raises(ValueError, match="must both be of shape.*got \\(6, 2\\) and \\(6, 2\\)"):
         meter.update(torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))
+
+
+@pytest.mark.parametrize("num_experts", [-1, 0, 2.0, "16", None])
+def test_numbers_of_experts_are_refused(num_experts):
+    with pytest.raises(ValueError, match=f"`num_experts` must be an integer of at least 1, got {num_experts!r}"):
+        ExpertUsageMeter(num_experts)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (
+            torch.arange(9),
+            r"must be of shape \(batch_size, sequence_length\), got \(9,\): one sequence is `input_ids\[None\]`",
+        ),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
+        ([[1, 2]], r"must be a tensor of shape \(batch_size, sequence_length\), got a list: \[\[1, 2\]\]"),
+        ("text", "got a str: 'text'"),
+    ],
+)
+def test_input_ids_that_are_no_batch_are_refused(input_ids, message):
+    with pytest.raises(ValueError, match=f"`input_ids` .*{message}"):
+        measure_usage(tiny_model(), input_ids=input_ids)

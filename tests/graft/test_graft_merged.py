@@ -26,9 +26,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from graft_hosts import HOSTS, graft_config, grafted, grafts_of, host_of, logits_of, trained
+from graft_hosts import (
+    HOSTS,
+    PLACEMENTS,
+    TASKS,
+    assert_same_state,
+    graft_config,
+    grafted,
+    grafts_of,
+    host_of,
+    logits_of,
+    state_of,
+    trained,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_graft import PLACEMENTS, TASKS, assert_same_state, state_of
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from transformers import (
@@ -203,7 +214,7 @@ print(type(model).__name__)
         logits = logits_of(model)
         merged = model.merge_and_unload()
         torch.testing.assert_close(logits_of(merged), logits)
-        with pytest.raises(ValueError, match=r"grafts at model\.layers\.1\.mlp .*graft_merged\.merge\(model\)"):
+        with pytest.raises(ValueError, match=r"grafts at model\.layers\.1\.mlp .*graft_merged\.merge_grafts\(model\)"):
             merged.save_pretrained(tmp_path)
         merge_grafts(merged).save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -329,7 +340,7 @@ class TestRefusals:
         [
             (["typo"], r"`adapter_names` must be a list of some of \['default', 'second'\], got \['typo'\]"),
             ("default", "got 'default'"),
-            ([], r"no graft of \[\] to become a part"),
+            ([], r"no graft of \[\] to merge"),
         ],
     )
     def test_of_adapters_that_are_not_there(self, names, message):
@@ -347,13 +358,17 @@ class TestRefusals:
 
     def test_of_a_graft_at_a_layer_whose_feed_forward_is_gone(self):
         merged = grafted(placement="in_place").merge_and_unload()
-        with pytest.raises(ValueError, match="names layer 1, in place of whose feed-forward a graft is"):
+        with pytest.raises(
+            ValueError, match="names layer 1, which has no feed-forward any more: a merged graft is in its place"
+        ):
             grafted(merged)
 
     def test_of_broken_weights(self):
         model = trained(grafted())
         grafts_of(model)[0].router.sub_keys.data[0, 0, 0, 0] = torch.nan
-        with pytest.raises(ValueError, match="NaN or infinity in router.sub_keys of a graft at model.layers.1.mlp"):
+        with pytest.raises(
+            ValueError, match="router.sub_keys of a graft at model.layers.1.mlp has NaN or infinite elements"
+        ):
             model.merge_and_unload(safe_merge=True)
         assert isinstance(model.base_model.model, LlamaForCausalLM) and not without_peft(model)
 

@@ -1,0 +1,1 @@
+"""A benchmark of PEER layers against other implementations and other layers."""

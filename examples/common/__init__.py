@@ -1,0 +1,1 @@
+"""What the example scripts, the studies and the benchmark share."""

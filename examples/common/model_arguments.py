@@ -1,0 +1,171 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model that an example trains: a new one from a named configuration, or a checkpoint."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from common.text_data import DatasetArguments, text_column, train_tokenizer
+from modeling_peer import configuration_path, list_configurations
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train. A checkpoint comes with its tokenizer; for a new model, one is trained on the text."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to continue training from: a folder, or the id of a model of the Hub."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Configuration of a new model: a named configuration of this package "
+            f"({', '.join(list_configurations())}), a folder, or the id of a model of the Hub. Defaults to "
+            "`peer-tiny` without --model_name_or_path."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fields of the configuration to change: "num_experts=4096,query_norm=rms", or a JSON object '
+            "if a value is a list."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer to use without training: a folder, or the id of a model of the Hub."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model of the Hub."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Data type of the weights; `auto` is that of the checkpoint. See also --bf16."},
+    )
+
+    def __post_init__(self):
+        if self.model_name_or_path is not None and self.config_name is not None:
+            raise ValueError("Choose either a new model, --config_name, or a checkpoint, --model_name_or_path.")
+        if self.model_name_or_path is None and self.config_name is None:
+            self.config_name = "peer-tiny"
+
+
+def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
+    """Loads the configuration that the arguments name, with their overrides and with `fields`."""
+    name = args.model_name_or_path or args.config_name
+    if name in list_configurations() and args.model_name_or_path is None:
+        name = configuration_path(name)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name, revision=args.model_revision)
+    except OSError as error:
+        raise OSError(
+            f"There is no configuration {name!r}: it is neither one of {list_configurations()}, nor a folder with a "
+            "config.json, nor a reachable model of the Hub."
+        ) from error
+    config_class = CONFIG_MAPPING[values["model_type"]]
+    fields |= _parse_overrides(args.config_overrides)
+    for field_name in fields:
+        if not hasattr(config_class, field_name):
+            raise ValueError(f"--config_overrides: {config_class.__name__} has no field {field_name!r}.")
+    if args.model_name_or_path is not None:
+        return AutoConfig.from_pretrained(name, revision=args.model_revision, **fields)
+    # A new configuration derives its fields from the changed ones; changing an existing one would not.
+    return config_class.from_dict(values | fields)
+
+
+def _parse_overrides(text):
+    if text is None:
+        return {}
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    overrides = {}
+    for assignment in text.split(","):
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f'--config_overrides must have the form "name=value,name=value", but got {text!r}.')
+        overrides[name.strip()] = _parse_value(value.strip())
+    return overrides
+
+
+def _parse_value(text):
+    """Parses a value in the notation of JSON or Python. Anything else is a string."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def load_tokenizer(
+    args: ModelArguments,
+    data_args: DatasetArguments,
+    config: PreTrainedConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    checkpoint: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """
+    Loads the named tokenizer or that of the checkpoint to continue from, or trains a new one on the training set.
+    """
+    name = args.tokenizer_name or args.model_name_or_path or checkpoint
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name, revision=args.model_revision)
+    if train_dataset is None:
+        raise ValueError("There is no training set to train a tokenizer on: give a tokenizer, --tokenizer_name.")
+    logger.info(f"Training a tokenizer of {config.vocab_size} tokens on the training set")
+    column = text_column(train_dataset, data_args)
+    return train_tokenizer(train_dataset, column, config.vocab_size, config.max_position_embeddings)
+
+
+def load_model(
+    auto_class: type, args: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """
+    Makes a new model or loads a checkpoint, with embeddings for every token of the tokenizer.
+
+    Args:
+        auto_class (`type`): Auto class of the model, such as `AutoModelForCausalLM`.
+        args (`ModelArguments`): Arguments with the checkpoint, if any, and the data type.
+        config (`PreTrainedConfig`): Configuration from [`load_config`]. It gets the special tokens of the tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+    """
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.model_name_or_path is None:
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+        return auto_class.from_config(config, dtype=None if dtype == "auto" else dtype)
+    model = auto_class.from_pretrained(
+        args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model

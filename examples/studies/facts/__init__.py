@@ -1,0 +1,1 @@
+"""Continual learning of new facts by a pretrained model."""

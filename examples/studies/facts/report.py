@@ -1,0 +1,268 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Results of the study of facts: measures along each run, the comparison at equal learning, tables and plots."""
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from common.machine import machine
+from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
+
+
+# Share of the most that every arm learned with some hyperparameters: another seed may learn a little less.
+LEVEL_SHARE = 0.95
+
+# Published drops of a question answering score, in percent, of sparse memory finetuning and others (arXiv 2510.15103).
+PUBLISHED_DROPS = {"full": 89, "lora": 71, "sparse": 11}
+
+# Aims: the forgetting of a graft as a share of that of another arm, at most.
+AIMS = {"full": 1 / 10, "lora": 1 / 3}
+
+FORGETTING = {
+    "texts": "texts, nats",
+    "known_loss": "known, nats",
+    "known_drop": "known, % of matches",
+}
+
+
+def curve_of(run: dict[str, Any]) -> list[dict[str, float]]:
+    """
+    Learning and forgetting at each measured point of a run; the first point is the base model.
+
+    `learning` is how far the loss of the new answers, in sentences that were not trained on, is below that of the base
+    model. Forgetting is the rise of the mean loss of the `texts`, the rise of the loss of the known answers
+    (`known_loss`), and by
+    how many percent fewer of these are matched (`known_drop`). Losses are in nats per token.
+    """
+    first = run["points"][0]
+    return [
+        {
+            "learning": first["new"]["loss"] - point["new"]["loss"],
+            "texts": mean(point["texts"][name] - first["texts"][name] for name in first["texts"]),
+            "known_loss": point["known"]["loss"] - first["known"]["loss"],
+            "known_drop": 100 * (1 - point["known"]["matches"] / first["known"]["matches"]),
+        }
+        for point in run["points"]
+    ]
+
+
+def most_learned(run: dict[str, Any]) -> float:
+    """The highest learning at any point of a run."""
+    return max(point["learning"] for point in curve_of(run))
+
+
+def forgetting_at(level: float, run: dict[str, Any]) -> dict[str, float] | None:
+    """
+    Forgetting of a run where it first reached a level of learning, interpolated linearly. `None` if it never did.
+    """
+    curve = curve_of(run)
+    reached = next((i for i, point in enumerate(curve) if point["learning"] >= level), None)
+    if reached is None:
+        return None
+    before, after = curve[max(reached - 1, 0)], curve[reached]
+    distance = after["learning"] - before["learning"]
+    share = (level - before["learning"]) / distance if distance else 1.0
+    return {name: before[name] + share * (after[name] - before[name]) for name in FORGETTING}
+
+
+def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
+    """
+    Chooses the level of learning at which arms are compared, and the hyperparameters of each arm.
+
+    The level is `LEVEL_SHARE` of the highest that every arm reached with some hyperparameters. The chosen
+    hyperparameters have the smallest sum of the two rises of loss there, that of known answers and that of texts.
+    """
+    arms = dict.fromkeys(run["arm"] for run in runs)
+    of_arm = {arm: [run for run in runs if run["arm"] == arm and run["seed"] == 0] for arm in arms}
+    level = LEVEL_SHARE * min(max(map(most_learned, swept)) for swept in of_arm.values())
+    chosen = {}
+    for arm, swept in of_arm.items():
+        reached = [(forgetting, run) for run in swept if (forgetting := forgetting_at(level, run)) is not None]
+        chosen[arm] = min(reached, key=lambda pair: pair[0]["known_loss"] + pair[0]["texts"])[1]["settings"]
+    return level, chosen
+
+
+def _spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean of each measure over runs, and its standard deviation if there are several."""
+    return {
+        "mean": {name: mean(row[name] for row in rows) for name in (rows[0] if rows else ())},
+        "deviation": {name: stdev(row[name] for row in rows) for name in (rows[0] if len(rows) > 1 else ())},
+    }
+
+
+def _end_of(run):
+    last = run["points"][-1]
+    return {
+        "learning": curve_of(run)[-1]["learning"],
+        "new_loss": last["new"]["loss"],
+        "new_matches": 100 * last["new"]["matches"],
+        "known_matches": 100 * last["known"]["matches"],
+        **{name: curve_of(run)[-1][name] for name in FORGETTING},
+    }
+
+
+def summarize(
+    runs: list[dict[str, Any]],
+    labels: dict[str, str],
+    level: float,
+    chosen: dict[str, dict[str, float]],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """Sums up all figures of the study, together with the runs and arguments that they come from."""
+    summary: dict[str, Any] = {
+        "command": "./run study facts",
+        "arguments": arguments,
+        "machine": machine(),
+        "seconds": sum(run["seconds"] for run in runs),
+        "equal_learning": level,
+        "published_drops": PUBLISHED_DROPS,
+        "arms": {},
+        "runs": runs,
+    }
+    for arm, hyperparameters in chosen.items():
+        best = [run for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
+        reached = [forgetting for run in best if (forgetting := forgetting_at(level, run)) is not None]
+        summary["arms"][arm] = {
+            "label": labels[arm],
+            "settings": hyperparameters,
+            "seeds": sorted(run["seed"] for run in best),
+            "seeds_that_learned_as_much": len(reached),
+            "end": _spread([_end_of(run) for run in best]),
+            "at_equal_learning": _spread(reached),
+            "without_adapter_as_before": [run["without_adapter_as_before"] for run in best],
+        }
+    summary["shares"] = shares(summary)
+    return summary
+
+
+def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    The forgetting of each way to train a graft at equal learning, as a share of that of full finetuning and of LoRA,
+    for each measure in which these forgot anything.
+    """
+    means = {arm: result["at_equal_learning"]["mean"] for arm, result in summary["arms"].items()}
+    return {
+        arm: {
+            other: {name: means[arm][name] / means[other][name] for name in FORGETTING if means[other][name] > 0}
+            for other in AIMS
+            if other in means
+        }
+        for arm in means
+        if arm not in AIMS
+    }
+
+
+AT_THE_END = {
+    "new_loss": "new, nats",
+    "new_matches": "new matches, %",
+    "known_matches": "known matches, %",
+    **FORGETTING,
+}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """All tables, each after a sentence that introduces it."""
+    arms = summary["arms"].values()
+    return "\n\n".join(
+        [
+            f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, as mean ± standard "
+            "deviation over seeds, beside the published drop of a question answering score (arXiv 2510.15103):",
+            table_at_equal_learning(summary),
+            "Forgetting of grafts as a share of that of the other arms, where these forgot anything:",
+            _table_of_shares(summary),
+            "At the end of training:",
+            markdown_table(
+                [["", *AT_THE_END.values()], *([each["label"], *_cells(each["end"], AT_THE_END)] for each in arms)]
+            ),
+        ]
+    )
+
+
+def table_at_equal_learning(summary: dict[str, Any]) -> str:
+    """The table of forgetting at equal learning, by each measure."""
+    rows = [["", *FORGETTING.values(), "published, %", "seeds", "hyperparameters"]]
+    for arm, result in summary["arms"].items():
+        seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
+        published = str(PUBLISHED_DROPS.get(arm, ""))
+        rows.append(
+            [
+                result["label"],
+                *_cells(result["at_equal_learning"], FORGETTING),
+                published,
+                seeds,
+                hyperparameters_cell(result["settings"]),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def _table_of_shares(summary):
+    rows = [["", *FORGETTING.values(), "aim, at most"]]
+    for arm, others in summary["shares"].items():
+        for other, values in others.items():
+            cells = [f"{values[name]:.0%}" if name in values else "" for name in FORGETTING]
+            labels = (summary["arms"][each]["label"] for each in (arm, other))
+            rows.append([" / ".join(labels), *cells, f"{AIMS[other]:.0%}"])
+    return markdown_table(rows)
+
+
+def _cells(spread, names):
+    return [spread_cell(spread["mean"].get(name), spread["deviation"].get(name)) for name in names]
+
+
+def plot(summary: dict[str, Any], file: Path) -> None:
+    """Plots learning against forgetting of texts and of known facts, one curve per run, and the matches at the end."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    texts, known, recall = figure.subplots(1, 3)
+    _plot_curves(texts, summary, "texts")
+    _plot_curves(known, summary, "known_drop")
+    texts.set(ylabel="rise of loss, nats per token", title="Held-out general text")
+    known.set(ylabel="fewer matches, %", title="Facts that the model knew")
+    results = list(summary["arms"].values())
+    for i, (name, label) in enumerate({"new_matches": "new facts", "known_matches": "known facts"}.items()):
+        recall.bar(
+            [position + 0.4 * i for position in range(len(results))],
+            [result["end"]["mean"][name] for result in results],
+            0.4,
+            yerr=[result["end"]["deviation"].get(name, 0.0) for result in results],
+            label=label,
+        )
+    recall.set_xticks([position + 0.2 for position in range(len(results))], [each["label"] for each in results])
+    recall.tick_params(axis="x", labelrotation=15)
+    recall.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
+    recall.legend(fontsize=8)
+    recall.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def _plot_curves(axes: Axes, summary: dict[str, Any], name: str) -> None:
+    for i, (arm, result) in enumerate(summary["arms"].items()):
+        for run in (run for run in summary["runs"] if run["arm"] == arm):
+            best = run["settings"] == result["settings"]
+            axes.plot(
+                [point["learning"] for point in curve_of(run)],
+                [point[name] for point in curve_of(run)],
+                marker="o" if best else None,
+                color=f"C{i}",
+                alpha=1.0 if best else 0.3,
+                label=result["label"] if best and run["seed"] == 0 else None,
+            )
+    axes.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
+    axes.set(xlabel="learning: nats per token below the base model")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

@@ -1,0 +1,188 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What all runs of the study of facts share: the facts, the texts and the base model, and how a model is measured."""
+
+import random
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.text_data import DataTrainingArguments, tokenize_into_blocks
+from studies.common.base_model import MODEL_PACKAGE, save_base
+from studies.common.corpora import load_corpus
+from studies.common.study_folder import read_json, write_json
+from studies.facts.factbook import Fact, load_facts
+from studies.facts.sentences import Sentence, ask, make_sentence
+
+
+@dataclass
+class FactsArguments:
+    """Which model learns how much, and what is measured."""
+
+    output_dir: str = field(default="runs/facts", metadata={"help": "Output folder."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": f"Base model, by its id or folder. Defaults to the package {MODEL_PACKAGE} of PyPI."},
+    )
+    texts: list[str] = field(
+        default_factory=lambda: ["brown", "python-docs", "perl-docs"],
+        metadata={
+            "help": "Held-out texts to measure forgetting on, by their names in studies/common/corpora.py or ids of "
+            "the Hub."
+        },
+    )
+    background_texts: list[str] = field(
+        default_factory=lambda: ["prose", "linux-docs"],
+        metadata={"help": "Other texts, which show what experts of a graft general text uses."},
+    )
+    num_new: int = field(
+        default=240, metadata={"help": "Maximum number of facts to learn, the same number of each relation."}
+    )
+    num_known: int = field(default=100, metadata={"help": "Maximum number of known facts to measure forgetting on."})
+    min_loss: float = field(
+        default=2.0,
+        metadata={"help": "Minimum loss, in nats per token, of the answer to a fact that counts as unknown."},
+    )
+    steps: int = field(default=64, metadata={"help": "Number of training steps."})
+    batch_size: int = field(default=32, metadata={"help": "Sentences per step."})
+    measurements: int = field(default=4, metadata={"help": "Number of measurements of a run, at growing distances."})
+    eval_blocks: int = field(default=6, metadata={"help": "Held-out sequences per text, of 256 tokens each."})
+    background_blocks: int = field(default=96, metadata={"help": "Sequences per background text, of 256 tokens each."})
+    seeds: int = field(
+        default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
+    )
+    full_precision: bool = field(default=False, metadata={"help": "Compute in float32 instead of bfloat16 autocast."})
+    graft_layers: list[int] = field(default_factory=lambda: [3, 7, 11], metadata={"help": "Layers that get a graft."})
+    num_experts: int = field(default=256**2, metadata={"help": "Number of experts of each graft."})
+
+
+@dataclass
+class Study:
+    """
+    What all runs share.
+
+    Args:
+        args (`FactsArguments`): Arguments of the study.
+        folder (`Path`): Folder with the base model in `base` and its graft in `graft`.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the base model.
+        taught (`list[Sentence]`): Sentences that teach the new facts.
+        asked (`dict[str, list[Sentence]]`):
+            Sentences that test facts: `"new"` ones, in other words than taught, and `"known"` ones.
+        texts (`dict[str, torch.Tensor]`): Held-out blocks of each text, of shape `(num_blocks, 256)`.
+        background (`Dataset`): Blocks of general text.
+    """
+
+    args: FactsArguments
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    taught: list[Sentence]
+    asked: dict[str, list[Sentence]]
+    texts: dict[str, torch.Tensor]
+    background: Dataset
+
+    def load_model(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32).eval()
+
+    def autocast(self) -> Any:
+        return nullcontext() if self.args.full_precision else torch.autocast("cpu", torch.bfloat16)
+
+
+def choose_facts(
+    facts: list[Fact], losses: torch.Tensor, matches: torch.Tensor, args: FactsArguments
+) -> tuple[list[Fact], list[Fact]]:
+    """
+    Chooses facts that a model does not know, and facts that it knows.
+
+    Args:
+        facts (`list[Fact]`): All facts.
+        losses (`torch.Tensor` of shape `(num_facts, num_sentences)`):
+            Losses of the sentences of each fact, from [`ask`].
+        matches (`torch.Tensor` of shape `(num_facts, num_sentences)`):
+            Matches of the sentences of each fact, from [`ask`].
+        args (`FactsArguments`): Arguments with `min_loss`, `num_new` and `num_known`.
+
+    Returns:
+        `tuple(list[Fact])`: at most `num_new` facts of which no sentence was matched and each had a loss of at least
+        `min_loss`, spread over the relations as evenly as possible; and at most `num_known` facts of which every
+        sentence was matched.
+    """
+    is_new = ~matches.any(1) & (losses.min(1).values >= args.min_loss)
+    is_known = matches.all(1)
+    generator = random.Random(0)
+    new = defaultdict(list)
+    known = []
+    for i in generator.sample(range(len(facts)), len(facts)):
+        if is_new[i]:
+            new[facts[i].relation].append(facts[i])
+        elif is_known[i]:
+            known.append(facts[i])
+    chosen = []
+    while len(chosen) < args.num_new and any(new.values()):
+        chosen += [of_relation.pop() for of_relation in new.values() if of_relation]
+    return chosen[: args.num_new], known[: args.num_known]
+
+
+def load_study(args: FactsArguments, folder: Path) -> Study:
+    """Loads what all runs share. The choice of facts is saved in `facts.json`."""
+    save_base(args.model_name_or_path, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    options = DataTrainingArguments()
+
+    def blocks(name, split, number):
+        found = tokenize_into_blocks(load_corpus(name)[split], tokenizer, 256, options).shuffle(seed=0)
+        return found.select(range(min(number, len(found))))
+
+    texts = {name: torch.tensor(blocks(name, "validation", args.eval_blocks)["input_ids"]) for name in args.texts}
+    background = [blocks(name, "train", args.background_blocks) for name in args.background_texts]
+    study = Study(args, folder, tokenizer, [], {}, texts, concatenate_datasets(background).shuffle(seed=0))
+    file = folder / "facts.json"
+    if not file.exists():
+        facts = load_facts()
+        sentences = [make_sentence(tokenizer, text, fact.answer) for fact in facts for text in fact.asked]
+        with study.autocast():
+            losses, matches = ask(study.load_model(), tokenizer, sentences)
+        new, known = choose_facts(facts, losses.view(len(facts), -1), matches.view(len(facts), -1), args)
+        write_json(file, {"new": [asdict(fact) for fact in new], "known": [asdict(fact) for fact in known]})
+    chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in read_json(file).items()}
+    study.taught = [make_sentence(tokenizer, text, fact.answer) for fact in chosen["new"] for text in fact.taught]
+    for kind, facts in chosen.items():
+        study.asked[kind] = [make_sentence(tokenizer, text, fact.answer) for fact in facts for text in fact.asked]
+    return study
+
+
+@torch.no_grad()
+def measure(model: nn.Module, study: Study) -> dict[str, Any]:
+    """
+    Returns loss and share of matches of new and of known facts, and the loss of each text. Losses are in nats per
+    token.
+    """
+    was_training = model.training
+    model.eval()
+    result: dict[str, Any] = {"texts": {}}
+    with study.autocast():
+        for kind, sentences in study.asked.items():
+            losses, matches = ask(model, study.tokenizer, sentences)
+            result[kind] = {"loss": losses.mean().item(), "matches": matches.float().mean().item()}
+        for name, blocks in study.texts.items():
+            losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in blocks.split(4)]
+            result["texts"][name] = sum(losses) / len(blocks)
+    model.train(was_training)
+    return result

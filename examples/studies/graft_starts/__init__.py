@@ -1,0 +1,1 @@
+"""How a graft in place of a feed-forward is best initialized."""

@@ -1,0 +1,114 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Compares the perplexity of PEER, a dense feed-forward, a mixture of experts and a product-key memory at equal compute:
+the comparison of the paper and its ablations, at the size that a plan gives.
+
+    ./run study scaling                       # the plan two-cores.json in examples/studies/scaling, more than seven
+    hours ./run study scaling --plan PLAN.json      # other sizes, budgets, texts and variants ./run study scaling
+    --results examples/studies/scaling/results.json    # reuses these runs
+
+run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
+file in --output_dir; `results.json` there sums them up, and tables, plots and model cards are made from it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from common.training import parse_arguments
+from studies.common.study_folder import write_text
+from studies.scaling.cards import write_cards
+from studies.scaling.plan import (
+    budget_name,
+    choose_rates,
+    choose_sizes,
+    rate_runs,
+    read_plan,
+    reference_run,
+    repeated_ablation_runs,
+    size_runs,
+    with_seeds,
+)
+from studies.scaling.plots import PLOTS
+from studies.scaling.report import Results, describe, read_results, write_results
+from studies.scaling.study import Study
+
+
+PLAN = Path(__file__).with_name("two-cores.json")
+
+
+@dataclass
+class ScalingArguments:
+    """Which plan to run, where to save the results, which results to reuse, and how many runs to make at once."""
+
+    plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
+    output_dir: str = field(default="runs/scaling", metadata={"help": "Output folder."})
+    results: str | None = field(
+        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
+    )
+    processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
+        },
+    )
+
+
+def run_study(study: Study) -> Results:
+    """Makes or reads all runs: learning rates, sizes, seeds and ablations, and equal wall-clock time."""
+    plan = study.plan
+    rates = choose_rates(plan, study.make(rate_runs(plan), "Learning rates"))
+    for budget in plan.budgets:
+        runs = study.make(size_runs(plan, rates, budget), f"Sizes at {budget_name(budget)} FLOPs")
+    optimal = [run for budget in plan.budgets for run in choose_sizes(plan, rates, budget, runs).values()]
+    repeated = [each for run in [*optimal, reference_run(plan, rates)] for each in with_seeds(run, plan)]
+    runs = study.make([*repeated, *repeated_ablation_runs(plan, rates)], "Seeds and ablations")
+    results = Results(plan, runs, study.seconds())
+    timed = [each for budget in plan.budgets for each in with_seeds(results.equal_seconds(budget)[1], plan)]
+    return Results(plan, study.make(timed, "Equal wall-clock"), results.seconds)
+
+
+def report(results: Results, folder: Path) -> None:
+    """Writes results, tables, plots and model cards."""
+    write_results(folder / "results.json", results)
+    write_text(folder / "tables.md", describe(results))
+    for name, plot in PLOTS.items():
+        plot(results, folder / f"{name}.png")
+    write_cards(results, folder / "model_cards")
+    print(f"\n{describe(results)}\nIn {folder}: results.json, tables.md, *.png, model_cards")
+
+
+def main():
+    (args,) = parse_arguments((ScalingArguments,), __doc__)
+    logging.set_verbosity_error()
+    folder = Path(args.output_dir)
+    plan = read_plan(Path(args.plan))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            made_elsewhere = None if args.results is None else read_results(Path(args.results))
+            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere)
+            report(run_study(study), folder)
+    except Timeout:
+        raise SystemExit(
+            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

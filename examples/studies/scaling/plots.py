@@ -1,0 +1,197 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Plots of the scaling study."""
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from studies.scaling.plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of, size_runs
+from studies.scaling.report import (
+    Results,
+    active_runs,
+    label,
+    losses_after_training,
+    mean_perplexities,
+    norm_runs,
+    paper_margins,
+)
+from studies.scaling.run import USAGE_BINS
+
+
+def _color(results: Results, variant: str) -> str:
+    return f"C{list(results.plan.variants).index(variant)}"
+
+
+def plot_sizes(results: Results, file: Path) -> None:
+    """
+    Plots IsoFLOP curves, one panel per budget: held-out loss against FLOPs per token; and the margins below dense.
+    """
+    budgets = results.plan.budgets
+    figure = Figure(figsize=(5 * len(budgets) + 5, 4.5), layout="constrained")
+    *panels, margins = figure.subplots(1, len(budgets) + 1)
+    for axes, budget in zip(panels, budgets, strict=True):
+        runs = size_runs(results.plan, results.rates, budget)
+        for variant in results.plan.variants:
+            own = [run for run in runs if run.variant == variant]
+            flops = [costs_of(run, results.plan).flops / 1e6 for run in own]
+            axes.plot(flops, _corpus_losses(results, own), "o-", color=_color(results, variant), label=label(variant))
+        axes.set(xlabel="MFLOPs per token", ylabel="held-out loss, nats per token")
+        axes.set_title(f"{budget_name(budget)} training FLOPs, one seed")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="upper center")
+    _plot_margins(results, margins)
+    figure.savefig(file, dpi=120)
+
+
+def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
+    return [results.losses(run)[CORPUS] for run in runs]
+
+
+def _plot_margins(results: Results, axes: Axes) -> None:
+    """
+    Plots by how much perplexity is below dense: of this study, with the standard deviation over seeds, and of the
+    paper.
+    """
+    variants = [variant for variant in results.plan.variants if variant != DENSE]
+    groups = [(budget_name(budget), results.margins(budget)) for budget in results.plan.budgets]
+    groups += [(f"paper, {budget}", found) for budget, found in paper_margins().items()]
+    deviations = [results.deviations(budget) for budget in results.plan.budgets]
+    deviations += [dict.fromkeys(found, math.nan) for _, found in groups[len(deviations) :]]
+    width = 0.8 / len(variants)
+    for i, variant in enumerate(variants):
+        places = [place + i * width for place, (_, found) in enumerate(groups) if variant in found]
+        values = [100 * found[variant] for _, found in groups if variant in found]
+        bars = [100 * found[variant] for found in deviations if variant in found]
+        axes.bar(places, values, width, yerr=bars, color=_color(results, variant), label=label(variant), capsize=2)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
+    )
+    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models, ± standard deviation over seeds")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+
+
+def plot_seconds(results: Results, file: Path) -> None:
+    """Plots loss against seconds: during training at equal wall-clock time, and of all sizes at the end."""
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    curves, ends = figure.subplots(1, 2)
+    for run in results.equal_seconds(results.plan.budgets[-1]):
+        history = results.made(run)[0]["train_history"]
+        seconds = [step * results.step_seconds(run) for step, _ in history]
+        name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
+        curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
+    curves.set_xscale("log")
+    curves.set_title("Training loss at equal wall-clock time, one seed")
+    for variant in (DENSE, PEER):
+        runs = [
+            run
+            for budget in results.plan.budgets
+            for run in size_runs(results.plan, results.rates, budget)
+            if run.variant == variant
+        ]
+        places = [run.steps * results.step_seconds(run) for run in runs]
+        ends.scatter(places, _corpus_losses(results, runs), color=_color(results, variant), label=label(variant))
+        for run, place, loss in zip(runs, places, _corpus_losses(results, runs), strict=True):
+            ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
+    ends.set_title("Held-out loss of every size and budget at the end, one seed")
+    for axes in (curves, ends):
+        axes.set(xlabel="seconds, from measured step times", ylabel="loss, nats per token")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def plot_ablations(results: Results, file: Path) -> None:
+    """Plots perplexity against the number of experts and of active experts, in training and changed after training."""
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    pool, active = figure.subplots(1, 2)
+    runs = norm_runs(results)
+    for norm in dict.fromkeys(norm for norm, _ in runs):
+        own = {num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm}
+        _plot_means(results, pool, own, "o-", f"query norm {norm or 'none'}")
+    pool.set(
+        xlabel="experts N, at a fixed number of active experts", title="More experts, ± standard deviation over seeds"
+    )
+    trained = active_runs(results)
+    _plot_means(
+        results,
+        active,
+        {h_k: results.with_seeds(run) for h_k, run in trained.items()},
+        "o-",
+        "trained with this number",
+    )
+    for name, points in _changed_after_training(results).items():
+        _plot_means(results, active, points, "s--", f"{name} changed after training")
+    active.set(xlabel="active experts h·k", title="More active experts; points without a bar are one seed")
+    for axes in (pool, active):
+        axes.set_xscale("log", base=2)
+        axes.set_ylabel("perplexity, mean over evaluation texts")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def _plot_means(results: Results, axes: Axes, losses: dict[int, list[dict[str, float]]], fmt: str, name: str) -> None:
+    """
+    Plots mean perplexity over seeds by the number of experts, with the standard deviation where there are several
+    seeds.
+    """
+    found = {place: mean_perplexities(each, results.plan) for place, each in sorted(losses.items())}
+    bars = [stdev(values) if len(values) > 1 else math.nan for values in found.values()]
+    axes.errorbar(list(found), list(map(mean, found.values())), bars, fmt=fmt, capsize=2, label=name)
+
+
+def _changed_after_training(results: Results) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """
+    For k and for h: losses with each seed by the number of active experts, with only k or h changed in the trained
+    model.
+    """
+    config = configuration_of(results.reference(), results.plan)
+    found = {}
+    for name, field in (("k", "num_experts_per_head"), ("h", "num_retrieval_heads")):
+        points = {config.num_experts_per_tok: results.with_seeds(results.reference())}
+        for change, fields in results.plan.after_training.items():
+            if field in fields:
+                active = config.num_experts_per_tok // getattr(config, field) * fields[field]
+                points[active] = losses_after_training(results, change)
+        found[name] = points
+    return found
+
+
+def plot_usage(results: Results, file: Path) -> None:
+    """Plots histograms of router weight per expert on held-out text, by query norm and number of experts."""
+    runs = norm_runs(results)
+    norms = list(dict.fromkeys(norm for norm, _ in runs))
+    figure = Figure(figsize=(4.5 * len(norms), 4), layout="constrained")
+    low, high, bins = USAGE_BINS
+    edges = torch.linspace(low, high, bins + 1).tolist()
+    for axes, norm in zip(figure.subplots(1, len(norms), sharey=True, squeeze=False)[0], norms, strict=True):
+        for num_experts, run in ((num_experts, run) for (each, num_experts), run in runs.items() if each == norm):
+            (usage,) = results.runs[run.name]["usage"].values()
+            shares = [count / num_experts for count in usage["histogram"]]
+            axes.stairs(shares, edges, label=f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused")
+        axes.set(xlabel="log10 of router weight relative to the mean", title=f"query norm {norm or 'none'}, one seed")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("share of experts")
+    figure.savefig(file, dpi=120)
+
+
+PLOTS = {"sizes": plot_sizes, "seconds": plot_seconds, "ablations": plot_ablations, "usage": plot_usage}

@@ -1,0 +1,233 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes one run of the scaling study, in a process of its own: trains a model with run_clm.py, and measures it.
+
+    python -m studies.scaling.run RUN.json
+
+The study writes the file. Its entry `run_clm` is saved beside it as RUN.run_clm.json, which run_clm.py accepts as its
+only argument to train the same model without the study.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import run_clm
+import torch
+from datasets import load_from_disk
+from filelock import FileLock
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from common.cards import RESULTS
+from common.machine import machine
+from modeling_peer import measure_usage
+from modeling_peer.analysis.evaluation import evaluation
+from studies.common.study_folder import read_json, write_json
+from studies.scaling.plan import CORPUS
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Sequences per forward in evaluation.
+EVAL_BATCH_SIZE = 16
+
+# Lower end, upper end and number of bins of the histogram of router weight per expert, in powers of ten of the mean.
+USAGE_BINS = (-4.0, 3.0, 28)
+
+
+def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+    """
+    Returns the loss of each text in nats per token, without the balance loss of a MoE.
+
+    Args:
+        model (`PreTrainedModel`): Model to evaluate, in the mode it is in.
+        texts (`dict[str, torch.Tensor]`): Tokens of each text, of shape `(num_sequences, block_size)`.
+        batch_size (`int`): Number of sequences per forward.
+    """
+    return {
+        name: sum(_summed_loss(model, batch) for batch in text.split(batch_size)) / text[:, 1:].numel()
+        for name, text in texts.items()
+    }
+
+
+def _summed_loss(model, tokens):
+    logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.float(), tokens[:, 1:].flatten(), reduction="sum").item()
+
+
+def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+    """
+    Returns the losses of a MoE in training mode and with the batch size of its training. Under expert choice, experts
+    choose among all tokens of a batch, including later ones.
+    """
+    model.train()
+    found = losses(model, texts, batch_size)
+    model.eval()
+    return found
+
+
+def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
+    """
+    Returns, for each set of experts, the measures of the paper's table 3 and a histogram over experts of their router
+    weight, as the decimal logarithm of the weight relative to the mean; experts without any weight are counted as
+    `unused`.
+    """
+    first, *others = (measure_usage(model.model, input_ids=batch) for batch in tokens.split(EVAL_BATCH_SIZE))
+    for other in others:
+        for name, meter in other.items():
+            first[name].scores += meter.scores
+            first[name].top1_counts += meter.top1_counts
+    low, high, bins = USAGE_BINS
+    found = {}
+    for name, meter in first.items():
+        scores = meter.scores.double().cpu()
+        relative = (scores[scores > 0] / scores.mean()).log10()
+        counts = torch.histogram(relative.clamp(low, high), bins=bins, range=(low, high)).hist
+        found[name] = {**meter.compute(), "unused": int((scores == 0).sum()), "histogram": counts.long().tolist()}
+    return found
+
+
+def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of run_clm.py that determine the result: without paths and machine, and with fields of the configuration
+    apart.
+    """
+    apart = (
+        "tokenizer_name",
+        "train_file",
+        "validation_file",
+        "output_dir",
+        "dataloader_pin_memory",
+        "config_overrides",
+    )
+    return {
+        **{name: value for name, value in arguments.items() if name not in apart},
+        **json.loads(arguments["config_overrides"]),
+    }
+
+
+def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
+    """
+    Trains a model with run_clm.py, or resumes its training.
+
+    Args:
+        arguments (`dict`): Arguments of run_clm.py.
+        file (`Path`): File in which the arguments are saved.
+
+    Returns:
+        `dict`: the results of run_clm.py, and the training loss by step.
+
+    Raises:
+        `ValueError`: if the training was started with other arguments.
+    """
+    if file.exists() and comparable(read_json(file)) != comparable(arguments):
+        raise ValueError(
+            f"{arguments['output_dir']} was started with other arguments, which are in {file}: remove both to start "
+            "again."
+        )
+    write_json(file, arguments)
+    sys.argv = [run_clm.__file__, str(file)]
+    run_clm.main()
+    folder = Path(arguments["output_dir"])
+    history = read_json(folder / "trainer_state.json")["log_history"]
+    return {
+        "train_history": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "all_results": read_json(folder / "all_results.json"),
+    }
+
+
+def read_texts(folder: Path, device: str) -> dict[str, torch.Tensor]:
+    """Reads the held-out texts of a study onto a device."""
+    return {
+        name: torch.tensor(load_from_disk(folder / name)["input_ids"], device=device)
+        for name in read_json(folder / "texts.json")
+    }
+
+
+def digests(texts: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Digests of texts, which tell whether results come from the same texts and tokenizer."""
+    return {name: hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def load(folder: Path, **fields: Any) -> PreTrainedModel:
+    """Loads a trained model with changed fields of its configuration, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(folder, **fields).to(DEVICE).eval()
+
+
+@torch.no_grad()
+def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
+    """Returns held-out losses and expert usage of a trained model. `batch_size` is that of its training."""
+    model = load(folder)
+    with evaluation(model):
+        result: dict[str, Any] = {"losses": losses(model, texts, EVAL_BATCH_SIZE)}
+        if {"peer", "pkm"}.intersection(model.config.feed_forward_types):
+            result["usage"] = usage(model, texts[CORPUS])
+    if model.config.moe_routing == "expert_choice":
+        result["losses_as_trained"] = losses_as_trained(model, texts, batch_size)
+    return result
+
+
+@torch.no_grad()
+def measure_after_training(
+    folder: Path, texts: dict[str, torch.Tensor], changes: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns, for each change, its fields and the held-out losses of the trained model loaded with them."""
+    return {
+        name: {"fields": fields, "losses": losses(load(folder, **fields), texts, EVAL_BATCH_SIZE)}
+        for name, fields in changes.items()
+    }
+
+
+def changes_to_measure(result: dict[str, Any], planned: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The planned changes after training that the result of a run lacks."""
+    measured = {name: each["fields"] for name, each in result["after_training"].items()}
+    return {name: fields for name, fields in planned.items() if measured.get(name) != fields}
+
+
+def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Trains the model of a run, measures it, and returns the result."""
+    arguments = work["run_clm"]
+    folder = Path(arguments["output_dir"])
+    trained = train(arguments, file.with_suffix(".run_clm.json"))
+    texts = read_texts(Path(work["held_out"]), DEVICE)
+    measured = measure(folder, texts, arguments["per_device_train_batch_size"])
+    # push_to_hub.py makes the card of the model from these, in place of what run_clm.py measured on another sample.
+    others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
+    perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
+    write_json(folder / "all_results.json", {**others, **perplexities})
+    about = {"run_clm": arguments, "texts": digests(texts), "machine": machine(), "after_training": {}}
+    return {**work["run"], **trained, **measured, **about}
+
+
+def main():
+    file = Path(sys.argv[1])
+    work = read_json(file)
+    result_file = Path(work["result_file"])
+    with FileLock(file.with_suffix(".lock")):  # wait for a run that outlived its killed study
+        if not result_file.exists():
+            write_json(result_file, make(work, file))
+        result = read_json(result_file)
+        if changes := changes_to_measure(result, work["after_training"]):
+            texts = read_texts(Path(work["held_out"]), DEVICE)
+            result["after_training"] |= measure_after_training(Path(work["run_clm"]["output_dir"]), texts, changes)
+            write_json(result_file, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Continual learning of a stream of texts by a small model."""

@@ -1,0 +1,223 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Measures continual learning of a stream of texts: a small PEER model and its dense twin learn four texts one after the
+other, in eight ways, and forgetting is compared at equal learning.
+
+    ./run study stream
+
+Both models are pre-trained first, on technical documentation. Killed at any point, the same command resumes. Each run
+is a file in --output_dir; `results.json` and `results.png` there sum them up.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging
+
+from common.text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
+from common.training import parse_arguments
+from modeling_peer import (
+    PeerForCausalLM,
+    RowAdamW,
+    configuration_path,
+    expert_parameter_groups,
+    last_complete_checkpoint,
+    masked_experts,
+)
+from studies.common.arms import named_arms, run_all
+from studies.common.corpora import load_corpus
+from studies.common.study_folder import claim_folder, saved_run, write_json
+from studies.stream.arms import ARMS, Arm, Stage
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, summarize
+
+
+FEED_FORWARDS = {"peer": ["dense", "dense", "peer", "peer"], "dense": ["dense"] * 4}
+
+
+@dataclass
+class StreamArguments:
+    """Which texts are learned, in which order, and for how long."""
+
+    output_dir: str = field(default="runs/stream", metadata={"help": "Output folder."})
+    pretraining_texts: list[str] = field(
+        default_factory=lambda: ["python-docs", "linux-docs"],
+        metadata={"help": "Texts to pre-train on, by their names in studies/common/corpora.py or ids of the Hub."},
+    )
+    stream: list[str] = field(
+        default_factory=lambda: ["handbook-german", "perl-docs", "prose", "brown"],
+        metadata={"help": "Texts to learn after the pre-training, in this order."},
+    )
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
+    pretraining_steps: int = field(default=1500, metadata={"help": "Pre-training steps, of 4,096 tokens each."})
+    stage_steps: int = field(
+        default=100, metadata={"help": "Training steps on each text of the stream, of 2,048 tokens each."}
+    )
+    block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
+    eval_sequences: int = field(default=40, metadata={"help": "Held-out sequences per text."})
+    seeds: int = field(
+        default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
+    )
+
+
+@dataclass
+class Texts:
+    """The texts of the study in blocks of tokens; the first text is that of the pre-training."""
+
+    names: list[str]
+    train: list[Dataset]
+    held_out: list[torch.Tensor]
+
+
+def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Texts]:
+    """Loads all texts, and trains the tokenizer on the text of the pre-training."""
+    parts = [load_corpus(name) for name in args.pretraining_texts]
+    base = DatasetDict({split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]})
+    if not (folder / "tokenizer").exists():
+        train_tokenizer(base["train"], "text", 4096, 512).save_pretrained(folder / "tokenizer-unfinished")
+        (folder / "tokenizer-unfinished").rename(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    texts = Texts(["pre-training", *args.stream], [], [])
+    options = DataTrainingArguments()
+    for corpus in [base, *(load_corpus(name) for name in args.stream)]:
+        blocks = {
+            split: tokenize_into_blocks(corpus[split], tokenizer, args.block_size, options).shuffle(seed=0)
+            for split in ("train", "validation")
+        }
+        texts.train.append(blocks["train"])
+        held_out = blocks["validation"].select(range(min(args.eval_sequences, len(blocks["validation"]))))
+        texts.held_out.append(torch.tensor(held_out["input_ids"]))
+    return tokenizer, texts
+
+
+def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: Texts, folder: Path) -> None:
+    """Pre-trains the PEER model or its dense twin, once. An interrupted pre-training is resumed."""
+    if (folder / name / "config.json").exists():
+        return
+    config = AutoConfig.from_pretrained(configuration_path("peer-tiny"))
+    config.feed_forward_types = FEED_FORWARDS[name]
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    set_seed(0)
+    model = PeerForCausalLM(config)
+    arguments = TrainingArguments(
+        output_dir=str(folder / f"{name}-training"),
+        max_steps=args.pretraining_steps,
+        per_device_train_batch_size=16,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        save_steps=200,
+        save_total_limit=1,
+        logging_steps=50,
+        report_to=[],
+        log_level="error",
+        dataloader_pin_memory=False,
+    )
+    groups = expert_parameter_groups(model, arguments.learning_rate, weight_decay=0.01)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=texts.train[0],
+        data_collator=default_data_collator,
+        optimizers=(RowAdamW(groups), None),
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
+    trainer.save_model(str(folder / f"{name}-unfinished"))
+    (folder / f"{name}-unfinished").rename(folder / name)
+
+
+@torch.no_grad()
+def losses(model: nn.Module, texts: Texts) -> list[float]:
+    """Returns the held-out loss of each text, in nats per token."""
+    model.eval()
+    return [
+        sum(model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in held_out.split(16))
+        / len(held_out)
+        for held_out in texts.held_out
+    ]
+
+
+def run(
+    name: str, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+) -> dict:
+    """Runs one arm through the stream, or reads the result of an earlier run."""
+    label = {"arm": name, "settings": hyperparameters, "seed": seed}
+    return saved_run(
+        folder / "stages", label, lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder)
+    )
+
+
+def take_through_stream(
+    arm: Arm, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+) -> dict:
+    """
+    Returns the `losses` of all texts before and after each stage, and the losses with the added experts `masked`.
+    """
+    set_seed(seed)
+    model = PeerForCausalLM.from_pretrained(folder / arm.base)
+    result: dict[str, list] = {"losses": [losses(model, texts)], "masked": []}
+    memory: dict = {}
+    for i in range(1, len(texts.names)):
+        stage = Stage(
+            texts.train[i].shuffle(seed=seed),
+            texts.train[:i],
+            args.stage_steps,
+            8,
+            folder / "trainer",
+            seed,
+            memory,
+        )
+        model = arm.learn(model, stage, hyperparameters)
+        result["losses"].append(losses(model, texts))
+        if getattr(model.config, "expert_additions", None):
+            with masked_experts(model):
+                result["masked"].append(losses(model, texts))
+    return result
+
+
+def main():
+    (args,) = parse_arguments((StreamArguments,), __doc__)
+    arms = named_arms(args.arms, ARMS)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(args.output_dir)
+    claim_folder(folder, vars(args))
+    print("Reading the texts ...")
+    tokenizer, texts = load_texts(args, folder)
+    for name in dict.fromkeys(arm.base for arm in arms.values()):
+        print(f"Pre-training the {name} model ...")
+        pretrain(name, args, tokenizer, texts, folder)
+    runs, level, chosen = run_all(
+        arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_hyperparameters
+    )
+    summary = summarize(runs, texts.names, level, chosen, vars(args))
+    write_json(folder / "results.json", summary)
+    plot(summary, folder / "results.png")
+    print(f"\n{describe_shares(summary)}\n\n{describe(summary)}\n\nIn {folder}: results.json, results.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Results of the study of streams: measures, the comparison at equal learning, tables and plots."""
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure, SubFigure
+
+from common.machine import machine
+from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
+from studies.stream.arms import ARMS
+
+
+# Relative distance from the level of learning within which a run counts as being at that level.
+TOLERANCE = 0.05
+
+COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
+
+
+def learning_of(run: dict[str, Any]) -> float:
+    """
+    Mean over texts of how much lower the loss is right after learning the text than in the pre-trained model, in nats.
+    """
+    losses = run["losses"]
+    return mean(losses[0][i] - losses[i][i] for i in range(1, len(losses)))
+
+
+def measures(run: dict[str, Any]) -> dict[str, float]:
+    """
+    Computes the measures of a run from `losses[i][j]`, the loss of text j after stage i; text 0 and stage 0 are those
+    of the pre-training (Lopez-Paz & Ranzato, arXiv 1706.08840, with losses in place of accuracies).
+    """
+    losses = run["losses"]
+    last = len(losses) - 1
+    result = {
+        "learning": learning_of(run),
+        "forgetting": mean(losses[last][i] - losses[i][i] for i in range(last)),
+        "forgetting_of_pretraining": losses[last][0] - losses[0][0],
+        "final_mean": mean(losses[last]),
+    }
+    result["backward_transfer"] = -result["forgetting"]
+    if last > 1:
+        result["forward_transfer"] = mean(losses[0][i] - losses[i - 1][i] for i in range(2, last + 1))
+    if run["masked"]:
+        result["forgetting_of_pretraining_masked"] = run["masked"][-1][0] - losses[0][0]
+    return result
+
+
+def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
+    """
+    Chooses the level of learning at which arms are compared, and the hyperparameters with which each arm reaches it.
+
+    The level is the highest that every arm reached with some hyperparameters. Runs of an arm whose hyperparameters
+    differ only in the learning rate form a family. The family that would forget least at the level is chosen, with the
+    learning rate, interpolated between its runs, that leads to the level.
+    """
+    of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
+    level = min(max(map(learning_of, own)) for own in of_arm.values())
+    chosen = {}
+    for arm, own in of_arm.items():
+        found = [(_at_level(level, family), rest) for rest, family in families_of(own)]
+        reached = [(at_level, rest) for at_level, rest in found if at_level is not None]
+        (rate, _), rest = min(reached, key=lambda pair: pair[0][1])
+        chosen[arm] = {"learning_rate": rate, **rest}
+    return level, chosen
+
+
+def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list[dict[str, Any]]]]:
+    """
+    Families of runs that differ only in the learning rate, in ascending order of it, each after its other
+    hyperparameters.
+    """
+    families: list[tuple[dict[str, float], list[dict[str, Any]]]] = []
+    for run in sorted(runs, key=lambda run: run["settings"]["learning_rate"]):
+        rest = {name: value for name, value in run["settings"].items() if name != "learning_rate"}
+        family = next((family for others, family in families if others == rest), None)
+        if family is None:
+            families.append((rest, [run]))
+        else:
+            family.append(run)
+    return families
+
+
+def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """
+    Returns the learning rate with which a family of runs reaches a level of learning, and its forgetting there.
+
+    If a run is within `TOLERANCE` of the level, both are those of the nearest run. Otherwise the logarithm of the rate
+    is interpolated linearly in what was learned, between the two runs around the level or nearest to it, and rounded
+    to two digits. Forgetting is interpolated in the same way; below all runs, from the point of no learning and no
+    forgetting. Rates above the one that learns most are left out. Returns `None` if no run learned as much.
+    """
+    most = max(range(len(family)), key=lambda i: learning_of(family[i]))
+    points = sorted(
+        (learning_of(run), run["settings"]["learning_rate"], measures(run)["forgetting"]) for run in family[: most + 1]
+    )
+    nearest = min(points, key=lambda point: abs(point[0] - level))
+    if abs(nearest[0] - level) <= TOLERANCE * level:
+        return nearest[1:]
+    above = next((i for i, point in enumerate(points) if point[0] >= level), None)
+    if above is None or len(points) == 1:
+        return None if above is None else nearest[1:]
+    (left, slow, lower), (right, fast, upper) = points[max(above, 1) - 1 : max(above, 1) + 1]
+    share = (level - left) / (right - left)
+    rate = math.exp(math.log(slow) + share * (math.log(fast) - math.log(slow)))
+    forgotten = lower + share * (upper - lower) if above else lower * level / left
+    return float(f"{rate:.2g}"), forgotten
+
+
+def summarize(
+    runs: list[dict[str, Any]],
+    names: list[str],
+    level: float,
+    chosen: dict[str, dict[str, float]],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """Sums up all figures of the study, together with the runs and arguments that they come from."""
+    summary: dict[str, Any] = {
+        "command": "./run study stream",
+        "seconds": sum(run["seconds"] for run in runs),
+        "texts": names,
+        "arguments": arguments,
+        "machine": machine(),
+        "equal_learning": level,
+        "arms": {},
+        "runs": runs,
+    }
+    for arm, hyperparameters in chosen.items():
+        found = [measures(run) for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
+        summary["arms"][arm] = {
+            "settings": hyperparameters,
+            "seeds": len(found),
+            "mean": {name: mean(each[name] for each in found) for name in found[0]},
+            "deviation": {name: stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else {},
+        }
+    return summary
+
+
+COLUMNS = {
+    "learning": "learning",
+    "forgetting": "forgetting",
+    "forgetting_of_pretraining": "forgetting of pre-training",
+    "forgetting_of_pretraining_masked": "the same, masked",
+    "forward_transfer": "forward transfer",
+    "final_mean": "final mean",
+}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The table of all measures."""
+    rows = [["nats per token", *COLUMNS.values(), "hyperparameters"]]
+    for arm, result in summary["arms"].items():
+        cells = [_cell(result, name) for name in COLUMNS]
+        rows.append([ARMS[arm].label, *cells, hyperparameters_cell(result["settings"])])
+    return markdown_table(rows)
+
+
+def describe_shares(summary: dict[str, Any]) -> str:
+    """The table of forgetting, also as a share of the forgetting of full finetuning and of LoRA."""
+    references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
+    forgetting = {arm: result["mean"]["forgetting"] for arm, result in summary["arms"].items()}
+    rows = [["", "learning", "forgetting", *(f"relative to {ARMS[arm].label}" for arm in references)]]
+    for arm, result in summary["arms"].items():
+        shares = [f"{forgetting[arm] / forgetting[other]:.0%}" for other in references]
+        rows.append([ARMS[arm].label, _cell(result, "learning"), _cell(result, "forgetting"), *shares])
+    return markdown_table(rows)
+
+
+def _cell(result, name):
+    return spread_cell(result["mean"].get(name), result["deviation"].get(name))
+
+
+def plot(summary: dict[str, Any], file: Path) -> None:
+    """
+    Plots learning against forgetting, one curve per family of runs; the loss of the text of the pre-training along the
+    stream; and, for each arm, the losses of all texts after each stage.
+    """
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    trade_off, stream = curves.subplots(1, 2)
+    best = {}
+    for arm, result in summary["arms"].items():
+        first_seed = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
+        best[arm] = next(run for run in first_seed if run["settings"] == result["settings"])
+        style: dict[str, Any] = {"marker": "o", "color": COLORS[arm]}
+        for i, (_, family) in enumerate(families_of(first_seed)):
+            found = [measures(run) for run in family]
+            points = [[each[name] for each in found] for name in ("learning", "forgetting")]
+            trade_off.plot(*points, **style, label=None if i else ARMS[arm].label)
+        stream.plot([row[0] for row in best[arm]["losses"]], **style, label=ARMS[arm].label)
+    trade_off.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
+    trade_off.set(
+        xlabel="learning: nats per token below the pre-trained model",
+        ylabel="forgetting, nats per token",
+        title="What was learned, and what it cost",
+    )
+    stream.set_xticks(range(len(summary["texts"])), summary["texts"])
+    stream.set(xlabel="after learning", ylabel="loss, nats per token", title="Held-out text of the pre-training")
+    for axes in (trade_off, stream):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    _plot_matrices(matrices, best, summary["texts"])
+    figure.savefig(file, dpi=120)
+
+
+def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
+    """Plots one matrix of losses per arm: rows are stages, columns are texts."""
+    low = min(loss for run in best.values() for row in run["losses"] for loss in row)
+    high = max(loss for run in best.values() for row in run["losses"] for loss in row)
+    figure.suptitle("Loss of each text (columns) after learning each (rows), seed 0")
+    for i, (axes, (arm, run)) in enumerate(
+        zip(figure.subplots(1, len(best), squeeze=False)[0], best.items(), strict=True)
+    ):
+        axes.imshow(run["losses"], vmin=low, vmax=high, cmap="viridis")
+        for row, losses in enumerate(run["losses"]):
+            for column, loss in enumerate(losses):
+                color = "white" if loss < (low + high) / 2 else "black"
+                axes.text(column, row, f"{loss:.1f}", ha="center", va="center", color=color, fontsize=7)
+        axes.set_title(ARMS[arm].label, fontsize=8)
+        axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(texts)), texts if i == 0 else [], fontsize=7)

@@ -1,0 +1,79 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The cards that are saved with models: a README.md that says which package a checkpoint needs.
+
+Without the package Transformers only knows that a checkpoint carries code of its own, and asks to trust it. Neither
+Transformers nor PEFT has entry points by which an installed package could announce its models, so the card is where a
+reader learns that importing the package is enough.
+"""
+
+from pathlib import Path
+
+
+PACKAGE = "modeling-peer"
+
+# What the card calls the two kinds of models that are saved.
+PEER_MODEL = "PEER model"
+GRAFTED_MODEL = "model with PEER grafts"
+
+_MARK = "<!-- Written when the model was saved, as there was no README.md. Saving never replaces a README.md. -->"
+
+_CARD = """---
+library_name: transformers
+---
+
+{mark}
+
+# {title}
+
+This {kind} needs the package `{package}` besides Transformers:
+
+```bash
+pip install {package}
+```
+
+Importing `modeling_peer` once is enough for the auto classes to find it:
+
+```python
+import modeling_peer
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("path/to/this/folder")
+```
+
+Where the package is not installed, `from_pretrained("path/to/this/folder", trust_remote_code=True)` runs the code that
+the checkpoint carries.
+"""
+
+
+def write_card(save_directory: str | Path, kind: str, auto_class: str) -> None:
+    """
+    Write a README.md beside a saved model, unless there is one.
+
+    Args:
+        save_directory (`str` or `Path`): The folder. Nothing is written if this process saved no `config.json` there.
+        kind (`str`): `PEER_MODEL` or `GRAFTED_MODEL`.
+        auto_class (`str`): Name of the auto class that loads the model.
+    """
+    folder = Path(save_directory)
+    if (folder / "config.json").is_file() and not (folder / "README.md").exists():
+        title = kind[0].upper() + kind[1:]
+        card = _CARD.format(mark=_MARK, title=title, kind=kind, package=PACKAGE, auto_class=auto_class)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def is_written_card(text: str) -> bool:
+    """Whether the text of a README.md is that of [`write_card`], unchanged or not: nobody has put another in its place."""
+    return _MARK in text

@@ -1,0 +1,406 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every example runs from its command line at a tiny size and saves what its description promises."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tokenize
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+)
+
+from common.model_arguments import ModelArguments, load_config
+from common.text_data import (
+    DataTrainingArguments,
+    load_datasets,
+    standard_library,
+    text_column,
+    tokenize_into_blocks,
+    train_tokenizer,
+)
+from common.training import OptimizerArguments, make_optimizers
+from modeling_peer import PeerForSequenceClassification
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+SMALL = "vocab_size=300,hidden_size=32,intermediate_size=48,num_experts=64,num_experts_per_head=4,query_size=16"
+RUN = ("--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--logging_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the caches of the examples are."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """Runs an example and returns what it printed; it must end with the given code."""
+
+    def run_example(script, *flags, environment=OFFLINE, code=0):
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / script, *map(str, flags)],
+            env={**os.environ, "HF_HOME": str(home), **OFFLINE, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    return run_example
+
+
+def counting_lines(number):
+    return [f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(number)]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    file.write_text("".join(counting_lines(1000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run, text_file, tmp_path_factory):
+    """Folder of a model trained on numbers for twelve steps, with a checkpoint after six."""
+    folder = tmp_path_factory.mktemp("run_clm") / "model"
+    run("run_clm.py", *clm_flags(folder, text_file))
+    return folder
+
+
+def clm_flags(folder, text_file):
+    return (
+        *("--config_name", "peer-tiny", "--config_overrides", SMALL, "--train_file", text_file, *RUN),
+        *("--do_train", "--do_eval", "--output_dir", folder, "--max_steps", "12", "--save_steps", "6"),
+        *("--eval_strategy", "steps", "--eval_steps", "6", "--eval_on_start"),
+    )
+
+
+def results(folder, name="all_results.json"):
+    return json.loads((folder / name).read_text())
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+class TestLanguageModel:
+    def test_results(self, checkpoint):
+        history = results(checkpoint, "trainer_state.json")["log_history"]
+        eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        assert len(eval_losses) == 3
+        metrics = results(checkpoint)
+        assert metrics["eval_loss"] == pytest.approx(eval_losses[-1], abs=1e-3)
+        assert eval_losses[-1] < eval_losses[0] - 1
+        assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item())
+        assert metrics["train_samples"] > 10 * metrics["eval_samples"] > 0
+        assert 0 < metrics["eval_expert_usage/layer_1"] <= 1
+        assert any("expert_unevenness/layer_1" in entry for entry in history if "loss" in entry)
+
+    def test_checkpoint_loads(self, checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        config = model.config
+        assert (config.hidden_size, config.num_experts, config.feed_forward_types[1]) == (32, 64, "peer")
+        assert len(tokenizer) <= config.vocab_size == 300
+        assert config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        text = "any text: \t\n  été 漢字"
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+    def test_resumes_from_the_last_checkpoint(self, run, checkpoint, text_file, tmp_path):
+        """Training resumed after the sixth step ends bit-identical."""
+        shutil.copytree(checkpoint / "checkpoint-6", tmp_path / "checkpoint-6")
+        assert f"Resuming training from {tmp_path / 'checkpoint-6'}" in run(
+            "run_clm.py", *clm_flags(tmp_path, text_file)
+        )
+        assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
+        assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
+
+    def test_makes_no_step_after_the_last(self, run, checkpoint, text_file, tmp_path):
+        shutil.copytree(checkpoint / "checkpoint-12", tmp_path / "checkpoint-12")
+        assert "is the end of this training" in run("run_clm.py", *clm_flags(tmp_path, text_file))
+        assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
+        assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
+        assert not (tmp_path / "checkpoint-13").exists()
+
+    def test_goes_on_from_a_model_with_other_text(self, run, checkpoint, tmp_path):
+        """
+        A stream of documents in JSON, by the name of their column, with fewer heads than the model was trained with.
+        """
+        rows = [json.dumps({"id": i, "body": line * 3}) for i, line in enumerate(counting_lines(400))]
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        run(
+            "run_clm.py",
+            *("--model_name_or_path", checkpoint, "--config_overrides", "num_retrieval_heads=2"),
+            *("--train_file", tmp_path / "rows.jsonl", "--text_column_name", "body", "--streaming", *RUN),
+            *("--do_train", "--do_eval", "--output_dir", tmp_path / "model", "--max_steps", "4"),
+            *("--max_eval_samples", "8", "--save_strategy", "no"),
+        )
+        assert results(tmp_path / "model")["perplexity"] < 1.5 * results(checkpoint)["perplexity"]
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_retrieval_heads == 2
+        assert (tmp_path / "model/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+    def test_sparse_gradients_with_row_adamw(self, run, checkpoint, text_file, tmp_path):
+        """A table's state says which of its experts were trained, and its own learning rate is in the optimizer's."""
+        flags = clm_flags(tmp_path, text_file)
+        overrides = flags.index(SMALL)
+        flags = (*flags[:overrides], f"{SMALL},sparse_expert_gradients=true", *flags[overrides + 1 :])
+        refusal = run("run_clm.py", *flags, code=1)
+        assert "AdamW does not support sparse gradients: add --row_adamw" in refusal
+        run("run_clm.py", *flags, "--row_adamw", "--second_moment", "row", "--expert_lr_multiplier", "2")
+        assert results(tmp_path)["perplexity"] == pytest.approx(results(checkpoint)["perplexity"], rel=0.3)
+        optimizer = torch.load(tmp_path / "checkpoint-6/optimizer.pt")
+        groups = {group["rows"]: group for group in optimizer["param_groups"]}
+        assert groups[True]["initial_lr"] == 2 * groups[False]["initial_lr"] == 2e-2
+        for table in groups[True]["params"]:
+            assert optimizer["state"][table]["exp_avg_sq"].shape == (64, 1)
+            assert 0 < optimizer["state"][table]["row_steps"].max() <= 6
+
+    def test_flags_of_row_adamw_need_it(self):
+        for name in ("expert_lr_multiplier", "down_proj_lr_multiplier"):
+            with pytest.raises(ValueError, match=f"--{name}.*add --row_adamw"):
+                OptimizerArguments(**{name: 2.0})
+
+    def test_multipliers_reach_the_optimizer(self, tmp_path):
+        args = OptimizerArguments(row_adamw=True, expert_lr_multiplier=2.0, down_proj_lr_multiplier=4.0)
+        model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))
+        training_args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5)
+        optimizer, _ = make_optimizers(args, training_args, model)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 1.0, 4.0]
+
+
+class TestText:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def test_standard_library(self):
+        splits = standard_library()
+        train, held_out = (set(splits[name]["file"]) for name in ("train", "validation"))
+        assert "json/decoder.py" in train | held_out
+        assert not train & held_out
+        assert 0.02 < len(held_out) / len(train) < 0.1
+        assert not any("test" in name.split("/") or "site-packages" in name for name in train | held_out)
+        again = standard_library()
+        assert all(again[name]["file"] == splits[name]["file"] for name in splits)
+        first = splits["train"][0]
+        with tokenize.open(Path(STDLIB, first["file"])) as file:
+            assert first["text"] == file.read()
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("source", ["train_file", "dataset_name"])
+    def test_rows_are_held_out(self, tmp_path, source, streaming):
+        rows = tmp_path / "rows" / "train.csv"
+        rows.parent.mkdir()
+        rows.write_text("text\n" + "\n".join(f"row {i}" for i in range(200)))
+        args = DataTrainingArguments(
+            **{source: str(rows if source == "train_file" else rows.parent)}, validation_split_percentage=10
+        )
+        splits = load_datasets(args, streaming)
+        train, held_out = ([row["text"] for row in splits[name]] for name in ("train", "validation"))
+        assert (len(train), len(held_out)) == (180, 20)
+        assert sorted(train + held_out) == sorted(f"row {i}" for i in range(200))
+        assert "row 100" in held_out
+
+    def test_blocks_hold_the_text_and_its_ends(self, tmp_path):
+        (tmp_path / "rows.csv").write_text("id,body\n" + "\n".join(f"{i},text {i}" for i in range(40)))
+        args = DataTrainingArguments(train_file=str(tmp_path / "rows.csv"), text_column_name="body")
+        dataset = load_datasets(args)["train"]
+        tokenizer = train_tokenizer(dataset, "body", 300, 64)
+        blocks = tokenize_into_blocks(dataset, tokenizer, 16, args)
+        assert all(len(block["input_ids"]) == 16 and block["labels"] == block["input_ids"] for block in blocks)
+        text = tokenizer.decode(list(chain.from_iterable(blocks["input_ids"])))
+        assert "<|endoftext|>".join(dataset["body"]).startswith(text)
+        assert len(blocks) == sum(len(ids) + 1 for ids in tokenizer(dataset["body"][:]).input_ids) // 16
+
+    def test_lines_of_a_file_go_on(self, text_file):
+        args = DataTrainingArguments(train_file=str(text_file))
+        splits = load_datasets(args)
+        tokenizer = train_tokenizer(splits["train"], "text", 300, 64)
+        blocks = tokenize_into_blocks(splits["validation"], tokenizer, 16, args)
+        assert text_file.read_text().startswith(tokenizer.decode(list(chain.from_iterable(blocks["input_ids"]))))
+
+    def test_tokenizer_is_deterministic(self, text_file):
+        dataset = load_datasets(DataTrainingArguments(train_file=str(text_file)))["train"]
+        first, second = (train_tokenizer(dataset, "text", 280, 64) for _ in range(2))
+        assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+        assert len(first) == 280
+
+    def test_errors_say_what_to_do(self, text_file):
+        with pytest.raises(ValueError, match="Choose one source of data"):
+            DataTrainingArguments(dataset_name="somewhere", train_file="here.txt")
+        dataset = load_datasets(DataTrainingArguments(train_file=str(text_file)))["train"]
+        with pytest.raises(ValueError, match=r"another --text_column_name of \['text'\]"):
+            text_column(dataset, DataTrainingArguments(text_column_name="body"))
+        with pytest.raises(ValueError, match="at least 258 tokens"):
+            train_tokenizer(dataset, "text", 64, 64)
+
+
+class TestConfiguration:
+    def test_overrides(self):
+        config = load_config(ModelArguments(config_overrides="hidden_size=64,query_norm=none,expert_act=relu"))
+        assert (config.hidden_size, config.head_dim, config.query_norm, config.expert_act) == (64, 16, None, "relu")
+        overrides = '{"num_hidden_layers": 2, "feed_forward_types": ["peer", "pkm"]}'
+        config = load_config(ModelArguments(config_name="dense-tiny", config_overrides=overrides))
+        assert config.feed_forward_types == ["peer", "pkm"]
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ({"config_name": "peer-tinny"}, "peer-tiny"),
+            ({"config_overrides": "num_expert=64"}, "no field 'num_expert'"),
+            ({"config_overrides": "num_experts"}, "name=value"),
+            ({"config_overrides": "num_experts=60"}, "perfect square"),
+            ({"config_name": "peer-tiny", "model_name_or_path": "here"}, "Choose either"),
+        ],
+    )
+    def test_errors_say_what_to_do(self, monkeypatch, flags, message):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises((OSError, ValueError, StrictDataclassError), match=message):
+            load_config(ModelArguments(**flags))
+
+
+class TestGeneration:
+    def test_prints_text_and_experts(self, run, checkpoint):
+        printed = run(
+            *("run_generation.py", "--model_name_or_path", checkpoint, "--prompt", "7 and 8 are"),
+            *("--do_sample", "--temperature", "0.7", "--max_new_tokens", "12", "--num_shown_experts", "3"),
+        )
+        assert "7 and 8 are" in printed
+        (line,) = (line for line in printed.splitlines() if line.startswith("layer 1: "))
+        assert "of 64 experts used over" in line
+        assert line.count("%") == 3
+
+    def test_beams_of_a_model_without_experts(self, run, tmp_path, checkpoint):
+        config = load_config(ModelArguments(config_name="dense-tiny", config_overrides="vocab_size=300"))
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+        printed = run(
+            "run_generation.py", "--model_name_or_path", tmp_path, "--num_beams", "2", "--max_new_tokens", "3"
+        )
+        assert "No layer of this model has experts." in printed
+
+
+class TestClassification:
+    def test_learns_labels_of_a_csv(self, run, checkpoint, tmp_path):
+        for name, start in (("train", 0), ("held_out", 1000)):
+            rows = [f"number {i},{'odd' if i % 2 else 'even'}" for i in range(start, start + 160)]
+            (tmp_path / f"{name}.csv").write_text("\n".join(["content,parity", *rows]))
+        run(
+            *("run_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path / "model"),
+            *("--train_file", tmp_path / "train.csv", "--validation_file", tmp_path / "held_out.csv"),
+            *("--text_column_name", "content", "--label_column_name", "parity", "--do_train", "--do_eval"),
+            *("--max_steps", "60", "--per_device_train_batch_size", "16", "--learning_rate", "1e-2"),
+            *("--save_strategy", "no"),
+        )
+        metrics = results(tmp_path / "model")
+        assert metrics["eval_samples"] == 160
+        assert metrics["eval_accuracy"] > 0.9
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+        assert isinstance(model, PeerForSequenceClassification)
+        assert model.config.id2label == {0: "even", 1: "odd"}
+
+    def test_default_task(self, run, checkpoint, tmp_path):
+        run(
+            *("run_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path),
+            *("--do_train", "--do_eval", "--max_steps", "2", "--max_eval_samples", "16", "--max_train_samples", "64"),
+        )
+        assert 0 <= results(tmp_path)["eval_accuracy"] <= 1
+        assert set(results(tmp_path, "config.json")["label2id"]) >= {"asyncio", "email"}
+
+
+def test_quickstart(run, tmp_path):
+    printed = run(
+        *("quickstart.py", "--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64"),
+        *("--max_eval_samples", "8"),
+    )
+    compared = results(tmp_path, "results.json")
+    flops = [compared[name]["flops_per_token"] for name in ("peer-tiny", "dense-tiny")]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
+    for result in compared.values():
+        assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
+        assert f"{result['perplexity_after']:.1f}" in printed
+    assert set(compared["peer-tiny"]["expert_usage"]) == {
+        f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
+    }
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert "class LineReader" in printed
+    assert "layer 1: " in printed
+    assert str(tmp_path / "peer-tiny") in printed.split("What to do next")[1]
+
+
+class TestHub:
+    def test_pushed_comes_back(self, run, checkpoint, tmp_path):
+        with HubServer() as hub:
+            printed = run(
+                *("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting", "--pull"),
+                *("--license", "apache-2.0", "--tags", "numbers", "--prompt", "7 and"),
+                environment=hub.environment(tmp_path),
+            )
+            files = hub.files("user/counting")
+            again = run(
+                *("push_to_hub.py", "--repo_id", "user/counting", "--pull", "--prompt", "7 and"),
+                environment=hub.environment(tmp_path / "other"),
+            )
+        assert "user/counting continues:\n7 and" in printed
+        assert f"So does {checkpoint}" in printed
+        assert "user/counting continues:\n7 and" in again
+        assert {"config.json", "generation_config.json", "tokenizer.json", "modeling_peer.py"} <= set(files)
+        assert not any("checkpoint" in name and not name.endswith(".py") for name in files)
+        assert "training_args.bin" not in files
+        assert files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+        card = ModelCard(files["README.md"].decode())
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+        assert (card.data.license, card.data.tags) == ("apache-2.0", ["peer", "numbers"])
+        values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
+        assert 'from_pretrained("user/counting")' in card.text and "# counting\n" in card.text
+
+    def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
+        with HubServer() as hub:
+            environment = hub.environment(tmp_path) | {"HF_TOKEN": ""}
+            flags = ("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting")
+            assert "You are not logged in" in run(*flags, environment=environment, code=1)
+
+    def test_refuses_half_a_checkpoint(self, run, checkpoint, tmp_path):
+        shutil.copy(checkpoint / "config.json", tmp_path)
+        flags = ("push_to_hub.py", "--model_name_or_path", tmp_path, "--repo_id", "counting")
+        assert "it lacks a generation configuration, a tokenizer, weights" in run(*flags, code=1)

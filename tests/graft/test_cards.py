@@ -1,0 +1,128 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cards that are saved with models and adapters say how to load them, and never replace another README.md."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from graft_hosts import graft_config, grafted, host_of, logits_of, trained
+from tiny_models import random_tokens, tiny_config
+
+from modeling_peer import PeerForCausalLM, PeerForTokenClassification
+from modeling_peer.checkpoint_card import is_written_card
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folders of a PEER model, an adapter, its base model and the merged graft, and what each should compute."""
+    torch.manual_seed(0)
+    tokens = random_tokens(2, 5)
+    peer = PeerForCausalLM(tiny_config()).eval()
+    host_of().save_pretrained(tmp_path / "base")
+    adapter = trained(grafted())
+    adapter.save_pretrained(tmp_path / "adapter")
+    logits = {"peer": logits_of(peer, tokens), "adapter": logits_of(adapter, tokens)}
+    merged = adapter.merge_and_unload()
+    for name, model in (("peer", peer), ("merged", merged)):
+        model.save_pretrained(tmp_path / name)
+    torch.save((tokens, {**logits, "merged": logits["adapter"]}), tmp_path / "expected.pt")
+    return tmp_path
+
+
+def test_what_the_cards_say_is_so(saved):
+    """Where nothing but the folders is there: each fails to load as it is, and loads by the code in its card."""
+    code = {
+        name: re.search(r"```python\n(.*?)```", card_of(saved / name), re.S)[1]
+        for name in ("peer", "adapter", "merged")
+    }
+    code = {name: text.replace("path/to/this/folder", str(saved / name)) for name, text in code.items()}
+    code["adapter"] = code["adapter"].replace("path/to/the/base/model", str(saved / "base"))
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+tokens, expected = torch.load({str(saved / "expected.pt")!r})
+base_model = AutoModelForCausalLM.from_pretrained({str(saved / "base")!r})
+try:
+    PeftModel.from_pretrained(base_model, {str(saved / "adapter")!r})
+except KeyError as error:
+    print(error)
+for name in ("peer", "merged"):
+    try:
+        AutoModelForCausalLM.from_pretrained({str(saved)!r} + "/" + name, trust_remote_code=False)
+    except ValueError as error:
+        print("trust_remote_code=True" in str(error))
+assert "modeling_peer" not in sys.modules
+for name, text in {code!r}.items():
+    exec(text)
+    assert torch.equal(model.eval()(input_ids=tokens).logits, expected[name]), name
+    print(name, type(model).__name__)
+"""
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    loaded = "peer PeerForCausalLM\nadapter PeftModelForCausalLM\nmerged PeerGraftedLlamaForCausalLM\n"
+    assert completed.stdout == f"'PEER_GRAFT'\nTrue\nTrue\n{loaded}", completed.stderr
+
+
+def test_cards_name_the_package_and_the_auto_class(saved):
+    for name in ("peer", "adapter", "merged"):
+        assert re.search(r'^pip install "?modeling-peer', card_of(saved / name), re.M), name
+    PeerForTokenClassification(tiny_config()).save_pretrained(saved / "other")
+    assert "AutoModelForTokenClassification.from_pretrained(" in card_of(saved / "other")
+    assert is_written_card(card_of(saved / "peer")) and not is_written_card(card_of(saved / "adapter"))
+
+
+def test_adapters_by_name_have_cards_of_their_own(tmp_path):
+    model = grafted()
+    model.add_adapter("second", graft_config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "second"):
+        assert card_of(folder).count("import modeling_peer\n") == 1, folder
+    model.base_model.peft_config["default"].base_model_name_or_path = "some/base"
+    model.base_model.peft_config["default"].save_pretrained(tmp_path / "config")
+    assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card_of(tmp_path / "config")
+
+
+def test_an_existing_card_is_never_replaced(tmp_path):
+    card = "---\nlicense: mit\n---\n\n# Mine\n\nWhat I say of it.\n"
+    model = trained(grafted())
+    merged = grafted(seed=1).merge_and_unload()
+    saves = {
+        "peer": PeerForCausalLM(tiny_config()).save_pretrained,
+        "merged": merged.save_pretrained,
+        "config": model.peft_config["default"].save_pretrained,
+    }
+    for name, save in saves.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(card)
+        save(tmp_path / name)
+        assert card_of(tmp_path / name) == card
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "README.md").write_text(card)
+    model.save_pretrained(tmp_path / "adapter")
+    # PEFT itself adds metadata and its release.
+    assert "# Mine\n\nWhat I say of it." in card_of(tmp_path / "adapter")
+    assert "modeling_peer" not in card_of(tmp_path / "adapter")
+
+
+def test_a_process_that_saves_no_model_writes_no_card(tmp_path):
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "README.md").exists()

@@ -1,0 +1,275 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Grafts as adapters of PEFT: they train alone, save alone, come back to the bit, are switched, disabled and deleted."""
+
+import copy
+import json
+
+import pytest
+import torch
+from graft_hosts import (
+    HEADS,
+    HOSTS,
+    PLACEMENTS,
+    TASKS,
+    assert_same_state,
+    graft_config,
+    grafted,
+    grafts_of,
+    host_of,
+    logits_of,
+    state_of,
+    trained,
+)
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import random_tokens
+from torch import nn
+
+from modeling_peer.graft.model import PeerGraftConfig
+
+
+FAMILIES = pytest.mark.parametrize("family", HOSTS)
+ALL_PLACEMENTS = pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
+
+
+class TestTraining:
+    @FAMILIES
+    @ALL_PLACEMENTS
+    def test_moves_the_graft_alone_and_comes_back_to_the_bit(self, family, fields, tmp_path):
+        host = host_of(family)
+        before = copy.deepcopy(host)
+        host_logits = logits_of(host)
+        model = grafted(host, **fields)
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        trained(model)
+        logits = logits_of(model)
+        assert (logits - host_logits).abs().max() > 1e-3
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+        assert moved and all("peer_graft_layer" in name for name in moved)
+        assert {"up_proj", "down_proj", "query_proj"} <= {part for name in moved for part in name.split(".")}
+        assert any("sub_keys" in name for name in moved)
+        assert fields.get("query_norm") != "batch" or any("running_var" in name for name in moved)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), host_logits)
+        assert torch.equal(logits_of(model), logits)
+
+        model.save_pretrained(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        assert all(
+            ".mlp.peer_graft_layer.router." in k or ".mlp.peer_graft_layer.expert_pool." in k or "output_bias" in k
+            for k in saved
+        )
+        assert len(saved) == len(grafts_of(model)[0].state_dict())
+        for low_cpu_mem_usage in (False, True):
+            loaded = PeftModel.from_pretrained(copy.deepcopy(before), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            assert torch.equal(logits_of(loaded.eval()), logits)
+            assert not any(parameter.requires_grad or parameter.is_meta for parameter in loaded.parameters())
+
+    @FAMILIES
+    def test_generates_with_a_cache_as_without(self, family):
+        model = trained(grafted(family, query_norm="batch"))
+        tokens = random_tokens(2, 5)
+        tokens[0, :2] = 0
+        options = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 8, "do_sample": False}
+        with_cache = model.generate(input_ids=tokens, **options)
+        assert torch.equal(model.generate(input_ids=tokens, use_cache=False, **options), with_cache)
+
+    def test_goes_on_from_a_saved_adapter(self, tmp_path):
+        model = trained(grafted(query_norm="batch"))
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(host_of(), tmp_path, is_trainable=True)
+        assert torch.equal(logits_of(trained(loaded)), logits_of(trained(model)))
+
+    @pytest.mark.parametrize("task_type", TASKS)
+    def test_of_modules_besides(self, tmp_path, task_type):
+        def host():
+            torch.manual_seed(0)
+            return TASKS[task_type].from_config(copy.deepcopy(HOSTS["llama"])).eval()
+
+        model = get_peft_model(host(), graft_config(task_type=task_type))
+        heads = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+        assert {name.split(".")[2] for name in heads} == HEADS.get(task_type, set())
+        for name, parameter in model.named_parameters():
+            if name in heads or ("down_proj.weight" in name and parameter.requires_grad):
+                nn.init.normal_(parameter)
+        tokens = random_tokens(2, 9)
+        outputs = model.eval()(input_ids=tokens)[0]
+        assert not torch.equal(outputs, host()(input_ids=tokens)[0])
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(host(), tmp_path).eval()
+        assert torch.equal(loaded(input_ids=tokens)[0], outputs)
+
+    def test_in_the_dtype_of_the_host_or_in_float32(self, tmp_path):
+        tokens = random_tokens(2, 9)
+        host = host_of(dtype=torch.bfloat16)
+        before = logits_of(host)
+        model = grafted(host, query_norm="batch")
+        assert {parameter.dtype for parameter in grafts_of(model)[0].parameters()} == {torch.float32}
+        assert torch.equal(logits_of(model), before)
+        logits = logits_of(trained(model))
+        assert logits.dtype == torch.bfloat16 and not torch.equal(logits, before)
+        model.save_pretrained(tmp_path)
+        for low_cpu_mem_usage in (False, True):
+            loaded = PeftModel.from_pretrained(
+                host_of(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            assert torch.equal(logits_of(loaded.eval()), logits)
+        narrow = get_peft_model(
+            host_of(dtype=torch.bfloat16), graft_config(query_norm="batch"), autocast_adapter_dtype=False
+        )
+        graft = grafts_of(narrow)[0]
+        assert {parameter.dtype for parameter in graft.parameters()} == {torch.bfloat16}
+        assert graft.router.query_norm.running_var.dtype == torch.float32
+        assert trained(narrow)(input_ids=tokens).logits.isfinite().all()
+        assert graft.expert_pool.down_proj.weight.any()
+
+
+class TestSeveralAdapters:
+    def two(self, **fields):
+        model = trained(grafted(adapter_name="first"))
+        torch.manual_seed(1)
+        model.add_adapter("second", graft_config(num_experts=6**2, layers_to_transform=[1, 2], **fields))
+        return model
+
+    def test_are_switched_added_up_and_deleted(self, tmp_path):
+        model = self.two(expert_act="relu")
+        first = logits_of(model)
+        model.set_adapter("second")
+        assert torch.equal(logits_of(model), logits_of(host_of()))
+        trained(model)
+        second = logits_of(model)
+        assert not torch.equal(second, first)
+        model.set_adapter("first")
+        assert torch.equal(logits_of(model), first)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable and all(".first." in name for name in trainable)
+
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(host_of(), tmp_path / "first", adapter_name="one").eval()
+        loaded.load_adapter(tmp_path / "second", adapter_name="other")
+        assert torch.equal(logits_of(loaded), first)
+        loaded.set_adapter("other")
+        assert torch.equal(logits_of(loaded), second)
+        loaded.base_model.set_adapter(["one", "other"])
+        both = logits_of(loaded)
+        assert not torch.equal(both, first) and not torch.equal(both, second)
+        # One after the other, at layers that only one of them has, or that both have.
+        hidden_states = torch.randn(1, 3, 24)
+        layer = loaded.base_model.model.model.layers[1].mlp
+        expected = layer.base_layer(hidden_states) + sum(
+            graft(hidden_states) for graft in layer.peer_graft_layer.values()
+        )
+        torch.testing.assert_close(layer(hidden_states), expected)
+
+        loaded.delete_adapter("one")
+        assert torch.equal(logits_of(loaded), second)
+        assert len(grafts_of(loaded)) == 2 and list(loaded.peft_config) == ["other"]
+        assert list(layer.peer_graft_placement) == ["other"]
+
+    def test_two_cannot_be_in_one_place(self):
+        model = grafted(adapter_name="first", placement="in_place")
+        model.add_adapter("second", graft_config(placement="in_place", layers_to_transform=[1]))
+        model.add_adapter("elsewhere", graft_config(placement="in_place", layers_to_transform=[2]))
+        logits = logits_of(model)
+        with pytest.raises(ValueError, match=r"Only one of the adapters \['first', 'second'\] can be in place of"):
+            model.base_model.set_adapter(["first", "second"])
+        assert torch.equal(logits_of(model), logits)
+        with pytest.raises(ValueError, match=r"Only one of the adapters \['first', 'second'\] can be in place of"):
+            model.base_model.model.model.layers[1].mlp.set_adapter(["first", "second"])  # as the library does
+        assert torch.equal(logits_of(model), logits)
+        before = state_of(model)
+        with pytest.raises(
+            ValueError, match=r"the adapters \['first', 'second'\] can be in place of model.layers.1.mlp"
+        ):
+            model.merge_and_unload(adapter_names=["first", "second"])
+        assert_same_state(state_of(model), before)
+        model.base_model.set_adapter(["first", "elsewhere"])
+        assert not torch.equal(logits_of(model), logits)
+
+    def test_of_a_name_in_the_model_are_refused(self):
+        names = {
+            "router": "the name of a part",
+            "mlp": "the name of a part",
+            "a.b": "which cannot",
+            "keys": "which cannot",
+            "training": "which cannot",
+        }
+        for name, message in names.items():
+            host = host_of()
+            with pytest.raises(ValueError, match=f"`adapter_name` is '{name}', {message}"):
+                get_peft_model(host, graft_config(), adapter_name=name)
+            assert_same_state(state_of(host), state_of(host_of()))
+
+    def test_a_second_wrapping_warns(self):
+        model = grafted()
+        with pytest.warns(UserWarning, match="for a second time"):
+            again = get_peft_model(model.base_model.model, graft_config(layers_to_transform=[2]), adapter_name="more")
+        assert torch.equal(logits_of(again.eval()), logits_of(host_of()))
+
+    def test_unloading_leaves_the_host(self):
+        host = host_of()
+        before = state_of(host)
+        unloaded = trained(grafted(host)).unload()
+        assert unloaded is host
+        after = state_of(unloaded)
+        assert_same_state((*after[:2], before[2], *after[3:]), before)
+
+    def test_a_copy_lives_on_its_own(self):
+        model = trained(grafted(query_norm="batch"))
+        other = copy.deepcopy(model)
+        logits = logits_of(model)
+        trained(other)
+        assert torch.equal(logits_of(model), logits)
+        assert [grafts_of(m)[0].router.query_norm.num_batches_tracked.item() for m in (model, other)] == [3, 6]
+
+    def test_merging_in_weights_is_refused(self):
+        model = trained(grafted())
+        logits = logits_of(model)
+        with pytest.raises(
+            ValueError, match=r"cannot be merged into the weights of its base model. `merge_and_unload\(\)`"
+        ):
+            model.merge_adapter()
+        with pytest.raises(ValueError, match="A graft is never merged into the weights of its base model"):
+            model.unmerge_adapter()
+        with pytest.raises(ValueError, match="Grafts cannot be averaged. `base_model.set_adapter"):
+            model.add_weighted_adapter(["default"], [1.0], "mean")
+        assert torch.equal(logits_of(model), logits)
+
+    def test_adapters_of_rows_are_refused(self):
+        model = grafted()
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match="`adapter_names` for each row of a batch is not supported by grafts"):
+                call(input_ids=random_tokens(2, 5), adapter_names=["default", "default"])
+
+
+class TestConfiguration:
+    def test_comes_back_from_its_file(self, tmp_path):
+        config = graft_config(layers_to_transform=[1, 2], target_modules=["mlp"], query_norm=None, expert_act=None)
+        config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PEER_GRAFT"
+        found = PeftConfig.from_pretrained(tmp_path)
+        assert type(found) is PeerGraftConfig and found == config
+
+    def test_says_what_was_found_in_the_host(self):
+        config = grafted("gpt2", placement="in_place", init_from_ffn=True, num_experts=100).peft_config["default"]
+        assert config.target_modules == {"transformer.h.1.mlp"}
+        assert (config.expert_act, config.gated_experts) == ("gelu_new", False)
+        assert (config.host_model_type, config.host_hidden_size, config.host_num_layers) == ("gpt2", 24, 3)
+        assert (config.host_intermediate_size, config.host_has_biases) == (96, True)

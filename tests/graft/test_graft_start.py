@@ -1,0 +1,272 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""New grafts on six families of base models: where they go, and what they compute at first."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from graft_hosts import (
+    HOSTS,
+    PLACEMENTS,
+    SIZES,
+    assert_refused,
+    graft_config,
+    grafted,
+    grafts_of,
+    host_of,
+    logits_of,
+    middle_feed_forward,
+    trained,
+)
+from model.test_feed_forward_peer import literal_peer
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from modeling_peer.graft import initialization as graft_initialization
+from modeling_peer.graft import model as graft_model
+from modeling_peer.graft.base_feed_forward import recognize_feed_forward, weight_matrix
+from modeling_peer.graft.initialization import neuron_cells
+from modeling_peer.graft.model import PeerGraftLayer
+from modeling_peer.graft_layer import GraftedFeedForward
+
+
+FAMILIES = pytest.mark.parametrize("family", HOSTS)
+ALL_PLACEMENTS = pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
+
+
+class TestStart:
+    @FAMILIES
+    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
+    def test_beside_it_is_nothing(self, family, query_norm):
+        host = host_of(family)
+        before = logits_of(host)
+        model = grafted(host, query_norm=query_norm)
+        assert isinstance(host.base_model.get_submodule(middle_feed_forward(family)), PeerGraftLayer)
+        assert len(grafts_of(model)) == 1
+        assert torch.equal(logits_of(model), before)
+        assert torch.equal(logits_of(model.train()), before)
+
+    @pytest.mark.parametrize("layers", [[0, 2], 2, [1, 1]])
+    def test_on_chosen_layers(self, layers):
+        model = grafted(layers_to_transform=layers)
+        names = {
+            name.split("layers.")[1][0] for name, module in model.named_modules() if type(module) is PeerGraftLayer
+        }
+        assert names == {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
+
+    @pytest.mark.parametrize(
+        ("fields", "layers"),
+        [
+            ({"target_modules": ["mlp"], "layers_to_transform": [0, 2]}, "02"),
+            ({"target_modules": r".*\.[12]\.mlp"}, "12"),
+            ({"target_modules": ["model.layers.2.mlp"]}, "2"),
+            ({"target_modules": ["mlp"], "layers_to_transform": [2], "layers_pattern": "layers"}, "2"),
+        ],
+    )
+    def test_on_named_modules(self, fields, layers):
+        model = grafted(**fields)
+        names = {
+            name.split("layers.")[1][0] for name, module in model.named_modules() if type(module) is PeerGraftLayer
+        }
+        assert names == set(layers)
+
+    def test_takes_the_first_scale_of_the_host(self):
+        graft = grafts_of(grafted())[0]
+        assert graft.expert_pool.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
+        assert graft.router.query_proj.weight.std().item() == pytest.approx(0.2, rel=0.2)
+
+    @ALL_PLACEMENTS
+    def test_equals_algorithm_1(self, fields):
+        host = host_of(dtype=torch.float64)
+        feed_forward = copy.deepcopy(host.model.layers[1].mlp)
+        model = grafted(host, sub_keys_per_head=True, **fields)
+        graft = grafts_of(model)[0]
+        assert graft.router.sub_keys.dtype == torch.float64
+        graft.double()  # running statistics too
+        for name, tensor in graft.named_parameters():
+            nn.init.uniform_(tensor, 0.5, 1.5) if "norm" in name else nn.init.normal_(tensor)
+        hidden_states = torch.randn(2, 3, 24, dtype=torch.float64)
+        with torch.no_grad():
+            output = host.model.layers[1].mlp(hidden_states)
+            expected = literal_peer(graft.config, graft, hidden_states)
+            if fields.get("placement") != "in_place":
+                expected = expected + feed_forward(hidden_states)
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+    def test_again_with_a_configuration_that_was_filled_in(self):
+        """Neurons anew; only what was read from a file waits for weights."""
+        config = graft_config(**PLACEMENTS["neurons"])
+        for _ in range(2):
+            down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
+            assert down.any(1).sum() == 32
+        assert_refused(host_of("gpt2"), config, "'llama', this one has 'gpt2'. A new adapter needs a configuration of")
+
+    def test_elsewhere_with_a_configuration_that_was_filled_in(self):
+        config = graft_config(**PLACEMENTS["neurons"])
+        get_peft_model(host_of(), config)
+        config.layers_to_transform = [0]
+        assert_refused(
+            host_of(), config, r"`layers_to_transform` is \[0\], but `target_modules` names \['model.layers.1.mlp'\]"
+        )
+        # Another option is no sign of weights to come: experts start as neurons.
+        config = dataclasses.replace(config, layers_to_transform=None, num_experts_per_head=2)
+        down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
+        assert down.any(1).sum() == 32
+
+    @pytest.mark.parametrize("kind", ["llava", "gemma3"])
+    def test_in_the_decoder_of_text(self, kind):
+        """Not in the tower of images, of as many layers."""
+        text = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+        vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        if kind == "gemma3":
+            host = Gemma3ForConditionalGeneration(Gemma3Config(vision_config=vision, text_config=text))
+        else:
+            configs = {"vision_config": {**vision, "model_type": "siglip_vision_model"}}
+            configs["text_config"] = {**text, "model_type": "llama"}
+            host = LlavaForConditionalGeneration(LlavaConfig(**configs))
+        model = get_peft_model(host.eval(), graft_config(layers_to_transform=[0]))
+        assert model.peft_config["default"].target_modules == {"model.language_model.layers.0.mlp"}
+        before = logits_of(model)
+        nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
+        assert not torch.equal(logits_of(model), before)
+
+
+class TestNeurons:
+    """In place of a feed-forward, from its own neurons: with all of them at a softmax's mean weight it is the feed-forward."""
+
+    @pytest.mark.parametrize("num_experts", [10**2, 48**2], ids=["as_they_are", "found_by_the_router"])
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+    def test_are_experts(self, family, num_experts):
+        host = host_of(family, dtype=torch.float64)
+        feed_forward = copy.deepcopy(host.base_model.get_submodule(middle_feed_forward(family)))
+        graft = grafts_of(grafted(host, **{**PLACEMENTS["neurons"], "num_experts": num_experts}))[0]
+        width = recognize_feed_forward(feed_forward).intermediate_size
+        assert graft.config.gated_experts is (family != "gpt2")
+        copies = neuron_cells(graft.config, width)
+        assert copies.shape == (1 if num_experts == 10**2 else 2, width)
+        hidden_states = torch.randn(1, 5, 24, dtype=torch.float64)
+        for cells in copies:
+            indices = cells.expand(1, 5, 1, width)
+            weights = torch.full(indices.shape, 1 / graft.config.num_experts_per_head, dtype=torch.float64)
+            graft.router.forward = lambda *_, output=(indices, weights): output
+            with torch.no_grad():
+                torch.testing.assert_close(graft(hidden_states), feed_forward(hidden_states), rtol=1e-8, atol=1e-8)
+        others = torch.ones(num_experts, dtype=torch.bool)
+        others[copies.flatten()] = False
+        down = graft.expert_pool.down_proj.weight
+        assert not down[others].any() and down[~others].any(1).all()
+
+    @pytest.mark.parametrize("query_norm", ["rms", "batch", None])
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_are_found_by_their_inputs(self, family, query_norm):
+        """With as many features as neurons of a head, every head retrieves those of its share with the largest inputs."""
+        host = host_of(family)
+        fields = {**PLACEMENTS["neurons"], "num_experts": 48**2, "query_size": 128, "query_norm": query_norm}
+        feed_forward = copy.deepcopy(host.base_model.get_submodule(middle_feed_forward(family)))
+        graft, parts = grafts_of(grafted(host, **fields))[0], recognize_feed_forward(feed_forward)
+        activated, width = parts.gate or parts.up, parts.intermediate_size
+        hidden_states = torch.randn(4, 16, 24)
+        features = hidden_states if family != "gpt2" else torch.cat([hidden_states, torch.ones(4, 16, 1)], dim=-1)
+        inputs = activated(hidden_states) * weight_matrix(parts.down).norm(dim=0)
+        cells = neuron_cells(graft.config, width)
+        found = graft.router(features)[0]
+        share = []
+        for head in range(2):
+            best = inputs[..., head::2].topk(4).indices * 2 + head
+            named = cells[:, best]
+            share.append(
+                (found[:, :, head, None, :, None] == named.movedim(0, 2)[..., None, :]).any(2).any(-1).float()
+            )
+        assert torch.stack(share).mean() > 0.6
+        assert (graft(hidden_states) - feed_forward(hidden_states)).norm() < 0.9 * feed_forward(hidden_states).norm()
+
+    def test_padded_experts_give_nothing_and_learn(self):
+        model = grafted(**PLACEMENTS["neurons"])
+        down = grafts_of(model)[0].expert_pool.down_proj.weight
+        empty = down.abs().sum(-1) == 0
+        assert empty.sum() == 100 - 32
+        trained(model, steps=20)
+        assert (down[empty].abs().sum(-1) > 0).any()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"num_experts": 5**2}, r"`num_experts` must be at least 32, .* the smallest such square is 36"),
+            ({"expert_act": "relu"}, "`expert_act` must be 'silu' or 'auto'"),
+            ({"gated_experts": False}, "`gated_experts` must be True or 'auto'"),
+        ],
+    )
+    def test_that_do_not_fit_are_refused(self, fields, message):
+        assert_refused(host_of(), graft_config(**{**PLACEMENTS["neurons"], **fields}), message)
+
+    def test_of_another_kind_of_feed_forward_are_refused(self):
+        host = host_of()
+        host.model.layers[1].mlp.act_fn = nn.Tanh()
+        assert_refused(host, graft_config(**PLACEMENTS["neurons"]), "the activation 'silu', .* something else")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_nearly_the_same_kind_are_refused(self, dtype):
+        host = host_of("gpt2", dtype=dtype)
+        host.transformer.h[1].mlp.act = nn.GELU()
+        assert_refused(host, graft_config(**PLACEMENTS["neurons"]), "the activation 'gelu_new', .* something else")
+
+    @pytest.mark.parametrize("num_experts", [10**2, 48**2], ids=["as_they_are", "found_by_the_router"])
+    def test_on_the_device_of_the_host(self, num_experts):
+        """A graft is made on the CPU; the host may be elsewhere, here on a device that every machine has."""
+        model = grafted(host_of("gpt2").to("meta"), **{**PLACEMENTS["neurons"], "num_experts": num_experts})
+        assert {tensor.device.type for tensor in grafts_of(model)[0].state_dict().values()} == {"meta"}
+
+    def test_are_not_looked_for_when_weights_are_loaded(self, tmp_path, monkeypatch):
+        """They may be quantized by then."""
+        model = trained(grafted("gpt2", **PLACEMENTS["neurons"]))
+        model.save_pretrained(tmp_path)
+        host = host_of("gpt2")
+        for name in ("computes", "_copy_neurons"):
+            for module in (graft_initialization, graft_model):
+                monkeypatch.setattr(module, name, lambda *_: pytest.fail("looked for"), raising=False)
+        loaded = PeftModel.from_pretrained(host, tmp_path)
+        assert torch.equal(logits_of(loaded.eval()), logits_of(model))
+        host = host_of("gpt2")
+        for parameter in host.transformer.h[1].mlp.parameters():
+            parameter.requires_grad_(False).data = parameter.data.to(torch.int8)
+        graft = grafts_of(PeftModel.from_pretrained(host, tmp_path))[0]
+        assert torch.equal(graft.output_bias, grafts_of(model)[0].output_bias)
+
+
+def test_recognises_feed_forwards_by_their_linear_layers():
+    for family in HOSTS:
+        parts = recognize_feed_forward(host_of(family).base_model.get_submodule(middle_feed_forward(family)))
+        assert (parts.hidden_size, parts.intermediate_size) == (24, 96 if family == "gpt2" else 32)
+        assert (parts.gate is None) == parts.has_biases == (family == "gpt2")
+    assert recognize_feed_forward(nn.Linear(3, 3)) is None
+    attention = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)).transformer.h[0].attn
+    assert recognize_feed_forward(attention) is None
+    assert recognize_feed_forward(GraftedFeedForward(None, [])) is None
+    # It is called with the residual too, which it adds.
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
+    assert recognize_feed_forward(bloom.transformer.h[0].mlp) is None

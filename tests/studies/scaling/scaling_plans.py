@@ -1,0 +1,67 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Plans of the scaling study for its tests: the committed one with other sizes, and one that trains in seconds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from studies.scaling.plan import read_plan
+
+
+ROOT = Path(__file__).parents[3]
+SCALING = ROOT / "examples" / "studies" / "scaling"
+
+PLAN = replace(
+    read_plan(SCALING / "two-cores.json"),
+    budgets=[6e12, 2e13],
+    hidden_sizes=[[32, 64, 96, 128]] * 2,
+    learning_rates=[0.002, 0.004, 0.008],
+)
+
+PEER_FIELDS = {"num_experts": 64, "num_retrieval_heads": 2, "num_experts_per_head": 4, "query_size": 64}
+SMALL = {
+    "training_texts": ["old"],
+    "evaluation_texts": ["new"],
+    "block_size": 32,
+    "batch_size": 4,
+    "hidden_sizes": [[32]],
+    "budgets": [6e8],
+    "learning_rates": [0.01],
+    "seeds": 2,
+    "eval_sequences": 8,
+    "training": {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2},
+    "fields": {"initializer_range": 0.08},
+    "variants": {
+        "dense": {"configuration": "dense-tiny"},
+        "moe-expert-choice": {"configuration": "moe-tiny", "moe_num_experts": 4, "moe_routing": "expert_choice"},
+        "peer": {
+            "configuration": "peer-tiny",
+            "training": {"down_proj_lr_multiplier": 4},
+            "sparse_expert_gradients": True,
+            **PEER_FIELDS,
+        },
+    },
+    "reference_hidden_size": 32,
+    "ablations": {
+        "num_experts": {"16": {"num_experts": 16}},
+        "active": {},
+        "query_norm": {},
+        "variation": {
+            "no activation": {"expert_act": None},
+            "one learning rate": {"training": {"down_proj_lr_multiplier": 1}},
+        },
+    },
+    "repeated_ablations": ["num_experts"],
+    "after_training": {"k = 2": {"num_experts_per_head": 2}, "h = 1": {"num_retrieval_heads": 1}},
+}

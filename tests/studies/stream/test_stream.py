@@ -1,0 +1,211 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The study of streams: measures, the comparison at equal learning, resuming, and the committed tables."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from studies.common.arms import run_all, with_rates
+from studies.stream import __main__ as stream_study
+from studies.stream.arms import Arm
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, measures, summarize
+
+
+ROOT = Path(__file__).parents[3]
+STREAM = ROOT / "examples" / "studies" / "stream"
+
+
+def run_of(arm, losses, seed=0, rate=1.0, masked=()):
+    hyperparameters = {"learning_rate": rate}
+    return {
+        "arm": arm,
+        "settings": hyperparameters,
+        "seed": seed,
+        "losses": losses,
+        "masked": list(masked),
+        "seconds": 1.0,
+    }
+
+
+# Two texts after the pre-training: rows are stages, columns texts.
+LOSSES = [[3.0, 6.0, 5.0], [3.2, 4.0, 4.5], [3.5, 4.4, 3.0]]
+
+
+class TestReport:
+    def test_measures(self):
+        found = measures(run_of("full", LOSSES, masked=[[3.0, 6, 5], [3.1, 6, 5]]))
+        assert found == pytest.approx(
+            {
+                "learning": ((6 - 4) + (5 - 3)) / 2,
+                "forgetting": ((3.5 - 3) + (4.4 - 4)) / 2,
+                "backward_transfer": -0.45,
+                "forgetting_of_pretraining": 0.5,
+                "forgetting_of_pretraining_masked": 0.1,
+                "forward_transfer": 5 - 4.5,
+                "final_mean": (3.5 + 4.4 + 3) / 3,
+            }
+        )
+
+    def test_arms_are_compared_at_what_all_of_them_learned(self):
+        def swept(arm, rate, learned, forgotten, **hyperparameters):
+            run = run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
+            return {**run, "settings": {**run["settings"], **hyperparameters}}
+
+        runs = [
+            swept("full", 1, 1.0, 0.1),
+            swept("full", 100, 3.0, 0.9),
+            swept("full", 1000, 3.5, 2.0),
+            swept("lora", 1, 2.0, 0.2),
+            swept("lora", 2, 1.9, 0.1),  # learns less again: nothing to look for between
+            swept("sparse", 1, 3.0, 0.9, t=1),
+            swept("sparse", 10, 4.0, 2.0, t=1),
+            swept("sparse", 4, 1.8, 0.1, t=2),  # learns too little at any rate
+            swept("sparse", 1, 1.0, 0.0, t=3),
+            swept("sparse", 10, 3.0, 0.2, t=3),
+        ]
+        level, chosen = choose_hyperparameters(runs)
+        assert level == pytest.approx(2.0)
+        assert chosen == {
+            "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
+            "lora": {"learning_rate": 1},
+            "sparse": {"learning_rate": 3.2, "t": 3},
+        }
+        # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
+        assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
+
+    def test_what_is_chosen_is_tried_and_chosen_again(self):
+        """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
+        made = []
+
+        def run(arm, hyperparameters, seed):
+            made.append((arm, hyperparameters["learning_rate"], seed))
+            learned = hyperparameters["learning_rate"] ** (0.5 if arm == "full" else 0.1)
+            return {
+                **run_of(arm, [[3.0, 6.0], [3.5, 6.0 - learned]], rate=hyperparameters["learning_rate"]),
+                "seed": seed,
+            }
+
+        arms = {"full": Arm("", None, with_rates(0.1, 10.0)), "lora": Arm("", None, with_rates(1.0, 2.0))}
+        runs, level, chosen = run_all(arms, 2, run, choose_hyperparameters)
+        assert level == pytest.approx(2**0.1)
+        assert chosen["lora"] == {"learning_rate": 2.0}
+        assert chosen["full"]["learning_rate"] ** 0.5 == pytest.approx(level, rel=0.05)
+        assert made[4][0] == "full" and made[4][1] != chosen["full"]["learning_rate"]
+        assert made[-2:] == [("full", chosen["full"]["learning_rate"], 1), ("lora", 2.0, 1)]
+        assert len(runs) == len(made) == len(set(made))
+
+    def test_shares_are_of_means_over_seeds(self):
+        def learned(arm, forgotten, seed):
+            return {**run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 5.0]]), "seed": seed}
+
+        runs = [learned("full", 0.3, 0), learned("full", 0.5, 1), learned("open", 0.05, 0), learned("open", 0.03, 1)]
+        hyperparameters = runs[0]["settings"]
+        summary = summarize(runs, ["a", "b"], 1.0, {"full": hyperparameters, "open": hyperparameters}, {})
+        assert summary["arms"]["open"]["seeds"] == 2
+        for table, cell in ((describe, "| learning_rate 1 |"), (describe_shares, "| 10% |")):
+            (row,) = (" ".join(line.split()) for line in table(summary).split("\n") if "grown, open" in line)
+            assert "0.040 ± 0.014" in row and row.endswith(cell)
+
+
+TEXTS = {
+    name: DatasetDict({split: Dataset.from_list([{"text": words * 400}] * 4) for split in ("train", "validation")})
+    for name, words in {"old": "one two three ", "new": "four five six "}.items()
+}
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """The study at its smallest, as a function of further flags."""
+    monkeypatch.setattr(stream_study, "load_corpus", TEXTS.get)
+
+    def main(*flags):
+        sizes = {"pretraining_steps": 1, "stage_steps": 1, "block_size": 32, "eval_sequences": 2, "seeds": 2}
+        command = [
+            "studies.stream",
+            "--output_dir",
+            str(tmp_path),
+            "--pretraining_texts",
+            "old",
+            "--stream",
+            "new",
+        ]
+        command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [*command, *flags])
+        stream_study.main()
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return main
+
+
+class TestStudy:
+    def test_all_arms_come_to_their_end(self, study, tmp_path, monkeypatch):
+        arms = dict(stream_study.ARMS)
+        for name, arm in arms.items():
+            monkeypatch.setitem(stream_study.ARMS, name, arm.__class__(arm.label, arm.learn, arm.sweep[:1], arm.base))
+        results = study()
+        assert list(results["arms"]) == list(arms) and (tmp_path / "results.png").stat().st_size > 10_000
+        for run in results["runs"]:
+            first, last = run["losses"]
+            assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
+            if run["arm"] in ("protected", "open"):
+                assert run["masked"] == [first]  # without what it added it is the model it was
+            else:
+                assert not run["masked"]
+        assert {result["seeds"] for result in results["arms"].values()} == {2}
+
+    def test_goes_on_where_it_was_killed(self, study, tmp_path, monkeypatch):
+        class Killed(Exception):
+            pass
+
+        def killed(*_):
+            raise Killed
+
+        first = stream_study.ARMS["full"]
+        with monkeypatch.context() as patch:
+            patch.setitem(stream_study.ARMS, "experts", first.__class__("", killed, ({"learning_rate": 1.0},)))
+            with pytest.raises(Killed):
+                study("--arms", "full", "experts")
+        saved = {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()}
+        assert len(saved) == len(first.sweep)
+        # What is there is read, not made again.
+        with monkeypatch.context() as patch:
+            patch.setitem(stream_study.ARMS, "full", first.__class__("", killed, first.sweep))
+            patch.setattr(stream_study, "Trainer", killed)
+            study("--arms", "full", "--seeds", "1")
+        assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
+
+    def test_refuses_the_folder_of_another_study(self, study, tmp_path):
+        (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
+        with pytest.raises(ValueError, match="pretraining_steps was 7, got 1"):
+            study()
+
+    def test_refuses_an_arm_that_is_not_there(self, study):
+        with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
+            study("--arms", "half")
+
+
+def test_committed_tables_are_those_of_the_raw_results():
+    results = json.loads((STREAM / "results.json").read_text())
+    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
+    rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
+    assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
+    assert all(result["seeds"] == 3 for result in results["arms"].values())
+    page, guide = (file.read_text() for file in (STREAM / "README.md", ROOT / "docs/continual-learning.md"))
+    assert describe_shares(results) in guide and describe_shares(results) in page
+    assert describe(results) in page

@@ -1,0 +1,120 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+`import modeling_peer`: what it costs, and that it changes nothing in the process but the registries of auto classes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modeling_peer
+
+
+ROOT = Path(__file__).parents[1]
+
+# What a program that uses PEFT has imported anyway.
+BEFORE = """
+import json, os, signal, sys, threading, time
+import peft, torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+"""
+
+
+def run(script, **environment):
+    """What a script prints last, as JSON, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE + script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_it_changes_nothing_in_the_process(tmp_path):
+    script = """
+forks, hooks, optimizer = [], torch.nn.modules.module, sys.modules["torch.optim.optimizer"]
+registrations = torch._C._dispatch_get_registrations_for_dispatch_key
+os.register_at_fork = lambda **functions: forks.append(list(functions))
+def state():
+    return {
+        "aten": [
+            sorted(name for name in registrations(key) if name.startswith("aten::"))
+            for key in ("CPU", "CUDA", "SparseCPU", "SparseCUDA", "CompositeImplicitAutograd", "AutogradCPU")
+        ],
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "random": torch.get_rng_state().sum().item(),
+        "modules": [len(hooks._global_forward_hooks), len(hooks._global_backward_hooks)],
+        "optimizers": [len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks)],
+        "python threads": threading.active_count(),
+        "environment": dict(os.environ),
+        "path": list(sys.path),
+        "signals": [str(signal.getsignal(each)) for each in signal.valid_signals()],
+    }
+before = state()
+import modeling_peer
+after = state()
+print(json.dumps({"changed": [key for key in before if before[key] != after[key]], "forks": forks}))
+"""
+    found = run(script, HF_HOME=str(tmp_path / "home"))
+    assert found == {"changed": [], "forks": []}
+    assert not (tmp_path / "home" / "modeling_peer").exists()  # and nothing is compiled
+
+
+def test_it_is_quick():
+    """In seconds of the processor, the least of some: other processes do not count."""
+    script = """
+start = time.process_time()
+import modeling_peer
+print(time.process_time() - start)
+"""
+    measured = []
+    for _ in range(4):
+        measured.append(run(script, OMP_NUM_THREADS="1"))
+        if measured[-1] < 0.3:
+            return
+    pytest.fail(f"importing the package took {measured} s")
+
+
+def test_it_leaves_out_what_few_need():
+    """Training, data loading and progress bars, whatever of it Transformers and PEFT do not import themselves."""
+    script = """
+before = set(sys.modules)
+import modeling_peer
+from peft import PeftType
+assert PeftType("PEER_GRAFT")
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    found = run(script)
+    assert "modeling_peer.graft.model" in found and "modeling_peer.graft_merged" in found
+    slow = ("modeling_peer.analysis.", "modeling_peer.continual.", "modeling_peer.optim.", "transformers.trainer")
+    slow += ("transformers.training_args", "datasets", "gguf", "tqdm", "matplotlib", "triton.")
+    assert not [name for name in found if name.startswith(slow)]
+
+
+def test_public_names_are_there():
+    for name in [*modeling_peer.__all__, "PeerGraftConfig", "PeerGraftModel"]:
+        assert getattr(modeling_peer, name).__module__.startswith("modeling_peer"), name
+        assert name in dir(modeling_peer)
+    assert not hasattr(modeling_peer, "nothing_of_this_name")
