@@ -26,6 +26,7 @@ from transformers import initialization as init
 
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_sets import layer_indices
+from ..configuration_peer import PeerConfig
 from ..expert_additions import check_additions
 from ..expert_generations import generations_of
 from ..expert_table import ExpertTable
@@ -210,7 +211,7 @@ def _peer_layers(model, layers):
     return {layer: found[layer] for layer in indices}
 
 
-def _check(config, addition):
+def _check(config: PeerConfig, addition):
     """Raises `ValueError` if a model cannot get these experts."""
     check_additions(
         config.expert_additions, config.feed_forward_types, config.num_experts, config.share_experts_across_layers
@@ -236,7 +237,7 @@ def _check_inputs(model, inputs):
         )
 
 
-def _new_indices(config, layer, index, num_experts):
+def _new_indices(config: PeerConfig, layer, index, num_experts):
     """The expert indices that the new experts of a layer will have."""
     held = [layer.router, *layer.added_routers]
     if [router.generation for router in held] != generations_of(config, index):
@@ -267,7 +268,7 @@ def _outputs(model, inputs):
         return torch.cat([model(row, use_cache=False)[0].float() for row in inputs.to(model.device).split(1)])
 
 
-def _grow_protected(model, grown, config):
+def _grow_protected(model, grown, config: PeerConfig):
     """Makes all new modules before it puts them in place, so that the model stays as it was if one cannot be made."""
     new_pools, new_routers = {}, {}
     for index, layer in grown.items():
@@ -297,7 +298,7 @@ def _initialized(model, reference, make):
     return module.apply(model._init_weights).train(model.training)
 
 
-def _grow_open(model, grown, config):
+def _grow_open(model, grown, config: PeerConfig):
     """Table by table, so that at most one is in memory twice; all of them shrink again if one cannot grow."""
     undo = []
     try:

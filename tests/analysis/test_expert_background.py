@@ -24,6 +24,7 @@ import pytest
 import torch
 from background_models import CORPUS, FIRST_POOL, LAST_POOL, PKM, measured, model_of_three
 from hub_server import HubServer
+from release_names import enable_checkpointing
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from trainer_worker import copy_of_state, pad_right, small_model
@@ -207,7 +208,7 @@ def pad_left(examples):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_forward_repeated_in_the_backward_is_not_observed(use_reentrant):
     model, seen = model_of_three().train(), []
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
     observe_routers(find_expert_sets(model), lambda name, *output: seen.append(name))
     tokens = torch.arange(1, 13)[None]
     model(inputs_embeds=model.model.embed_tokens(tokens), labels=tokens).loss.backward()
