@@ -78,6 +78,7 @@ class Result:
 
     parameters: int
     flops_per_token: int
+    sequence_length: int
     perplexity_before: float
     perplexity_after: float
     seconds_per_step: float
@@ -111,7 +112,6 @@ def training_arguments(args: QuickstartArguments, name: str) -> TrainingArgument
 def train_model(
     name: str,
     args: QuickstartArguments,
-    data_args: QuickstartDataArguments,
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
 ) -> Result:
@@ -122,10 +122,11 @@ def train_model(
     metrics = run(trainer, evaluation=evaluate_perplexity)
     history = trainer.state.log_history
     eval_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    costs = model_costs(config, sequence_length=data_args.block_size)
+    costs = model_costs(config)
     return Result(
         parameters=costs.parameters,
         flops_per_token=costs.flops,
+        sequence_length=costs.sequence_length,
         perplexity_before=math.exp(eval_losses[0]),
         perplexity_after=metrics["perplexity"],
         seconds_per_step=_training_seconds(history) / args.max_steps,
@@ -161,10 +162,13 @@ def plot_losses(results: dict[str, Result], file: Path) -> None:
 
 def table(results: dict[str, Result]) -> str:
     """A table of the results of the models."""
+    (sequence_length,) = {result.sequence_length for result in results.values()}
     rows = {
         "": list(results),
         "parameters": [f"{result.parameters:,}" for result in results.values()],
-        "MFLOPs per token": [f"{result.flops_per_token / 1e6:.3f}" for result in results.values()],
+        f"MFLOPs per token, in {sequence_length} tokens": [
+            f"{result.flops_per_token / 1e6:.2f}" for result in results.values()
+        ],
         "seconds per step": [f"{result.seconds_per_step:.3f}" for result in results.values()],
         "held-out perplexity before": [f"{result.perplexity_before:.1f}" for result in results.values()],
         "held-out perplexity after": [f"{result.perplexity_after:.1f}" for result in results.values()],
@@ -203,7 +207,7 @@ def main():
     results = {}
     for name in (PEER, DENSE):
         print(f"\nTraining {name} ...")
-        results[name] = train_model(name, args, data_args, tokenizer, blocks)
+        results[name] = train_model(name, args, tokenizer, blocks)
     plot_losses(results, folder / "losses.png")
     (folder / "results.json").write_text(
         json.dumps({name: vars(result) for name, result in results.items()}, indent=2)

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .continual.sparse_finetuning import SparseFinetuningCallback
     from .graft.config import PeerGraftConfig as PeerGraftConfig
     from .graft.model import PeerGraftModel as PeerGraftModel
+    from .optim.resuming import last_complete_checkpoint
     from .optim.row_adamw import RowAdamW, expert_parameter_groups
 
 
@@ -72,6 +73,7 @@ _LAZY_NAMES = {
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
+    "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW", "expert_parameter_groups"),
 }
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
@@ -145,6 +147,7 @@ __all__ = [
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
+    "last_complete_checkpoint",
     "list_configurations",
     "masked_experts",
     "measure_usage",

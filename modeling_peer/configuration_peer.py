@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PEER model configuration"""
+"""Configuration of PEER models."""
 
 # Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
 from .library_releases import check_releases as check_releases
@@ -19,6 +19,7 @@ from .library_releases import check_releases as check_releases
 
 # isort: split
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -27,7 +28,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
 
-from .expert_generations import check_additions
+from .expert_additions import check_additions
 from .key_grid import grid_size
 
 
@@ -43,70 +44,83 @@ AUTO_MAP = {
 }
 
 
-@auto_docstring(checkpoint="configuration/peer-paper")
+INTRODUCTION = r"""
+    Configuration of a PEER model: a Llama-style decoder whose layers take their feed-forward from a registry of
+    variants. The defaults are those of the paper, Xu Owen He, "Mixture of A Million Experts" ([arXiv
+    2407.04153](https://arxiv.org/abs/2407.04153)): one layer of 1024² = 1,048,576 experts in the middle of 12.
+
+    Configuration objects inherit from [`PreTrainedConfig`], see there for fields and methods that all models have.
+    Fields are checked when a configuration is made, loaded and saved, and when a model is built of it: a wrong value
+    raises a `StrictDataclassError` that names the field, what was found and what was expected.
+    """
+
+
+@auto_docstring(custom_intro=INTRODUCTION)
 @strict
 class PeerConfig(PreTrainedConfig):
     r"""
     feed_forward_types (`list[str]`, *optional*):
-        The feed-forward variant of each layer: `"dense"`, `"moe"`, `"pkm"`, `"peer"` or a name registered with
-        [`FeedForwardInterface`]. Defaults to `"peer"` in the middle block, `"dense"` elsewhere, as in the paper.
+        The feed-forward variant of each layer: `"dense"`, `"moe"`, `"pkm"`, `"peer"`, or a name registered with
+        [`FeedForwardInterface`]. Defaults to `"peer"` in the middle layer and `"dense"` in the others, as in the
+        paper.
     num_experts (`int`, *optional*, defaults to 1048576):
-        Experts of a PEER layer, or values of a PKM layer: N, a perfect square.
+        Number N of experts of a PEER layer, or of values of a PKM layer, a perfect square.
     num_retrieval_heads (`int`, *optional*, defaults to 8):
-        Query networks of a layer, h. A trained checkpoint may be loaded with fewer.
+        Number h of query networks of a layer. A trained checkpoint may be loaded with fewer.
     num_experts_per_head (`int`, *optional*, defaults to 16):
-        Experts retrieved by each head, k, at most √N. A trained checkpoint may be loaded with more or fewer.
+        Number k of experts that each head retrieves, at most √N. A trained checkpoint may be loaded with more or
+        fewer.
     query_size (`int`, *optional*, defaults to 256):
-        Size d_k of a query, an even number: two halves meet two sets of sub-keys.
+        Size d_k of a query, an even number: each half is compared with one of the two sets of sub-keys.
     query_norm (`str`, *optional*, defaults to `"batch"`):
-        Normalization of queries: `"batch"` across tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
-        causality while training), `"rms"` on each half of queries and keys, or `None`.
+        Normalization of queries: `"batch"` over tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
+        causality in training), `"rms"` of each half of queries and keys, or `None`.
     scoring_func (`str`, *optional*, defaults to `"softmax"`):
-        How a head's retrieved scores become router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
+        Function that turns a head's retrieved scores into router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
     sub_keys_per_head (`bool`, *optional*, defaults to `False`):
-        Whether each head has sub-keys of its own; in the paper all heads share them.
+        Whether each head has its own sub-keys. In the paper all heads share them.
     expert_act (`str`, *optional*, defaults to `"gelu"`):
         Activation σ of the experts, or `None` for none.
     expert_initializer_range (`float`, *optional*):
-        Standard deviation that the rows v_i of PEER experts, and the values of PKM, start with. By default what makes the
-        layer's output vary as a dense feed-forward's does: up to k times `initializer_range`, as router weights of a head
-        sum to one. Less is less noise to unlearn.
+        Standard deviation of the initial down-projection vectors v_i of PEER experts, and of the values of PKM. If
+        `None`, it is the one that gives the output of the layer the variance of a dense feed-forward's: up to k times
+        `initializer_range`, as the router weights of a head sum to one. A smaller value leaves less noise to unlearn.
     gated_experts (`bool`, *optional*, defaults to `False`):
-        Whether experts are gated: σ(g · x) (u · x) v.
+        Whether experts are gated: σ(g_i · x) (u_i · x) v_i.
     share_experts_across_layers (`bool`, *optional*, defaults to `False`):
-        Whether all PEER layers retrieve from one pool, held by the base model, each with a router of its own.
+        Whether all PEER layers retrieve from one pool of experts, held by the base model, each with its own router.
     shared_expert_intermediate_size (`int`, *optional*):
         Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
     expert_kernels (`str`, *optional*, defaults to `"auto"`):
-        What computes the experts of PEER and PKM layers and retrieves them: `"auto"`, the fastest that can run where the
-        experts are, or by name `"eager"` (the literal Algorithm 1), `"torch"`, `"cpu"` (C), `"triton"` (GPU), or one
-        registered with [`ExpertKernelsInterface`]. Results do not depend on it.
+        Kernels that retrieve and compute the experts of PEER and PKM layers: `"auto"`, the fastest that can run on the
+        device of the experts; `"eager"` (the literal Algorithm 1), `"torch"`, `"cpu"` (C) or `"triton"` (GPU); or a
+        name registered with [`ExpertKernelsInterface`]. Results do not depend on it.
     sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
-        Whether the gradients of expert tables are sparse tensors with a row for each expert that the batch retrieved,
-        for an optimizer that takes them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
+        Whether gradients of expert tables are sparse tensors with one row per expert that the batch retrieved, for an
+        optimizer that accepts them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
     expert_additions (`list[dict]`, *optional*):
-        What [`add_experts`] added to PEER layers, in its order: the `layers`, the `mode` and the `num_experts` of each
-        addition, of a protected one `num_retrieval_heads` and `num_experts_per_head` too. The fields of these names above
-        stay those of what layers began with, also where they are changed at load.
+        Experts that [`add_experts`] added to PEER layers, in that order: the `layers`, `mode` and `num_experts` of
+        each addition, and `num_retrieval_heads` and `num_experts_per_head` of a protected one. The fields of these
+        names above remain those of the first experts of a layer, also where they are changed at load.
     moe_num_experts (`int`, *optional*, defaults to 128):
-        Experts of a MoE layer.
+        Number of experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
-        Experts of a MoE layer that a token runs.
+        Number of experts of a MoE layer that a token uses.
     moe_intermediate_size (`int`, *optional*):
-        Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`: as many FLOPs
-        as the dense feed-forward.
+        Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`, which takes as
+        many FLOPs as the dense feed-forward.
     moe_routing (`str`, *optional*, defaults to `"token_choice"`):
-        Who chooses while training, `"token_choice"` or `"expert_choice"`. See [`MoeFeedForward`].
+        Who chooses in training: `"token_choice"` or `"expert_choice"`, see [`MoeFeedForward`].
     router_aux_loss_coef (`float`, *optional*):
-        Weight of the loss that balances the experts of MoE layers, where `output_router_logits` is on. Defaults to
-        0.001 with MoE layers and to zero without: PEER and PKM balance by their query norm. A checkpoint keeps the value
-        it was saved with.
+        Weight of the load-balancing loss of MoE layers, which is computed if `output_router_logits` is true. Defaults
+        to 0.001 with MoE layers and to zero without: PEER and PKM are balanced by their query norm. A checkpoint keeps
+        the value that it was saved with.
     output_router_indices (`bool`, *optional*, defaults to `False`):
-        Whether to return the experts that PEER, PKM and MoE layers retrieved.
+        Whether to return the indices of the experts that PEER, PKM and MoE layers retrieved.
     output_router_weights (`bool`, *optional*, defaults to `False`):
-        Whether to return their router weights.
+        Whether to return the router weights of these experts.
     format_version (`int`, *optional*, defaults to 1):
-        Version of the checkpoint format. A checkpoint of a later version than the code knows is refused.
+        Version of the checkpoint format. A later version than the code knows is refused.
 
     ```python
     >>> from modeling_peer import PeerConfig, PeerModel
@@ -194,17 +208,20 @@ class PeerConfig(PreTrainedConfig):
             self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
-        if self.expert_kernels == "native":  # the name in checkpoints of before
+        if self.expert_kernels == "native":  # its name in the checkpoints of earlier releases
             self.expert_kernels = "cpu"
-        # Whole, and without the repository that a remote copy was loaded from: the code travels with every save.
+        # All classes, without the repository that a remote copy came from: every checkpoint carries the code itself.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As in the library, and what `kwargs` changed is validated too. Raises `ValueError` where they raise
-        `num_retrieval_heads`: a checkpoint has no query networks for more heads than it was trained with.
+        As in Transformers. Values that `kwargs` override are validated as well.
+
+        Raises:
+            `ValueError`: also if `kwargs` raise `num_retrieval_heads`, as a checkpoint has no query networks for more
+                heads than it was trained with.
         """
         trained_heads = config_dict.get("num_retrieval_heads")
         loaded = super().from_dict(config_dict, **kwargs)
@@ -218,14 +235,14 @@ class PeerConfig(PreTrainedConfig):
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, which leaves other plans out of what is saved, and without an expert parallel plan as well."""
+        """As in Transformers, without the expert parallel plan: no plan is part of a checkpoint."""
         fields = super().to_dict()
         fields.pop("base_model_ep_plan", None)
         return fields
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Active experts per token, h · k, under the name that serving engines look for."""
+        """Number of active experts per token, h · k, under the name that serving engines look for."""
         return self.num_retrieval_heads * self.num_experts_per_head
 
     def validate_format_version(self):
@@ -236,7 +253,6 @@ class PeerConfig(PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        """Every size that counts something counts at least one, and those of the attention fit together."""
         for name in (
             "vocab_size",
             "hidden_size",
@@ -244,6 +260,7 @@ class PeerConfig(PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
+            "max_position_embeddings",
             "num_retrieval_heads",
             "num_experts_per_head",
             "query_size",
@@ -262,10 +279,28 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even, two halves that rotate together, got {self.head_dim}.")
-        for name in ("initializer_range", "expert_initializer_range"):
+        # Transformers warns of token ids outside the vocabulary. This one also names a row of the embeddings that gets
+        # no gradient, the last one if it is -1.
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be `None` or within the vocabulary, from 0 to {self.vocab_size - 1}, got "
+                f"{self.pad_token_id}."
+            )
+
+    def validate_numbers(self):
+        for name in ("initializer_range", "expert_initializer_range", "rms_norm_eps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        for name in ("attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be a probability between 0 and 1, got {value}.")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"`router_aux_loss_coef` must be at least 0 and finite, got {self.router_aux_loss_coef}.")
+        theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
+        if not 0 < theta < math.inf:
+            raise ValueError(f"`rope_theta` of `rope_parameters` must be positive and finite, got {theta}.")
 
     def validate_feed_forward_types(self):
         if len(self.feed_forward_types) != self.num_hidden_layers:
@@ -285,15 +320,19 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(f"`query_size` must be even, two halves of one size, got {self.query_size}.")
 
     def validate_expert_additions(self):
-        check_additions(self)
+        check_additions(
+            self.expert_additions, self.feed_forward_types, self.num_experts, self.share_experts_across_layers
+        )
 
     def validate_activations(self):
         for name in ("hidden_act", "expert_act"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(f"`{name}` is {value!r}, not one of the library's activations: {sorted(ACT2FN)}.")
+                raise ValueError(
+                    f"`{name}` is {value!r}, not one of the activations of Transformers: {sorted(ACT2FN)}."
+                )
             if value is not None and any(True for _ in ACT2FN[value].parameters()):
-                raise ValueError(f"`{name}` is {value!r}, an activation with parameters of its own: choose another.")
+                raise ValueError(f"`{name}` is {value!r}, an activation with parameters: choose one without.")
 
     def validate_moe(self):
         if self.moe_num_experts_per_tok > self.moe_num_experts:

@@ -12,25 +12,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What runs the two linear halves of a pool of experts: a registry of implementations, and the operators in front of them.
+The two linear halves of a pool of experts: a registry of implementations, and the operators that call them.
 
     up:   (hidden [T, d],  indices [T, A], table [N, d]) -> [T, A],   hidden[t] · table[indices[t, a]]
     down: (weights [T, A], indices [T, A], table [N, d]) -> [T, d],   Σ_a weights[t, a] table[indices[t, a]]
 
-They are each other's backward, next to one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`, row n of
-a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Activation, gating and router weights act on
-`[T, A]` in between, in plain torch.
+Each is the backward of the other, together with one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`,
+row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Activation, gating and router
+weights act on `[T, A]` in between, in plain PyTorch.
 
 | `config.expert_kernels` | | where |
 |---|---|---|
 | `"eager"` | Algorithm 1 as printed, the reference | `expert_kernels_torch.py` |
-| `"torch"` | torch operations on any device, `[T, A, d]` only piece by piece | `expert_kernels_torch.py` |
+| `"torch"` | PyTorch operations on any device, `[T, A, d]` in pieces | `expert_kernels_torch.py` |
 | `"cpu"` | C, compiled for this processor on first use | `expert_kernels_cpu.py` |
-| `"triton"` | for a GPU | `expert_kernels_triton.py` |
+| `"triton"` | Triton, on a GPU | `expert_kernels_triton.py` |
 | `"auto"` | the fastest of them that can run where the table is | |
 
-One's own is a class with the static methods of [`TorchKernels`], and if it knows a faster way to retrieve experts than a
-product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`], registered before the model is built:
+A custom implementation is a class with the static methods of [`TorchKernels`] and, if it retrieves experts faster than
+a matrix product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`]. Register it before the
+model is built:
 
 ```python
 >>> from modeling_peer import ExpertKernelsInterface
@@ -43,6 +44,8 @@ product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`], regis
 import re
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 from transformers.utils.generic import GeneralInterface
 
 from .expert_kernels_cpu import CpuKernels
@@ -63,6 +66,12 @@ class ExpertKernelsInterface(GeneralInterface):
 
 ALL_EXPERT_KERNELS = ExpertKernelsInterface()
 
+FASTEST_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # by type of device
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+DIFFERENTIATING = (TransformType.Grad, TransformType.Jvp)
+
 
 def check_expert_kernels(name: str) -> None:
     """Raise `ValueError` if `PeerConfig.expert_kernels` is neither `"auto"` nor a registered name."""
@@ -73,38 +82,61 @@ def check_expert_kernels(name: str) -> None:
         )
 
 
-# Decided once where a model is compiled: what it looks at are compilers and devices.
+# Decided once where a model is compiled: it depends on compilers and devices only.
 @torch.compiler.assume_constant_result
 def resolve_kernels(name: str, table: torch.Tensor) -> str:
     """
-    The implementation that runs on a table where `config.expert_kernels` says `name`.
+    Return the name of the implementation that runs on a table with `config.expert_kernels` = `name`.
 
     Args:
         name (`str`): A name in the registry, or `"auto"`.
-        table (`torch.Tensor`): Whose device and dtype decide.
+        table (`torch.Tensor`): Its device and dtype decide.
 
     Raises:
         `RuntimeError`: if the named implementation cannot run here.
     """
     if name == "auto":
-        fastest = {"cpu": "cpu", "cuda": "triton"}.get(table.device.type, "torch")
+        fastest = FASTEST_KERNELS.get(table.device.type, "torch")
         return fastest if ALL_EXPERT_KERNELS[fastest].unavailable_reason(table) is None else "torch"
     reason = ALL_EXPERT_KERNELS[name].unavailable_reason(table)
     if reason is not None:
-        raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` takes what can.')
+        raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` selects what can.')
     return name
 
 
 def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
     """
-    Whether something has to see an operator: autograd, a compiler, tensors of another kind. If not, what it runs may be
-    called itself; for a single token that is half of the time.
+    Whether an operator must be called: for autograd, a compiler, `torch.vmap`, or tensors of another kind. Otherwise
+    its implementation may be called directly; for a single token that halves the time.
+
+    Raises:
+        `RuntimeError`: in forward-mode differentiation and in transforms of `torch.func` that differentiate.
     """
-    observed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return observed or type(tokens) is not torch.Tensor or type(table) not in (torch.Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling():
+        return True
+    # Tensors under a transform look like plain ones. PyTorch has no public names for this; without these two, kernels
+    # in C would still refuse the tensors of `torch.func`, which have no memory, and forward mode would lose its
+    # tangents.
+    transforms = get_interpreter_stack()
+    if transforms is not None or forward_ad._current_level >= 0:
+        _refuse_differentiation(transforms or ())
+        return True
+    observed = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return observed or type(tokens) is not torch.Tensor or type(table) not in PLAIN_TENSORS
 
 
-# The package and the code that a checkpoint brought along may live in one process: to each its own operators.
+def _refuse_differentiation(transforms):
+    """
+    The operators' gradient is for reverse mode: `torch.func` cannot use it, and forward mode would take it for zero.
+    """
+    if forward_ad._current_level >= 0 or any(each.key() in DIFFERENTIATING for each in transforms):
+        raise RuntimeError(
+            "Forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`) and the transforms of "
+            '`torch.func` that differentiate need `expert_kernels="eager"` in the configuration.'
+        )
+
+
+# The package, and the code that a checkpoint brought along, may be loaded in one process; each has its own operators.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
 
 
@@ -155,14 +187,14 @@ def expert_row_gradient(
     kernels: str,
 ) -> torch.Tensor:
     """
-    The gradient of a table, with its untouched rows: `Σ coefficients[t, a] tokens[t]` over `indices[t, a] = n` in row n.
+    The dense gradient of a table: `Σ coefficients[t, a] tokens[t]` over `indices[t, a] = n` in row n.
 
     Args:
         coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`)
         tokens (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
         indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
-        num_rows (`int`): Rows of the table.
-        dtype (`torch.dtype`): Of the table.
+        num_rows (`int`): Number of rows of the table.
+        dtype (`torch.dtype`): Dtype of the table.
         kernels (`str`): See [`resolve_kernels`].
 
     Returns:
@@ -201,10 +233,10 @@ def _table_gradient(ctx, coefficients, tokens, indices, table):
 
 
 def refuse_double_backward() -> None:
-    """Raises `RuntimeError` in a backward whose gradients are recorded, which they are where a second one is to come."""
+    """Raise `RuntimeError` in a backward that autograd records for a second one (`create_graph=True`)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            'Experts have no second derivative (`create_graph=True`) but with `expert_kernels="eager"` in the '
+            'Experts have a second derivative (`create_graph=True`) only with `expert_kernels="eager"` in the '
             "configuration."
         )
 

@@ -11,12 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Experts on a CPU, in C for the processor at hand: every row that a token needs is read from where it lies, once."""
+"""Experts on a CPU, in C for the processor at hand: each row that a token needs is read from where it lies, once."""
 
 import torch
 
 from .memory_advice import ReusedMemory
-from .native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library, refuse_index
+from .native_library import (
+    DTYPES,
+    PREAMBLE,
+    call,
+    check_in_memory,
+    check_shape,
+    check_tensor,
+    for_each_dtype,
+    load_library,
+    missing_library_reason,
+    refuse_index,
+)
 from .product_key_retrieval_cpu import retrieval_gradients, retrieve
 
 
@@ -25,38 +36,39 @@ SOURCE = (
     + r"""
 #include <stdlib.h>
 
-/* Rows that are asked of memory before they are used, for the innermost cache alone: of a large table few come again
-   before they would be out of the others. A row is 2 KB at d = 512 in float32. */
+/* How many rows ahead of their use memory is prefetched, into the innermost cache alone: few rows of a large table are
+   used again before the other caches would evict them. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 12
-/* Vectors that a sum over tokens keeps in registers. */
+/* Number of vectors that a sum over tokens keeps in registers. */
 #define BLOCK 8
 
-/* Sorts numbers below 2^bits, stable, by radix; `order` says where each came from. Buffers of `count`. Returns the sorted
-   numbers, in `numbers` or `other_numbers`; `order` is always where the answer is. */
-static uint64_t *sort_by_number(uint64_t *numbers, uint64_t *other_numbers, int64_t *order, int64_t *other_order,
-                                int64_t count, int bits) {
+/* Stable radix sort of `count` keys below 2^bits; `order` is permuted with them. The other two are buffers of `count`.
+   Returns the sorted keys, in `keys` or `other_keys`; the permutation always ends up in `order`. */
+static uint64_t *radix_sort(uint64_t *keys, uint64_t *other_keys, int64_t *order, int64_t *other_order, int64_t count,
+                            int bits) {
     enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
     int64_t *result = order;
     for (int shift = 0; shift < bits; shift += RADIX_BITS) {
         int64_t starts[RADIX + 1] = {0};
-        for (int64_t i = 0; i < count; i++) starts[((numbers[i] >> shift) & (RADIX - 1)) + 1]++;
+        for (int64_t i = 0; i < count; i++) starts[((keys[i] >> shift) & (RADIX - 1)) + 1]++;
         for (int r = 0; r < RADIX; r++) starts[r + 1] += starts[r];
         for (int64_t i = 0; i < count; i++) {
-            int64_t place = starts[(numbers[i] >> shift) & (RADIX - 1)]++;
-            other_numbers[place] = numbers[i];
+            int64_t place = starts[(keys[i] >> shift) & (RADIX - 1)]++;
+            other_keys[place] = keys[i];
             other_order[place] = order[i];
         }
-        uint64_t *sorted = other_numbers;
-        other_numbers = numbers; numbers = sorted;
+        uint64_t *sorted = other_keys;
+        other_keys = keys; keys = sorted;
         int64_t *sorted_order = other_order;
         other_order = order; order = sorted_order;
     }
     if (order != result) memcpy(result, order, count * sizeof *order);
-    return numbers;
+    return keys;
 }
 
-/* Groups `count` indices by the row they name: `rows` each row once, ascending, `starts` where its entries start in
-   `order`, the numbers of the entries. Returns the number of rows, -1 without memory. */
+/* Groups `count` entries by the row that their index names. Writes each row once to `rows`, ascending; the positions
+   of the entries, grouped, to `order`; and where each group starts in `order` to `starts`. Returns the number of rows,
+   or -1 if out of memory. */
 int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, int64_t *rows, int64_t *starts,
                      int64_t *order, int threads) {
     (void)threads;
@@ -66,7 +78,7 @@ int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, in
     while (bits < 63 && (num_rows - 1) >> bits) bits++;
     for (int64_t i = 0; i < count; i++) { buffer[i] = indices[i]; order[i] = i; }
     const uint64_t *sorted =
-        sort_by_number(buffer, buffer + count, order, (int64_t *)buffer + 2 * count, count, bits);
+        radix_sort(buffer, buffer + count, order, (int64_t *)buffer + 2 * count, count, bits);
     int64_t found = 0;
     for (int64_t i = 0; i < count; i++)
         if (i == 0 || sorted[i] != sorted[i - 1]) { rows[found] = sorted[i]; starts[found++] = i; }
@@ -76,7 +88,7 @@ int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, in
 }
 """
     + for_each_dtype(r"""
-/* output[t, a] = hidden[t] · table[indices[t, a]]. Returns 0, or -1 for an index that is not in the table. */
+/* output[t, a] = hidden[t] · table[indices[t, a]]. Returns 0, or -1 if an index is out of range. */
 int64_t NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
              int64_t num_tokens, int64_t active, int64_t width, int threads) {
     int failed = 0;
@@ -114,8 +126,8 @@ int64_t NAME(up)(const SUM *hidden, const int64_t *indices, const ROW *table, SU
     return failed;
 }
 
-/* output[t] = Σ_a weights[t, a] table[indices[t, a]]; columns are shared out too, where there are fewer tokens than
-   threads. Returns as up does. */
+/* output[t] = Σ_a weights[t, a] table[indices[t, a]]. Where there are fewer tokens than threads, threads share the
+   columns too. Returns 0, or -1 if an index is out of range. */
 int64_t NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table, SUM *output, int64_t num_rows,
                int64_t num_tokens, int64_t active, int64_t width, int threads) {
     int failed = 0;
@@ -151,8 +163,8 @@ int64_t NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table,
     return failed;
 }
 
-/* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1], for
-   every u; written to row `places[u]` where places are given. */
+/* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1],
+   for every u; written to row `places[u]` unless `places` is NULL. */
 void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
                         const int64_t *places, ROW *values, int64_t num_rows, int64_t active, int64_t width,
                         int threads) {
@@ -197,26 +209,43 @@ void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_
 
 class CpuKernels:
     """
-    Signatures as in [`TorchKernels`], and retrieval with its gradients. Sparse gradients lie in `gradient_memory`, which keeps
-    what a step needed for the next until `CpuKernels.gradient_memory.release()`.
+    The experts in C. Signatures are those of [`TorchKernels`], with product-key retrieval and its gradients in
+    addition.
+
+    Every method checks its arguments before C reads them and raises `ValueError` naming the one that C cannot read,
+    and `IndexError` for an expert index that is out of range.
+
+    Attributes:
+        gradient_memory (`ReusedMemory`): Holds the sparse gradients of all models of the process. It keeps what one
+            step needed for the next, until `CpuKernels.gradient_memory.release()`.
     """
 
     retrieve = staticmethod(retrieve)
     retrieval_gradients = staticmethod(retrieval_gradients)
+
+    # Of the process: autograd computes gradients with no model at hand that could hold it. It goes by reference counts,
+    # as nothing else tells when a gradient is no longer in use, and a wrong count would corrupt one: see `ReusedMemory`.
     gradient_memory = ReusedMemory()
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
-        if table.device.type != "cpu":
+        """Why these kernels cannot run on a table, a sentence, or `None` if they can."""
+        if not table.is_cpu:
             return f"CPU kernels are for the CPU, the experts are on {table.device}."
         if table.dtype not in DTYPES:
-            return f"CPU kernels know {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
-        return None if load_library(SOURCE) is not None else "there is no C compiler that works."
+            return f"CPU kernels support {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
+        return None if load_library(SOURCE) is not None else missing_library_reason()
 
     @staticmethod
     def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        _check("hidden_states", hidden_states, (len(indices), table.shape[1]), indices, table)
-        hidden, table, indices = _in_memory(hidden_states, table.dtype), table.contiguous(), indices.contiguous()
+        """`(hidden [T, d], indices [T, A], table [N, d]) -> [T, A]`"""
+        _check_experts(indices, table)
+        check_shape("hidden_states", hidden_states, (indices.shape[0], table.shape[1]), "(num_tokens, hidden_size)")
+        hidden, table, indices = (
+            _in_memory("hidden_states", hidden_states, table.dtype),
+            table.contiguous(),
+            indices.contiguous(),
+        )
         output = hidden.new_empty(indices.shape)
         if _call("up", table.dtype, hidden, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
             refuse_index(indices, table.shape[0])
@@ -224,8 +253,10 @@ class CpuKernels:
 
     @staticmethod
     def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        _check("weights", weights, indices.shape, indices, table)
-        factors, table, indices = _in_memory(weights, table.dtype), table.contiguous(), indices.contiguous()
+        """`(weights [T, A], indices [T, A], table [N, d]) -> [T, d]`"""
+        _check_experts(indices, table)
+        check_shape("weights", weights, indices.shape, "(num_tokens, num_active)")
+        factors, table, indices = _in_memory("weights", weights, table.dtype), table.contiguous(), indices.contiguous()
         output = factors.new_empty(weights.shape[0], table.shape[1])
         if _call("down", table.dtype, factors, indices, table, output, table.shape[0], *indices.shape, table.shape[1]):
             refuse_index(indices, table.shape[0])
@@ -239,40 +270,45 @@ class CpuKernels:
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        _check("coefficients", coefficients, indices.shape, indices)
-        _check("tokens", tokens, (len(indices), tokens.shape[1] if out is None else out.shape[1]), indices)
-        coefficients, tokens = _in_memory(coefficients, dtype), _in_memory(tokens, dtype)
-        active, width = indices.shape[1], tokens.shape[1]
+        """See [`TorchKernels`]. `out` must be contiguous, it is written in place."""
+        _check_experts(indices)
+        check_shape("coefficients", coefficients, indices.shape, "(num_tokens, num_active)")
+        if dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {sorted(map(str, DTYPES))}, got {dtype}.")
+        if out is not None:
+            check_tensor("out", out, 2, (dtype,))
+            if not out.is_contiguous():
+                raise ValueError(f"`out` must be contiguous, got strides {out.stride()} of shape {tuple(out.shape)}.")
+        width = tokens.shape[-1] if out is None else out.shape[1]
+        check_shape("tokens", tokens, (len(indices), width), "(num_tokens, hidden_size)")
+        coefficients, tokens = _in_memory("coefficients", coefficients, dtype), _in_memory("tokens", tokens, dtype)
         rows, starts, order = _group_by_row(indices.contiguous(), None if out is None else out.shape[0])
         values = CpuKernels.gradient_memory.empty(len(rows), width, dtype=dtype) if out is None else out
         places = None if out is None else rows
-        _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, len(rows), active, width)
+        sizes = (len(rows), indices.shape[1], width)
+        _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, *sizes)
         return (rows, values) if out is None else None
 
 
-def _check(name, tensor, shape, *others):
-    """Before C reads them: `tensor` of a shape, and int64 indices of two dimensions first among the others."""
-    if tensor.shape != shape or others[0].ndim != 2:
-        raise ValueError(
-            f"`{name}` must be of shape {tuple(shape)} with `indices` of shape (num_tokens, num_active), got "
-            f"{tuple(tensor.shape)} and {tuple(others[0].shape)}."
-        )
-    if others[0].dtype != torch.int64:
-        raise ValueError(f"`indices` must be int64, got {others[0].dtype}.")
-    for other in (tensor, *others):
-        if other.device.type != "cpu":
-            raise ValueError(f"Tokens, indices and experts must be on the CPU together, one is on {other.device}.")
+def _check_experts(indices, table=None):
+    check_tensor("indices", indices, 2, (torch.int64,))
+    if table is not None:
+        check_tensor("table", table, 2, DTYPES)
 
 
-def _in_memory(tensor, dtype):
-    """As the kernels for a table of `dtype` read it: in the dtype that sums are taken in."""
+def _in_memory(name, tensor, dtype):
+    """
+    A tensor as the kernels for a table of `dtype` read it: contiguous, in the dtype in which sums are accumulated.
+    """
+    check_in_memory(name, tensor)
     return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _group_by_row(indices, num_rows):
     """
-    Rows named by `indices`, each once, and the entries that name each: `order[starts[u] : starts[u + 1]]`. Every row is
-    below `num_rows`, if that is not `None`.
+    Group the entries of `indices` by the row they name: the rows, each once and ascending, `starts`, and `order`,
+    where `order[starts[u] : starts[u + 1]]` are the entries of row u. Every row must be below `num_rows` unless that
+    is `None`.
     """
     count = indices.numel()
     rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
@@ -281,7 +317,7 @@ def _group_by_row(indices, num_rows):
         refuse_index(indices, "N" if num_rows is None else num_rows)
     found = call(SOURCE, "group_by_row", indices, count, most + 1, rows, starts, order)
     if found < 0:
-        raise MemoryError(f"No memory to sort the {count} experts of {indices.shape[0]} tokens.")
+        raise MemoryError(f"Out of memory while sorting {count} expert indices.")
     return rows[:found], starts[: found + 1], order
 
 

@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Experts in torch operations that any device has, with no more than a piece of `[T, A, d]` at a time."""
+"""
+Experts in PyTorch operations, for any device: Algorithm 1 as printed, and in pieces of `[T, A, d]` that a cache holds.
+"""
 
 from collections.abc import Iterator
 
@@ -19,15 +21,17 @@ import torch
 from torch.nn import functional as F
 
 
-# Numbers of a piece: 4 MB in float32, which a cache holds.
+# Elements of a piece: 4 MB in float32, which a cache holds.
 PIECE_SIZE = 2**20
 
 
 class EagerKernels:
     """
-    Gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of times.
+    The reference: gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of
+    times, in reverse and forward mode.
 
-    Signatures as in [`TorchKernels`], and whether the table's gradient is sparse.
+    Signatures are those of [`TorchKernels`], with `sparse_gradient` in addition: whether the table's gradient is
+    sparse.
     """
 
     @staticmethod
@@ -51,15 +55,15 @@ class EagerKernels:
 
 class TorchKernels:
     """
-    The signatures that every implementation has. Sums are taken in float32, or float64 for a float64 table.
+    PyTorch operations on pieces of the tokens. Every implementation has these signatures.
 
-    Indices are int64 rows of the table. Tokens and table may differ in dtype; `up` and `down` return that of their first
-    argument.
+    Sums are accumulated in float32, or in float64 for a float64 table. Indices are rows of the table, int64. Tokens
+    and table may differ in dtype; `up` and `down` return the dtype of their first argument.
     """
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
-        """Why it cannot run on a table, a sentence, or `None` if it can."""
+        """Why this implementation cannot run on a table, a sentence, or `None` if it can."""
         return None
 
     @staticmethod
@@ -89,9 +93,9 @@ class TorchKernels:
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
-        `(coefficients [T, A], tokens [T, d], indices [T, A]) -> rows [U], values [U, d]`: the U rows in `indices`, each
-        once and in order, and for each the sum of coefficient · token. Written into the rows of `out [N, d]`, zeros so
-        far, and not returned, where `out` is given.
+        `(coefficients [T, A], tokens [T, d], indices [T, A]) -> rows [U], values [U, d]`: the U rows in `indices`,
+        each once and ascending, and for each the sum of coefficient · token, in `dtype`. If `out [N, d]` is given, the
+        values are written into its rows, the others are left as they are, and nothing is returned.
         """
         rows, positions = torch.unique(indices, return_inverse=True)
         sums = _accumulated(tokens[:0]).new_zeros(rows.shape[0], tokens.shape[1])
@@ -104,11 +108,11 @@ class TorchKernels:
         return None
 
 
-def _pieces(num_tokens: int, numbers_per_token: int) -> Iterator[slice]:
-    step = max(PIECE_SIZE // max(numbers_per_token, 1), 1)
+def _pieces(num_tokens: int, elements_per_token: int) -> Iterator[slice]:
+    step = max(PIECE_SIZE // max(elements_per_token, 1), 1)
     return (slice(start, start + step) for start in range(0, num_tokens, step))
 
 
 def _accumulated(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype that sums are taken in."""
+    """Cast to the dtype in which sums are accumulated."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -12,12 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Experts on a GPU, in Triton. An entry is a pair of a token and one of its experts; they are taken in one of two orders:
+Experts on a GPU, in Triton. An entry is a pair of a token and one of its experts; entries are processed in one of two
+orders:
 
-- by token, as they come. Every row of the table is read as often as an entry names it.
-- by expert, sorted. Entries that name the same row are neighbours, and memory hands it out once.
+- by token, as they come. Every row of the table is read once for each entry that names it.
+- by expert, sorted. Entries that name the same row are neighbors, and the row is read from memory once.
 
-Without Triton the module imports and `TritonKernels.unavailable_reason` says so.
+Without Triton the module can be imported, and `TritonKernels.unavailable_reason` says what is missing.
 """
 
 import os
@@ -33,12 +34,13 @@ except ImportError:
     triton = None
 
 
-# What Triton's decorator reads as well, at this same moment: kernels are either for a GPU or run in Python, on a CPU.
+# Triton's decorator reads the variable too, when this module is imported: kernels run either on a GPU, or in Python on
+# a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# When to sort by expert, see `_by_expert`. Estimated from the bytes that move, not measured.
+# When to sort by expert, see `_by_expert`. Estimated from the number of bytes read, not measured.
 CACHE_SIZE = 2**25
 ENTRIES_PER_ROW = 4
 
@@ -49,7 +51,7 @@ if triton is not None:
     def _up(
         hidden, rows, order, table, output, num_entries, active, width, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
     ):
-        """`output[e] = hidden[e // active] · table[rows[p]]`, e = order[p] or, without an order, p. A block of p."""
+        """`output[e] = hidden[e // active] · table[rows[p]]`, e = order[p], or p if `order` is None. A block of p."""
         positions = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
         present = positions < num_entries
         entries = positions
@@ -74,10 +76,10 @@ if triton is not None:
         columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros([ENTRIES, COLUMNS], dtype=tl.float32)
         for first in range(0, active, ENTRIES):
-            numbers = first + tl.arange(0, ENTRIES)
-            present = numbers < active
-            weight = tl.load(weights + token * active + numbers, mask=present, other=0.0).to(tl.float32)
-            row_starts = tl.load(indices + token * active + numbers, mask=present, other=0) * width
+            positions = first + tl.arange(0, ENTRIES)
+            present = positions < active
+            weight = tl.load(weights + token * active + positions, mask=present, other=0.0).to(tl.float32)
+            row_starts = tl.load(indices + token * active + positions, mask=present, other=0) * width
             mask = present[:, None] & (columns < width)[None, :]
             row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
             sums += weight[:, None] * row.to(tl.float32)
@@ -121,14 +123,14 @@ if triton is not None:
     ):
         """
         `values[u] = Σ coefficients[e] tokens[e // active]`, e = order[starts[u]] … order[starts[u + 1] - 1], in row
-        `places[u]` where places are given. One u and a block of columns.
+        `places[u]` unless `places` is None. One u and a block of columns.
         """
         blocks = tl.cdiv(width, COLUMNS)
-        number = (tl.program_id(0) // blocks).to(tl.int64)
+        group = (tl.program_id(0) // blocks).to(tl.int64)
         columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-        end = tl.load(starts + number + 1)
+        end = tl.load(starts + group + 1)
         sums = tl.zeros([ENTRIES, COLUMNS], dtype=tl.float32)
-        for first in range(tl.load(starts + number), end, ENTRIES):
+        for first in range(tl.load(starts + group), end, ENTRIES):
             positions = first + tl.arange(0, ENTRIES)
             present = positions < end
             entries = tl.load(order + positions, mask=present, other=0)
@@ -137,14 +139,17 @@ if triton is not None:
             mask = present[:, None] & (columns < width)[None, :]
             token = tl.load(tokens + token_starts[:, None] + columns[None, :], mask=mask, other=0.0)
             sums += coefficient[:, None] * token.to(tl.float32)
-        place = number
+        place = group
         if places is not None:
-            place = tl.load(places + number)
+            place = tl.load(places + group)
         tl.store(values + place * width + columns, tl.sum(sums, axis=0), mask=columns < width)
 
 
 class TritonKernels:
-    """Signatures as in [`TorchKernels`]; sums are taken in float32 whatever the dtypes."""
+    """
+    The experts in Triton. Signatures are those of [`TorchKernels`]; sums are accumulated in float32 whatever the
+    dtypes.
+    """
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
@@ -153,7 +158,7 @@ class TritonKernels:
         if table.device.type != "cuda" and not (INTERPRETED and table.device.type == "cpu"):
             return f"Triton kernels are for a GPU, the experts are on {table.device}."
         if table.dtype not in DTYPES:
-            return f"Triton kernels know {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
+            return f"Triton kernels support {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
         return None
 
     @staticmethod
@@ -202,15 +207,15 @@ class TritonKernels:
 
 def _by_expert(indices: torch.Tensor, table: torch.Tensor) -> bool:
     """
-    Whether to take entries by expert. That moves the reads of rows from memory to the cache, and is worth a sort where
-    rows are needed several times, the cache does not hold the table, and it does hold every token, in float32.
+    Whether to process entries by expert. That moves the reads of rows from memory to the cache, and is worth a sort if
+    rows are needed several times, the cache cannot hold the table, and it can hold all tokens, in float32.
     """
     num_rows, width = table.shape
     return 4 * indices.shape[0] * width <= CACHE_SIZE < table.nbytes and indices.numel() >= ENTRIES_PER_ROW * num_rows
 
 
 def _sorted(indices):
-    """The rows that entries name, ascending, and the number of the entry that names each."""
+    """The rows that entries name, ascending, and the position of the entry that names each."""
     return torch.sort(indices.flatten(), stable=True)
 
 
@@ -225,7 +230,7 @@ def _down_sorted(weights, indices, table):
 
 
 def _blocks(width, entries, columns):
-    """How many entries and columns a program takes at a time. Powers of two."""
+    """How many entries and columns a program processes at a time. Powers of two."""
     return {"ENTRIES": entries, "COLUMNS": min(triton.next_power_of_2(width), columns)}
 
 

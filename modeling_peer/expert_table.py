@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The two tables of a pool of one-neuron experts, each with its linear half of the work."""
+"""The two tables of a pool of one-neuron experts: the up- and down-projection vectors, one row per expert."""
 
 import torch
 from torch import nn
@@ -21,14 +21,15 @@ from .configuration_peer import PeerConfig
 from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
 from .expert_kernels_torch import EagerKernels
 from .memory_advice import advise_huge_pages, advise_whole_access
+from .sparse_gradients import enable_sparse_norms
 
 
 class ExpertTable(nn.Embedding):
     """
-    One row of `hidden_size` numbers per expert.
+    A table with a row of `hidden_size` elements per expert.
 
-    An `nn.Embedding` whose own forward does its half of the work, so that whatever works by module forwards (disk
-    offload, tensor parallelism) works; nothing else reads its weight.
+    It is an `nn.Embedding` whose own forward does its half of the work, and nothing else reads its weight: what relies
+    on module forwards (disk offload, tensor parallelism) works.
 
     Args:
         config (`PeerConfig`): Its `hidden_size`, and its `expert_kernels` and `sparse_expert_gradients`, which may be
@@ -44,19 +45,19 @@ class ExpertTable(nn.Embedding):
 
     @property
     def sparse(self) -> bool:
-        """Under the name by which DDP asks an embedding whether its gradients are sparse."""
+        """Whether its gradient is sparse, under the name that DDP reads of an embedding."""
         return self.config.sparse_expert_gradients
 
     @sparse.setter
     def sparse(self, value: bool) -> None:
-        """Leaves it to the configuration: `nn.Embedding` sets what it is constructed with."""
+        """Ignore what `nn.Embedding` sets when it is constructed: the configuration decides."""
 
     def reset_parameters(self) -> None:
-        """Leaves the rows as allocated: the model's `_init_weights` fills them, once."""
+        """Leave the rows as they were allocated: the model's `_init_weights` fills them, once."""
         advise_huge_pages(self.weight.data)
 
     def _apply(self, fn, recurse=True):
-        # What casts or moves the table reads all of it.
+        # Casting or moving the table reads all of it.
         advise_whole_access(self.weight)
         return super()._apply(fn, recurse)
 
@@ -65,7 +66,7 @@ class ExpertTable(nn.Embedding):
 
     @torch.no_grad()
     def append_rows(self, rows: torch.Tensor) -> None:
-        """Makes the table longer by `rows`, of shape `(num_added, hidden_size)`. Its `weight` is another parameter then."""
+        """Append `rows`, of shape `(num_added, hidden_size)`. `weight` becomes a new parameter."""
         weight = self.weight.new_empty(self.num_embeddings + len(rows), self.embedding_dim)
         advise_huge_pages(weight)
         weight[: self.num_embeddings] = self.weight
@@ -73,34 +74,37 @@ class ExpertTable(nn.Embedding):
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.num_embeddings = len(weight)
 
-    def keep_rows(self, number: int) -> None:
-        """Leaves the first rows, where they are. Its `weight` is another parameter then."""
-        self.weight = nn.Parameter(self.weight.detach()[:number], requires_grad=self.weight.requires_grad)
-        self.num_embeddings = number
+    def keep_rows(self, num_rows: int) -> None:
+        """Keep only the first rows, in the same memory. `weight` becomes a new parameter."""
+        self.weight = nn.Parameter(self.weight.detach()[:num_rows], requires_grad=self.weight.requires_grad)
+        self.num_embeddings = num_rows
 
     @property
     def kernels(self) -> str:
-        """The implementation that runs on this table here and now. Raises `RuntimeError` if the configured one cannot."""
+        """Name of the implementation that runs on this table. Raises `RuntimeError` if the configured one cannot."""
         return resolve_kernels(self.config.expert_kernels, self.weight)
 
     def _run(self, half, operator, tokens, indices):
         weight = self.weight  # once: an adapter may compute it
         kernels = resolve_kernels(self.config.expert_kernels, weight)
+        if kernels != "eager" and not needs_operator(tokens, weight):
+            return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
+        sparse = self.sparse
+        if sparse and not torch.compiler.is_compiling():
+            enable_sparse_norms()
         if kernels == "eager":
-            return getattr(EagerKernels, half)(tokens, indices, weight, self.sparse)
-        if needs_operator(tokens, weight):
-            return operator(tokens, indices, weight, kernels, self.sparse)
-        return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
+            return getattr(EagerKernels, half)(tokens, indices, weight, sparse)
+        return operator(tokens, indices, weight, kernels, sparse)
 
 
 class ExpertUpProjection(ExpertTable):
-    """The rows u_i that go into the experts' neurons: `(hidden [T, d], indices [T, A]) -> hidden · u [T, A]`."""
+    """The up-projection vectors u_i of the experts: `(hidden [T, d], indices [T, A]) -> hidden · u [T, A]`."""
 
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
-            indices (`torch.Tensor` of shape `(num_tokens, num_active)`): expert numbers, int64.
+            indices (`torch.Tensor` of shape `(num_tokens, num_active)`): expert indices, int64.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, num_active)`.
@@ -109,13 +113,13 @@ class ExpertUpProjection(ExpertTable):
 
 
 class ExpertDownProjection(ExpertTable):
-    """The rows v_i that come out of the experts' neurons: `(weights [T, A], indices [T, A]) -> Σ weights · v [T, d]`."""
+    """The down-projection vectors v_i of the experts: `(weights [T, A], indices [T, A]) -> Σ weights · v [T, d]`."""
 
     def forward(self, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """
         Args:
             weights (`torch.Tensor` of shape `(num_tokens, num_active)`)
-            indices (`torch.Tensor` of shape `(num_tokens, num_active)`): expert numbers, int64.
+            indices (`torch.Tensor` of shape `(num_tokens, num_active)`): expert indices, int64.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The registry of feed-forward variants, in the manner of the library's attention interface.
+The registry of feed-forward variants, like the attention interface of Transformers.
 
-A variant is a module class, constructed as `variant(config, layer_idx)` and called as
-`forward(hidden_states, padding_mask=..., **kwargs)`, that returns a tensor of the shape of `hidden_states`,
-`(batch_size, sequence_length, hidden_size)`. Registered by name, it stands in any layer whose entry of
-`PeerConfig.feed_forward_types` says so:
+A variant is a module class. It is constructed as `variant(config, layer_idx)` and called as
+`forward(hidden_states, padding_mask=..., **kwargs)`, and returns a tensor of the shape of `hidden_states`,
+`(batch_size, sequence_length, hidden_size)`. It takes the place of the feed-forward in each layer for which
+`PeerConfig.feed_forward_types` names it:
 
 ```python
 >>> from modeling_peer import FeedForwardInterface
@@ -26,12 +26,25 @@ A variant is a module class, constructed as `variant(config, layer_idx)` and cal
 >>> config = PeerConfig(num_hidden_layers=2, feed_forward_types=["dense", "my_feed_forward"])
 ```
 
-Its `nn.Linear`, `nn.Embedding` and norm modules are initialized by the library; what else it holds it initializes in a
-method `init_own_weights()`, with the functions of `transformers.initialization`, which leave loaded weights alone. A
-class method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself; a static method
+| argument of its forward | |
+|---|---|
+| `padding_mask` | True where there is a token, `(batch_size, sequence_length)`; `None` if the model was not told |
+| `forward_pass` | the [`ForwardPass`] of the model: whether it learns, and whether this call recomputes another |
+| `expert_pool` | the [`ExpertPool`] that PEER layers share, or `None` |
+
+Further arguments may be added: a variant must accept `**kwargs`. If it contains a layer of this package it should pass
+them on.
+
+Transformers initializes its `nn.Linear`, `nn.Embedding` and norm modules. Other parameters it initializes in a method
+`init_own_weights()`, with the functions of `transformers.initialization`, which do not change loaded weights. A class
+method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself, and a static method
 `count_costs(config, layer_idx)` lets [`model_costs`] count it.
+
+A checkpoint does not carry the code of a custom variant: saving warns of it, and the variant must be registered
+wherever the checkpoint is loaded.
 """
 
+from transformers.utils import logging
 from transformers.utils.generic import GeneralInterface
 
 from .configuration_peer import PeerConfig
@@ -41,15 +54,26 @@ from .feed_forward_peer import PeerFeedForward
 from .feed_forward_pkm import PkmFeedForward
 
 
-class FeedForwardInterface(GeneralInterface):
-    """Mapping from the names in `PeerConfig.feed_forward_types` to module classes. See the module's docstring."""
+logger = logging.get_logger(__name__)
 
-    _global_mapping = {
-        "dense": DenseFeedForward,
-        "moe": MoeFeedForward,
-        "pkm": PkmFeedForward,
-        "peer": PeerFeedForward,
-    }
+# The variants whose code every checkpoint carries.
+OWN_VARIANTS = {
+    "dense": DenseFeedForward,
+    "moe": MoeFeedForward,
+    "pkm": PkmFeedForward,
+    "peer": PeerFeedForward,
+}
+
+
+class FeedForwardInterface(GeneralInterface):
+    """
+    Mapping from the names in `PeerConfig.feed_forward_types` to module classes.
+
+    `FeedForwardInterface.register(name, variant)` adds a variant; the docstring of this module says what it must
+    provide.
+    """
+
+    _global_mapping = dict(OWN_VARIANTS)
 
 
 ALL_FEED_FORWARDS = FeedForwardInterface()
@@ -66,10 +90,22 @@ def check_feed_forward_types(names: list[str]) -> None:
 
 
 def feed_forward_tp_plan(config: PeerConfig) -> dict[str, str]:
-    """The tensor parallel styles of the variants in `config.feed_forward_types`, by names relative to the base model."""
+    """The tensor parallel styles of the variants in `config.feed_forward_types`, by names in the base model."""
     plan: dict[str, str] = {}
     for name in dict.fromkeys(config.feed_forward_types):
         variant = ALL_FEED_FORWARDS[name]
         if hasattr(variant, "tp_plan"):
             plan |= {f"layers.*.mlp.{module}": style for module, style in variant.tp_plan(config).items()}
     return plan
+
+
+def warn_of_custom_variants(names: list[str]) -> None:
+    """Warn, once for each, of variants named in `PeerConfig.feed_forward_types` that no checkpoint carries."""
+    for name in names:
+        variant = ALL_FEED_FORWARDS[name]
+        if variant is not OWN_VARIANTS.get(name):
+            logger.warning_once(
+                f"The code of the feed-forward variant {name!r}, class `{variant.__module__}.{variant.__qualname__}`, "
+                "is not saved with the model. Publish it beside the checkpoint: whoever loads the model must first "
+                f"call `FeedForwardInterface.register({name!r}, {variant.__name__})`."
+            )

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The dense feed-forward: a gated MLP, as in Llama. Every token pays for all of it."""
+"""The dense feed-forward: a gated MLP as in Llama, all of which every token uses."""
 
 import torch
 from torch import nn
@@ -22,12 +22,12 @@ from .configuration_peer import PeerConfig
 
 class DenseFeedForward(nn.Module):
     """
-    `down_proj(act(gate_proj(x)) * up_proj(x))`.
+    Gated MLP: `down_proj(act(gate_proj(x)) * up_proj(x))`.
 
     Args:
         config (`PeerConfig`)
-        layer_idx (`int`): Index of the layer it stands in.
-        intermediate_size (`int`, *optional*): Width, `config.intermediate_size` if not given.
+        layer_idx (`int`): Index of the layer.
+        intermediate_size (`int`, *optional*): Width, `config.intermediate_size` if `None`.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int, intermediate_size: int | None = None):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Mixture of coarse experts, the paper's baseline: each expert is a dense feed-forward, and a router picks a few."""
+"""Mixture of large experts, a baseline of the paper: a router selects a few of many dense feed-forwards."""
 
 import torch
 from torch import nn
@@ -21,11 +21,12 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_peer import PeerConfig
+from .forward_pass import ForwardPass
 from .initial_scale import activation_power, matched_std
 
 
 class MoeRouter(nn.Module):
-    """Linear router over `config.moe_num_experts` experts; probabilities are a float32 softmax over all of them."""
+    """Linear router over `config.moe_num_experts` experts. Its probabilities are a float32 softmax over all."""
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -42,8 +43,8 @@ class MoeRouter(nn.Module):
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
 
         Returns:
-            `tuple(torch.Tensor)`: the experts of each token and their weights, which sum to one, both of shape
-            `(num_tokens, moe_num_experts_per_tok)`, and the router logits `(num_tokens, moe_num_experts)`.
+            `tuple(torch.Tensor)`: expert indices and router weights, which sum to one for each token, both of shape
+            `(num_tokens, moe_num_experts_per_tok)`, and router logits of shape `(num_tokens, moe_num_experts)`.
         """
         router_logits = F.linear(hidden_states, self.weight)
         probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
@@ -54,7 +55,7 @@ class MoeRouter(nn.Module):
 
 @use_experts_implementation
 class MoeExperts(nn.Module):
-    """The experts' weights as 3D tensors, run by the library's experts interface (`experts_implementation`)."""
+    """All experts as 3D tensors, computed by the experts interface of Transformers (`experts_implementation`)."""
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -73,6 +74,15 @@ class MoeExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+            top_k_index (`torch.Tensor` of shape `(num_tokens, k)`): Expert indices.
+            top_k_weights (`torch.Tensor` of shape `(num_tokens, k)`): Their router weights.
+
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique():
             token, position = torch.where(top_k_index == expert)
@@ -86,18 +96,21 @@ class MoeFeedForward(nn.Module):
     """
     Mixture of experts of width `config.moe_intermediate_size`.
 
-    With `moe_routing="token_choice"` each token takes its `moe_num_experts_per_tok` best experts. With
-    `"expert_choice"` (Zhou et al., arXiv 2202.09368, the paper's baseline), while training, each expert takes its best
-    tokens of the micro-batch, as many as make `moe_num_experts_per_tok` per token on average. Such a choice looks
-    across tokens, later ones and other sequences included, so evaluation and generation route by token, and the two
-    losses are not of the same model; padding is never chosen.
+    With `moe_routing="token_choice"` each token takes its best `moe_num_experts_per_tok` experts.
+
+    With `"expert_choice"` (Zhou et al., arXiv 2202.09368, the baseline of the paper) each expert takes, in training,
+    its best tokens of the micro-batch: as many as give every token `moe_num_experts_per_tok` experts on average.
+    Padding is never chosen. That choice depends on other tokens, later ones and other sequences included, so
+    evaluation and generation route by token choice: training and evaluation losses are those of different functions.
+
+    Args:
+        config (`PeerConfig`)
+        layer_idx (`int`): Index of the layer.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.expert_choice = config.moe_routing == "expert_choice"
-        # Whether a forward in training mode has a backward to come; the base model says so.
-        self.learns = True
         self.gate = MoeRouter(config)
         self.experts = MoeExperts(config)
 
@@ -109,10 +122,29 @@ class MoeFeedForward(nn.Module):
             "experts.down_proj": "rowwise",
         }
 
-    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
+            padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                True where there is a token. No expert chooses padding.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model. If `None`, this call is one by itself, which learns if gradients are
+                enabled.
+
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
+        learns = torch.is_grad_enabled() if forward_pass is None else forward_pass.learns
         tokens = hidden_states.flatten(0, -2)
         indices, weights, router_logits = self.gate(tokens)
-        if self.expert_choice and self.training and self.learns:
+        if self.expert_choice and self.training and learns:
             output = self._chosen_by_experts(tokens, router_logits, padding_mask)
         else:
             output = self.experts(tokens, indices, weights)
@@ -125,7 +157,7 @@ class MoeFeedForward(nn.Module):
         if padding_mask is not None:
             probabilities = probabilities * padding_mask.reshape(-1, 1)
         weights, chosen = probabilities.t().topk(capacity, dim=-1)  # [num_experts, capacity]
-        # A token's weights sum to one over the experts that chose it, as in evaluation over those it chooses.
+        # The weights of a token sum to one over the experts that chose it, in evaluation over those that it chooses.
         weights, chosen = weights.flatten(), chosen.flatten()
         total = weights.new_zeros(num_tokens).index_add(0, chosen, weights)
         weights = (weights / total[chosen].clamp(min=1e-9)).to(tokens.dtype)

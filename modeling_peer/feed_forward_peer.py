@@ -14,15 +14,21 @@
 """
 The PEER layer (Xu Owen He, "Mixture of A Million Experts", arXiv 2407.04153, section 2 and Algorithm 1).
 
-| paper | here |
-|---|---|
-| N experts | `config.num_experts` |
-| u_i, v_i | row i of `ExpertPool.up_proj`, of `ExpertPool.down_proj` |
-| σ | `config.expert_act` |
-| h heads, k experts of each | `config.num_retrieval_heads`, `config.num_experts_per_head` |
-| query q(x) of size d_k | `ProductKeyRouter.query_proj`, `config.query_size` |
-| sub-keys C, C' | `ProductKeyRouter.sub_keys` |
-| router scores g_i(x) | router weights |
+An input x, the hidden state of a token, is turned into a query, the query retrieves experts, and the layer returns
+their weighted sum:
+
+    f(x) = Σ over h heads, Σ over the k experts i that the head retrieves:  g_i(x) · σ(u_i · x) · v_i
+
+| symbol | meaning | in the code |
+|---|---|---|
+| N | number of experts | `config.num_experts` |
+| u_i, v_i | up- and down-projection vectors of expert i | row i of `ExpertPool.up_proj` and `ExpertPool.down_proj` |
+| σ | activation of the experts | `config.expert_act` |
+| h | number of heads, each with its own queries | `config.num_retrieval_heads` |
+| k | number of experts that each head retrieves | `config.num_experts_per_head` |
+| q(x), d_k | query of a head, and its size | `ProductKeyRouter.query_proj`, `config.query_size` |
+| C, C' | two sets of √N sub-keys of size d_k / 2; their pairs are the N keys | `ProductKeyRouter.sub_keys` |
+| g_i(x) | router weight: softmax over the k retrieved scores of a head | second output of `ProductKeyRouter` |
 """
 
 import torch
@@ -33,16 +39,23 @@ from .configuration_peer import PeerConfig
 from .expert_generations import Generation, generations_of, has_protected_additions
 from .expert_table import ExpertDownProjection, ExpertUpProjection
 from .feed_forward_dense import DenseFeedForward
+from .forward_pass import ForwardPass
 from .initial_scale import activation_power, expert_std, router_weight_power
 from .product_key_router import AddedRouter, ProductKeyRouter
 
 
 class ExpertPool(nn.Module):
     """
-    N experts of one neuron each, `e_i(x) = σ(u_i · x) v_i`, or `σ(g_i · x) (u_i · x) v_i` with `config.gated_experts`.
+    N experts of one neuron each: `e_i(x) = σ(u_i · x) v_i`. With `config.gated_experts` there is a gate vector w_i, a
+    row of `gate_proj`, and `e_i(x) = σ(w_i · x) (u_i · x) v_i`.
 
-    A layer owns its pool, or the base model owns one for all its PEER layers (`config.share_experts_across_layers`).
-    Generations added in protected mode are pools of their own in `added`, whose experts are silent at first: v_i = 0.
+    Each layer has its own pool, or the base model has one for all PEER layers (`config.share_experts_across_layers`).
+    Every generation that was added in protected mode is a pool of its own in `added`. Its v_i are zero at first, so
+    that adding experts does not change the output.
+
+    Args:
+        config (`PeerConfig`)
+        generations (`list[Generation]`): The generation of this pool, followed by those of `added`.
     """
 
     def __init__(self, config: PeerConfig, generations: list[Generation]):
@@ -75,11 +88,11 @@ class ExpertPool(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
             indices (`torch.Tensor` of shape `(num_tokens, num_active)`):
-                The experts each token runs, all of this pool, `added` ones left out.
-            weights (`torch.Tensor` of shape `(num_tokens, num_active)`): their router weights.
+                Indices of the experts of each token, all of them in this pool and not in `added`.
+            weights (`torch.Tensor` of shape `(num_tokens, num_active)`): Their router weights g_i(x).
 
         Returns:
-            `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ weights · e_i(x)`.
+            `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ g_i(x) e_i(x)`.
         """
         rows = indices - self.first_expert if self.first_expert else indices
         neurons = self.up_proj(hidden_states, rows)
@@ -92,12 +105,17 @@ class ExpertPool(nn.Module):
 
 class PeerFeedForward(nn.Module):
     """
-    Parameter Efficient Expert Retrieval: each head retrieves its k best of N one-neuron experts by product keys and
-    weighs them after the activation; heads are summed. Cost follows h and k, capacity N.
+    Parameter Efficient Expert Retrieval: each head retrieves the best k of N experts of one neuron by product keys,
+    and multiplies their activations by the router weights; the outputs of the heads are summed. The compute grows with
+    h · k, the number of parameters with N.
 
-    With k = 1 it is a feed-forward of h neurons picked for each token. With `config.shared_expert_intermediate_size`
-    a dense branch stands beside the experts. Generations of experts added in protected mode have routers of their own,
-    and what they put out is added.
+    With k = 1 it is a feed-forward of h neurons that are chosen for each token. With
+    `config.shared_expert_intermediate_size` the output of a dense branch is added. Each generation of experts that was
+    added in protected mode has its own router, and its output is added as well.
+
+    Args:
+        config (`PeerConfig`)
+        layer_idx (`int`): Index of the layer.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
@@ -127,32 +145,35 @@ class PeerFeedForward(nn.Module):
         hidden_states: torch.Tensor,
         padding_mask: torch.Tensor | None = None,
         expert_pool: ExpertPool | None = None,
+        forward_pass: ForwardPass | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                True where there is a token; see `QueryBatchNorm`.
+                True where there is a token, see [`QueryBatchNorm`].
             expert_pool (`ExpertPool`, *optional*):
-                The base model's pool, where layers share one.
+                The pool of the base model, if layers share one.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, see [`QueryBatchNorm`].
 
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
         """
         pool = self.expert_pool if self.expert_pool is not None else expert_pool
-        output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask)
+        output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask, forward_pass)
         for router, added_pool in zip(self.added_routers, pool.added, strict=True):
-            output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask)
+            output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask, forward_pass)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         return output
 
-    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask):
+    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask, forward_pass):
         if router.is_off:
             return torch.zeros_like(hidden_states)
-        indices, weights = router(hidden_states, padding_mask)
+        indices, weights = router(hidden_states, padding_mask, forward_pass)
         output = pool(
             hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
         )
-        return output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may live elsewhere
+        return output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may be on another device

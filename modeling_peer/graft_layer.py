@@ -31,6 +31,7 @@ from transformers import initialization as init
 from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
+from .forward_pass import ForwardPass
 from .library_releases import in_backward
 from .modeling_peer import padding_mask_of
 from .query_norm import QueryBatchNorm
@@ -184,20 +185,16 @@ class PeerGraft(PeerFeedForward):
         if learns and not recomputes:
             check_sparse_gradients(self)
         padding_mask = self._padding_mask(hidden_states, learns, recomputes)
-        norm = self.router.query_norm
-        if isinstance(norm, QueryBatchNorm):
-            norm.learns = learns
-            norm.pending_moments = None  # what a recomputation left behind, which may end in the middle of a layer
-        output = self._with_biases(hidden_states, padding_mask)
-        if isinstance(norm, QueryBatchNorm) and not recomputes:
-            norm.fold_moments()
-        return output.to(dtype)
+        forward_pass = ForwardPass(learns)
+        if recomputes:
+            forward_pass.end()
+        return self._with_biases(hidden_states, padding_mask, forward_pass).to(dtype)
 
-    def _with_biases(self, hidden_states, padding_mask):
+    def _with_biases(self, hidden_states, padding_mask, forward_pass):
         if self.output_bias is None:
-            return super().forward(hidden_states, padding_mask)
+            return super().forward(hidden_states, padding_mask, forward_pass=forward_pass)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
-        output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask)
+        output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask, forward_pass=forward_pass)
         return output[..., :-1] + self.output_bias
 
     def _learns(self):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The key grid of a pool: which expert stands in which cell, so that growth keeps every expert index."""
+"""The key grid of a pool: which expert is in which cell, so that every expert keeps its index when the pool grows."""
 
 import math
 
@@ -19,29 +19,30 @@ import torch
 
 
 def grid_size(num_experts: int) -> int:
-    """Side √N of the key grid of `num_experts` = N experts. Raises `ValueError` if N is not a perfect square."""
+    """Return the side √N of the key grid of N = `num_experts` experts. Raise `ValueError` if N is no perfect square."""
     size = math.isqrt(max(num_experts, 0))
     if size < 1 or size * size != num_experts:
         raise ValueError(
-            f"`num_experts` must be a perfect square, the product of two equal sets of sub-keys, got {num_experts}; "
-            f"the nearest are {max(size, 1) ** 2} and {(max(size, 1) + 1) ** 2}."
+            f"`num_experts` must be a perfect square, one expert for each pair of two sets of sub-keys, "
+            f"got {num_experts}; the nearest are {max(size, 1) ** 2} and {(max(size, 1) + 1) ** 2}."
         )
     return size
 
 
 def expert_index(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """
-    Number of the expert in cell (`row`, `column`) of the key grid, two integer tensors of one shape.
+    Return the index of the expert in each cell (`row`, `column`) of the key grid, two integer tensors of the same
+    shape.
 
-    Cells are counted in square shells, m = max(row, column): m² + m + row - column. A cell keeps its number when the
+    Cells are counted in square shells, m = max(row, column): m² + m + row - column. A cell keeps its index when the
     grid gets larger, so that a pool grows by appending rows to its tables.
     """
     shell = torch.maximum(row, column)
     return shell * shell + shell + row - column
 
 
-def expert_cell(number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cell (row, column) of the key grid that the expert with a number is in."""
-    shell = number.double().sqrt().long()
-    before_diagonal = number - shell * shell - shell  # row - column
+def expert_cell(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cell (row, column) of the key grid of each expert index: the inverse of [`expert_index`]."""
+    shell = index.double().sqrt().long()
+    before_diagonal = index - shell * shell - shell  # row - column
     return shell + before_diagonal.clamp(max=0), shell - before_diagonal.clamp(min=0)

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Memory that is read and written by rows: what the operating system is told of it, and how it is used again. Where the
-system does not listen, nothing changes.
+Memory that is read and written by rows: advice to the operating system, and reuse. Where the system takes no advice,
+nothing changes.
 """
 
 import ctypes
@@ -27,18 +27,18 @@ import torch
 from .library_releases import storage_use_count
 
 
-# Huge pages are 2 MB: less memory than some of them is not worth a call.
+# Huge pages are 2 MB: less memory than a few of them is not worth a system call.
 LEAST_BYTES = 2**23
 
 
-@functools.cache
+@functools.cache  # a handle of the process itself
 def _libc():
     return ctypes.CDLL(None, use_errno=True)
 
 
 def _advise(tensor, advice):
     size = tensor.numel() * tensor.element_size()
-    # A tensor of tensors, quantized or sharded, has no memory of its own.
+    # A tensor subclass, quantized or sharded, may have no memory of its own.
     has_memory = tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter)
     if sys.platform != "linux" or not has_memory or size < LEAST_BYTES:
         return tensor
@@ -50,26 +50,37 @@ def _advise(tensor, advice):
 
 def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """
-    Memory that was just allocated comes in pages of 2 MB as it is first written: fewer interrupts then, fewer misses of
-    the processor's table of pages ever after. Returns the tensor.
+    Let memory that was just allocated come in pages of 2 MB as it is first written: fewer page faults then, and fewer
+    TLB misses from then on. Return the tensor.
     """
     return _advise(tensor, mmap.MADV_HUGEPAGE) if hasattr(mmap, "MADV_HUGEPAGE") else tensor
 
 
 def advise_random_access(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a tensor mapped from a file, reading a row brings that row, not its neighbours. Returns the tensor."""
+    """
+    Let a read of a row of a tensor that is mapped from a file load that row, not its neighbors. Return the tensor.
+    """
     return _advise(tensor, mmap.MADV_RANDOM)
 
 
 def advise_whole_access(tensor: torch.Tensor) -> torch.Tensor:
-    """Takes [`advise_random_access`] back, for who reads all of a tensor. Returns the tensor."""
+    """Undo [`advise_random_access`], before all of a tensor is read. Return the tensor."""
     return _advise(tensor, mmap.MADV_NORMAL)
 
 
 class ReusedMemory:
     """
-    Memory for the gradients of a step, taken again for those of the next once nothing refers to it: fresh memory costs
-    more to touch first than the gradients cost to compute. What was needed at one time stays allocated until `release`.
+    Memory for the gradients of one step that is used again for those of the next, once no tensor refers to it:
+    touching fresh memory for the first time costs more than computing the gradients. It stays allocated until
+    `release`.
+
+    Whether a tensor refers to a block is read from the reference counts of its storage. Nothing else tells: a gradient
+    may be kept by autograd, a hook, an optimizer, another thread or a view, and PyTorch has no callback for the end of
+    the last of them (a `weakref.finalize` of a tensor fires while views of its storage live on). A count that is too
+    high only costs memory, as the block stays taken. One that is too low would let the next gradient overwrite one
+    that is in use, silently. Counts are hence compared for equality with those of a block that was just made: what
+    PyTorch counts differently in a later release, it counts differently in both, and a reference too many makes them
+    unequal.
     """
 
     def __init__(self):
@@ -77,7 +88,7 @@ class ReusedMemory:
         self._lock = threading.Lock()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of this shape on the CPU, its numbers whatever was there."""
+        """Return an uninitialized tensor of this shape on the CPU."""
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         if size < LEAST_BYTES:
@@ -86,7 +97,7 @@ class ReusedMemory:
             free = [block for block in self._blocks if block.is_free()]
             block = next((block for block in free if size <= block.size <= 2 * size), None)
             if block is None:
-                # Too small for what is asked of it now, or too large: out with all that is free.
+                # All free blocks are too small, or too large: let them go.
                 self._blocks = [block for block in self._blocks if block not in free]
                 block = _Block(size + size // 8)
                 if block.references_when_free is not None:
@@ -94,7 +105,7 @@ class ReusedMemory:
             return block.memory[:size].view(dtype).view(shape)
 
     def release(self) -> None:
-        """Gives back what nothing refers to."""
+        """Free the blocks that no tensor refers to."""
         with self._lock:
             self._blocks = [block for block in self._blocks if not block.is_free()]
 
@@ -107,7 +118,7 @@ class _Block:
         self.references_when_free = self._references()
 
     def is_free(self) -> bool:
-        """Whether no tensor but its own lives in the memory, here or in a process that it was sent to."""
+        """Whether no tensor but its own uses the memory, in this process or in one that it was sent to."""
         return self._references() == self.references_when_free and not self.memory.is_shared()
 
     def _references(self):

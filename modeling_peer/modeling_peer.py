@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PyTorch PEER model: a Llama-style decoder whose layers take their feed-forward from the registry of variants."""
+"""PEER models in PyTorch: a Llama-style decoder whose layers take their feed-forward from the registry of variants."""
 
 from dataclasses import dataclass
 
@@ -41,34 +41,44 @@ from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
 from .expert_table import ExpertTable
-from .feed_forward import ALL_FEED_FORWARDS, check_feed_forward_types, feed_forward_tp_plan
-from .feed_forward_moe import MoeFeedForward, MoeRouter
+from .feed_forward import (
+    ALL_FEED_FORWARDS,
+    check_feed_forward_types,
+    feed_forward_tp_plan,
+    warn_of_custom_variants,
+)
+from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
+from .forward_pass import ForwardPass
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
-from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
+from .training_advice import advise_on_added_experts
+
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
 
 
 @auto_docstring(
     custom_intro="""
-    Outputs of the base model.
+    Output of the base model.
     """
 )
 @dataclass
 class PeerModelOutputWithPast(MoeModelOutputWithPast):
     r"""
     router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
-        For each router that ran, a layer's own before those of its added experts, the experts that every token
-        retrieved, best first: of shape
-        `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers,
+        Indices of the experts that every token retrieved, best first: one tensor per router that ran, the first router
+        of a layer before those of its added experts. Of shape
+        `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers, and
         `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers.
     router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
-        Their router weights, of the same shapes.
+        Router weights of these experts, of the same shapes.
     router_logits (`tuple(torch.Tensor)`, *optional*, returned when `output_router_logits=True`):
-        For each MoE layer, logits of shape `(batch_size * sequence_length, moe_num_experts)`.
+        Router logits, one tensor of shape `(batch_size * sequence_length, moe_num_experts)` per MoE layer.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -77,16 +87,16 @@ class PeerModelOutputWithPast(MoeModelOutputWithPast):
 
 @auto_docstring(
     custom_intro="""
-    Outputs of the language model.
+    Output of the language model.
     """
 )
 @dataclass
 class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
     router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
-        For each layer with a router, the experts that every token retrieved, see [`PeerModelOutputWithPast`].
+        Indices of the experts that every token retrieved, see [`PeerModelOutputWithPast`].
     router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
-        Their router weights, of the same shapes.
+        Router weights of these experts, of the same shapes.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -95,29 +105,81 @@ class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length: int) -> torch.Tensor | None:
     """
-    Where the last `sequence_length` positions hold tokens, `(batch_size, sequence_length)`. `None` if a mask of another
-    form than `(batch_size, past and present length)` does not say.
+    The padding mask of the present tokens, taken from an attention mask of past and present tokens.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
+            Masks of other forms (four-dimensional, dictionaries, block masks) do not tell what is padding.
+        sequence_length (`int`): Number of present tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length)`, or `None` if the attention mask does not tell.
 
     Raises:
-        `ValueError`: if the mask is shorter than the inputs.
+        `ValueError`: if the mask has fewer columns than there are present tokens.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
     if attention_mask.shape[1] < sequence_length:
         raise ValueError(
-            f"`attention_mask` must cover past and present tokens, at least {sequence_length} of them, got one of shape "
-            f"{tuple(attention_mask.shape)}."
+            f"`attention_mask` must cover past and present tokens, at least {sequence_length} of them, got one of "
+            f"shape {tuple(attention_mask.shape)}."
         )
     return attention_mask[:, -sequence_length:]
 
 
-def check_configuration(config: PeerConfig) -> None:
+def check_masks(
+    attention_mask: torch.Tensor | dict | None,
+    padding_mask: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+    cache: Cache | None,
+    learns: bool,
+) -> None:
     """
-    Refuse a configuration that no model can be built of: its fields may have been set since it was made, and the names of
-    feed-forward variants and of kernels are only known where they are registered.
+    Refuse masks of another shape than the tokens: attention reads the first columns of an attention mask that is too
+    long, query norms its last ones.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
+            Masks of other forms are left to the attention.
+        padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*)
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
+        cache (`Cache`, *optional*): The past tokens.
+        learns (`bool`):
+            Whether query norms read the padding mask. If not, an attention mask that comes with a cache may have
+            further columns: a static cache has room for later tokens, and a stage of pipeline parallelism without the
+            first layer takes its cache for empty.
 
     Raises:
-        `StrictDataclassClassValidationError`: if its fields do not fit together.
+        `ValueError`: naming the mask, its shape and the expected one.
+    """
+    batch_size, sequence_length = inputs_embeds.shape[:2]
+    if padding_mask is not None and padding_mask.shape != (batch_size, sequence_length):
+        raise ValueError(
+            f"`padding_mask` must have the shape (batch size, sequence length) = {(batch_size, sequence_length)}, got "
+            f"{tuple(padding_mask.shape)}."
+        )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return
+    past_length = cache.get_seq_length() if cache is not None else 0
+    if isinstance(past_length, torch.Tensor):  # of a static cache, on its device: reading it would wait for the device
+        past_length, learns = 0, False
+    length = past_length + sequence_length
+    rows, columns = attention_mask.shape
+    if rows != batch_size or columns < length or (columns > length and (learns or cache is None)):
+        raise ValueError(
+            f"`attention_mask` must have the shape (batch size, past and present length) = {(batch_size, length)}, "
+            f"got {(rows, columns)}."
+        )
+
+
+def check_configuration(config: PeerConfig) -> None:
+    """
+    Refuse a configuration that no model can be built of. Its fields may have changed since it was made, and it does
+    not know the registries of feed-forward variants and of kernels.
+
+    Raises:
+        `StrictDataclassError`: if a field is wrong.
         `ValueError`: if it names a feed-forward variant or kernels that are not registered.
     """
     config.validate()
@@ -129,6 +191,22 @@ def _advise_tables(model, advise):
     for module in model.modules():
         if isinstance(module, ExpertTable):
             advise(module.weight)
+
+
+def _in_its_own_class(model):
+    """
+    The model, as an object of the class that it was made of.
+
+    FSDP2 replaces the class of a model by one that it derives, and whose module is torch's. Transformers copies the
+    code of a model from the module of its class, and writes the name of that class into `auto_map`. The object that is
+    returned has the attributes of the model, not copies of them.
+    """
+    if not (torch.distributed.is_available() and isinstance(model, FSDPModule)):
+        return model
+    own_class = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    twin = own_class.__new__(own_class)
+    twin.__dict__ = model.__dict__
+    return twin
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -150,6 +228,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         padding_mask: torch.Tensor | None = None,
         expert_pool: ExpertPool | None = None,
+        forward_pass: ForwardPass | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
@@ -167,11 +246,17 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
 
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
-        hidden_states = self.mlp(hidden_states, padding_mask=padding_mask, expert_pool=expert_pool)
+        hidden_states = self.mlp(
+            hidden_states, padding_mask=padding_mask, expert_pool=expert_pool, forward_pass=forward_pass
+        )
         return residual + hidden_states
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Base class of all PEER models: how they are initialized, saved and loaded.
+    """
+)
 class PeerPreTrainedModel(PreTrainedModel):
     config: PeerConfig
     base_model_prefix = "model"
@@ -193,8 +278,10 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in the library. A file of weights stays where it is and is mapped; of the expert tables, whose rows are read
-        at random, the operating system is told to read no more than asked for."""
+        """
+        As in Transformers. Expert tables stay in the mapped file, and the operating system is advised to read no more
+        than the rows that are asked for.
+        """
         # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
         register_head_selection()
         loaded = super().from_pretrained(*args, **kwargs)
@@ -202,35 +289,41 @@ class PeerPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers, with the configuration refused before a file is written, and the model's own code saved
-        where FSDP2 has put a class of its own in front of the model's."""
+        """
+        As in Transformers, and writes a short model card where there is none. Works with FSDP2 too, and warns of
+        feed-forward variants whose code the checkpoint does not carry.
+
+        Raises:
+            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong.
+        """
         check_configuration(self.config)
-        actual_class = type(self)
-        if actual_class.__name__.startswith("FSDP"):
-            self.__class__ = actual_class.__bases__[1]
+        warn_of_custom_variants(self.config.feed_forward_types)
         _advise_tables(self, advise_whole_access)
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.__class__ = actual_class
             _advise_tables(self, advise_random_access)
         write_card(save_directory, PEER_MODEL, type(self)._auto_class)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # The library looks for its decorator in this file; the MoE variant carries it in its own.
+        # Transformers looks for its decorator of experts in this file. The file of the MoE variant has it.
         return True
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # Every module of a feed-forward variant knows how its own parameters start.
+        # Modules of feed-forward variants initialize their own parameters.
         if hasattr(module, "init_own_weights"):
             module.init_own_weights()
         else:
             super()._init_weights(module)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The bare PEER model, which returns hidden states without any specific head on top.
+    """
+)
 class PeerModel(PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
         check_configuration(config)
@@ -243,7 +336,8 @@ class PeerModel(PeerPreTrainedModel):
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        # One pool for all PEER layers is one module of the base model: a tied key would count only with tied embeddings.
+        # The pool of all PEER layers is one module of the base model: a tied key would count only with tied
+        # embeddings.
         shares_pool = config.share_experts_across_layers and "peer" in config.feed_forward_types
         self.expert_pool = ExpertPool(config, shared_generations(config)) if shares_pool else None
         self.gradient_checkpointing = False
@@ -268,26 +362,34 @@ class PeerModel(PeerPreTrainedModel):
     ) -> PeerModelOutputWithPast:
         r"""
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True where there is a token. Taken from a two-dimensional `attention_mask` if not given; it tells the
-            feed-forward which positions count while training, whatever the attention makes of its own mask.
+            True (or 1) where there is a token, which feed-forwards learn from; taken from a two-dimensional
+            `attention_mask` if not given. Attention does not read it.
+
+        Returns:
+            [`PeerModelOutputWithPast`], or a tuple of its elements if `return_dict=False`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
 
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
+        if forward_pass.learns:
+            check_sparse_gradients(self)
+            advise_on_added_experts(self)
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+
+        check_masks(attention_mask, padding_mask, inputs_embeds, cache, forward_pass.learns)
+        if padding_mask is None:
+            padding_mask = padding_mask_of(attention_mask, inputs_embeds.shape[1])
+
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
-
-        if padding_mask is None:
-            padding_mask = padding_mask_of(attention_mask, inputs_embeds.shape[1])
-        self._tell_whether_it_learns()
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -309,11 +411,12 @@ class PeerModel(PeerPreTrainedModel):
                 position_embeddings=position_embeddings,
                 padding_mask=padding_mask,
                 expert_pool=self.expert_pool,
+                forward_pass=forward_pass,
                 **{CACHE: cache},
                 **kwargs,
             )
 
-        self._fold_query_moments()
+        forward_pass.end()
 
         hidden_states = self.norm(hidden_states)
 
@@ -323,32 +426,19 @@ class PeerModel(PeerPreTrainedModel):
         )
 
     def init_parallel_plans(self) -> None:
-        """Make the plans as Transformers does, and add to the tensor parallel plan what the feed-forwards say of theirs."""
+        """Make the plans as Transformers does, and add the tensor parallel plans of the feed-forward variants."""
         super().init_parallel_plans()
         plan = feed_forward_tp_plan(self.config)
         if self.expert_pool is not None:
             plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
         self._tp_plan = plan | self._tp_plan  # what was set on the configuration goes first
 
-    def _tell_whether_it_learns(self):
-        """Decided here once: a layer may run without gradients and yet be trained, under reentrant checkpointing."""
-        learns = self.training and torch.is_grad_enabled()
-        if learns:
-            check_sparse_gradients(self)
-        for module in self.layers.modules():
-            if isinstance(module, (QueryBatchNorm, MoeFeedForward)):
-                module.learns = learns
-            if isinstance(module, QueryBatchNorm):
-                module.pending_moments = None  # what a recomputation left behind
 
-    def _fold_query_moments(self):
-        """Here rather than in the layers, whose forward runs a second time under activation checkpointing."""
-        for module in self.layers.modules():
-            if isinstance(module, QueryBatchNorm):
-                module.fold_moments()
-
-
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The PEER model for causal language modeling: a linear layer on top predicts the next token.
+    """
+)
 class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -381,6 +471,9 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerCausalLMOutputWithPast:
         r"""
+        Returns:
+            [`PeerCausalLMOutputWithPast`], or a tuple of its elements if `return_dict=False`.
+
         Example:
 
         ```python
@@ -440,8 +533,13 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         )
 
 
+@auto_docstring(
+    custom_intro="""
+    The PEER model with a sequence classification head: a linear layer on top classifies the last token.
+    """
+)
 class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTrainedModel):
-    # As the generic heads build their base model through `AutoModel`, a checkpoint's own code could not load them.
+    # The generic heads build their base model through `AutoModel`, which does not find the code of a checkpoint.
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -452,6 +550,11 @@ class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTra
         self.post_init()
 
 
+@auto_docstring(
+    custom_intro="""
+    The PEER model with a token classification head: dropout and a linear layer on top classify every token.
+    """
+)
 class PeerForTokenClassification(GenericForTokenClassification, PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)
@@ -464,6 +567,12 @@ class PeerForTokenClassification(GenericForTokenClassification, PeerPreTrainedMo
         self.post_init()
 
 
+@auto_docstring(
+    custom_intro="""
+    The PEER model with a head for extractive question answering: a linear layer on top scores every token as the start
+    and as the end of the answer.
+    """
+)
 class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel):
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)

@@ -12,10 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Compiles C on the user's machine, on first use, and keeps it.
+C kernels that are compiled on the user's machine on first use, kept in a cache, and called through ctypes.
 
-Kernels have a plain C interface that ctypes calls: no header of torch or Python is needed, and what was compiled goes on
-working when either is upgraded. They run on the OpenMP threads that torch has already started.
+Kernels have a plain C interface: no header of torch or Python is needed, and compiled kernels keep working when either
+is upgraded. They run on the OpenMP threads that torch has already started.
+
+A checkpoint that is loaded with `trust_remote_code=True` brings this file along. Compilation can be switched off for
+the whole process by the environment variable `MODELING_PEER_COMPILE_KERNELS=0`, and for one model by
+`expert_kernels="torch"` in its configuration; the notice that the first compilation prints names both.
 """
 
 import ctypes
@@ -24,9 +28,11 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -37,10 +43,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+COMPILE_VARIABLE = "MODELING_PEER_COMPILE_KERNELS"
+
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC")
 
-# What the sources share. A vector is as wide as the processor's registers; it is loaded and stored through memcpy, which
-# compiles to one instruction and asks for no alignment.
+# What the sources share. A vector is as wide as the processor's registers; it is loaded and stored by memcpy, which
+# compiles to one instruction and requires no alignment.
 PREAMBLE = r"""
 #include <stdint.h>
 #include <string.h>
@@ -73,7 +81,7 @@ static inline void put_float32(float *p, float x) { *p = x; }
 static inline double get_float64(const double *p) { return *p; }
 static inline void put_float64(double *p, double x) { *p = x; }
 
-/* bfloat16: the upper half of a float32, rounded to the nearest, ties to even; not a number stays one. */
+/* bfloat16: the upper half of a float32, rounded to the nearest, ties to even; NaN stays NaN. */
 static inline words load_halves(const uint16_t *p) {
     halves h;
     memcpy(&h, p, sizeof h);
@@ -94,7 +102,7 @@ static inline void put_bfloat16(uint16_t *p, float x) {
     *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
 }
 
-/* float16: exponents are shifted by a product with 2^112, which makes subnormal numbers right too. */
+/* float16: multiplying by 2^112 shifts the exponents, which handles subnormal numbers too. */
 static inline floats load_float16(const uint16_t *p) {
     words bits = load_halves(p), magnitude = (bits & 0x7fff) << 13;
     words finite = (words)((floats)magnitude * 0x1p112f), special = magnitude | 0x7f800000;
@@ -121,9 +129,11 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 
 def for_each_dtype(body: str) -> str:
     """
-    C that defines a body's functions once per dtype of a row of numbers: `NAME(f)` becomes `f_float32` and so on, `ROW` the
-    type of a number in memory, `SUM` and `VECTOR` the type that sums are taken in and a register of them, `WIDTH` its
-    lanes, `LOAD`, `STORE`, `GET` and `PUT` what goes between.
+    C source that defines the functions of `body` once for each dtype of a table.
+
+    In `body`, `NAME(f)` becomes `f_float32` and so on; `ROW` is the type of an element in memory; `SUM` and `VECTOR`
+    are the type in which sums are accumulated and a register of them, with `WIDTH` lanes; `LOAD`, `STORE`, `GET` and
+    `PUT` convert between the two.
     """
     types = {
         "float32": ("float", "float", "floats"),
@@ -141,25 +151,50 @@ def for_each_dtype(body: str) -> str:
     return "\n".join(parts)
 
 
+# Cached for the life of the process, as the process keeps a loaded library anyway: dlopen'd code that may be running
+# cannot be unloaded. What is found out once, that there is no compiler for one, is not tried again at every forward.
 @functools.cache
 def load_library(source: str) -> ctypes.CDLL | None:
     """
-    The compiled form of C source, from the cache (`$HF_HOME/modeling_peer`) if this compiler has compiled it for this
-    processor before. `None`, and a notice, if there is no compiler or it fails.
+    Return the compiled form of C source, compiling it unless this compiler has compiled it for this processor before.
+
+    Compiled libraries are kept in `$HF_HOME/modeling_peer`, or in a folder of this user's own below the temporary
+    directory where that one cannot be written or cannot hold code that runs.
+
+    Returns:
+        `ctypes.CDLL` or `None`: `None` if `MODELING_PEER_COMPILE_KERNELS=0` is set, and, after a notice, if there is
+        no compiler that works.
     """
+    if is_compilation_off():
+        return None
     try:
         compiler = _compiler()
         version = _run([*compiler, "--version"])
         key = "\0".join([source, *compiler, *COMPILER_FLAGS, version, _processor()])
-        name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-        return ctypes.CDLL(str(_build(compiler, source, name)))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return _open(compiler, source, hashlib.sha256(key.encode()).hexdigest()[:32])
+    # ValueError: CC cannot be parsed. NotImplementedError: no folder has locks.
+    except (OSError, ValueError, NotImplementedError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
-            f"PEER runs on torch operations, several times slower than with a C compiler: {reason[0] if reason else error}. "
-            "Install gcc, or name a compiler that has its OpenMP in the environment variable CC."
+            f"PEER runs on PyTorch operations, several times slower than with C kernels, which could not be compiled: "
+            f"{reason[0] if reason else repr(error)}. Install gcc, or set the environment variable CC to a compiler "
+            f"that supports OpenMP. {COMPILE_VARIABLE}=0 switches compilation, and this notice, off."
         )
         return None
+
+
+def is_compilation_off() -> bool:
+    """
+    Whether the environment forbids C kernels: `MODELING_PEER_COMPILE_KERNELS` is set, and not to 1, on, yes or true.
+    """
+    return (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES
+
+
+def missing_library_reason() -> str:
+    """Why [`load_library`] returned `None`, a sentence."""
+    if is_compilation_off():
+        return f"the environment variable {COMPILE_VARIABLE}={os.environ[COMPILE_VARIABLE]} switches C kernels off."
+    return "there is no C compiler that works."
 
 
 def _run(command):
@@ -169,8 +204,11 @@ def _run(command):
 
 def _compiler():
     if sys.platform == "win32":
-        raise OSError("native kernels are for Linux and macOS")
-    return shlex.split(os.environ.get("CC") or "cc")
+        raise OSError("C kernels are for Linux and macOS")
+    try:
+        return shlex.split(os.environ.get("CC") or "cc")
+    except ValueError as error:
+        raise ValueError(f"the environment variable CC={os.environ['CC']!r} is no command: {error}") from None
 
 
 def _processor():
@@ -183,33 +221,26 @@ def _processor():
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
 
 
-def _build(compiler, source, name):
-    """Compiles to a file of this name unless there is one. Of several processes one compiles; none sees a part of it."""
-    folder = Path(constants.HF_HOME) / "modeling_peer"
-    if (folder / name).exists():
-        return folder / name
-    folder = _writable(folder)
-    with FileLock(folder / f"{name}.lock"), tempfile.TemporaryDirectory(dir=folder) as workplace:
-        if (folder / name).exists():
-            return folder / name
-        code, compiled, linked = (Path(workplace) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
-        code.write_text(source, encoding="utf-8")
-        _run([*compiler, *COMPILER_FLAGS, "-c", str(code), "-o", str(compiled)])
-        # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _run([*compiler, "-shared", *undefined, str(compiled), "-o", str(linked)])
-        os.replace(linked, folder / name)
-    return folder / name
-
-
-def _writable(folder):
-    """The folder, made if it can be, or else one of this user's own, where nobody else can put code."""
+def _open(compiler, source, key):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
+        return _load_from(_shared_folder(), compiler, source, key)
+    except (OSError, NotImplementedError, subprocess.CalledProcessError):
+        # It cannot be written, is full, has no locks, or is mounted `noexec`.
+        return _load_from(_own_folder(), compiler, source, key)
+
+
+def _load_from(folder, compiler, source, key):
+    return ctypes.CDLL(str(_intact(folder, key) or _build(compiler, source, folder, key)))
+
+
+def _shared_folder():
+    folder = Path(constants.HF_HOME) / "modeling_peer"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _own_folder():
+    """A folder where nobody but this user can put code."""
     own = Path(tempfile.gettempdir()) / f"modeling_peer-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
     if own.is_symlink() or own.stat().st_uid != os.getuid() or own.stat().st_mode & 0o077:
@@ -217,31 +248,88 @@ def _writable(folder):
     return own
 
 
-_is_forked = False
+def _intact(folder, key):
+    """The undamaged library of this key, `None` if there is none. Loading a damaged one could end the process."""
+    return next((path for path in folder.glob(f"{key}-*.so") if _is_intact(path, key)), None)
 
 
-def _note_fork():
-    global _is_forked
-    _is_forked = True
+def _is_intact(path, key):
+    """Whether a file holds what its name says it was compiled with: a full disk or a power failure may have cut it."""
+    try:
+        return path.name == _file_name(key, path.read_bytes())
+    except OSError:  # another process has removed it
+        return False
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+def _file_name(key, library):
+    return f"{key}-{hashlib.sha256(library).hexdigest()[:32]}.so"
+
+
+def _build(compiler, source, folder, key):
+    """Compile a library. Of several processes only one does, and none sees an incomplete file."""
+    with FileLock(folder / "lock"):
+        built = _intact(folder, key)
+        if built is not None:
+            return built
+        logger.warning_once(
+            f"PEER compiles C kernels for this processor with `{shlex.join(compiler)}`, and keeps them in {folder}. "
+            f"To run PyTorch operations instead, set the environment variable {COMPILE_VARIABLE}=0, or in a model's "
+            'configuration `expert_kernels="torch"` for that model alone.'
+        )
+        # Damaged libraries, and what killed compilations left behind: under the lock no other compilation is running.
+        for damaged in folder.glob(f"{key}*.so"):
+            damaged.unlink()
+        for leftover in folder.glob("build-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as workplace:
+            linked = _compile(compiler, source, Path(workplace))
+            path = folder / _file_name(key, linked.read_bytes())
+            with linked.open("r+b") as file:
+                os.fsync(file.fileno())  # or its name may be on the disk before its content
+            os.replace(linked, path)
+    return path
+
+
+def _compile(compiler, source, workplace):
+    code, compiled, linked = (workplace / name for name in ("kernels.c", "kernels.o", "kernels.so"))
+    code.write_text(source, encoding="utf-8")
+    _run([*compiler, *COMPILER_FLAGS, "-c", str(code), "-o", str(compiled)])
+    # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    _run([*compiler, "-shared", *undefined, str(compiled), "-o", str(linked)])
+    return linked
+
+
+# The process that imported this module. A child that it forks has another id, and none of its OpenMP threads.
+_PROCESS = os.getpid()
 
 
 def num_threads() -> int:
-    """Threads for a kernel: torch's, but one in a forked process, whose parent's OpenMP threads are not there."""
-    return 1 if _is_forked else torch.get_num_threads()
+    """
+    Number of threads for a kernel: torch's, but 1 in a forked process, which would wait for ever for its parent's.
+    """
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) -> int:
     """
-    Calls a function of a library, which takes the number of threads last: tensors go by address, numbers as int64 or
-    double. Raises `RuntimeError` if the library cannot be compiled here.
+    Call a function of a library, which takes the number of threads last.
+
+    Args:
+        source (`str`): C source of the library.
+        name (`str`): Name of the function.
+        arguments (`torch.Tensor`, `int`, `float` or `None`): Tensors are passed by address, contiguous as they are;
+            integers as int64, floats as double, `None` as NULL. C trusts them: see [`check_tensor`].
+
+    Raises:
+        `RuntimeError`: if the library cannot be compiled here, or a tensor has no memory.
+        `TypeError`: for a tensor subclass that handles operators itself: what its memory holds, if anything, is its
+        own
+            affair.
     """
     library = load_library(source)
     if library is None:
-        raise RuntimeError("Native kernels were chosen elsewhere, and here there is no C compiler that works.")
+        raise RuntimeError(f"`cpu` kernels were chosen elsewhere and cannot run here: {missing_library_reason()}")
     function = getattr(library, name)
     function.restype = ctypes.c_int64
     return function(*map(_argument, arguments), ctypes.c_int(num_threads()))
@@ -249,14 +337,45 @@ def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) 
 
 def _argument(value):
     if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+        address = value.data_ptr()
+        if not address or type(value) is not torch.Tensor:
+            _check_has_memory(value)
+        return ctypes.c_void_p(address)
     if value is None:
         return ctypes.c_void_p(None)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
+def _check_has_memory(tensor):
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"C kernels take plain tensors, got a {type(tensor).__name__}.")
+    if tensor.numel() and not tensor.data_ptr():
+        raise RuntimeError(f"A tensor of shape {tuple(tensor.shape)} has no memory: it was freed, or is fake.")
+
+
+def check_in_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise `ValueError`, naming the argument, if a tensor is not in the memory that C reads."""
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
+        raise ValueError(f"`{name}` must be a strided tensor on the CPU, got {tensor.layout} on {tensor.device}.")
+
+
+def check_tensor(name: str, tensor: torch.Tensor, num_dimensions: int, dtypes: Collection[torch.dtype]) -> None:
+    """Raise `ValueError`, naming the argument, if C cannot read a tensor: strided, on the CPU, and of these dtypes."""
+    check_in_memory(name, tensor)
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"`{name}` must be of dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}.")
+    if tensor.dim() != num_dimensions:
+        raise ValueError(f"`{name}` must have {num_dimensions} dimensions, got shape {tuple(tensor.shape)}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raise `ValueError`, naming the argument, if a tensor is not of a shape; `meaning` names its sizes."""
+    if tensor.shape != shape:
+        raise ValueError(f"`{name}` must be of shape {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}.")
+
+
 def refuse_index(indices: torch.Tensor, num_rows: int | str) -> None:
-    """Raises `IndexError` for experts' numbers one of which is not below `num_rows`, or is negative."""
+    """Raise `IndexError` for expert indices one of which is negative or not below `num_rows`."""
     least, most = (int(bound) for bound in indices.aminmax())
     found = least if least < 0 else most
-    raise IndexError(f"An expert's number is at least 0 and below their number {num_rows}, got {found}.")
+    raise IndexError(f"An expert index must be at least 0 and below the number of experts {num_rows}, got {found}.")

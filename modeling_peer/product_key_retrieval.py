@@ -11,30 +11,26 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Exact product-key retrieval: the best k of N experts by looking at 2 √N sub-keys (paper, section 2.1)."""
+"""Exact product-key retrieval: the k best of N experts from scores of 2 √N sub-keys (paper, section 2.1)."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
-from .expert_kernels import (
-    ALL_EXPERT_KERNELS,
-    NAMESPACE,
-    needs_operator,
-    refuse_double_backward,
-)
+from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, needs_operator, refuse_double_backward
 from .key_grid import expert_cell, expert_index
-from .product_key_retrieval_cpu import empty_gradients
+from .product_key_retrieval_cpu import check_num_retrieved, empty_gradients
 
 
-MASKED_SCORES = 2**22  # of a piece of the tokens
+# Scores of single experts that `retrieve_unmasked` holds at a time.
+MASKED_SCORES = 2**22
 
 
 def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Ranks (i, j) of the pairs that can be among the best k sums: whatever is before (i, j) in both lists,
-    (i + 1) (j + 1) - 1 pairs, is at least as good. 50 of 256 pairs for k = 16.
+    Ranks (i, j) of the pairs that can be among the k best sums: the (i + 1) (j + 1) - 1 pairs that precede (i, j) in
+    both lists are at least as good. For k = 16 these are 50 of 256 pairs.
     """
     rows, columns = zip(*((i, j) for i in range(k) for j in range(k // (i + 1))), strict=True)
     return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
@@ -42,16 +38,16 @@ def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k best experts of every query, exactly.
+    Retrieve the k best experts of every query, exactly.
 
     Args:
         scores (`torch.Tensor` of shape `(..., 2, √N)`):
-            Scores of the two halves of a query against the two sets of sub-keys; an expert's score is their sum.
+            Scores of the two halves of a query with the two sets of sub-keys; an expert's score is the sum of two.
         k (`int`):
             Number of experts to retrieve, at most √N.
 
     Returns:
-        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(..., k)`, best first.
+        `tuple(torch.Tensor)`: expert indices (int64) and scores, both of shape `(..., k)`, best first.
     """
     half_scores, half_ranks = scores.topk(k, dim=-1)
     row_rank, column_rank = _winning_pairs(k, scores.device)
@@ -64,27 +60,32 @@ def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 
 def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k best experts of every query, exactly.
+    Retrieve the k best experts of every query, exactly.
 
     Args:
         queries (`torch.Tensor` of shape `(num_tokens, num_heads, 2, d_k / 2)`):
             The two halves of every query.
         sub_keys (`torch.Tensor` of shape `(num_heads or 1, 2, √N, d_k / 2)`):
-            The two sets of sub-keys, of each head or of all.
+            The two sets of sub-keys, for each head or for all.
         k (`int`):
             Number of experts to retrieve, at most √N.
         kernels (`str`):
-            What retrieves them, see [`resolve_kernels`]: a product of matrices and [`product_key_topk`] on its result, or
-            where an implementation has `retrieve` and `retrieval_gradients` for float32, these.
+            Implementation, see [`resolve_kernels`]. Its own `retrieve` and `retrieval_gradients` run where it has them
+            and the queries are float32; otherwise a matrix product, and [`product_key_topk`] on its result.
 
     Returns:
-        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
+        `tuple(torch.Tensor)`: expert indices (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best
+        first.
+
+    Raises:
+        `ValueError`: if k is not between 1 and √N.
     """
     if queries.dtype == torch.float32 and hasattr(ALL_EXPERT_KERNELS[kernels], "retrieve"):
         if not needs_operator(queries, sub_keys):
             return ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
         scores, indices = product_key_retrieval(queries, sub_keys, k, kernels)
         return indices, scores
+    check_num_retrieved(k, sub_keys.shape[2])
     if sub_keys.shape[0] == 1:
         scores = torch.einsum("thpc,pnc->thpn", queries, sub_keys[0])
     else:
@@ -97,11 +98,12 @@ class ExpertMask:
     Which experts of a key grid take part in a retrieval.
 
     Args:
-        experts (`torch.Tensor` of shape `(num_experts,)`): bool, True where one does.
+        experts (`torch.Tensor` of shape `(num_experts,)`): bool, True where an expert takes part.
 
     Attributes:
-        num_experts (`int`): How many do.
-        grid_size (`int`, *optional*): Side of the smaller grid whose experts they are; `None` if they are none's.
+        num_experts (`int`): Number of experts that take part.
+        grid_size (`int`, *optional*): Side of the smaller key grid that has just these experts; `None` if there is
+            none.
     """
 
     def __init__(self, experts: torch.Tensor):
@@ -116,11 +118,19 @@ def retrieve_unmasked(
     queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str, expert_mask: ExpertMask
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`retrieve`] among the experts of a mask, of which there must be k.
+    [`retrieve`] among the experts of a mask.
 
-    Where those are the experts that a smaller grid had, it is the retrieval of that grid, to the bit. Any other mask cuts
-    through rows and columns, and costs a score of every expert.
+    If they are the experts of a smaller key grid, this is the retrieval of that grid, bit for bit. Any other mask cuts
+    through rows and columns, and costs a score for every expert.
+
+    Raises:
+        `ValueError`: if fewer than k experts take part.
     """
+    if k > expert_mask.num_experts:
+        raise ValueError(
+            f"`num_experts_per_head` must be at most the number of experts that are not masked, "
+            f"{expert_mask.num_experts}, got {k}."
+        )
     if expert_mask.grid_size is not None and expert_mask.grid_size >= k:
         return retrieve(queries, sub_keys[:, :, : expert_mask.grid_size].contiguous(), k, kernels)
     is_masked = ~expert_mask.experts.to(queries.device)
@@ -140,8 +150,8 @@ def product_key_retrieval(
     queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`retrieve`] by an implementation's own function; its backward looks at no sub-key that was not selected. Returns scores
-    and expert numbers.
+    [`retrieve`] by an implementation's own function, with a backward that reads selected sub-keys only. Returns scores
+    and expert indices.
     """
     indices, scores = ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
     return scores, indices
@@ -169,8 +179,8 @@ def product_key_retrieval_gradients(
     kernels: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Gradients of the queries and sub-keys of [`product_key_retrieval`], from that of its scores and what it found; without
-    elements where one is not wanted.
+    Gradients of the queries and sub-keys of [`product_key_retrieval`], given that of its scores; without elements
+    where one is not wanted.
     """
     return ALL_EXPERT_KERNELS[kernels].retrieval_gradients(gradient, indices, queries, sub_keys, wanted)
 

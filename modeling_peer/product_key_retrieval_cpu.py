@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Product-key retrieval on a CPU, in C: scores and selection go block by block through the cache, never to memory."""
+"""Product-key retrieval on a CPU, in C: scores and selection stay in the cache, block by block."""
 
 from collections.abc import Sequence
 
 import torch
 
-from .native_library import PREAMBLE, call, refuse_index
+from .native_library import PREAMBLE, call, check_shape, check_tensor, refuse_index
 
 
 SOURCE = (
@@ -29,7 +29,7 @@ SOURCE = (
 #include <immintrin.h>
 #endif
 
-/* Queries of a tile and keys of a panel: their scores fill the registers, with room for one column of each. */
+/* Queries in a tile, and keys in a panel: their scores fill the registers, with room for one column of each. */
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 #define TILE 12
 #elif defined(__AVX__)
@@ -38,7 +38,7 @@ SOURCE = (
 #define TILE 4
 #endif
 #define PANEL (2 * LANES)
-/* Queries whose scores against one set of sub-keys are in the cache together: 192 KB for 1,024 sub-keys. */
+/* Queries whose scores with one set of sub-keys are in the cache at the same time: 192 KB for 1,024 sub-keys. */
 #define BLOCK (4 * TILE)
 
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -50,8 +50,9 @@ static inline ints lanes(void) {
     return lane;
 }
 
-/* The lanes that are at least a threshold, one after the other, and their places, `first` and on; returns how many. Up to
-   LANES are written of both. */
+/* Writes the lanes that reach a threshold, packed, to `values`, and their positions, counted from `first`, to
+   `places`;
+   returns how many they are. Up to LANES elements of both are overwritten. */
 static inline int64_t keep(floats v, float threshold, int64_t first, float *values, int32_t *places) {
 #if defined(__AVX512F__)
     const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
@@ -75,14 +76,14 @@ static inline int64_t keep(floats v, float threshold, int64_t first, float *valu
 #endif
 }
 
-/* Keys `[n, size]` to panels `[n / PANEL, size, PANEL]`, the last one filled up with zeros. */
+/* Copies keys `[n, size]` to one of the panels `[n / PANEL, size, PANEL]`; the last panel is padded with zeros. */
 static void pack_panel(const float *keys, float *panel, int64_t first, int64_t n, int64_t size) {
     for (int64_t j = 0; j < PANEL; j++)
         for (int64_t c = 0; c < size; c++)
             panel[c * PANEL + j] = first + j < n ? keys[(first + j) * size + c] : 0;
 }
 
-/* scores[r, j] = Σ_c queries[c, r] panel[c, j]. Not a number counts as infinitely good: it must not go unseen. */
+/* scores[r, j] = Σ_c queries[c, r] panel[c, j]. NaN becomes infinity, so that it is selected and seen. */
 static void score_tile(const float *queries, const float *panel, float *scores, int64_t stride, int64_t size) {
     floats sums[TILE][2] = {};
     for (int64_t c = 0; c < size; c++) {
@@ -100,7 +101,8 @@ static void score_tile(const float *queries, const float *panel, float *scores, 
         }
 }
 
-/* A value that at least k scores reach, near the k-th best: the k-th best of the maxima of 2k groups of lanes. */
+/* A threshold near the k-th best score that at least k scores reach: the k-th best of the maxima of 2k groups of
+   lanes. */
 static float threshold_of(const float *scores, int64_t n, int64_t k, floats *maxima, ints *counts) {
     const int64_t groups = round_up(2 * k, LANES) / LANES;
     if (n <= groups * LANES) return -INFINITY;
@@ -123,7 +125,7 @@ static float threshold_of(const float *scores, int64_t n, int64_t k, floats *max
     return threshold;
 }
 
-/* What a thread works in. */
+/* Buffers of one thread. */
 typedef struct {
     float *queries, *scores, *best[2], *values, *sorted;
     int32_t *places[2], *found, *order;
@@ -132,7 +134,7 @@ typedef struct {
     ints *counts, *ranks;
 } workspace;
 
-/* The k best of n scores, best first, the earlier one where two are equal. n is a multiple of LANES. */
+/* Selects the k best of n scores, best first; of equal scores the earlier one. n is a multiple of LANES. */
 static void select_best(const float *scores, int64_t n, int64_t k, float *best, int32_t *places, const workspace *w) {
     const float threshold = threshold_of(scores, n, k, w->maxima, w->counts);
     float *candidates = (float *)w->candidates;
@@ -165,9 +167,9 @@ static inline int64_t expert_index(int64_t row, int64_t column) {
     return shell * shell + shell + row - column;
 }
 
-/* Of the pairs of ranks (i, j) those with (i + 1) (j + 1) <= k can be among the k best sums: how many of each i, and the
-   ranks of each pair. */
-static void number_pairs(int64_t k, const workspace *w) {
+/* Lists the pairs of ranks (i, j) that can be among the k best sums, those with (i + 1) (j + 1) <= k: their number for
+   each i, and the ranks of each pair. */
+static void list_pairs(int64_t k, const workspace *w) {
     for (int64_t i = 0, pair = 0; i < k; i++) {
         w->pair_counts[i] = k / (i + 1);
         for (int64_t j = 0; j < w->pair_counts[i]; j++, pair++) {
@@ -177,14 +179,15 @@ static void number_pairs(int64_t k, const workspace *w) {
     }
 }
 
-/* The k best experts of a query, of the best rows and columns. */
-static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t *column_places,
+/* Selects the k best experts of a query among the pairs of its best rows and columns. */
+static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t
+*column_places,
                        int64_t k, int64_t *indices, float *scores, const workspace *w) {
     const words infinite = (words){} + 0x7f800000;
     int64_t count = 0;
     for (int64_t i = 0; i < k; count += w->pair_counts[i++])
         for (int64_t j = 0; j < w->pair_counts[i]; j += LANES) {
-            const floats sums = rows[i] + load_float32(columns + j);  /* those too many are written over */
+            const floats sums = rows[i] + load_float32(columns + j);  /* surplus lanes are overwritten */
             store_float32(w->values + count + j, (floats)select_words(sums == sums, (words)sums, infinite));
         }
     const int64_t padded = round_up(count, LANES);
@@ -203,7 +206,7 @@ static void *take(char **memory, int64_t bytes) {
     return start;
 }
 
-/* Lays out a workspace; returns its size. Called with NULL first. */
+/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. */
 static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
     const int64_t most = round_up(n > num_pairs ? n : num_pairs, PANEL);
     int64_t bytes = 0;
@@ -231,7 +234,7 @@ static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t
 }
 
 /* queries [tokens, heads, 2, size], keys [sets, 2, n, size] with one set or one per head
-   -> indices and scores [tokens, heads, k]. Returns 0, or -1 without memory. */
+   -> indices and scores [tokens, heads, k]. Returns 0, or -1 if out of memory. */
 int64_t retrieve(const float *queries, const float *keys, int64_t *indices, float *scores, int64_t num_tokens,
              int64_t heads, int64_t sets, int64_t n, int64_t size, int64_t k, int threads) {
     const int64_t rows = num_tokens * heads / sets, panels = round_up(n, PANEL) / PANEL;
@@ -253,7 +256,7 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     for (int64_t part = 0; part < threads; part++) {
         workspace w;
         lay_out(&w, memory + part * bytes, n, k, size, num_pairs);
-        number_pairs(k, &w);
+        list_pairs(k, &w);
         for (int64_t task = part; task < sets * blocks; task += threads) {
             const int64_t set = task / blocks, first = task % blocks * BLOCK;
             const int64_t count = rows - first < BLOCK ? rows - first : BLOCK;
@@ -286,9 +289,9 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     return 0;
 }
 
-/* The cell of an expert in the key grid: expert_index's inverse. */
-static inline void cell_of(int64_t number, int64_t cell[2]) {
-    const int64_t shell = sqrt((double)number), before_diagonal = number - shell * shell - shell;
+/* The cell of an expert in the key grid: the inverse of expert_index. */
+static inline void cell_of(int64_t index, int64_t cell[2]) {
+    const int64_t shell = sqrt((double)index), before_diagonal = index - shell * shell - shell;
     cell[0] = shell + (before_diagonal < 0 ? before_diagonal : 0);
     cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
 }
@@ -298,8 +301,8 @@ static inline void add_scaled(float *restrict to, float factor, const float *res
     for (int64_t c = 0; c < size; c++) to[c] += factor * from[c];
 }
 
-/* Of one query: a score is a row of C by one half of it, and a row of C' by the other. What is NULL is not wanted. Returns
-   0, or 1 for a number that is not of the grid. */
+/* Gradients for one query. A score is the product of one half of it with a row of C plus that of the other half with a
+   row of C'. NULL where one is not needed. Returns 0, or 1 if an index is out of range. */
 static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
                                float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
     if (of_query) memset(of_query, 0, 2 * size * sizeof *of_query);
@@ -316,9 +319,10 @@ static int gradients_of_query(const float *gradient, const int64_t *indices, con
     return 0;
 }
 
-/* of_queries as queries `[tokens, heads, 2, size]`, of_keys as keys `[sets, 2, n, size]`, of gradients of the scores at
-   `indices` `[tokens, heads, k]`; NULL where it is not wanted. Every thread sums up keys of its own. Returns 0, -1 without
-   memory, or 1 for a number that is not of the grid. */
+/* Gradients of queries `[tokens, heads, 2, size]` and keys `[sets, 2, n, size]`, given those of the scores at
+   `indices` `[tokens, heads, k]`; NULL where one is not needed. Every thread sums the gradient of the keys on its own.
+   Returns 0, -1
+   if out of memory, or 1 if an index is out of range. */
 int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
@@ -355,7 +359,7 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
 
 def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k best experts of every query, exactly.
+    Retrieve the k best experts of every query, exactly.
 
     Args:
         queries (`torch.Tensor` of shape `(num_tokens, num_heads, 2, d_k / 2)`): float32, on the CPU.
@@ -363,23 +367,59 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[tor
         k (`int`): Number of experts to retrieve, at most √N.
 
     Returns:
-        `tuple(torch.Tensor)`: expert numbers (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best first.
+        `tuple(torch.Tensor)`: expert indices (int64) and scores, both of shape `(num_tokens, num_heads, k)`, best
+        first.
+
+    Raises:
+        `ValueError`: if an argument is not as described.
     """
+    num_tokens, num_heads, num_sets, size, half_size = _checked_sizes(queries, sub_keys)
+    check_num_retrieved(k, size)
     queries, sub_keys = queries.contiguous(), sub_keys.contiguous()
-    num_tokens, num_heads, _, half_size = queries.shape
     scores = queries.new_empty(num_tokens, num_heads, k)
     indices = torch.empty_like(scores, dtype=torch.int64)
-    num_sets, _, size, _ = sub_keys.shape
     sizes = (num_tokens, num_heads, num_sets, size, half_size, k)
     if call(SOURCE, "retrieve", queries, sub_keys, indices, scores, *sizes):
-        raise MemoryError(f"No memory to retrieve the experts of {num_tokens} tokens.")
+        raise MemoryError(f"Out of memory while retrieving the experts of {num_tokens} tokens.")
     return indices, scores
+
+
+def check_num_retrieved(k: int, size: int) -> None:
+    """Raise `ValueError` if k experts of a head cannot be retrieved with `size` = √N sub-keys of each half."""
+    if not 1 <= k <= size:
+        raise ValueError(
+            f"`num_experts_per_head` must be at least 1 and at most √num_experts = {size}, the number of sub-keys of "
+            f"a half, got {k}."
+        )
+
+
+def _checked_sizes(queries, sub_keys):
+    """Number of tokens, heads and sets, √N and d_k / 2."""
+    # Inline, and repeated in `_refuse`: for a single token, calls cost as much as the scores.
+    are_on_cpu = queries.is_cpu and sub_keys.is_cpu
+    if not (are_on_cpu and queries.dtype == sub_keys.dtype == torch.float32 and queries.dim() == sub_keys.dim() == 4):
+        _refuse(queries, sub_keys)
+    num_tokens, num_heads, halves, half_size = queries.shape
+    num_sets, key_halves, size, key_size = sub_keys.shape
+    if halves != 2 or key_halves != 2 or half_size != key_size or not 0 < num_sets in (1, num_heads):
+        _refuse(queries, sub_keys)
+    return num_tokens, num_heads, num_sets, size, half_size
+
+
+def _refuse(queries, sub_keys):
+    check_tensor("queries", queries, 4, (torch.float32,))
+    check_tensor("sub_keys", sub_keys, 4, (torch.float32,))
+    num_tokens, num_heads, _, half_size = queries.shape
+    num_sets, _, size, _ = sub_keys.shape
+    check_shape("queries", queries, (num_tokens, num_heads, 2, half_size), "(num_tokens, num_heads, 2, d_k / 2)")
+    check_shape("sub_keys", sub_keys, (num_sets, 2, size, half_size), "(num_heads or 1, 2, √N, d_k / 2)")
+    raise ValueError(f"`sub_keys` must be 1 set, or one for each of {num_heads} heads, got {num_sets} sets.")
 
 
 def empty_gradients(
     queries: torch.Tensor, sub_keys: torch.Tensor, wanted: Sequence[bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What [`retrieval_gradients`] fills."""
+    """Allocate what [`retrieval_gradients`] returns."""
     of_queries, of_sub_keys = (
         torch.empty_like(each) if is_wanted else each.new_empty(0)
         for each, is_wanted in zip((queries, sub_keys), wanted, strict=True)
@@ -395,27 +435,36 @@ def retrieval_gradients(
     wanted: Sequence[bool] = (True, True),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the gradient of the scores that [`retrieve`] returns says of what went in.
+    Compute the gradients of the queries and sub-keys of [`retrieve`], given that of its scores.
 
     Args:
         gradient (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): float32, on the CPU.
-        indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert numbers, as retrieved.
+        indices (`torch.Tensor` of shape `(num_tokens, num_heads, k)`): Expert indices, as retrieved.
         queries, sub_keys: See [`retrieve`].
-        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether that of `queries` and that of
+        wanted (`Sequence[bool]`, *optional*, defaults to both): Whether the gradient of `queries` and that of
             `sub_keys` are to be computed.
 
     Returns:
-        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`; without elements where it is not wanted.
+        `tuple(torch.Tensor)`: gradients of `queries` and of `sub_keys`; without elements where one is not wanted.
+
+    Raises:
+        `ValueError`: if an argument is not as described.
+        `IndexError`: if an expert index is out of range.
     """
+    num_tokens, num_heads, num_sets, size, half_size = _checked_sizes(queries, sub_keys)
+    check_tensor("gradient", gradient, 3, (torch.float32,))
+    check_tensor("indices", indices, 3, (torch.int64,))
+    check_shape("indices", indices, (num_tokens, num_heads, indices.shape[2]), "(num_tokens, num_heads, k)")
+    check_shape("gradient", gradient, indices.shape, "(num_tokens, num_heads, k)")
     gradient, indices, queries, sub_keys = (each.contiguous() for each in (gradient, indices, queries, sub_keys))
     of_queries, of_sub_keys = empty_gradients(queries, sub_keys, wanted)
-    num_tokens, num_heads, _, half_size = queries.shape
-    num_sets, _, size, _ = sub_keys.shape
     tensors = (gradient, indices, queries, sub_keys, of_queries, of_sub_keys)
-    sizes = (num_tokens, num_heads, num_sets, size, half_size, indices.shape[-1])
+    sizes = (num_tokens, num_heads, num_sets, size, half_size, indices.shape[2])
     failed = call(SOURCE, "retrieval_gradients", *tensors, *sizes)
     if failed > 0:
         refuse_index(indices, size**2)
     if failed:
-        raise MemoryError(f"No memory for the gradients of {sub_keys.numel():,} numbers of sub-keys on each thread.")
+        raise MemoryError(
+            f"Out of memory: every thread needs {sub_keys.numel():,} elements for the gradient of the sub-keys."
+        )
     return of_queries, of_sub_keys

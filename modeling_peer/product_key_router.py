@@ -25,6 +25,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_peer import PeerConfig
 from .expert_generations import Generation
 from .expert_kernels import resolve_kernels
+from .forward_pass import ForwardPass
 from .key_grid import grid_size
 from .product_key_retrieval import ExpertMask, retrieve, retrieve_unmasked
 from .query_norm import QueryBatchNorm, QueryRMSNorm
@@ -32,7 +33,7 @@ from .query_norm import QueryBatchNorm, QueryRMSNorm
 
 GATE_WIDTH = 64
 
-SHUT = 0.01  # what opens less is shut
+SHUT = 0.01  # a gate that is less open counts as shut
 
 OPEN = 32.0  # a logit whose sigmoid is 1 in float32
 
@@ -45,14 +46,19 @@ SCORING_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 class ProductKeyRouter(nn.Module):
     """
-    Retrieves, for every token and head, the k experts whose keys score best and weighs them (paper, Algorithm 1,
-    lines 2 to 8). The key of expert (i, j) is the pair of sub-keys [c_i ; c'_j].
+    Retrieves, for every token and head, the k experts whose keys score best, and computes their router weights (paper,
+    Algorithm 1, lines 2 to 8). The key of expert (i, j) is the pair of sub-keys [c_i ; c'_j].
 
     All heads share the sub-keys unless `config.sub_keys_per_head`. Scores are computed in float32: in bfloat16 the
-    retrieved set would flip between padded and packed batches.
+    retrieved set would differ between padded and packed batches.
+
+    Args:
+        config (`PeerConfig`): Its `expert_kernels` and, for the first generation, its `num_experts_per_head` may be
+            changed on a model's configuration at any time.
+        generation (`Generation`): The experts to retrieve.
 
     Attributes:
-        expert_mask (`ExpertMask`, *optional*): Which experts take part. All do if `None`. See [`masked_experts`].
+        expert_mask (`ExpertMask`, *optional*): Which experts take part; `None` if all do. See [`masked_experts`].
     """
 
     def __init__(self, config: PeerConfig, generation: Generation):
@@ -60,12 +66,11 @@ class ProductKeyRouter(nn.Module):
         self.config = config
         self.generation = generation
         self.num_heads = generation.num_heads
-        self.num_experts_per_head = generation.num_experts_per_head
         self.expert_mask: ExpertMask | None = None
         self.query_size = config.query_size
         self.scoring_function = SCORING_FUNCTIONS[config.scoring_func]
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_size, bias=False)
-        self.norm_type = config.query_norm  # a norm may be wrapped, by PEFT's `modules_to_save` for one
+        self.norm_type = config.query_norm  # a norm may be wrapped, for instance by PEFT's `modules_to_save`
         self.query_norm: QueryBatchNorm | QueryRMSNorm | None = None
         self.key_norm: QueryRMSNorm | None = None
         if config.query_norm == "batch":
@@ -84,8 +89,21 @@ class ProductKeyRouter(nn.Module):
         )
 
     @property
+    def num_experts_per_head(self) -> int:
+        """Number k of experts that each head retrieves, as the configuration says now."""
+        return self.config.num_experts_per_head
+
+    @num_experts_per_head.setter
+    def num_experts_per_head(self, value: int) -> None:
+        """Refuse: the configuration decides, for all layers."""
+        raise ValueError(
+            f"`num_experts_per_head` of a router cannot be set, got {value}: set that of the model's configuration, "
+            "which applies to all layers."
+        )
+
+    @property
     def is_off(self) -> bool:
-        """Whether no expert takes part; its layer leaves a router out that is."""
+        """Whether no expert takes part; the layer then skips this router."""
         return self.expert_mask is not None and not self.expert_mask.num_experts
 
     @classmethod
@@ -98,7 +116,7 @@ class ProductKeyRouter(nn.Module):
 
     @torch.no_grad()
     def enlarge(self, generation: Generation) -> None:
-        """Adds sub-keys for the experts of a larger `generation`, drawn as widely as those there are."""
+        """Append sub-keys for the experts of a larger `generation`, with the root mean square of the present ones."""
         old = self.sub_keys
         size = grid_size(generation.num_experts)
         sub_keys = torch.empty(old.shape[0], 2, size, old.shape[-1], dtype=old.dtype, device=old.device)
@@ -108,43 +126,53 @@ class ProductKeyRouter(nn.Module):
         self.generation = generation
 
     def restore_keys(self, sub_keys: nn.Parameter, generation: Generation) -> None:
-        """Takes [`enlarge`] back."""
+        """Undo [`enlarge`]."""
         self.sub_keys, self.generation = sub_keys, generation
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                True where there is a token; the query BatchNorm leaves the rest out of its statistics.
+                True where there is a token; the query BatchNorm excludes the rest from its statistics.
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, see [`QueryBatchNorm`].
 
         Returns:
-            `tuple(torch.Tensor)`: expert numbers (int64) and router weights, each of shape
+            `tuple(torch.Tensor)`: expert indices (int64) and router weights, each of shape
             `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)`, best first.
+
+        Raises:
+            `ValueError`: if `num_experts_per_head` is not between 1 and √N, or is more than the experts that take
+            part.
         """
+        k = self.num_experts_per_head
         queries = self.query_proj(hidden_states)
-        # Autocast would take the products back to bfloat16.
+        # Autocast would cast the products back to bfloat16.
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            queries, sub_keys = self._normalized(queries, padding_mask)
+            queries, sub_keys = self._normalized(queries, padding_mask, forward_pass)
             kernels = resolve_kernels(self.config.expert_kernels, sub_keys)
-            arguments = (queries.flatten(0, -4), sub_keys, self.num_experts_per_head, kernels)
+            arguments = (queries.flatten(0, -4), sub_keys, k, kernels)
             if self.expert_mask is None:
                 indices, scores = retrieve(*arguments)
             else:
                 indices, scores = retrieve_unmasked(*arguments, self.expert_mask)
             weights = self.scoring_function(scores)
-        shape = (*hidden_states.shape[:-1], self.num_heads, self.num_experts_per_head)
+        shape = (*hidden_states.shape[:-1], self.num_heads, k)
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
-    def _normalized(self, queries, padding_mask):
+    def _normalized(self, queries, padding_mask, forward_pass):
         """Queries `(..., heads, 2, d_k / 2)` and sub-keys, normalized as configured, at least in float32."""
         dtype = torch.promote_types(queries.dtype, torch.float32)
         sub_keys = self.sub_keys.to(dtype)
         halves = (*queries.shape[:-1], self.num_heads, 2, self.query_size // 2)
         if self.norm_type == "batch":
-            return self.query_norm(queries, padding_mask).view(halves), sub_keys
+            return self.query_norm(queries, padding_mask, forward_pass).view(halves), sub_keys
         queries = queries.to(dtype).view(halves)
         if self.query_norm is not None:
             # As in attention, a product of two unit-size vectors is scaled to unit variance.
@@ -155,8 +183,8 @@ class ProductKeyRouter(nn.Module):
 
 class DotProduct(nn.Linear):
     """
-    A linear layer of one output. A matrix library's product with a vector may round by where the vector lies in memory, so
-    the weight is copied to where torch puts new tensors: a loaded model computes to the bit what the saved one did.
+    A linear layer with one output. The rounding of a matrix-vector product may depend on how the vector is aligned in
+    memory, so the weight is copied to a new tensor: a loaded model computes bit for bit what the saved one did.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -165,8 +193,9 @@ class DotProduct(nn.Linear):
 
 class ExpertGate(nn.Module):
     """
-    A small classifier of hidden states, `sigmoid(w · gelu(W x + b) + c)`, which multiplies what added experts put out. It
-    starts open for everything, and is shut, exactly zero, where it would be less than one percent open.
+    A gate that decides which inputs use the added experts: a small classifier of hidden states,
+    `sigmoid(w · gelu(W x + b) + c)`, that multiplies their output. It starts open for every input, and is exactly zero
+    where it would be less than one percent open.
     """
 
     def __init__(self, hidden_size: int):
@@ -190,23 +219,28 @@ class ExpertGate(nn.Module):
         return torch.where(openness < SHUT, 0.0, openness)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the sigmoid is of, to be fitted."""
+        """Compute the logits, `(..., 1)`, whose sigmoid is the gate."""
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
 
 
 class AddedRouter(ProductKeyRouter):
     """
-    The router of a protected generation. It numbers experts from `generation.first_expert` on, and a gate between 0 and 1
-    multiplies its weights: open until [`fit_gates`] teaches it for which text the experts were added.
+    The router of a protected generation. Its expert indices start at `generation.first_expert`, and its weights are
+    multiplied with a gate between 0 and 1, which is open until [`fit_gates`] trains it.
     """
 
     def __init__(self, config: PeerConfig, generation: Generation):
         super().__init__(config, generation)
         self.gate = ExpertGate(config.hidden_size)
 
+    @property
+    def num_experts_per_head(self) -> int:
+        """Number k of experts that each head retrieves, which is fixed when they are added."""
+        return self.generation.num_experts_per_head
+
     @torch.no_grad()
     def copy_query_network(self, router: ProductKeyRouter) -> None:
-        """Starts with the first heads of another router's queries, which were trained to tell tokens apart."""
+        """Initialize the queries with the first heads of another router, which were trained to distinguish tokens."""
         size = self.num_heads * self.query_size
         self.query_proj.weight.copy_(router.query_proj.weight[:size])
         for norm, trained in ((self.query_norm, router.query_norm), (self.key_norm, router.key_norm)):
@@ -216,8 +250,11 @@ class AddedRouter(ProductKeyRouter):
                     tensor.copy_(source[:size] if tensor.ndim else source)
 
     def forward(
-        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As that of [`ProductKeyRouter`]."""
-        indices, weights = super().forward(hidden_states, padding_mask)
+        """See [`ProductKeyRouter.forward`]."""
+        indices, weights = super().forward(hidden_states, padding_mask, forward_pass)
         return indices + self.generation.first_expert, weights * self.gate(hidden_states)[..., None]

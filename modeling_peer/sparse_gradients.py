@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Row-sparse gradients of expert tables: what torch lacks for them, and where they cannot go."""
+"""Row-sparse gradients of expert tables: what PyTorch lacks for them, and where they are not possible."""
 
+import functools
 from typing import Any
 
 import torch
@@ -21,16 +22,12 @@ import torch.distributed as dist
 from .library_releases import has_kernel
 
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-
 def rows_and_values(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The rows of a row-sparse gradient, ascending and each once, `(num_rows,)`, and their values `(num_rows, width)`.
+    Return the rows of a row-sparse gradient, each once and ascending, `(num_rows,)`, and their values `(num_rows,
+    width)`.
 
-    Autograd hands a coalesced gradient on as one that may not be; where the rows ascend nothing is sorted or copied.
+    Autograd does not pass on that a gradient is coalesced; where the rows ascend, nothing is sorted or copied.
     """
     rows = gradient._indices()[0]
     if gradient.sparse_dim() != 1 or not (rows.diff() > 0).all():
@@ -38,9 +35,14 @@ def rows_and_values(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return gradient._indices()[0], gradient._values()
 
 
-def _register_norm():
+# The cache holds the library for the life of the process: its registrations end with it.
+@functools.cache
+def enable_sparse_norms() -> torch.library.Library | None:
     """
-    `clip_grad_norm_`, which `Trainer` calls at every step, takes norms that torch 2.13 lacks for sparse tensors.
+    Give `torch.linalg.vector_norm` an implementation for sparse tensors, which PyTorch 2.13 lacks: `clip_grad_norm_`,
+    which `Trainer` calls at every step, needs it.
+
+    It is registered for the whole process, and hence only when a table with `sparse_expert_gradients` runs.
     """
     if has_kernel("aten::linalg_vector_norm", "SparseCPU"):
         return None
@@ -53,16 +55,13 @@ def _register_norm():
     library = torch.library.Library("aten", "IMPL")
     for key in ("SparseCPU", "SparseCUDA"):
         library.impl("linalg_vector_norm", vector_norm, key)
-    return library  # its registrations last as long as it does
-
-
-_NORM_LIBRARY = _register_norm()
+    return library
 
 
 def check_sparse_gradients(model: Any) -> None:
     """
-    For a base model, or a graft, to call before a training forward: raises `ValueError` if its `config.sparse_expert_gradients` is True
-    where gradients cannot be sparse.
+    Raise `ValueError` if `config.sparse_expert_gradients` of a base model, or of a graft, is True where gradients
+    cannot be sparse. To be called before a training forward.
     """
     if not model.config.sparse_expert_gradients:
         return
@@ -71,12 +70,21 @@ def check_sparse_gradients(model: Any) -> None:
         obstacle = "`torch.compile` does not trace sparse gradients"
     elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
         obstacle = "NCCL does not reduce sparse gradients"
-    elif dist.is_available() and any(isinstance(module, FSDPModule) for module in model.modules()):
-        obstacle = "FSDP2 does not shard sparse gradients"
-    elif dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        obstacle = "tensor parallelism does not shard sparse gradients"
+    elif dist.is_available():
+        obstacle = _sharding_obstacle(model)
     if obstacle is not None:
         raise ValueError(
-            f"`sparse_expert_gradients` is True, but {obstacle}: set it to False in the configuration. Dense gradients "
-            "work there, and `RowAdamW` moves the same rows."
+            f"`sparse_expert_gradients` is True, but {obstacle}: set it to False in the configuration. Dense "
+            "gradients work there, and `RowAdamW` updates the same rows."
         )
+
+
+def _sharding_obstacle(model):
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return "FSDP2 does not shard sparse gradients"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "tensor parallelism does not shard sparse gradients"
+    return None

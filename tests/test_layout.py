@@ -14,6 +14,7 @@
 """The folder tree is the architecture: flat files are what a checkpoint carries, folders are what works on models."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_no_flat_file_imports_a_folder(name):
     assert not {each.partition(".")[0] for each in imports_of(PACKAGE / name)} & FOLDERS
 
 
+def test_the_configuration_imports_nothing_that_it_configures():
+    reached, ahead = set(), ["configuration_peer"]
+    while ahead:
+        name = ahead.pop()
+        reached.add(name)
+        ahead += imports_of(PACKAGE / f"{name}.py") - reached
+    assert reached == {"configuration_peer", "expert_additions", "key_grid", "library_releases"}
+
+
 def test_imports_go_one_way():
     files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     arrows = {name: {each for each in imports_of(file) if each in files} for name, file in files.items()}
@@ -90,3 +100,24 @@ def test_imports_go_one_way():
             if name.startswith(f"{folder}."):
                 others = {each.partition(".")[0] for each in targets} & FOLDERS
                 assert others <= below | {folder}, name
+
+
+def test_contributing_names_every_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("## Where things are") : text.index("## What a change needs")]
+    named = set(re.findall(r"`([\w./-]+)`", table))
+    tree = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
+    missing = {path for path in named if "/" in path and not (ROOT / path).exists()}
+    assert not missing, f"CONTRIBUTING.md names what is not there: {sorted(missing)}"
+    assert tree <= named, f"CONTRIBUTING.md does not say what is in {sorted(tree - named)}"
+
+
+def test_tests_mirror_the_package():
+    folders = {folder.name for folder in (ROOT / "tests").iterdir() if any(folder.glob("test_*.py"))}
+    assert folders == FOLDERS | {"model", "kernels", "examples", "studies", "benchmark", "docs", "distributed"}
+
+
+@pytest.mark.parametrize("folder", ["modeling_peer", "examples", "tests"])
+def test_no_file_is_longer_than_600_lines(folder):
+    lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
+    assert not {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 600}

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from benchmark.contenders import NUM_TABLES, OURS, Task, build
 from modeling_peer.expert_kernels_cpu import CpuKernels
+from modeling_peer.key_grid import grid_size
 from modeling_peer.memory_advice import advise_huge_pages
 from modeling_peer.optim.row_adamw import RowAdamW
 

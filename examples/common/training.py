@@ -35,9 +35,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from modeling_peer import ExpertUsageCallback, RowAdamW, expert_parameter_groups
+from modeling_peer import ExpertUsageCallback, RowAdamW, expert_parameter_groups, last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -165,23 +164,13 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     return splits
 
 
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The latest complete checkpoint in a folder. `None` if there is none."""
-    whole = {
-        int(path.name.rpartition("-")[2]): path
-        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (path / TRAINER_STATE_NAME).exists()  # written last
-    }
-    return str(whole[max(whole)]) if whole else None
-
-
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any."""
     if training_args.resume_from_checkpoint is not None:
         return training_args.resume_from_checkpoint
     if not training_args.do_train or not os.path.isdir(training_args.output_dir):
         return None
-    checkpoint = last_whole_checkpoint(training_args.output_dir)
+    checkpoint = last_complete_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.warning(
             f"Resuming training from {checkpoint}. To start again, choose another --output_dir or remove this one."

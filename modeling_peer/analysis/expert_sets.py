@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -160,20 +161,21 @@ def _tables(holder: nn.Module) -> dict[str, list[tuple[int, ExpertTable]]]:
 
 def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = None) -> dict[str, ExpertSet]:
     """
-    The sets of experts of some layers, or all.
+    Selects the sets of experts of some layers, or all.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers.
         layers (`int` or iterable of `int`, *optional*):
-            Indices of the layers; of layers that share a pool all or none. All if not given.
+            Indices of the layers; of layers that share a pool all or none. All layers if `None`.
 
     Raises:
-        `ValueError`: for layers without experts, or some of those that share a pool.
+        `ValueError`: for anything but layer indices, layers without experts, or some of those that share a pool.
     """
+    indices = layer_indices(layers)
     sets = find_expert_sets(model)
-    if layers is None:
+    if indices is None:
         return sets
-    wanted = {layers} if isinstance(layers, int) else set(layers)
+    wanted = set(indices)
     known = {layer for each in sets.values() for layer in each.layers}
     if not wanted or not wanted <= known:
         raise ValueError(f"`layers` must be some of {sorted(known)}, the layers with experts, got {sorted(wanted)}.")
@@ -187,20 +189,63 @@ def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = No
     return selected
 
 
+def layer_indices(layers: Iterable[int] | int | None) -> list[int] | None:
+    """
+    What a user names as layers, as a list of Python integers, or `None` for all layers. Raises `ValueError` for
+    anything but an index or an iterable of indices.
+    """
+    if layers is None:
+        return None
+    found = _as_list(layers)
+    if found is None or not all(_is_index(layer) for layer in found):
+        raise ValueError(
+            "`layers` must be a layer index, an iterable of layer indices, or `None` for all layers, got "
+            f"{_shown(layers, found)}."
+        )
+    return [int(layer) for layer in found]
+
+
 def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.Tensor | None:
     """
-    What a user names as experts, as a tensor of numbers or a mask, or `None`. Raises `ValueError` for anything else.
+    What a user names as experts, as a tensor of expert indices (int64) or a mask (bool), or `None`. Raises
+    `ValueError` for anything but an index, an iterable of indices, a bool mask or `None`.
     """
     if experts is None:
         return None
+    found: Any = experts
     if not isinstance(experts, torch.Tensor):
-        experts = [experts] if isinstance(experts, int) else list(experts)
-        if not all(isinstance(number, (Integral, torch.Tensor)) for number in experts):
-            raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts[:5]}.")
-        experts = torch.tensor(experts)
-    if not experts.numel() or experts.is_floating_point() or experts.is_complex():
-        raise ValueError(f"`experts` must be numbers of experts or a bool mask, got {experts}.")
-    return experts.cpu()
+        found = _as_list(experts)
+        # Booleans are a mask only if there is nothing else: among indices they would be experts 0 and 1.
+        is_mask = bool(found) and not isinstance(experts, bool) and all(isinstance(each, bool) for each in found)
+        if found and (is_mask or all(_is_index(each) for each in found)):
+            found = torch.tensor([bool(each) if is_mask else int(each) for each in found])
+    is_tensor = isinstance(found, torch.Tensor) and found.numel()
+    if not is_tensor or found.is_floating_point() or found.is_complex():
+        raise ValueError(
+            "`experts` must be an expert index, an iterable of expert indices, or a bool mask of shape (num_experts,), "
+            f"got {_shown(experts, None if isinstance(found, torch.Tensor) else found)}."
+        )
+    return found.cpu()
+
+
+def _as_list(value):
+    """An iterable as a list, one index as a list of it, `None` for anything else."""
+    if isinstance(value, (Integral, torch.Tensor)) and not getattr(value, "ndim", 0):
+        return [value]
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else None
+
+
+def _is_index(value):
+    """Whether this is a whole number, of Python, NumPy or torch. `True` is none, though Python takes it for 1."""
+    if isinstance(value, torch.Tensor):
+        return not value.ndim and value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _shown(value, elements):
+    """What an error says was found: the first elements of an iterable, or the value, and its type."""
+    shown = repr(value) if elements is None or isinstance(value, Integral) else repr(elements[:5])
+    return f"{shown} ({type(value).__name__})"
 
 
 def mask_of_indices(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:

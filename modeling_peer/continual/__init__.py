@@ -11,4 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Teaching a trained model more: new experts, frozen experts, sparse finetuning."""
+"""Continual learning without catastrophic forgetting: added experts, frozen experts, sparse memory finetuning."""
+
+from .freezing import FrozenExperts, freeze_experts
+from .gate_fitting import GateFit, fit_gates
+from .growth import Addition, add_experts, train_added_experts_only
+from .sparse_finetuning import SparseFinetuningCallback, tf_idf
+
+
+__all__ = [
+    "Addition",
+    "FrozenExperts",
+    "GateFit",
+    "SparseFinetuningCallback",
+    "add_experts",
+    "fit_gates",
+    "freeze_experts",
+    "tf_idf",
+    "train_added_experts_only",
+]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Freezing experts of a model, by layer, by number, by what a corpus used."""
+"""Freezing experts of a model: by layer, by expert index, or by what a corpus uses."""
 
 from collections.abc import Iterable
 
@@ -25,20 +25,21 @@ from ..optim.frozen_rows import FrozenRows, freeze_rows
 
 class FrozenExperts:
     """
-    What [`freeze_experts`] froze.
+    Handle of what [`freeze_experts`] froze. The model keeps the freeze, also if the handle is dropped.
 
     Attributes:
-        num_frozen (`dict[str, int]`): How many experts of each set, under the path of the module that holds their tables.
+        num_frozen (`dict[str, int]`):
+            How many experts of each set are frozen, under the path of the module that holds their tables.
     """
 
-    def __init__(self, num_frozen: dict[str, int], causes: list[FrozenRows]):
+    def __init__(self, num_frozen: dict[str, int], handles: list[FrozenRows]):
         self.num_frozen = num_frozen
-        self._causes = causes
+        self._handles = handles
 
     def remove(self) -> None:
-        """Lets them be trained again, unless another freeze holds them."""
-        for cause in self._causes:
-            cause.remove()
+        """Lets the experts be trained again, except those that another freeze holds. Does nothing if called again."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def freeze_experts(
@@ -50,35 +51,40 @@ def freeze_experts(
     min_documents: int = 1,
 ) -> FrozenExperts:
     """
-    Freezes experts: their rows of u, v and gates stay as they are to the bit, with any optimizer of torch, see
-    [`freeze_rows`]. The rest of the model, the sub-keys by which experts are retrieved among it, is trained as before. If
-    all conditions given hold for an expert it is frozen; without any, all are.
+    Freezes experts: their up- and down-projection vectors and gates keep their values to the bit, with any optimizer
+    of torch (see [`freeze_rows`]). The rest of the model, including the sub-keys by which experts are retrieved, is
+    trained as before. An expert is frozen if it fulfills all conditions given; without any condition, all experts are.
 
-    It holds in `Trainer` with clipping, in which frozen rows do not count, with accumulation, dense or row-sparse gradients
-    and DistributedDataParallel, where each process has to freeze the same. It is of this model object: a training that
-    goes on from a checkpoint, or a copy, has to freeze anew. A table that is frozen as a whole requires no gradient, so
-    freeze before an optimizer or DistributedDataParallel gets the model.
+    It holds in `Trainer` with clipping (which does not count frozen rows), with gradient accumulation, dense or
+    row-sparse gradients, and DistributedDataParallel, where each process has to freeze the same experts. Freezes are
+    not saved and not
+    copied: call `freeze_experts` again before resuming from a checkpoint, or for a copy of the model. A table that is
+        frozen as a whole requires no gradient, so freeze before an optimizer or DistributedDataParallel gets the
+        model.
 
     Args:
-        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto.
+        model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted
+            onto.
         experts (`int`, iterable of `int`, or `torch.Tensor`, *optional*):
-            Numbers of experts, or a bool mask of shape `(num_experts,)`. Added experts follow those of before.
+            Expert indices, or a bool mask of shape `(num_experts,)`. Added experts follow the first ones. `None`, the
+            default, sets no condition: all experts of the layers, or all that `used_in` used.
         layers (`int` or iterable of `int`, *optional*):
-            Indices of the layers; of layers that share a pool all or none.
-        used_in ([`ExpertBackground`], *optional*): Of a corpus whose experts are to be frozen.
-        min_documents (`int`, *optional*, defaults to 1): In how many documents of `used_in` they were used at least.
+            Indices of the layers; of layers that share a pool all or none. All layers if `None`.
+        used_in ([`ExpertBackground`], *optional*): Counts of a corpus; the experts that it used are frozen.
+        min_documents (`int`, *optional*, defaults to 1): In how many documents of `used_in` an expert was used at
+            least.
 
     Returns:
-        [`FrozenExperts`]: how many, and `remove()` to undo it.
+        [`FrozenExperts`]: how many experts are frozen, and `remove()` to undo it.
 
     Raises:
-        `ValueError`: for layers or experts that the model does not have, a background of other experts, or tables that are
-            split over processes. The model is left as it was.
+        `ValueError`: for arguments of another type, layers or experts that the model does not have, a background of
+            other experts, or tables that are split over processes. The model is left as it was.
 
     ```python
     >>> from modeling_peer import ExpertBackground, freeze_experts
 
-    >>> frozen = freeze_experts(model, range(1000), layers=[1])  # by number
+    >>> frozen = freeze_experts(model, range(1000), layers=[1])  # by expert index
     >>> frozen.remove()
     >>> background = ExpertBackground.measure(model, dataset)
     >>> freeze_experts(model, used_in=background, min_documents=10)  # by usage
@@ -86,10 +92,10 @@ def freeze_experts(
     ```
     """
     _check_usage_options(model, used_in, min_documents)
+    indices = expert_indices(experts)
     sets = select_expert_sets(model, layers)
-    numbers = expert_indices(experts)
     masks = {
-        name: torch.ones(each.num_experts, dtype=torch.bool) if numbers is None else mask_of_indices(each, numbers)
+        name: torch.ones(each.num_experts, dtype=torch.bool) if indices is None else mask_of_indices(each, indices)
         for name, each in sets.items()
     }
     if used_in is not None:
@@ -97,30 +103,38 @@ def freeze_experts(
     return FrozenExperts({name: int(mask.sum()) for name, mask in masks.items()}, _freeze(sets, masks))
 
 
+def check_background(name: str, background: ExpertBackground, model: nn.Module) -> None:
+    """Raises `ValueError` if the argument of this name is no background measured on the experts of the model."""
+    if not isinstance(background, ExpertBackground):
+        raise ValueError(
+            f"`{name}` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)` returns it, got "
+            f"{background!r} ({type(background).__name__})."
+        )
+    background.check(model)
+
+
 def _check_usage_options(model, used_in, min_documents):
-    if not isinstance(min_documents, int) or min_documents < 1:
+    if not isinstance(min_documents, int) or isinstance(min_documents, bool) or min_documents < 1:
         raise ValueError(f"`min_documents` must be a whole number, at least 1, got {min_documents!r}.")
     if used_in is not None:
-        if not isinstance(used_in, ExpertBackground):
-            raise ValueError(f"`used_in` must be an ExpertBackground, got a {type(used_in).__name__}.")
-        used_in.check(model)
+        check_background("used_in", used_in, model)
     elif min_documents != 1:
-        raise ValueError(f"`min_documents` is of the documents of `used_in`, got {min_documents} without it.")
+        raise ValueError(f"`min_documents` counts documents of `used_in`, which is not given, got {min_documents}.")
 
 
 def _freeze(sets: dict[str, ExpertSet], masks: dict[str, torch.Tensor]) -> list[FrozenRows]:
-    causes: list[FrozenRows] = []
+    handles: list[FrozenRows] = []
     try:
         for name, each in sets.items():
             for first, table in (pair for tables in each.tables.values() for pair in tables):
                 rows = masks[name][first : first + table.num_embeddings]
                 if rows.any():
-                    causes.append(freeze_rows(table.weight, rows, owner=table))
+                    handles.append(freeze_rows(table, "weight", rows))
     except ValueError:
-        for cause in causes:
-            cause.remove()
+        for handle in handles:
+            handle.remove()
         raise
-    return causes
+    return handles
 
 
 __all__ = ["FrozenExperts", "freeze_experts"]

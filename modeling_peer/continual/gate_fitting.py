@@ -11,16 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Teaching the gates of added experts for which text they were added."""
+"""Fitting the gates of added experts to the text that the experts were added for."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
@@ -37,11 +38,11 @@ LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
 @dataclass(frozen=True)
 class GateFit:
     """
-    How a gate came out, on sequences held out from its fit.
+    How far a gate opens, on sequences held out from its fit.
 
     Args:
-        open_for_new (`float`): Mean of the gate over the tokens of the new text.
-        open_for_reference (`float`): Mean over the tokens of the reference.
+        open_for_new (`float`): Mean of the gate, between 0 and 1, over the tokens of the new text.
+        open_for_reference (`float`): Mean of the gate over the tokens of the reference.
     """
 
     open_for_new: float
@@ -59,35 +60,42 @@ def fit_gates(
     progress_bar: bool = True,
 ) -> dict[int, GateFit]:
     """
-    Teaches the gates of the last protected addition to open for the new text and to stay closed for the reference, token by
-    token, from the hidden states that the layers see. Best between [`add_experts`] and training: experts that are silent
-    where they were not asked have less to forget there. Nothing but the gates changes. The hidden states of both texts are
-    held on the CPU, of each layer that grew.
+    Fits the gates of the last protected addition, so that they open for the new text and stay closed for the
+    reference, token by token, from the hidden states that the layers get. Best between [`add_experts`] and training:
+    experts that are silent outside the new text have less to unlearn there. Nothing but the gates changes. The hidden
+    states of both texts are kept on the CPU, for each layer that grew.
 
     Args:
-        model ([`PeerPreTrainedModel`]): To which experts were added in protected mode.
-        new_text (iterable of `dict`): Sequences, `input_ids` and perhaps an `attention_mask`, of what is to be learned.
-        reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did.
+        model ([`PeerPreTrainedModel`]): A model to which experts were added in protected mode.
+        new_text (iterable of `dict`):
+            Sequences of what is to be learned, each with `input_ids` and perhaps an `attention_mask`, both of shape
+            `(sequence_length,)`; or a `DataLoader` of batches.
+        reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did, in the same
+            form.
         reference_weight (`float`, *optional*, defaults to 4.0):
-            How much worse it is to open for the reference than to be closed for the new text.
-        num_steps (`int`, *optional*, defaults to 500): Of AdamW, each on 1024 tokens of both texts.
-        batch_size (`int`, *optional*, defaults to 8): Sequences that run through the model at a time.
+            Weight in the loss of opening for the reference, relative to that of being closed for the new text.
+        num_steps (`int`, *optional*, defaults to 500): Number of steps of AdamW, each on 1024 tokens of either text.
+        batch_size (`int`, *optional*, defaults to 8): Number of sequences that run through the model at a time.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
     Returns:
-        `dict[int, GateFit]`: for each layer that grew, how far the gate opens on a tenth of the sequences, held out.
+        `dict[int, GateFit]`: by index of each layer that grew, how far its gate opens on a tenth of the sequences,
+            held out.
 
     Raises:
-        `ValueError`: if the last addition was not a protected one, a text has less than two sequences, or for a number
-            that cannot be.
+        `ValueError`: if the last addition is not a protected one, a text has other elements or less than two
+            sequences, or for options of another type or out of range. The model is left as it was.
     """
-    _check_options(model, reference_weight, num_steps)
+    check_is_peer_model(model)
+    _check_options(model, reference_weight, num_steps, batch_size)
+    checked = {"new_text": _checked_text("new_text", new_text)}
+    checked["reference_text"] = _checked_text("reference_text", reference_text)
     layers = {
         module.layer_idx: module
         for module in model.modules()
         if isinstance(module, PeerFeedForward) and module.layer_idx in model.config.expert_additions[-1]["layers"]
     }
-    texts = [_hidden_states(model, layers, text, batch_size, progress_bar) for text in (new_text, reference_text)]
+    texts = [_hidden_states(model, layers, *pair, batch_size, progress_bar) for pair in checked.items()]
     results = {}
     for index, layer in layers.items():
         (new_held_out, new), (reference_held_out, reference) = (_split(text[index]) for text in texts)
@@ -100,22 +108,57 @@ def fit_gates(
     return results
 
 
-def _check_options(model, reference_weight, num_steps):
-    check_is_peer_model(model)
+def _check_options(model, reference_weight, num_steps, batch_size):
     last = (model.config.expert_additions or [None])[-1]
     if last is None or last["mode"] != "protected":
         raise ValueError(
-            "`fit_gates` is for experts added in protected mode, and the last addition to this model is "
-            f"{last or 'not there'}."
+            "`fit_gates` is for experts added in protected mode, expected one as the last addition to this model, got "
+            f"{last or 'no addition'}."
         )
-    if not 0 < reference_weight < math.inf:
-        raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight}.")
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"`num_steps` must be a whole number, at least 1, got {num_steps!r}.")
+    is_number = isinstance(reference_weight, (int, float)) and not isinstance(reference_weight, bool)
+    if not is_number or not 0 < reference_weight < math.inf:
+        raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight!r}.")
+    for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
 
 
-def _hidden_states(model, layers, text, batch_size, progress_bar):
-    """What each layer sees of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
+def _checked_text(name, text):
+    """A text as `batches_of` takes it. Raises `ValueError` if its elements are no sequences of tokens."""
+    if isinstance(text, DataLoader):
+        return text
+    is_sized = hasattr(text, "__len__") and hasattr(text, "__getitem__")
+    if isinstance(text, (str, bytes, Mapping)) or not (is_sized or isinstance(text, Iterable)):
+        raise ValueError(
+            f"`{name}` must be an iterable of sequences, each a dict with `input_ids`, got {_shown(text)}."
+        )
+    text = text if is_sized else list(text)
+    for index in range(len(text)):
+        sequence = text[index]
+        tokens = sequence.get("input_ids") if isinstance(sequence, Mapping) else None
+        if tokens is None or not _is_sequence_of_tokens(tokens):
+            raise ValueError(
+                f"Elements of `{name}` must be dicts whose `input_ids` are token ids of shape (sequence_length,), got "
+                f"{_shown(sequence)} at index {index}."
+            )
+    return text
+
+
+def _is_sequence_of_tokens(tokens):
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return tokens.ndim == 1 and tokens.dtype in (torch.int32, torch.int64)
+
+
+def _shown(value):
+    shown = repr(value)
+    return f"{shown[:80]}{'…' * (len(shown) > 80)} ({type(value).__name__})"
+
+
+def _hidden_states(model, layers, name, text, batch_size, progress_bar):
+    """By layer, its inputs of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
     seen: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     hooks = [
         layer.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0].cpu()))
@@ -125,7 +168,7 @@ def _hidden_states(model, layers, text, batch_size, progress_bar):
     try:
         with evaluation(model):
             for batch in tqdm(batches_of(text, batch_size), disable=not progress_bar, desc="Hidden states"):
-                model.base_model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+                model.base_model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"})
                 present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
                 for index, states in seen.items():
                     sequences[index] += [each[mask] for each, mask in zip(states.pop(), present, strict=True)]
@@ -133,19 +176,21 @@ def _hidden_states(model, layers, text, batch_size, progress_bar):
         for hook in hooks:
             hook.remove()
     sequences = {index: [each for each in of_layer if len(each)] for index, of_layer in sequences.items()}
-    number = len(next(iter(sequences.values())))
-    if number < 2:
-        raise ValueError(f"Both texts must have at least two sequences, one to fit and one to hold out, got {number}.")
+    num_sequences = len(next(iter(sequences.values())))
+    if num_sequences < 2:
+        raise ValueError(
+            f"`{name}` must have at least two sequences, one to fit and one to hold out, got {num_sequences}."
+        )
     return sequences
 
 
 def _split(sequences):
-    """Tokens of every tenth sequence, and of the others."""
+    """Hidden states of every tenth sequence, and of the others."""
     return torch.cat(sequences[::10]), torch.cat([each for i, each in enumerate(sequences) if i % 10])
 
 
 def _fit(gate, new, reference, reference_weight, num_steps):
-    """A gate in float32, from first weights of its own, that tells new tokens from those of the reference."""
+    """A gate in float32, initialized anew and fitted to tell new tokens from those of the reference."""
     device = gate.down_proj.weight.device
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
@@ -173,7 +218,7 @@ def _fit(gate, new, reference, reference_weight, num_steps):
 
 @torch.no_grad()
 def _openness(gate, states):
-    """The mean of a gate over tokens."""
+    """Mean of a gate over tokens."""
     weight = gate.up_proj.weight
     return gate(states.to(weight.device, weight.dtype)).float().mean().item()
 

@@ -15,7 +15,6 @@
 
 import copy
 import functools
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +25,15 @@ from torch import nn
 from transformers import initialization as init
 
 from ..analysis.evaluation import evaluation
-from ..expert_generations import check_additions, generations_of
+from ..analysis.expert_sets import layer_indices
+from ..configuration_peer import PeerConfig
+from ..expert_additions import check_additions
+from ..expert_generations import generations_of
 from ..expert_table import ExpertTable
 from ..feed_forward_peer import ExpertPool, PeerFeedForward
 from ..key_grid import grid_size
 from ..modeling_peer import PeerPreTrainedModel
-from ..optim.frozen_rows import freeze_rows, require_gradients
+from ..optim.frozen_rows import FrozenRows, freeze_rows, freezes_of, require_gradients
 from ..product_key_router import AddedRouter
 from .freezing import FrozenExperts
 
@@ -43,11 +45,13 @@ if dist.is_available():
 @dataclass(frozen=True)
 class Addition:
     """
-    What [`add_experts`] did.
+    Result of [`add_experts`].
 
     Args:
-        experts (`dict[int, range]`): The numbers of the new experts in each layer.
-        deviation (`float`): The largest difference that the growth made to an output of the model, before any training.
+        experts (`dict[int, range]`): Expert indices of the new experts, by layer.
+        deviation (`float`):
+            The largest absolute difference that the growth made to an element of the model's outputs, before any
+            training.
     """
 
     experts: dict[int, range]
@@ -65,48 +69,49 @@ def add_experts(
     inputs: torch.Tensor | None = None,
 ) -> Addition:
     """
-    Gives a trained model more experts, in its configuration too, and leaves nothing but them to be trained, see
-    [`train_added_experts_only`]. Old experts keep their numbers and rows; new ones are silent at first, v_i = 0. An
-    optimizer has to be made anew.
+    Adds experts to a trained model and to its configuration, and leaves only them to be trained (see
+    [`train_added_experts_only`]). Old experts keep their indices and vectors; new ones are silent at first, v_i = 0.
+    Make optimizers after it.
 
     `mode="protected"`: the new experts are a generation with a router, a softmax and a gate of their own (see
-    [`AddedRouter`]), whose query network starts as a copy of the layer's. Outputs stay what they were. Whatever is
-    trained on the new experts, a model that masks them ([`masked_experts`]) computes what it did before, to the bit.
-    Costs what `num_retrieval_heads · num_experts_per_head` experts and their retrieval cost.
+    [`AddedRouter`]), whose query network starts as a copy of the layer's. Outputs stay what they were. Whatever the
+    new experts are trained on, a model that masks them ([`masked_experts`]) computes what it did before, to the bit.
+    The cost per token is that of `num_retrieval_heads · num_experts_per_head` experts and of their retrieval.
 
-    `mode="open"`: the key grid gets larger, and new keys compete with the old ones for the same k places of a head, at no
-    cost per token but that of their scores. New experts that win a place take weight from the old ones at once. Train with
-    [`RowAdamW`]: other optimizers keep state for old rows too.
+    `mode="open"`: the key grid gets larger, and new keys compete with the old ones for the same k places of a head.
+        The only cost per token is that of scoring them. New experts that win a place take weight from the old ones at
+        once. Train with [`RowAdamW`]: other optimizers keep state for old rows too.
 
     Args:
-        model ([`PeerPreTrainedModel`]): With PEER layers.
+        model ([`PeerPreTrainedModel`]): A model with PEER layers.
         num_experts (`int`):
-            Number of experts to add to each layer, or to the pool they share: in protected mode a perfect square, in open
-            mode what is missing to one.
-        layers (`int` or iterable of `int`, *optional*): The layers to grow, all PEER layers if not given.
+            Number of experts to add to each layer, or to the pool that layers share: in protected mode a perfect
+            square, in open mode such that the sum with the experts there are is one.
+        layers (`int` or iterable of `int`, *optional*): Indices of the layers to grow, all PEER layers if `None`.
         mode (`str`, *optional*, defaults to `"protected"`): `"protected"` or `"open"`.
         num_retrieval_heads (`int`, *optional*):
-            Heads that retrieve protected new experts, at most those of the configuration, which is the default.
+            Number of heads that retrieve protected new experts, at most that of the configuration, which is the
+            default.
         num_experts_per_head (`int`, *optional*):
-            Protected new experts that a head retrieves; as in the configuration if not given.
+            Number of protected new experts that a head retrieves; that of the configuration if not given.
         inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Tokens to measure the deviation on. Random ones if not given.
+            Tokens to measure the deviation on, random ones if not given.
 
     Returns:
-        [`Addition`]: the numbers of the new experts, and how much the outputs changed.
+        [`Addition`]: the indices of the new experts, and how much the outputs changed.
 
     Raises:
-        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or a size that cannot
-            be. The model is left as it was.
+        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or for arguments
+            of another type or out of range. The model is left as it was.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
 
     >>> add_experts(model, 64**2)
-    >>> fit_gates(model, new_text, reference_text)  # so that they do not speak where they were not asked
+    >>> fit_gates(model, new_text, reference_text)  # so that new experts are used for the new text only
     >>> Trainer(model, args, train_dataset=new_text).train()
     >>> with masked_experts(model):
-    ...     model.generate(**inputs)  # what it would have written before
+    ...     model.generate(**inputs)  # what the model generated before it grew
     ```
     """
     check_is_peer_model(model)
@@ -123,11 +128,14 @@ def add_experts(
         for name, value in budget.items():
             addition[name] = getattr(config, name) if value is None else value
     elif any(value is not None for value in budget.values()):
-        raise ValueError("`num_retrieval_heads` and `num_experts_per_head` are of protected experts; open ones share.")
+        raise ValueError(
+            "`num_retrieval_heads` and `num_experts_per_head` are for protected experts, as open ones share those of "
+            f"the layer: expected `None` for both in open mode, got {budget}."
+        )
     config.expert_additions = [*(config.expert_additions or []), addition]
     _check(config, addition)
     before = _outputs(model, inputs)
-    experts = {index: _new_numbers(old_config, layer, index, num_experts) for index, layer in grown.items()}
+    experts = {index: _new_indices(old_config, layer, index, num_experts) for index, layer in grown.items()}
     (_grow_protected if mode == "protected" else _grow_open)(model, grown, config)
     module: Any
     for module in model.modules():
@@ -139,15 +147,17 @@ def add_experts(
 
 def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
-    Freezes all of a grown model but the experts of its last addition, their keys, and, if it was a protected one, their
-    query network; their gates are left to [`fit_gates`]. [`add_experts`] does so; it has to be said again of a model that
-    was loaded, or copied.
+    Freezes a grown model except for the experts of its last addition, their keys and, if the addition is protected,
+    their query network. Gates of added experts are left to [`fit_gates`]. [`add_experts`] calls it. What is trained is
+    not saved or copied with a model: call it again after loading or copying one, before an optimizer gets the
+    parameters.
 
-    In layers with an open addition the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds them
-    at no cost, other optimizers at that of a copy in each step.
+    In layers with an open addition, the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds
+    them at no cost, other optimizers at that of a copy in each step.
 
     Returns:
-        [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be trained.
+        [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be
+            trained.
 
     Raises:
         `ValueError`: if no experts were added.
@@ -156,10 +166,12 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
     addition = model.config.expert_additions[-1]
-    if model in _FREEZES:
-        _FREEZES.pop(model).remove()
+    for freeze in [freeze for module in model.modules() for freeze in freezes_of(module)]:
+        if freeze.holder is train_added_experts_only:
+            freeze.remove()
     require_gradients(model.parameters(), False)
-    num_frozen, causes = {}, []
+    num_frozen: dict[str, int] = {}
+    handles: list[FrozenRows] = []
     for index, layer in _peer_layers(model, addition["layers"]).items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
@@ -167,51 +179,47 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
             require_gradients(layer.added_routers[-1].gate.parameters(), False)
         else:
             num_frozen[f"layer_{index}"] = layer.router.generation.num_experts - addition["num_experts"]
-            causes += _freeze_old_rows(layer.router, pool, addition["num_experts"])
-    _FREEZES[model] = FrozenExperts(num_frozen, causes)
-    return _FREEZES[model]
-
-
-# What `train_added_experts_only` froze of a model, to be lifted when it is said again.
-_FREEZES: weakref.WeakKeyDictionary[nn.Module, FrozenExperts] = weakref.WeakKeyDictionary()
+            handles += _freeze_old_rows(layer.router, pool, addition["num_experts"])
+    return FrozenExperts(num_frozen, handles)
 
 
 def check_is_peer_model(model: nn.Module) -> None:
-    """Raises `ValueError` if a model is none that experts can be added to."""
+    """Raises `ValueError` if experts cannot be added to a model."""
     if not isinstance(model, PeerPreTrainedModel):
         raise ValueError(
-            f"Experts can be added to PEER models, got {type(model).__name__}. Of a model with adapters, merge or unload them "
-            "first; a model with grafts takes another graft."
+            f"Experts can be added to PEER models, got a {type(model).__name__}. If it has adapters, merge or unload "
+            "them first; a model with grafts takes another graft."
         )
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("Experts can be added to a model without adapters: merge or unload those it has first.")
     if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            "Experts can be added before a model is split over processes, and this one is: grow it first."
+            "Experts can be added before a model is split over processes, and this one is split: grow it first."
         )
 
 
 def _peer_layers(model, layers):
     """The PEER layers of a model by their index in it, all or those named."""
+    indices = layer_indices(layers)
     found = {module.layer_idx: module for module in model.modules() if isinstance(module, PeerFeedForward)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no PEER layer that could get more experts.")
-    if layers is None:
+    if indices is None:
         return found
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    # A number of another type would find its layer, and stand in the configuration.
-    if unknown := [layer for layer in layers if layer not in found or type(layer) is not int]:
+    if unknown := [layer for layer in indices if layer not in found]:
         raise ValueError(f"`layers` must be some of the PEER layers {sorted(found)}, got {unknown} among them.")
-    return {layer: found[layer] for layer in layers}
+    return {layer: found[layer] for layer in indices}
 
 
-def _check(config, addition):
-    """Raises `ValueError` if a model cannot grow so."""
-    check_additions(config)
+def _check(config: PeerConfig, addition):
+    """Raises `ValueError` if a model cannot get these experts."""
+    check_additions(
+        config.expert_additions, config.feed_forward_types, config.num_experts, config.share_experts_across_layers
+    )
     if addition["mode"] == "protected" and addition["num_retrieval_heads"] > config.num_retrieval_heads:
         raise ValueError(
-            f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, those of the layer, whose query network "
-            f"new experts start with, got {addition['num_retrieval_heads']}."
+            f"`num_retrieval_heads` must be at most {config.num_retrieval_heads}, the number of heads of the layer, "
+            f"as new experts start with a copy of its query network, got {addition['num_retrieval_heads']}."
         )
 
 
@@ -223,18 +231,19 @@ def _check_inputs(model, inputs):
     if not is_tokens or not inputs.numel() or inputs.min() < 0 or inputs.max() >= size:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else repr(inputs)
         raise ValueError(
-            f"`inputs` must be tokens, whole numbers from 0 to {size - 1} of shape (batch_size, sequence_length), got {found}"
+            f"`inputs` must be token ids, int32 or int64 from 0 to {size - 1}, of shape (batch_size, "
+            f"sequence_length), got {found}"
             + (f", from {inputs.min()} to {inputs.max()}." if is_tokens and inputs.numel() else ".")
         )
 
 
-def _new_numbers(config, layer, index, num_experts):
-    """The numbers of the experts that a layer will get."""
+def _new_indices(config: PeerConfig, layer, index, num_experts):
+    """The expert indices that the new experts of a layer will have."""
     held = [layer.router, *layer.added_routers]
     if [router.generation for router in held] != generations_of(config, index):
         raise ValueError(
-            f"`expert_additions` of the configuration is {config.expert_additions}, which is not how layer {index} grew: do "
-            "models share a configuration? Give each its own."
+            f"`expert_additions` of the configuration is {config.expert_additions}, which is not how layer {index} "
+            "grew: do models share a configuration? Give each its own."
         )
     first = held[-1].generation.experts.stop
     return range(first, first + num_experts)
@@ -245,22 +254,22 @@ def _pool(model, layer):
 
 
 def _tables(pool):
-    """Those of a pool's first generation."""
+    """The expert tables of a pool's first generation."""
     return [module for module in pool.children() if isinstance(module, ExpertTable)]
 
 
 def _outputs(model, inputs):
-    """What the model puts out in evaluation, on random tokens if not told on which."""
+    """The model's outputs in evaluation, on random tokens if `inputs` is `None`."""
     if inputs is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
     with evaluation(model):
-        # Row by row: a classifier without a padding token takes no more.
+        # Row by row: a classifier without a padding token takes one sequence at a time.
         return torch.cat([model(row, use_cache=False)[0].float() for row in inputs.to(model.device).split(1)])
 
 
-def _grow_protected(model, grown, config):
-    """Makes everything that is new first: until it is put in its place, the model is what it was."""
+def _grow_protected(model, grown, config: PeerConfig):
+    """Makes all new modules before it puts them in place, so that the model stays as it was if one cannot be made."""
     new_pools, new_routers = {}, {}
     for index, layer in grown.items():
         pool, generation = _pool(model, layer), generations_of(config, index)[-1]
@@ -278,7 +287,7 @@ def _grow_protected(model, grown, config):
 
 
 def _initialized(model, reference, make):
-    """A new module, where and of the dtype that a parameter of the model is, its weights as those of a new model."""
+    """A new module with the device and dtype of a parameter of the model, initialized as in a new model."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(reference.dtype)
     try:
@@ -289,8 +298,8 @@ def _initialized(model, reference, make):
     return module.apply(model._init_weights).train(model.training)
 
 
-def _grow_open(model, grown, config):
-    """Table by table, so that no more than one is there twice; all of them shrink again if one cannot grow."""
+def _grow_open(model, grown, config: PeerConfig):
+    """Table by table, so that at most one is in memory twice; all of them shrink again if one cannot grow."""
     undo = []
     try:
         for pool, generation in {
@@ -315,13 +324,15 @@ def _new_rows(table, num_experts, silent):
 
 def _freeze_old_rows(router, pool, num_added):
     num_old = router.generation.num_experts - num_added
-    parts = [(router, router.sub_keys, 2, grid_size(num_old))]
-    parts += [(table, table.weight, 0, num_old) for table in _tables(pool)]
-    causes = []
-    for owner, parameter, dim, size in parts:
+    parts = [(router, "sub_keys", 2, grid_size(num_old))]
+    parts += [(table, "weight", 0, num_old) for table in _tables(pool)]
+    handles = []
+    for module, name, dim, size in parts:
+        parameter = getattr(module, name)
         require_gradients([parameter])
-        causes.append(freeze_rows(parameter, torch.arange(parameter.shape[dim]) < size, dim, owner))
-    return causes
+        rows = torch.arange(parameter.shape[dim]) < size
+        handles.append(freeze_rows(module, name, rows, dim, holder=train_added_experts_only))
+    return handles
 
 
 __all__ = ["Addition", "add_experts", "train_added_experts_only"]

@@ -11,4 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Optimizers for models with expert tables, and rows that no optimizer moves."""
+"""Optimizers for models with expert tables, rows that no optimizer moves, and checkpoints to resume from."""
+
+from .frozen_rows import FrozenRows, freeze_rows
+from .resuming import last_complete_checkpoint
+from .row_adamw import RowAdamW, expert_parameter_groups
+
+
+__all__ = ["FrozenRows", "RowAdamW", "expert_parameter_groups", "freeze_rows", "last_complete_checkpoint"]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""AdamW that moves only the rows of expert tables that a step touched, with moments of their own count of steps."""
+"""AdamW that moves only the rows of expert tables that a step touched, each with its own step count."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -34,8 +34,9 @@ if dist.is_available():
 
 SECOND_MOMENTS = ("full", "row")
 
-# Numbers of the rows that torch operations work on together: 1 MB in float32, so that what they make stays in the cache.
-CHUNK_NUMBERS = 2**18
+# Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
+# the cache.
+CHUNK_ELEMENTS = 2**18
 
 # As in `Trainer.get_decay_parameter_names`.
 NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -45,28 +46,29 @@ class RowAdamW(torch.optim.Optimizer):
     r"""
     AdamW (Loshchilov & Hutter, arXiv 1711.05101) for models with expert tables.
 
-    In *row* parameters, those of groups with `"rows": True` and those with sparse gradients, a step moves the rows whose
-    gradient has a number other than zero, and counts steps for each row: m and v of a row are corrected for bias by how
-    often it was touched. All other rows, and their state, stay as they are: no weight decay, no stale momentum. Their
-    state is in float32, of float64 parameters in float64. All other parameters are treated as `torch.optim.AdamW` does.
+    In *row* parameters, those of groups with `"rows": True` and those with sparse gradients, a step moves only the
+    rows whose gradient has a non-zero element, and counts steps for each row: m and v of a row are corrected for bias
+    by how often it was touched. All other rows and their state stay as they are: no weight decay, no stale momentum.
+    The state is in float32, for float64 parameters in float64. All other parameters are treated as `torch.optim.AdamW`
+    does.
 
     Gradients of row parameters may be sparse (`config.sparse_expert_gradients`) or dense; the result is the same.
 
     Args:
-        params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may have values of its
-            own for what follows, and `"rows"` (`bool`, defaults to `False`): whether its parameters, of shape
-            `(num_rows, width)`, are row parameters.
+        params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may override the
+            hyperparameters below, and may have `"rows"` (`bool`, defaults to `False`): whether its parameters, of
+            shape `(num_rows, width)`, are row parameters.
         lr (`float`, *optional*, defaults to 0.001): Learning rate.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): How much of m and of v a step keeps.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay rates of m and of v.
         eps (`float`, *optional*, defaults to 1e-08): Added to √v.
-        weight_decay (`float`, *optional*, defaults to 0.01): Decoupled: a step takes `lr * weight_decay` of the
-            parameter away.
-        second_moment (`str`, *optional*, defaults to `"full"`): What is kept of squared gradients of row parameters:
-            `"full"`, a number for each of theirs, or `"row"`, one number for each row, of the mean over the row.
+        weight_decay (`float`, *optional*, defaults to 0.01): Decoupled: a step subtracts `lr * weight_decay` times the
+            parameter.
+        second_moment (`str`, *optional*, defaults to `"full"`): Second moments of row parameters: `"full"`, one for
+            each element, or `"row"`, one for each row, of the mean of the squared gradient over the row.
 
     Raises:
-        `ValueError`: for a value out of its range, a row parameter without rows, or `second_moment="row"` with rows that
-            are split over processes.
+        `ValueError`: for a hyperparameter out of its range, a row parameter that is no matrix, or
+            `second_moment="row"` with rows that are split over processes.
 
     ```python
     >>> from modeling_peer import RowAdamW, expert_parameter_groups
@@ -101,10 +103,10 @@ class RowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """
-        Makes a step with the gradients of the parameters that have one.
+        Makes a step on the parameters that have a gradient.
 
         Args:
-            closure (`Callable`, *optional*): Evaluates the model anew and returns the loss, which is returned.
+            closure (`Callable`, *optional*): Evaluates the model again and returns the loss, which `step` returns.
         """
         loss = None
         if closure is not None:
@@ -123,7 +125,7 @@ class RowAdamW(torch.optim.Optimizer):
         return loss
 
     def moves_by_rows(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
-        """Whether a step moves only those rows of a parameter, of this group, whose gradient has a number other than zero."""
+        """Whether a step moves only the rows of a parameter of this group whose gradient has a non-zero element."""
         sparse = parameter.grad is not None and parameter.grad.is_sparse
         return group["rows"] or sparse or "row_steps" in self.state[parameter]
 
@@ -155,7 +157,7 @@ class RowAdamW(torch.optim.Optimizer):
             *([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
             [],
             [state["step"] for state in states],
-            # On a CPU torch takes a loop by itself, in several passes over the memory and one thread.
+            # torch's own choice on a CPU is a loop over the parameters, with several passes over memory on one thread.
             fused=bool(local) and all(each.is_floating_point() and each.is_cpu for each in local),
             has_complex=any(map(torch.is_complex, parameters)),
             amsgrad=False,
@@ -168,7 +170,10 @@ class RowAdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state of row parameters keeps its dtype. Raises `ValueError` for another optimizer's."""
+        """
+        Loads the state as torch's optimizers do, but keeps the dtype of the state of row parameters. Raises
+        `ValueError` for the state of another optimizer.
+        """
         hook = self.register_load_state_dict_pre_hook(_keep_row_state)
         try:
             super().load_state_dict(state_dict)
@@ -184,8 +189,8 @@ class RowAdamW(torch.optim.Optimizer):
 
 class _AsItIs:
     """
-    A row parameter's saved state, while `Optimizer.load_state_dict` handles the rest: it would cast every tensor to the
-    dtype of its parameter, but for those under the name `step`.
+    The saved state of a row parameter, while `Optimizer.load_state_dict` handles the rest: it would cast every tensor
+    except `step` to the dtype of its parameter.
     """
 
     def __init__(self, state):
@@ -201,8 +206,8 @@ class _AsItIs:
         for name, expected in shapes.items():
             if tuple(self.state[name].shape) not in expected:
                 raise ValueError(
-                    f"`{name}` of a table of shape {(num_rows, width)} must be of shape {expected[0]}, the state dict has "
-                    f"{tuple(self.state[name].shape)}."
+                    f"`{name}` of a table of shape {(num_rows, width)} must be of shape {expected[0]}, found "
+                    f"{tuple(self.state[name].shape)} in the state dict."
                 )
         dtypes = {"row_steps": torch.int32}
         return {
@@ -215,8 +220,8 @@ def _keep_row_state(optimizer, state_dict):
     for group in state_dict["param_groups"]:
         if not {"rows", "second_moment"} <= group.keys():
             raise ValueError(
-                "The state dict is another optimizer's: its groups lack `rows` and `second_moment`, they have "
-                f"{sorted(group)}. Start `RowAdamW` without it."
+                "The state dict is another optimizer's: expected groups with `rows` and `second_moment`, found groups "
+                f"with {sorted(group)}. Start `RowAdamW` without it."
             )
     state = {
         parameter: _AsItIs(saved) if isinstance(saved, dict) and "row_steps" in saved else saved
@@ -248,13 +253,13 @@ def _check_row_parameter(parameter, second_moment):
     shape = tuple(parameter.shape)
     if parameter.ndim != 2 or not parameter.is_floating_point():
         raise ValueError(
-            f'Parameters of a group with `"rows": True` must be real, of shape (num_rows, width), got {parameter.dtype} '
-            f"of shape {shape}."
+            f'Parameters of a group with `"rows": True` must be real, of shape (num_rows, width), got '
+            f"{parameter.dtype} of shape {shape}."
         )
     if second_moment == "row" and _is_dtensor(parameter) and any(p.is_shard(1) for p in parameter.placements):
         raise ValueError(
-            f'`second_moment` must be "full" for a table whose rows are split over processes, got "row" and a table of '
-            f"shape {shape} with placements {parameter.placements}."
+            f'`second_moment` must be "full" for a table whose rows are split over processes, got "row" and a table '
+            f"of shape {shape} with placements {parameter.placements}."
         )
 
 
@@ -278,7 +283,7 @@ def _state_dtype(parameter):
 
 
 def _row_state(parameter, second_moment):
-    """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded as the parameter is."""
+    """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded like the parameter."""
     _check_row_parameter(parameter, second_moment)
     dtype = _state_dtype(parameter)
     return {
@@ -302,7 +307,8 @@ def _zeros(parameter, shape_of, dtype):
 
 def _touched_rows(parameter):
     """
-    Rows of a parameter's local part whose gradient is other than zero, a tensor of gradients, and the row in it of each.
+    Rows of a parameter's local part whose gradient is non-zero, a tensor of gradients, and the row of each in that
+    tensor.
     """
     gradient = _local_gradient(parameter)
     if not gradient.is_sparse:
@@ -310,8 +316,8 @@ def _touched_rows(parameter):
         return rows, gradient, rows
     if gradient.sparse_dim() != 1 or parameter.ndim != 2:
         raise ValueError(
-            "`RowAdamW` takes sparse gradients by rows of parameters of shape (num_rows, width), got one that is sparse "
-            f"in {gradient.sparse_dim()} dimensions of {tuple(parameter.shape)}."
+            "`RowAdamW` takes sparse gradients by rows of parameters of shape (num_rows, width), got one that is "
+            f"sparse in {gradient.sparse_dim()} dimensions of {tuple(parameter.shape)}."
         )
     rows, values = rows_and_values(gradient)
     places = _find_touched(values, parameter).nonzero()[:, 0]
@@ -319,7 +325,7 @@ def _touched_rows(parameter):
 
 
 def _find_touched(gradient, parameter):
-    """Of each row of a gradient, whether any number in it is other than zero, on any process that has a part of it."""
+    """For each row of a gradient, whether it is non-zero on any process that has a part of it: bool, `(num_rows,)`."""
     if cpu.can_update(gradient, gradient):
         touched = cpu.touched_rows(gradient)
     else:
@@ -335,7 +341,7 @@ def _find_touched(gradient, parameter):
 
 
 def _rows_per_chunk(table):
-    return max(1, CHUNK_NUMBERS // max(1, table.shape[1]))
+    return max(1, CHUNK_ELEMENTS // max(1, table.shape[1]))
 
 
 def update_rows(
@@ -347,15 +353,15 @@ def update_rows(
     group: dict[str, Any],
 ) -> None:
     """
-    AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
+    Makes AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
 
     Args:
         parameter (`torch.Tensor` of shape `(num_rows, width)`)
-        state (`dict[str, torch.Tensor]`): Moments `exp_avg`, `exp_avg_sq` and counts of steps `row_steps`.
-        rows (`torch.Tensor` of shape `(num_touched,)`): int64, each row once.
+        state (`dict[str, torch.Tensor]`): Moments `exp_avg`, `exp_avg_sq` and step counts `row_steps`.
+        rows (`torch.Tensor` of shape `(num_touched,)`): int64, distinct rows of the parameter.
         gradient (`torch.Tensor` of shape `(num_gradients, width)`)
-        places (`torch.Tensor` of shape `(num_touched,)`): int64, the row of `gradient` that is of each of `rows`.
-        group (`dict`): The parameter's group, for `lr`, `betas`, `eps` and `weight_decay`.
+        places (`torch.Tensor` of shape `(num_touched,)`): int64, for each of `rows` its row in `gradient`.
+        group (`dict`): The parameter's group, with `lr`, `betas`, `eps` and `weight_decay`.
     """
     if cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
         cpu.update_rows(parameter, state, rows, gradient, places, group)
@@ -385,7 +391,7 @@ def _update_chunk(parameter, state, rows, gradient, group):
 
 
 def _bias_correction(beta, steps, dtype):
-    """`1 - beta ** steps`, which is small at first, without the rounding of a number close to 1."""
+    """`1 - beta ** steps`, which is small at first, without the cancellation of two numbers close to 1."""
     log_beta = math.log(beta) if beta else -math.inf
     return -torch.expm1(steps.to(dtype)[:, None] * log_beta)
 
@@ -398,18 +404,19 @@ def expert_parameter_groups(
     down_proj_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """
-    Groups of a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
-    them, and the expert tables, as rows. A table that several layers share is in one group once.
+    Groups a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
+    them, and the expert tables, as rows. A table that several layers share is in one group, once.
 
     Args:
         model (`nn.Module`)
         learning_rate (`float`)
-        weight_decay (`float`, *optional*, defaults to 0.0): Of all but biases and norms.
-        expert_lr_multiplier (`float`, *optional*, defaults to 1.0): What the learning rate of expert tables is multiplied
-            with. Schedulers multiply each group's own learning rate, so this holds all along.
-        down_proj_lr_multiplier (`float`, *optional*, defaults to 1.0): What that of the rows v_i that come out, of PKM the
-            values, is multiplied with besides. A head's router weights sum to one, so its rows must be up to k times as
-            large as a dense projection's, and at one learning rate take as many more steps to get there.
+        weight_decay (`float`, *optional*, defaults to 0.0): Of all parameters except biases and norms.
+        expert_lr_multiplier (`float`, *optional*, defaults to 1.0): Factor of the learning rate of expert tables.
+            Schedulers scale each group's own learning rate, so the factor lasts.
+        down_proj_lr_multiplier (`float`, *optional*, defaults to 1.0): Further factor of the learning rate of the
+            down-projection vectors v_i, and of the values of PKM layers. The router weights of a head sum to one, so
+            its vectors must become up to k times as large as those of a dense projection, which takes as many more
+            steps at the same learning rate.
 
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""[`RowAdamW`] on a CPU, in C for the processor at hand: one pass over the touched rows, each read and written once."""
+"""[`RowAdamW`] on a CPU, in C compiled for its processor: touched rows are read and written once, in one pass."""
 
 from collections.abc import Iterable
 
@@ -25,15 +25,15 @@ SOURCE = (
     + r"""
 #include <math.h>
 
-/* Rows of parameter and moments that are asked of memory before they are used. A row is 2 KB at d = 512 in float32. */
+/* How many rows ahead parameter and moments are prefetched. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 2
-/* Vectors of a gradient after which to see whether one was other than zero. */
+/* Vectors of a gradient between two checks for a non-zero element. */
 #define VECTORS_PER_LOOK 8
 """
     + for_each_dtype(r"""
 struct NAME(coefficients) { SUM decay, first, second, second_kept, eps; };
 
-/* The square root of every lane: a loop over an array, which compiles to one instruction. */
+/* The square root of each lane: a loop over an array, which compiles to one instruction. */
 static inline VECTOR NAME(root)(VECTOR v) {
     SUM lanes[WIDTH];
     memcpy(lanes, &v, sizeof v);
@@ -42,8 +42,8 @@ static inline VECTOR NAME(root)(VECTOR v) {
     return v;
 }
 
-/* A vector of a row: its first moment, its second unless the row has one for all its numbers, its numbers. `divisor` is
-   that of the whole row, or what √v is multiplied with. */
+/* The step on a vector of a row: its first moment, its second moment (unless the row has a single one: then v is
+   null), and its elements. `divisor` is that of the whole row if v is null, otherwise the factor of √v. */
 static inline void NAME(update)(ROW *x, SUM *m, SUM *v, const ROW *g, SUM rate, SUM divisor,
                                 struct NAME(coefficients) c) {
     VECTOR gradient = LOAD(g), first, divisors = divisor - (VECTOR){};
@@ -73,7 +73,7 @@ static inline SUM NAME(mean_square)(const ROW *g, int64_t width) {
     return sum / width;
 }
 
-/* touched[n]: whether any number of row n is other than zero. */
+/* touched[n]: whether row n has a non-zero element. */
 void NAME(touched_rows)(const ROW *gradient, uint8_t *touched, int64_t count, int64_t width, int threads) {
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < count; n++) {
@@ -91,8 +91,8 @@ void NAME(touched_rows)(const ROW *gradient, uint8_t *touched, int64_t count, in
     }
 }
 
-/* AdamW's step on `count` different rows of a table: on row rows[u] with row places[u] of the gradient. There is one
-   second moment to a number, or to a row where it is `shared`. */
+/* AdamW's step on `count` distinct rows of a table: on row rows[u] with row places[u] of the gradient. Each element
+   has its own second moment, or each row a single one if it is `shared`. */
 void NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_steps, const ROW *gradient,
                  const int64_t *rows, const int64_t *places, int64_t count, int64_t width, int64_t shared, double lr,
                  double beta1, double beta2, double eps, double weight_decay, int threads) {
@@ -120,17 +120,17 @@ void NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_ste
             NAME(update)(x + i, m + i, v ? v + i : 0, g + i, rate, divisor, c);
         }
         if (vectors < width) {
-            const size_t numbers = width - vectors;
+            const size_t rest = width - vectors;
             ROW last_x[WIDTH] = {}, last_g[WIDTH] = {};
             SUM last_m[WIDTH] = {}, last_v[WIDTH] = {};
-            memcpy(last_x, x + vectors, numbers * sizeof *x);
-            memcpy(last_g, g + vectors, numbers * sizeof *g);
-            memcpy(last_m, m + vectors, numbers * sizeof *m);
-            if (v) memcpy(last_v, v + vectors, numbers * sizeof *v);
+            memcpy(last_x, x + vectors, rest * sizeof *x);
+            memcpy(last_g, g + vectors, rest * sizeof *g);
+            memcpy(last_m, m + vectors, rest * sizeof *m);
+            if (v) memcpy(last_v, v + vectors, rest * sizeof *v);
             NAME(update)(last_x, last_m, v ? last_v : 0, last_g, rate, divisor, c);
-            memcpy(x + vectors, last_x, numbers * sizeof *x);
-            memcpy(m + vectors, last_m, numbers * sizeof *m);
-            if (v) memcpy(v + vectors, last_v, numbers * sizeof *v);
+            memcpy(x + vectors, last_x, rest * sizeof *x);
+            memcpy(m + vectors, last_m, rest * sizeof *m);
+            if (v) memcpy(v + vectors, last_v, rest * sizeof *v);
         }
     }
 }
@@ -139,7 +139,7 @@ void NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_ste
 
 
 def can_update(parameter: torch.Tensor, gradient: torch.Tensor, moments: Iterable[torch.Tensor] = ()) -> bool:
-    """Whether these kernels run on this parameter, its gradient and its moments, here."""
+    """Whether these kernels run on a parameter, its gradient and its moments on this machine."""
     moments = list(moments)
     tensors = [parameter, gradient, *moments]
     sum_dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -153,7 +153,7 @@ def can_update(parameter: torch.Tensor, gradient: torch.Tensor, moments: Iterabl
 
 
 def touched_rows(gradient: torch.Tensor) -> torch.Tensor:
-    """Of each row of a gradient, whether any of its numbers is other than zero."""
+    """For each row of a gradient, whether it has a non-zero element: bool, `(num_rows,)`."""
     touched = torch.empty(len(gradient), dtype=torch.bool)
     _call("touched_rows", gradient.dtype, gradient, touched, *gradient.shape)
     return touched
@@ -167,12 +167,20 @@ def update_rows(
     places: torch.Tensor,
     group: dict,
 ) -> None:
-    """AdamW's step on some rows, in place. Arguments as of `update_rows` in `row_adamw.py`."""
+    """Makes AdamW's step on some rows, in place. Arguments as in `row_adamw.update_rows`."""
     (_, width), exp_avg_sq = parameter.shape, state["exp_avg_sq"]
     tensors = (parameter, state["exp_avg"], exp_avg_sq, state["row_steps"], gradient, rows, places)
-    numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-    _call("adamw", parameter.dtype, *tensors, len(rows), width, exp_avg_sq.shape[1] != width, *map(float, numbers))
-    # As torch's own optimizers do: a graph that saved the table must not be run backward with the moved one.
+    hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    _call(
+        "adamw",
+        parameter.dtype,
+        *tensors,
+        len(rows),
+        width,
+        exp_avg_sq.shape[1] != width,
+        *map(float, hyperparameters),
+    )
+    # As torch's own optimizers do, so that a graph that saved the table does not run its backward with the moved one.
     torch.autograd.graph.increment_version(parameter)
 
 

@@ -11,68 +11,205 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Background counts of what is no corpus, and counts that no corpus has, are refused."""
+"""A background counts in how many documents of a corpus each expert is used, and stays with the model."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from background_models import CORPUS, FIRST_POOL, LAST_POOL, PKM, measured, model_of_three
+from hub_server import HubServer
+from release_names import enable_checkpointing
 from safetensors.torch import save_file
-from tiny_models import tiny_config
 from torch.utils.data import DataLoader
+from trainer_worker import copy_of_state, pad_right, small_model
 
-from modeling_peer import ExpertBackground, PeerForCausalLM
-
-
-NAME = "model.layers.1.mlp.expert_pool"
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return PeerForCausalLM(tiny_config("dense", "peer"))
+from modeling_peer.analysis.expert_background import ExpertBackground
+from modeling_peer.analysis.expert_sets import find_expert_sets, observe_routers
+from modeling_peer.product_key_router import ProductKeyRouter
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        (["text"], "Examples of `dataset` must have `input_ids`, as a tokenizer returns them, got a str: 'text'"),
-        ("text", "must have `input_ids`, .* got a str: 't'"),
-        ([{"text": "of it"}], "must have `input_ids`, .* got a dict: {'text': 'of it'}"),
-        ([[1, 2, 3]], r"must have `input_ids`, .* got a list: \[1, 2, 3\]"),
-        ([{"input_ids": [[1, 2]]}], r"`input_ids` of an example must be those of one sequence, got shape \(1, 2\)"),
-        ([{"input_ids": 3}], r"must be those of one sequence, got shape \(\)"),
-        (DataLoader([torch.arange(3)]), "Batches of `dataset` must be arguments of the model by name, got a Tensor"),
-    ],
-)
-def test_what_is_no_corpus_is_refused(model, dataset, message):
-    with pytest.raises(ValueError, match=message):
-        ExpertBackground.measure(model, dataset, progress_bar=False)
+def model_of_relu():
+    """Many tokens find no key with a positive score: what they retrieve has a weight of zero."""
+    model = model_of_three(scoring_func="relu")
+    for router in model.modules():
+        if isinstance(router, ProductKeyRouter):
+            router.sub_keys.data += torch.randn(router.sub_keys.shape[-1], generator=torch.Generator().manual_seed(0))
+    return model
 
 
-@pytest.mark.parametrize(
-    ("counts", "num_documents", "message"),
-    [
-        (torch.tensor([0, -2, 1, -1]), 3, r"must be from 0 to `num_documents` = 3, got 2 others, such as \[-2, -1\]"),
-        (torch.tensor([0, 4]), 3, r"must be from 0 to `num_documents` = 3, got 1 others, such as \[4\]"),
-        (
-            torch.tensor([0.0, 1.0]),
-            3,
-            r"must be integers of shape \(num_experts,\), got torch.float32 of shape \(2,\)",
-        ),
-        (torch.tensor([[0, 1]]), 3, r"must be integers of shape \(num_experts,\), got torch.int64 of shape \(1, 2\)"),
-    ],
-)
-def test_counts_that_no_corpus_has_are_refused(tmp_path, counts, num_documents, message):
-    with pytest.raises(ValueError, match=rf"`document_counts\['{NAME}'\]` {message}"):
-        ExpertBackground({NAME: counts}, num_documents)
-    metadata = {"format": "pt", "num_documents": str(num_documents)}
-    save_file({f"document_counts.{NAME}": counts}, tmp_path / "expert_background.safetensors", metadata)
-    with pytest.raises(
-        ValueError, match=rf"expert_background.safetensors has no valid counts: `document_counts.* {message}"
-    ):
-        ExpertBackground.from_pretrained(tmp_path)
+def documents_by_hand(model, sets):
+    """Of each set, the experts that each document of the corpus uses when it is run by itself, without padding."""
+    found = {name: Counter() for name in sets}
+    for example in CORPUS:
+        with torch.no_grad():
+            output = model(example["input_ids"][None], output_router_indices=True, output_router_weights=True)
+        used = {name: set() for name in sets}
+        for name, indices, weights in zip(
+            sets_of_layers(model), output.router_indices, output.router_weights, strict=True
+        ):
+            used[name] |= {int(i) for i, weight in zip(indices.flatten(), weights.flatten(), strict=True) if weight}
+        for name in sets:
+            found[name].update(used[name])
+    return found
 
 
-@pytest.mark.parametrize("num_documents", [-1, 2.0, True, None])
-def test_numbers_of_documents_are_refused(num_documents):
-    with pytest.raises(ValueError, match=f"`num_documents` must be an integer of at least 0, got {num_documents!r}"):
-        ExpertBackground({NAME: torch.zeros(2, dtype=torch.int64)}, num_documents)
+def sets_of_layers(model):
+    """The name of the set of each layer with a router, in order; twice if two layers share it."""
+    sets = find_expert_sets(model)
+    return [name for layer in range(3) for name, each in sets.items() if layer in each.layers]
+
+
+class TestBackground:
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda: model_of_three(attention_dropout=0.5),
+            lambda: small_model("peer", "dense", "peer", share_experts_across_layers=True, num_experts=16**2),
+            model_of_relu,
+        ],
+        ids=["three", "shared", "relu"],
+    )
+    def test_counts_the_documents_that_use_each_expert(self, model):
+        model = model()
+        model.train()
+        model.model.layers[0].eval()
+        modes, before = [module.training for module in model.modules()], copy_of_state(model)
+        background = measured(model, batch_size=4)
+        assert [module.training for module in model.modules()] == modes
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert not any(router._forward_hooks for router in model.modules() if isinstance(router, ProductKeyRouter))
+        by_hand = documents_by_hand(model.eval(), background.sizes)
+        assert background.num_documents == len(CORPUS)
+        assert background.document_counts.keys() == by_hand.keys() == set(sets_of_layers(model))
+        for name, counts in background.document_counts.items():
+            assert counts.dtype == torch.int64
+            assert counts.tolist() == [by_hand[name][number] for number in range(256)]
+            assert 0 < (counts > 0).sum() < 256
+            assert counts.max() > 1
+
+    def test_takes_batches_as_they_are(self):
+        model = model_of_three()
+        batches = DataLoader(CORPUS, 4, collate_fn=pad_right)
+        expected = measured(model, batch_size=7)
+        for found in (
+            ExpertBackground.measure(model, batches, progress_bar=False),
+            measured(model, data_collator=pad_left),
+        ):
+            assert found.num_documents == expected.num_documents
+            assert all(
+                torch.equal(found.document_counts[name], expected.document_counts[name]) for name in expected.sizes
+            )
+
+    def test_further_documents_are_added(self):
+        model = model_of_three()
+        first, second = (
+            ExpertBackground.measure(model, part, progress_bar=False) for part in (CORPUS[:11], CORPUS[11:])
+        )
+        kept = {name: counts.clone() for name, counts in first.document_counts.items()}
+        older = ExpertBackground(dict(first.document_counts), first.num_documents)
+        first.update(second)
+        expected = measured(model)
+        assert first.num_documents == 30
+        assert all(torch.equal(first.document_counts[name], expected.document_counts[name]) for name in expected.sizes)
+        assert all(torch.equal(older.document_counts[name], kept[name]) for name in kept)
+        other = measured(small_model("dense", "peer"))
+        with pytest.raises(ValueError, match="of other experts than those of the other background"):
+            first.update(other)
+        assert first.num_documents == 30
+
+    def test_is_stored_beside_the_model(self, tmp_path):
+        model = model_of_three()
+        model.save_pretrained(tmp_path)
+        background = measured(model)
+        background.save_pretrained(tmp_path)
+        for folder in (tmp_path, str(tmp_path)):
+            loaded = ExpertBackground.from_pretrained(folder)
+            loaded.check(type(model).from_pretrained(tmp_path))
+            assert loaded.num_documents == 30
+            for name, counts in background.document_counts.items():
+                assert torch.equal(loaded.document_counts[name], counts)
+
+    def test_comes_from_the_hub(self, tmp_path):
+        ExpertBackground({"pool": torch.arange(4)}, 7).save_pretrained(tmp_path / "checkpoint")
+        script = """if True:
+            from huggingface_hub import HfApi
+            HfApi().create_repo("user/peer")
+            HfApi().upload_folder(repo_id="user/peer", folder_path="checkpoint")
+            from modeling_peer.analysis.expert_background import ExpertBackground
+            background = ExpertBackground.from_pretrained("user/peer")
+            print(background.document_counts["pool"].tolist(), background.num_documents)
+        """
+        root = Path(__file__).parents[2]
+        with HubServer() as hub:
+            environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(root)}
+            command = [sys.executable, "-c", script]
+            run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert run.stdout == "[0, 1, 2, 3] 7\n", run.stderr
+
+    def test_what_is_no_background_is_refused(self, tmp_path):
+        with pytest.raises(OSError, match="expert_background.safetensors"):
+            ExpertBackground.from_pretrained(tmp_path)
+        path = tmp_path / "expert_background.safetensors"
+        path.write_bytes(b"no such thing")
+        with pytest.raises(ValueError, match="expert_background.safetensors is no safetensors file"):
+            ExpertBackground.from_pretrained(tmp_path)
+        counts = {"document_counts.pool": torch.arange(4)}
+        for tensors, metadata in (
+            ({"pool": torch.arange(4)}, {"num_documents": "3"}),
+            (counts, {"format": "pt"}),
+            (counts, None),
+        ):
+            save_file(tensors, path, metadata)
+            with pytest.raises(
+                ValueError, match=re.escape("tensors named `document_counts.…` and `num_documents` in its")
+            ):
+                ExpertBackground.from_pretrained(tmp_path)
+
+    def test_of_another_pool_is_refused(self):
+        background = measured(model_of_three())
+        for other in (model_of_three(num_experts=17**2), small_model("peer", "pkm", num_experts=16**2)):
+            expected = {name: each.num_experts for name, each in find_expert_sets(other).items()}
+            message = re.escape(f"found {background.sizes}, expected {expected}")
+            with pytest.raises(ValueError, match=message):
+                background.check(other)
+
+    def test_from_before_a_pool_grew_is_refused(self):
+        from modeling_peer.continual.growth import add_experts
+
+        model = small_model("peer", "dense")
+        background = measured(model)
+        add_experts(model, 16)
+        with pytest.raises(
+            ValueError, match=re.escape("mlp.expert_pool': 64}, expected {'model.layers.0.mlp.expert_pool': 80}")
+        ):
+            background.check(model)
+        background = measured(model)
+        background.check(model)
+        assert background.document_counts[FIRST_POOL][64:].any()
+
+    def test_needs_a_document(self):
+        with pytest.raises(ValueError, match="`dataset` must have at least one document, got none"):
+            ExpertBackground.measure(small_model(), [], progress_bar=False)
+        with pytest.raises(ValueError, match="no PEER or PKM layer"):
+            measured(small_model("dense"))
+
+
+def pad_left(examples):
+    batch = pad_right([{"input_ids": example["input_ids"].flip(0)} for example in examples])
+    return {name: tensor.flip(1) for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_repeated_in_the_backward_is_not_observed(use_reentrant):
+    model, seen = model_of_three().train(), []
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
+    observe_routers(find_expert_sets(model), lambda name, *output: seen.append(name))
+    tokens = torch.arange(1, 13)[None]
+    model(inputs_embeds=model.model.embed_tokens(tokens), labels=tokens).loss.backward()
+    assert seen == [FIRST_POOL, PKM, LAST_POOL]

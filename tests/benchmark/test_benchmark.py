@@ -11,9 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-The benchmark compares equals, measures what it says, goes on where it was stopped, and draws its conclusions right.
-"""
+"""The benchmark: equality of its contenders, measurements, resuming, floors, targets and tables."""
 
 import json
 import subprocess

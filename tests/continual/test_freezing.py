@@ -11,431 +11,29 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Frozen experts stay to the bit what they were, whatever trains, and all others train as if these had been put back by hand."""
+"""Frozen experts keep their values, whatever trains, and all others train as if these had been put back by hand."""
 
-import copy
-import gc
-import io
-import math
 import re
-import weakref
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from release_names import CHECKPOINTING
+from rows_by_hand import without_rows
 from tiny_models import random_tokens, tiny_config
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
-from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, small_model, train, trainer_of
 from transformers import TrainerCallback
-from transformers.optimization import Adafactor
-from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.analysis.expert_background import ExpertBackground
 from modeling_peer.analysis.expert_sets import find_expert_sets
 from modeling_peer.continual.freezing import freeze_experts
 from modeling_peer.expert_table import ExpertTable
 from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.optim import frozen_rows
-from modeling_peer.optim.frozen_rows import freeze_rows
-
-
-NUM_ROWS, WIDTH = 11, 5
-FROZEN = torch.arange(NUM_ROWS) % 3 != 1
-
-
-def rows_by_row_adamw(parameter):
-    return RowAdamW([{"params": [parameter], "rows": True}], lr=0.05, weight_decay=0.1)
-
-
-OPTIMIZERS = {
-    "AdamW": lambda p: torch.optim.AdamW([p], lr=0.05, weight_decay=0.1),
-    "AdamW foreach": lambda p: torch.optim.AdamW([p], lr=0.05, weight_decay=0.1, foreach=True),
-    "AdamW fused": lambda p: torch.optim.AdamW([p], lr=0.05, weight_decay=0.1, fused=True),
-    "RowAdamW": rows_by_row_adamw,
-    "RowAdamW without rows": lambda p: RowAdamW([p], lr=0.05, weight_decay=0.1),
-    "SGD": lambda p: torch.optim.SGD([p], lr=0.05),
-    "SGD upwards": lambda p: torch.optim.SGD([p], lr=0.05, maximize=True),
-    "SGD with decay": lambda p: torch.optim.SGD([p], lr=0.05, weight_decay=0.1),
-    "SGD with momentum": lambda p: torch.optim.SGD([p], lr=0.05, momentum=0.9),
-    "Adafactor": lambda p: Adafactor([p], lr=0.05, relative_step=False, weight_decay=0.1),
-}
-OF_SPARSE_GRADIENTS = {
-    "RowAdamW": rows_by_row_adamw,
-    "SGD": OPTIMIZERS["SGD"],
-    "SGD with momentum": OPTIMIZERS["SGD with momentum"],
-    "SparseAdam": lambda p: torch.optim.SparseAdam([p], lr=0.05),
-}
-
-
-def random_parameter(shape=(NUM_ROWS, WIDTH)):
-    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-
-
-def bits(tensor):
-    return tensor.detach().view(torch.int32)
-
-
-def backward(parameter, step, sparse=False):
-    """Of something with a gradient in every row, or in some, some of them more than once."""
-    generator = torch.Generator().manual_seed(step)
-    if sparse:
-        rows = torch.randint(len(parameter), (8,), generator=generator)
-        F.embedding(rows, parameter, sparse=True).square().sum().backward()
-    else:
-        (parameter * torch.randn(parameter.shape, generator=generator)).square().sum().backward()
-
-
-def without_rows(gradient, rows):
-    """A gradient whose frozen rows are zeros, `rows` being True there; another tensor."""
-    if not gradient.is_sparse:
-        return torch.where(rows[:, None], 0.0, gradient)
-    values = torch.where(rows[gradient._indices()[0], None], 0.0, gradient._values())
-    return torch.sparse_coo_tensor(gradient._indices().clone(), values, gradient.shape, check_invariants=True)
-
-
-def put_back_by_hand(parameter, step):
-    """Makes a step with frozen rows by the letter: their gradient is zeroed, and they are put back after it."""
-    parameter.grad = without_rows(parameter.grad, FROZEN)
-    before = parameter.detach().clone()
-    step()
-    parameter.data = torch.where(FROZEN[:, None], before, parameter.data)
-
-
-CASES = [("dense", name) for name in OPTIMIZERS] + [("sparse", name) for name in OF_SPARSE_GRADIENTS]
-
-
-class TestRows:
-    @pytest.mark.parametrize(("layout", "name"), CASES)
-    def test_stay_and_others_move_as_by_hand(self, layout, name):
-        sparse = layout == "sparse"
-        parameter, other = random_parameter(), random_parameter()
-        make = (OF_SPARSE_GRADIENTS if sparse else OPTIMIZERS)[name]
-        optimizer, by_hand = make(parameter), make(other)
-        for step in range(30):
-            if step == 5:
-                for each in (parameter, other):
-                    each.data[0, 0] = -0.0  # to which even adding a zero may do something
-                before = parameter.detach().clone()
-                assert torch.equal(before, other)
-                freeze_rows(parameter, FROZEN)
-            for each, its_optimizer in ((parameter, optimizer), (other, by_hand)):
-                its_optimizer.zero_grad()
-                backward(each, step, sparse)
-                if each is other and step >= 5:
-                    put_back_by_hand(other, by_hand.step)
-                else:
-                    its_optimizer.step()
-        assert torch.equal(bits(parameter)[FROZEN], bits(before)[FROZEN])
-        assert parameter.ne(before).any(1)[~FROZEN].all()
-        assert torch.equal(bits(parameter), bits(other))
-
-    @pytest.mark.parametrize(
-        ("name", "copies"),
-        [("AdamW", True), ("SGD with momentum", True), ("SGD with decay", True), ("RowAdamW", False), ("SGD", False)],
-    )
-    def test_are_copied_where_the_optimizer_moves_them(self, monkeypatch, name, copies):
-        copied = []
-        state_class = frozen_rows._FrozenRowsOfParameter
-        original = state_class.copy_of_rows
-        monkeypatch.setattr(state_class, "copy_of_rows", lambda *args: copied.append(1) or original(*args))
-        parameter = random_parameter()
-        freeze_rows(parameter, FROZEN)
-        optimizer = OPTIMIZERS[name](parameter)
-        backward(parameter, 0)
-        optimizer.step()
-        assert bool(copied) == copies
-        optimizer.zero_grad()
-        optimizer.step()  # has no gradient to step with
-        assert len(copied) == copies
-        assert not any(frozen_rows._SAVED.get(optimizer, []))
-
-    @pytest.mark.parametrize("sparse", [False, True])
-    def test_do_not_count_in_the_norm(self, sparse):
-        parameter, other = random_parameter(), random_parameter()
-        freeze_rows(parameter, FROZEN)
-        for each in (parameter, other):
-            backward(each, 0, sparse)
-            backward(each, 1, sparse)
-        kept = other.grad.to_dense()[~FROZEN]
-        assert 0 < kept.norm() < 0.9 * other.grad.to_dense().norm()
-        assert_close(parameter.grad.to_dense()[~FROZEN], kept, rtol=0, atol=0)
-        assert_close(clip_grad_norm_([parameter], 1e-3), kept.norm())
-
-    def test_along_another_dimension(self):
-        parameter = random_parameter((2, 3, 7, 4))
-        optimizer = OPTIMIZERS["AdamW"](parameter)
-        columns = torch.arange(7) < 4
-        freeze_rows(parameter, columns, dim=-2)
-        before = parameter.detach().clone()
-        for step in range(3):
-            backward(parameter, step)
-            assert not parameter.grad[:, :, columns].any()
-            optimizer.step()
-        assert torch.equal(parameter[:, :, columns], before[:, :, columns])
-        assert parameter.ne(before)[:, :, ~columns].all()
-
-    @pytest.mark.parametrize("name", ["AdamW", "RowAdamW"])
-    def test_stay_where_zeros_did_not_last(self, name):
-        """A norm that is not a number makes clipping leave none, and a gradient may be set by hand."""
-        parameter = random_parameter()
-        freeze_rows(parameter, FROZEN)
-        optimizer, before = OPTIMIZERS[name](parameter), parameter.detach().clone()
-        backward(parameter, 0)
-        parameter.grad[1, 0] = math.nan
-        clip_grad_norm_([parameter], 1.0)
-        assert parameter.grad.isnan().all()
-        optimizer.step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-        assert parameter[~FROZEN].isnan().all()
-        parameter = random_parameter()
-        freeze_rows(parameter, FROZEN)
-        parameter.grad = torch.ones_like(parameter)
-        OPTIMIZERS[name](parameter).step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-
-    @pytest.mark.parametrize("by_name", [False, True])
-    @pytest.mark.parametrize("name", ["AdamW", "RowAdamW"])
-    def test_stay_in_a_step_with_a_closure(self, name, by_name):
-        parameter = random_parameter()
-        freeze_rows(parameter, FROZEN)
-        optimizer, before = OPTIMIZERS[name](parameter), parameter.detach().clone()
-
-        def closure():
-            optimizer.zero_grad()
-            backward(parameter, 0)
-
-        for _ in range(2):
-            optimizer.zero_grad()
-            optimizer.step(closure=closure) if by_name else optimizer.step(closure)
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-        assert parameter.ne(before).any(1)[~FROZEN].all()
-
-    def test_stay_in_a_step_within_a_step(self):
-        """An optimizer that moves parameters itself, after the step of the class it is made from."""
-
-        class Shrinking(torch.optim.AdamW):
-            def step(self, closure=None):
-                super().step(closure)
-                with torch.no_grad():
-                    for parameter in self.param_groups[0]["params"]:
-                        parameter.mul_(0.5)
-
-        parameter = random_parameter()
-        freeze_rows(parameter, FROZEN)
-        OPTIMIZERS["AdamW"](random_parameter())  # so that its step has hooks too
-        optimizer, before = Shrinking([parameter]), parameter.detach().clone()
-        for step in range(2):
-            backward(parameter, step)
-            optimizer.step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-
-    def test_a_step_that_failed_takes_nothing_back_later(self):
-        parameter = random_parameter()
-        cause = freeze_rows(parameter, FROZEN)
-        optimizer = torch.optim.AdamW([parameter], lr=0.05, weight_decay=0.1)
-
-        def fails():
-            raise MemoryError
-
-        with pytest.raises(MemoryError):
-            optimizer.step(fails)
-        cause.remove()
-        before = parameter.detach().clone()
-        backward(parameter, 0)
-        optimizer.step()
-        assert parameter.ne(before).all()
-
-    def test_columns_are_held_where_rows_move_by_their_gradients(self):
-        parameter = random_parameter()
-        columns = torch.arange(WIDTH) % 2 == 0
-        optimizer = rows_by_row_adamw(parameter)
-        backward(parameter, 0)
-        optimizer.step()  # momentum from before
-        freeze_rows(parameter, columns, dim=1)
-        before = parameter.detach().clone()
-        optimizer.zero_grad()
-        backward(parameter, 1)
-        optimizer.step()
-        assert torch.equal(bits(parameter[:, columns]), bits(before[:, columns]))
-        assert parameter[:, ~columns].ne(before[:, ~columns]).all()
-
-    def test_causes_add_up_and_end_in_any_order(self):
-        first, second = torch.arange(NUM_ROWS) < 4, torch.arange(NUM_ROWS) >= 9
-        for order in (0, 1), (1, 0):
-            parameter = random_parameter()
-            optimizer = OPTIMIZERS["AdamW"](parameter)
-            causes = [freeze_rows(parameter, first), freeze_rows(parameter, second)]
-            assert torch.equal(causes[0].frozen_by_others(), second)
-            held = [first | second, (second, first)[order[0]], torch.zeros_like(first)]
-            for step, rows in enumerate(held):
-                before = parameter.detach().clone()
-                optimizer.zero_grad()
-                backward(parameter, step)
-                assert torch.equal(parameter.grad.ne(0).any(1), ~rows)
-                optimizer.step()
-                assert torch.equal(parameter.ne(before).any(1), ~rows)
-                if step < 2:
-                    causes[order[step]].remove()
-                    causes[order[step]].remove()  # once more does nothing
-            with pytest.raises(RuntimeError, match="frozen no more"):
-                causes[0].set_rows(first)
-
-    def test_of_a_whole_parameter_may_become_fewer(self):
-        parameter = random_parameter()
-        cause = freeze_rows(parameter, torch.ones(NUM_ROWS, dtype=torch.bool))
-        cause.set_rows(FROZEN)
-        assert parameter.requires_grad
-
-    def test_may_change(self):
-        parameter = random_parameter()
-        optimizer = OPTIMIZERS["AdamW"](parameter)
-        rows = FROZEN.clone()
-        cause = freeze_rows(parameter, rows)
-        rows.logical_not_()  # its own business
-        freeze_rows(parameter, torch.zeros_like(FROZEN))
-        backward(parameter, 0)
-        assert torch.equal(parameter.grad.ne(0).any(1), ~FROZEN)
-        for step, held in enumerate([FROZEN, ~FROZEN, torch.zeros_like(FROZEN)]):
-            cause.set_rows(held)
-            before = parameter.detach().clone()
-            optimizer.zero_grad()
-            backward(parameter, step)
-            assert torch.equal(parameter.grad.ne(0).any(1), ~held)
-            optimizer.step()
-            assert torch.equal(parameter.ne(before).any(1), ~held)
-
-    @pytest.mark.parametrize("required", [True, False])
-    def test_a_whole_parameter_requires_no_gradient_until_it_is_free(self, required):
-        everything = torch.ones(NUM_ROWS, dtype=torch.bool)
-        for order in (0, 1, 2), (2, 1, 0), (1, 0, 2):
-            parameter = random_parameter().requires_grad_(required)
-            causes = [freeze_rows(parameter, rows) for rows in (everything, FROZEN, everything)]
-            for index in order:
-                assert parameter.requires_grad == (required and not {0, 2} & set(order[order.index(index) :]))
-                causes[index].remove()
-            assert parameter.requires_grad == required
-
-    def test_a_whole_parameter_stays_with_a_gradient_from_before(self):
-        parameter = random_parameter()
-        optimizer, before = OPTIMIZERS["AdamW"](parameter), parameter.detach().clone()
-        backward(parameter, 0)
-        freeze_rows(parameter, torch.ones(NUM_ROWS, dtype=torch.bool))
-        optimizer.step()
-        assert torch.equal(parameter, before)
-
-    def test_of_what_requires_no_gradient_yet(self):
-        parameter = random_parameter().requires_grad_(False)
-        freeze_rows(parameter, FROZEN)
-        assert not parameter.requires_grad
-        parameter.requires_grad_(True)
-        backward(parameter, 0)
-        assert torch.equal(parameter.grad.ne(0).any(1), ~FROZEN)
-
-    def test_survive_a_cast(self):
-        module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
-        freeze_rows(module.weight, FROZEN)
-        module.double()
-        before = module.weight.detach().clone()
-        backward(module.weight, 0)
-        OPTIMIZERS["AdamW"](module.weight).step()
-        assert torch.equal(module.weight[FROZEN], before[FROZEN])
-
-    def test_do_not_travel_to_copies_and_hinder_none(self):
-        module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
-        freeze_rows(module.weight, FROZEN, owner=module)
-        file = io.BytesIO()
-        torch.save(module, file)
-        file.seek(0)
-        for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-            before = other.weight.detach().clone()
-            backward(other.weight, 0)
-            OPTIMIZERS["AdamW"](other.weight).step()
-            assert other.weight.ne(before).any(1).all()
-
-    def test_are_forgotten_with_their_parameter(self):
-        module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
-        freeze_rows(module.weight, FROZEN, owner=module)
-        optimizer = OPTIMIZERS["AdamW"](module.weight)
-        backward(module.weight, 0)
-        optimizer.step()
-        number, reference = len(frozen_rows._OWNERS), weakref.ref(module.weight)
-        del module, optimizer
-        gc.collect()
-        assert reference() is None
-        assert len(frozen_rows._OWNERS) == number - 1
-
-    def test_a_parameter_that_took_the_place_is_not_moved(self):
-        module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
-        cause = freeze_rows(module.weight, FROZEN, owner=module)
-        module.weight = random_parameter()
-        before = module.weight.detach().clone()
-        optimizer = OPTIMIZERS["AdamW"](module.weight)
-        backward(module.weight, 0)
-        with pytest.raises(
-            RuntimeError, match=re.escape("another parameter has taken its place since, of shape (11, 5)")
-        ):
-            optimizer.step()
-        assert torch.equal(module.weight, before)
-        OPTIMIZERS["AdamW"](random_parameter()).step()  # another's business
-        again = freeze_rows(module.weight, FROZEN)
-        optimizer.step()
-        assert torch.equal(module.weight[FROZEN], before[FROZEN])
-        again.remove()
-        cause.remove()
-        optimizer.step()
-        assert module.weight.ne(before).all()
-
-    @pytest.mark.parametrize(
-        ("rows", "dim", "message"),
-        [
-            (
-                FROZEN[:-1],
-                0,
-                "`rows` must be a torch.bool tensor of shape (11,), one for each row, got torch.bool of shape (10,)",
-            ),
-            (
-                FROZEN.long(),
-                0,
-                "`rows` must be a torch.bool tensor of shape (11,), one for each row, got torch.int64 of",
-            ),
-            (
-                FROZEN,
-                1,
-                "`rows` must be a torch.bool tensor of shape (5,), one for each row, got torch.bool of shape (11,)",
-            ),
-            ([True] * 11, 0, "`rows` must be a torch.bool tensor of shape (11,), one for each row, got [True, "),
-            (FROZEN, 2, "`dim` must be a dimension of the parameter, of shape (11, 5), got 2"),
-        ],
-    )
-    def test_of_another_size_are_refused(self, rows, dim, message):
-        parameter = random_parameter()
-        with pytest.raises(ValueError, match=re.escape(message)):
-            freeze_rows(parameter, rows, dim)
-        assert parameter not in frozen_rows._FROZEN
-        assert not parameter._post_accumulate_grad_hooks
-
-    def test_what_else_is_refused(self):
-        with pytest.raises(ValueError, match="Rows of an `nn.Parameter` can be frozen, got a Tensor"):
-            freeze_rows(torch.ones(NUM_ROWS, WIDTH), FROZEN)
-        parameter = random_parameter()
-        cause = freeze_rows(parameter, FROZEN)
-        with pytest.raises(ValueError, match="`dim` must be 0, along which rows of this parameter are frozen, got 1"):
-            freeze_rows(parameter, torch.ones(WIDTH, dtype=torch.bool), dim=1)
-        with pytest.raises(
-            ValueError, match=re.escape("of shape (11,), one for each row, got torch.bool of shape (5,)")
-        ):
-            cause.set_rows(torch.ones(WIDTH, dtype=torch.bool))
-        assert torch.equal(frozen_rows._FROZEN[parameter].mask, FROZEN)
+from modeling_peer.optim.frozen_rows import freezes_of
 
 
 class FreezeLate(TrainerCallback):
@@ -571,12 +169,12 @@ class TestSelection:
             [3, 9, 3],
             torch.tensor([3, 9]),
             (torch.arange(64) == 3) | (torch.arange(64) == 9),
-            [number in (3, 9) for number in range(64)],
+            [index in (3, 9) for index in range(64)],
             range(3, 10, 6),
             {9, 3},
         ],
     )
-    def test_by_number(self, tmp_path, experts):
+    def test_by_index(self, tmp_path, experts):
         model = small_model("peer", "peer")
         frozen = freeze_experts(model, experts)
         assert frozen.num_frozen == {f"model.layers.{layer}.mlp.expert_pool": 2 for layer in (0, 1)}
@@ -584,10 +182,19 @@ class TestSelection:
             assert (~rows).nonzero()[:, 0].tolist() == [3, 9]
 
     def test_by_an_iterator_in_each_layer(self):
-        frozen = freeze_experts(small_model("peer", "peer"), iter([9, 3]))
-        assert set(frozen.num_frozen.values()) == {2}
+        frozen = freeze_experts(small_model("peer", "peer"), iter([9, 3]), layers=iter([1, 0]))
+        assert list(frozen.num_frozen.values()) == [2, 2]
 
-    def test_one_by_its_number(self, tmp_path):
+    def test_none_sets_no_condition(self):
+        frozen = freeze_experts(small_model("peer", "peer"), None, layers=None, used_in=None)
+        assert set(frozen.num_frozen.values()) == {64}
+
+    @pytest.mark.parametrize("layers", [1, [1], np.int64(1), np.array([1]), torch.tensor(1), range(1, 2)])
+    def test_by_layer_indices_of_any_integer_type(self, layers):
+        model = small_model("peer", "peer")
+        assert freeze_experts(model, np.arange(3), layers=layers).num_frozen == {"model.layers.1.mlp.expert_pool": 3}
+
+    def test_one_by_its_index(self, tmp_path):
         model = small_model()
         freeze_experts(model, 7)
         for rows in moved_rows(model, tmp_path).values():
@@ -639,8 +246,8 @@ class TestSelection:
             assert (~rows[f"{name}.added.0.{table}"]).nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-class Host(nn.Module):
-    """A model of another kind, with layers of its own that it calls in its own way."""
+class OtherModel(nn.Module):
+    """A model of another kind, whose layers it calls in its own way."""
 
     def __init__(self):
         super().__init__()
@@ -659,20 +266,20 @@ class Host(nn.Module):
 
 def test_experts_in_any_module():
     torch.manual_seed(0)
-    host, corpus = Host(), [{"input_ids": random_tokens(length, seed=length)} for length in (2, 3, 5)]
+    model, corpus = OtherModel(), [{"input_ids": random_tokens(length, seed=length)} for length in (2, 3, 5)]
     labelled = [{**example, "labels": example["input_ids"]} for example in corpus]
-    background = ExpertBackground.measure(host, DataLoader(labelled, 3, collate_fn=pad_right), progress_bar=False)
-    alone = ExpertBackground.measure(host, corpus, batch_size=1, progress_bar=False)
+    background = ExpertBackground.measure(model, DataLoader(labelled, 3, collate_fn=pad_right), progress_bar=False)
+    alone = ExpertBackground.measure(model, corpus, batch_size=1, progress_bar=False)
     assert background.sizes == {f"h.{layer}.mlp.expert_pool": 36 for layer in range(3)}
     assert all(torch.equal(background.document_counts[name], alone.document_counts[name]) for name in alone.sizes)
-    frozen = freeze_experts(host, layers=[1, 2], used_in=background)
+    frozen = freeze_experts(model, layers=[1, 2], used_in=background)
     used = background.used("h.2.mlp.expert_pool")
     assert frozen.num_frozen["h.2.mlp.expert_pool"] == used.sum() < 36
-    before = copy_of_state(host)
-    host(random_tokens(4, 12), torch.ones(4, 12)).square().sum().backward()
-    torch.optim.AdamW(host.parameters(), weight_decay=0.1).step()
+    before = copy_of_state(model)
+    model(random_tokens(4, 12), torch.ones(4, 12)).square().sum().backward()
+    torch.optim.AdamW(model.parameters(), weight_decay=0.1).step()
     for layer in range(3):
-        moved = host.h[layer]["mlp"].expert_pool.down_proj.weight.ne(
+        moved = model.h[layer]["mlp"].expert_pool.down_proj.weight.ne(
             before[f"h.{layer}.mlp.expert_pool.down_proj.weight"]
         )
         held = background.used(f"h.{layer}.mlp.expert_pool") if layer else torch.zeros(36, dtype=torch.bool)
@@ -687,12 +294,47 @@ UNKNOWN = [
         {"experts": torch.ones(63, dtype=torch.bool)},
         "`experts` must be of shape (64,), as model.layers.0.mlp.expert_pool",
     ),
-    ({"experts": [0.5]}, "`experts` must be numbers of experts or a bool mask, got [0.5]"),
-    ({"experts": ["3"]}, "`experts` must be numbers of experts or a bool mask, got ['3']"),
-    ({"used_in": "corpus"}, "`used_in` must be an ExpertBackground, got a str"),
-    ({"min_documents": 5}, "`min_documents` is of the documents of `used_in`, got 5 without it"),
+    *(
+        (
+            {"experts": wrong},
+            "`experts` must be an expert index, an iterable of expert indices, or a bool mask of shape "
+            f"(num_experts,), got {found}",
+        )
+        for wrong, found in (
+            (1.5, "1.5 (float)"),
+            (True, "True (bool)"),
+            ("3", "'3' (str)"),
+            ([0.5], "[0.5] (list)"),
+            (["3"], "['3'] (list)"),
+            ([True, 3], "[True, 3] (list)"),
+            ([None], "[None] (list)"),
+            ([], "[] (list)"),
+            (torch.tensor([0.5]), "tensor([0.5000]) (Tensor)"),
+            (torch.tensor([], dtype=torch.int64), "tensor([], dtype=torch.int64) (Tensor)"),
+        )
+    ),
+    *(
+        (
+            {"layers": wrong},
+            "`layers` must be a layer index, an iterable of layer indices, or `None` for all layers, got " + found,
+        )
+        for wrong, found in (
+            (1.0, "1.0 (float)"),
+            (True, "True (bool)"),
+            ("1", "'1' (str)"),
+            ([0, 2.0], "[0, 2.0] (list)"),
+            ([False], "[False] (list)"),
+            ({"2"}, "['2'] (set)"),
+        )
+    ),
+    (
+        {"used_in": "corpus"},
+        "`used_in` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)` returns",
+    ),
+    ({"used_in": "corpus"}, "returns it, got 'corpus' (str)"),
+    ({"min_documents": 5}, "`min_documents` counts documents of `used_in`, which is not given, got 5"),
     ({"min_documents": 0}, "`min_documents` must be a whole number, at least 1, got 0"),
-    ({"experts": []}, "`experts` must be numbers of experts or a bool mask, got tensor([])"),
+    ({"min_documents": True}, "`min_documents` must be a whole number, at least 1, got True"),
     (
         {"used_in": ExpertBackground({"model.layers.0.mlp.expert_pool": torch.ones(64, dtype=torch.int64)}, 1)},
         "found {'model.layers.0.mlp.expert_pool': 64}, expected {'model.layers.0.mlp.expert_pool': 64, "
@@ -710,8 +352,8 @@ def test_what_is_unknown_is_refused_and_changes_nothing(conditions, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for parameter in model.parameters():
         assert parameter.requires_grad
-        assert parameter not in frozen_rows._FROZEN
         assert not parameter._post_accumulate_grad_hooks
+    assert not any(freezes_of(module) for module in model.modules())
 
 
 def test_other_things_refused():
@@ -723,130 +365,3 @@ def test_other_things_refused():
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match=f"`min_documents` must be a whole number, at least 1, got {wrong}"):
             freeze_experts(model, used_in=background, min_documents=wrong)
-
-
-# What two processes do, from here on: half of the rows of each batch to each.
-BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(8)]
-
-
-def joint_model(sparse):
-    torch.manual_seed(0)
-    return PeerForCausalLM(tiny_config("peer", "pkm", sparse_expert_gradients=sparse)).train()
-
-
-def frozen_training(sparse, rank=0, world_size=1, **wrapping):
-    """What is left of a model after three steps, a freeze of every second expert, and five more; and the norms."""
-    model = joint_model(sparse)
-    groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
-    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-    if sparse:
-        optimizer = RowAdamW(groups, eps=1e-3)
-    else:
-        optimizer = torch.optim.AdamW(
-            [p for group in groups for p in group["params"]], lr=1e-2, eps=1e-3, weight_decay=0.1
-        )
-    wrapped = DistributedDataParallel(model, **wrapping) if world_size > 1 else model
-    norms, before = [], None
-    for step, batch in enumerate(BATCHES):
-        if step == 3:
-            freeze_experts(model, range(0, 36, 2))
-            before = copy_of_state(model)
-        optimizer.zero_grad()
-        own = batch.chunk(world_size)[rank]
-        wrapped(input_ids=own, labels=own).loss.backward()
-        norms.append(clip_grad_norm_(model.parameters(), 0.5))
-        optimizer.step()
-    return {"before": before, "after": copy_of_state(model), "norms": torch.stack(norms)}
-
-
-def data_parallel(rank):
-    return {
-        "dense": frozen_training(False, rank, 2),
-        "sparse": frozen_training(True, rank, 2),
-        "view": frozen_training(False, rank, 2, gradient_as_bucket_view=True),
-    }
-
-
-def fully_sharded(rank):
-    """The error of a model that is sharded after a freeze, and that of one before; rows are where they were."""
-    errors = []
-    model = joint_model(False)
-    freeze_experts(model, range(0, 36, 2))
-    fully_shard(model)
-    before = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items() if "_proj" in name}
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-    own = BATCHES[0].chunk(2)[rank]
-    model(input_ids=own, labels=own).loss.backward()
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        errors.append(str(error))
-    after = model.state_dict()
-    assert all(torch.equal(after[name].full_tensor(), tensor) for name, tensor in before.items())
-    try:
-        freeze_experts(model, range(0, 36, 2))
-    except ValueError as error:
-        errors.append(str(error))
-    return errors
-
-
-def flat(rank):
-    """The same of the first FSDP, which takes parameters out of their modules."""
-    model = joint_model(False)
-    freeze_experts(model, range(0, 36, 2))
-    model = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
-    own = BATCHES[0].chunk(2)[rank]
-    model(input_ids=own, labels=own).loss.backward()
-    try:
-        torch.optim.AdamW(model.parameters(), weight_decay=0.1).step()
-    except RuntimeError as error:
-        return [str(error)]
-    return []
-
-
-def tensor_parallel(rank):
-    table = nn.Parameter(distribute_tensor(random_parameter().detach(), init_device_mesh("cpu", (2,)), [Shard(1)]))
-    try:
-        freeze_rows(table, FROZEN)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-PARTS = (data_parallel, fully_sharded, flat, tensor_parallel)
-
-
-@pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    run_on_two_processes(save_parts, str(folder), PARTS)
-    return folder
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-class TestDistributed:
-    @pytest.mark.parametrize("layout", ["dense", "sparse", "view"])
-    def test_data_parallel_training_holds_them_and_is_that_of_the_joint_batch(self, distributed, layout, rank):
-        found = torch.load(distributed / f"data_parallel-{rank}")[layout]
-        tables = [name for name in found["before"] if "expert_pool" in name or "values" in name]
-        assert len(tables) == 3
-        for name in tables:
-            before, after = found["before"][name], found["after"][name]
-            assert torch.equal(after[::2], before[::2])
-            assert after.ne(before).any(1).sum() > 12
-        expected = frozen_training(layout == "sparse")
-        assert_close(found["norms"], expected["norms"], rtol=1e-4, atol=1e-5)
-        for name, tensor in expected["after"].items():
-            assert_close(found["after"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-
-    def test_split_tables_are_refused(self, distributed, rank):
-        late, early = torch.load(distributed / f"fully_sharded-{rank}")
-        assert "another parameter has taken its place since, of shape (36, 24) (DTensor)" in late
-        (flat_late,) = torch.load(distributed / f"flat-{rank}")
-        assert "another parameter has taken its place since, of shape" in flat_late
-        assert (
-            "splits over processes cannot be frozen, got one of shape (36, 24) with placements (Shard(dim=0),)"
-            in early
-        )
-        (error,) = torch.load(distributed / f"tensor_parallel-{rank}")
-        assert "with placements (Shard(dim=1),)" in error

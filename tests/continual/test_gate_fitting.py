@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gates of added experts: they open for the text that was new, stay closed for the reference, and touch nothing else."""
+"""Gates of added experts: they open for the new text, stay closed for the reference, and nothing else changes."""
 
 import pytest
 import torch
@@ -84,10 +84,10 @@ def test_changes_the_gates_of_the_last_addition_alone(model):
 
 
 def test_is_the_same_every_time(model):
-    fit(model)
+    fit(model, num_steps=20)
     once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.randn(3)
-    fit(model)
+    fit(model, num_steps=20)
     assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
 
 
@@ -122,9 +122,9 @@ def test_leaves_padding_out(model):
 
 
 def test_takes_any_iterable(model):
-    fit(model)
+    fit(model, num_steps=20)
     gates = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit(model, new=(each for each in NEW))
+    fit(model, new=(each for each in NEW), num_steps=20)
     assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
 
 
@@ -156,11 +156,32 @@ def test_works_in_bfloat16(model):
     ("options", "message"),
     [
         ({"num_steps": 0}, "`num_steps` .* got 0"),
+        ({"num_steps": True}, "`num_steps` .* got True"),
+        ({"batch_size": 0}, "`batch_size` .* got 0"),
+        ({"batch_size": 2.0}, "`batch_size` .* got 2.0"),
         ({"reference_weight": -1}, "`reference_weight` .* got -1"),
+        ({"reference_weight": "4"}, "`reference_weight` .* got '4'"),
+        ({"reference_weight": True}, "`reference_weight` .* got True"),
         ({"reference_weight": float("nan")}, "got nan"),
+        ({"new": None}, r"`new_text` must be an iterable of sequences, .* got None \(NoneType\)"),
+        ({"new": "a text"}, r"`new_text` must be an iterable of sequences, .* got 'a text' \(str\)"),
+        ({"new": NEW[0]}, r"`new_text` must be an iterable of sequences, .* \(dict\)"),
+        ({"reference": 3}, r"`reference_text` must be an iterable of sequences, .* got 3 \(int\)"),
+        (
+            {"reference": ["a text"]},
+            r"`reference_text` must be dicts whose `input_ids` .* got 'a text' \(str\) at index 0",
+        ),
+        ({"reference": [*NEW, {"tokens": [1]}]}, r"`reference_text` .* got {'tokens': \[1\]} \(dict\) at index 200"),
+        (
+            {"new": [{"input_ids": [[1, 2]]}]},
+            r"`input_ids` are token ids of shape \(sequence_length,\), got .* at index 0",
+        ),
+        ({"new": [{"input_ids": [0.5]}]}, r"`input_ids` are token ids"),
+        ({"new": [{"input_ids": "text"}]}, r"`input_ids` are token ids"),
+        ({"new": []}, "`new_text` must have at least two sequences, .* got 0"),
     ],
 )
-def test_refuses_numbers(options, message, model):
+def test_refuses_arguments(options, message, model):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         fit(model, **options)
@@ -170,9 +191,9 @@ def test_refuses_numbers(options, message, model):
 @pytest.mark.parametrize(
     ("mode", "new", "message"),
     [
-        (None, NEW, "last addition to this model is not there"),
-        ("open", NEW, "last addition to this model is {'layers'"),
-        ("protected", NEW[:1], "at least two sequences, one to fit and one to hold out, got 1"),
+        (None, NEW, "expected one as the last addition to this model, got no addition"),
+        ("open", NEW, "expected one as the last addition to this model, got {'layers'"),
+        ("protected", NEW[:1], "`new_text` must have at least two sequences, one to fit and one to hold out, got 1"),
     ],
 )
 def test_refuses(mode, new, message):

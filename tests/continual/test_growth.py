@@ -11,15 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Growing a model: old experts and outputs stay what they were, to the bit where that is said."""
-
-import copy
-import itertools
+"""Growing a model leaves old experts and outputs what they were, to the bit in protected mode."""
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from grown_models import CONFIGS, SIZES, logits_of, old_state, train_a_little
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, trainer_of
@@ -36,26 +32,15 @@ from modeling_peer import (
     measure_usage,
     train_added_experts_only,
 )
-from modeling_peer.expert_table import ExpertTable
 from modeling_peer.feed_forward_peer import ExpertPool
 from modeling_peer.key_grid import expert_cell
-from modeling_peer.optim.frozen_rows import _FROZEN
+from modeling_peer.optim.frozen_rows import freezes_of
 from modeling_peer.product_key_retrieval import retrieve
-from modeling_peer.product_key_router import AddedRouter, ProductKeyRouter
 from modeling_peer.query_norm import QueryBatchNorm
 
 
-CONFIGS = {
-    "one layer": tiny_config("peer", "dense"),
-    "two layers": tiny_config("peer", "dense", "peer"),
-    "shared pool": tiny_config("peer", "dense", "peer", share_experts_across_layers=True),
-    "gated, dense branch": tiny_config("peer", gated_experts=True, shared_expert_intermediate_size=8),
-    "rms": tiny_config("dense", "peer", query_norm="rms", scoring_func="sigmoid"),
-    "no norm, keys per head": tiny_config("peer", query_norm=None, sub_keys_per_head=True),
-    "beside the others": tiny_config("peer", "moe", "pkm", "dense"),
-}
-
-SIZES = {"protected": 25, "open": 13}  # of six times six experts an open addition makes seven times seven
+# Each option of a grown layer once, for what does not depend on how these go together.
+SOME_CONFIGS = ["shared pool", "gated, dense branch", "no norm, keys per head", "beside the others"]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -66,28 +51,6 @@ def model(request):
 @pytest.fixture(params=SIZES)
 def mode(request):
     return request.param
-
-
-def logits_of(model, tokens=None):
-    with torch.no_grad():
-        return model(random_tokens(2, 20) if tokens is None else tokens).logits
-
-
-def train_a_little(model, steps=5, optimizer_class=torch.optim.AdamW):
-    """On tokens of its own; leaves the model in evaluation."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_class(trainable, lr=0.05, weight_decay=0.1)
-    model.train()
-    for step in range(steps):
-        tokens = random_tokens(4, 16, seed=step)
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-def old_state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 class TestProtected:
@@ -180,7 +143,7 @@ class TestProtected:
 
 
 class TestOpen:
-    def test_experts_keep_numbers_and_rows(self, model):
+    def test_experts_keep_indices_and_rows(self, model):
         old = {
             name: tensor.clone()
             for name, tensor in model.state_dict().items()
@@ -236,12 +199,12 @@ class TestOpen:
         add_experts(model, 13, mode="open")
         for _ in range(3):
             frozen = train_added_experts_only(model)
-        table = model.model.layers[0].mlp.expert_pool.up_proj.weight
-        assert len(_FROZEN[table].masks) == 1 and frozen.num_frozen == {"layer_0": 36}
+        table = model.model.layers[0].mlp.expert_pool.up_proj
+        assert len(freezes_of(table)) == 1 and frozen.num_frozen == {"layer_0": 36}
         frozen.remove()
-        before = table.detach().clone()
+        before = table.weight.detach().clone()
         train_a_little(model)
-        assert table[:36].ne(before[:36]).any()
+        assert table.weight[:36].ne(before[:36]).any()
 
     def test_its_freeze_does_not_vanish_with_the_parameter(self):
         """As where FSDP2 puts parameters of its own in the place of a model's."""
@@ -281,6 +244,7 @@ class TestGrownModel:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
         assert torch.equal(logits_of(loaded), logits_of(model))
 
+    @pytest.mark.parametrize("model", SOME_CONFIGS, indirect=True)
     def test_grows_again(self, model, mode):
         before = logits_of(model)
         first = add_experts(model, SIZES[mode], mode=mode)
@@ -308,6 +272,7 @@ class TestGrownModel:
         model.save_pretrained(tmp_path)
         assert torch.equal(logits_of(PeerForCausalLM.from_pretrained(tmp_path)), logits_of(model))
 
+    @pytest.mark.parametrize("model", SOME_CONFIGS, indirect=True)
     def test_generates_as_without_a_cache(self, model, mode):
         add_experts(model, SIZES[mode], mode=mode)
         train_a_little(model)
@@ -315,6 +280,7 @@ class TestGrownModel:
         options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
         assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
 
+    @pytest.mark.parametrize("model", SOME_CONFIGS, indirect=True)
     def test_does_not_see_the_future_or_padding(self, model, mode):
         add_experts(model, SIZES[mode], mode=mode)
         train_a_little(model)
@@ -334,7 +300,7 @@ class TestGrownModel:
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
 
-    @pytest.mark.parametrize("sparse", [False, True])
+    @pytest.mark.parametrize(("mode", "sparse"), [("protected", False), ("open", True)])
     def test_trains_in_the_stock_trainer(self, mode, sparse, tmp_path):
         model = tiny_model(CONFIGS["two layers"])
         before, old = logits_of(model), old_state(model)
@@ -405,110 +371,6 @@ class TestGrownModel:
         assert indices.flatten().tolist() == [each - router.generation.first_expert for each in experts]
 
 
-class TestMask:
-    def test_hands_places_to_the_best_of_the_others(self):
-        model = tiny_model(CONFIGS["one layer"])
-        tokens = random_tokens(2, 20)
-        (before,) = model(tokens, output_router_indices=True).router_indices
-        masked = before.flatten().bincount(minlength=36).topk(8).indices
-        with masked_experts(model, masked):
-            (indices,) = model(tokens, output_router_indices=True).router_indices
-        assert not torch.isin(indices, masked).any()
-        untouched = ~torch.isin(before, masked).any(-1)
-        assert untouched.any() and torch.equal(indices[untouched], before[untouched])
-
-    def test_equals_a_search_of_all_experts(self):
-        model = tiny_model(tiny_config("peer", sub_keys_per_head=True)).double()
-        router = model.model.layers[0].mlp.router
-        hidden_states = torch.randn(2, 7, 24, dtype=torch.float64)
-        masked = [0, 5, 7, 8, 20, 35]
-        with masked_experts(model, masked):
-            indices, weights = router(hidden_states)
-        queries, sub_keys = router._normalized(router.query_proj(hidden_states), None)
-        row, column = expert_cell(torch.arange(36))
-        for batch, position, head in torch.cartesian_prod(torch.arange(2), torch.arange(7), torch.arange(2)):
-            query = queries[batch, position, head]
-            scores = sub_keys[head, 0, row] @ query[0] + sub_keys[head, 1, column] @ query[1]
-            scores[masked] = -torch.inf
-            best = scores.topk(3)
-            assert torch.equal(indices[batch, position, head], best.indices)
-            assert_close(weights[batch, position, head], best.values.softmax(-1))
-
-    @pytest.mark.parametrize("kernels", ["eager", "torch", "cpu"])
-    def test_is_the_same_with_any_kernels(self, kernels):
-        """A grid smaller than k among the masks, and a generation masked as a whole."""
-        model = tiny_model(CONFIGS["one layer"])
-        add_experts(model, 25)
-        train_a_little(model)
-        for masked in (range(4, 36), range(9, 36), [3, 5], range(36)):
-            model.config.expert_kernels = "eager"
-            with masked_experts(model, masked):
-                expected = logits_of(model)
-            model.config.expert_kernels = kernels
-            with masked_experts(model, masked):
-                assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
-
-    def test_of_all_values_of_a_pkm_layer(self):
-        model = tiny_model(tiny_config("pkm"))
-        with masked_experts(model, range(36)):
-            assert not model.model.layers[0].mlp(torch.randn(1, 4, 24)).any()
-
-    def test_compiles(self):
-        model = tiny_model(CONFIGS["one layer"])
-        tokens = random_tokens(1, 8)
-        with masked_experts(model, range(9, 36)), torch.no_grad():
-            expected = model(tokens, use_cache=False).logits
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, use_cache=False).logits
-        assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
-
-    def test_goes_when_it_ends(self):
-        model = tiny_model(CONFIGS["two layers"])
-        before = logits_of(model)
-        with pytest.raises(KeyError), masked_experts(model, range(5)):
-            assert not torch.equal(logits_of(model), before)
-            raise KeyError
-        assert torch.equal(logits_of(model), before)
-
-    def test_adds_to_an_outer_one(self):
-        model = tiny_model(CONFIGS["one layer"])
-        with masked_experts(model, range(5)), masked_experts(model, range(5, 9)):
-            (indices,) = model(random_tokens(2, 20), output_router_indices=True).router_indices
-        assert indices.min() >= 9
-
-    def test_is_of_the_layers_that_are_named(self):
-        model = tiny_model(CONFIGS["two layers"])
-        with masked_experts(model, range(20), layers=2):
-            first, second = model(random_tokens(2, 20), output_router_indices=True).router_indices
-        assert first.min() < 20 <= second.min()
-
-    def test_of_all_experts_leaves_the_rest_of_the_layer(self):
-        model = tiny_model(CONFIGS["gated, dense branch"])
-        layer = model.model.layers[0].mlp
-        hidden_states = torch.randn(1, 4, 24)
-        with masked_experts(model, range(36)):
-            assert torch.equal(layer(hidden_states), layer.shared_expert(hidden_states))
-
-    def test_of_what_was_added_where_nothing_was(self):
-        with pytest.raises(ValueError, match="No experts were added"), masked_experts(tiny_model(CONFIGS["rms"])):
-            pass
-
-    @pytest.mark.parametrize(
-        ("experts", "layers", "message"),
-        [
-            ([36], None, r"has experts 0 to 35, .*\[36\]"),
-            ([-1], None, r"\[-1\]"),
-            (range(34), None, "leave 2 of .*layers.0.* to a router whose heads retrieve 3"),
-            ([0], 1, r"some of \[0, 2\], the layers with experts, got \[1\]"),
-        ],
-    )
-    def test_refuses(self, experts, layers, message):
-        model = tiny_model(CONFIGS["two layers"])
-        before = logits_of(model)
-        with pytest.raises(ValueError, match=message), masked_experts(model, experts, layers=layers):
-            pass
-        assert torch.equal(logits_of(model), before)
-
-
 class TestUsage:
     def test_tells_what_of_a_text_is_new(self, mode):
         model = tiny_model(CONFIGS["two layers"])
@@ -527,130 +389,3 @@ class TestUsage:
         with masked_experts(model):
             (first, second) = measure_usage(model, input_ids=tokens).values()
             assert not first.scores[36:].any() and not second.scores[36:].any()
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"num_experts": 24}, "perfect square.*got 24"),
-            ({"num_experts": 12, "mode": "open"}, "12 experts makes 48 in layer 0: .*nearest are 36 and 49"),
-            ({"num_experts": 25, "mode": "closed"}, r"\('protected', 'open'\), got 'closed'"),
-            ({"num_experts": 4}, "at most √num_experts = 2, got 3"),
-            ({"num_experts": 25, "layers": [0, 1]}, r"PEER layers \[0, 2\], got \[1\]"),
-            ({"num_experts": 25, "num_retrieval_heads": 3}, "at most 2, .*got 3"),
-            ({"num_experts": 13, "mode": "open", "num_experts_per_head": 2}, "are of protected experts"),
-            ({"num_experts": -25}, "got -25"),
-            ({"num_experts": True, "num_experts_per_head": 1}, "whole number, at least 1, got True"),
-            ({"num_experts": 25, "num_retrieval_heads": 0}, "`num_retrieval_heads` .* at least 1, got 0"),
-            ({"num_experts": 25, "layers": [False]}, r"PEER layers \[0, 2\], got \[False\]"),
-            ({"num_experts": 25, "layers": [0.0]}, r"PEER layers \[0, 2\], got \[0.0\]"),
-            ({"num_experts": 25, "inputs": "text"}, "`inputs` must be tokens, .* got 'text'"),
-            ({"num_experts": 25, "inputs": torch.zeros(2, 3)}, r"`inputs` .* got torch.float32 of shape \(2, 3\)"),
-            ({"num_experts": 25, "inputs": torch.tensor([[1, -1]])}, "`inputs` .*, from -1 to 1"),
-        ],
-    )
-    def test_leave_the_model_as_it_was(self, arguments, message):
-        model = tiny_model(CONFIGS["two layers"])
-        state, config = old_state(model), copy.deepcopy(model.config.to_dict())
-        with pytest.raises(ValueError, match=message):
-            add_experts(model, **arguments)
-        assert model.config.to_dict() == config
-        after = old_state(model)
-        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
-        assert all(parameter.requires_grad for parameter in model.parameters())
-
-    @pytest.mark.parametrize("mode", ["protected", "open"])
-    def test_a_model_with_masked_experts(self, mode):
-        model = tiny_model(CONFIGS["two layers"])
-        config = copy.deepcopy(model.config.to_dict())
-        with masked_experts(model, [3]), pytest.raises(ValueError, match="while some are masked"):
-            add_experts(model, 25 if mode == "protected" else 13, mode=mode)
-        assert model.config.to_dict() == config
-
-    # Two pools and two routers in turn, or four tables and the keys of two routers.
-    @pytest.mark.parametrize(
-        ("mode", "number"), [("protected", number) for number in range(4)] + [("open", number) for number in range(6)]
-    )
-    def test_memory_that_is_not_there(self, mode, number, monkeypatch):
-        """The allocation of the n-th new part fails."""
-        model = tiny_model(CONFIGS["two layers"])
-        before, state, config = logits_of(model), old_state(model), copy.deepcopy(model.config.to_dict())
-        calls = itertools.count()
-
-        def failing(method):
-            def call(*args, **kwargs):
-                if next(calls) == number:
-                    raise RuntimeError("out of memory")
-                return method(*args, **kwargs)
-
-            return call
-
-        for owner, name in (
-            (ExpertTable, "append_rows"),
-            (ProductKeyRouter, "enlarge"),
-            (ExpertPool, "__init__"),
-            (AddedRouter, "__init__"),
-        ):
-            monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
-        with pytest.raises(RuntimeError, match="out of memory"):
-            add_experts(model, SIZES[mode], mode=mode)
-        monkeypatch.undo()
-        after = old_state(model)
-        assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
-        assert torch.equal(logits_of(model), before) and model.config.to_dict() == config
-        assert add_experts(model, SIZES[mode], mode=mode).experts[2].start == 36
-
-    def test_models_of_one_configuration(self):
-        config = tiny_config("peer")
-        first, second = PeerForCausalLM(config), PeerForCausalLM(config)
-        add_experts(first, 25)
-        assert second.config.expert_additions is None and config.expert_additions is None
-        assert all(module.config is first.config for module in first.modules() if hasattr(module, "config"))
-        assert add_experts(second, 16).experts == {0: range(36, 52)}
-        second.config.expert_additions = None
-        with pytest.raises(ValueError, match="not how layer 0 grew"):
-            add_experts(second, 16)
-
-    def test_no_peer_layer(self):
-        model = tiny_model(tiny_config("dense", "pkm"))
-        with pytest.raises(ValueError, match="PeerForCausalLM has no PEER layer"):
-            add_experts(model, 25)
-
-    def test_a_model_with_injected_adapters(self):
-        model = inject_adapter_in_model(LoraConfig(target_modules=["query_proj"]), tiny_model(CONFIGS["one layer"]))
-        with pytest.raises(ValueError, match="without adapters: merge or unload"):
-            add_experts(model, 25)
-
-    def test_a_model_with_adapters(self):
-        model = get_peft_model(tiny_model(CONFIGS["one layer"]), LoraConfig(target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match="got PeftModel.* merge or unload them first"):
-            add_experts(model, 25)
-
-    def test_one_of_the_layers_of_a_shared_pool(self):
-        model = tiny_model(CONFIGS["shared pool"])
-        with pytest.raises(ValueError, match=r"all PEER layers \[0, 2\], as they share one pool"):
-            add_experts(model, 25, layers=0)
-
-    def test_open_after_protected(self):
-        model = tiny_model(CONFIGS["one layer"])
-        add_experts(model, 25)
-        with pytest.raises(ValueError, match="open addition after a protected one"):
-            add_experts(model, 13, mode="open")
-        assert len(model.config.expert_additions) == 1
-
-    def test_a_model_that_never_grew(self):
-        with pytest.raises(ValueError, match="No experts were added"):
-            train_added_experts_only(tiny_model(CONFIGS["one layer"]))
-
-    @pytest.mark.parametrize(
-        ("addition", "message"),
-        [
-            ({"layers": [1], "mode": "open", "num_experts": 13}, r"PEER layers \[0\], got \[1\]"),
-            ({"layers": [0], "mode": "protected", "num_experts": 25}, "has the fields"),
-            ({"layers": [0], "mode": "open", "num_experts": "13"}, "whole number"),
-        ],
-    )
-    def test_a_configuration_that_nothing_made(self, addition, message):
-        with pytest.raises(StrictDataclassClassValidationError, match=message):
-            tiny_config("peer", "dense", expert_additions=[addition])

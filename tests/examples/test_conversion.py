@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A PEER-pytorch layer computes the same after its conversion, or is refused with what is in the way."""
+"""A PEER-pytorch layer computes the same function after its conversion, or the conversion is refused with a reason."""
 
 import os
 import subprocess

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Every example runs from its command line, at a tiny size, and leaves what it promises."""
+"""Every example runs from its command line at a tiny size and saves what its description promises."""
 
 import json
 import os
@@ -289,7 +289,7 @@ class TestConfiguration:
             ({"config_overrides": "num_expert=64"}, "no field 'num_expert'"),
             ({"config_overrides": "num_experts"}, "name=value"),
             ({"config_overrides": "num_experts=60"}, "perfect square"),
-            ({"config_name": "peer-tiny", "model_name_or_path": "here"}, "Choose one"),
+            ({"config_name": "peer-tiny", "model_name_or_path": "here"}, "Choose either"),
         ],
     )
     def test_errors_say_what_to_do(self, monkeypatch, flags, message):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Kernels compiled on the user's machine: when, where to, on which threads, and what happens where they cannot be."""
+"""Kernels compiled on the user's machine: when, and what happens where they cannot or must not be; their threads."""
 
 import ctypes
 import os
@@ -21,122 +21,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cache import SOURCE
+from tiny_models import random_tokens, tiny_config, tiny_model
 
 from modeling_peer import native_library
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
-from modeling_peer.native_library import load_library
+from modeling_peer.native_library import COMPILE_VARIABLE, load_library
 
 
 ROOT = Path(__file__).parents[2]
-SOURCE = "int answer(void) { return 42; }"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and nothing loaded yet."""
-    monkeypatch.setattr(native_library.constants, "HF_HOME", str(tmp_path))
-    load_library.cache_clear()
-    yield tmp_path / "modeling_peer"
-    load_library.cache_clear()
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    """The commands that ran a compiler."""
-    commands, run = [], subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs)
-    )
-    return commands
-
-
-def libraries(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix == ".so")
-
-
-def compiled(commands):
-    return sum("-c" in command for command in commands)
 
 
 def run(script, cache, **environment):
-    process = subprocess.Popen(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(cache), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=240,
     )
-    return process
+    assert process.returncode == 0, process.stdout[-3000:]
+    return process.stdout
 
 
-def finished(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-class TestCache:
-    def test_compiled_once(self, cache, compilations):
-        for _ in range(2):
-            assert load_library(SOURCE).answer() == 42
-            load_library.cache_clear()  # as in another process
-        assert compiled(compilations) == 1
-        assert len(libraries(cache)) == 1
-        leftovers = {path.suffix for path in cache.iterdir()} - {".so", ".lock"}
-        assert not leftovers
-
-    def test_by_source_compiler_flags_and_processor(self, cache, monkeypatch):
-        load_library(SOURCE)
-        load_library(SOURCE + "\n")
-        assert len(libraries(cache)) == 2
-        for name, value in (
-            ("COMPILER_FLAGS", (*native_library.COMPILER_FLAGS, "-g")),
-            ("_processor", lambda: "another processor"),
-            ("_compiler", lambda: ["gcc", "-DOTHER"]),
-        ):
-            before = len(libraries(cache))
-            load_library.cache_clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(native_library, name, value)
-                load_library(SOURCE)
-            assert len(libraries(cache)) == before + 1, name
-
-    def test_processes_that_start_together_share_one(self, cache, tmp_path):
-        script = """
-import modeling_peer.native_library as library
-from modeling_peer.expert_kernels_cpu import SOURCE
-assert library.load_library(SOURCE) is not None
-"""
-        for process in [run(script, tmp_path) for _ in range(3)]:
-            finished(process)
-        assert len(libraries(cache)) == 1
-
-    def test_a_failure_leaves_nothing(self, cache, caplog):
-        assert load_library("this is not C") is None
-        assert not libraries(cache)
-        assert {path.suffix for path in cache.iterdir()} <= {".lock"}
-
-    def test_what_is_in_a_cache_that_cannot_be_written_is_used(self, cache, compilations, monkeypatch):
-        load_library(SOURCE)
-        load_library.cache_clear()
-        monkeypatch.setattr(os, "access", lambda *args: False)
-        assert load_library(SOURCE).answer() == 42
-        assert compiled(compilations) == 1
-
-    def test_a_folder_that_others_can_write_is_not_trusted(self, tmp_path, monkeypatch):
-        (tmp_path / f"modeling_peer-{os.getuid()}").mkdir(mode=0o777)
-        (tmp_path / f"modeling_peer-{os.getuid()}").chmod(0o777)
-        monkeypatch.setattr(native_library.tempfile, "gettempdir", lambda: str(tmp_path))
-        monkeypatch.setattr(os, "access", lambda *args: False)
-        with pytest.raises(OSError, match="not this user's alone"):
-            native_library._writable(tmp_path / "cache")
-
-    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
-        (tmp_path / "file").write_text("")
-        monkeypatch.setattr(native_library.constants, "HF_HOME", str(tmp_path / "file"))
-        load_library.cache_clear()
-        assert load_library(SOURCE).answer() == 42
-        load_library.cache_clear()
+@pytest.fixture
+def notices(monkeypatch):
+    notices = []
+    monkeypatch.setattr(native_library.logger, "warning", notices.append)
+    return notices
 
 
 class TestWithoutACompiler:
@@ -144,9 +57,7 @@ class TestWithoutACompiler:
     def no_compiler(self, cache, monkeypatch):
         monkeypatch.setenv("CC", "there-is-no-such-compiler")
 
-    def test_auto_is_torch_with_one_notice(self, monkeypatch):
-        notices = []
-        monkeypatch.setattr(native_library.logger, "warning", notices.append)
+    def test_auto_is_torch_with_one_notice(self, notices):
         table = torch.empty(1, 1)
         assert resolve_kernels("auto", table) == resolve_kernels("auto", table) == "torch"
         (notice,) = notices
@@ -158,24 +69,78 @@ class TestWithoutACompiler:
         with pytest.raises(RuntimeError, match="no C compiler"):
             resolve_kernels("cpu", torch.empty(1, 1))
 
+    @pytest.mark.parametrize("command", ["gcc 'unbalanced", "gcc\\"])
+    def test_a_command_that_cannot_be_parsed(self, command, notices, monkeypatch):
+        monkeypatch.setenv("CC", command)
+        assert load_library(SOURCE) is None
+        (notice,) = notices
+        assert f"CC={command!r} is no command" in notice
+
+
+class TestSwitchedOff:
+    """Code that a checkpoint brings along compiles nothing where its user does not want it."""
+
+    @staticmethod
+    def train(model):
+        tokens = random_tokens(2, 5)
+        model.train()(tokens, labels=tokens).loss.backward()
+        with torch.no_grad():
+            model.eval()(tokens)
+
+    @pytest.mark.parametrize("value", ["0", "false", "off", "No"])
+    def test_by_the_environment(self, value, cache, compilations, notices, monkeypatch):
+        monkeypatch.setenv(COMPILE_VARIABLE, value)
+        assert resolve_kernels("auto", torch.empty(1, 1)) == "torch"
+        with pytest.raises(RuntimeError, match=f"{COMPILE_VARIABLE}={value} switches C kernels off"):
+            resolve_kernels("cpu", torch.empty(1, 1))
+        self.train(tiny_model(tiny_config("peer", "pkm", sparse_expert_gradients=True)))
+        assert not compilations
+        assert not notices
+        assert not cache.exists()
+
+    @pytest.mark.parametrize("value", ["", "1", "true"])
+    def test_on(self, value, cache, monkeypatch):
+        monkeypatch.setenv(COMPILE_VARIABLE, value)
+        assert load_library(SOURCE).answer() == 42
+
+    @pytest.mark.parametrize("kernels", ["torch", "eager"])
+    def test_by_the_configuration(self, kernels, cache, compilations):
+        self.train(tiny_model(tiny_config("peer", "pkm", expert_kernels=kernels, sparse_expert_gradients=True)))
+        assert not compilations
+        assert not cache.exists()
+
+    def test_the_first_compilation_says_how(self, cache, monkeypatch):
+        notices = []
+        monkeypatch.setattr(native_library.logger, "warning_once", notices.append)
+        load_library(SOURCE)
+        (notice,) = notices
+        assert "compiles C kernels" in notice
+        assert str(cache) in notice
+        assert f"{COMPILE_VARIABLE}=0" in notice
+        assert 'expert_kernels="torch"' in notice
+        load_library.cache_clear()
+        load_library(SOURCE)  # from the cache
+        assert len(notices) == 1
+
 
 class TestThreads:
     def test_on_torchs_own_openmp(self, tmp_path):
-        """A second runtime would bring threads of its own. That of the compiler is on this machine, or none is."""
+        """A second runtime would bring threads of its own."""
         script = """
 import torch
 from pathlib import Path
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 def runtimes():
-    return {l.split()[-1] for l in Path("/proc/self/maps").read_text().splitlines() if "omp" in l.split()[-1].split("/")[-1]}
+    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {file for file in files if "omp" in file.split("/")[-1]}
 torch.set_num_threads(2)
 torch.randn(1000, 1000).exp().sum()
 before = runtimes()
 ALL_EXPERT_KERNELS["cpu"].up(torch.randn(300, 64), torch.zeros(300, 8, dtype=torch.int64), torch.randn(5, 64))
 print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self/task").iterdir())))
 """
-        assert "added []" in finished(run(script, tmp_path))
-        # Nor would one come where torch brings a runtime under a name of its own.
+        assert "added []" in run(script, tmp_path)
+        # Nor would one be loaded where torch has its runtime under another name.
         for library in (tmp_path / "modeling_peer").glob("*.so"):
             assert b"libgomp.so" not in library.read_bytes()
             assert b"libomp.so" not in library.read_bytes()
@@ -196,27 +161,28 @@ print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
     def test_a_fork_after_use(self, tmp_path):
-        """The child has none of the parent's threads, and would wait for them for ever."""
+        """The child has none of its parent's threads, and would wait for them for ever."""
         script = """
 import os, torch
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
+from modeling_peer.native_library import num_threads
 torch.set_num_threads(2)
-native, literal = ALL_EXPERT_KERNELS["cpu"], ALL_EXPERT_KERNELS["eager"]
+kernels, literal = ALL_EXPERT_KERNELS["cpu"], ALL_EXPERT_KERNELS["eager"]
 generator = torch.Generator().manual_seed(0)
 x, table = torch.randn(300, 64, generator=generator), torch.randn(500, 64, generator=generator)
 indices = torch.randint(500, (300, 8), generator=generator)
 expected = literal.up(x, indices, table)
 queries, keys = torch.randn(300, 2, 2, 8, generator=generator), torch.randn(1, 2, 30, 8, generator=generator)
-found = native.retrieve(queries, keys, 4)[0]
-def right():
-    rows, _ = native.row_gradient(expected, x, indices, torch.float32)
-    return torch.allclose(native.up(x, indices, table), expected, atol=1e-4) and len(rows) == len(indices.unique()) and (
-        torch.equal(native.retrieve(queries, keys, 4)[0], found))
-assert right()
+found = kernels.retrieve(queries, keys, 4)[0]
+def is_right():
+    rows, _ = kernels.row_gradient(expected, x, indices, torch.float32)
+    are_near = torch.allclose(kernels.up(x, indices, table), expected, atol=1e-4)
+    return are_near and torch.equal(rows, indices.unique()) and torch.equal(kernels.retrieve(queries, keys, 4)[0], found)
+assert is_right()
 child = os.fork()
 if child == 0:
-    os._exit(0 if right() else 1)
+    os._exit(0 if is_right() and num_threads() == 1 else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert right()  # and the parent goes on
+assert is_right() and num_threads() == 2  # the parent goes on
 """
-        finished(run(script, tmp_path, OMP_NUM_THREADS="2"))
+        run(script, tmp_path, OMP_NUM_THREADS="2")

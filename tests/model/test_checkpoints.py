@@ -25,7 +25,15 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from kernels_used import INFERENCE
 from safetensors import safe_open
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    QuantoConfig,
+)
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
 
@@ -327,6 +335,32 @@ class TestBrokenCheckpoints:
         with pytest.raises(StrictDataclassClassValidationError, match="`num_experts_per_head` must be at most"):
             model.save_pretrained(tmp_path / "checkpoint")
         assert not list((tmp_path / "checkpoint").glob("*"))
+
+
+def test_a_sharded_model_saves_the_code_of_its_own_class(tmp_path, monkeypatch):
+    """FSDP2 puts a class of its own before the model's. It stays there while the model is saved."""
+    model = PeerForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path / "whole")
+    sharded_class = type("FSDPPeerForCausalLM", (FSDPModule, PeerForCausalLM), {})
+    model.__class__ = sharded_class
+    classes = []
+    monkeypatch.setattr(
+        "modeling_peer.modeling_peer.advise_whole_access", lambda weight: classes.append(type(model)), raising=True
+    )
+    saved = PreTrainedModel.save_pretrained
+
+    def save(self, *args, **kwargs):
+        classes.append(type(model))
+        assert type(self) is PeerForCausalLM and self.config is model.config
+        saved(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    model.save_pretrained(tmp_path / "sharded")
+    assert set(classes) == {sharded_class} and type(model) is sharded_class
+    whole, sharded = (sorted((tmp_path / name).iterdir()) for name in ("whole", "sharded"))
+    assert [file.name for file in sharded] == [file.name for file in whole]
+    for file, other in zip(whole, sharded, strict=True):
+        assert file.read_bytes() == other.read_bytes(), file.name
 
 
 def test_auto_classes_know_every_head(tmp_path):

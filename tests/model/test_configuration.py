@@ -14,6 +14,7 @@
 """Bad input is refused at once, with the field's name and the reason."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ REFUSED_VALUES = [
     ({"num_experts_per_head": -1}, "`num_experts_per_head` must be at least 1, got -1"),
     ({"num_hidden_layers": 0, "feed_forward_types": []}, "`num_hidden_layers` must be at least 1, got 0"),
     ({"feed_forward_types": ["peer"]}, "`feed_forward_types` must name one variant for each.*2 layers, got 1"),
-    ({"expert_act": "no_such"}, "`expert_act` is 'no_such', not one of the library's activations"),
+    ({"expert_act": "no_such"}, "`expert_act` is 'no_such', not one of the activations of Transformers"),
     ({"hidden_act": "no_such"}, "`hidden_act` is 'no_such'"),
     ({"num_key_value_heads": 3}, "`num_attention_heads` must be a multiple of `num_key_value_heads`, got 4 and 3"),
     ({"moe_num_experts": 2, "moe_num_experts_per_tok": 3}, "`moe_num_experts_per_tok` must be at most.*= 2, got 3"),
@@ -41,9 +42,19 @@ REFUSED_VALUES = [
     ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
     ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),
     ({"head_dim": 3}, "`head_dim` must be even.*got 3"),
-    ({"initializer_range": 0.0}, "`initializer_range` must be positive, got 0.0"),
+    ({"initializer_range": 0.0}, "`initializer_range` must be positive and finite, got 0.0"),
     ({"expert_act": "prelu"}, "`expert_act` is 'prelu', an activation with parameters"),
     ({"format_version": 99}, "`format_version` is 99"),
+    ({"initializer_range": math.nan}, "`initializer_range` must be positive and finite, got nan"),
+    ({"expert_initializer_range": math.inf}, "`expert_initializer_range` must be positive and finite, got inf"),
+    ({"rms_norm_eps": -1e-5}, "`rms_norm_eps` must be positive and finite, got -1e-05"),
+    ({"attention_dropout": 1.5}, "`attention_dropout` must be a probability between 0 and 1, got 1.5"),
+    ({"classifier_dropout": math.nan}, "`classifier_dropout` must be a probability between 0 and 1, got nan"),
+    ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be at least 0 and finite, got -0.1"),
+    ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1, got 0"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "`rope_theta` of `rope_parameters`.*got -1.0"),
+    ({"pad_token_id": 64}, "`pad_token_id` must be `None` or within the vocabulary, from 0 to 63, got 64"),
+    ({"pad_token_id": -1}, "`pad_token_id` must be `None` or within the vocabulary, from 0 to 63, got -1"),
 ]
 REFUSED_TYPES = [
     ({"scoring_func": "tanh"}, "scoring_func"),
@@ -52,6 +63,9 @@ REFUSED_TYPES = [
     ({"num_experts": "many"}, "num_experts"),
     ({"gated_experts": "yes"}, "gated_experts"),
     ({"feed_forward_types": "peer"}, "feed_forward_types"),
+    ({"output_router_indices": "yes"}, "output_router_indices"),
+    ({"num_experts": True}, "num_experts"),
+    ({"pad_token_id": True}, "pad_token_id"),
 ]
 
 
@@ -130,6 +144,33 @@ def test_what_is_changed_at_load_is_checked_too(tmp_path):
         PeerConfig.from_pretrained(tmp_path, num_retrieval_heads="2")
 
 
+def test_the_former_name_of_the_cpu_kernels_loads(tmp_path):
+    """In configurations, checkpoints and grafts of before it was renamed."""
+    assert tiny_config(expert_kernels="native").expert_kernels == "cpu"
+    model = PeerForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native"}))
+    loaded = PeerForCausalLM.from_pretrained(tmp_path / "old")
+    assert loaded.config.expert_kernels == loaded.model.layers[0].mlp.router.config.expert_kernels == "cpu"
+    loaded.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["expert_kernels"] == "cpu"
+
+
+def test_the_former_name_of_the_cpu_kernels_loads_in_grafts(tmp_path):
+    pytest.importorskip("peft")
+    from graft_hosts import grafted, grafts_of, host_of, logits_of
+    from peft import PeftModel
+
+    model = grafted()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native"}))
+    loaded = PeftModel.from_pretrained(host_of(), tmp_path).eval()
+    assert [graft.config.expert_kernels for graft in grafts_of(loaded)] == ["cpu"]
+    torch.testing.assert_close(logits_of(loaded), logits_of(model))
+
+
 def test_defaults_are_the_papers():
     config = PeerConfig()
     assert config.feed_forward_types == ["dense"] * 5 + ["peer"] + ["dense"] * 6
@@ -144,11 +185,3 @@ def test_the_middle_block_is_replaced(layers):
     types = PeerConfig(num_hidden_layers=layers).feed_forward_types
     assert types.count("peer") == 1
     assert types.index("peer") == (layers - 1) // 2
-
-
-def test_exactly_one_of_tokens_and_embeddings():
-    model = PeerModel(tiny_config())
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model()
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
-        model(torch.ones(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 24))

@@ -45,7 +45,7 @@ class ScaledFeedForward(nn.Module):
         return PartCosts(2 * size, size + 2 * config.hidden_size, size + 2 * config.hidden_size)
 
     def forward(self, hidden_states, padding_mask=None, **kwargs):
-        self.seen_padding_mask = padding_mask
+        self.seen = {"padding_mask": padding_mask, **kwargs}
         return F.relu(self.proj(hidden_states)) * self.scale
 
 
@@ -65,12 +65,36 @@ def test_a_registered_variant_stands_in_any_layer(registered, tmp_path):
     nn.init.normal_(model.model.layers[1].mlp.scale)
     tokens, mask = random_tokens(2, 6), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     logits = model(tokens, attention_mask=mask).logits
-    assert torch.equal(model.model.layers[3].mlp.seen_padding_mask, mask)
+    assert torch.equal(model.model.layers[3].mlp.seen["padding_mask"], mask)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.feed_forward_types == ["peer", "scaled", "dense", "scaled"]
     assert torch.equal(loaded(tokens, attention_mask=mask).logits, logits)
     assert model_costs(model.config).parameters == model.num_parameters()
+
+
+def test_saving_warns_once_of_code_that_no_checkpoint_carries(monkeypatch, tmp_path, caplog):
+    class Unpublished(ScaledFeedForward):
+        pass
+
+    monkeypatch.setitem(FeedForwardInterface._global_mapping, "unpublished", Unpublished)
+    model = tiny_model(tiny_config("peer", "unpublished", "unpublished"))
+    for step in range(2):
+        model.save_pretrained(tmp_path / str(step))
+    tiny_model(tiny_config("peer", "moe")).save_pretrained(tmp_path / "own")
+    (message,) = [record.message for record in caplog.records if "is not saved with the model" in record.message]
+    assert "'unpublished', class `test_feed_forward_registry." in message
+    assert "`FeedForwardInterface.register('unpublished', Unpublished)`" in message
+
+
+def test_a_variant_gets_the_forward_pass(registered):
+    model = tiny_model(tiny_config("scaled", "dense")).train()
+    model(random_tokens(2, 5))
+    forward_pass = model.model.layers[0].mlp.seen["forward_pass"]
+    assert forward_pass.learns and forward_pass.has_ended
+    with torch.no_grad():
+        model(random_tokens(2, 5))
+    assert not model.model.layers[0].mlp.seen["forward_pass"].learns
 
 
 def test_a_checkpoint_of_an_unregistered_variant_says_so(tmp_path):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""At initialization, the feed-forward variants' outputs vary alike: nobody's training starts from another scale."""
+"""At initialization, the outputs of all feed-forward variants have the same variance."""
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from modeling_peer import PeerConfig, PeerModel
 from modeling_peer.expert_table import ExpertTable
+from modeling_peer.forward_pass import ForwardPass
 from modeling_peer.named_configurations import configuration_path
 
 
@@ -34,7 +35,7 @@ class Retrieved(nn.Module):
         super().__init__()
         self.indices, self.weights = indices, weights
 
-    def forward(self, hidden_states, padding_mask=None):
+    def forward(self, hidden_states, padding_mask=None, forward_pass=None):
         return self.indices, self.weights
 
 
@@ -51,7 +52,7 @@ def initialized(config, variant, hidden_states, training):
     feed_forward = model.layers[0].mlp.train(training)
     if variant in ("peer", "pkm") and config.num_experts == 1024**2:
         router = feed_forward.router.to_empty(device="cpu").apply(model._init_weights)
-        indices, weights = router(hidden_states)
+        indices, weights = router(hidden_states, forward_pass=ForwardPass(learns=training))
         retrieved, rows = indices.unique(return_inverse=True)
         feed_forward.router = Retrieved(rows, weights)
         for table in feed_forward.modules():
@@ -64,7 +65,8 @@ def initialized(config, variant, hidden_states, training):
 def output_variance(config, variant, training):
     torch.manual_seed(0)
     hidden_states = nn.functional.rms_norm(torch.randn(1, NUM_TOKENS, config.hidden_size), (config.hidden_size,))
-    return initialized(config, variant, hidden_states, training)(hidden_states).var().item()
+    feed_forward = initialized(config, variant, hidden_states, training)
+    return feed_forward(hidden_states, forward_pass=ForwardPass(learns=training)).var().item()
 
 
 def assert_close_to_dense(config, variant, training):

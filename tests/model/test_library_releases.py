@@ -111,7 +111,7 @@ def test_the_configuration_imports_nothing_that_it_configures():
         module = rest.pop()
         reached.add(module)
         rest += imports_of(module) - reached
-    assert reached == {"configuration_peer", "library_releases", "expert_generations", "key_grid"}
+    assert reached == {"configuration_peer", "library_releases", "expert_additions", "key_grid"}
 
 
 def forward_with_cache() -> Callable:

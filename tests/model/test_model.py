@@ -160,24 +160,6 @@ def test_running_statistics_move_while_training_only():
     assert norm.num_batches_tracked == 3
 
 
-def test_a_padding_mask_of_its_own_beside_a_mask_of_attention():
-    """A four-dimensional attention mask does not say what is padding; the keyword does."""
-    config, tokens = VARIANTS["peer"], random_tokens(2, 6)
-    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] & padding[:, None, None].bool()
-    statistics = []
-    for masks in (
-        {"attention_mask": padding},
-        {"attention_mask": causal, "padding_mask": padding},
-        {"attention_mask": causal},
-    ):
-        model = tiny_model(config).train()
-        model(tokens, **masks)
-        statistics.append(model.model.layers[0].mlp.router.query_norm.running_mean)
-    assert torch.allclose(statistics[0], statistics[1], atol=1e-6)
-    assert not torch.allclose(statistics[0], statistics[2], atol=1e-4)
-
-
 def test_sequence_classification_reads_the_last_token():
     config = tiny_config("peer", "dense", num_labels=3)
     torch.manual_seed(0)

@@ -11,11 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The query BatchNorm against torch's, and what must not move its statistics."""
+"""The query BatchNorm: its moments and running statistics, and which forward passes move them."""
+
+import copy
+import threading
 
 import pytest
 import torch
-from release_names import CACHE, enable_checkpointing
+from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
 
@@ -24,6 +27,16 @@ from modeling_peer.query_norm import QueryBatchNorm
 
 def statistics(norm):
     return torch.stack([norm.running_mean, norm.running_var])
+
+
+def model_and_norm():
+    model = tiny_model(VARIANTS["peer"]).train()
+    norm = model.model.layers[0].mlp.router.query_norm
+    return model, norm, statistics(norm).clone()
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_training_equals_torchs_batch_norm_on_the_tokens():
@@ -41,29 +54,21 @@ def test_training_equals_torchs_batch_norm_on_the_tokens():
         results.append([outputs, *torch.autograd.grad(outputs, [queries, norm.weight, norm.bias], direction)])
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
-    ours.fold_moments()
     assert torch.allclose(statistics(ours), statistics(theirs), rtol=1e-10)
     assert torch.allclose(ours.eval()(queries[mask]), theirs.eval()(queries[mask]))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
-def test_too_few_tokens_for_a_variance_teach_nothing(num_tokens):
+def test_too_few_tokens_for_a_variance_leave_the_statistics(num_tokens):
     norm = QueryBatchNorm(6)
     before = statistics(norm).clone()
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask.view(-1)[:num_tokens] = True
     norm(torch.randn(2, 5, 6), mask)
-    norm.fold_moments()
     assert torch.equal(statistics(norm), before)
 
 
-def model_and_norm():
-    model = tiny_model(VARIANTS["peer"]).train()
-    norm = model.model.layers[0].mlp.router.query_norm
-    return model, norm, statistics(norm).clone()
-
-
-def test_a_forward_without_gradients_teaches_nothing():
+def test_a_forward_without_gradients_leaves_the_statistics():
     model, norm, before = model_and_norm()
     tokens = random_tokens(3, 8)
     with torch.no_grad():
@@ -72,11 +77,37 @@ def test_a_forward_without_gradients_teaches_nothing():
     assert torch.equal(logits, model.eval()(tokens).logits)
 
 
+@pytest.mark.parametrize("variant", ["peer", "pkm", "moe_expert_choice", "all_in_one"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
+    """
+    Layers run twice, and a forward without gradients comes between: gradients and running statistics are those of layers
+    that run once, with the moments of their batch.
+    """
+    plain = tiny_model(VARIANTS[variant]).train()
+    checkpointed = copy.deepcopy(plain)
+    enable_checkpointing(checkpointed, {"use_reentrant": use_reentrant})
+    tokens, others = random_tokens(3, 8), random_tokens(2, 8, seed=2)
+    for model in (plain, checkpointed):
+        if use_reentrant:
+            model.enable_input_require_grads()
+        loss = model(tokens, labels=tokens).loss
+        with torch.no_grad():
+            model(others)
+        loss.backward()
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, buffer), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
 def test_a_frozen_norm_keeps_what_it_had_when_it_was_frozen():
     model, norm, before = model_and_norm()
     tokens = random_tokens(3, 8)
     enable_checkpointing(model)
-    model(tokens, labels=tokens).loss.backward()  # the recomputation leaves moments behind
+    model(tokens, labels=tokens).loss.backward()
     after = statistics(norm).clone()
     assert not torch.equal(after, before)
     norm.requires_grad_(False)
@@ -84,22 +115,29 @@ def test_a_frozen_norm_keeps_what_it_had_when_it_was_frozen():
     assert torch.equal(statistics(norm), after)
 
 
-def test_of_a_mask_of_past_and_present_the_present_counts():
-    """A chunk after a cached prompt, in training: the mask covers both."""
-    tokens = random_tokens(2, 10)
-    mask = torch.ones(2, 10, dtype=torch.long)
-    mask[0, :3] = mask[1, 8:] = 0
-    results = []
-    for masks in ({"attention_mask": mask}, {"attention_mask": mask, "padding_mask": mask[:, 6:]}):
-        model, norm, _ = model_and_norm()
+@pytest.mark.parametrize("variant", ["peer", "moe_expert_choice"])
+def test_a_thread_that_generates_leaves_training_alone(variant):
+    """A second thread runs the model without gradients while a training forward is between two layers."""
+    alone = tiny_model(VARIANTS[variant]).train()
+    disturbed = copy.deepcopy(alone)
+    tokens, others = random_tokens(3, 8), random_tokens(2, 8, seed=2)
+    training_thread = threading.get_ident()
+
+    def generate():
         with torch.no_grad():
-            cache = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)[CACHE]
-        model(tokens[:, 6:], **{CACHE: cache}, use_cache=True, **masks)
-        results.append(statistics(norm))
-    assert torch.equal(*results)
+            disturbed(others)
 
+    def start_thread(*_):
+        if threading.get_ident() == training_thread:
+            thread = threading.Thread(target=generate)
+            thread.start()
+            thread.join()
 
-def test_a_mask_shorter_than_the_inputs_is_refused():
-    model, *_ = model_and_norm()
-    with pytest.raises(ValueError, match="`attention_mask` must cover past and present tokens, at least 8"):
-        model(random_tokens(2, 8), attention_mask=torch.ones(2, 5, dtype=torch.long))
+    hooks = [disturbed.model.layers[0].mlp.register_forward_pre_hook(start_thread)]
+    hooks += [layer.register_forward_hook(start_thread) for layer in disturbed.model.layers]
+    losses = [model(tokens, labels=tokens).loss for model in (alone, disturbed)]
+    assert torch.equal(*losses)
+    for (name, buffer), other in zip(alone.named_buffers(), disturbed.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    for hook in hooks:
+        hook.remove()

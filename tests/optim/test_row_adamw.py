@@ -11,10 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`RowAdamW` is AdamW on the rows that a step touched, and leaves all others bit by bit as they are."""
+"""`RowAdamW` is AdamW on the rows that a step touched, and leaves all others as they are, to the bit."""
 
 import copy
-import functools
 import io
 import math
 import pickle
@@ -22,30 +21,27 @@ import re
 
 import pytest
 import torch
-from release_names import CHECKPOINTING
-from tiny_models import random_tokens, tiny_config
+from row_tables import (
+    DTYPES,
+    NUM_ROWS,
+    OPTIONS,
+    WIDTH,
+    accumulated,
+    assert_same,
+    by_rows,
+    copied,
+    random_gradients,
+    random_table,
+    rows_of,
+    take_steps,
+)
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
-from trainer_worker import counting_sequences, logged, small_model, trainer_of
-from transformers import Trainer
-from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
-from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
+from modeling_peer import RowAdamW
 from modeling_peer.optim import row_adamw
-
-
-assert_same = functools.partial(assert_close, rtol=0, atol=0)
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-NUM_ROWS, WIDTH = 11, 37  # no multiple of a vector's numbers
+from modeling_peer.sparse_gradients import enable_sparse_norms
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -53,59 +49,14 @@ def path(request, monkeypatch):
     """What moves the rows: the compiled kernel or torch operations, these in several chunks."""
     if request.param == "torch":
         monkeypatch.setattr(row_adamw.cpu, "can_update", lambda *tensors: False)
-        monkeypatch.setattr(row_adamw, "CHUNK_NUMBERS", 3 * WIDTH)
+        monkeypatch.setattr(row_adamw, "CHUNK_ELEMENTS", 3 * WIDTH)
     else:
         assert row_adamw.cpu.can_update(torch.empty(1, 1), torch.empty(1, 1))
     return request.param
 
 
-def random_table(dtype=torch.float32, num_rows=NUM_ROWS, width=WIDTH):
-    return nn.Parameter(torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0)).to(dtype))
-
-
-def rows_of(table, **options):
-    return RowAdamW([{"params": [table], "rows": True}], **{**OPTIONS, **options})
-
-
-def random_gradients(number, dtype=torch.float32, seed=1, num_rows=NUM_ROWS, width=WIDTH):
-    """Dense gradients of random rows, the last row never among them."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(number):
-        gradient = torch.randn(num_rows, width, generator=generator)
-        yield (
-            gradient
-            * (torch.rand(num_rows, 1, generator=generator) < 0.5)
-            * (torch.arange(num_rows) < num_rows - 1)[:, None]
-        ).to(dtype)
-
-
-def by_rows(gradient):
-    """A dense gradient as a coalesced sparse one of its rows other than zero."""
-    rows = gradient.ne(0).any(1).nonzero()[:, 0]
-    return torch.sparse_coo_tensor(
-        rows[None], gradient[rows], gradient.shape, is_coalesced=True, check_invariants=True
-    )
-
-
-def accumulated(*gradients):
-    """A sparse gradient as several micro-batches leave it: a row may be in it several times."""
-    parts = [by_rows(gradient) for gradient in gradients]
-    indices, values = torch.cat([part.indices() for part in parts], 1), torch.cat([part.values() for part in parts])
-    return torch.sparse_coo_tensor(indices, values, gradients[0].shape, check_invariants=True)
-
-
-def take_steps(optimizer, table, gradients):
-    for gradient in gradients:
-        table.grad = gradient
-        optimizer.step()
-
-
-def copied(optimizer, table):
-    return {name: value.clone() for name, value in optimizer.state[table].items()} | {"table": table.detach().clone()}
-
-
 class LiteralAdamW:
-    """AdamW on each row by itself, number by number in Python's floats; the table is in its own dtype between steps."""
+    """AdamW on each row by itself, by Python's floats; between steps the table is in its own dtype."""
 
     def __init__(self, table, second_moment="full"):
         self.table, self.dtype, self.second_moment = table.tolist(), table.dtype, second_moment
@@ -276,7 +227,7 @@ def dense_parameters(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_parameters_are_as_with_adamw(dtype):
-    """To the bit of the fused one, also after a resume, where both round their state to the dtype of the parameters."""
+    """As the fused one to the bit, also after a resume, where both round their state to the dtype of parameters."""
     parameters, others = dense_parameters(dtype), dense_parameters(dtype)
     optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **OPTIONS, fused=True)
     generator = torch.Generator().manual_seed(4)
@@ -375,82 +326,6 @@ class TestState:
         assert losses[2] < losses[1] < losses[0]
 
 
-class TestGroups:
-    @pytest.mark.parametrize(
-        "model",
-        [
-            lambda: small_model("dense", "peer"),
-            lambda: small_model("peer", "peer", share_experts_across_layers=True, gated_experts=True),
-            lambda: small_model("pkm", "moe", query_norm="rms", attention_bias=True, tie_word_embeddings=True),
-            lambda: small_model("dense", "dense"),
-        ],
-        ids=["peer", "shared", "pkm", "dense"],
-    )
-    def test_follow_the_trainer(self, model):
-        model = model()
-        groups = expert_parameter_groups(model, learning_rate=0.1, weight_decay=0.3, expert_lr_multiplier=4.0)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        found = [names[parameter] for group in groups for parameter in group["params"]]
-        assert sorted(found) == sorted(names.values())
-        tables = {module.weight for module in model.modules() if isinstance(module, ExpertTable)}
-        assert {parameter for group in groups if group["rows"] for parameter in group["params"]} == tables
-        decayed = {names[parameter] for group in groups if group["weight_decay"] for parameter in group["params"]}
-        assert decayed == set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())
-        assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
-        assert all(group["lr"] == (0.4 if group["rows"] else 0.1) for group in groups)
-        # What `Trainer` logs is the rate of the first.
-        assert not groups[0]["rows"]
-        RowAdamW(groups)
-
-    @pytest.mark.parametrize("variant", ["peer", "pkm"])
-    def test_rows_that_come_out_have_a_rate_of_their_own(self, variant):
-        model = small_model("dense", variant)
-        groups = expert_parameter_groups(model, 0.1, expert_lr_multiplier=2.0, down_proj_lr_multiplier=5.0)
-        rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
-        for module in model.modules():
-            if isinstance(module, ExpertTable):
-                expected = 1.0 if isinstance(module, ExpertDownProjection) else 0.2
-                assert rates[module.weight] == pytest.approx(expected)
-        assert sorted(rates.values())[0] == 0.1 and all(each["rows"] == (each["lr"] > 0.1) for each in groups)
-
-    def test_leave_out_what_is_frozen(self):
-        model = small_model()
-        model.model.embed_tokens.weight.requires_grad_(False)
-        found = [p for group in expert_parameter_groups(model, learning_rate=0.1) for p in group["params"]]
-        assert len(found) == len(list(model.parameters())) - 1
-
-    def test_multiplier_lasts_through_a_schedule(self, path):
-        model, references = small_model(), []
-        optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=0.1, expert_lr_multiplier=3.0))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        others = {}
-        for rate in (0.1, 0.3):
-            others[rate] = [
-                nn.Parameter(p.detach().clone())
-                for group in optimizer.param_groups
-                if math.isclose(group["lr"], rate)
-                for p in group["params"]
-            ]
-            references.append(torch.optim.AdamW(others[rate], lr=rate, weight_decay=0.0))
-        schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in references]
-        for _ in range(3):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.ones_like(parameter)
-            for other in others[0.1] + others[0.3]:
-                other.grad = torch.ones_like(other)
-            for one in (
-                optimizer,
-                scheduler,
-                *(one for pair in zip(references, schedules, strict=True) for one in pair),
-            ):
-                one.step()
-        for group in optimizer.param_groups:
-            assert group["lr"] == pytest.approx((0.3 if group["rows"] else 0.1) / 4)
-            expected = [others[0.3 if group["rows"] else 0.1].pop(0) for _ in group["params"]]
-            assert_close(group["params"], expected, rtol=1e-5, atol=1e-6)
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -512,6 +387,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
 def test_norms_of_sparse_gradients_are_those_of_dense_ones(norm_type):
+    enable_sparse_norms()
     first, second = random_gradients(2)
     for gradient in (by_rows(first), accumulated(first, second)):
         sparse, dense, bias = random_table(), random_table(), nn.Parameter(torch.ones(3))
@@ -521,206 +397,6 @@ def test_norms_of_sparse_gradients_are_those_of_dense_ones(norm_type):
         bias.grad = torch.full((3,), 0.5)
         assert_close(norm, clip_grad_norm_([dense, bias], 0.1, norm_type))
         assert_close(sparse.grad.to_dense(), dense.grad)
-
-
-def trainer_with_rows(folder, sparse=True, second_moment="full", seed=0, optimizer_options=None, **options):
-    """The stock trainer of a tiny model, as `examples/training.py` makes it."""
-    model = small_model(
-        "peer",
-        "dense",
-        "peer",
-        share_experts_across_layers=True,
-        attention_dropout=0.1,
-        sparse_expert_gradients=sparse,
-        seed=seed,
-    )
-    groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, expert_lr_multiplier=2.0)
-    trainer = trainer_of(model, folder, counting_sequences(40), max_steps=8, max_grad_norm=0.5, **options)
-    trainer.optimizer = RowAdamW(groups, second_moment=second_moment)
-    return trainer
-
-
-class TestTrainer:
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"gradient_accumulation_steps": 2},
-            {CHECKPOINTING: True, "gradient_accumulation_steps": 2},
-            {"bf16": True},
-        ],
-        ids=["plain", "accumulated", "checkpointed", "bfloat16"],
-    )
-    def test_sparse_gradients_train_as_dense_ones(self, tmp_path, options):
-        sparse, layouts = trainer_with_rows(tmp_path, **options), []
-        table = sparse.model.model.expert_pool.up_proj.weight
-        sparse.optimizer.register_step_pre_hook(lambda *_: layouts.append(table.grad.is_sparse))
-        sparse.train()
-        dense = trainer_with_rows(tmp_path, sparse=False, **options)
-        dense.train()
-        assert layouts == [True] * 8
-        assert logged(sparse) == pytest.approx(logged(dense), rel=1e-4)
-        assert logged(sparse, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-3)
-        assert min(logged(sparse, "grad_norm")) > 0.5
-        assert logged(sparse)[-1] < logged(sparse)[0]
-        steps = sparse.optimizer.state[table]["row_steps"]
-        assert 0 < steps.max() <= 8
-        assert steps.float().mean() < 8
-
-    @pytest.mark.parametrize("second_moment", ["full", "row"])
-    def test_resumes_to_the_bit(self, tmp_path, second_moment):
-        options = {
-            "second_moment": second_moment,
-            "gradient_accumulation_steps": 2,
-            "save_strategy": "steps",
-            "save_steps": 5,
-        }
-        unbroken = trainer_with_rows(tmp_path, **options)
-        unbroken.train()
-        resumed = trainer_with_rows(tmp_path, seed=1, **options)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-        assert logged(resumed) == logged(unbroken)
-        assert logged(resumed, "grad_norm") == logged(unbroken, "grad_norm")
-        assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
-        # The log has the rate of other parameters than tables.
-        assert logged(resumed, "learning_rate")[0] == 1e-2
-
-    def test_tables_of_bfloat16_resume_to_the_bit(self, tmp_path):
-        finals = []
-        for seed, resumed in ((0, False), (1, True)):
-            trainer = trainer_with_rows(tmp_path, seed=seed, save_strategy="steps", save_steps=5)
-            trainer.model.bfloat16()
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resumed else None)
-            state = trainer.optimizer.state[trainer.model.model.expert_pool.up_proj.weight]
-            assert state["exp_avg"].dtype == torch.float32
-            finals.append(trainer.model.state_dict())
-        assert_same(*finals)
-
-
-# What is split over two processes, from here on: half of the rows of each batch to each.
-CONFIG = tiny_config("peer", "dense", "peer", share_experts_across_layers=True)
-BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(3)]
-# With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-JOINT_OPTIONS = {"eps": 1e-3, "weight_decay": 0.1}
-
-
-def joint_model(sparse):
-    config = copy.deepcopy(CONFIG)
-    config.sparse_expert_gradients = sparse
-    torch.manual_seed(0)
-    return PeerForCausalLM(config).train()
-
-
-def optimizer_of(model, **options):
-    return RowAdamW(
-        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1), **{**JOINT_OPTIONS, **options}
-    )
-
-
-def take_model_steps(model, optimizer, batches, rank=0, world_size=1):
-    for batch in batches:
-        own = batch.chunk(world_size)[rank]
-        optimizer.zero_grad()
-        model(input_ids=own, labels=own).loss.backward()
-        optimizer.step()
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def whole_state(model, optimizer):
-    """Parameters, and the state of the tables, under their names."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        found[name] = whole(parameter)
-        if "row_steps" in optimizer.state[parameter]:
-            found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[parameter].items()}
-    return found
-
-
-def data_parallel(rank):
-    model = joint_model(sparse=True)
-    optimizer = optimizer_of(model)
-    take_model_steps(DistributedDataParallel(model), optimizer, BATCHES, rank, 2)
-    assert model.model.expert_pool.up_proj.weight.grad.is_sparse
-    return whole_state(model, optimizer)
-
-
-def fully_sharded(rank, second_moment="row"):
-    """With a save and a load in between, of optimizer state gathered whole."""
-    model = joint_model(sparse=False)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    optimizer = optimizer_of(model, second_moment=second_moment)
-    take_model_steps(model, optimizer, BATCHES[:2], rank, 2)
-    saved = get_optimizer_state_dict(model, optimizer)
-    before = whole_state(model, optimizer)
-    optimizer = optimizer_of(model, second_moment=second_moment)
-    set_optimizer_state_dict(model, optimizer, saved)
-    assert_same(whole_state(model, optimizer), before)
-    take_model_steps(model, optimizer, BATCHES[2:], rank, 2)
-    return whole_state(model, optimizer)
-
-
-def tensor_parallel(rank):
-    """A table split along its width; some of its rows have a gradient in one half alone."""
-    mesh = init_device_mesh("cpu", (2,))
-    table = nn.Parameter(distribute_tensor(random_table().detach(), mesh, [Shard(1)]))
-    try:
-        rows_of(table, second_moment="row")
-    except ValueError as error:
-        assert '`second_moment` must be "full" for a table whose rows are split' in str(error), error
-    else:
-        raise AssertionError("a mean over a part of a row")
-    optimizer = rows_of(table)
-    take_steps(optimizer, table, [distribute_tensor(gradient, mesh, [Shard(1)]) for gradient in half_gradients()])
-    return {name: whole(value) for name, value in optimizer.state[table].items()} | {"table": whole(table)}
-
-
-def half_gradients():
-    gradients = list(random_gradients(5))
-    for gradient in gradients:
-        gradient[::2, WIDTH // 2 :] = 0
-    return gradients
-
-
-PARTS = (data_parallel, fully_sharded, tensor_parallel)
-
-
-@pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    run_on_two_processes(save_parts, str(folder), PARTS)
-    return folder
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-class TestDistributed:
-    def compare(self, folder, name, rank, expected):
-        found = torch.load(folder / f"{name}-{rank}")
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda message, key=key: f"{key}: {message}")
-
-    def test_data_parallel_sparse_gradients_are_those_of_the_joint_batch(self, distributed, rank):
-        model = joint_model(sparse=True)
-        optimizer = optimizer_of(model)
-        take_model_steps(model, optimizer, BATCHES)
-        self.compare(distributed, "data_parallel", rank, whole_state(model, optimizer))
-
-    def test_tables_sharded_by_rows(self, distributed, rank):
-        model = joint_model(sparse=False)
-        optimizer = optimizer_of(model, second_moment="row")
-        take_model_steps(model, optimizer, BATCHES)
-        self.compare(distributed, "fully_sharded", rank, whole_state(model, optimizer))
-
-    def test_tables_split_along_their_width(self, distributed, rank):
-        table = random_table()
-        optimizer = rows_of(table)
-        take_steps(optimizer, table, half_gradients())
-        self.compare(distributed, "tensor_parallel", rank, copied(optimizer, table))
 
 
 def test_a_model_cast_in_the_midst_of_training_keeps_its_state():

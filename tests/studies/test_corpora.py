@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Texts of packages: what is read out of them, what is held out, and what is said when a package cannot be had."""
+"""Texts of packages: reading files, holding out files, and the error if a package cannot be downloaded."""
 
 import gzip
 import sys

@@ -38,8 +38,15 @@ from transformers import (
 from transformers.utils import logging
 
 from common.text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
-from common.training import last_whole_checkpoint, parse_arguments
-from modeling_peer import PeerForCausalLM, RowAdamW, configuration_path, expert_parameter_groups, masked_experts
+from common.training import parse_arguments
+from modeling_peer import (
+    PeerForCausalLM,
+    RowAdamW,
+    configuration_path,
+    expert_parameter_groups,
+    last_complete_checkpoint,
+    masked_experts,
+)
 from studies.common.arms import named_arms, run_all
 from studies.common.corpora import load_corpus
 from studies.common.study_folder import claim_folder, saved_run, write_json
@@ -137,7 +144,7 @@ def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: 
         data_collator=default_data_collator,
         optimizers=(RowAdamW(groups), None),
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     trainer.save_model(str(folder / f"{name}-unfinished"))
     (folder / f"{name}-unfinished").rename(folder / name)
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Facts are read right, a model is asked right, arms are compared right, and a study that was stopped goes on."""
+"""The study of facts: reading facts, measuring a model, comparing arms, resuming, and the committed tables."""
 
 import json
 import sys
@@ -395,5 +395,5 @@ def test_committed_tables_are_those_of_the_raw_results():
     rebuilt = summarize(results["runs"], labels, level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == [0, 1, 2] for result in results["arms"].values())
-    assert table_at_equal_learning(results) in (ROOT / "README.md").read_text()
+    assert table_at_equal_learning(results) in (ROOT / "docs/continual-learning.md").read_text()
     assert describe(results) in (FACTS / "README.md").read_text()

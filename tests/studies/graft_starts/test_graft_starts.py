@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The comparison of graft starts measures what it says, and goes on where it was stopped."""
+"""The comparison of initializations of a graft: its measurements, resuming, and the committed table."""
 
 import json
 import sys

@@ -251,7 +251,7 @@ class TestCards:
         cards = make_cards(results)
         for name, has_experts in (("peer-6e12-flops", True), ("dense-6e12-flops", False)):
             assert ("peer" in (cards[name].data.tags or [])) == has_experts
-            assert ("to compare PEER layers with" in cards[name].text) != has_experts
+            assert ("as a baseline for PEER layers" in cards[name].text) != has_experts
 
     def test_written(self, results, tmp_path):
         write_cards(results, tmp_path)

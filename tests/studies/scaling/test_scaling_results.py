@@ -87,10 +87,10 @@ class TestCommittedResults:
 
     def test_tables(self, committed):
         page = (SCALING / "README.md").read_text()
-        readme = (ROOT / "README.md").read_text()
+        quality = (ROOT / "docs/quality.md").read_text()
         assert describe(committed) in page
         for table in (table_of_perplexities(committed, committed.plan.budgets[-1]), table_of_seconds(committed)):
-            assert table in readme
+            assert table in quality
 
     def test_a_row_of_the_tables_by_hand(self, committed):
         """Of PEER at the larger budget, without the report's functions."""
@@ -105,15 +105,15 @@ class TestCommittedResults:
         losses = [run["losses"] for run in of_budget if run["hidden_size"] == best and run["seed"] > 0]
         assert len(losses) == committed.plan.seeds
         means = [math.prod(math.exp(each[name]) for name in committed.plan.evaluation_texts) ** 0.2 for each in losses]
-        row = re.search(rf"^\| PEER +\| +{best} .*$", (ROOT / "README.md").read_text(), re.M).group()
+        row = re.search(rf"^\| PEER +\| +{best} .*$", (ROOT / "docs/quality.md").read_text(), re.M).group()
         assert f"{sum(means) / len(means):.2f} ± {stdev(means):.2f}" in row
 
     def test_pictures(self):
-        readme, page = (file.read_text() for file in (ROOT / "README.md", SCALING / "README.md"))
+        quality, page = (file.read_text() for file in (ROOT / "docs/quality.md", SCALING / "README.md"))
         for name in PLOTS:
             assert (SCALING / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert f"({name}.png)" in page
-        assert all(f"(examples/studies/scaling/{name}.png)" in readme for name in ("sizes", "seconds"))
+        assert all(f"(../examples/studies/scaling/{name}.png)" in quality for name in ("sizes", "seconds"))
 
     def test_cards(self, committed):
         folder = ROOT / "model_cards" / "scaling"

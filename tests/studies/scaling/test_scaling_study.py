@@ -390,5 +390,5 @@ class TestStudy:
 
     def test_one_at_a_time(self, small_study):
         folder, main = small_study
-        with FileLock(folder / ".lock"), pytest.raises(SystemExit, match="Another process is at work"):
+        with FileLock(folder / ".lock"), pytest.raises(SystemExit, match="Another process is running the study"):
             main()

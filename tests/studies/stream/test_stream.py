@@ -11,10 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-The study of a stream of texts: what it makes of runs, that it goes on where it was killed, and where its texts come
-from.
-"""
+"""The study of streams: measures, the comparison at equal learning, resuming, and the committed tables."""
 
 import json
 import math
@@ -24,7 +21,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from common.training import last_whole_checkpoint
 from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
 from studies.stream.arms import Arm
@@ -194,17 +190,6 @@ class TestStudy:
             study("--arms", "full", "--seeds", "1")
         assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
 
-    def test_goes_on_with_the_last_checkpoint_that_is_whole(self, tmp_path):
-        assert last_whole_checkpoint(tmp_path / "missing") is None and last_whole_checkpoint(tmp_path) is None
-        for step, files in {100: ["model.safetensors", "trainer_state.json"], 200: ["model.safetensors"]}.items():
-            (tmp_path / f"checkpoint-{step}").mkdir()
-            for name in files:
-                (tmp_path / f"checkpoint-{step}" / name).touch()
-        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-        (tmp_path / "checkpoint-1000").mkdir()
-        (tmp_path / "checkpoint-1000" / "trainer_state.json").touch()
-        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
-
     def test_refuses_the_folder_of_another_study(self, study, tmp_path):
         (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
         with pytest.raises(ValueError, match="pretraining_steps was 7, got 1"):
@@ -221,6 +206,6 @@ def test_committed_tables_are_those_of_the_raw_results():
     rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == 3 for result in results["arms"].values())
-    page, readme = ((folder / "README.md").read_text() for folder in (STREAM, ROOT))
-    assert describe_shares(results) in readme and describe_shares(results) in page
+    page, guide = (file.read_text() for file in (STREAM / "README.md", ROOT / "docs/continual-learning.md"))
+    assert describe_shares(results) in guide and describe_shares(results) in page
     assert describe(results) in page

@@ -1,0 +1,126 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The commands that pages show name scripts, parts, extras and files that exist, with flags that their parsers know."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from documentation import PAGES, ROOT, STUDY_PAGES, code_blocks, name_of, prose
+from transformers import HfArgumentParser
+
+
+# Programs that no test starts: what follows them is not ours.
+FOREIGN = {"hf", "git", "cd"}
+
+
+def commands_of(page):
+    """Lines of shell blocks, with what continues them, and commands in running text and tables."""
+    blocks = "\n".join(code for _, code in code_blocks(page, "sh")).replace("\\\n", " ")
+    spans = re.findall(r"`((?:\./run|python|pip install|accelerate) [^`]*)`", prose(page))
+    return [words for line in [*blocks.splitlines(), *spans] if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = {
+    f"{name_of(page)}: {shlex.join(words)}": words for page in [*PAGES, *STUDY_PAGES] for words in commands_of(page)
+}
+
+
+class _ParsedError(Exception):
+    """Ends a script where its flags were parsed."""
+
+
+def check_flags(module_name, flags, monkeypatch):
+    """Parses flags with the parser that a script makes, and no more."""
+
+    def parse(dataclass_types, description):
+        parser = HfArgumentParser(dataclass_types)
+        if flags != ["--help"]:
+            parser.parse_args(flags)
+        raise _ParsedError
+
+    module = importlib.import_module(module_name)
+    monkeypatch.setattr(module, "parse_arguments", parse)
+    with pytest.raises(_ParsedError):
+        module.main()
+
+
+def check_script(words, monkeypatch):
+    """A script of examples/ and its flags."""
+    script, *flags = words
+    assert re.fullmatch(r"examples/\w+\.py", script) and (ROOT / script).exists(), script
+    check_flags(script.removeprefix("examples/").removesuffix(".py"), flags, monkeypatch)
+
+
+def check_run(words, monkeypatch):
+    """A part of `./run` and what follows it."""
+    part, *rest = words
+    assert re.search(rf"^ +{part}\)", (ROOT / "run").read_text(), flags=re.M), part
+    if part == "python":
+        check_script(rest, monkeypatch)
+    elif part == "study":
+        name, *flags = rest
+        assert (ROOT / "examples" / "studies" / name / "__main__.py").exists(), name
+        check_flags(f"studies.{name}.__main__", flags, monkeypatch)
+    elif part in ("quickstart", "benchmark"):
+        check_flags({"quickstart": "quickstart", "benchmark": "benchmark.__main__"}[part], rest, monkeypatch)
+    else:
+        assert part in ("tests", "checks")
+        assert all((ROOT / word).exists() for word in rest if "/" in word), rest
+
+
+def check_pip(words):
+    """What is installed: this package from a clone, with extras that it has."""
+    install, requirement = words
+    assert install == "install"
+    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", requirement)
+    assert extras, requirement
+    optional = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    known = set(re.findall(r"^(\w+) = \[", optional, flags=re.M))
+    assert set(filter(None, (extras[1] or "").split(","))) <= known, f"{requirement}, known are {sorted(known)}"
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_command(words, monkeypatch):
+    program, *rest = words
+    if program == "./run":
+        check_run(rest, monkeypatch)
+    elif program == "python":
+        check_script(rest, monkeypatch)
+    elif program == "pip":
+        check_pip(rest)
+    elif program == "accelerate":
+        assert rest[:2] == ["launch", "--config_file"] and (ROOT / rest[2]).exists()
+        assert rest[3] == "--num_processes"
+        check_script(rest[5:], monkeypatch)
+    else:
+        assert program in FOREIGN, f"{program}: this test does not know how to check it"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["./run", "python", "examples/run_clm.py", "--no_such_flag"],
+        ["./run", "python", "examples/no_such_script.py"],
+        ["./run", "study", "no_such_study"],
+        ["./run", "no_such_part"],
+        ["pip", "install", ".[no_such_extra]"],
+        ["make"],
+    ],
+    ids=shlex.join,
+)
+def test_a_wrong_command_is_found(words, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit)):
+        test_command(words, monkeypatch)

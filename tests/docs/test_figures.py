@@ -1,0 +1,178 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The figures of the pages are those of the package, the benchmark and the quickstart; studies hold their own tables."""
+
+import json
+import re
+
+from documentation import ROOT
+
+from benchmark.report import Results
+from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from studies.scaling.report import read_results, table_of_perplexities, table_of_seconds
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def benchmark_results():
+    return Results(json.loads(page("examples/benchmark/results.json")))
+
+
+def named_costs(name, **options):
+    return model_costs(PeerConfig.from_pretrained(configuration_path(name)), **options)
+
+
+LAYER = {"num_experts": 1024**2, "hidden_size": 512}
+
+
+class TestQuickstart:
+    def test_perplexities(self):
+        results = json.loads(page("docs/images/quickstart.json"))
+        for result in (results["peer-tiny"], results["dense-tiny"]):
+            figures = rf"{result['perplexity_before']:.1f}\s+to\s+{result['perplexity_after']:.1f}"
+            assert re.search(figures, page("docs/training.md")), figures
+
+    def test_flops_at_both_lengths(self):
+        """3.146 MFLOPs at the quickstart's own blocks, 3.67 at the full context, and the page says which is which."""
+        results = json.loads(page("docs/images/quickstart.json"))
+        short, full = (named_costs("peer-tiny", sequence_length=length).flops for length in (256, 512))
+        assert results["peer-tiny"]["flops_per_token"] == results["dense-tiny"]["flops_per_token"] == short
+        assert PeerConfig.from_pretrained(configuration_path("peer-tiny")).max_position_embeddings == 512
+        text = " ".join(page("docs/training.md").split())
+        assert (
+            f"{short / 1e6:.3f} MFLOPs per token for both models: it counts attention over its own blocks of 256"
+            in text
+        )
+        assert f"full context length of 512 tokens it is {full / 1e6:.2f} MFLOPs" in text
+
+
+def test_the_table_of_configurations():
+    text = page("docs/layer-and-options.md")
+    rows = re.findall(r"^\| `(\w+-\w+)` \| ([\d.,]+) \| ([\d.,]+) M \| ([\d.,]+) M \|$", text, flags=re.M)
+    assert sorted(name for name, *_ in rows) == list_configurations()
+    for name, *figures in rows:
+        costs = named_costs(name)
+        counted = (costs.flops / 1e6, costs.parameters / 1e6, costs.active_parameters / 1e6)
+        assert figures == [f"{counted[0]:,.2f}", f"{counted[1]:,.1f}", f"{counted[2]:,.1f}"]
+        length = {"tiny": "512 tokens for `tiny`", "paper": "2,048 tokens for `paper`"}[name.partition("-")[2]]
+        assert length in text and f"{costs.sequence_length:,} tokens" in length
+
+
+class TestBenchmark:
+    def test_the_table_of_times(self):
+        results = benchmark_results()
+        contenders = ("peer", "peer_pytorch", "peer_eager", "pkm_embedding_bag", "dense", "dense_gated")
+        for label, section, operation in (
+            ("forward", "forward", "forward"),
+            ("forward and backward", "training", "forward_backward"),
+            ("training step", "training", "step"),
+        ):
+            fields = {"operation": operation, **LAYER}
+            seconds = [results.value(section, "seconds", contender=name, **fields) for name in contenders]
+            (ours,) = results.records(section, contender="peer", **fields)
+            times = (*seconds, results.floor(section, ours))
+            cells = ["not measured" if time is None else f"{time * 1e3:,.0f} ms" for time in times]
+            assert f"| {label} | {' | '.join(cells)} |" in page("docs/performance.md")
+            if operation == "forward":
+                row = f"{cells[0]}; PEER-pytorch {cells[1]}, a dense layer 4 d wide {cells[4]}"
+                assert row in page("README.md")
+
+    def test_memory(self):
+        results, text = benchmark_results(), " ".join(page("docs/performance.md").split())
+        ours, theirs = (
+            results.value("training", "peak_bytes", contender=name, operation="forward_backward", **LAYER)
+            for name in ("peer", "peer_pytorch")
+        )
+        assert f"take {ours / 1e9:.2f} GB, those of PEER-pytorch {theirs / 1e9:.2f} GB" in text
+        full, row = (
+            results.value("training", "state_bytes", contender="peer", operation=operation, **LAYER)
+            for operation in ("step", "step_row_moment")
+        )
+        assert f"{full / 1e9:.1f} GB in float32 and {row / 1e9:.1f} GB with" in text
+
+    def test_repeated_experts(self):
+        results, text = benchmark_results(), page("docs/performance.md")
+        fields = {"contender": "expert_part", "operation": "forward", "dtype": "float32"}
+        for indices in ("trained", "uniform"):
+            rows, seconds = (
+                results.value("experts", name, indices=indices, **fields) for name in ("unique_rows", "seconds")
+            )
+            assert f"{rows:,}" in text and f"{seconds * 1e3:.1f} ms" in text
+
+    def test_times_of_a_token(self):
+        results, text = benchmark_results(), " ".join(page("docs/serving.md").split())
+        small, large = (
+            [results.value("decode", "seconds", contender=f"{name}-{size}") * 1e3 for name in ("peer", "dense")]
+            for size in ("tiny", "mid")
+        )
+        assert f"`peer-tiny` takes {small[0]:.2f} ms per token and `dense-tiny` {small[1]:.2f} ms" in text
+        assert f"take {large[0]:.1f} ms and {large[1]:.1f} ms" in text
+
+
+class TestScaling:
+    """The headline of the README is the study's."""
+
+    def row(self, table, start):
+        (row,) = [line for line in table.splitlines() if re.match(start, line)]
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
+    def results(self):
+        return read_results(ROOT / "examples/studies/scaling/results.json")
+
+    def test_equal_compute(self):
+        results = self.results()
+        table = table_of_perplexities(results, results.plan.budgets[-1])
+        peer, dense = self.row(table, r"\| PEER "), self.row(table, r"\| dense ")
+        assert f"PEER {peer[-2]}, dense {dense[-2]}" in page("README.md")
+        mean, deviation = re.findall(r"[\d.]+", peer[-1])
+        assert f"{mean} ± {deviation} % below dense at equal FLOPs (2e13" in page("README.md")
+
+    def test_equal_time(self):
+        lines = [line for line in table_of_seconds(self.results()).splitlines() if line.startswith("| PEER")]
+        worse = [re.search(r"-([\d.]+)% ± ", line)[1] for line in lines]
+        assert f"at equal seconds on two cores it is {worse[0]} to {worse[1]} % worse than dense" in " ".join(
+            page("README.md").split()
+        )
+
+    def test_query_norms(self):
+        study = page("examples/studies/scaling/README.md")
+        rows = re.findall(
+            r"^\| `?\"?(None|batch|rms)\"?`? \| ([\d,]+) \| ([\d.]+ ± [\d.]+) \| ([\d.]+) % \|$",
+            page("docs/choosing-sizes-and-rates.md"),
+            flags=re.M,
+        )
+        assert len(rows) == 5
+        for norm, number, perplexity, usage in rows:
+            label = "none" if norm == "None" else norm
+            assert re.search(rf"^\| {label} +\| {number} .*\| +{perplexity} \| +{usage} \|", study, flags=re.M)
+
+
+class TestContinualLearning:
+    def test_forgetting_of_a_stream(self):
+        table = page("docs/continual-learning.md")
+        protected, full = (
+            re.search(rf"^\| {arm} +\| [^|]+\| +([\d.]+ ± [\d.]+) \|", table, flags=re.M)[1]
+            for arm in ("grown, protected", "full finetuning")
+        )
+        assert f"protected mode {protected} nats per token, full finetuning {full}" in page("README.md")
+
+    def test_forgetting_of_general_text(self):
+        page_of_facts = page("docs/continual-learning.md").partition("## What was measured: new facts")[2]
+        graft, lora = (
+            re.search(rf"^\| {arm} +\| +(-?[\d.]+ ± [\d.]+) \|", page_of_facts, flags=re.M)[1]
+            for arm in ("graft, sparse finetuning", "LoRA")
+        )
+        assert f"a graft {graft} nats, LoRA {lora}" in page("README.md")

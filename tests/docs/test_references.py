@@ -1,0 +1,126 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the pages name and link to exists: files, headings, pictures, tests, fields and their defaults."""
+
+import ast
+import re
+
+import pytest
+from documentation import PAGES, ROOT, STUDY_PAGES, name_of, prose
+
+from modeling_peer import PeerConfig
+
+
+SOURCES = "\n".join(file.read_text() for file in (ROOT / "modeling_peer").rglob("*.py"))
+DEFINED = set(re.findall(r"^(?:class|def) (\w+)", SOURCES, flags=re.M))
+FIELDS = set(PeerConfig(num_hidden_layers=3).to_dict()) | {"num_trained_experts"}
+
+ALL_PAGES = [*PAGES, *STUDY_PAGES]
+
+every_page = pytest.mark.parametrize("page", ALL_PAGES, ids=map(name_of, ALL_PAGES))
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
+def test_files_that_it_names_exist(page):
+    """The table of files in CONTRIBUTING.md is held by test_layout.py."""
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    for span in spans:
+        if re.match(r"(modeling_peer|examples|tests|docs|configuration|model_cards)/[\w./-]*$", span):
+            assert (ROOT / span).exists(), span
+        elif re.fullmatch(r"\w+\.py", span):
+            folders = ("tests", "modeling_peer", "examples")
+            assert any(any((ROOT / folder).rglob(span)) for folder in folders), span
+
+
+@every_page
+def test_names_of_the_package_exist(page):
+    """Classes that only this package could have, and functions: `PeerConfig`, `ExpertUsageCallback()`, `add_experts(…)`."""
+    names = re.findall(r"`((?:Peer|Expert|RowAdamW|SparseFine|FeedForwardInter|ProductKey)\w*)[`(.]", prose(page))
+    names += re.findall(r"`([a-z]+(?:_[a-z]+)*_experts(?:_only)?)[`(]", prose(page))
+    unknown = {name for name in names if name not in DEFINED and name not in FIELDS}
+    assert not unknown, unknown
+
+
+def messages_of(file):
+    """All strings of a source file as users would see them, with `…` for what is filled in."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_that_are_explained_exist():
+    """What stands in bold and quotes on the page of errors is a message of the package; `…` stands for anything."""
+    quoted = re.findall(r"^\*\*“([^”]+)”", prose(ROOT / "docs/troubleshooting.md"), flags=re.M)
+    assert len(quoted) > 10
+    messages = [text for file in (ROOT / "modeling_peer").rglob("*.py") for text in messages_of(file)]
+    for message in quoted:
+        pattern = ".*".join(re.escape(part) for part in message.split("…"))
+        assert any(re.search(pattern, text, flags=re.S) for text in messages), message
+
+
+def test_options_and_their_defaults():
+    page = (ROOT / "docs/layer-and-options.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page, flags=re.M)
+    config = PeerConfig(num_hidden_layers=3)
+    assert {"num_experts", "query_norm", "sparse_expert_gradients"} <= {name for name, _ in rows}
+    for name, default in rows:
+        shown = 1024**2 if default == "1024²" else eval(default.strip("`"))
+        assert getattr(config, name) == shown, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/compatibility.md"])
+def test_the_lowest_releases_are_those_of_the_project(page):
+    """Of pyproject.toml, which pip reads, and of the constraints of `./run tests --lowest`."""
+    text, project = ((ROOT / name).read_text() for name in (page, "pyproject.toml"))
+    constraints = (ROOT / "tests/lowest-releases.txt").read_text()
+    for library, name in (("Transformers", "transformers"), ("torch", "torch"), ("PEFT", "peft")):
+        lowest = re.search(rf'"{name}>=([\d.]+)', project)[1]
+        assert re.search(rf"{library}[ |]+{re.escape(lowest)} (to|and later)", text), library
+        assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), library
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    assert re.search(rf"Python[ |]+{re.escape(python)} to", text)
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.stem != "README"])
+def test_a_page_starts_with_what_it_is_for(page):
+    _, _, first, *_ = page.read_text().splitlines()
+    assert re.match(r"After this page you (can|know) ", first), first
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

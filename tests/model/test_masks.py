@@ -1,0 +1,117 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Attention and padding masks: which tokens query norms learn from, and shapes that are refused."""
+
+import pytest
+import torch
+from release_names import CACHE
+from tiny_models import VARIANTS, random_tokens, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from modeling_peer import PeerModel
+
+
+def training_statistics(*chunks):
+    """The running means of a model's query norm after a training forward on the last chunk; earlier ones are cached."""
+    model = tiny_model(VARIANTS["peer"]).train()
+    cache = None
+    with torch.no_grad():
+        for tokens, masks in chunks[:-1]:
+            cache = model(tokens, use_cache=True, **{CACHE: cache}, **masks)[CACHE]
+    tokens, masks = chunks[-1]
+    model(tokens, use_cache=cache is not None, **{CACHE: cache}, **masks)
+    return model.model.layers[0].mlp.router.query_norm.running_mean
+
+
+def test_of_a_mask_of_past_and_present_the_present_counts():
+    tokens = random_tokens(2, 10)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = mask[1, 8:] = 0
+    prompt = tokens[:, :6], {"attention_mask": mask[:, :6]}
+    implied, explicit = (
+        training_statistics(prompt, (tokens[:, 6:], {"attention_mask": mask, **masks}))
+        for masks in ({}, {"padding_mask": mask[:, 6:]})
+    )
+    assert torch.equal(implied, explicit)
+
+
+def test_a_padding_mask_beside_a_mask_of_attention():
+    """A four-dimensional attention mask does not say what is padding; the keyword does."""
+    tokens = random_tokens(2, 6)
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] & padding[:, None, None].bool()
+    implied, explicit, unknown = (
+        training_statistics((tokens, masks))
+        for masks in (
+            {"attention_mask": padding},
+            {"attention_mask": causal, "padding_mask": padding},
+            {"attention_mask": causal},
+        )
+    )
+    assert torch.allclose(implied, explicit, atol=1e-6)
+    assert not torch.allclose(implied, unknown, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["attention_mask", "padding_mask"])
+@pytest.mark.parametrize("shape", [(3, 9), (3, 7), (8, 3), (1, 8)], ids=["longer", "shorter", "transposed", "one_row"])
+def test_a_mask_of_another_shape_is_refused(name, shape, training):
+    model = tiny_model(VARIANTS["peer"]).train(training)
+    expected = rf"`{name}` must have the shape \(batch size, .* = \(3, 8\), got \({shape[0]}, {shape[1]}\)"
+    with pytest.raises(ValueError, match=expected):
+        model(random_tokens(3, 8), **{name: torch.ones(shape, dtype=torch.long)})
+
+
+def test_a_longer_mask_is_refused_in_training_with_a_cache_too():
+    model = tiny_model(VARIANTS["peer"]).train()
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape .* = \(3, 8\), got \(3, 9\)"):
+        model(random_tokens(3, 8), attention_mask=torch.ones(3, 9), **{CACHE: DynamicCache(config=model.config)})
+
+
+def test_a_mask_of_the_present_alone_is_refused():
+    """Attention would take it for the past."""
+    model = tiny_model(VARIANTS["peer"])
+    tokens = random_tokens(2, 10)
+    cache = model(tokens[:, :6], use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match=r"\(batch size, past and present length\) = \(2, 10\), got \(2, 4\)"):
+        model(tokens[:, 6:], attention_mask=torch.ones(2, 4), use_cache=True, **{CACHE: cache})
+
+
+def test_a_static_cache_takes_masks_of_its_whole_length():
+    model = tiny_model(VARIANTS["peer"])
+    tokens = random_tokens(2, 10)
+    mask = torch.zeros(2, 16, dtype=torch.long)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    logits = []
+    with torch.no_grad():
+        for start, end in ((0, 6), (6, 10)):
+            mask[:, :end] = 1
+            logits.append(model(tokens[:, start:end], attention_mask=mask, use_cache=True, **{CACHE: cache}).logits)
+        expected = model(tokens).logits
+    assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
+
+
+def test_masks_of_other_forms_are_left_to_the_attention():
+    model = tiny_model(VARIANTS["peer"])
+    tokens = random_tokens(2, 6)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, attention_mask=causal).logits, model(tokens).logits, atol=1e-5)
+
+
+def test_exactly_one_of_tokens_and_embeddings():
+    model = PeerModel(VARIANTS["peer"])
+    for inputs in ({}, {"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 24)}):
+        with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
+            model(**inputs)

@@ -1,0 +1,127 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A training that was killed, also in the midst of a save, goes on from the last checkpoint that is complete."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from trainer_worker import logged, small_model, trainer_of
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_peer import PeerPreTrainedModel, last_complete_checkpoint
+
+
+# When the process is killed in its second save: in the midst of the weights, before the optimizer or the random state,
+# in the midst of the trainer state, and after it.
+MOMENTS = ["weights", "optimizer", "random state", "trainer state", "complete"]
+
+
+def resumable_trainer(folder, seed=0):
+    model = small_model(attention_dropout=0.1, seed=seed)
+    return trainer_of(model, folder, max_steps=9, save_strategy="steps", save_steps=3)
+
+
+def killed_at(moment, method):
+    """A method in whose second call the process is killed."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < 2:
+            return method(*args, **kwargs)
+        if moment not in ("optimizer", "random state"):
+            method(*args, **kwargs)
+        if moment in ("weights", "trainer state"):
+            path = Path(args[1])
+            path = path / "model.safetensors" if moment == "weights" else path
+            os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
+
+
+def train_until_killed(folder, moment):
+    """For a process of its own, which does not outlive it."""
+    owner, name = {
+        "weights": (PeerPreTrainedModel, "save_pretrained"),
+        "optimizer": (Trainer, "_save_optimizer_and_scheduler"),
+        "random state": (Trainer, "_save_rng_state"),
+    }.get(moment, (TrainerState, "save_to_json"))
+    setattr(owner, name, killed_at(moment, getattr(owner, name)))
+    torch.set_num_threads(1)
+    resumable_trainer(folder).train()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from one that has imported what takes long, but run no backward, which would not outlive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.trainer", "modeling_peer"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    trainer = resumable_trainer(tmp_path_factory.mktemp("unbroken"))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_training_killed_while_it_saves_resumes_to_the_bit(moment, tmp_path, unbroken, processes):
+    process = processes.Process(target=train_until_killed, args=(str(tmp_path), moment))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    step = 6 if moment == "complete" else 3
+    checkpoint = last_complete_checkpoint(str(tmp_path))
+    assert checkpoint == str(tmp_path / f"checkpoint-{step}") == last_complete_checkpoint(tmp_path)
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-6")
+    if moment != "complete":
+        with pytest.raises((OSError, ValueError, SafetensorError)):
+            resumable_trainer(tmp_path, seed=1).train(resume_from_checkpoint=True)
+    resumed = resumable_trainer(tmp_path, seed=1)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert logged(resumed) == logged(unbroken)
+    for name, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+def write(folder, state="{}"):
+    folder.mkdir(parents=True)
+    (folder / TRAINER_STATE_NAME).write_text(state)
+
+
+def test_none_is_found_where_there_is_none(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "not there") is None
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-2").write_text("a file")
+    write(tmp_path / "checkpoint-3", "")
+    write(tmp_path / "checkpoint-4", "[1, 2]")
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_the_newest_is_that_of_the_latest_step(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-9", "checkpoint-best", "old-checkpoint-99"):
+        write(tmp_path / name)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

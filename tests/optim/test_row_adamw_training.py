@@ -1,0 +1,233 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`RowAdamW` in the stock `Trainer`, and on tables that are split over two processes."""
+
+import copy
+
+import pytest
+import torch
+from release_names import CHECKPOINTING
+from row_tables import WIDTH, assert_same, copied, random_gradients, random_table, rows_of, take_steps
+from tiny_models import random_tokens, tiny_config
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from trainer_worker import counting_sequences, logged, small_model, trainer_of
+from two_processes import run_on_two_processes, save_parts
+
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+
+
+def trainer_with_rows(folder, sparse=True, second_moment="full", seed=0, optimizer_options=None, **options):
+    """The stock trainer of a tiny model, as `examples/training.py` makes it."""
+    model = small_model(
+        "peer",
+        "dense",
+        "peer",
+        share_experts_across_layers=True,
+        attention_dropout=0.1,
+        sparse_expert_gradients=sparse,
+        seed=seed,
+    )
+    groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, expert_lr_multiplier=2.0)
+    trainer = trainer_of(model, folder, counting_sequences(40), max_steps=8, max_grad_norm=0.5, **options)
+    trainer.optimizer = RowAdamW(groups, second_moment=second_moment)
+    return trainer
+
+
+class TestTrainer:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"gradient_accumulation_steps": 2},
+            {CHECKPOINTING: True, "gradient_accumulation_steps": 2},
+            {"bf16": True},
+        ],
+        ids=["plain", "accumulated", "checkpointed", "bfloat16"],
+    )
+    def test_sparse_gradients_train_as_dense_ones(self, tmp_path, options):
+        sparse, layouts = trainer_with_rows(tmp_path, **options), []
+        table = sparse.model.model.expert_pool.up_proj.weight
+        sparse.optimizer.register_step_pre_hook(lambda *_: layouts.append(table.grad.is_sparse))
+        sparse.train()
+        dense = trainer_with_rows(tmp_path, sparse=False, **options)
+        dense.train()
+        assert layouts == [True] * 8
+        assert logged(sparse) == pytest.approx(logged(dense), rel=1e-4)
+        assert logged(sparse, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-3)
+        assert min(logged(sparse, "grad_norm")) > 0.5
+        assert logged(sparse)[-1] < logged(sparse)[0]
+        steps = sparse.optimizer.state[table]["row_steps"]
+        assert 0 < steps.max() <= 8
+        assert steps.float().mean() < 8
+
+    @pytest.mark.parametrize("second_moment", ["full", "row"])
+    def test_resumes_to_the_bit(self, tmp_path, second_moment):
+        options = {
+            "second_moment": second_moment,
+            "gradient_accumulation_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 5,
+        }
+        unbroken = trainer_with_rows(tmp_path, **options)
+        unbroken.train()
+        resumed = trainer_with_rows(tmp_path, seed=1, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        assert logged(resumed) == logged(unbroken)
+        assert logged(resumed, "grad_norm") == logged(unbroken, "grad_norm")
+        assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
+        # The log has the rate of other parameters than tables.
+        assert logged(resumed, "learning_rate")[0] == 1e-2
+
+    def test_tables_of_bfloat16_resume_to_the_bit(self, tmp_path):
+        finals = []
+        for seed, resumed in ((0, False), (1, True)):
+            trainer = trainer_with_rows(tmp_path, seed=seed, save_strategy="steps", save_steps=5)
+            trainer.model.bfloat16()
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resumed else None)
+            state = trainer.optimizer.state[trainer.model.model.expert_pool.up_proj.weight]
+            assert state["exp_avg"].dtype == torch.float32
+            finals.append(trainer.model.state_dict())
+        assert_same(*finals)
+
+
+# What is split over two processes: half of the rows of each batch to each.
+CONFIG = tiny_config("peer", "dense", "peer", share_experts_across_layers=True)
+BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(3)]
+# With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+JOINT_OPTIONS = {"eps": 1e-3, "weight_decay": 0.1}
+
+
+def joint_model(sparse):
+    config = copy.deepcopy(CONFIG)
+    config.sparse_expert_gradients = sparse
+    torch.manual_seed(0)
+    return PeerForCausalLM(config).train()
+
+
+def optimizer_of(model, **options):
+    return RowAdamW(
+        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1), **{**JOINT_OPTIONS, **options}
+    )
+
+
+def take_model_steps(model, optimizer, batches, rank=0, world_size=1):
+    for batch in batches:
+        own = batch.chunk(world_size)[rank]
+        optimizer.zero_grad()
+        model(input_ids=own, labels=own).loss.backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def whole_state(model, optimizer):
+    """Parameters, and the state of the tables, under their names."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[name] = whole(parameter)
+        if "row_steps" in optimizer.state[parameter]:
+            found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[parameter].items()}
+    return found
+
+
+def data_parallel(rank):
+    model = joint_model(sparse=True)
+    optimizer = optimizer_of(model)
+    take_model_steps(DistributedDataParallel(model), optimizer, BATCHES, rank, 2)
+    assert model.model.expert_pool.up_proj.weight.grad.is_sparse
+    return whole_state(model, optimizer)
+
+
+def fully_sharded(rank, second_moment="row"):
+    """With a save and a load in between, of optimizer state gathered whole."""
+    model = joint_model(sparse=False)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = optimizer_of(model, second_moment=second_moment)
+    take_model_steps(model, optimizer, BATCHES[:2], rank, 2)
+    saved = get_optimizer_state_dict(model, optimizer)
+    before = whole_state(model, optimizer)
+    optimizer = optimizer_of(model, second_moment=second_moment)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert_same(whole_state(model, optimizer), before)
+    take_model_steps(model, optimizer, BATCHES[2:], rank, 2)
+    return whole_state(model, optimizer)
+
+
+def tensor_parallel(rank):
+    """A table split along its width; some of its rows have a gradient in one half alone."""
+    mesh = init_device_mesh("cpu", (2,))
+    table = nn.Parameter(distribute_tensor(random_table().detach(), mesh, [Shard(1)]))
+    try:
+        rows_of(table, second_moment="row")
+    except ValueError as error:
+        assert '`second_moment` must be "full" for a table whose rows are split' in str(error), error
+    else:
+        raise AssertionError("a mean over a part of a row")
+    optimizer = rows_of(table)
+    take_steps(optimizer, table, [distribute_tensor(gradient, mesh, [Shard(1)]) for gradient in half_gradients()])
+    return {name: whole(value) for name, value in optimizer.state[table].items()} | {"table": whole(table)}
+
+
+def half_gradients():
+    gradients = list(random_gradients(5))
+    for gradient in gradients:
+        gradient[::2, WIDTH // 2 :] = 0
+    return gradients
+
+
+PARTS = (data_parallel, fully_sharded, tensor_parallel)
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    run_on_two_processes(save_parts, str(folder), PARTS)
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+class TestDistributed:
+    def compare(self, folder, name, rank, expected):
+        found = torch.load(folder / f"{name}-{rank}")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda message, key=key: f"{key}: {message}")
+
+    def test_data_parallel_sparse_gradients_are_those_of_the_joint_batch(self, distributed, rank):
+        model = joint_model(sparse=True)
+        optimizer = optimizer_of(model)
+        take_model_steps(model, optimizer, BATCHES)
+        self.compare(distributed, "data_parallel", rank, whole_state(model, optimizer))
+
+    def test_tables_sharded_by_rows(self, distributed, rank):
+        model = joint_model(sparse=False)
+        optimizer = optimizer_of(model, second_moment="row")
+        take_model_steps(model, optimizer, BATCHES)
+        self.compare(distributed, "fully_sharded", rank, whole_state(model, optimizer))
+
+    def test_tables_split_along_their_width(self, distributed, rank):
+        table = random_table()
+        optimizer = rows_of(table)
+        take_steps(optimizer, table, half_gradients())
+        self.compare(distributed, "tensor_parallel", rank, copied(optimizer, table))

@@ -1,0 +1,65 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Runs the Python blocks of pages that it reads as JSON from its input, and prints what came of them as JSON."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+
+def run_page(page: str, blocks: list) -> dict:
+    """The blocks of a page in one namespace, from top to bottom: what each printed, and the error that stopped them."""
+    namespace, outputs = {"__name__": "__main__"}, []
+    for line, code in blocks:
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output):
+                exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
+        except BaseException:
+            return {"outputs": outputs, "error": traceback.format_exc()}
+        outputs.append(output.getvalue())
+    return {"outputs": outputs, "error": None}
+
+
+def main():
+    pages = json.load(sys.stdin)
+    # What takes seconds to import is imported once; each page runs in a process of its own, which has only that.
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    results = {}
+    for page, blocks in pages.items():
+        with tempfile.TemporaryDirectory() as folder:
+            reader, writer = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.chdir(folder)
+                with os.fdopen(writer, "w") as pipe:
+                    json.dump(run_page(page, blocks), pipe)
+                os._exit(0)
+            os.close(writer)
+            with os.fdopen(reader) as pipe:
+                answer = pipe.read()
+            os.waitpid(child, 0)
+            results[page] = json.loads(answer) if answer else {"outputs": [], "error": "the process died"}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
