@@ -125,9 +125,9 @@ version, register, mixin = metadata.version, peft.utils.register_peft_method, pe
 to_dict, replace_module = mixin.to_dict, tuners_utils.BaseTuner._replace_module
 
 def state_of_peft():
-    registries = (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING) return dict(PeftType.__members__), list(PeftType), [dict(each) for each in
-    registries], hasattr(PeftType, "PEER_GRAFT")
+    names = ("CONFIG", "TUNER", "PREFIX")
+    registries = [dict(getattr(mapping, f"PEFT_TYPE_TO_{{name}}_MAPPING")) for name in names]
+    return dict(PeftType.__members__), list(PeftType), registries, hasattr(PeftType, "PEER_GRAFT")
 
 for breakage, repair, message in {BREAKAGES!r}:
     for name in [name for name in sys.modules if name == "modeling_peer" or name.startswith("modeling_peer.graft.")]:
