@@ -20,7 +20,7 @@ the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matr
 rows finds one of the two rows that belong to the head, one for each sign of a feature; both hold all of the head's neurons.
 
 Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft
-(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`examples/compare_graft_starts.py`).
+(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`./run study graft_starts`).
 """
 
 import copy
