@@ -44,13 +44,12 @@ model is built:
 import re
 
 import torch
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 from transformers.utils.generic import GeneralInterface
 
 from .expert_kernels_cpu import CpuKernels
 from .expert_kernels_torch import EagerKernels, TorchKernels
 from .expert_kernels_triton import TritonKernels
+from .library_releases import active_transforms, in_forward_mode
 
 
 class ExpertKernelsInterface(GeneralInterface):
@@ -70,7 +69,7 @@ FASTEST_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # by type of device
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
-DIFFERENTIATING = (TransformType.Grad, TransformType.Jvp)
+DIFFERENTIATING = {"Grad", "Jvp"}  # transforms of `torch.func`
 
 
 def check_expert_kernels(name: str) -> None:
@@ -114,26 +113,19 @@ def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    # Tensors under a transform look like plain ones. PyTorch has no public names for this; without these two, kernels
-    # in C would still refuse the tensors of `torch.func`, which have no memory, and forward mode would lose its
-    # tangents.
-    transforms = get_interpreter_stack()
-    if transforms is not None or forward_ad._current_level >= 0:
-        _refuse_differentiation(transforms or ())
-        return True
-    observed = torch.is_grad_enabled() or torch.jit.is_tracing()
-    return observed or type(tokens) is not torch.Tensor or type(table) not in PLAIN_TENSORS
-
-
-def _refuse_differentiation(transforms):
-    """
-    The operators' gradient is for reverse mode: `torch.func` cannot use it, and forward mode would take it for zero.
-    """
-    if forward_ad._current_level >= 0 or any(each.key() in DIFFERENTIATING for each in transforms):
+    # Tensors under a transform look like plain ones.
+    transforms, forward_mode = active_transforms(), in_forward_mode()
+    if forward_mode or not DIFFERENTIATING.isdisjoint(transforms):
+        # The gradient of the operators is for reverse mode: `torch.func` cannot use it, and forward mode would take it
+        # for zero.
         raise RuntimeError(
             "Forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`) and the transforms of "
             '`torch.func` that differentiate need `expert_kernels="eager"` in the configuration.'
         )
+    if transforms:
+        return True
+    observed = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return observed or type(tokens) is not torch.Tensor or type(table) not in PLAIN_TENSORS
 
 
 # The package, and the code that a checkpoint brought along, may be loaded in one process; each has its own operators.

@@ -127,3 +127,25 @@ def storage_use_count(storage: torch.UntypedStorage) -> int | None:
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether torch has a kernel of an operator, say `"aten::linalg_vector_norm"`, for a dispatch key, say `"SparseCPU"`."""
     return _has_kernel(operator, dispatch_key)
+
+
+# Without it, `torch.vmap` fails where C would read its tensors, which have no memory, and so does `torch.func.grad`.
+try:
+    from torch._C._functorch import get_interpreter_stack as _interpreter_stack
+except ImportError:
+
+    def _interpreter_stack():
+        return None
+
+
+def active_transforms() -> tuple[str, ...]:
+    """The transforms of `torch.func` in which the caller runs, from outside in: `"Grad"`, `"Jvp"`, `"Vmap"` and others."""
+    return tuple(each.key().name for each in _interpreter_stack() or ())
+
+
+def in_forward_mode() -> bool:
+    """
+    Whether the caller runs in forward-mode differentiation. Where torch does not tell any more, it is taken that it does
+    not, and kernels in C lose the tangents of dual tensors.
+    """
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0

@@ -54,8 +54,8 @@ class PeerGraftConfig(PeftConfig):
         init_from_ffn (`bool`, *optional*):
             Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, and all
             others with down-projection vectors of zeros. Defaults to `True` there: it was better than random experts
-            at every learning rate (`examples/compare_graft_starts.py`). If √N is at least 2h and at least the width of
-            the feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the
+            at every learning rate (`./run study graft_starts`). If √N is at least 2h and at least the width of the
+            feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the
             neurons that matter most; otherwise it starts at random.
         num_experts (`int`, *optional*, defaults to 65536):
             Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.

@@ -21,7 +21,7 @@ Its half for rows finds one of the two rows that belong to the head, one for eac
 the head's neurons.
 
 Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft
-(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`examples/compare_graft_starts.py`).
+(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`./run study graft_starts`).
 """
 
 import copy

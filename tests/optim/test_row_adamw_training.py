@@ -34,7 +34,7 @@ from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 
 
 def trainer_with_rows(folder, sparse=True, second_moment="full", seed=0, optimizer_options=None, **options):
-    """The stock trainer of a tiny model, as `examples/training.py` makes it."""
+    """The stock trainer of a tiny model, as `examples/common/training.py` makes it."""
     model = small_model(
         "peer",
         "dense",
