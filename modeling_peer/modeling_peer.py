@@ -466,11 +466,15 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        padding_mask: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerCausalLMOutputWithPast:
         r"""
+        padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            True (or 1) where there is a token, as in [`PeerModel`]. The load-balancing loss leaves padding out as well.
+
         Returns:
             [`PeerCausalLMOutputWithPast`], or a tuple of its elements if `return_dict=False`.
 
@@ -497,6 +501,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            padding_mask=padding_mask,
             output_router_logits=output_router_logits,
             **{CACHE: cache},
             **kwargs,
@@ -511,11 +516,13 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
         aux_loss = None
         if outputs.router_logits:
+            if padding_mask is None:
+                padding_mask = padding_mask_of(attention_mask, outputs.last_hidden_state.shape[1])
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits,
                 self.config.moe_num_experts,
                 self.config.moe_num_experts_per_tok,
-                padding_mask_of(attention_mask, outputs.last_hidden_state.shape[1]),
+                padding_mask,
             )
             if labels is not None:
                 loss += self.config.router_aux_loss_coef * aux_loss.to(loss.device)

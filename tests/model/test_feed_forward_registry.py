@@ -183,6 +183,8 @@ class TestMoe:
         padded = torch.cat([tokens, torch.zeros(1, 4, dtype=torch.long)], dim=1)
         balance = model(padded, attention_mask=(padded != 0).long()).aux_loss
         assert torch.allclose(balance, model(tokens).aux_loss)
+        causal = (padded != 0)[:, None, None] & torch.ones(10, 10, dtype=torch.bool).tril()
+        assert torch.allclose(balance, model(padded, attention_mask=causal, padding_mask=padded != 0).aux_loss)
         assert not torch.allclose(balance, model(padded).aux_loss, atol=1e-4)
 
     def test_a_moe_layer_takes_as_many_flops_as_the_dense_one(self):

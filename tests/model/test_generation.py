@@ -156,10 +156,9 @@ def test_pipeline():
         assert result["generated_text"] == text + tokenizer.decode(expected)
 
 
-@every_variant
 @torch.no_grad()
-def test_attention_implementations_agree(config):
-    model, tokens = tiny_model(config), random_tokens(2, 16)
+def test_attention_implementations_agree():
+    model, tokens = tiny_model(VARIANTS["all_in_one"]), random_tokens(2, 16)
     mask = torch.ones_like(tokens)
     mask[1, :5] = 0
     logits = {}
@@ -170,25 +169,28 @@ def test_attention_implementations_agree(config):
     assert torch.allclose(logits["flex_attention"], logits["eager"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "pkm", "peer", "moe"])
-def test_compiled_forward(name):
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_compiled_forward(training):
+    """One graph of all variants, whatever a backend makes of it."""
     torch._dynamo.reset()
-    model = tiny_model(VARIANTS[name])
-    if name == "moe":
-        model.set_experts_implementation("batched_mm")  # the loop over experts that tokens chose cannot be traced
+    model = tiny_model(VARIANTS["all_in_one"]).train(training)
+    model.set_experts_implementation("batched_mm")  # the loop over experts that tokens chose cannot be traced
+    reference = copy.deepcopy(model)
     tokens = random_tokens(2, 8)
-    for training in (False, True):
-        model.train(training)
-        reference = copy.deepcopy(model)
-        # One graph is the point; what a backend makes of it is costly, and tried once.
-        backend = "inductor" if name == "peer" and not training else "aot_eager"
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        loss, expected = compiled(tokens, labels=tokens).loss, reference(tokens, labels=tokens).loss
-        assert torch.allclose(loss, expected, atol=1e-5)
-        if training:
-            loss.backward()
-            expected.backward()
-            for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-                assert torch.allclose(parameter.grad, other.grad, atol=1e-4), key
-            for (key, buffer), other in zip(model.named_buffers(), reference.buffers(), strict=True):
-                assert torch.allclose(buffer, other, atol=1e-5), key
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(tokens, labels=tokens).loss, reference(tokens, labels=tokens).loss
+    assert torch.allclose(loss, expected, atol=1e-5)
+    if training:
+        loss.backward()
+        expected.backward()
+        for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert torch.allclose(parameter.grad, other.grad, atol=1e-4), key
+        for (key, buffer), other in zip(model.named_buffers(), reference.buffers(), strict=True):
+            assert torch.allclose(buffer, other, atol=1e-5), key
+
+
+def test_compiled_with_the_default_backend():
+    torch._dynamo.reset()
+    model, tokens = tiny_model(VARIANTS["peer"]), random_tokens(2, 8)
+    expected = model(tokens).logits
+    assert torch.allclose(torch.compile(model, fullgraph=True)(tokens).logits, expected, atol=1e-5)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The library's common tests for configurations, models and training, run over every class and variant of PEER."""
+"""The common tests of Transformers for configurations, models and training, run over every class and variant of PEER."""
 
 import unittest
 
@@ -34,7 +34,7 @@ ModelTesterMixin = library_suite.load("test_modeling_common").ModelTesterMixin
 ConfigTester = library_suite.load("test_configuration_common").ConfigTester
 TrainingTesterMixin = library_suite.load("test_training_mixin").TrainingTesterMixin
 
-# By these tables of class names the library's tests know which labels a class takes.
+# By these tables of class names the tests of Transformers know which labels a class takes.
 for task, model_class in (
     ("", PeerModel),
     ("_FOR_CAUSAL_LM", PeerForCausalLM),
@@ -46,7 +46,7 @@ for task, model_class in (
 
 
 class PeerModelTester:
-    """What the library's mixins ask of a model: a tiny configuration and inputs for it."""
+    """What the mixins of Transformers ask of a model: a tiny configuration and inputs for it."""
 
     base_model_class = PeerModel
     causal_lm_class = PeerForCausalLM
@@ -54,12 +54,12 @@ class PeerModelTester:
     batch_size = 3
     seq_length = 7
     hidden_size = 32
-    num_hidden_layers = 2
     num_attention_heads = 4
     vocab_size = 99
 
     def __init__(self, feed_forward_types):
         self.feed_forward_types = feed_forward_types
+        self.num_hidden_layers = len(feed_forward_types)
 
     def get_config(self):
         return PeerConfig(
@@ -75,6 +75,7 @@ class PeerModelTester:
             num_retrieval_heads=2,
             num_experts_per_head=4,
             query_size=16,
+            shared_expert_intermediate_size=16,
             moe_num_experts=4,
             pad_token_id=0,
             num_labels=3,
@@ -87,7 +88,7 @@ class PeerModelTester:
 
 
 class CommonTests:
-    """The library's model tests, and the few that have to be told something."""
+    """The model tests of Transformers, and the few that need to know more of PEER."""
 
     all_model_classes = (
         PeerModel,
@@ -101,13 +102,13 @@ class CommonTests:
         # The conversion keeps the leading heads of tensors and renames no key.
         super().test_reverse_loading_mapping(check_keys_were_modified=False)
 
-    @unittest.skip("asks for the library's generation tests, which no release carries: see test_generation.py")
+    @unittest.skip("asks for the generation tests of Transformers, which no release carries: see test_generation.py")
     def test_generation_tester_mixin_inheritance(self):
         pass
 
 
 def without_moe(test_class):
-    """Skips what the library demands of routers with logits and of coarse experts."""
+    """Skip what Transformers asks of routers with logits and of MoE experts."""
     for name in dir(test_class):
         if name.startswith(("test_eager_matches_batched_and_grouped", "test_output_router_logits_from_config")):
             setattr(test_class, name, unittest.skip("no MoE layer here: MoeModelTest runs it")(lambda self: None))
@@ -116,7 +117,7 @@ def without_moe(test_class):
 
 @without_moe
 class PeerModelTest(CommonTests, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    model_tester = PeerModelTester(["dense", "peer"])
+    model_tester = PeerModelTester(["peer", "pkm"])
 
     def test_config(self):
         ConfigTester(self, config_class=PeerConfig, hidden_size=32, num_attention_heads=4).run_common_tests()
@@ -125,8 +126,3 @@ class PeerModelTest(CommonTests, ModelTesterMixin, TrainingTesterMixin, unittest
 class MoeModelTest(CommonTests, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
     model_tester = PeerModelTester(["peer", "moe"])
     test_all_params_have_gradient = False  # a batch this small leaves experts without tokens
-
-
-@without_moe
-class PkmModelTest(CommonTests, ModelTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    model_tester = PeerModelTester(["pkm", "dense"])

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a user of the library takes for granted, beyond its common tests: losses, outputs, packing, dtypes."""
+"""What users of Transformers take for granted, beyond its common tests: losses, outputs, packing, dtypes."""
 
 import copy
 
