@@ -31,7 +31,7 @@ from graft_hosts import (
     middle_feed_forward,
     trained,
 )
-from model.test_feed_forward_peer import literal_peer
+from literal_algorithm import literal_peer
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
