@@ -107,11 +107,11 @@ class DecoderForward(threading.local):
             of a forward pass.
     """
 
-    attention_mask: torch.Tensor | dict | None = None
-    learns: bool | None = None
-
     def __init__(self, decoder: nn.Module):
         self.decoder = decoder
+        # Not defaults of the class: the compiler of torch 2.9 takes those for what the instance holds.
+        self.attention_mask: torch.Tensor | dict | None = None
+        self.learns: bool | None = None
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of a forward pass of the decoder, as a forward pre-hook."""

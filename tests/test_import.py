@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 import modeling_peer
+from modeling_peer.library_releases import is_at_least
 
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,10 @@ print(json.dumps({"changed": [key for key in before if before[key] != after[key]
     assert not (tmp_path / "home" / "modeling_peer").exists()  # and nothing is compiled
 
 
+@pytest.mark.skipif(
+    not is_at_least("Transformers", "5.24"),
+    reason="Transformers before 5.24 may take longer than the whole limit to make classes of models",
+)
 def test_it_is_quick():
     """In seconds of the processor, the least of some: other processes do not count."""
     script = """
