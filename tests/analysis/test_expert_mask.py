@@ -42,7 +42,7 @@ class TestMask:
         masked = [0, 5, 7, 8, 20, 35]
         with masked_experts(model, masked):
             indices, weights = router(hidden_states)
-        queries, sub_keys = router._normalized(router.query_proj(hidden_states), None)
+        queries, sub_keys = router._normalized(router.query_proj(hidden_states), None, None)
         row, column = expert_cell(torch.arange(36))
         for batch, position, head in torch.cartesian_prod(torch.arange(2), torch.arange(7), torch.arange(2)):
             query = queries[batch, position, head]

@@ -44,7 +44,7 @@ class TestRefusals:
                 "are for protected experts, .* got {'num_retrieval_heads': None, 'num_experts_per_head': 2}",
             ),
             ({"num_experts": -25}, "got -25"),
-            ({"num_experts": True, "num_experts_per_head": 1}, "whole number, at least 1, got True"),
+            ({"num_experts": True, "num_experts_per_head": 1}, "integer of at least 1, got True"),
             ({"num_experts": 25, "num_retrieval_heads": 0}, "`num_retrieval_heads` .* at least 1, got 0"),
             ({"num_experts": 25, "layers": [False]}, r"`layers` must be a layer index, .* got \[False\] \(list\)"),
             ({"num_experts": 25, "layers": [0.0]}, r"`layers` must be a layer index, .* got \[0.0\] \(list\)"),
@@ -154,7 +154,7 @@ class TestRefusals:
         [
             ({"layers": [1], "mode": "open", "num_experts": 13}, r"PEER layers \[0\], got \[1\]"),
             ({"layers": [0], "mode": "protected", "num_experts": 25}, "has the fields"),
-            ({"layers": [0], "mode": "open", "num_experts": "13"}, "whole number"),
+            ({"layers": [0], "mode": "open", "num_experts": "13"}, "must be an integer of at least 1, got .13."),
         ],
     )
     def test_a_configuration_that_nothing_made(self, addition, message):

@@ -15,9 +15,9 @@
 Compares the perplexity of PEER, a dense feed-forward, a mixture of experts and a product-key memory at equal compute:
 the comparison of the paper and its ablations, at the size that a plan gives.
 
-    ./run study scaling                       # the plan two-cores.json in examples/studies/scaling, more than seven
-    hours ./run study scaling --plan PLAN.json      # other sizes, budgets, texts and variants ./run study scaling
-    --results examples/studies/scaling/results.json    # reuses these runs
+    ./run study scaling                       # the plan plans/two-cores.json, more than seven hours
+    ./run study scaling --plan PLAN.json      # other sizes, budgets, texts and variants
+    ./run study scaling --results examples/studies/scaling/results.json    # reuses these runs
 
 run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
 file in --output_dir; `results.json` there sums them up, and tables, plots and model cards are made from it.
@@ -49,7 +49,7 @@ from studies.scaling.report import Results, describe, read_results, write_result
 from studies.scaling.study import Study
 
 
-PLAN = Path(__file__).with_name("two-cores.json")
+PLAN = Path(__file__).parent / "plans" / "two-cores.json"
 
 
 @dataclass

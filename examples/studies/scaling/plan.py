@@ -40,7 +40,7 @@ CORPUS = "corpus"
 @dataclass
 class Plan:
     """
-    What the study compares. It is read from a JSON file, such as `two-cores.json` in this folder.
+    What the study compares. It is read from a JSON file, such as `plans/two-cores.json`.
 
     Args:
         training_texts, evaluation_texts (`list[str]`):

@@ -31,7 +31,7 @@ from studies.scaling.report import (
     norm_runs,
     paper_margins,
 )
-from studies.scaling.run import USAGE_BINS
+from studies.scaling.single_run import USAGE_BINS
 
 
 def _color(results: Results, variant: str) -> str:

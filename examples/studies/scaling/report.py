@@ -85,7 +85,7 @@ class Results:
 
     Args:
         plan (`Plan`): Plan of the study.
-        runs (`dict[str, dict]`): Results of studies/scaling/run.py by the names of runs.
+        runs (`dict[str, dict]`): Results of studies/scaling/single_run.py by the names of runs.
         seconds (`dict`): Step times from `Study.seconds`.
     """
 

@@ -48,7 +48,7 @@ from studies.scaling.plan import (
     with_seeds,
 )
 from studies.scaling.report import Results
-from studies.scaling.run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
+from studies.scaling.single_run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
 
 
 # Makes the C library keep freed memory, such as the logits of a step, for the next step. Otherwise it is returned to
@@ -262,7 +262,10 @@ class Study:
         device = devices.get()
         try:
             with open(file.with_suffix(".log"), "a") as log:
-                command, environment = module_command("studies.scaling.run", str(file)), self._environment(device)
+                command, environment = (
+                    module_command("studies.scaling.single_run", str(file)),
+                    self._environment(device),
+                )
                 status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         finally:
             devices.put(device)

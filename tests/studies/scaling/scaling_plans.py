@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 SCALING = ROOT / "examples" / "studies" / "scaling"
 
 PLAN = replace(
-    read_plan(SCALING / "two-cores.json"),
+    read_plan(SCALING / "plans" / "two-cores.json"),
     budgets=[6e12, 2e13],
     hidden_sizes=[[32, 64, 96, 128]] * 2,
     learning_rates=[0.002, 0.004, 0.008],

@@ -40,7 +40,7 @@ from studies.scaling.report import (
     table_of_perplexities,
     table_of_seconds,
 )
-from studies.scaling.run import comparable
+from studies.scaling.single_run import comparable
 
 
 class Recorded:
@@ -66,7 +66,7 @@ class TestCommittedResults:
     """What is told in the repository is what came of the runs whose raw results are there."""
 
     def test_are_all_of_the_plan_and_no_others(self, committed):
-        assert committed.plan == read_plan(SCALING / "two-cores.json")
+        assert committed.plan == read_plan(SCALING / "plans" / "two-cores.json")
         recorded = Recorded(committed)
         scaling.run_study(recorded)
         assert recorded.asked == set(committed.runs)

@@ -45,7 +45,7 @@ from studies.scaling.report import (
     describe,
     read_results,
 )
-from studies.scaling.run import changes_to_measure, comparable
+from studies.scaling.single_run import changes_to_measure, comparable
 
 
 TEXTS = {
@@ -214,7 +214,7 @@ class TestStudy:
         def make():
             result_file.unlink(missing_ok=True)
             subprocess.run(
-                module_command("studies.scaling.run", str(file)),
+                module_command("studies.scaling.single_run", str(file)),
                 env=module_environment(),
                 check=True,
                 capture_output=True,

@@ -14,7 +14,7 @@
 """
 Makes one run of the scaling study, in a process of its own: trains a model with run_clm.py, and measures it.
 
-    python -m studies.scaling.run RUN.json
+    python -m studies.scaling.single_run RUN.json
 
 The study writes the file. Its entry `run_clm` is saved beside it as RUN.run_clm.json, which run_clm.py accepts as its
 only argument to train the same model without the study.
