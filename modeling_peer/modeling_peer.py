@@ -420,10 +420,7 @@ class PeerModel(PeerPreTrainedModel):
 
         hidden_states = self.norm(hidden_states)
 
-        return PeerModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            **{CACHE: cache},
-        )
+        return PeerModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
     def init_parallel_plans(self) -> None:
         """Make the plans as Transformers does, and add the tensor parallel plans of the feed-forward variants."""
