@@ -96,7 +96,7 @@ def _check_addition(addition, peer_layers, feed_forward_types, is_shared):
     sizes = {name: addition[name] for name in names - {"layers", "mode"}}
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` of an addition must be a whole number, at least 1, got {value!r}.")
+            raise ValueError(f"`{name}` of an addition must be an integer of at least 1, got {value!r}.")
     if mode == "protected":
         size = grid_size(addition["num_experts"])
         if addition["num_experts_per_head"] > size:
