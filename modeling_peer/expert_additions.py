@@ -84,8 +84,11 @@ def _check_addition(addition, peer_layers, feed_forward_types, is_shared):
             f"Experts can be added to PEER layers, and there is none in `feed_forward_types` {feed_forward_types}."
         )
     layers = addition["layers"]
-    if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(peer_layers):
-        raise ValueError(f"`layers` of an addition must be some of the PEER layers {peer_layers}, got {layers}.")
+    are_indices = isinstance(layers, list) and layers and all(type(layer) is int for layer in layers)
+    if not are_indices or len(set(layers)) != len(layers) or not set(layers) <= set(peer_layers):
+        raise ValueError(
+            f"`layers` of an addition must be a list of some of the PEER layers {peer_layers}, got {layers!r}."
+        )
     if is_shared and set(layers) != set(peer_layers):
         raise ValueError(
             f"`layers` must be all PEER layers {peer_layers}, as they share one pool of experts, got {layers}."

@@ -33,7 +33,7 @@ from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
 from .forward_pass import ForwardPass
 from .library_releases import in_backward
-from .modeling_peer import padding_mask_of
+from .masks import padding_mask_of
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 

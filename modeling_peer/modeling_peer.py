@@ -51,6 +51,7 @@ from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
+from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
 from .sparse_gradients import check_sparse_gradients
@@ -101,76 +102,6 @@ class PeerCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     router_weights: tuple[torch.Tensor, ...] | None = None
-
-
-def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length: int) -> torch.Tensor | None:
-    """
-    The padding mask of the present tokens, taken from an attention mask of past and present tokens.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
-            Masks of other forms (four-dimensional, dictionaries, block masks) do not tell what is padding.
-        sequence_length (`int`): Number of present tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, sequence_length)`, or `None` if the attention mask does not tell.
-
-    Raises:
-        `ValueError`: if the mask has fewer columns than there are present tokens.
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        return None
-    if attention_mask.shape[1] < sequence_length:
-        raise ValueError(
-            f"`attention_mask` must cover past and present tokens, at least {sequence_length} of them, got one of "
-            f"shape {tuple(attention_mask.shape)}."
-        )
-    return attention_mask[:, -sequence_length:]
-
-
-def check_masks(
-    attention_mask: torch.Tensor | dict | None,
-    padding_mask: torch.Tensor | None,
-    inputs_embeds: torch.Tensor,
-    cache: Cache | None,
-    learns: bool,
-) -> None:
-    """
-    Refuse masks of another shape than the tokens: attention reads the first columns of an attention mask that is too
-    long, query norms its last ones.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
-            Masks of other forms are left to the attention.
-        padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*)
-        inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
-        cache (`Cache`, *optional*): The past tokens.
-        learns (`bool`):
-            Whether query norms read the padding mask. If not, an attention mask that comes with a cache may have
-            further columns: a static cache has room for later tokens, and a stage of pipeline parallelism without the
-            first layer takes its cache for empty.
-
-    Raises:
-        `ValueError`: naming the mask, its shape and the expected one.
-    """
-    batch_size, sequence_length = inputs_embeds.shape[:2]
-    if padding_mask is not None and padding_mask.shape != (batch_size, sequence_length):
-        raise ValueError(
-            f"`padding_mask` must have the shape (batch size, sequence length) = {(batch_size, sequence_length)}, got "
-            f"{tuple(padding_mask.shape)}."
-        )
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        return
-    past_length = cache.get_seq_length() if cache is not None else 0
-    if isinstance(past_length, torch.Tensor):  # of a static cache, on its device: reading it would wait for the device
-        past_length, learns = 0, False
-    length = past_length + sequence_length
-    rows, columns = attention_mask.shape
-    if rows != batch_size or columns < length or (columns > length and (learns or cache is None)):
-        raise ValueError(
-            f"`attention_mask` must have the shape (batch size, past and present length) = {(batch_size, length)}, "
-            f"got {(rows, columns)}."
-        )
 
 
 def check_configuration(config: PeerConfig) -> None:

@@ -153,6 +153,8 @@ class TestRefusals:
         ("addition", "message"),
         [
             ({"layers": [1], "mode": "open", "num_experts": 13}, r"PEER layers \[0\], got \[1\]"),
+            ({"layers": [False], "mode": "open", "num_experts": 13}, r"PEER layers \[0\], got \[False\]"),
+            ({"layers": 0, "mode": "open", "num_experts": 13}, r"must be a list of some of .*, got 0"),
             ({"layers": [0], "mode": "protected", "num_experts": 25}, "has the fields"),
             ({"layers": [0], "mode": "open", "num_experts": "13"}, "must be an integer of at least 1, got .13."),
         ],
