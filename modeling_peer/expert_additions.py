@@ -58,8 +58,8 @@ def check_additions(
         if layers & protected:
             raise ValueError(
                 "`expert_additions` has an open addition after a protected one in layers "
-                f"{sorted(layers & protected)}: new experts would compete with those that are protected. Add protected "
-                "ones."
+                f"{sorted(layers & protected)}: new experts would compete with those that are protected. Add "
+                "protected ones."
             )
         for layer in layers:
             sizes[layer] += addition["num_experts"]

@@ -401,7 +401,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
     ) -> PeerCausalLMOutputWithPast:
         r"""
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True (or 1) where there is a token, as in [`PeerModel`]. The load-balancing loss leaves padding out as well.
+            True (or 1) where there is a token, as in [`PeerModel`]. The load-balancing loss leaves padding out.
 
         Returns:
             [`PeerCausalLMOutputWithPast`], or a tuple of its elements if `return_dict=False`.

@@ -116,7 +116,7 @@ UNKNOWN_NAMES = [
 
 @pytest.mark.parametrize(("fields", "message"), UNKNOWN_NAMES, ids=["variant", "kernels"])
 def test_names_that_are_not_registered(fields, message, tmp_path):
-    """A configuration knows no registry: the model refuses them, before it allocates what would not fit this memory."""
+    """A configuration knows no registry: the model refuses them, before it allocates memory (here more than there is)."""
     config = tiny_config("peer", "dense", **fields, vocab_size=10**12)
     with pytest.raises(ValueError, match=message):
         PeerModel(config)

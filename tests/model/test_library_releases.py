@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The code refuses releases of Transformers and torch that it does not support, and goes by the names of those it does."""
+"""Releases of Transformers and torch that are not supported are refused; in others, names that differ are found."""
 
 import ast
 import inspect

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The common tests of Transformers for configurations, models and training, run over every class and variant of PEER."""
+"""The common tests of Transformers for configurations, models and training, over all classes and variants of PEER."""
 
 import unittest
 

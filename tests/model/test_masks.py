@@ -23,7 +23,7 @@ from modeling_peer import PeerModel
 
 
 def training_statistics(*chunks):
-    """The running means of a model's query norm after a training forward on the last chunk; earlier ones are cached."""
+    """The running means of a query norm after a training forward on the last chunk; earlier chunks are cached."""
     model = tiny_model(VARIANTS["peer"]).train()
     cache = None
     with torch.no_grad():

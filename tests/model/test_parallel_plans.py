@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The plans by which Transformers splits a model over processes: what a model says of itself, whatever its variants."""
+"""The plans by which Transformers splits a model over processes: those of all variants in a model."""
 
 import json
 

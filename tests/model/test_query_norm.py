@@ -81,8 +81,8 @@ def test_a_forward_without_gradients_leaves_the_statistics():
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
 def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
     """
-    Layers run twice, and a forward without gradients comes between: gradients and running statistics are those of layers
-    that run once, with the moments of their batch.
+    Layers run twice, and a forward without gradients comes between: gradients and running statistics are those of
+    layers that run once, with the moments of their batch.
     """
     plain = tiny_model(VARIANTS[variant]).train()
     checkpointed = copy.deepcopy(plain)
