@@ -30,8 +30,10 @@ PER_HEAD_TENSORS = (
 
 
 class KeepLeadingHeads(ConversionOps):
-    """Keeps of a checkpoint's tensor as many leading rows as the model has; more than there are is left to the loader's
-    report of sizes that do not match."""
+    """
+    Keeps as many leading rows of a checkpoint's tensor as the model has. If the tensor has fewer, Transformers reports
+    that the sizes do not match.
+    """
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):

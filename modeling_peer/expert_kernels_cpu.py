@@ -223,8 +223,9 @@ class CpuKernels:
     retrieve = staticmethod(retrieve)
     retrieval_gradients = staticmethod(retrieval_gradients)
 
-    # Of the process: autograd computes gradients with no model at hand that could hold it. It goes by reference counts,
-    # as nothing else tells when a gradient is no longer in use, and a wrong count would corrupt one: see `ReusedMemory`.
+    # Of the process: autograd computes gradients with no model at hand that could hold it. It goes by reference
+    # counts, as nothing else tells when a gradient is no longer in use, and a wrong count would corrupt one: see
+    # `ReusedMemory`.
     gradient_memory = ReusedMemory()
 
     @staticmethod

@@ -19,7 +19,7 @@ import torch
 
 
 def grid_size(num_experts: int) -> int:
-    """Return the side √N of the key grid of N = `num_experts` experts. Raise `ValueError` if N is no perfect square."""
+    """The side √N of the key grid of N = `num_experts` experts. Raises `ValueError` if N is not a perfect square."""
     size = math.isqrt(max(num_experts, 0))
     if size < 1 or size * size != num_experts:
         raise ValueError(

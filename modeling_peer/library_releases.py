@@ -62,8 +62,8 @@ def rename_cache(forward: Callable) -> Callable:
     """
     Decorate a forward so that its parameter `cache` has the name that this release of Transformers gives it.
 
-    Before 5.24 the parameter itself is renamed, to `past_key_values`, rather than wrapped: continuous batching passes a
-    cache of another kind, called `cache`, to the attention beside it; pipeline parallelism binds arguments by the
+    Before 5.24 the parameter itself is renamed, to `past_key_values`, rather than wrapped: continuous batching passes
+    a cache of another kind, called `cache`, to the attention beside it; pipeline parallelism binds arguments by the
     signature; and ahead-of-time compilation does not take a wrapper. The body of the forward goes on as it is.
     """
     if CACHE == "cache":
@@ -93,7 +93,7 @@ def require_transformers(release: str, feature: str) -> None:
 
 
 def _private(name: str, otherwise: Any, loss: str) -> Callable:
-    """A private function of torch or, where a release is without it, one that warns once of the loss and returns `otherwise`."""
+    """A private function of torch or, where there is none, one that warns once and gives `otherwise`."""
 
     def missing(*args):
         logger.warning_once(f"torch {torch.__version__} has no `torch._C.{name}`: {loss}")
@@ -125,7 +125,7 @@ def storage_use_count(storage: torch.UntypedStorage) -> int | None:
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether torch has a kernel of an operator, say `"aten::linalg_vector_norm"`, for a dispatch key, say `"SparseCPU"`."""
+    """Whether torch has a kernel of an operator (`"aten::linalg_vector_norm"`) for a dispatch key (`"SparseCPU"`)."""
     return _has_kernel(operator, dispatch_key)
 
 
@@ -139,13 +139,13 @@ except ImportError:
 
 
 def active_transforms() -> tuple[str, ...]:
-    """The transforms of `torch.func` in which the caller runs, from outside in: `"Grad"`, `"Jvp"`, `"Vmap"` and others."""
+    """The transforms of `torch.func` in which the caller runs, outermost first: `"Grad"`, `"Jvp"`, `"Vmap"`, …"""
     return tuple(each.key().name for each in _interpreter_stack() or ())
 
 
 def in_forward_mode() -> bool:
     """
-    Whether the caller runs in forward-mode differentiation. Where torch does not tell any more, it is taken that it does
-    not, and kernels in C lose the tangents of dual tensors.
+    Whether the caller runs in forward-mode differentiation. If a release of torch no longer tells, the answer is no,
+    and kernels in C lose the tangents of dual tensors.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0

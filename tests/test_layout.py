@@ -121,3 +121,13 @@ def test_tests_mirror_the_package():
 def test_no_file_is_longer_than_600_lines(folder):
     lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
     assert not {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 600}
+
+
+def test_no_line_of_the_package_is_longer_than_119_columns():
+    long = {
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in PACKAGE.rglob("*.py")
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if len(line) > 119
+    }
+    assert not long

@@ -222,7 +222,7 @@ def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.
     is_tensor = isinstance(found, torch.Tensor) and found.numel()
     if not is_tensor or found.is_floating_point() or found.is_complex():
         raise ValueError(
-            "`experts` must be an expert index, an iterable of expert indices, or a bool mask of shape (num_experts,), "
+            "`experts` must be an expert index, an iterable of them, or a bool mask of shape (num_experts,), "
             f"got {_shown(experts, None if isinstance(found, torch.Tensor) else found)}."
         )
     return found.cpu()

@@ -106,8 +106,8 @@ class FrozenRows:
         if self._optimizer is not None and self._optimizer() is not optimizer:
             raise RuntimeError(
                 f"A {type(self.holder).__name__} that did not come to its end holds parameters that another "
-                f"optimizer, a {type(optimizer).__name__}, is about to move. Call its `remove()`, or make a new one for "
-                "the model."
+                f"optimizer, a {type(optimizer).__name__}, is about to move. Call its `remove()`, or make a new one "
+                "for the model."
             )
 
     def _live_state(self):
