@@ -35,6 +35,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .built_configuration import built_fields, check_built
 from .checkpoint_card import PEER_MODEL, write_card
 from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
@@ -144,7 +145,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = ALL_FEED_FORWARDS[config.feed_forward_types[layer_idx]](config, layer_idx)
+        self.feed_forward_type = config.feed_forward_types[layer_idx]
+        self.mlp = ALL_FEED_FORWARDS[self.feed_forward_type](config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -225,9 +227,11 @@ class PeerPreTrainedModel(PreTrainedModel):
         feed-forward variants whose code the checkpoint does not carry.
 
         Raises:
-            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong.
+            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, or if
+                a field of it that the model does not follow was changed after the model was built.
         """
         check_configuration(self.config)
+        check_built(self.base_model, self.config)
         warn_of_custom_variants(self.config.feed_forward_types)
         _advise_tables(self, advise_whole_access)
         try:
@@ -272,6 +276,7 @@ class PeerModel(PeerPreTrainedModel):
         shares_pool = config.share_experts_across_layers and "peer" in config.feed_forward_types
         self.expert_pool = ExpertPool(config, shared_generations(config)) if shares_pool else None
         self.gradient_checkpointing = False
+        self.built_fields = built_fields(config)
 
         # Initialize weights and apply final processing
         self.post_init()

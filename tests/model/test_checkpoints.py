@@ -336,6 +336,46 @@ class TestBrokenCheckpoints:
             model.save_pretrained(tmp_path / "checkpoint")
         assert not list((tmp_path / "checkpoint").glob("*"))
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("num_retrieval_heads", 1),
+            ("num_experts", 49),
+            ("query_size", 4),
+            ("query_norm", None),
+            ("scoring_func", "sigmoid"),
+            ("gated_experts", True),
+            ("expert_act", "relu"),
+            ("rms_norm_eps", 0.1),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+            ("feed_forward_types", ["dense"] * tiny_config().num_hidden_layers),
+            ("expert_additions", [{"layers": [0], "mode": "open", "num_experts": 13}]),
+        ],
+    )
+    def test_a_field_that_the_model_does_not_follow_is_refused(self, name, value, tmp_path):
+        model = tiny_model(VARIANTS["peer"])
+        had = getattr(model.config, name)
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=f"`{name}`.*the model has .* the configuration says"):
+            model.save_pretrained(tmp_path / "checkpoint")
+        assert not list((tmp_path / "checkpoint").glob("*"))
+        setattr(model.config, name, had)
+        model.save_pretrained(tmp_path / "checkpoint")
+
+    def test_fields_that_the_model_follows_may_change(self, tmp_path):
+        model = tiny_model(VARIANTS["peer"])
+        model.config.num_experts_per_head -= 1
+        model.config.expert_kernels, model.config.sparse_expert_gradients = "torch", True
+        model.save_pretrained(tmp_path)
+        assert same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+    def test_a_model_runs_as_many_layers_as_its_configuration_says(self, tmp_path):
+        model = tiny_model(VARIANTS["peer"])
+        model.config.num_hidden_layers = 1
+        model.config.feed_forward_types = model.config.feed_forward_types[:1]
+        model.save_pretrained(tmp_path)
+        assert same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
 
 def test_a_sharded_model_saves_the_code_of_its_own_class(tmp_path, monkeypatch):
     """FSDP2 puts a class of its own before the model's. It stays there while the model is saved."""
