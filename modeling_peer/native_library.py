@@ -23,6 +23,7 @@ the whole process by the environment variable `MODELING_PEER_COMPILE_KERNELS=0`,
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -198,8 +199,11 @@ def missing_library_reason() -> str:
 
 
 def _run(command):
-    done = subprocess.run(command, capture_output=True, check=True, text=True, encoding="utf-8", errors="replace")
-    return done.stdout
+    # Messages in English: `_open` looks for that of a full disk.
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(
+        command, capture_output=True, check=True, text=True, encoding="utf-8", errors="replace", env=english
+    ).stdout
 
 
 def _compiler():
@@ -224,9 +228,16 @@ def _processor():
 def _open(compiler, source, key):
     try:
         return _load_from(_shared_folder(), compiler, source, key)
-    except (OSError, NotImplementedError, subprocess.CalledProcessError):
-        # It cannot be written, is full, has no locks, or is mounted `noexec`.
-        return _load_from(_own_folder(), compiler, source, key)
+    except subprocess.CalledProcessError as error:
+        if not any(os.strerror(code) in error.stderr for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise  # a compiler that does not work would fail in the other folder too
+    except FileNotFoundError as error:
+        if error.filename == compiler[0]:
+            raise
+    except (OSError, NotImplementedError):
+        pass
+    # The folder cannot be written, is full, has no locks, or is mounted `noexec`.
+    return _load_from(_own_folder(), compiler, source, key)
 
 
 def _load_from(folder, compiler, source, key):
@@ -323,9 +334,7 @@ def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) 
 
     Raises:
         `RuntimeError`: if the library cannot be compiled here, or a tensor has no memory.
-        `TypeError`: for a tensor subclass that handles operators itself: what its memory holds, if anything, is its
-        own
-            affair.
+        `TypeError`: for a tensor subclass that handles operators itself: only it knows what its memory holds.
     """
     library = load_library(source)
     if library is None:

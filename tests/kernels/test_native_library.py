@@ -77,6 +77,37 @@ class TestWithoutACompiler:
         assert f"CC={command!r} is no command" in notice
 
 
+class TestWithACompilerThatFails:
+    """It would fail in every folder; one that is full is another's fault."""
+
+    @pytest.fixture
+    def compilations(self, cache, tmp_path, monkeypatch):
+        """Where it was run, one line each; it fails with the message that the environment holds."""
+        log, compiler = tmp_path / "log", tmp_path / "failing-compiler"
+        compiler.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && exit\necho $LC_ALL "$@" >> {log}\necho "$MESSAGE" >&2\nexit 1\n'
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+        return log
+
+    @pytest.mark.parametrize(
+        ("message", "times"),
+        [("error: no OpenMP", 1), ("error: No space left on device", 2), ("error: Disk quota exceeded", 2)],
+    )
+    def test_it_runs_again_only_where_the_folder_was_to_blame(
+        self, message, times, compilations, notices, monkeypatch
+    ):
+        monkeypatch.setenv("MESSAGE", message)
+        assert load_library(SOURCE) is None
+        runs = compilations.read_text().splitlines()
+        assert len(runs) == times
+        assert all(run.startswith("C ") for run in runs)
+        *announced, failed = notices
+        assert len(announced) == times and all("compiles C kernels" in notice for notice in announced)
+        assert message in failed
+
+
 class TestSwitchedOff:
     """Code that a checkpoint brings along compiles nothing where its user does not want it."""
 
