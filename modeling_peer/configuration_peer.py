@@ -86,7 +86,7 @@ class PeerConfig(PreTrainedConfig):
         `None`, it is the one that gives the output of the layer the variance of a dense feed-forward's: up to k times
         `initializer_range`, as the router weights of a head sum to one. A smaller value leaves less noise to unlearn.
     gated_experts (`bool`, *optional*, defaults to `False`):
-        Whether experts are gated: σ(g_i · x) (u_i · x) v_i.
+        Whether experts are gated: σ(w_i · x) (u_i · x) v_i.
     share_experts_across_layers (`bool`, *optional*, defaults to `False`):
         Whether all PEER layers retrieve from one pool of experts, held by the base model, each with its own router.
     shared_expert_intermediate_size (`int`, *optional*):
@@ -299,8 +299,9 @@ class PeerConfig(PreTrainedConfig):
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"`router_aux_loss_coef` must be at least 0 and finite, got {self.router_aux_loss_coef}.")
         theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
-        if not 0 < theta < math.inf:
-            raise ValueError(f"`rope_theta` of `rope_parameters` must be positive and finite, got {theta}.")
+        is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
+        if not is_number or not 0 < theta < math.inf:
+            raise ValueError(f"`rope_theta` of `rope_parameters` must be positive and finite, got {theta!r}.")
 
     def validate_feed_forward_types(self):
         if len(self.feed_forward_types) != self.num_hidden_layers:

@@ -78,14 +78,14 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
         first.
 
     Raises:
-        `ValueError`: if k is not between 1 and √N.
+        `ValueError`: if k is no integer, or not between 1 and √N.
     """
+    check_num_retrieved(k, sub_keys.shape[2])
     if queries.dtype == torch.float32 and hasattr(ALL_EXPERT_KERNELS[kernels], "retrieve"):
         if not needs_operator(queries, sub_keys):
             return ALL_EXPERT_KERNELS[kernels].retrieve(queries, sub_keys, k)
         scores, indices = product_key_retrieval(queries, sub_keys, k, kernels)
         return indices, scores
-    check_num_retrieved(k, sub_keys.shape[2])
     if sub_keys.shape[0] == 1:
         scores = torch.einsum("thpc,pnc->thpn", queries, sub_keys[0])
     else:

@@ -51,8 +51,7 @@ static inline ints lanes(void) {
 }
 
 /* Writes the lanes that reach a threshold, packed, to `values`, and their positions, counted from `first`, to
-   `places`;
-   returns how many they are. Up to LANES elements of both are overwritten. */
+   `places`; returns how many they are. Up to LANES elements of both are overwritten. */
 static inline int64_t keep(floats v, float threshold, int64_t first, float *values, int32_t *places) {
 #if defined(__AVX512F__)
     const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
@@ -180,9 +179,8 @@ static void list_pairs(int64_t k, const workspace *w) {
 }
 
 /* Selects the k best experts of a query among the pairs of its best rows and columns. */
-static void best_pairs(const float *rows, const int32_t *row_places, const float *columns, const int32_t
-*column_places,
-                       int64_t k, int64_t *indices, float *scores, const workspace *w) {
+static void best_pairs(const float *rows, const int32_t *row_places, const float *columns,
+                       const int32_t *column_places, int64_t k, int64_t *indices, float *scores, const workspace *w) {
     const words infinite = (words){} + 0x7f800000;
     int64_t count = 0;
     for (int64_t i = 0; i < k; count += w->pair_counts[i++])
@@ -321,8 +319,7 @@ static int gradients_of_query(const float *gradient, const int64_t *indices, con
 
 /* Gradients of queries `[tokens, heads, 2, size]` and keys `[sets, 2, n, size]`, given those of the scores at
    `indices` `[tokens, heads, k]`; NULL where one is not needed. Every thread sums the gradient of the keys on its own.
-   Returns 0, -1
-   if out of memory, or 1 if an index is out of range. */
+   Returns 0, -1 if out of memory, or 1 if an index is out of range. */
 int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
@@ -386,6 +383,8 @@ def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[tor
 
 def check_num_retrieved(k: int, size: int) -> None:
     """Raise `ValueError` if k experts of a head cannot be retrieved with `size` = √N sub-keys of each half."""
+    if type(k) is not int:
+        raise ValueError(f"`k`, the number of experts that a head retrieves, must be an integer, got {k!r}.")
     if not 1 <= k <= size:
         raise ValueError(
             f"`num_experts_per_head` must be at least 1 and at most √num_experts = {size}, the number of sub-keys of "

@@ -203,6 +203,15 @@ class TestNothingElseReachesC:
             with pytest.raises(ValueError, match=message):
                 retrieve(self.QUERIES, self.SUB_KEYS, k, kernels)
 
+    @pytest.mark.parametrize("k", [3.0, True, "3", None])
+    def test_a_number_that_is_no_integer(self, k):
+        message = f"`k`.* must be an integer, got {k!r}"
+        with pytest.raises(ValueError, match=message):
+            self.retrieve(k=k)
+        for kernels in ("cpu", "torch"):
+            with pytest.raises(ValueError, match=message):
+                retrieve(self.QUERIES, self.SUB_KEYS, k, kernels)
+
     @pytest.mark.parametrize(
         "changes, message",
         [

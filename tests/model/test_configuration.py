@@ -53,6 +53,8 @@ REFUSED_VALUES = [
     ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be at least 0 and finite, got -0.1"),
     ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1, got 0"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "`rope_theta` of `rope_parameters`.*got -1.0"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "`rope_theta` of `rope_parameters`.*got 'x'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": True}}, "`rope_theta` of `rope_parameters`.*got True"),
     ({"pad_token_id": 64}, "`pad_token_id` must be `None` or within the vocabulary, from 0 to 63, got 64"),
     ({"pad_token_id": -1}, "`pad_token_id` must be `None` or within the vocabulary, from 0 to 63, got -1"),
 ]
