@@ -61,7 +61,9 @@ def enable_sparse_norms() -> torch.library.Library | None:
 def check_sparse_gradients(model: Any) -> None:
     """
     Raise `ValueError` if `config.sparse_expert_gradients` of a base model, or of a graft, is True where gradients
-    cannot be sparse. To be called before a training forward.
+    cannot be sparse.
+
+    To be called before a training forward. Modules are walked only in a process group.
     """
     if not model.config.sparse_expert_gradients:
         return
@@ -70,7 +72,9 @@ def check_sparse_gradients(model: Any) -> None:
         obstacle = "`torch.compile` does not trace sparse gradients"
     elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
         obstacle = "NCCL does not reduce sparse gradients"
-    elif dist.is_available():
+    elif dist.is_available() and dist.is_initialized():
+        # Without a process group nothing is sharded. With one, FSDP2 or tensor parallelism may be applied between any
+        # two forwards and leaves no other sign than its modules and parameters, so each forward looks at all of them.
         obstacle = _sharding_obstacle(model)
     if obstacle is not None:
         raise ValueError(

@@ -15,8 +15,22 @@
 
 from typing import Any
 
+from torch import nn
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise `ValueError` if an argument is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+def check_integer(name: str, value: Any, minimum: int = 1) -> None:
+    """Raise `ValueError` if an argument is not an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def check_is_module(model: Any) -> None:
+    """Raise `ValueError` if an argument `model` is not an `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be an `nn.Module`, got {shown(model)}.")
+
+
+def shown(value: Any, elements: list | None = None) -> str:
+    """What an error says was found: the value, or the first of its `elements`, cut short, and its type."""
+    text = repr(value) if elements is None else repr(elements[:5])
+    return f"{text[:80]}{'…' * (len(text) > 80)} ({type(value).__name__})"

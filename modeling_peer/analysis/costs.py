@@ -36,7 +36,7 @@ from ..feed_forward_peer import PeerFeedForward
 from ..feed_forward_pkm import PkmFeedForward
 from ..key_grid import grid_size
 from ..product_key_router import GATE_WIDTH
-from .arguments import check_positive
+from .arguments import check_integer
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def model_costs(
     check_feed_forward_types(config.feed_forward_types)
     if sequence_length is None:
         sequence_length = config.max_position_embeddings
-    check_positive("sequence_length", sequence_length)
+    check_integer("sequence_length", sequence_length)
     num_embedding_parameters = config.vocab_size * config.hidden_size
     tied = config.tie_word_embeddings
     return ModelCosts(

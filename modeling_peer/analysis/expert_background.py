@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
+from .arguments import check_integer, shown
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, observe_retrievals
 
@@ -57,8 +58,9 @@ class ExpertBackground:
     """
 
     def __init__(self, document_counts: dict[str, torch.Tensor], num_documents: int):
-        if isinstance(num_documents, bool) or not isinstance(num_documents, int) or num_documents < 0:
-            raise ValueError(f"`num_documents` must be an integer of at least 0, got {num_documents!r}.")
+        check_integer("num_documents", num_documents, minimum=0)
+        if not isinstance(document_counts, Mapping):
+            raise ValueError(f"`document_counts` must be tensors by name, got {shown(document_counts)}.")
         for name, counts in document_counts.items():
             _check_counts(name, counts, num_documents)
         self.document_counts = document_counts
@@ -193,6 +195,10 @@ class ExpertBackground:
 
 
 def _check_counts(name, counts, num_documents):
+    if not isinstance(counts, torch.Tensor):
+        raise ValueError(
+            f"`document_counts[{name!r}]` must be a tensor of integers of shape (num_experts,), got {shown(counts)}."
+        )
     if counts.ndim != 1 or counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
         raise ValueError(
             f"`document_counts[{name!r}]` must be integers of shape (num_experts,), got {counts.dtype} of shape "
@@ -218,6 +224,14 @@ def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = N
     """Make a `DataLoader` of examples, padded by [`pad_examples`] without a collator; one is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
+    if isinstance(dataset, (str, bytes, Mapping)) or not (
+        hasattr(dataset, "__len__") or isinstance(dataset, Iterable)
+    ):
+        raise ValueError(
+            "`dataset` must be a DataLoader or an iterable of examples, each a dict with the `input_ids` of one "
+            f"sequence, got {shown(dataset)}."
+        )
+    check_integer("batch_size", batch_size)
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
     return DataLoader(examples, batch_size, collate_fn=data_collator or pad_examples)
 
@@ -234,7 +248,7 @@ def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
                 "Examples of `dataset` must have `input_ids`, as a tokenizer returns them, got a "
                 f"{type(example).__name__}: {example!r:.80}."
             )
-        input_ids = torch.as_tensor(example["input_ids"])
+        input_ids = _as_token_ids(example["input_ids"])
         if input_ids.ndim != 1:
             raise ValueError(
                 f"`input_ids` of an example must be those of one sequence, got shape {tuple(input_ids.shape)}."
@@ -242,6 +256,16 @@ def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns["input_ids"].append(input_ids)
         columns["attention_mask"].append(torch.as_tensor(example.get("attention_mask", torch.ones_like(input_ids))))
     return {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}
+
+
+def _as_token_ids(input_ids):
+    try:
+        tokens = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = None
+    if tokens is None or tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`input_ids` of an example must be token ids, int32 or int64, got {shown(input_ids)}.")
+    return tokens
 
 
 __all__ = ["ExpertBackground"]

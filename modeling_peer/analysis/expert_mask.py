@@ -54,15 +54,15 @@ def masked_experts(
     ...     print(model(tokens, labels=tokens).loss)  # without the added experts
     ```
     """
-    numbers = expert_indices(experts)
+    indices = expert_indices(experts)
     sets = select_expert_sets(model, layers)
-    if numbers is None and not any(_added(each).any() for each in sets.values()):
+    if indices is None and not any(_added(each).any() for each in sets.values()):
         raise ValueError(
             "No experts were added, which `masked_experts` masks if `experts` is None: pass the indices of others."
         )
     masks: dict[ProductKeyRouter, ExpertMask | None] = {}
     for each in sets.values():
-        masked = _added(each) if numbers is None else mask_of_indices(each, numbers)
+        masked = _added(each) if indices is None else mask_of_indices(each, indices)
         masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
     before = {router: router.expert_mask for router in masks}
     try:

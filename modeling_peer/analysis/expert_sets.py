@@ -29,6 +29,7 @@ from ..feed_forward_pkm import PkmFeedForward
 from ..graft_layer import PREFIX
 from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
+from .arguments import check_is_module, shown
 
 
 TABLES = ("up_proj", "gate_proj", "down_proj")
@@ -78,8 +79,9 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters are skipped.
 
     Raises:
-        `ValueError`: if there is none, or a layer shares a pool that is not part of the module.
+        `ValueError`: if `model` is no module or has none, or a layer shares a pool that is not part of the module.
     """
+    check_is_module(model)
     members: dict[str, tuple[nn.Module, list[str]]] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -200,7 +202,7 @@ def layer_indices(layers: Iterable[int] | int | None) -> list[int] | None:
     if found is None or not all(_is_index(layer) for layer in found):
         raise ValueError(
             "`layers` must be a layer index, an iterable of layer indices, or `None` for all layers, got "
-            f"{_shown(layers, found)}."
+            f"{shown(layers, None if isinstance(layers, Integral) else found)}."
         )
     return [int(layer) for layer in found]
 
@@ -222,8 +224,8 @@ def expert_indices(experts: Iterable[int] | torch.Tensor | int | None) -> torch.
     is_tensor = isinstance(found, torch.Tensor) and found.numel()
     if not is_tensor or found.is_floating_point() or found.is_complex():
         raise ValueError(
-            "`experts` must be an expert index, an iterable of them, or a bool mask of shape (num_experts,), "
-            f"got {_shown(experts, None if isinstance(found, torch.Tensor) else found)}."
+            "`experts` must be an expert index, an iterable of expert indices, or a bool mask of shape "
+            f"(num_experts,), got {shown(experts, None if isinstance(experts, (Integral, torch.Tensor)) else found)}."
         )
     return found.cpu()
 
@@ -242,30 +244,24 @@ def _is_index(value):
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _shown(value, elements):
-    """What an error says was found: the first elements of an iterable, or the value, and its type."""
-    shown = repr(value) if elements is None or isinstance(value, Integral) else repr(elements[:5])
-    return f"{shown} ({type(value).__name__})"
-
-
-def mask_of_indices(experts: ExpertSet, numbers: torch.Tensor) -> torch.Tensor:
+def mask_of_indices(experts: ExpertSet, indices: torch.Tensor) -> torch.Tensor:
     """
     Which experts of a set [`expert_indices`] are: bool, `(num_experts,)`. Raises `ValueError` if it does not have
     them.
     """
     size = experts.num_experts
     of_set = f"{experts.name} has experts 0 to {size - 1}"
-    if numbers.dtype == torch.bool:
-        if numbers.shape != (size,):
+    if indices.dtype == torch.bool:
+        if indices.shape != (size,):
             raise ValueError(
-                f"A mask of `experts` must be of shape {(size,)}, as {of_set}, got {tuple(numbers.shape)}."
+                f"A mask of `experts` must be of shape {(size,)}, as {of_set}, got {tuple(indices.shape)}."
             )
-        return numbers
-    unknown = numbers[(numbers < 0) | (numbers >= size)]
+        return indices
+    unknown = indices[(indices < 0) | (indices >= size)]
     if len(unknown):
         raise ValueError(f"{of_set}, but `experts` has {len(unknown)} others, {unknown[:5].tolist()} among them.")
     mask = torch.zeros(size, dtype=torch.bool)
-    mask[numbers.long().flatten()] = True
+    mask[indices.long().flatten()] = True
     return mask
 
 

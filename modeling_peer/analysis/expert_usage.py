@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
-from .arguments import check_positive
+from .arguments import check_integer, shown
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
 
@@ -47,7 +47,7 @@ class ExpertUsageMeter:
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
-        check_positive("num_experts", num_experts)
+        check_integer("num_experts", num_experts)
         self.scores = torch.zeros(num_experts, device=device)
         self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
 
@@ -128,7 +128,7 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
         tables. Experts that [`add_experts`] added to a layer come after its first ones.
 
     Raises:
-        `ValueError`: if the model has no experts, or `input_ids` are not a batch of sequences.
+        `ValueError`: if the model has no experts, or `input_ids` or `inputs_embeds` are not a batch of sequences.
 
     ```python
     >>> scores = measure_usage(model, input_ids=input_ids)["model.layers.1.mlp.expert_pool"].scores
@@ -136,7 +136,8 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
     >>> scores[model.config.num_experts :].sum() / scores.sum()  # share of the added experts
     ```
     """
-    _check_input_ids(inputs.get("input_ids"))
+    _check_batch("input_ids", inputs.get("input_ids"), ("batch_size", "sequence_length"))
+    _check_batch("inputs_embeds", inputs.get("inputs_embeds"), ("batch_size", "sequence_length", "hidden_size"))
     sets = find_expert_sets(model)
     device = next(model.parameters()).device
     meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
@@ -150,19 +151,18 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
     return meters
 
 
-def _check_input_ids(input_ids):
-    if input_ids is None:
+def _check_batch(name, value, dimensions):
+    if value is None:
         return
-    if not isinstance(input_ids, torch.Tensor):
+    expected = f"({', '.join(dimensions)})"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor of shape {expected}, got {shown(value)}.")
+    if value.ndim != len(dimensions):
         raise ValueError(
-            "`input_ids` must be a tensor of shape (batch_size, sequence_length), got a "
-            f"{type(input_ids).__name__}: {input_ids!r:.80}."
+            f"`{name}` must be of shape {expected}, got {tuple(value.shape)}: one sequence is `{name}[None]`."
         )
-    if input_ids.ndim != 2:
-        raise ValueError(
-            f"`input_ids` must be of shape (batch_size, sequence_length), got {tuple(input_ids.shape)}: one sequence "
-            "is `input_ids[None]`."
-        )
+    if name == "input_ids" and value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"`{name}` must be token ids, int32 or int64, got {value.dtype}.")
 
 
 class ExpertUsageCallback(TrainerCallback):
@@ -267,4 +267,4 @@ def _evaluation_prefix(metrics):
     return None
 
 
-__all__ = ["ExpertUsageCallback", "ExpertUsageMeter"]
+__all__ = ["ExpertUsageCallback", "ExpertUsageMeter", "measure_usage"]

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..analysis.arguments import check_integer, shown
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
 from ..optim.frozen_rows import FrozenRows, freeze_rows
@@ -108,14 +109,13 @@ def check_background(name: str, background: ExpertBackground, model: nn.Module) 
     if not isinstance(background, ExpertBackground):
         raise ValueError(
             f"`{name}` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)` returns it, got "
-            f"{background!r} ({type(background).__name__})."
+            f"{shown(background)}."
         )
     background.check(model)
 
 
 def _check_usage_options(model, used_in, min_documents):
-    if not isinstance(min_documents, int) or isinstance(min_documents, bool) or min_documents < 1:
-        raise ValueError(f"`min_documents` must be a whole number, at least 1, got {min_documents!r}.")
+    check_integer("min_documents", min_documents)
     if used_in is not None:
         check_background("used_in", used_in, model)
     elif min_documents != 1:

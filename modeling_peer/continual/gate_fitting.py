@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..analysis.arguments import check_integer, shown
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_background import batches_of
 from ..feed_forward_peer import PeerFeedForward
@@ -119,8 +120,7 @@ def _check_options(model, reference_weight, num_steps, batch_size):
     if not is_number or not 0 < reference_weight < math.inf:
         raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight!r}.")
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
+        check_integer(name, value)
 
 
 def _checked_text(name, text):
@@ -130,7 +130,7 @@ def _checked_text(name, text):
     is_sized = hasattr(text, "__len__") and hasattr(text, "__getitem__")
     if isinstance(text, (str, bytes, Mapping)) or not (is_sized or isinstance(text, Iterable)):
         raise ValueError(
-            f"`{name}` must be an iterable of sequences, each a dict with `input_ids`, got {_shown(text)}."
+            f"`{name}` must be an iterable of sequences, each a dict with `input_ids`, got {shown(text)}."
         )
     text = text if is_sized else list(text)
     for index in range(len(text)):
@@ -139,7 +139,7 @@ def _checked_text(name, text):
         if tokens is None or not _is_sequence_of_tokens(tokens):
             raise ValueError(
                 f"Elements of `{name}` must be dicts whose `input_ids` are token ids of shape (sequence_length,), got "
-                f"{_shown(sequence)} at index {index}."
+                f"{shown(sequence)} at index {index}."
             )
     return text
 
@@ -150,11 +150,6 @@ def _is_sequence_of_tokens(tokens):
     except (TypeError, ValueError, RuntimeError):
         return False
     return tokens.ndim == 1 and tokens.dtype in (torch.int32, torch.int64)
-
-
-def _shown(value):
-    shown = repr(value)
-    return f"{shown[:80]}{'…' * (len(shown) > 80)} ({type(value).__name__})"
 
 
 def _hidden_states(model, layers, name, text, batch_size, progress_bar):
@@ -190,7 +185,7 @@ def _split(sequences):
 
 
 def _fit(gate, new, reference, reference_weight, num_steps):
-    """A gate in float32, initialized anew and fitted to tell new tokens from those of the reference."""
+    """A gate in float32, newly initialized and fitted to tell new tokens from those of the reference."""
     device = gate.down_proj.weight.device
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):

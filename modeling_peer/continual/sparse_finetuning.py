@@ -26,6 +26,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..analysis.arguments import check_integer
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import ExpertSet, observe_retrievals, select_expert_sets
 from ..optim.frozen_rows import FrozenRows, check_can_freeze, freeze_rows, freezes_of, require_gradients
@@ -106,7 +107,7 @@ class SparseFinetuningCallback(TrainerCallback):
         self.sets = select_expert_sets(model, layers)
         check_background("background", background, model)
         self.tables = _checked_tables(self.sets, tables)
-        _check_number(num_trained_experts)
+        check_integer("num_trained_experts", num_trained_experts)
         self.background = background
         self.num_trained_experts = num_trained_experts
         self._hooks: list = []
@@ -244,11 +245,6 @@ class SparseFinetuningCallback(TrainerCallback):
 def _trained_tables(experts, tables):
     """The tables to train of a set of experts, each with the index of the expert of its first row."""
     return [pair for role in tables for pair in experts.tables.get(role, [])]
-
-
-def _check_number(num_trained_experts):
-    if not isinstance(num_trained_experts, int) or isinstance(num_trained_experts, bool) or num_trained_experts < 1:
-        raise ValueError(f"`num_trained_experts` must be a whole number, at least 1, got {num_trained_experts!r}.")
 
 
 def _checked_tables(sets: dict[str, ExpertSet], tables: Any) -> tuple[str, ...]:

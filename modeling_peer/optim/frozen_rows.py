@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from ..training_advice import FROZEN_ROWS
+from ..growth_advice import FROZEN_ROWS
 from .row_adamw import RowAdamW
 
 

@@ -35,7 +35,11 @@ def model():
     ("dataset", "message"),
     [
         (["text"], "Examples of `dataset` must have `input_ids`, as a tokenizer returns them, got a str: 'text'"),
-        ("text", "must have `input_ids`, .* got a str: 't'"),
+        ("text", r"`dataset` must be a DataLoader or an iterable of examples, .* got 'text' \(str\)"),
+        (5, r"`dataset` must be a DataLoader or an iterable of examples, .* got 5 \(int\)"),
+        ({"input_ids": [1, 2]}, r"`dataset` must be .* got {'input_ids': \[1, 2\]} \(dict\)"),
+        ([{"input_ids": "text"}], r"`input_ids` of an example must be token ids, .* got 'text' \(str\)"),
+        ([{"input_ids": [0.5, 1.5]}], r"must be token ids, int32 or int64, got \[0.5, 1.5\] \(list\)"),
         ([{"text": "of it"}], "must have `input_ids`, .* got a dict: {'text': 'of it'}"),
         ([[1, 2, 3]], r"must have `input_ids`, .* got a list: \[1, 2, 3\]"),
         ([{"input_ids": [[1, 2]]}], r"`input_ids` of an example must be those of one sequence, got shape \(1, 2\)"),
@@ -70,6 +74,18 @@ def test_counts_that_no_corpus_has_are_refused(tmp_path, counts, num_documents, 
         ValueError, match=rf"expert_background.safetensors has no valid counts: `document_counts.* {message}"
     ):
         ExpertBackground.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a": [1]}, r"`document_counts\['a'\]` must be a tensor of integers of shape .*, got \[1\] \(list\)"),
+        ([1], r"`document_counts` must be tensors by name, got \[1\] \(list\)"),
+    ],
+)
+def test_counts_that_are_no_tensors_are_refused(counts, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertBackground(counts, 3)
 
 
 @pytest.mark.parametrize("num_documents", [-1, 2.0, True, None])

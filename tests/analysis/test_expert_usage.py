@@ -409,10 +409,17 @@ def test_numbers_of_experts_are_refused(num_experts):
             r"must be of shape \(batch_size, sequence_length\), got \(9,\): one sequence is `input_ids\[None\]`",
         ),
         (torch.zeros(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
-        ([[1, 2]], r"must be a tensor of shape \(batch_size, sequence_length\), got a list: \[\[1, 2\]\]"),
-        ("text", "got a str: 'text'"),
+        ([[1, 2]], r"must be a tensor of shape \(batch_size, sequence_length\), got \[\[1, 2\]\] \(list\)"),
+        ("text", r"got 'text' \(str\)"),
+        (torch.zeros(1, 2), "must be token ids, int32 or int64, got torch.float32"),
     ],
 )
 def test_input_ids_that_are_no_batch_are_refused(input_ids, message):
     with pytest.raises(ValueError, match=f"`input_ids` .*{message}"):
         measure_usage(tiny_model(), input_ids=input_ids)
+
+
+def test_embeddings_that_are_no_batch_are_refused():
+    message = r"`inputs_embeds` must be of shape \(batch_size, sequence_length, hidden_size\), got \(9, 16\): one"
+    with pytest.raises(ValueError, match=message):
+        measure_usage(tiny_model(), inputs_embeds=torch.zeros(9, 16))

@@ -333,8 +333,8 @@ UNKNOWN = [
     ),
     ({"used_in": "corpus"}, "returns it, got 'corpus' (str)"),
     ({"min_documents": 5}, "`min_documents` counts documents of `used_in`, which is not given, got 5"),
-    ({"min_documents": 0}, "`min_documents` must be a whole number, at least 1, got 0"),
-    ({"min_documents": True}, "`min_documents` must be a whole number, at least 1, got True"),
+    ({"min_documents": 0}, "`min_documents` must be an integer of at least 1, got 0"),
+    ({"min_documents": True}, "`min_documents` must be an integer of at least 1, got True"),
     (
         {"used_in": ExpertBackground({"model.layers.0.mlp.expert_pool": torch.ones(64, dtype=torch.int64)}, 1)},
         "found {'model.layers.0.mlp.expert_pool': 64}, expected {'model.layers.0.mlp.expert_pool': 64, "
@@ -357,11 +357,13 @@ def test_what_is_unknown_is_refused_and_changes_nothing(conditions, message):
 
 
 def test_other_things_refused():
+    with pytest.raises(ValueError, match=r"`model` must be an `nn.Module`, got \{\} \(dict\)"):
+        freeze_experts({}, 1)
     model = small_model("dense", "moe")
     with pytest.raises(ValueError, match="PeerForCausalLM has no PEER or PKM layer"):
         freeze_experts(model)
     model = small_model()
     background = ExpertBackground({"model.layers.1.mlp.expert_pool": torch.ones(64, dtype=torch.int64)}, 1)
     for wrong in (0, 1.5):
-        with pytest.raises(ValueError, match=f"`min_documents` must be a whole number, at least 1, got {wrong}"):
+        with pytest.raises(ValueError, match=f"`min_documents` must be an integer of at least 1, got {wrong}"):
             freeze_experts(model, used_in=background, min_documents=wrong)

@@ -14,6 +14,7 @@
 """A grown model that was loaded or copied does not train all of its experts without a word."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -85,9 +86,34 @@ class TestAdvice:
     def test_is_given_once_the_freeze_is_lifted(self, grown, mode):
         model = grown(mode)
         train_added_experts_only(model).remove()
-        assert bool(advice_of_a_training(model)) == (mode == "open")  # a protected addition freezes no rows
-        model.requires_grad_(True)
+        if mode == "protected":  # freezes no rows, but whole parameters
+            model.requires_grad_(True)
         assert advice_of_a_training(model)
+
+    def test_is_given_if_any_old_expert_is_trained(self, grown, mode, tmp_path):
+        model = grown(mode)
+        one_frozen = reload(model, tmp_path)
+        freeze_experts(one_frozen, [1])
+        assert advice_of_a_training(one_frozen)
+        one_trained = reload(model, tmp_path)
+        freeze_experts(one_trained, range(35))
+        assert advice_of_a_training(one_trained)
+        others = reload(model, tmp_path)
+        freeze_experts(others, range(1, 36 + SIZES[mode]))
+        assert advice_of_a_training(others)
+
+    def test_is_given_once_for_an_addition(self, grown, mode, tmp_path, monkeypatch):
+        model = reload(grown(mode), tmp_path)
+        (_,) = advice_of_a_training(model)
+        monkeypatch.setattr(model.base_model.layers, "modules", lambda: pytest.fail("walked again"))
+        assert not advice_of_a_training(model)
+        monkeypatch.undo()
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert advice_of_a_training(copied)
+        add_experts(model, 36 if mode == "protected" else 15, mode=mode)
+        assert not advice_of_a_training(model)
+        again = reload(model, tmp_path)
+        assert advice_of_a_training(again)
 
     def test_names_how_to_silence_it(self, grown, mode, tmp_path):
         loaded = reload(grown(mode), tmp_path)

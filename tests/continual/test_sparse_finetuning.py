@@ -334,8 +334,8 @@ class TestTraining:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_trained_experts": 0}, "`num_trained_experts` must be a whole number, at least 1, got 0"),
-        ({"num_trained_experts": True}, "`num_trained_experts` must be a whole number, at least 1, got True"),
+        ({"num_trained_experts": 0}, "`num_trained_experts` must be an integer of at least 1, got 0"),
+        ({"num_trained_experts": True}, "`num_trained_experts` must be an integer of at least 1, got True"),
         (
             {"tables": ["v"]},
             "`tables` must be some of ['down_proj', 'gate_proj', 'up_proj'], which the model's experts have",
@@ -361,7 +361,7 @@ class TestTraining:
             "`background` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)`",
         ),
         ({"background": "corpus"}, "returns it, got 'corpus' (str)"),
-        ({"num_trained_experts": 5.0}, "`num_trained_experts` must be a whole number, at least 1, got 5.0"),
+        ({"num_trained_experts": 5.0}, "`num_trained_experts` must be an integer of at least 1, got 5.0"),
         ({"tables": None}, "which the model's experts have, got None"),
         ({"tables": 1}, "which the model's experts have, got 1"),
         ({"tables": [["down_proj"]]}, "which the model's experts have, got [['down_proj']]"),
@@ -373,6 +373,11 @@ def test_what_cannot_be_is_refused_and_changes_nothing(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SparseFinetuningCallback(model, **arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must be an `nn.Module`, got None \(NoneType\)"):
+        SparseFinetuningCallback(None, None)
 
 
 def test_a_background_of_other_experts_is_refused():

@@ -99,6 +99,11 @@ class TestSparseGradients:
         with pytest.raises(ValueError, match=r"sparse_expert_gradients.*tensor parallelism.*set it to False"):
             check_sparse_gradients(model.model)
 
+    def test_modules_are_walked_in_a_process_group_alone(self, monkeypatch):
+        model = PeerForCausalLM(tiny_config(sparse_expert_gradients=True)).model
+        monkeypatch.setattr(model, "modules", lambda: pytest.fail("walked"))
+        check_sparse_gradients(model)
+
     def test_refused_under_nccl(self, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
