@@ -63,7 +63,8 @@ for name in ("PeerGraftConfig", "PeerGraftModel"):
     try:
         getattr(modeling_peer, name)
     except ImportError as error:
-        assert "which is not installed: `pip install modeling-peer[graft]`" in str(error)
+        assert "which is not installed: install the extra `graft` of modeling-peer: `pip install " in str(error)
+        assert str(error).endswith('`pip install ".[graft]"` in a clone, or `pip install peft`.')
         print(name)
 """
     assert run(script) == "PeerGraftConfig\nPeerGraftModel\n"
