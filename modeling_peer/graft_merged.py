@@ -16,6 +16,12 @@ Models of Transformers with merged grafts: their configuration, which the auto c
 "peer_grafted", and their classes, made of the base model's.
 """
 
+# Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
+from .library_releases import check_releases as check_releases
+
+
+# isort: split
+
 import copy
 from functools import cache
 from typing import Any
