@@ -93,8 +93,8 @@ class DecoderForward(threading.local):
 
     The code of a base model is that of Transformers: its layers hand a feed-forward nothing but hidden states, so
     neither the attention mask nor whether the pass is trained can be an argument. Hooks of the decoder note them here,
-    in one object that all its grafts hold: no module is searched, and a graft that is wrapped or copied later reads the same. See
-    [`watch_decoder`].
+    in one object that all its grafts hold: no module is searched, and a graft that is wrapped or copied later
+    reads the same. See [`watch_decoder`].
 
     Args:
         decoder (`nn.Module`): The module whose forward pass it is.

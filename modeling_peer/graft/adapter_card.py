@@ -27,8 +27,8 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USAGE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. It is installed from a clone of its
-repository:
+_USAGE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. It is installed from a
+clone of its repository:
 
 ```bash
 pip install ".[graft]"
