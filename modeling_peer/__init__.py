@@ -88,7 +88,9 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF_NAME})
+    """The names that can be read: grafts are left out where PEFT is missing, as reading them raises `ImportError`."""
+    missing = () if is_peft_installed() else _LAZY_NAMES["graft.model"]
+    return sorted({*globals(), *_MODULE_OF_NAME} - {*missing})
 
 
 # On import, as spawned ranks and data workers rely on it.

@@ -38,10 +38,10 @@ library_name: transformers
 
 # {title}
 
-This {kind} needs the package `{package}` besides Transformers:
+This {kind} needs the package `{package}` besides Transformers. It is installed from a clone of its repository:
 
 ```bash
-pip install {package}
+pip install .
 ```
 
 Importing `modeling_peer` once is enough for the auto classes to find it:

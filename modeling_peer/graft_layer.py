@@ -27,13 +27,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
 from .forward_pass import ForwardPass
 from .library_releases import in_backward
-from .masks import padding_mask_of
+from .masks import check_attention_mask, padding_mask_of
 from .query_norm import QueryBatchNorm
 from .sparse_gradients import check_sparse_gradients
 
@@ -90,10 +91,10 @@ class DecoderForward(threading.local):
     """
     What the grafts in a decoder read about the forward pass in which they run. Each thread has values of its own.
 
-    A base model is not ours: its layers hand a feed-forward nothing but hidden states, so neither the attention mask
-    nor whether the pass is trained can be an argument. Hooks of the decoder note both here, in one object that all its
-    grafts hold: no module is searched, and a graft that is wrapped or copied later reads the same. See
-    [`watch_decoder`].
+    The code of a base model is that of Transformers: its layers hand a feed-forward nothing but hidden states, so
+    neither the attention mask nor whether the pass is trained can be an argument. Hooks of the decoder note them here,
+    in one object that all its grafts hold: no module is searched, and a graft that is wrapped or copied later
+    reads the same. See [`watch_decoder`].
 
     Args:
         decoder (`nn.Module`): The module whose forward pass it is.
@@ -105,6 +106,9 @@ class DecoderForward(threading.local):
             Whether a backward pass may follow: the decoder is in training mode and gradients are enabled. A layer
             cannot tell by itself: reentrant activation checkpointing first runs it without gradients. `None` outside
             of a forward pass.
+        past_length (`int` or `torch.Tensor`, *optional*):
+            Number of past tokens in the cache that the decoder was given, before its layers added the present ones.
+            `None` without a cache, and unless the decoder learns.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -112,18 +116,20 @@ class DecoderForward(threading.local):
         # Not defaults of the class: the compiler of torch 2.9 takes those for what the instance holds.
         self.attention_mask: torch.Tensor | dict | None = None
         self.learns: bool | None = None
+        self.past_length: int | torch.Tensor | None = None
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of a forward pass of the decoder, as a forward pre-hook."""
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is None and args:
-            attention_mask = inspect.signature(decoder.forward).bind_partial(*args).arguments.get("attention_mask")
-        self.attention_mask = attention_mask
+        arguments = kwargs
+        if args:
+            arguments = {**inspect.signature(decoder.forward).bind_partial(*args).arguments, **kwargs}
+        self.attention_mask = arguments.get("attention_mask")
         self.learns = decoder.training and torch.is_grad_enabled()
+        self.past_length = _past_length(arguments) if self.learns else None
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         """Forget the forward pass, as a forward hook."""
-        self.attention_mask = self.learns = None
+        self.attention_mask = self.learns = self.past_length = None
 
     def __deepcopy__(self, memo):
         # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.
@@ -131,6 +137,14 @@ class DecoderForward(threading.local):
 
     def __reduce__(self):
         return DecoderForward, (self.decoder,)
+
+
+def _past_length(arguments):
+    for name in ("cache", "past_key_values"):  # depends on the release of Transformers
+        cache = arguments.get(name)
+        if isinstance(cache, Cache):
+            return cache.get_seq_length()
+    return None
 
 
 class PeerGraft(PeerFeedForward):
@@ -206,11 +220,17 @@ class PeerGraft(PeerFeedForward):
         Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of
         the graft's last forward: another batch may have come since, and only with its BatchNorm would the result
         differ.
+
+        A BatchNorm refuses an attention mask that is longer than the tokens: attention would read its first columns,
+        the running statistics its last.
         """
         attention_mask = None if self.decoder_forward is None else self.decoder_forward.attention_mask
         if isinstance(self.router.query_norm, QueryBatchNorm) and learns:
             if recomputes:
                 attention_mask = self.mask_to_recompute_with
+            elif self.decoder_forward is not None:
+                past_length = self.decoder_forward.past_length
+                check_attention_mask(attention_mask, *hidden_states.shape[:2], past_length, learns)
             self.mask_to_recompute_with = attention_mask
         elif recomputes:
             return None

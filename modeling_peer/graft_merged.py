@@ -16,6 +16,12 @@ Models of Transformers with merged grafts: their configuration, which the auto c
 "peer_grafted", and their classes, made of the base model's.
 """
 
+# Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
+from .library_releases import check_releases as check_releases
+
+
+# isort: split
+
 import copy
 from functools import cache
 from typing import Any
@@ -107,7 +113,7 @@ def grafted_config_class(base_class: Any) -> Any:
 
 
 def _grafted_model_class(base_class, config_class, auto_class_name):
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         base_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
@@ -169,7 +175,7 @@ def _add_grafts(model):
     watch_decoder(find_decoder_layers(model)[1])
 
 
-def _graft_of(config, has_biases, **fields):
+def _graft_of(config: PreTrainedConfig, has_biases, **fields):
     graft = PeerGraft(peer_config_of_base_model(config.get_text_config(), **fields), has_biases)
     graft.init_weights()
     return graft

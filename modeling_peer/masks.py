@@ -13,8 +13,14 @@
 # limitations under the License.
 """Attention masks and padding masks: what the one tells of the other, and shapes that are refused."""
 
+from typing import TypeGuard
+
 import torch
 from transformers.cache_utils import Cache
+
+
+def _has_a_column_a_token(attention_mask: torch.Tensor | dict | None) -> TypeGuard[torch.Tensor]:
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length: int) -> torch.Tensor | None:
@@ -32,7 +38,7 @@ def padding_mask_of(attention_mask: torch.Tensor | dict | None, sequence_length:
     Raises:
         `ValueError`: if the mask has fewer columns than there are present tokens.
     """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    if not _has_a_column_a_token(attention_mask):
         return None
     if attention_mask.shape[1] < sequence_length:
         raise ValueError(
@@ -73,14 +79,40 @@ def check_masks(
             f"`padding_mask` must have the shape (batch size, sequence length) = {(batch_size, sequence_length)}, got "
             f"{tuple(padding_mask.shape)}."
         )
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    if _has_a_column_a_token(attention_mask):
+        past_length = cache.get_seq_length() if cache is not None else None
+        check_attention_mask(attention_mask, batch_size, sequence_length, past_length, learns)
+
+
+def check_attention_mask(
+    attention_mask: torch.Tensor | dict | None,
+    batch_size: int,
+    sequence_length: int,
+    past_length: int | torch.Tensor | None,
+    learns: bool,
+) -> None:
+    """
+    Refuse an attention mask of another shape than the tokens, see [`check_masks`].
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, past and present length)`, *optional*):
+            Masks of other forms are left to the attention.
+        batch_size (`int`)
+        sequence_length (`int`): Number of present tokens.
+        past_length (`int` or `torch.Tensor`, *optional*): Number of past tokens in a cache; `None` without a cache.
+        learns (`bool`): See [`check_masks`].
+
+    Raises:
+        `ValueError`: naming the mask, its shape and the expected one.
+    """
+    if not _has_a_column_a_token(attention_mask):
         return
-    past_length = cache.get_seq_length() if cache is not None else 0
+    has_cache = past_length is not None
     if isinstance(past_length, torch.Tensor):  # of a static cache, on its device: reading it would wait for the device
         past_length, learns = 0, False
-    length = past_length + sequence_length
+    length = (past_length or 0) + sequence_length
     rows, columns = attention_mask.shape
-    if rows != batch_size or columns < length or (columns > length and (learns or cache is None)):
+    if rows != batch_size or columns < length or (columns > length and (learns or not has_cache)):
         raise ValueError(
             f"`attention_mask` must have the shape (batch size, past and present length) = {(batch_size, length)}, "
             f"got {(rows, columns)}."

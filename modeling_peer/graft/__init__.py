@@ -14,6 +14,6 @@
 """
 PEER grafts: pools of experts added to other models, as a method of PEFT.
 
-The layer itself and the model that merged grafts are a part of stand in `graft_layer.py` and `graft_merged.py` beside
-this folder: a checkpoint with merged grafts carries these two files, and loads without PEFT.
+The layer itself is in `graft_layer.py`, models with merged grafts are in `graft_merged.py`, both beside this folder: a
+checkpoint with merged grafts carries these two files, and loads without PEFT.
 """

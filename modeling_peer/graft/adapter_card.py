@@ -27,10 +27,11 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USAGE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds:
+_USAGE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. It is installed from a
+clone of its repository:
 
 ```bash
-pip install "{package}[graft]"
+pip install ".[graft]"
 ```
 
 Import `modeling_peer` before PEFT loads the adapter, which otherwise fails with `KeyError: '{peft_type}'`:

@@ -320,7 +320,7 @@ def _feed_forward_fields(targets: dict[str, FeedForwardParts]) -> dict[str, int 
     }
 
 
-def _check_same_base(config, base):
+def _check_same_base(config: PeerGraftConfig, base):
     for name, found in base.items():
         expected = getattr(config, name)
         if expected is not None and expected != found:
@@ -395,7 +395,7 @@ def _within_grafted(name, module):
     return name, module
 
 
-def _layer_indices(config, num_layers):
+def _layer_indices(config: PeerGraftConfig, num_layers):
     indices = config.layers_to_transform
     if indices is None:
         return [(num_layers - 1) // 2]
@@ -422,7 +422,7 @@ def _recognize(name, module):
     return parts
 
 
-def _starts_as_neurons(config):
+def _starts_as_neurons(config: PeerGraftConfig):
     return config.init_from_ffn and not config.is_of_saved_adapter
 
 
@@ -446,7 +446,7 @@ def _resolve(config, model, targets):
 RANDOM_EXPERTS = "With `init_from_ffn=False` experts start at random, without this requirement."
 
 
-def _check_neurons(config, name, feed_forward, parts, activation):
+def _check_neurons(config: PeerGraftConfig, name, feed_forward, parts, activation):
     """Check that there is an expert for each neuron, of the neuron's kind."""
     if config.num_experts < parts.intermediate_size:
         size = math.isqrt(parts.intermediate_size - 1) + 1
@@ -473,7 +473,7 @@ def _check_neurons(config, name, feed_forward, parts, activation):
         )
 
 
-def _make_graft(config, model_config, parts):
+def _make_graft(config: PeerGraftConfig, model_config: PreTrainedConfig, parts):
     has_biases = config.init_from_ffn and config.host_has_biases
     peer_config = peer_config_of_base_model(
         model_config.get_text_config(),

@@ -70,7 +70,8 @@ def asking_for_peft() -> Iterator[None]:
         if error.name != "peft":
             raise
         raise ImportError(
-            "Grafts are a method of PEFT, which is not installed: `pip install modeling-peer[graft]`."
+            "Grafts are a method of PEFT, which is not installed: install the extra `graft` of modeling-peer: "
+            '`pip install ".[graft]"` in a clone, or `pip install peft`.'
         ) from error
 
 

@@ -23,7 +23,7 @@ from .peft_releases import PEFT_TYPE_NAME, check_registration, extend, shrink
 def register_peer_graft(config_class: type, model_class: type) -> None:
     """
     Make grafts a method of PEFT, once, and check it: the enumeration finds the new member by name and by value, each
-    registry has it, and a configuration comes back from its file.
+    registry has it, and a configuration is the same when it is written and read.
 
     Args:
         config_class (`type`): [`PeerGraftConfig`].

@@ -83,7 +83,11 @@ for name, text in {code!r}.items():
 
 def test_cards_name_the_package_and_the_auto_class(saved):
     for name in ("peer", "adapter", "merged"):
-        assert re.search(r'^pip install "?modeling-peer', card_of(saved / name), re.M), name
+        said = " ".join(card_of(saved / name).split())
+        assert "`modeling-peer`" in said and "It is installed from a clone of its repository: ```bash" in said, name
+        # No registry of packages has it.
+        command = '".[graft]"' if name == "adapter" else "."
+        assert re.findall(r"^pip install .*", card_of(saved / name), re.M) == [f"pip install {command}"], name
     PeerForTokenClassification(tiny_config()).save_pretrained(saved / "other")
     assert "AutoModelForTokenClassification.from_pretrained(" in card_of(saved / "other")
     assert is_written_card(card_of(saved / "peer")) and not is_written_card(card_of(saved / "adapter"))

@@ -24,8 +24,10 @@ from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
 from tiny_models import random_tokens
 from torch import nn
+from transformers import DynamicCache
 
 from modeling_peer.graft_layer import PeerGraft, find_decoder_layers
+from modeling_peer.library_releases import CACHE
 
 
 class TestPadding:
@@ -72,6 +74,45 @@ class TestPadding:
         with model.disable_adapter():
             model.train()(input_ids=tokens)
         assert grafts_of(model)[0].router.query_norm.num_batches_tracked == 0
+
+    @pytest.mark.parametrize("merges", [False, True])
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_mask_longer_than_the_tokens_is_refused_in_training(self, family, merges):
+        """Attention would read its first columns, the statistics its last."""
+        model = grafted(family, query_norm="batch")
+        model = (model.merge_and_unload() if merges else model).train()
+        norm = grafts_of(model)[0].router.query_norm
+        tokens, mask = random_tokens(2, 9), torch.ones(2, 12, dtype=torch.int64)
+        message = (
+            r"`attention_mask` must have the shape \(batch size, past and present length\) = \(2, 9\), got \(2, 12\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=tokens, attention_mask=mask)
+        assert norm.num_batches_tracked == 0
+        model(input_ids=tokens, attention_mask=mask[:, :9])
+        assert norm.num_batches_tracked == 1
+
+    @pytest.mark.parametrize("layers", [[0], [1]])
+    def test_a_mask_of_past_and_present_tokens_is_taken_in_training(self, layers):
+        """The layers before the graft have added the present tokens to the cache by then."""
+        model = grafted(query_norm="batch", layers_to_transform=layers).train()
+        decoder, tokens = decoder_of(model), random_tokens(2, 9)
+        past = {CACHE: DynamicCache(config=decoder.config)}
+        with torch.no_grad():
+            decoder(tokens[:, :4], use_cache=True, **past)
+        mask = torch.ones(2, 10, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"= \(2, 9\), got \(2, 10\)"):
+            decoder(tokens[:, 4:], attention_mask=mask, use_cache=True, **copy.deepcopy(past))
+        decoder(tokens[:, 4:], attention_mask=mask[:, :9], use_cache=True, **past)
+        assert grafts_of(model)[0].router.query_norm.num_batches_tracked == 1
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_generation_takes_its_caches(self, cache):
+        model = trained(grafted(query_norm="batch"))
+        tokens = random_tokens(2, 9)
+        options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False}
+        found = model.generate(input_ids=tokens, cache_implementation=cache, **options)
+        assert torch.equal(found, model.generate(input_ids=tokens, use_cache=False, **options))
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -33,6 +33,7 @@ import modeling_peer
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 member = PeftType("PEER_GRAFT")  # by the import of the package alone
+assert {"PeerGraftConfig", "PeerGraftModel"} <= {*dir(modeling_peer)}
 import modeling_peer.graft.model as grafts
 from modeling_peer.graft.registration import register_peer_graft
 number = len(PeftType)
@@ -51,19 +52,23 @@ except ImportError as error:
 
 def test_without_peft_nothing_is_said_until_grafts_are_asked_for():
     script = """
-import sys, warnings
+import inspect, sys, warnings
 sys.modules["peft"] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import modeling_peer
     from modeling_peer import *
 assert not [str(each.message) for each in caught if "graft" in str(each.message).lower()]
-assert PeerForCausalLM and modeling_peer.graft_merged and "PeerGraftConfig" in dir(modeling_peer)
+assert PeerForCausalLM and modeling_peer.graft_merged
+members = dict(inspect.getmembers(modeling_peer))  # reads each name that `dir` lists
+assert "PeerConfig" in members and "RowAdamW" in members
+assert not {"PeerGraftConfig", "PeerGraftModel"} & {*members}
 for name in ("PeerGraftConfig", "PeerGraftModel"):
     try:
         getattr(modeling_peer, name)
     except ImportError as error:
-        assert "which is not installed: `pip install modeling-peer[graft]`" in str(error)
+        assert "which is not installed: install the extra `graft` of modeling-peer: `pip install " in str(error)
+        assert str(error).endswith('`pip install ".[graft]"` in a clone, or `pip install peft`.')
         print(name)
 """
     assert run(script) == "PeerGraftConfig\nPeerGraftModel\n"

@@ -98,8 +98,10 @@ def test_the_package_refuses_them(tmp_path):
     assert error.startswith("ImportError: PEER for Transformers supports") and "found torch 2.8.0" in error
 
 
-def test_the_check_comes_first():
-    docstring, check, *_ = ast.parse((PACKAGE / "configuration_peer.py").read_text()).body
+@pytest.mark.parametrize("file", ["configuration_peer.py", "graft_merged.py"])
+def test_the_check_comes_first(file):
+    """In the files that Transformers runs first of the code that a checkpoint carries."""
+    docstring, check, *_ = ast.parse((PACKAGE / file).read_text()).body
     assert isinstance(docstring, ast.Expr)
     assert isinstance(check, ast.ImportFrom) and (check.level, check.module) == (1, "library_releases")
     assert not imports_of("library_releases")
