@@ -36,8 +36,8 @@ from modeling_peer import ExpertUsageMeter
 @dataclass
 class GenerationArguments:
     """
-    Which model continues which prompt, and how. Flags that are not given keep the generation settings of the
-    checkpoint.
+    Which model continues which prompt, and how. Flags that are not given keep the generation options
+    of the checkpoint.
     """
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint: a folder, or the id of a model of the Hub."})

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def library_logging():
-    """The library's, as the test found it: example scripts run in the process of the tests, and quiet it."""
+    """Transformers' logging as the test found it: example scripts run in the process of the tests, and quiet it."""
     from transformers.utils import logging
 
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The library's own model tests, from the source release of the installed transformers.
+Transformers' own model tests, from the source release of the installed Transformers.
 
 They are not in its wheel. The release's sdist carries `tests/test_*.py` but neither the helpers of generation and
 export nor the testers of single models, so those two mixins stand empty here and what they would test is tested in
@@ -57,7 +57,7 @@ def _fetch_tests() -> Path:
 
 
 def load(name: str) -> types.ModuleType:
-    """Module `name` of the library's tests, such as `test_modeling_common`."""
+    """Module `name` of Transformers' tests, such as `test_modeling_common`."""
     package = "transformers_tests"
     if package not in sys.modules:
         _add_module(package, __path__=[str(_fetch_tests())])

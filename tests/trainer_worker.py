@@ -65,7 +65,7 @@ def pad_right(examples):
 
 
 def trainer_of(model, folder, train_dataset=None, eval_dataset=None, callbacks=None, **options):
-    """The library's trainer on CPU, logging every step; `options` are `TrainingArguments`."""
+    """`Trainer` of Transformers on a CPU, logging every step; `options` are `TrainingArguments`."""
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": 40,

@@ -267,8 +267,8 @@ class OtherModel(nn.Module):
 def test_experts_in_any_module():
     torch.manual_seed(0)
     model, corpus = OtherModel(), [{"input_ids": random_tokens(length, seed=length)} for length in (2, 3, 5)]
-    labelled = [{**example, "labels": example["input_ids"]} for example in corpus]
-    background = ExpertBackground.measure(model, DataLoader(labelled, 3, collate_fn=pad_right), progress_bar=False)
+    labeled = [{**example, "labels": example["input_ids"]} for example in corpus]
+    background = ExpertBackground.measure(model, DataLoader(labeled, 3, collate_fn=pad_right), progress_bar=False)
     alone = ExpertBackground.measure(model, corpus, batch_size=1, progress_bar=False)
     assert background.sizes == {f"h.{layer}.mlp.expert_pool": 36 for layer in range(3)}
     assert all(torch.equal(background.document_counts[name], alone.document_counts[name]) for name in alone.sizes)

@@ -28,7 +28,7 @@ from modeling_peer import (
 
 
 def text(first_token, number=200, seed=0, length=12):
-    """Sequences of twenty neighbouring tokens, told apart by no other."""
+    """Sequences of twenty neighboring tokens, told apart by no other."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(first_token, first_token + 20, (number, length), generator=generator)
     return [{"input_ids": sequence} for sequence in tokens]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Splits tiny models over two processes by the library's pipeline parallelism, and runs them whole besides.
+Splits tiny models over two processes by pipeline parallelism of Transformers, and runs them whole.
 
     torchrun --nproc_per_node 2 pipeline_parallel.py OUTPUT
 """
@@ -33,7 +33,7 @@ RANK = int(os.environ["RANK"])
 
 
 def run(model: PeerForCausalLM) -> dict[str, torch.Tensor]:
-    # A stage without the first layer takes its cache for empty and forgets the padding: so does the library's Llama.
+    # A stage without the first layer takes its cache for empty and forgets the padding: so does Llama in Transformers.
     return outputs(model, padded_cache=False)
 
 

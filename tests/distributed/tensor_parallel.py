@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Splits tiny models of every variant over two processes by the library's tensor parallelism, and runs them whole besides.
+Splits tiny models of every variant over two processes by tensor parallelism of Transformers, and runs them whole.
 
     torchrun --nproc_per_node 2 tensor_parallel.py OUTPUT
 """

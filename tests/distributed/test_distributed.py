@@ -14,7 +14,7 @@
 """
 Two gloo processes on the CPU compute what one process computes: under DDP, FSDP2, tensor and pipeline parallelism.
 
-The scripts in `tests/distributed/` run what is tested, in few launches as each imports the library anew, and hand over
+The scripts in `tests/distributed/` run what is tested, in few launches as each imports Transformers anew, and hand over
 tensors and facts; the tests here look at them.
 """
 
@@ -294,7 +294,7 @@ def test_tensor_parallel_checkpoint_is_whole(tensor_parallel, name):
     saved, start = (
         load_file(tensor_parallel / folder / name / "model.safetensors") for folder in ("saved", "start-0")
     )
-    # Of tied weights the library gathers and saves both.
+    # Of tied weights Transformers gathers and saves both.
     assert saved.keys() - start.keys() == ({"lm_head.weight"} if name == "tied_embeddings" else set())
     for key, tensor in start.items():
         if "query_norm" not in key:

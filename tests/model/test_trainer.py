@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The library's own `Trainer` trains every head and variant; nothing it can be asked for changes what is computed."""
+"""`Trainer` of Transformers trains every head and variant; none of its options changes what is computed."""
 
 import math
 import multiprocessing
