@@ -20,8 +20,6 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from .configuration_peer import PeerConfig
 from .expert_generations import generations_of
 from .feed_forward_peer import PeerFeedForward
@@ -60,7 +58,7 @@ def built_fields(config: PeerConfig) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(config, name)) for name in BUILT_FIELDS}
 
 
-def check_built(base_model: nn.Module, config: PeerConfig) -> None:
+def check_built(base_model: Any, config: PeerConfig) -> None:
     """
     Refuse a configuration that no longer describes a model.
 

@@ -15,6 +15,9 @@
 What differs between the releases of Transformers and torch that this code runs on, and the private functions of theirs
 that it calls. A checkpoint's code carries this module along and imports it first: pip never sees which releases remote
 code needs, so the code itself refuses those that it does not know.
+
+Attributes that are read where they are needed, and not through here, are `_parameters` and `_modules` of modules, and
+`_indices()` and `_values()` of sparse tensors: every supported release has them.
 """
 
 from collections.abc import Callable
@@ -127,6 +130,14 @@ def storage_use_count(storage: torch.UntypedStorage) -> int | None:
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether torch has a kernel of an operator (`"aten::linalg_vector_norm"`) for a dispatch key (`"SparseCPU"`)."""
     return _has_kernel(operator, dispatch_key)
+
+
+def is_flat_parameter(parameter: torch.Tensor) -> bool:
+    """
+    Whether a parameter is one into which the first FSDP, without `use_orig_params`, has put those of other modules. If
+    a release of torch no longer marks them, the answer is no, and a step on one that holds frozen rows is not refused.
+    """
+    return getattr(parameter, "_is_flat_param", False)
 
 
 # Without it, `torch.vmap` fails where C would read its tensors, which have no memory, and so does `torch.func.grad`.

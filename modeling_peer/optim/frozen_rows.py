@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from ..growth_advice import FROZEN_ROWS
+from ..library_releases import is_flat_parameter
 from .row_adamw import RowAdamW
 
 
@@ -377,7 +378,7 @@ class _StepHooks:
         taken_out = any(weight is None for weight in weights)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in replaced or (taken_out and getattr(parameter, "_is_flat_param", False)):
+                if id(parameter) in replaced or (taken_out and is_flat_parameter(parameter)):
                     raise RuntimeError(
                         "Rows of an expert table were frozen, and another parameter has taken its place since, of "
                         f"shape {tuple(parameter.shape)} ({type(parameter.data).__name__}). Freeze its rows again; "
