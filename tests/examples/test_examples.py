@@ -33,6 +33,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,7 +50,7 @@ from common.text_data import (
     train_tokenizer,
 )
 from common.training import OptimizerArguments, make_optimizers
-from modeling_peer import PeerForSequenceClassification
+from modeling_peer import PeerForSequenceClassification, configuration_path, model_costs
 
 
 ROOT = Path(__file__).parents[2]
@@ -353,6 +354,10 @@ def test_quickstart(run, tmp_path):
         *("--max_eval_samples", "8"),
     )
     compared = results(tmp_path, "results.json")
+    for name in ("peer-tiny", "dense-tiny"):
+        costs = model_costs(AutoConfig.from_pretrained(configuration_path(name)))
+        assert (compared[name]["flops_per_token"], compared[name]["sequence_length"]) == (costs.flops, 512)
+        assert f"{costs.flops / 1e6:.2f}" in printed
     flops = [compared[name]["flops_per_token"] for name in ("peer-tiny", "dense-tiny")]
     assert flops[0] == pytest.approx(flops[1], rel=0.02)
     for result in compared.values():

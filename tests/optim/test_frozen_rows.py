@@ -41,6 +41,7 @@ from torch.testing import assert_close
 
 from modeling_peer.optim import frozen_rows
 from modeling_peer.optim.frozen_rows import freeze_rows, freezes_of, require_gradients
+from modeling_peer.sparse_gradients import enable_sparse_norms
 
 
 def saved(value):
@@ -114,6 +115,7 @@ class TestRows:
 
     @pytest.mark.parametrize("sparse", [False, True])
     def test_do_not_count_in_the_norm(self, sparse):
+        enable_sparse_norms()  # as the first table with sparse gradients does
         module, other = random_module(), random_parameter()
         parameter = module.weight
         freeze_rows(module, "weight", FROZEN)
