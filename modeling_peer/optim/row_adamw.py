@@ -54,6 +54,9 @@ class RowAdamW(torch.optim.Optimizer):
 
     Gradients of row parameters may be sparse (`config.sparse_expert_gradients`) or dense; the result is the same.
 
+    On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
+    `MODELING_PEER_COMPILE_KERNELS` is 0; `expert_kernels` of a configuration is for its model alone.
+
     Args:
         params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may override the
             hyperparameters below, and may have `"rows"` (`bool`, defaults to `False`): whether its parameters, of
