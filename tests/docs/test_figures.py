@@ -47,8 +47,11 @@ class TestQuickstart:
 
     def test_flops(self):
         """One number for both models, at the full context length, which the page names."""
-        for name in ("peer-tiny", "dense-tiny"):
+        results = json.loads(page("docs/images/quickstart.json"))
+        assert set(results) == {"peer-tiny", "dense-tiny"}
+        for name, result in results.items():
             costs = named_costs(name)
+            assert (result["flops_per_token"], result["sequence_length"]) == (costs.flops, costs.sequence_length)
             assert costs.sequence_length == 512
             figures = f"{costs.flops / 1e6:.2f} MFLOPs per token for both models, counted in sequences of 512 tokens"
             assert figures in " ".join(page("docs/training.md").split())
