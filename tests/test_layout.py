@@ -57,8 +57,7 @@ def test_a_checkpoint_carries_the_flat_files_and_no_others(tmp_path):
 
 
 def test_a_merged_graft_carries_the_rest_of_them(tmp_path):
-    pytest.importorskip("peft")
-    from graft_hosts import grafted
+    from graft_models import grafted
 
     PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
     grafted().merge_and_unload().save_pretrained(tmp_path / "merged")

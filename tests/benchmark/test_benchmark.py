@@ -111,7 +111,7 @@ class TestContenders:
 
 
 class TestMeasurement:
-    @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+    @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc, which only Linux has")
     def test_peak_memory(self):
         def work():
             (torch.ones(2**24) + 1).sum()  # two tensors of 64 MB live at once

@@ -19,7 +19,7 @@ import sys
 
 import pytest
 import torch
-from graft_hosts import graft_config, grafted, host_of, logits_of, trained
+from graft_models import base_model_of, graft_config, grafted, logits_of, trained
 from tiny_models import random_tokens, tiny_config
 
 from modeling_peer import PeerForCausalLM, PeerForTokenClassification
@@ -36,7 +36,7 @@ def saved(tmp_path):
     torch.manual_seed(0)
     tokens = random_tokens(2, 5)
     peer = PeerForCausalLM(tiny_config()).eval()
-    host_of().save_pretrained(tmp_path / "base")
+    base_model_of().save_pretrained(tmp_path / "base")
     adapter = trained(grafted())
     adapter.save_pretrained(tmp_path / "adapter")
     logits = {"peer": logits_of(peer, tokens), "adapter": logits_of(adapter, tokens)}

@@ -18,17 +18,17 @@ import json
 
 import pytest
 import torch
-from graft_hosts import (
+from graft_models import (
+    BASE_MODELS,
     FAMILIES_AND_PLACEMENTS,
     HEADS,
-    HOSTS,
     PLACEMENTS,
     TASKS,
     assert_same_state,
+    base_model_of,
     graft_config,
     grafted,
     grafts_of,
-    host_of,
     logits_of,
     state_of,
     trained,
@@ -41,28 +41,28 @@ from torch import nn
 from modeling_peer.graft.model import PeerGraftConfig
 
 
-FAMILIES = pytest.mark.parametrize("family", HOSTS)
+FAMILIES = pytest.mark.parametrize("family", BASE_MODELS)
 
 
 class TestTraining:
     @pytest.mark.parametrize(("family", "placement"), FAMILIES_AND_PLACEMENTS)
     def test_moves_the_graft_alone_and_comes_back_to_the_bit(self, family, placement, tmp_path):
         fields = PLACEMENTS[placement]
-        host = host_of(family)
-        before = copy.deepcopy(host)
-        host_logits = logits_of(host)
-        model = grafted(host, **fields)
+        base_model = base_model_of(family)
+        before = copy.deepcopy(base_model)
+        base_logits = logits_of(base_model)
+        model = grafted(base_model, **fields)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trained(model)
         logits = logits_of(model)
-        assert (logits - host_logits).abs().max() > 1e-3
+        assert (logits - base_logits).abs().max() > 1e-3
         moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
         assert moved and all("peer_graft_layer" in name for name in moved)
         assert {"up_proj", "down_proj", "query_proj"} <= {part for name in moved for part in name.split(".")}
         assert any("sub_keys" in name for name in moved)
         assert fields.get("query_norm") != "batch" or any("running_var" in name for name in moved)
         with model.disable_adapter():
-            assert torch.equal(logits_of(model), host_logits)
+            assert torch.equal(logits_of(model), base_logits)
         assert torch.equal(logits_of(model), logits)
 
         model.save_pretrained(tmp_path)
@@ -94,16 +94,16 @@ class TestTraining:
     def test_goes_on_from_a_saved_adapter(self, tmp_path):
         model = trained(grafted(query_norm="batch"))
         model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(host_of(), tmp_path, is_trainable=True)
+        loaded = PeftModel.from_pretrained(base_model_of(), tmp_path, is_trainable=True)
         assert torch.equal(logits_of(trained(loaded)), logits_of(trained(model)))
 
     @pytest.mark.parametrize("task_type", TASKS)
     def test_of_modules_besides(self, tmp_path, task_type):
-        def host():
+        def base_model():
             torch.manual_seed(0)
-            return TASKS[task_type].from_config(copy.deepcopy(HOSTS["llama"])).eval()
+            return TASKS[task_type].from_config(copy.deepcopy(BASE_MODELS["llama"])).eval()
 
-        model = get_peft_model(host(), graft_config(task_type=task_type))
+        model = get_peft_model(base_model(), graft_config(task_type=task_type))
         heads = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
         assert {name.split(".")[2] for name in heads} == HEADS.get(task_type, set())
         for name, parameter in model.named_parameters():
@@ -111,16 +111,16 @@ class TestTraining:
                 nn.init.normal_(parameter)
         tokens = random_tokens(2, 9)
         outputs = model.eval()(input_ids=tokens)[0]
-        assert not torch.equal(outputs, host()(input_ids=tokens)[0])
+        assert not torch.equal(outputs, base_model()(input_ids=tokens)[0])
         model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(host(), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
         assert torch.equal(loaded(input_ids=tokens)[0], outputs)
 
-    def test_in_the_dtype_of_the_host_or_in_float32(self, tmp_path):
+    def test_in_the_dtype_of_the_base_model_or_in_float32(self, tmp_path):
         tokens = random_tokens(2, 9)
-        host = host_of(dtype=torch.bfloat16)
-        before = logits_of(host)
-        model = grafted(host, query_norm="batch")
+        base_model = base_model_of(dtype=torch.bfloat16)
+        before = logits_of(base_model)
+        model = grafted(base_model, query_norm="batch")
         assert {parameter.dtype for parameter in grafts_of(model)[0].parameters()} == {torch.float32}
         assert torch.equal(logits_of(model), before)
         logits = logits_of(trained(model))
@@ -128,11 +128,11 @@ class TestTraining:
         model.save_pretrained(tmp_path)
         for low_cpu_mem_usage in (False, True):
             loaded = PeftModel.from_pretrained(
-                host_of(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+                base_model_of(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
             )
             assert torch.equal(logits_of(loaded.eval()), logits)
         narrow = get_peft_model(
-            host_of(dtype=torch.bfloat16), graft_config(query_norm="batch"), autocast_adapter_dtype=False
+            base_model_of(dtype=torch.bfloat16), graft_config(query_norm="batch"), autocast_adapter_dtype=False
         )
         graft = grafts_of(narrow)[0]
         assert {parameter.dtype for parameter in graft.parameters()} == {torch.bfloat16}
@@ -152,7 +152,7 @@ class TestSeveralAdapters:
         model = self.two(expert_act="relu")
         first = logits_of(model)
         model.set_adapter("second")
-        assert torch.equal(logits_of(model), logits_of(host_of()))
+        assert torch.equal(logits_of(model), logits_of(base_model_of()))
         trained(model)
         second = logits_of(model)
         assert not torch.equal(second, first)
@@ -162,7 +162,7 @@ class TestSeveralAdapters:
         assert trainable and all(".first." in name for name in trainable)
 
         model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(host_of(), tmp_path / "first", adapter_name="one").eval()
+        loaded = PeftModel.from_pretrained(base_model_of(), tmp_path / "first", adapter_name="one").eval()
         loaded.load_adapter(tmp_path / "second", adapter_name="other")
         assert torch.equal(logits_of(loaded), first)
         loaded.set_adapter("other")
@@ -216,22 +216,22 @@ class TestSeveralAdapters:
             names |= {part: "the name of a part" for name in graft.state_dict() for part in name.split(".")}
         assert {"output_bias", "gate_proj", "running_mean", "key_norm", "weight"} <= names.keys()
         for name, message in names.items():
-            host = host_of()
+            base_model = base_model_of()
             with pytest.raises(ValueError, match=f"`adapter_name` is '{name}', {message}"):
-                get_peft_model(host, graft_config(), adapter_name=name)
-            assert_same_state(state_of(host), state_of(host_of()))
+                get_peft_model(base_model, graft_config(), adapter_name=name)
+            assert_same_state(state_of(base_model), state_of(base_model_of()))
 
     def test_a_second_wrapping_warns(self):
         model = grafted()
         with pytest.warns(UserWarning, match="for a second time"):
             again = get_peft_model(model.base_model.model, graft_config(layers_to_transform=[2]), adapter_name="more")
-        assert torch.equal(logits_of(again.eval()), logits_of(host_of()))
+        assert torch.equal(logits_of(again.eval()), logits_of(base_model_of()))
 
     def test_unloading_leaves_the_host(self):
-        host = host_of()
-        before = state_of(host)
-        unloaded = trained(grafted(host)).unload()
-        assert unloaded is host
+        base_model = base_model_of()
+        before = state_of(base_model)
+        unloaded = trained(grafted(base_model)).unload()
+        assert unloaded is base_model
         after = state_of(unloaded)
         assert_same_state((*after[:2], before[2], *after[3:]), before)
 

@@ -19,7 +19,7 @@ import threading
 
 import pytest
 import torch
-from graft_hosts import graft_config, grafted, grafts_of, logits_of, trained
+from graft_models import graft_config, grafted, grafts_of, logits_of, trained
 from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
 from tiny_models import random_tokens

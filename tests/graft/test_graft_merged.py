@@ -26,16 +26,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from graft_hosts import (
+from graft_models import (
+    BASE_MODELS,
     FAMILIES_AND_PLACEMENTS,
-    HOSTS,
     PLACEMENTS,
     TASKS,
     assert_same_state,
+    base_model_of,
     graft_config,
     grafted,
     grafts_of,
-    host_of,
     logits_of,
     state_of,
     trained,
@@ -87,7 +87,7 @@ class TestRoundTrip:
         merged.save_pretrained(tmp_path)
         loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values())
-        assert type(loaded) is type(merged) and isinstance(loaded, type(host_of(family)))
+        assert type(loaded) is type(merged) and isinstance(loaded, type(base_model_of(family)))
         assert torch.equal(logits_of(loaded), logits)
         for use_cache in (True, False):
             assert torch.equal(loaded.generate(tokens, use_cache=use_cache, **GREEDY), generated)
@@ -101,8 +101,8 @@ class TestRoundTrip:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     @pytest.mark.parametrize("task_type", TASKS)
     def test_of_every_auto_class(self, family, task_type, tmp_path):
-        host = TASKS[task_type].from_config(copy.deepcopy(HOSTS[family])).eval()
-        model = get_peft_model(host, graft_config(task_type=task_type)).eval()
+        base_model = TASKS[task_type].from_config(copy.deepcopy(BASE_MODELS[family])).eval()
+        model = get_peft_model(base_model, graft_config(task_type=task_type)).eval()
         nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
         tokens = random_tokens(1, 5)
         outputs = model(input_ids=tokens)[0]
@@ -155,8 +155,8 @@ print(type(model).__name__)
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
         assert torch.equal(logits_of(loaded), logits)
 
-    def test_of_bfloat16_takes_the_dtype_of_the_host(self, tmp_path):
-        model = trained(grafted(host_of(dtype=torch.bfloat16), query_norm="batch"))
+    def test_of_bfloat16_takes_the_dtype_of_the_base_model(self, tmp_path):
+        model = trained(grafted(base_model_of(dtype=torch.bfloat16), query_norm="batch"))
         merged = model.merge_and_unload()
         assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
         merged.save_pretrained(tmp_path)
@@ -198,7 +198,7 @@ print(type(model).__name__)
         assert list(loaded.config.peer_grafts) == ["layers.1.mlp", "layers.1.mlp.feed_forward"]
 
     def test_keeps_what_another_method_learned(self):
-        lora = trained(get_peft_model(host_of(), LoraConfig(target_modules=["q_proj"])))
+        lora = trained(get_peft_model(base_model_of(), LoraConfig(target_modules=["q_proj"])))
         with pytest.warns(UserWarning, match="for a second time"):
             model = trained(grafted(lora.get_base_model(), adapter_name="graft"))
         logits = logits_of(model)
@@ -307,7 +307,7 @@ print("loaded", type(model).__module__)
 
 
 class TestRefusals:
-    def test_of_a_host_that_the_library_does_not_have(self, tmp_path):
+    def test_of_a_base_model_that_the_library_does_not_have(self, tmp_path):
         trained(grafted()).merge_and_unload().save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "host_model_type": "nothing"}))
@@ -318,15 +318,15 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", ["subclass", "peer"])
     def test_of_models_that_could_not_be_loaded_again(self, kind):
-        host = {
-            "subclass": lambda: type("Own", (LlamaForCausalLM,), {})(host_of().config),
+        base_model = {
+            "subclass": lambda: type("Own", (LlamaForCausalLM,), {})(base_model_of().config),
             "peer": lambda: PeerForCausalLM(tiny_config("dense", "peer", "dense")),
         }[kind]()
-        model = get_peft_model(host.eval(), graft_config(layers_to_transform=[0]))
-        logits, before = logits_of(trained(model)), state_of(host)
+        model = get_peft_model(base_model.eval(), graft_config(layers_to_transform=[0]))
+        logits, before = logits_of(trained(model)), state_of(base_model)
         with pytest.raises(ValueError, match="none of .* finds"):
             model.merge_and_unload()
-        assert_same_state(state_of(host), before)
+        assert_same_state(state_of(base_model), before)
         assert torch.equal(logits_of(model), logits)
 
     @pytest.mark.parametrize(
@@ -367,13 +367,13 @@ class TestRefusals:
         assert isinstance(model.base_model.model, LlamaForCausalLM) and not without_peft(model)
 
 
-def test_the_host_and_its_class_stay_as_they_were():
-    config = LlamaConfig(**HOSTS["llama"].to_dict())
+def test_the_base_model_and_its_class_stay_as_they_were():
+    config = LlamaConfig(**BASE_MODELS["llama"].to_dict())
     before, other = config.to_dict(), LlamaForCausalLM(config)
     merged = grafted(LlamaForCausalLM(config)).merge_and_unload()
     assert type(config) is type(other.config) is LlamaConfig and other.config.to_dict() == before
     for module in merged.modules():
         if isinstance(getattr(module, "config", None), LlamaConfig):
             assert module.config is merged.config
-    host = AutoModelForCausalLM.from_config(config)
-    assert type(host) is LlamaForCausalLM and not grafts_of(host)
+    base_model = AutoModelForCausalLM.from_config(config)
+    assert type(base_model) is LlamaForCausalLM and not grafts_of(base_model)

@@ -15,12 +15,12 @@
 
 import pytest
 import torch
-from graft_hosts import (
+from graft_models import (
     assert_refused,
     assert_same_state,
+    base_model_of,
     graft_config,
     grafted,
-    host_of,
     logits_of,
     state_of,
     trained,
@@ -53,7 +53,7 @@ class TestRefusals:
         ],
     )
     def test_of_layers(self, fields, message):
-        assert_refused(host_of(), graft_config(**fields), message)
+        assert_refused(base_model_of(), graft_config(**fields), message)
 
     def test_of_other_modules_than_models(self):
         with pytest.raises(
@@ -63,15 +63,19 @@ class TestRefusals:
 
     def test_of_a_mixture_of_experts(self):
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        host = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes))
-        assert_refused(host, graft_config(), "layer 0, where 0 feed-forwards were recognized")
-        assert_refused(host, graft_config(target_modules=["mlp"]), "a MixtralSparseMoeBlock, expected a feed-forward")
+        base_model = MixtralForCausalLM(
+            MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
+        )
+        assert_refused(base_model, graft_config(), "layer 0, where 0 feed-forwards were recognized")
+        assert_refused(
+            base_model, graft_config(target_modules=["mlp"]), "a MixtralSparseMoeBlock, expected a feed-forward"
+        )
 
     def test_of_a_feed_forward_without_a_module(self):
-        host = OPTForCausalLM(
+        base_model = OPTForCausalLM(
             OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
         )
-        assert_refused(host, graft_config(), "layer 0, where 0 feed-forwards were recognized")
+        assert_refused(base_model, graft_config(), "layer 0, where 0 feed-forwards were recognized")
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -97,7 +101,7 @@ class TestRefusals:
         config = graft_config()
         for name, value in fields.items():
             setattr(config, name, value)
-        assert_refused(host_of(), config, message)
+        assert_refused(base_model_of(), config, message)
 
     @pytest.mark.parametrize(
         ("family", "fields", "message"),
@@ -112,31 +116,31 @@ class TestRefusals:
     @pytest.mark.parametrize("added", [False, True], ids=["first", "added"])
     def test_of_adapters_of_another_host(self, tmp_path, family, fields, message, added):
         trained(grafted()).save_pretrained(tmp_path)
-        host = host_of(family, **fields)
+        base_model = base_model_of(family, **fields)
         if added:
-            host = grafted(host, adapter_name="present")
-        before = state_of(host)
+            base_model = grafted(base_model, adapter_name="present")
+        before = state_of(base_model)
         with pytest.raises(ValueError, match=message):
-            host.load_adapter(tmp_path, "other") if added else PeftModel.from_pretrained(host, tmp_path)
-        assert_same_state(state_of(host), before)
+            base_model.load_adapter(tmp_path, "other") if added else PeftModel.from_pretrained(base_model, tmp_path)
+        assert_same_state(state_of(base_model), before)
 
     def test_leaves_the_name_of_an_adapter_free(self, tmp_path):
         """Also where the library's own `load_adapter` injects it, which does not look after it."""
         for name, fields in (("fits", {}), ("other", {"hidden_size": 32})):
-            trained(grafted(host_of(**fields))).save_pretrained(tmp_path / name)
-        host = host_of()
-        host.load_adapter(str(tmp_path / "fits"), adapter_name="one")
+            trained(grafted(base_model_of(**fields))).save_pretrained(tmp_path / name)
+        base_model = base_model_of()
+        base_model.load_adapter(str(tmp_path / "fits"), adapter_name="one")
         with pytest.raises(ValueError, match="`host_hidden_size` = 32"):
-            host.load_adapter(str(tmp_path / "other"), adapter_name="two")
-        assert list(host.peft_config) == ["one"]
-        expected = logits_of(PeftModel.from_pretrained(host_of(), tmp_path / "fits"))
-        assert torch.equal(logits_of(host), expected)
-        host.load_adapter(str(tmp_path / "fits"), adapter_name="two")
+            base_model.load_adapter(str(tmp_path / "other"), adapter_name="two")
+        assert list(base_model.peft_config) == ["one"]
+        expected = logits_of(PeftModel.from_pretrained(base_model_of(), tmp_path / "fits"))
+        assert torch.equal(logits_of(base_model), expected)
+        base_model.load_adapter(str(tmp_path / "fits"), adapter_name="two")
 
     @pytest.mark.parametrize("added", [False, True], ids=["first", "added"])
     def test_of_what_fails_on_the_way(self, added, monkeypatch):
-        host = grafted(adapter_name="present", layers_to_transform=[0, 2]) if added else host_of()
-        before, logits = state_of(host), logits_of(host)
+        base_model = grafted(adapter_name="present", layers_to_transform=[0, 2]) if added else base_model_of()
+        before, logits = state_of(base_model), logits_of(base_model)
         add_graft, calls = PeerGraftLayer.add_graft, []
 
         def fails_at_the_second(*args):
@@ -148,14 +152,14 @@ class TestRefusals:
         monkeypatch.setattr(PeerGraftLayer, "add_graft", fails_at_the_second)
         config = graft_config(layers_to_transform=[1, 2])
         with pytest.raises(RuntimeError, match="out of memory"):
-            host.add_adapter("other", config) if added else get_peft_model(host, config)
-        assert_same_state(state_of(host), before)
-        assert torch.equal(logits_of(host), logits)
+            base_model.add_adapter("other", config) if added else get_peft_model(base_model, config)
+        assert_same_state(state_of(base_model), before)
+        assert torch.equal(logits_of(base_model), logits)
 
-    def test_of_a_host_with_several_lists_of_layers(self):
-        host = host_of()
-        host.model.others = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
-        assert_refused(host, graft_config(), r"has 2 lists .* = 3 layers, \['model.layers', 'model.others'\]")
+    def test_of_a_base_model_with_several_lists_of_layers(self):
+        base_model = base_model_of()
+        base_model.model.others = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+        assert_refused(base_model, graft_config(), r"has 2 lists .* = 3 layers, \['model.layers', 'model.others'\]")
 
     def test_of_adapters_of_another_method(self):
         model = grafted()

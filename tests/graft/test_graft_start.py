@@ -18,15 +18,15 @@ import dataclasses
 
 import pytest
 import torch
-from graft_hosts import (
-    HOSTS,
+from graft_models import (
+    BASE_MODELS,
     PLACEMENTS,
     SIZES,
     assert_refused,
+    base_model_of,
     graft_config,
     grafted,
     grafts_of,
-    host_of,
     logits_of,
     middle_feed_forward,
     trained,
@@ -53,7 +53,7 @@ from modeling_peer.graft.model import PeerGraftLayer
 from modeling_peer.graft_layer import GraftedFeedForward
 
 
-FAMILIES = pytest.mark.parametrize("family", HOSTS)
+FAMILIES = pytest.mark.parametrize("family", BASE_MODELS)
 ALL_PLACEMENTS = pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
 
 
@@ -61,10 +61,10 @@ class TestStart:
     @FAMILIES
     @pytest.mark.parametrize("query_norm", ["rms", "batch"])
     def test_beside_it_is_nothing(self, family, query_norm):
-        host = host_of(family)
-        before = logits_of(host)
-        model = grafted(host, query_norm=query_norm)
-        assert isinstance(host.base_model.get_submodule(middle_feed_forward(family)), PeerGraftLayer)
+        base_model = base_model_of(family)
+        before = logits_of(base_model)
+        model = grafted(base_model, query_norm=query_norm)
+        assert isinstance(base_model.base_model.get_submodule(middle_feed_forward(family)), PeerGraftLayer)
         assert len(grafts_of(model)) == 1
         assert torch.equal(logits_of(model), before)
         assert torch.equal(logits_of(model.train()), before)
@@ -100,9 +100,9 @@ class TestStart:
 
     @ALL_PLACEMENTS
     def test_equals_algorithm_1(self, fields):
-        host = host_of(dtype=torch.float64)
-        feed_forward = copy.deepcopy(host.model.layers[1].mlp)
-        model = grafted(host, sub_keys_per_head=True, **fields)
+        base_model = base_model_of(dtype=torch.float64)
+        feed_forward = copy.deepcopy(base_model.model.layers[1].mlp)
+        model = grafted(base_model, sub_keys_per_head=True, **fields)
         graft = grafts_of(model)[0]
         assert graft.router.sub_keys.dtype == torch.float64
         graft.double()  # running statistics too
@@ -110,7 +110,7 @@ class TestStart:
             nn.init.uniform_(tensor, 0.5, 1.5) if "norm" in name else nn.init.normal_(tensor)
         hidden_states = torch.randn(2, 3, 24, dtype=torch.float64)
         with torch.no_grad():
-            output = host.model.layers[1].mlp(hidden_states)
+            output = base_model.model.layers[1].mlp(hidden_states)
             expected = literal_peer(graft.config, graft, hidden_states)
             if fields.get("placement") != "in_place":
                 expected = expected + feed_forward(hidden_states)
@@ -120,20 +120,24 @@ class TestStart:
         """Neurons anew; only what was read from a file waits for weights."""
         config = graft_config(**PLACEMENTS["neurons"])
         for _ in range(2):
-            down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
+            down = grafts_of(get_peft_model(base_model_of(), config))[0].expert_pool.down_proj.weight
             assert down.any(1).sum() == 32
-        assert_refused(host_of("gpt2"), config, "'llama', this one has 'gpt2'. A new adapter needs a configuration of")
+        assert_refused(
+            base_model_of("gpt2"), config, "'llama', this one has 'gpt2'. A new adapter needs a configuration of"
+        )
 
     def test_elsewhere_with_a_configuration_that_was_filled_in(self):
         config = graft_config(**PLACEMENTS["neurons"])
-        get_peft_model(host_of(), config)
+        get_peft_model(base_model_of(), config)
         config.layers_to_transform = [0]
         assert_refused(
-            host_of(), config, r"`layers_to_transform` is \[0\], but `target_modules` names \['model.layers.1.mlp'\]"
+            base_model_of(),
+            config,
+            r"`layers_to_transform` is \[0\], but `target_modules` names \['model.layers.1.mlp'\]",
         )
         # Another option is no sign of weights to come: experts start as neurons.
         config = dataclasses.replace(config, layers_to_transform=None, num_experts_per_head=2)
-        down = grafts_of(get_peft_model(host_of(), config))[0].expert_pool.down_proj.weight
+        down = grafts_of(get_peft_model(base_model_of(), config))[0].expert_pool.down_proj.weight
         assert down.any(1).sum() == 32
 
     @pytest.mark.parametrize("kind", ["llava", "gemma3"])
@@ -144,12 +148,12 @@ class TestStart:
         vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
         vision |= {"image_size": 28, "patch_size": 14}
         if kind == "gemma3":
-            host = Gemma3ForConditionalGeneration(Gemma3Config(vision_config=vision, text_config=text))
+            base_model = Gemma3ForConditionalGeneration(Gemma3Config(vision_config=vision, text_config=text))
         else:
             configs = {"vision_config": {**vision, "model_type": "siglip_vision_model"}}
             configs["text_config"] = {**text, "model_type": "llama"}
-            host = LlavaForConditionalGeneration(LlavaConfig(**configs))
-        model = get_peft_model(host.eval(), graft_config(layers_to_transform=[0]))
+            base_model = LlavaForConditionalGeneration(LlavaConfig(**configs))
+        model = get_peft_model(base_model.eval(), graft_config(layers_to_transform=[0]))
         assert model.peft_config["default"].target_modules == {"model.language_model.layers.0.mlp"}
         before = logits_of(model)
         nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
@@ -162,9 +166,9 @@ class TestNeurons:
     @pytest.mark.parametrize("num_experts", [10**2, 48**2], ids=["as_they_are", "found_by_the_router"])
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
     def test_are_experts(self, family, num_experts):
-        host = host_of(family, dtype=torch.float64)
-        feed_forward = copy.deepcopy(host.base_model.get_submodule(middle_feed_forward(family)))
-        graft = grafts_of(grafted(host, **{**PLACEMENTS["neurons"], "num_experts": num_experts}))[0]
+        base_model = base_model_of(family, dtype=torch.float64)
+        feed_forward = copy.deepcopy(base_model.base_model.get_submodule(middle_feed_forward(family)))
+        graft = grafts_of(grafted(base_model, **{**PLACEMENTS["neurons"], "num_experts": num_experts}))[0]
         width = recognize_feed_forward(feed_forward).intermediate_size
         assert graft.config.gated_experts is (family != "gpt2")
         copies = neuron_cells(graft.config, width)
@@ -185,10 +189,10 @@ class TestNeurons:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_are_found_by_their_inputs(self, family, query_norm):
         """With as many features as neurons of a head, every head retrieves the largest of its share."""
-        host = host_of(family)
+        base_model = base_model_of(family)
         fields = {**PLACEMENTS["neurons"], "num_experts": 48**2, "query_size": 128, "query_norm": query_norm}
-        feed_forward = copy.deepcopy(host.base_model.get_submodule(middle_feed_forward(family)))
-        graft, parts = grafts_of(grafted(host, **fields))[0], recognize_feed_forward(feed_forward)
+        feed_forward = copy.deepcopy(base_model.base_model.get_submodule(middle_feed_forward(family)))
+        graft, parts = grafts_of(grafted(base_model, **fields))[0], recognize_feed_forward(feed_forward)
         activated, width = parts.gate or parts.up, parts.intermediate_size
         hidden_states = torch.randn(4, 16, 24)
         features = hidden_states if family != "gpt2" else torch.cat([hidden_states, torch.ones(4, 16, 1)], dim=-1)
@@ -222,45 +226,47 @@ class TestNeurons:
         ],
     )
     def test_that_do_not_fit_are_refused(self, fields, message):
-        assert_refused(host_of(), graft_config(**{**PLACEMENTS["neurons"], **fields}), message)
+        assert_refused(base_model_of(), graft_config(**{**PLACEMENTS["neurons"], **fields}), message)
 
     def test_of_another_kind_of_feed_forward_are_refused(self):
-        host = host_of()
-        host.model.layers[1].mlp.act_fn = nn.Tanh()
-        assert_refused(host, graft_config(**PLACEMENTS["neurons"]), "the activation 'silu', .* something else")
+        base_model = base_model_of()
+        base_model.model.layers[1].mlp.act_fn = nn.Tanh()
+        assert_refused(base_model, graft_config(**PLACEMENTS["neurons"]), "the activation 'silu', .* something else")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_of_nearly_the_same_kind_are_refused(self, dtype):
-        host = host_of("gpt2", dtype=dtype)
-        host.transformer.h[1].mlp.act = nn.GELU()
-        assert_refused(host, graft_config(**PLACEMENTS["neurons"]), "the activation 'gelu_new', .* something else")
+        base_model = base_model_of("gpt2", dtype=dtype)
+        base_model.transformer.h[1].mlp.act = nn.GELU()
+        assert_refused(
+            base_model, graft_config(**PLACEMENTS["neurons"]), "the activation 'gelu_new', .* something else"
+        )
 
     @pytest.mark.parametrize("num_experts", [10**2, 48**2], ids=["as_they_are", "found_by_the_router"])
     def test_on_the_device_of_the_host(self, num_experts):
-        """A graft is made on the CPU; the host may be elsewhere, here on a device that every machine has."""
-        model = grafted(host_of("gpt2").to("meta"), **{**PLACEMENTS["neurons"], "num_experts": num_experts})
+        """A graft is made on the CPU; the base model may be elsewhere, here on a device that every machine has."""
+        model = grafted(base_model_of("gpt2").to("meta"), **{**PLACEMENTS["neurons"], "num_experts": num_experts})
         assert {tensor.device.type for tensor in grafts_of(model)[0].state_dict().values()} == {"meta"}
 
     def test_are_not_looked_for_when_weights_are_loaded(self, tmp_path, monkeypatch):
         """They may be quantized by then."""
         model = trained(grafted("gpt2", **PLACEMENTS["neurons"]))
         model.save_pretrained(tmp_path)
-        host = host_of("gpt2")
+        base_model = base_model_of("gpt2")
         for name in ("computes", "_copy_neurons"):
             for module in (graft_initialization, graft_model):
                 monkeypatch.setattr(module, name, lambda *_: pytest.fail("looked for"), raising=False)
-        loaded = PeftModel.from_pretrained(host, tmp_path)
+        loaded = PeftModel.from_pretrained(base_model, tmp_path)
         assert torch.equal(logits_of(loaded.eval()), logits_of(model))
-        host = host_of("gpt2")
-        for parameter in host.transformer.h[1].mlp.parameters():
+        base_model = base_model_of("gpt2")
+        for parameter in base_model.transformer.h[1].mlp.parameters():
             parameter.requires_grad_(False).data = parameter.data.to(torch.int8)
-        graft = grafts_of(PeftModel.from_pretrained(host, tmp_path))[0]
+        graft = grafts_of(PeftModel.from_pretrained(base_model, tmp_path))[0]
         assert torch.equal(graft.output_bias, grafts_of(model)[0].output_bias)
 
 
 def test_recognises_feed_forwards_by_their_linear_layers():
-    for family in HOSTS:
-        parts = recognize_feed_forward(host_of(family).base_model.get_submodule(middle_feed_forward(family)))
+    for family in BASE_MODELS:
+        parts = recognize_feed_forward(base_model_of(family).base_model.get_submodule(middle_feed_forward(family)))
         assert (parts.hidden_size, parts.intermediate_size) == (24, 96 if family == "gpt2" else 32)
         assert (parts.gate is None) == parts.has_biases == (family == "gpt2")
     assert recognize_feed_forward(nn.Linear(3, 3)) is None

@@ -15,7 +15,7 @@
 
 import pytest
 import torch
-from graft_hosts import graft_config, grafted, grafts_of, host_of
+from graft_models import base_model_of, graft_config, grafted, grafts_of
 from peft import PeftModel, get_peft_model
 from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
@@ -39,7 +39,7 @@ from modeling_peer.expert_table import ExpertTable
 
 
 def model_of(family="llama", **fields):
-    return grafted(host_of(family), **fields)
+    return grafted(base_model_of(family), **fields)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ class TestTrainer:
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < 0.9 * before
         trainer.save_model(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(host_of(family), tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(base_model_of(family), tmp_path / "adapter")
         assert torch.equal(logits_of(loaded), logits_of(trainer.model))
 
     def test_resumes_to_the_bit(self, tmp_path):
@@ -187,10 +187,10 @@ class TestTrainer:
 class TestSupervisedFineTuning:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
-        """Of a host and the tokenizer of the texts."""
-        folder = tmp_path_factory.mktemp("host")
+        """Of a base model and the tokenizer of the texts."""
+        folder = tmp_path_factory.mktemp("base_model")
         save_tokenizer(folder)
-        host_of("qwen3", seed=1).save_pretrained(folder)
+        base_model_of("qwen3", seed=1).save_pretrained(folder)
         return folder
 
     @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ class TestKept:
                 fresh_load()
             assert len(libraries(cache)) == before + 1, name
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+    @pytest.mark.skipif(
+        not hasattr(os, "fork"), reason="this system has no fork, so no process shares the cache in this way"
+    )
     @pytest.mark.parametrize("damaged", [False, True])
     def test_processes_that_start_together_share_one(self, damaged, cache, monkeypatch):
         """A compilation takes a second, and each process reports whether it compiled."""
@@ -239,12 +241,15 @@ class TestWhereItCannotBe:
         assert compiled(compilations) == 2  # once in each folder
         assert len(libraries(own_folder(cache))) == 1
 
-    @pytest.mark.skipif(not shutil.which("unshare") or os.getuid() != 0, reason="mounts a file system")
+    @pytest.mark.skipif(
+        not shutil.which("unshare") or os.getuid() != 0,
+        reason="mounting a file system needs `unshare` and the root user",
+    )
     def test_on_a_file_system_mounted_noexec(self, tmp_path):
         home = tmp_path / "home"
         home.mkdir()
         if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "noexec", "none", home]).returncode:
-            pytest.skip("this user may not mount")
+            pytest.skip("root may not mount a file system here, as in a container without that privilege")
         command = 'mount -t tmpfs -o noexec none "$1" && exec "$2" -c "$3" "$1" "$4"'
         done = subprocess.run(
             ["unshare", "-m", "sh", "-c", command, "sh", str(home), sys.executable, LOAD, SOURCE],

@@ -190,7 +190,7 @@ print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self
             torch.set_num_threads(before)
         assert asked == [1, 2]
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, so no child inherits threads")
     def test_a_fork_after_use(self, tmp_path):
         """The child has none of its parent's threads, and would wait for them for ever."""
         script = """

@@ -160,15 +160,14 @@ def test_the_former_name_of_the_cpu_kernels_loads(tmp_path):
 
 
 def test_the_former_name_of_the_cpu_kernels_loads_in_grafts(tmp_path):
-    pytest.importorskip("peft")
-    from graft_hosts import grafted, grafts_of, host_of, logits_of
+    from graft_models import base_model_of, grafted, grafts_of, logits_of
     from peft import PeftModel
 
     model = grafted()
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native"}))
-    loaded = PeftModel.from_pretrained(host_of(), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(base_model_of(), tmp_path).eval()
     assert [graft.config.expert_kernels for graft in grafts_of(loaded)] == ["cpu"]
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 

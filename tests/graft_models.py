@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Small random hosts of six families, and grafts on them."""
+"""Small random base models of six families, and grafts on them."""
 
 import copy
 
@@ -56,7 +56,7 @@ SPECIAL = {
     name: SIZES[name] for name in ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")
 }
 
-HOSTS = {
+BASE_MODELS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=4),
@@ -74,7 +74,7 @@ PLACEMENTS = {
 
 # Every family and every placement; not every pair of them, as the code does not know one from the other. GPT-2 has
 # biases.
-FAMILIES_AND_PLACEMENTS = [(family, "beside_batch") for family in HOSTS] + [
+FAMILIES_AND_PLACEMENTS = [(family, "beside_batch") for family in BASE_MODELS] + [
     ("gpt2", "beside"),
     ("gpt2", "in_place"),
     ("gpt2", "neurons"),
@@ -91,16 +91,18 @@ TASKS = {
 HEADS = {"SEQ_CLS": {"score"}, "TOKEN_CLS": {"score"}, "QUESTION_ANS": {"qa_outputs"}}
 
 
-def host_of(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
-    """A random host in evaluation; its biases and norms are not their first ones."""
-    config = copy.deepcopy(HOSTS[family])
+def base_model_of(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields
+) -> PreTrainedModel:
+    """A random base model in evaluation; its biases and norms are not their first ones."""
+    config = copy.deepcopy(BASE_MODELS[family])
     if fields:
         config = type(config)(**{**config.to_dict(), **fields})
     torch.manual_seed(seed)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     model.config.dtype = dtype
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers of rotary embeddings stay in float32, as in a loaded host
+        parameter.data = parameter.data.to(dtype)  # buffers of rotary embeddings stay in float32, as in a loaded one
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in name or "ln_" in name), std=0.1)
     return model
@@ -112,11 +114,11 @@ def graft_config(**fields) -> PeerGraftConfig:
     return PeerGraftConfig(**{"task_type": "CAUSAL_LM", **sizes, **fields})
 
 
-def grafted(host: PreTrainedModel | str = "llama", adapter_name: str = "default", seed: int = 0, **fields):
-    """A host with a new graft, in evaluation."""
-    host = host_of(host) if isinstance(host, str) else host
+def grafted(base_model: PreTrainedModel | str = "llama", adapter_name: str = "default", seed: int = 0, **fields):
+    """A base model with a new graft, in evaluation."""
+    base_model = base_model_of(base_model) if isinstance(base_model, str) else base_model
     torch.manual_seed(seed)
-    return get_peft_model(host, graft_config(**fields), adapter_name=adapter_name).eval()
+    return get_peft_model(base_model, graft_config(**fields), adapter_name=adapter_name).eval()
 
 
 def trained(model, steps: int = 3, seed: int = 5):
@@ -145,13 +147,13 @@ def middle_feed_forward(family):
     return "h.1.mlp" if family == "gpt2" else "layers.1.mlp"
 
 
-def state_of(host):
+def state_of(base_model):
     """Everything that a refusal must leave alone."""
-    tensors = {name: tensor.clone() for name, tensor in host.state_dict().items()}
-    modules = [(name, type(module)) for name, module in host.named_modules()]
-    trains = [parameter.requires_grad for parameter in host.parameters()]
-    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in host.modules()]
-    return tensors, modules, trains, hooks, host.config.to_dict(), hasattr(host, "peft_config")
+    tensors = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
+    modules = [(name, type(module)) for name, module in base_model.named_modules()]
+    trains = [parameter.requires_grad for parameter in base_model.parameters()]
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in base_model.modules()]
+    return tensors, modules, trains, hooks, base_model.config.to_dict(), hasattr(base_model, "peft_config")
 
 
 def assert_same_state(found, expected):
@@ -161,8 +163,8 @@ def assert_same_state(found, expected):
     assert found[1:] == expected[1:]
 
 
-def assert_refused(host, config, message):
-    before = state_of(host)
+def assert_refused(base_model, config, message):
+    before = state_of(base_model)
     with pytest.raises(ValueError, match=message):
-        get_peft_model(host, config)
-    assert_same_state(state_of(host), before)
+        get_peft_model(base_model, config)
+    assert_same_state(state_of(base_model), before)
