@@ -47,7 +47,7 @@ class KeepLeadingHeads(ConversionOps):
 
 
 def register_head_selection() -> None:
-    """Lets `from_pretrained(..., num_retrieval_heads=fewer)` keep the first heads."""
+    """Let `from_pretrained(..., num_retrieval_heads=fewer)` keep the first heads."""
     register_checkpoint_conversion_mapping(
         "peer",
         [WeightConverter(name, name, operations=[KeepLeadingHeads()]) for name in PER_HEAD_TENSORS],

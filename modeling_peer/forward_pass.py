@@ -40,5 +40,5 @@ class ForwardPass:
         return self.learns and not self.has_ended
 
     def end(self) -> None:
-        """Marks the end of the forward pass."""
+        """Mark the end of the forward pass."""
         self.has_ended = True

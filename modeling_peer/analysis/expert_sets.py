@@ -163,7 +163,7 @@ def _tables(holder: nn.Module) -> dict[str, list[tuple[int, ExpertTable]]]:
 
 def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = None) -> dict[str, ExpertSet]:
     """
-    Selects the sets of experts of some layers, or all.
+    Select the sets of experts of some layers, or all.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers.

@@ -38,7 +38,7 @@ class FrozenExperts:
         self._handles = handles
 
     def remove(self) -> None:
-        """Lets the experts be trained again, except those that another freeze holds. Does nothing if called again."""
+        """Let the experts be trained again, except those that another freeze holds. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
 
@@ -52,16 +52,15 @@ def freeze_experts(
     min_documents: int = 1,
 ) -> FrozenExperts:
     """
-    Freezes experts: their up- and down-projection vectors and gates keep their values to the bit, with any optimizer
+    Freeze experts: their up- and down-projection vectors and gates keep their values to the bit, with any optimizer
     of torch (see [`freeze_rows`]). The rest of the model, including the sub-keys by which experts are retrieved, is
     trained as before. An expert is frozen if it fulfills all conditions given; without any condition, all experts are.
 
     It holds in `Trainer` with clipping (which does not count frozen rows), with gradient accumulation, dense or
     row-sparse gradients, and DistributedDataParallel, where each process has to freeze the same experts. Freezes are
-    not saved and not
-    copied: call `freeze_experts` again before resuming from a checkpoint, or for a copy of the model. A table that is
-        frozen as a whole requires no gradient, so freeze before an optimizer or DistributedDataParallel gets the
-        model.
+    not saved and not copied: call `freeze_experts` again before resuming from a checkpoint, or for a copy of the
+    model. A table that is frozen as a whole requires no gradient, so freeze before an optimizer or
+    DistributedDataParallel gets the model.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted
@@ -105,7 +104,7 @@ def freeze_experts(
 
 
 def check_background(name: str, background: ExpertBackground, model: nn.Module) -> None:
-    """Raises `ValueError` if the argument of this name is no background measured on the experts of the model."""
+    """Raise `ValueError` if the argument of this name is no background measured on the experts of the model."""
     if not isinstance(background, ExpertBackground):
         raise ValueError(
             f"`{name}` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)` returns it, got "

@@ -61,7 +61,7 @@ def fit_gates(
     progress_bar: bool = True,
 ) -> dict[int, GateFit]:
     """
-    Fits the gates of the last protected addition, so that they open for the new text and stay closed for the
+    Fit the gates of the last protected addition, so that they open for the new text and stay closed for the
     reference, token by token, from the hidden states that the layers get. Best between [`add_experts`] and training:
     experts that are silent outside the new text have less to unlearn there. Nothing but the gates changes. The hidden
     states of both texts are kept on the CPU, for each layer that grew.

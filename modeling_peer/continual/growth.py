@@ -69,7 +69,7 @@ def add_experts(
     inputs: torch.Tensor | None = None,
 ) -> Addition:
     """
-    Adds experts to a trained model and to its configuration, and leaves only them to be trained (see
+    Add experts to a trained model and to its configuration, and leave only them to be trained (see
     [`train_added_experts_only`]). Old experts keep their indices and vectors; new ones are silent at first, v_i = 0.
     Make optimizers after it.
 
@@ -79,8 +79,8 @@ def add_experts(
     The cost per token is that of `num_retrieval_heads · num_experts_per_head` experts and of their retrieval.
 
     `mode="open"`: the key grid gets larger, and new keys compete with the old ones for the same k places of a head.
-        The only cost per token is that of scoring them. New experts that win a place take weight from the old ones at
-        once. Train with [`RowAdamW`]: other optimizers keep state for old rows too.
+    The only cost per token is that of scoring them. New experts that win a place take weight from the old ones at
+    once. Train with [`RowAdamW`]: other optimizers keep state for old rows too.
 
     Args:
         model ([`PeerPreTrainedModel`]): A model with PEER layers.
@@ -147,7 +147,7 @@ def add_experts(
 
 def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
-    Freezes a grown model except for the experts of its last addition, their keys and, if the addition is protected,
+    Freeze a grown model except for the experts of its last addition, their keys and, if the addition is protected,
     their query network. Gates of added experts are left to [`fit_gates`]. [`add_experts`] calls it. What is trained is
     not saved or copied with a model: call it again after loading or copying one, before an optimizer gets the
     parameters.
@@ -184,7 +184,7 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
 
 
 def check_is_peer_model(model: nn.Module) -> None:
-    """Raises `ValueError` if experts cannot be added to a model."""
+    """Raise `ValueError` if experts cannot be added to a model."""
     if not isinstance(model, PeerPreTrainedModel):
         raise ValueError(
             f"Experts can be added to PEER models, got a {type(model).__name__}. If it has adapters, merge or unload "
@@ -212,7 +212,7 @@ def _peer_layers(model, layers):
 
 
 def _check(config: PeerConfig, addition):
-    """Raises `ValueError` if a model cannot get these experts."""
+    """Raise `ValueError` if a model cannot get these experts."""
     check_additions(
         config.expert_additions, config.feed_forward_types, config.num_experts, config.share_experts_across_layers
     )
@@ -269,7 +269,7 @@ def _outputs(model, inputs):
 
 
 def _grow_protected(model, grown, config: PeerConfig):
-    """Makes all new modules before it puts them in place, so that the model stays as it was if one cannot be made."""
+    """Make all new modules before putting them in place, so that the model stays as it was if one cannot be made."""
     new_pools, new_routers = {}, {}
     for index, layer in grown.items():
         pool, generation = _pool(model, layer), generations_of(config, index)[-1]

@@ -35,7 +35,7 @@ from .freezing import check_background
 
 def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: int) -> torch.Tensor:
     """
-    Scores how much more a batch uses each expert than the documents of a background do (arXiv 2510.15103, section 3):
+    Score how much more a batch uses each expert than the documents of a background do (arXiv 2510.15103, section 3):
     `c(i) / Σ_j c(j) · log((|B| + 1) / (Σ_{b ∈ B} 1[c_b(i) > 0] + 1))`.
 
     Args:
@@ -172,7 +172,7 @@ class SparseFinetuningCallback(TrainerCallback):
         self.remove()
 
     def remove(self) -> None:
-        """Takes its hooks and freezes off the model, as the end of a training does. What it trains stays chosen."""
+        """Take the hooks and freezes off the model, as the end of a training does. What it trains stays chosen."""
         for hook in self._hooks:
             hook.remove()
         for freezes in self._freezes.values():
@@ -212,7 +212,7 @@ class SparseFinetuningCallback(TrainerCallback):
 
     @torch.compiler.disable
     def _after_forward(self, model, args, output):
-        """Chooses once all micro-batches of a step are counted, and before the last one's backward."""
+        """Choose once all micro-batches of a step are counted, and before the last one's backward."""
         from accelerate.state import GradientState
 
         if self._counting and GradientState().sync_gradients:

@@ -66,7 +66,7 @@ class FrozenRows:
 
     def set_rows(self, rows: torch.Tensor) -> None:
         """
-        Freezes other rows from now on. Gradients accumulated before are zeroed at the next step, but a clipping in
+        Freeze other rows from now on. Gradients accumulated before are zeroed at the next step, but a clipping in
         between still counts them.
 
         Args:
@@ -95,7 +95,7 @@ class FrozenRows:
 
     def remove(self) -> None:
         """
-        Ends the freeze; does nothing if it has ended. A parameter that required no gradient because of it requires one
+        End the freeze; do nothing if it has ended. A parameter that required no gradient because of it requires one
         again, if it did before.
         """
         state = None if self._state is None else self._state()
@@ -103,7 +103,7 @@ class FrozenRows:
             state.remove(self)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises `RuntimeError` if the freeze is for the steps of another optimizer."""
+        """Raise `RuntimeError` if the freeze is for the steps of another optimizer."""
         if self._optimizer is not None and self._optimizer() is not optimizer:
             raise RuntimeError(
                 f"A {type(self.holder).__name__} that did not come to its end holds parameters that another "
@@ -180,7 +180,7 @@ class _FrozenParameter:
             module.__dict__[FROZEN_ROWS].remove(self)
 
     def allow_gradient(self, freeze: FrozenRows) -> None:
-        """Lets the parameter require a gradient, if it did before, once no freeze holds all of it."""
+        """Let the parameter require a gradient, if it did before, once no freeze holds all of it."""
         if freeze in self.whole:
             self.whole.remove(freeze)
             parameter = self.parameter()
@@ -196,7 +196,7 @@ class _FrozenParameter:
 
     @torch.no_grad()
     def zero(self, gradient: torch.Tensor) -> None:
-        """Zeroes the frozen rows of a gradient in place."""
+        """Zero the frozen rows of a gradient in place."""
         self._move_to(gradient.device)
         if gradient.is_sparse:
             values = gradient._values()
@@ -224,7 +224,7 @@ def freeze_rows(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> FrozenRows:
     """
-    Freezes rows of a module's parameter: they keep their values to the bit, whatever optimizer of torch steps on them.
+    Freeze rows of a module's parameter: they keep their values to the bit, whatever optimizer of torch steps on them.
 
     After each backward their gradient is zeroed in place, dense or row-sparse, so that a clipping does not count them
     (with DistributedDataParallel before the reduction: all ranks must freeze the same rows). A zero gradient alone
@@ -283,7 +283,7 @@ def freezes_of(module: nn.Module) -> list[FrozenRows]:
 
 
 def require_gradients(parameters: Iterable[torch.Tensor], required: bool = True) -> None:
-    """Calls `requires_grad_(required)` of each parameter, such that the end of an earlier freeze does not undo it."""
+    """Call `requires_grad_(required)` of each parameter, such that the end of an earlier freeze does not undo it."""
     frozen = _STEP_HOOKS.states_by_parameter()
     for parameter in parameters:
         parameter.requires_grad_(required)
@@ -292,7 +292,7 @@ def require_gradients(parameters: Iterable[torch.Tensor], required: bool = True)
 
 
 def check_can_freeze(parameter: torch.Tensor) -> None:
-    """Raises `ValueError` if rows of the parameter cannot be frozen."""
+    """Raise `ValueError` if rows of the parameter cannot be frozen."""
     if not isinstance(parameter, nn.Parameter):
         raise ValueError(f"Rows of an `nn.Parameter` can be frozen, got a {type(parameter).__name__}.")
     if dist.is_available() and isinstance(parameter, DTensor):

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    Finds the newest checkpoint of a `Trainer` that was saved to its end, to resume from.
+    Find the newest checkpoint of a `Trainer` that was saved to its end, to resume from.
 
     `Trainer.train(resume_from_checkpoint=True)` and `get_last_checkpoint` of Transformers take the newest checkpoint
     even if the process was killed while it saved, and then fail for what is missing. `Trainer` writes

@@ -95,7 +95,7 @@ class RowAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters. Raises `ValueError` as the constructor does."""
+        """Add a group of parameters. Raise `ValueError` as the constructor does."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -106,7 +106,7 @@ class RowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """
-        Makes a step on the parameters that have a gradient.
+        Make a step on the parameters that have a gradient.
 
         Args:
             closure (`Callable`, *optional*): Evaluates the model again and returns the loss, which `step` returns.
@@ -174,7 +174,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Loads the state as torch's optimizers do, but keeps the dtype of the state of row parameters. Raises
+        Load the state as torch's optimizers do, but keep the dtype of the state of row parameters. Raise
         `ValueError` for the state of another optimizer.
         """
         hook = self.register_load_state_dict_pre_hook(_keep_row_state)
@@ -356,7 +356,7 @@ def update_rows(
     group: dict[str, Any],
 ) -> None:
     """
-    Makes AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
+    Make AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
 
     Args:
         parameter (`torch.Tensor` of shape `(num_rows, width)`)
@@ -407,7 +407,7 @@ def expert_parameter_groups(
     down_proj_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """
-    Groups a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
+    Group a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
     them, and the expert tables, as rows. A table that several layers share is in one group, once.
 
     Args:

@@ -167,7 +167,7 @@ def update_rows(
     places: torch.Tensor,
     group: dict,
 ) -> None:
-    """Makes AdamW's step on some rows, in place. Arguments as in `row_adamw.update_rows`."""
+    """Make AdamW's step on some rows, in place. Arguments as in `row_adamw.update_rows`."""
     (_, width), exp_avg_sq = parameter.shape, state["exp_avg_sq"]
     tensors = (parameter, state["exp_avg"], exp_avg_sq, state["row_steps"], gradient, rows, places)
     hyperparameters = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
