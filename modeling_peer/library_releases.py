@@ -16,8 +16,11 @@ What differs between the releases of Transformers and torch that this code runs 
 that it calls. A checkpoint's code carries this module along and imports it first: pip never sees which releases remote
 code needs, so the code itself refuses those that it does not know.
 
-Attributes that are read where they are needed, and not through here, are `_parameters` and `_modules` of modules, and
-`_indices()` and `_values()` of sparse tensors: every supported release has them.
+Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters` and `_modules`
+of modules, and `_indices()` and `_values()` of sparse tensors, are in every supported release. And a class of models
+declares to Transformers what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
+`_can_set_experts_implementation` and the `_global_mapping` of a registry, as the library's own models do: one that a
+later release does not read any more has no effect.
 """
 
 from collections.abc import Callable
@@ -95,6 +98,15 @@ def require_transformers(release: str, feature: str) -> None:
         raise RuntimeError(f"{feature} needs Transformers {release} or later, found {FOUND_RELEASES['Transformers']}.")
 
 
+# Without them the model works, and cannot be split by tensor parallelism.
+try:
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES as PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import TensorParallelLayer
+except ImportError as error:
+    logger.warning_once(f"Tensor parallelism of experts is not available with this release of Transformers: {error}")
+    PARALLEL_STYLES, TensorParallelLayer = None, object
+
+
 def _private(name: str, otherwise: Any, loss: str) -> Callable:
     """A private function of torch or, where there is none, one that warns once and gives `otherwise`."""
 
@@ -110,7 +122,7 @@ _current_graph_task_id = _private(
     "_current_graph_task_id", -1, "what activation checkpointing runs again in the backward is observed twice."
 )
 # Without it, no memory of gradients is taken again for the next ones.
-_storage_use_count = _private("_storage_Use_Count", None, "memory of gradients is allocated anew at every step.")
+_storage_use_count = _private("_storage_Use_Count", None, "memory of gradients is allocated again at every step.")
 # Without it, an operator counts as there, and nothing is registered for it.
 _has_kernel = _private(
     "_dispatch_has_kernel_for_dispatch_key", True, "gradient clipping may not take `sparse_expert_gradients`."

@@ -17,9 +17,8 @@ row; routers are replicated.
 """
 
 import torch
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from .library_releases import require_transformers
+from .library_releases import PARALLEL_STYLES, TensorParallelLayer, require_transformers
 
 
 if torch.distributed.is_available():
@@ -82,7 +81,7 @@ class QueryNormParallel(TensorParallelLayer):
 
 def register_parallel_styles() -> None:
     """Make the styles known under the names that the `tp_plan` of feed-forward variants uses."""
-    if torch.distributed.is_available():
-        ALL_PARALLEL_STYLES.register("expert_up_projection", ExpertUpProjectionParallel())
-        ALL_PARALLEL_STYLES.register("expert_down_projection", ExpertDownProjectionParallel())
-        ALL_PARALLEL_STYLES.register("query_norm", QueryNormParallel())
+    if torch.distributed.is_available() and PARALLEL_STYLES is not None:
+        PARALLEL_STYLES.register("expert_up_projection", ExpertUpProjectionParallel())
+        PARALLEL_STYLES.register("expert_down_projection", ExpertDownProjectionParallel())
+        PARALLEL_STYLES.register("query_norm", QueryNormParallel())

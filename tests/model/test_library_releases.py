@@ -154,3 +154,22 @@ def test_memory_is_not_taken_again_where_its_uses_are_not_counted(monkeypatch):
     first, second = (memory.empty(2**21, dtype=torch.float32) for _ in range(2))
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
     assert not memory._blocks
+
+
+def test_without_its_parallel_styles_the_library_only_loses_tensor_parallelism():
+    """They are hidden after Transformers has imported what it needs of them itself."""
+    script = """
+import sys
+from transformers import GenerationMixin, PreTrainedModel
+sys.modules["transformers.distributed.tensor_parallel"] = None
+from tiny_models import random_tokens, tiny_config, tiny_model
+print(tuple(tiny_model(tiny_config("peer", "dense"))(random_tokens(2, 3)).logits.shape[:2]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "(2, 3)", done.stderr[-2000:]
+    assert done.stderr.count("Tensor parallelism of experts is not available") == 1
