@@ -19,6 +19,7 @@ Transformers nor PEFT has entry points by which an installed package could annou
 reader learns that importing the package is enough.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -44,7 +45,10 @@ This {kind} needs the package `{package}` besides Transformers. It is installed 
 pip install .
 ```
 
-Importing `modeling_peer` once is enough for the auto classes to find it:
+{how_to_load}
+"""
+
+_LOAD = """Importing `modeling_peer` once is enough for the auto classes to find it:
 
 ```python
 import modeling_peer
@@ -54,11 +58,24 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 ```
 
 Where the package is not installed, `from_pretrained("path/to/this/folder", trust_remote_code=True)` runs the code that
-the checkpoint carries.
-"""
+the checkpoint carries."""
+
+# No remote code: what a checkpoint carries has a registry of its own, in which nobody can register a variant before.
+_LOAD_WITH_VARIANTS = """It has feed-forwards whose code no checkpoint carries, {classes}. Get that code from whoever
+trained the model, and register it before the model is loaded:
+
+```python
+from modeling_peer import FeedForwardInterface
+from transformers import {auto_class}
+
+{registrations}
+model = {auto_class}.from_pretrained("path/to/this/folder")
+```"""
 
 
-def write_card(save_directory: str | Path, kind: str, auto_class: str) -> None:
+def write_card(
+    save_directory: str | Path, kind: str, auto_class: str, variants: Mapping[str, type] | None = None
+) -> None:
     """
     Write a README.md beside a saved model, unless there is one.
 
@@ -66,12 +83,25 @@ def write_card(save_directory: str | Path, kind: str, auto_class: str) -> None:
         save_directory (`str` or `Path`): The folder. Nothing is written if this process saved no `config.json` there.
         kind (`str`): `PEER_MODEL` or `GRAFTED_MODEL`.
         auto_class (`str`): Name of the auto class that loads the model.
+        variants (mapping of `str` to `type`, *optional*):
+            Feed-forward variants whose code the checkpoint does not carry, by the names they are registered under.
     """
     folder = Path(save_directory)
     if (folder / "config.json").is_file() and not (folder / "README.md").exists():
         title = kind[0].upper() + kind[1:]
-        card = _CARD.format(mark=_MARK, title=title, kind=kind, package=PACKAGE, auto_class=auto_class)
+        how_to_load = _how_to_load(auto_class, variants or {})
+        card = _CARD.format(mark=_MARK, title=title, kind=kind, package=PACKAGE, how_to_load=how_to_load)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _how_to_load(auto_class, variants):
+    if not variants:
+        return _LOAD.format(auto_class=auto_class)
+    classes = ", ".join(f"`{each.__module__}.{each.__qualname__}`" for each in variants.values())
+    registrations = "\n".join(
+        f"FeedForwardInterface.register({name!r}, {each.__name__})" for name, each in variants.items()
+    )
+    return _LOAD_WITH_VARIANTS.format(auto_class=auto_class, classes=classes, registrations=registrations)
 
 
 def is_written_card(text: str) -> bool:

@@ -40,8 +40,8 @@ Transformers initializes its `nn.Linear`, `nn.Embedding` and norm modules. Other
 method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself, and a static method
 `count_costs(config, layer_idx)` lets [`model_costs`] count it.
 
-A checkpoint does not carry the code of a custom variant: saving warns of it, and the variant must be registered
-wherever the checkpoint is loaded.
+A checkpoint does not carry the code of a custom variant: saving warns of it and writes it into the model's card, and
+the variant must be registered wherever the checkpoint is loaded.
 """
 
 from transformers.utils import logging
@@ -99,13 +99,13 @@ def feed_forward_tp_plan(config: PeerConfig) -> dict[str, str]:
     return plan
 
 
-def warn_of_custom_variants(names: list[str]) -> None:
-    """Warn, once for each, of variants named in `PeerConfig.feed_forward_types` that no checkpoint carries."""
-    for name in names:
-        variant = ALL_FEED_FORWARDS[name]
-        if variant is not OWN_VARIANTS.get(name):
-            logger.warning_once(
-                f"The code of the feed-forward variant {name!r}, class `{variant.__module__}.{variant.__qualname__}`, "
-                "is not saved with the model. Publish it beside the checkpoint: whoever loads the model must first "
-                f"call `FeedForwardInterface.register({name!r}, {variant.__name__})`."
-            )
+def custom_variants(names: list[str]) -> dict[str, type]:
+    """The variants named in `PeerConfig.feed_forward_types` that no checkpoint carries; warns once of each."""
+    custom = {name: ALL_FEED_FORWARDS[name] for name in names if ALL_FEED_FORWARDS[name] is not OWN_VARIANTS.get(name)}
+    for name, variant in custom.items():
+        logger.warning_once(
+            f"The code of the feed-forward variant {name!r}, class `{variant.__module__}.{variant.__qualname__}`, "
+            "is not saved with the model. Publish it beside the checkpoint: whoever loads the model must first "
+            f"call `FeedForwardInterface.register({name!r}, {variant.__name__})`, as the model's card says."
+        )
+    return custom

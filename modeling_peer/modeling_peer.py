@@ -45,8 +45,8 @@ from .expert_table import ExpertTable
 from .feed_forward import (
     ALL_FEED_FORWARDS,
     check_feed_forward_types,
+    custom_variants,
     feed_forward_tp_plan,
-    warn_of_custom_variants,
 )
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
@@ -232,13 +232,13 @@ class PeerPreTrainedModel(PreTrainedModel):
         """
         check_configuration(self.config)
         check_built(self.base_model, self.config)
-        warn_of_custom_variants(self.config.feed_forward_types)
+        variants = custom_variants(self.config.feed_forward_types)
         _advise_tables(self, advise_whole_access)
         try:
             super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
             _advise_tables(self, advise_random_access)
-        write_card(save_directory, PEER_MODEL, type(self)._auto_class)
+        write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

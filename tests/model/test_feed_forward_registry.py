@@ -14,6 +14,7 @@
 """A user's own feed-forward variant, by name, in any layer, saved and loaded again; and the MoE baseline."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -73,10 +74,11 @@ def test_a_registered_variant_stands_in_any_layer(registered, tmp_path):
     assert model_costs(model.config).parameters == model.num_parameters()
 
 
-def test_saving_warns_once_of_code_that_no_checkpoint_carries(monkeypatch, tmp_path, caplog):
-    class Unpublished(ScaledFeedForward):
-        pass
+class Unpublished(ScaledFeedForward):
+    """Of a module that a visitor does not have."""
 
+
+def test_saving_warns_once_of_code_that_no_checkpoint_carries(monkeypatch, tmp_path, caplog):
     monkeypatch.setitem(FeedForwardInterface._global_mapping, "unpublished", Unpublished)
     model = tiny_model(tiny_config("peer", "unpublished", "unpublished"))
     for step in range(2):
@@ -85,6 +87,22 @@ def test_saving_warns_once_of_code_that_no_checkpoint_carries(monkeypatch, tmp_p
     (message,) = [record.message for record in caplog.records if "is not saved with the model" in record.message]
     assert "'unpublished', class `test_feed_forward_registry." in message
     assert "`FeedForwardInterface.register('unpublished', Unpublished)`" in message
+
+
+def test_the_card_says_how_to_load_a_custom_variant(monkeypatch, tmp_path):
+    """The code block of the card, after the import that it asks for, loads the model."""
+    monkeypatch.setitem(FeedForwardInterface._global_mapping, "unpublished", Unpublished)
+    tiny_model(tiny_config("peer", "unpublished")).save_pretrained(tmp_path)
+    tiny_model(tiny_config("peer", "dense")).save_pretrained(tmp_path / "own")
+    card, own = ((folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "own"))
+    assert f"`{Unpublished.__module__}.Unpublished`" in card
+    assert "trust_remote_code" in own and "trust_remote_code" not in card
+
+    monkeypatch.delitem(FeedForwardInterface._global_mapping, "unpublished")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found = {"Unpublished": Unpublished}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), found)
+    assert type(found["model"].model.layers[1].mlp) is Unpublished
 
 
 def test_a_variant_gets_the_forward_pass(registered):
