@@ -95,9 +95,6 @@ class PeerConfig(PreTrainedConfig):
         Kernels that retrieve and compute the experts of PEER and PKM layers: `"auto"`, the fastest that can run on the
         device of the experts; `"eager"` (the literal Algorithm 1), `"torch"`, `"cpu"` (C) or `"triton"` (GPU); or a
         name registered with [`ExpertKernelsInterface`]. Results do not depend on it.
-    sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
-        Whether gradients of expert tables are sparse tensors with one row per expert that the batch retrieved, for an
-        optimizer that accepts them, such as [`RowAdamW`]. Not with NCCL, FSDP2 or `torch.compile`.
     expert_additions (`list[dict]`, *optional*):
         Experts that [`add_experts`] added to PEER layers, in that order: the `layers`, `mode` and `num_experts` of
         each addition, and `num_retrieval_heads` and `num_experts_per_head` of a protected one. The fields of these
@@ -184,7 +181,6 @@ class PeerConfig(PreTrainedConfig):
     share_experts_across_layers: bool = False
     shared_expert_intermediate_size: int | None = None
     expert_kernels: str = "auto"
-    sparse_expert_gradients: bool = False
     expert_additions: list[dict[str, Any]] | None = None
     moe_num_experts: int = 128
     moe_num_experts_per_tok: int = 2
@@ -210,6 +206,7 @@ class PeerConfig(PreTrainedConfig):
             self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
         if self.expert_kernels == "native":  # its name in the checkpoints of earlier releases
             self.expert_kernels = "cpu"
+        kwargs.pop("sparse_expert_gradients", None)  # of earlier releases: the optimizer decides
         # All classes, without the repository that a remote copy came from: every checkpoint carries the code itself.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)

@@ -12,14 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The two linear halves of a pool of experts: a registry of implementations, and the operators that call them.
+The two linear halves of a pool of experts, and a registry of their implementations.
 
     up:   (hidden [T, d],  indices [T, A], table [N, d]) -> [T, A],   hidden[t] · table[indices[t, a]]
     down: (weights [T, A], indices [T, A], table [N, d]) -> [T, d],   Σ_a weights[t, a] table[indices[t, a]]
 
 Each is the backward of the other, together with one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`,
-row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n`. Activation, gating and router
-weights act on `[T, A]` in between, in plain PyTorch.
+row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n` (see `factored_gradient.py`).
+Activation, gating and router weights act on `[T, A]` in between, in plain PyTorch (see `expert_operators.py`).
 
 | `config.expert_kernels` | | where |
 |---|---|---|
@@ -29,8 +29,8 @@ weights act on `[T, A]` in between, in plain PyTorch.
 | `"triton"` | Triton, on a GPU | `expert_kernels_triton.py` |
 | `"auto"` | the fastest of them that can run where the table is | |
 
-A custom implementation is a class with the static methods of [`TorchKernels`] and, if it retrieves experts faster than
-a matrix product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`]. Register it before the
+A custom implementation is a subclass of [`TorchKernels`] with static methods of its own and, if it retrieves experts
+faster than a matrix product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`]. Register it before the
 model is built:
 
 ```python
@@ -132,98 +132,6 @@ def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0] or __name__)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expert_up", mutates_args=())
-def expert_up(
-    hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, kernels: str, sparse_gradient: bool
-) -> torch.Tensor:
-    """
-    `hidden[t] · table[indices[t, a]]`, accumulated in float32.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
-        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
-        table (`torch.Tensor` of shape `(num_experts, hidden_size)`)
-        kernels (`str`): See [`resolve_kernels`].
-        sparse_gradient (`bool`): Whether the table's gradient is a coalesced sparse tensor of the rows in `indices`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_tokens, num_active)`, in the dtype of `hidden_states`.
-    """
-    return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, table)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::expert_down", mutates_args=())
-def expert_down(
-    weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, kernels: str, sparse_gradient: bool
-) -> torch.Tensor:
-    """
-    `Σ_a weights[t, a] table[indices[t, a]]`, accumulated in float32.
-
-    Args:
-        weights (`torch.Tensor` of shape `(num_tokens, num_active)`)
-        indices, table, kernels, sparse_gradient: See [`expert_up`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_tokens, hidden_size)`, in the dtype of `weights`.
-    """
-    return ALL_EXPERT_KERNELS[kernels].down(weights, indices, table)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::expert_row_gradient", mutates_args=())
-def expert_row_gradient(
-    coefficients: torch.Tensor,
-    tokens: torch.Tensor,
-    indices: torch.Tensor,
-    num_rows: int,
-    dtype: torch.dtype,
-    kernels: str,
-) -> torch.Tensor:
-    """
-    The dense gradient of a table: `Σ coefficients[t, a] tokens[t]` over `indices[t, a] = n` in row n.
-
-    Args:
-        coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`)
-        tokens (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
-        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
-        num_rows (`int`): Number of rows of the table.
-        dtype (`torch.dtype`): Dtype of the table.
-        kernels (`str`): See [`resolve_kernels`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows, hidden_size)`.
-    """
-    gradient = tokens.new_zeros(num_rows, tokens.shape[1], dtype=dtype)
-    ALL_EXPERT_KERNELS[kernels].row_gradient(coefficients, tokens, indices, dtype, out=gradient)
-    return gradient
-
-
-@expert_up.register_fake
-def _(hidden_states, indices, table, kernels, sparse_gradient):
-    return hidden_states.new_empty(indices.shape)
-
-
-@expert_down.register_fake
-def _(weights, indices, table, kernels, sparse_gradient):
-    return weights.new_empty(weights.shape[0], table.shape[1])
-
-
-@expert_row_gradient.register_fake
-def _(coefficients, tokens, indices, num_rows, dtype, kernels):
-    return tokens.new_empty(num_rows, tokens.shape[1], dtype=dtype)
-
-
-def _save_for_backward(ctx, inputs, output):
-    first, indices, table, ctx.kernels, ctx.sparse_gradient = inputs
-    ctx.save_for_backward(first, indices, table)
-
-
-def _table_gradient(ctx, coefficients, tokens, indices, table):
-    if not ctx.sparse_gradient:
-        return expert_row_gradient(coefficients, tokens, indices, table.shape[0], table.dtype, ctx.kernels)
-    rows, values = ALL_EXPERT_KERNELS[ctx.kernels].row_gradient(coefficients, tokens, indices, table.dtype)
-    return torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
-
-
 def refuse_double_backward() -> None:
     """Raise `RuntimeError` in a backward that autograd records for a second one (`create_graph=True`)."""
     if torch.is_grad_enabled():
@@ -231,30 +139,3 @@ def refuse_double_backward() -> None:
             'Experts have a second derivative (`create_graph=True`) only with `expert_kernels="eager"` in the '
             "configuration."
         )
-
-
-def _up_backward(ctx, gradient):
-    refuse_double_backward()
-    hidden_states, indices, table = ctx.saved_tensors
-    of_hidden_states = of_table = None
-    if ctx.needs_input_grad[0]:
-        of_hidden_states = expert_down(gradient.contiguous(), indices, table, ctx.kernels, False)
-        of_hidden_states = of_hidden_states.to(hidden_states.dtype)
-    if ctx.needs_input_grad[2]:
-        of_table = _table_gradient(ctx, gradient.contiguous(), hidden_states, indices, table)
-    return of_hidden_states, None, of_table, None, None
-
-
-def _down_backward(ctx, gradient):
-    refuse_double_backward()
-    weights, indices, table = ctx.saved_tensors
-    of_weights = of_table = None
-    if ctx.needs_input_grad[0]:
-        of_weights = expert_up(gradient.contiguous(), indices, table, ctx.kernels, False).to(weights.dtype)
-    if ctx.needs_input_grad[2]:
-        of_table = _table_gradient(ctx, weights, gradient.contiguous(), indices, table)
-    return of_weights, None, of_table, None, None
-
-
-expert_up.register_autograd(_up_backward, setup_context=_save_for_backward)
-expert_down.register_autograd(_down_backward, setup_context=_save_for_backward)

@@ -15,7 +15,7 @@
 
 import torch
 
-from .memory_advice import ReusedMemory
+from .factored_gradient_cpu import group, row_gradient, squared_norm
 from .native_library import (
     DTYPES,
     PREAMBLE,
@@ -34,58 +34,9 @@ from .product_key_retrieval_cpu import retrieval_gradients, retrieve
 SOURCE = (
     PREAMBLE
     + r"""
-#include <stdlib.h>
-
 /* How many rows ahead of their use memory is prefetched, into the innermost cache alone: few rows of a large table are
    used again before the other caches would evict them. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 12
-/* Number of vectors that a sum over tokens keeps in registers. */
-#define BLOCK 8
-
-/* Stable radix sort of `count` keys below 2^bits; `order` is permuted with them. The other two are buffers of `count`.
-   Returns the sorted keys, in `keys` or `other_keys`; the permutation always ends up in `order`. */
-static uint64_t *radix_sort(uint64_t *keys, uint64_t *other_keys, int64_t *order, int64_t *other_order, int64_t count,
-                            int bits) {
-    enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
-    int64_t *result = order;
-    for (int shift = 0; shift < bits; shift += RADIX_BITS) {
-        int64_t starts[RADIX + 1] = {0};
-        for (int64_t i = 0; i < count; i++) starts[((keys[i] >> shift) & (RADIX - 1)) + 1]++;
-        for (int r = 0; r < RADIX; r++) starts[r + 1] += starts[r];
-        for (int64_t i = 0; i < count; i++) {
-            int64_t place = starts[(keys[i] >> shift) & (RADIX - 1)]++;
-            other_keys[place] = keys[i];
-            other_order[place] = order[i];
-        }
-        uint64_t *sorted = other_keys;
-        other_keys = keys; keys = sorted;
-        int64_t *sorted_order = other_order;
-        other_order = order; order = sorted_order;
-    }
-    if (order != result) memcpy(result, order, count * sizeof *order);
-    return keys;
-}
-
-/* Groups `count` entries by the row that their index names. Writes each row once to `rows`, ascending; the positions
-   of the entries, grouped, to `order`; and where each group starts in `order` to `starts`. Returns the number of rows,
-   or -1 if out of memory. */
-int64_t group_by_row(const int64_t *indices, int64_t count, int64_t num_rows, int64_t *rows, int64_t *starts,
-                     int64_t *order, int threads) {
-    (void)threads;
-    uint64_t *buffer = malloc((3 * count + 1) * sizeof *buffer);
-    if (!buffer) return -1;
-    int bits = 0;
-    while (bits < 63 && (num_rows - 1) >> bits) bits++;
-    for (int64_t i = 0; i < count; i++) { buffer[i] = indices[i]; order[i] = i; }
-    const uint64_t *sorted =
-        radix_sort(buffer, buffer + count, order, (int64_t *)buffer + 2 * count, count, bits);
-    int64_t found = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (i == 0 || sorted[i] != sorted[i - 1]) { rows[found] = sorted[i]; starts[found++] = i; }
-    starts[found] = count;
-    free(buffer);
-    return found;
-}
 """
     + for_each_dtype(r"""
 /* output[t, a] = hidden[t] · table[indices[t, a]]. Returns 0, or -1 if an index is out of range. */
@@ -162,71 +113,24 @@ int64_t NAME(down)(const SUM *weights, const int64_t *indices, const ROW *table,
     }
     return failed;
 }
-
-/* values[u] = Σ coefficients[e] tokens[e / active] over the entries e = order[starts[u]] … order[starts[u + 1] - 1],
-   for every u; written to row `places[u]` unless `places` is NULL. */
-void NAME(row_gradient)(const SUM *coefficients, const SUM *tokens, const int64_t *order, const int64_t *starts,
-                        const int64_t *places, ROW *values, int64_t num_rows, int64_t active, int64_t width,
-                        int threads) {
-    const int64_t blocks = width - width % (BLOCK * WIDTH), whole = width - width % WIDTH;
-    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t u = 0; u < num_rows; u++) {
-        ROW *value = values + (places ? places[u] : u) * width;
-        const int64_t first = starts[u], end = starts[u + 1];
-        int64_t i = 0;
-        for (; i < blocks; i += BLOCK * WIDTH) {
-            VECTOR sums[BLOCK] = {};
-            for (int64_t e = first; e < end; e++) {
-                const SUM coefficient = coefficients[order[e]], *token = tokens + order[e] / active * width + i;
-                for (int j = 0; j < BLOCK; j++) {
-                    VECTOR x;
-                    memcpy(&x, token + j * WIDTH, sizeof x);
-                    sums[j] += coefficient * x;
-                }
-            }
-            for (int j = 0; j < BLOCK; j++) STORE(value + i + j * WIDTH, sums[j]);
-        }
-        for (; i < whole; i += WIDTH) {
-            VECTOR sum = {};
-            for (int64_t e = first; e < end; e++) {
-                VECTOR x;
-                memcpy(&x, tokens + order[e] / active * width + i, sizeof x);
-                sum += coefficients[order[e]] * x;
-            }
-            STORE(value + i, sum);
-        }
-        for (; i < width; i++) {
-            SUM sum = 0;
-            for (int64_t e = first; e < end; e++)
-                sum += coefficients[order[e]] * tokens[order[e] / active * width + i];
-            PUT(value + i, sum);
-        }
-    }
-}
 """)
 )
 
 
 class CpuKernels:
     """
-    The experts in C. Signatures are those of [`TorchKernels`], with product-key retrieval and its gradients in
-    addition.
+    The experts and their gradients in C. Signatures are those of [`TorchKernels`], with product-key retrieval and its
+    gradients in addition.
 
     Every method checks its arguments before C reads them and raises `ValueError` naming the one that C cannot read,
     and `IndexError` for an expert index that is out of range.
-
-    Attributes:
-        gradient_memory (`ReusedMemory`): Holds the sparse gradients of all models of the process. It keeps what one
-            step needed for the next, until `CpuKernels.gradient_memory.release()`.
     """
 
+    group = staticmethod(group)
+    row_gradient = staticmethod(row_gradient)
+    squared_norm = staticmethod(squared_norm)
     retrieve = staticmethod(retrieve)
     retrieval_gradients = staticmethod(retrieval_gradients)
-
-    # Of the process: autograd computes gradients with no model at hand that could hold it. It goes by reference
-    # counts, as nothing else tells when a gradient is no longer in use, and a wrong count would corrupt one: see
-    # `ReusedMemory`.
-    gradient_memory = ReusedMemory()
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
@@ -263,33 +167,6 @@ class CpuKernels:
             refuse_index(indices, table.shape[0])
         return output.to(weights.dtype)
 
-    @staticmethod
-    def row_gradient(
-        coefficients: torch.Tensor,
-        tokens: torch.Tensor,
-        indices: torch.Tensor,
-        dtype: torch.dtype,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See [`TorchKernels`]. `out` must be contiguous, it is written in place."""
-        _check_experts(indices)
-        check_shape("coefficients", coefficients, indices.shape, "(num_tokens, num_active)")
-        if dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {sorted(map(str, DTYPES))}, got {dtype}.")
-        if out is not None:
-            check_tensor("out", out, 2, (dtype,))
-            if not out.is_contiguous():
-                raise ValueError(f"`out` must be contiguous, got strides {out.stride()} of shape {tuple(out.shape)}.")
-        width = tokens.shape[-1] if out is None else out.shape[1]
-        check_shape("tokens", tokens, (len(indices), width), "(num_tokens, hidden_size)")
-        coefficients, tokens = _in_memory("coefficients", coefficients, dtype), _in_memory("tokens", tokens, dtype)
-        rows, starts, order = _group_by_row(indices.contiguous(), None if out is None else out.shape[0])
-        values = CpuKernels.gradient_memory.empty(len(rows), width, dtype=dtype) if out is None else out
-        places = None if out is None else rows
-        sizes = (len(rows), indices.shape[1], width)
-        _call("row_gradient", dtype, coefficients, tokens, order, starts, places, values, *sizes)
-        return (rows, values) if out is None else None
-
 
 def _check_experts(indices, table=None):
     check_tensor("indices", indices, 2, (torch.int64,))
@@ -303,23 +180,6 @@ def _in_memory(name, tensor, dtype):
     """
     check_in_memory(name, tensor)
     return tensor.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _group_by_row(indices, num_rows):
-    """
-    Group the entries of `indices` by the row they name: the rows, each once and ascending, `starts`, and `order`,
-    where `order[starts[u] : starts[u + 1]]` are the entries of row u. Every row must be below `num_rows` unless that
-    is `None`.
-    """
-    count = indices.numel()
-    rows, starts, order = (torch.empty(size, dtype=torch.int64) for size in (count, count + 1, count))
-    least, most = map(int, indices.aminmax()) if count else (0, -1)
-    if least < 0 or (num_rows is not None and most >= num_rows):
-        refuse_index(indices, "N" if num_rows is None else num_rows)
-    found = call(SOURCE, "group_by_row", indices, count, most + 1, rows, starts, order)
-    if found < 0:
-        raise MemoryError(f"Out of memory while sorting {count} expert indices.")
-    return rows[:found], starts[: found + 1], order
 
 
 def _call(name, dtype, *arguments):

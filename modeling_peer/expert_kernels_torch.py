@@ -30,8 +30,7 @@ class EagerKernels:
     The reference: gathers the rows of all active experts, `[T, A, d]`, and multiplies. Differentiable any number of
     times, in reverse and forward mode.
 
-    Signatures are those of [`TorchKernels`], with `sparse_gradient` in addition: whether the table's gradient is
-    sparse.
+    Signatures are those of [`TorchKernels`].
     """
 
     @staticmethod
@@ -39,17 +38,13 @@ class EagerKernels:
         return None
 
     @staticmethod
-    def up(
-        hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
-    ) -> torch.Tensor:
-        rows = F.embedding(indices, table, sparse=sparse_gradient).to(hidden_states.dtype)
+    def up(hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(indices, table).to(hidden_states.dtype)
         return torch.einsum("td,tad->ta", hidden_states, rows)
 
     @staticmethod
-    def down(
-        weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, sparse_gradient: bool = False
-    ) -> torch.Tensor:
-        rows = F.embedding(indices, table, sparse=sparse_gradient).to(weights.dtype)
+    def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(indices, table).to(weights.dtype)
         return torch.einsum("ta,tad->td", weights, rows)
 
 
@@ -85,27 +80,64 @@ class TorchKernels:
         return output
 
     @staticmethod
+    def group(indices: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Group entries by the row that they name.
+
+        Args:
+            indices (`torch.Tensor` of shape `(num_entries,)`): int64, rows of a table.
+            num_rows (`int`): Number of rows of the table.
+
+        Returns:
+            `tuple(torch.Tensor)`: int32, the rows, each once and ascending, `(num_groups,)`; where the entries of each
+            start, `(num_groups + 1,)`; and the entries, grouped, and ascending in each group, `(num_entries,)`.
+        """
+        named, order = torch.sort(indices, stable=True)
+        rows, counts = torch.unique_consecutive(named, return_counts=True)
+        return rows.int(), F.pad(counts.cumsum(0), (1, 0)).int(), order.int()
+
+    @staticmethod
     def row_gradient(
         coefficients: torch.Tensor,
+        sources: torch.Tensor,
+        starts: torch.Tensor,
         tokens: torch.Tensor,
-        indices: torch.Tensor,
-        dtype: torch.dtype,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        out: torch.Tensor,
+        places: torch.Tensor | None = None,
+    ) -> None:
         """
-        `(coefficients [T, A], tokens [T, d], indices [T, A]) -> rows [U], values [U, d]`: the U rows in `indices`,
-        each once and ascending, and for each the sum of coefficient · token, in `dtype`. If `out [N, d]` is given, the
-        values are written into its rows, the others are left as they are, and nothing is returned.
+        Write a row of a table's gradient for each group of entries: `Σ coefficients[e] · tokens[sources[e]]`. An entry
+        whose coefficient is zero adds nothing, even if its token is infinite or NaN: it may name a frozen row.
+
+        Args:
+            coefficients (`torch.Tensor` of shape `(num_entries,)`): By group.
+            sources (`torch.Tensor` of shape `(num_entries,)`): int32, by group: the token of each entry.
+            starts (`torch.Tensor` of shape `(num_groups + 1,)`): int32, where groups start.
+            tokens (`torch.Tensor` of shape `(num_tokens, width)`)
+            out (`torch.Tensor` of shape `(num_rows, width)`): Written in place, rows of no group are left as they are.
+            places (`torch.Tensor` of shape `(num_groups,)`, *optional*):
+                int32, the row of `out` for each group; the groups' own order if not given.
         """
-        rows, positions = torch.unique(indices, return_inverse=True)
-        sums = _accumulated(tokens[:0]).new_zeros(rows.shape[0], tokens.shape[1])
-        for piece in _pieces(indices.shape[0], indices.shape[1] * tokens.shape[1]):
-            products = coefficients[piece, :, None].to(sums.dtype) * tokens[piece, None, :].to(sums.dtype)
-            sums.index_add_(0, positions[piece].flatten(), products.flatten(0, 1))
-        if out is None:
-            return rows, sums.to(dtype)
-        out[rows] = sums.to(dtype)
-        return None
+        num_groups = len(starts) - 1
+        groups = torch.repeat_interleave(starts.diff().long(), output_size=len(sources))
+        sums = _accumulated(coefficients[:0]).new_zeros(num_groups, tokens.shape[1])
+        for piece in _pieces(len(sources), tokens.shape[1]):
+            factors = coefficients[piece, None].to(sums.dtype)
+            products = factors * tokens[sources[piece]].to(sums.dtype)
+            sums.index_add_(0, groups[piece], products.masked_fill_(factors == 0, 0))
+        if places is None:
+            out.copy_(sums)
+        else:
+            out[places] = sums.to(out.dtype)
+
+    @staticmethod
+    def squared_norm(
+        coefficients: torch.Tensor, sources: torch.Tensor, starts: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of the squares of all rows that [`TorchKernels.row_gradient`] would write: float64, `()`."""
+        sums = _accumulated(coefficients[:0]).new_empty(len(starts) - 1, tokens.shape[1])
+        TorchKernels.row_gradient(coefficients, sources, starts, tokens, sums)
+        return torch.linalg.vector_norm(sums).double().square()
 
 
 def _pieces(num_tokens: int, elements_per_token: int) -> Iterator[slice]:

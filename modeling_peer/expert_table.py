@@ -18,10 +18,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
-from .expert_kernels import ALL_EXPERT_KERNELS, expert_down, expert_up, needs_operator, resolve_kernels
-from .expert_kernels_torch import EagerKernels
+from .expert_kernels import ALL_EXPERT_KERNELS, PLAIN_TENSORS, needs_operator, resolve_kernels
+from .expert_operators import expert_down, expert_up, run_outside_graphs
+from .factored_gradient import takes_factors
 from .memory_advice import advise_huge_pages, advise_whole_access
-from .sparse_gradients import enable_sparse_norms
 
 
 class ExpertTable(nn.Embedding):
@@ -32,8 +32,8 @@ class ExpertTable(nn.Embedding):
     on module forwards (disk offload, tensor parallelism) works.
 
     Args:
-        config (`PeerConfig`): Its `hidden_size`, and its `expert_kernels` and `sparse_expert_gradients`, which may be
-            changed on a model's configuration at any time.
+        config (`PeerConfig`): Its `hidden_size`, and its `expert_kernels`, which may be changed on a model's
+            configuration at any time.
         num_experts (`int`): Number of rows.
         init_std (`float`): Standard deviation of the rows at initialization.
     """
@@ -42,15 +42,6 @@ class ExpertTable(nn.Embedding):
         super().__init__(num_experts, config.hidden_size)
         self.config = config
         self.init_std = init_std
-
-    @property
-    def sparse(self) -> bool:
-        """Whether its gradient is sparse, under the name that DDP reads of an embedding."""
-        return self.config.sparse_expert_gradients
-
-    @sparse.setter
-    def sparse(self, value: bool) -> None:
-        """Ignore what `nn.Embedding` sets when it is constructed: the configuration decides."""
 
     def reset_parameters(self) -> None:
         """Leave the rows as they were allocated: the model's `_init_weights` fills them, once."""
@@ -84,17 +75,21 @@ class ExpertTable(nn.Embedding):
         """Name of the implementation that runs on this table. Raises `RuntimeError` if the configured one cannot."""
         return resolve_kernels(self.config.expert_kernels, self.weight)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its forward is that of this class, with no adapter, hook or parallel style on the module."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        has_own_forward = type(self) not in (ExpertUpProjection, ExpertDownProjection) or "forward" in self.__dict__
+        return not (hooks or has_own_forward) and type(self._parameters.get("weight")) in PLAIN_TENSORS
+
     def _run(self, half, operator, tokens, indices):
         weight = self.weight  # once: an adapter may compute it
         kernels = resolve_kernels(self.config.expert_kernels, weight)
-        if kernels != "eager" and not needs_operator(tokens, weight):
+        if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
-        sparse = self.sparse
-        if sparse and not torch.compiler.is_compiling():
-            enable_sparse_norms()
-        if kernels == "eager":
-            return getattr(EagerKernels, half)(tokens, indices, weight, sparse)
-        return operator(tokens, indices, weight, kernels, sparse)
+        if takes_factors(weight):
+            return run_outside_graphs(operator, tokens, indices, weight, kernels, True)
+        return operator(tokens, indices, weight, kernels, False)
 
 
 class ExpertUpProjection(ExpertTable):

@@ -37,10 +37,14 @@ from transformers.activations import ACT2FN
 
 from .configuration_peer import PeerConfig
 from .expert_generations import Generation, generations_of, has_protected_additions
+from .expert_kernels import needs_operator, resolve_kernels
+from .expert_operators import run_expert_pool
 from .expert_table import ExpertDownProjection, ExpertUpProjection
+from .factored_gradient import takes_factors
 from .feed_forward_dense import DenseFeedForward
 from .forward_pass import ForwardPass
 from .initial_scale import activation_power, expert_std, router_weight_power
+from .library_releases import active_transforms
 from .product_key_router import AddedRouter, ProductKeyRouter
 
 
@@ -63,6 +67,7 @@ class ExpertPool(nn.Module):
         generation, *added = generations
         self.first_expert = generation.first_expert
         self.act_fn = nn.Identity() if config.expert_act is None else ACT2FN[config.expert_act]
+        self.act_has_parameters = isinstance(self.act_fn, nn.Module) and any(True for _ in self.act_fn.parameters())
         self.gate_proj = None
         if config.gated_experts:
             self.gate_proj = ExpertUpProjection(config, generation.num_experts, config.initializer_range)
@@ -95,12 +100,41 @@ class ExpertPool(nn.Module):
             `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ g_i(x) e_i(x)`.
         """
         rows = indices - self.first_expert if self.first_expert else indices
+        if self._runs_as_one(hidden_states):
+            up, gate, down = (None if table is None else table.weight for table in self._tables)
+            kernels = resolve_kernels(self.up_proj.config.expert_kernels, up)
+            return run_expert_pool(hidden_states, rows, weights, up, gate, down, self.act_fn, kernels)
         neurons = self.up_proj(hidden_states, rows)
         if self.gate_proj is None:
             neurons = self.act_fn(neurons)
         else:
             neurons = self.act_fn(self.gate_proj(hidden_states, rows)) * neurons
         return self.down_proj(weights * neurons, rows)
+
+    @property
+    def _tables(self):
+        return self.up_proj, self.gate_proj, self.down_proj
+
+    def _runs_as_one(self, hidden_states):
+        """Whether the pool is one operation for autograd. Otherwise each table is one, as an adapter or a hook wants."""
+        tables = [table for table in self._tables if table is not None]
+        if torch.compiler.is_compiling():
+            # A graph break, in return for which the gradients of the tables come in factors.
+            fits = all(takes_factors(table.weight) for table in tables)
+        else:
+            fits = (
+                torch.is_grad_enabled()
+                and needs_operator(hidden_states, tables[0].weight)
+                and not active_transforms()
+                and not torch.jit.is_tracing()
+            )
+        return (
+            fits
+            and type(hidden_states) is torch.Tensor
+            and not self.act_has_parameters
+            and self.up_proj.kernels != "eager"
+            and all(table.is_plain for table in tables)
+        )
 
 
 class PeerFeedForward(nn.Module):

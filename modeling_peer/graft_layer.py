@@ -36,7 +36,6 @@ from .forward_pass import ForwardPass
 from .library_releases import in_backward
 from .masks import check_attention_mask, padding_mask_of
 from .query_norm import QueryBatchNorm
-from .sparse_gradients import check_sparse_gradients
 
 
 # The method of PEFT, and the prefix of the names of its adapters' modules.
@@ -57,7 +56,6 @@ LAYER_FIELDS = (
     "expert_act",
     "gated_experts",
     "expert_kernels",
-    "sparse_expert_gradients",
 )
 
 
@@ -196,8 +194,6 @@ class PeerGraft(PeerFeedForward):
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
         recomputes = in_backward()  # as activation checkpointing does
         learns = recomputes or self._learns()
-        if learns and not recomputes:
-            check_sparse_gradients(self)
         padding_mask = self._padding_mask(hidden_states, learns, recomputes)
         forward_pass = ForwardPass(learns)
         if recomputes:

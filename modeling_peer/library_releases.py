@@ -121,27 +121,11 @@ def _private(name: str, otherwise: Any, loss: str) -> Callable:
 _current_graph_task_id = _private(
     "_current_graph_task_id", -1, "what activation checkpointing runs again in the backward is observed twice."
 )
-# Without it, no memory of gradients is taken again for the next ones.
-_storage_use_count = _private("_storage_Use_Count", None, "memory of gradients is allocated again at every step.")
-# Without it, an operator counts as there, and nothing is registered for it.
-_has_kernel = _private(
-    "_dispatch_has_kernel_for_dispatch_key", True, "gradient clipping may not take `sparse_expert_gradients`."
-)
 
 
 def in_backward() -> bool:
     """Whether the caller runs in a backward, as a forward does that activation checkpointing runs again."""
     return _current_graph_task_id() != -1
-
-
-def storage_use_count(storage: torch.UntypedStorage) -> int | None:
-    """How many tensors, here and in autograd, hold a storage. `None` if torch does not tell."""
-    return _storage_use_count(storage._cdata)
-
-
-def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether torch has a kernel of an operator (`"aten::linalg_vector_norm"`) for a dispatch key (`"SparseCPU"`)."""
-    return _has_kernel(operator, dispatch_key)
 
 
 def is_flat_parameter(parameter: torch.Tensor) -> bool:

@@ -56,7 +56,6 @@ from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
-from .sparse_gradients import check_sparse_gradients
 from .tensor_parallel import register_parallel_styles
 
 
@@ -309,7 +308,6 @@ class PeerModel(PeerPreTrainedModel):
 
         forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
         if forward_pass.learns:
-            check_sparse_gradients(self)
             advise_on_added_experts(self)
 
         if inputs_embeds is None:

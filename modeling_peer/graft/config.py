@@ -79,10 +79,7 @@ class PeerGraftConfig(PeftConfig):
             Whether experts are gated. `"auto"` is as in the base model's feed-forward with `init_from_ffn`, else
             `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
-            What computes the experts, see [`PeerConfig`]. For an existing graft, set this and the next field in its
-            own `config`.
-        sparse_expert_gradients (`bool`, *optional*, defaults to `False`):
-            Whether gradients of expert tables are row-sparse, for [`RowAdamW`].
+            What computes the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
         host_model_type (`str`, *optional*):
             The base model's `model_type`. This and the following fields are filled in when an adapter is made. A
             configuration that is read with them describes saved weights: its grafts do not start as neurons.
@@ -122,7 +119,6 @@ class PeerGraftConfig(PeftConfig):
     expert_act: str | None = "auto"
     gated_experts: bool | Literal["auto"] = "auto"
     expert_kernels: str = "auto"
-    sparse_expert_gradients: bool = False
     host_model_type: str | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
     host_hidden_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
     host_num_layers: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
+from ..factored_gradient import FactoredGradient
 from ..growth_advice import FROZEN_ROWS
 from ..library_releases import is_flat_parameter
 from .row_adamw import RowAdamW
@@ -198,7 +199,9 @@ class _FrozenParameter:
     def zero(self, gradient: torch.Tensor) -> None:
         """Zero the frozen rows of a gradient in place."""
         self._move_to(gradient.device)
-        if gradient.is_sparse:
+        if isinstance(gradient, FactoredGradient):
+            gradient.zero_rows(self.mask)
+        elif gradient.is_sparse:
             values = gradient._values()
             frozen = self.mask[gradient._indices()[self.dim]]
             values.masked_fill_(frozen.view(-1, *[1] * (values.ndim - 1)), 0)
@@ -226,7 +229,7 @@ def freeze_rows(
     """
     Freeze rows of a module's parameter: they keep their values to the bit, whatever optimizer of torch steps on them.
 
-    After each backward their gradient is zeroed in place, dense or row-sparse, so that a clipping does not count them
+    After each backward their gradient is zeroed in place, dense or in factors, so that a clipping does not count them
     (with DistributedDataParallel before the reduction: all ranks must freeze the same rows). A zero gradient alone
     does not hold a row, as weight decay and the momentum of earlier steps move it. [`RowAdamW`] leaves rows of row
     parameters alone where the gradient is zero, and so does plain SGD. For all other optimizers the frozen rows are

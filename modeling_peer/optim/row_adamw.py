@@ -24,9 +24,10 @@ from torch.optim.adamw import adamw
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..expert_table import ExpertDownProjection, ExpertTable
+from ..factored_gradient import FactoredGradient, Factors, take_factors
 from ..memory_advice import advise_huge_pages
-from ..sparse_gradients import rows_and_values
 from . import row_adamw_cpu as cpu
+from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
 if dist.is_available():
@@ -46,13 +47,15 @@ class RowAdamW(torch.optim.Optimizer):
     r"""
     AdamW (Loshchilov & Hutter, arXiv 1711.05101) for models with expert tables.
 
-    In *row* parameters, those of groups with `"rows": True` and those with sparse gradients, a step moves only the
-    rows whose gradient has a non-zero element, and counts steps for each row: m and v of a row are corrected for bias
-    by how often it was touched. All other rows and their state stay as they are: no weight decay, no stale momentum.
-    The state is in float32, for float64 parameters in float64. All other parameters are treated as `torch.optim.AdamW`
-    does.
+    In *row* parameters, those of groups with `"rows": True`, a step moves only the rows whose gradient has a non-zero
+    element, and counts steps for each row: m and v of a row are corrected for bias by how often it was touched. All
+    other rows and their state stay as they are: no weight decay, no stale momentum. The state is in float32, for
+    float64 parameters in float64, and row parameters in 16 bits are rounded stochastically. All other parameters are
+    treated as `torch.optim.AdamW` does.
 
-    Gradients of row parameters may be sparse (`config.sparse_expert_gradients`) or dense; the result is the same.
+    While the optimizer lives, expert tables among its row parameters have their gradients in factors (see
+    [`FactoredGradient`]), which a step sums row by row without writing them. Gradients of row parameters may also be
+    dense, or sparse by rows; the result is the same.
 
     On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
     `MODELING_PEER_COMPILE_KERNELS` is 0; `expert_kernels` of a configuration is for its model alone.
@@ -68,6 +71,8 @@ class RowAdamW(torch.optim.Optimizer):
             parameter.
         second_moment (`str`, *optional*, defaults to `"full"`): Second moments of row parameters: `"full"`, one for
             each element, or `"row"`, one for each row, of the mean of the squared gradient over the row.
+        rounding_seed (`int`, *optional*): Seed of the stochastic rounding, between 0 and 2^32 - 1, which is saved with
+            the state. `torch.initial_seed()` decides if it is not given.
 
     Raises:
         `ValueError`: for a hyperparameter out of its range, a row parameter that is no matrix, or
@@ -88,9 +93,11 @@ class RowAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         second_moment: str = "full",
+        rounding_seed: int | None = None,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"second_moment": second_moment, "rows": False}
+        defaults["rounding_seed"] = torch.initial_seed() % 2**32 if rounding_seed is None else rounding_seed
         _check_group({**defaults, "params": []})
         super().__init__(params, defaults)
 
@@ -102,6 +109,11 @@ class RowAdamW(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._take_factors(self.param_groups[-1])
+
+    def _take_factors(self, group):
+        for parameter in group["params"] if group["rows"] else ():
+            take_factors(parameter, self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -139,10 +151,15 @@ class RowAdamW(torch.optim.Optimizer):
                 f"A parameter of shape {tuple(parameter.shape)} got a sparse gradient after dense ones: put it into a "
                 'group with `"rows": True` from the start.'
             )
-        rows, gradient, places = _touched_rows(parameter)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
         local_state = {name: _local(tensor) for name, tensor in state.items()}
+        gradient = _local_gradient(parameter)
+        if isinstance(gradient, FactoredGradient):
+            if gradient.factors is not None:
+                update_by_factors(_local(parameter), local_state, gradient.factors, group)
+            return
+        rows, gradient, places = _touched_rows(parameter, gradient)
         update_rows(_local(parameter), local_state, rows, gradient, places, group)
 
     def _step_dense(self, parameters, group):
@@ -188,6 +205,9 @@ class RowAdamW(torch.optim.Optimizer):
         for parameter, saved in self.state.items():
             if isinstance(saved, _AsItIs):
                 self.state[parameter] = saved.on(parameter)
+        for group in self.param_groups:
+            group.setdefault("rounding_seed", torch.initial_seed() % 2**32)  # saved before there was one
+            self._take_factors(group)
 
 
 class _AsItIs:
@@ -242,6 +262,10 @@ def _check_group(group):
         raise ValueError(f"`betas` must be two numbers, at least 0 and less than 1, got {betas!r}.")
     if group["second_moment"] not in SECOND_MOMENTS:
         raise ValueError(f"`second_moment` must be one of {SECOND_MOMENTS}, got {group['second_moment']!r}.")
+    if type(group["rounding_seed"]) is not int or not 0 <= group["rounding_seed"] < 2**32:
+        raise ValueError(
+            f"`rounding_seed` must be an integer, at least 0 and less than 2**32, got {group['rounding_seed']!r}."
+        )
     if not isinstance(group["rows"], bool):
         raise ValueError(f"`rows` must be `True` or `False`, got {group['rows']!r}.")
     for parameter in group["params"] if group["rows"] else ():
@@ -308,12 +332,11 @@ def _zeros(parameter, shape_of, dtype):
     )
 
 
-def _touched_rows(parameter):
+def _touched_rows(parameter, gradient):
     """
     Rows of a parameter's local part whose gradient is non-zero, a tensor of gradients, and the row of each in that
     tensor.
     """
-    gradient = _local_gradient(parameter)
     if not gradient.is_sparse:
         rows = _find_touched(gradient, parameter).nonzero()[:, 0]
         return rows, gradient, rows
@@ -322,14 +345,15 @@ def _touched_rows(parameter):
             "`RowAdamW` takes sparse gradients by rows of parameters of shape (num_rows, width), got one that is "
             f"sparse in {gradient.sparse_dim()} dimensions of {tuple(parameter.shape)}."
         )
-    rows, values = rows_and_values(gradient)
+    gradient = gradient.coalesce()
+    rows, values = gradient.indices()[0], gradient.values()
     places = _find_touched(values, parameter).nonzero()[:, 0]
     return rows[places], values, places
 
 
 def _find_touched(gradient, parameter):
     """For each row of a gradient, whether it is non-zero on any process that has a part of it: bool, `(num_rows,)`."""
-    if cpu.can_update(gradient, gradient):
+    if cpu.can_update(gradient, None):
         touched = cpu.touched_rows(gradient)
     else:
         chunks = gradient.split(_rows_per_chunk(gradient))
@@ -374,6 +398,25 @@ def update_rows(
         _update_chunk(parameter, state, some_rows, gradient.index_select(0, some_places), group)
 
 
+def update_by_factors(
+    parameter: torch.Tensor, state: dict[str, torch.Tensor], factors: Factors, group: dict[str, Any]
+) -> None:
+    """
+    Make AdamW's step on the rows whose gradient, the sum of some factors, is not zero: without a row of it being
+    written where that is possible.
+
+    Args:
+        parameter, state, group: See [`update_rows`].
+        factors ([`Factors`]): The gradient.
+    """
+    if cpu.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
+        cpu.update_by_factors(parameter, state, factors, group)
+        return
+    sums = factors.sums()
+    places = sums.ne(0).any(1).nonzero()[:, 0]
+    update_rows(parameter, state, factors.entries.groups.rows.long()[places], sums, places, group)
+
+
 def _update_chunk(parameter, state, rows, gradient, group):
     beta1, beta2 = group["betas"]
     dtype = state["exp_avg"].dtype
@@ -390,6 +433,9 @@ def _update_chunk(parameter, state, rows, gradient, group):
     denominator = second.sqrt_().div_(_bias_correction(beta2, steps, dtype).sqrt_()).add_(group["eps"])
     values = parameter.index_select(0, rows).to(dtype).mul_(1 - group["lr"] * group["weight_decay"])
     values.sub_(first.mul_(rate).div_(denominator))
+    if parameter.dtype in ROUNDED:
+        bits = random_bits(group["rounding_seed"], rows, steps, values.shape[1])
+        values = round_stochastically(values, parameter.dtype, bits)
     parameter.index_copy_(0, rows, values.to(parameter.dtype))
 
 

@@ -1,0 +1,227 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The operators of the experts: what autograd, compilers and exporters see of a pool, whatever implementation runs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, refuse_double_backward
+from .factored_gradient import Entries, FactoredGradient, Factors, takes_factors
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_up", mutates_args=())
+def expert_up(
+    hidden_states: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, kernels: str, factored: bool
+) -> torch.Tensor:
+    """
+    `hidden[t] · table[indices[t, a]]`, accumulated in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
+        table (`torch.Tensor` of shape `(num_experts, hidden_size)`)
+        kernels (`str`): See [`resolve_kernels`].
+        factored (`bool`): Whether the table's gradient is a [`FactoredGradient`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, num_active)`, in the dtype of `hidden_states`.
+    """
+    return ALL_EXPERT_KERNELS[kernels].up(hidden_states, indices, table)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_down", mutates_args=())
+def expert_down(
+    weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, kernels: str, factored: bool
+) -> torch.Tensor:
+    """
+    `Σ_a weights[t, a] table[indices[t, a]]`, accumulated in float32.
+
+    Args:
+        weights (`torch.Tensor` of shape `(num_tokens, num_active)`)
+        indices, table, kernels, factored: See [`expert_up`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, hidden_size)`, in the dtype of `weights`.
+    """
+    return ALL_EXPERT_KERNELS[kernels].down(weights, indices, table)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expert_row_gradient", mutates_args=())
+def expert_row_gradient(
+    coefficients: torch.Tensor,
+    tokens: torch.Tensor,
+    indices: torch.Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
+    kernels: str,
+) -> torch.Tensor:
+    """
+    The dense gradient of a table: `Σ coefficients[t, a] tokens[t]` over `indices[t, a] = n` in row n.
+
+    Args:
+        coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`)
+        tokens (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
+        num_rows (`int`): Number of rows of the table.
+        dtype (`torch.dtype`): Dtype of the table.
+        kernels (`str`): See [`resolve_kernels`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows, hidden_size)`.
+    """
+    return Factors.of(coefficients, tokens, Entries(indices, num_rows, kernels)).to_rows(dtype)
+
+
+@expert_up.register_fake
+def _(hidden_states, indices, table, kernels, factored):
+    return hidden_states.new_empty(indices.shape)
+
+
+@expert_down.register_fake
+def _(weights, indices, table, kernels, factored):
+    return weights.new_empty(weights.shape[0], table.shape[1])
+
+
+@expert_row_gradient.register_fake
+def _(coefficients, tokens, indices, num_rows, dtype, kernels):
+    return tokens.new_empty(num_rows, tokens.shape[1], dtype=dtype)
+
+
+def _save_for_backward(ctx, inputs, output):
+    first, indices, table, ctx.kernels, ctx.factored = inputs
+    ctx.save_for_backward(first, indices, table)
+
+
+def _table_gradient(ctx, coefficients, tokens, indices, table):
+    if not ctx.factored:
+        return expert_row_gradient(coefficients, tokens, indices, table.shape[0], table.dtype, ctx.kernels)
+    return FactoredGradient(table, [Factors.of(coefficients, tokens, Entries(indices, table.shape[0], ctx.kernels))])
+
+
+def _up_backward(ctx, gradient):
+    refuse_double_backward()
+    hidden_states, indices, table = ctx.saved_tensors
+    of_hidden_states = of_table = None
+    if ctx.needs_input_grad[0]:
+        of_hidden_states = expert_down(gradient.contiguous(), indices, table, ctx.kernels, False)
+        of_hidden_states = of_hidden_states.to(hidden_states.dtype)
+    if ctx.needs_input_grad[2]:
+        of_table = _table_gradient(ctx, gradient.contiguous(), hidden_states, indices, table)
+    return of_hidden_states, None, of_table, None, None
+
+
+def _down_backward(ctx, gradient):
+    refuse_double_backward()
+    weights, indices, table = ctx.saved_tensors
+    of_weights = of_table = None
+    if ctx.needs_input_grad[0]:
+        of_weights = expert_up(gradient.contiguous(), indices, table, ctx.kernels, False).to(weights.dtype)
+    if ctx.needs_input_grad[2]:
+        of_table = _table_gradient(ctx, weights, gradient.contiguous(), indices, table)
+    return of_weights, None, of_table, None, None
+
+
+expert_up.register_autograd(_up_backward, setup_context=_save_for_backward)
+expert_down.register_autograd(_down_backward, setup_context=_save_for_backward)
+
+
+@torch.compiler.disable
+def run_outside_graphs(function: Callable, *arguments: Any) -> torch.Tensor:
+    """Call what a compiler cannot trace: a backward that makes a [`FactoredGradient`]."""
+    return function(*arguments)
+
+
+class _ExpertPool(torch.autograd.Function):
+    """All of a pool: `Σ_a weights[t, a] · σ(u · x) · v`, or `σ(w · x) (u · x) v` with gates w."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, indices, weights, up, gate, down, act_fn, kernels):
+        run = ALL_EXPERT_KERNELS[kernels]
+        neurons = run.up(hidden_states, indices, up)
+        gates = None if gate is None else run.up(hidden_states, indices, gate)
+        ctx.act_fn, ctx.kernels = act_fn, kernels
+        ctx.save_for_backward(hidden_states, indices, weights, up, gate, down, neurons, gates)
+        return run.down(weights * _activations(act_fn, neurons, gates), indices, down)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        refuse_double_backward()
+        hidden_states, indices, weights, up, gate, down, *inputs = ctx.saved_tensors
+        of_input, _, of_weights, *of_tables = ctx.needs_input_grad[:6]
+        run, gradient = ALL_EXPERT_KERNELS[ctx.kernels], gradient.contiguous()
+        of_products = run.up(gradient, indices, down)
+        inputs = [None if each is None else each.detach().requires_grad_() for each in inputs]
+        with torch.enable_grad():
+            activations = _activations(ctx.act_fn, *inputs)
+        present = [each for each in inputs if each is not None]
+        of_neurons, *of_gates = torch.autograd.grad(activations, present, of_products * weights)
+        activations = activations.detach()
+        halves = [(of_neurons, up), *((each, gate) for each in of_gates)]
+        coefficients = [of_neurons, of_gates[0] if of_gates else None, weights * activations]
+        entries = Entries(indices, len(up), ctx.kernels)
+        return (
+            sum(run.down(each, indices, table) for each, table in halves) if of_input else None,
+            None,
+            of_products * activations if of_weights else None,
+            *(
+                _gradient_of(table, each, tokens, entries) if wanted else None
+                for wanted, table, each, tokens in zip(
+                    of_tables, (up, gate, down), coefficients, (hidden_states, hidden_states, gradient), strict=True
+                )
+            ),
+            None,
+            None,
+        )
+
+
+def _activations(act_fn, neurons, gates):
+    return act_fn(neurons) if gates is None else act_fn(gates) * neurons
+
+
+def _gradient_of(table, coefficients, tokens, entries):
+    factors = Factors.of(coefficients, tokens, entries)
+    return FactoredGradient(table, [factors]) if takes_factors(table) else factors.to_rows(table.dtype)
+
+
+def run_expert_pool(
+    hidden_states: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    down: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    kernels: str,
+) -> torch.Tensor:
+    """
+    The experts of every token, weighted and summed, as one operation for autograd: their entries are grouped once for
+    the gradients of all tables.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the tables, int64.
+        weights (`torch.Tensor` of shape `(num_tokens, num_active)`): router weights.
+        up, down (`torch.Tensor` of shape `(num_experts, hidden_size)`): up- and down-projection vectors.
+        gate (`torch.Tensor` of shape `(num_experts, hidden_size)`, *optional*): gate vectors.
+        act_fn (`Callable`): The activation, without parameters.
+        kernels (`str`): See [`resolve_kernels`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, hidden_size)`.
+    """
+    return run_outside_graphs(_ExpertPool.apply, hidden_states, indices, weights, up, gate, down, act_fn, kernels)

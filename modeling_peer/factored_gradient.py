@@ -1,0 +1,461 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The gradient of an expert table as the factors of which it is the sum, from backward to the optimizer.
+
+Row n of the gradient is `Σ coefficients[t, a] · tokens[t]` over the entries, pairs of a token t and a place a, whose
+index names row n. The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows that
+they sum to take up to `T · A · d`, and a dense gradient `N · d`.
+
+A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is then
+a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
+freezing need on the factors. Any other operation on it computes the dense gradient.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+from transformers.utils import logging
+
+from .expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
+
+
+logger = logging.get_logger(__name__)
+
+aten = torch.ops.aten
+
+# The attribute of a table under which it is noted which optimizer takes its factors.
+TAKER = "_optimizer_of_factors"
+
+# Factors may take this much more memory than the rows that they sum to, before they are summed.
+MOST_FACTORS = 2.0
+
+
+class Entries:
+    """
+    Which rows each token names, of one table or several of a pool. The entries are grouped by row on first use, once
+    for all these tables.
+
+    Args:
+        indices (`torch.Tensor` of shape `(num_tokens, num_active)`): int64, rows of the tables.
+        num_rows (`int`): Number of rows of a table.
+        kernels (`str`): Name of the implementation that groups and sums, see [`resolve_kernels`].
+    """
+
+    def __init__(self, indices: torch.Tensor, num_rows: int, kernels: str):
+        self.indices = indices
+        self.num_rows = num_rows
+        self.kernels = ALL_EXPERT_KERNELS[kernels]
+        self._join: tuple[tuple[Entries, ...], Entries] | None = None
+
+    @cached_property
+    def sources(self) -> torch.Tensor:
+        """The token of each entry: int32, `(num_entries,)`."""
+        num_tokens, num_active = self.indices.shape
+        tokens = torch.arange(num_tokens, dtype=torch.int32, device=self.indices.device)
+        return tokens[:, None].expand(-1, num_active).reshape(-1)
+
+    @cached_property
+    def groups(self) -> "EntryGroups":
+        """The entries grouped by row."""
+        rows, starts, order = self.kernels.group(self.indices.reshape(-1), self.num_rows)
+        return EntryGroups(rows, starts, order, self.sources.index_select(0, order))
+
+    @cached_property
+    def summed(self) -> "Entries":
+        """One entry for each row, whose token is the sum of all tokens that name it."""
+        rows = self.groups.rows
+        summed = _JoinedEntries([self])
+        summed.indices = rows.long()[:, None]
+        places = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+        summed.sources = places[:-1]
+        summed.groups = EntryGroups(rows, places, places[:-1], places[:-1])
+        return summed
+
+    @staticmethod
+    def joined(several: Sequence["Entries"]) -> "Entries":
+        """The entries of several forwards as if it had been one. Tables with the same entries share the result."""
+        *others, last = several
+        if not others:
+            return last
+        if last._join is None or last._join[0] != tuple(others):
+            last._join = tuple(others), _JoinedEntries(several)
+        return last._join[1]
+
+
+class _JoinedEntries(Entries):
+    def __init__(self, several: Sequence[Entries]):
+        first = several[0]
+        self.indices = torch.cat([each.indices.reshape(-1) for each in several])[:, None]
+        self.num_rows, self.kernels = first.num_rows, first.kernels
+        self._join = None
+        counts = [len(each.indices) for each in several]
+        offsets = [sum(counts[:place]) for place in range(len(counts))]
+        self.sources = torch.cat([each.sources + offset for each, offset in zip(several, offsets, strict=True)])
+
+
+class EntryGroups(NamedTuple):
+    """
+    Entries sorted by the row that they name.
+
+    Args:
+        rows (`torch.Tensor` of shape `(num_groups,)`): int32, the rows, each once and ascending.
+        starts (`torch.Tensor` of shape `(num_groups + 1,)`): int32, where the entries of each row start.
+        order (`torch.Tensor` of shape `(num_entries,)`): int32, the entries, grouped, and ascending in each group.
+        sources (`torch.Tensor` of shape `(num_entries,)`): int32, the token of each, in this order.
+    """
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+    sources: torch.Tensor
+
+
+class Factors(NamedTuple):
+    """
+    The factors of one backward.
+
+    Args:
+        coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`): At least in float32.
+        tokens (`torch.Tensor` of shape `(num_tokens, width)`)
+        entries ([`Entries`]): The rows that the coefficients belong to.
+    """
+
+    coefficients: torch.Tensor
+    tokens: torch.Tensor
+    entries: Entries
+
+    @classmethod
+    def of(cls, coefficients: torch.Tensor, tokens: torch.Tensor, entries: Entries) -> "Factors":
+        """Factors with coefficients in the dtype in which sums are accumulated."""
+        return cls(coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)), tokens, entries)
+
+    @property
+    def nbytes(self) -> int:
+        return self.coefficients.nbytes + self.tokens.nbytes + self.entries.indices.nbytes
+
+    def scaled(self, factor: float | torch.Tensor) -> "Factors":
+        return self._replace(coefficients=self.coefficients * factor)
+
+    def without(self, rows: torch.Tensor) -> "Factors":
+        """With zero coefficients for the entries that name some rows: bool, `(num_rows,)`."""
+        named = rows[self.entries.indices].view_as(self.coefficients)
+        return self._replace(coefficients=self.coefficients.masked_fill(named, 0))
+
+    def in_groups(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the kernels read: coefficients and tokens of the entries by group, where groups start, and tokens."""
+        groups = self.entries.groups
+        return self.coefficients.reshape(-1).index_select(0, groups.order), groups.sources, groups.starts, self.tokens
+
+    def to_rows(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense gradient, `(num_rows, width)`."""
+        rows = torch.zeros(self.entries.num_rows, self.tokens.shape[1], dtype=dtype, device=self.tokens.device)
+        if self.coefficients.numel():
+            self.entries.kernels.row_gradient(*self.in_groups(), rows, self.entries.groups.rows)
+        return rows
+
+    def sums(self) -> torch.Tensor:
+        """The rows of the gradient that entries name, `(num_groups, width)`, in the dtype of the coefficients."""
+        sums = self.coefficients.new_empty(len(self.entries.groups.rows), self.tokens.shape[1])
+        self.entries.kernels.row_gradient(*self.in_groups(), sums)
+        return sums
+
+    def summed(self) -> "Factors":
+        """The same gradient with one entry for each row, whose token is the row's gradient."""
+        sums = self.sums()
+        return Factors(sums.new_ones(len(sums), 1), sums, self.entries.summed)
+
+    @staticmethod
+    def joined(several: Sequence["Factors"]) -> "Factors":
+        """The sum of several gradients of a table as one."""
+        if len(several) == 1:
+            return several[0]
+        return Factors(
+            torch.cat([each.coefficients.reshape(-1) for each in several])[:, None],
+            torch.cat([each.tokens for each in several]),
+            Entries.joined([each.entries for each in several]),
+        )
+
+
+class FactoredGradient(torch.Tensor):
+    """
+    The gradient of an expert table, of its shape and dtype, as a sum of [`Factors`]. See the module's docstring.
+
+    Sums are accumulated in float32, in float64 for a float64 table, whatever the dtype of the table.
+    """
+
+    _factors: list[Factors]
+
+    @staticmethod
+    def __new__(cls, table: torch.Tensor, factors: list[Factors]):
+        """
+        Args:
+            table (`torch.Tensor` of shape `(num_rows, width)`): The table, or its gradient.
+            factors (`list[Factors]`): Shared with the tensors that are views of this one.
+        """
+        # A view has the version counter of nothing: what autograd saves of a gradient, it saves as it is.
+        self = torch.Tensor._make_wrapper_subclass(cls, table.shape, dtype=table.dtype, device=table.device)
+        self._factors = factors
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        tokens = sum(len(each.tokens) for each in self._factors)
+        return f"FactoredGradient(shape={tuple(self.shape)}, dtype={self.dtype}, num_tokens={tokens})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.to_rows())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_rows().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        handler = _HANDLERS.get(operator)
+        result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+        return _on_rows(operator, args, kwargs or {}) if result is NotImplemented else result
+
+    @property
+    def factors(self) -> Factors | None:
+        """All factors joined, as those of one backward; `None` if no entry names a row."""
+        self._factors[:] = [each for each in self._factors if each.coefficients.numel()]
+        if not self._factors:
+            return None
+        self._factors[:] = [Factors.joined(self._factors)]
+        return self._factors[0]
+
+    def to_rows(self) -> torch.Tensor:
+        """The dense gradient, `(num_rows, width)`."""
+        factors = self.factors
+        if factors is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return factors.to_rows(self.dtype)
+
+    def norm(self, order: float = 2.0) -> torch.Tensor:
+        """The norm of all elements, at least in float32, `()`. No row is written for `order=2.0`."""
+        factors = self.factors
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if factors is None:
+            return torch.zeros((), dtype=dtype, device=self.device)
+        if order == 2.0:
+            return factors.entries.kernels.squared_norm(*factors.in_groups()).sqrt().to(dtype)
+        return torch.linalg.vector_norm(self.to_rows().to(dtype), order)
+
+    def is_finite(self) -> torch.Tensor:
+        """Whether all factors are finite, and so the rows that they sum to: bool, `()`."""
+        finite = [torch.isfinite(part).all() for each in self._factors for part in (each.coefficients, each.tokens)]
+        return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=self.device)
+
+    def scale(self, factor: float | torch.Tensor) -> None:
+        """Multiply by a number in place."""
+        self._factors[:] = [each.scaled(factor) for each in self._factors]
+
+    def zero_rows(self, rows: torch.Tensor) -> None:
+        """Zero rows in place: bool, `(num_rows,)`."""
+        self._factors[:] = [each.without(rows) for each in self._factors]
+
+    def add_factors(self, others: Sequence[Factors]) -> None:
+        """Add in place. Factors that take much more memory than the rows that they sum to are summed."""
+        self._factors.extend(others)
+        size = sum(each.nbytes for each in self._factors)
+        entries = sum(each.coefficients.numel() for each in self._factors)
+        rows = min(entries, self.shape[0]) * self.shape[1] * max(torch.float32.itemsize, self.dtype.itemsize)
+        if len(self._factors) > 1 and size > MOST_FACTORS * rows:
+            factors = self.factors
+            self._factors[:] = [] if factors is None else [factors.summed()]
+
+
+def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Let the gradient of a table come in factors, as long as the optimizer lives.
+
+    It is noted on the table, where the backward finds it; copies of the table do not have it.
+    """
+    setattr(table, TAKER, _Taker(optimizer))
+
+
+@torch.compiler.assume_constant_result
+def takes_factors(table: torch.Tensor) -> bool:
+    """Whether there is an optimizer that takes the gradient of a table in factors."""
+    taker = getattr(table, TAKER, None)
+    return isinstance(taker, _Taker) and taker.optimizer() is not None
+
+
+class _Taker:
+    """A weak reference to an optimizer. Of a table that is pickled, an empty dictionary remains of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = weakref.ref(optimizer)
+
+    def __reduce__(self):
+        return OrderedDict, ()
+
+
+def _is_factored(*values):
+    return all(isinstance(value, FactoredGradient) for value in values)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+
+
+def _detach(gradient):
+    return FactoredGradient(gradient, gradient._factors)
+
+
+def _clone(gradient, *, memory_format=None):
+    return FactoredGradient(gradient, list(gradient._factors))
+
+
+def _add_(gradient, other, *, alpha=1):
+    if not _is_factored(gradient, other):
+        return NotImplemented
+    gradient.add_factors(other._factors if alpha == 1 else [each.scaled(alpha) for each in other._factors])
+    return gradient
+
+
+def _add(gradient, other, *, alpha=1):
+    return _add_(_clone(gradient), other, alpha=alpha) if _is_factored(gradient, other) else NotImplemented
+
+
+def _copy_(gradient, other, non_blocking=False):
+    if not _is_factored(gradient, other):
+        return NotImplemented
+    gradient._factors[:] = other._factors
+    return gradient
+
+
+def _zero_(gradient):
+    gradient._factors.clear()
+    return gradient
+
+
+def _mul_(gradient, factor):
+    if not _is_factored(gradient) or not _is_number(factor):
+        return NotImplemented
+    gradient.scale(factor)
+    return gradient
+
+
+def _div_(gradient, divisor):
+    if not _is_factored(gradient) or not _is_number(divisor):
+        return NotImplemented
+    gradient.scale(1 / divisor)
+    return gradient
+
+
+def _mul(gradient, factor):
+    if not _is_factored(gradient):
+        gradient, factor = factor, gradient
+    return _mul_(_clone(gradient), factor) if _is_number(factor) else NotImplemented
+
+
+def _div(gradient, divisor):
+    return _div_(_clone(gradient), divisor) if _is_factored(gradient) else NotImplemented
+
+
+def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
+    if dim is not None or keepdim:
+        return NotImplemented
+    return gradient.norm(float(ord)).to(dtype or torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _foreach(operator: Any, single: Callable) -> Callable:
+    """A handler of a list of tensors some of which are factored: these one by one, the others as before."""
+
+    def handle(tensors, *args, **kwargs):
+        if any(isinstance(each, (list, tuple)) for each in args):
+            return NotImplemented
+        dense = [each for each in tensors if not _is_factored(each)]
+        results = iter((operator(dense, *args, **kwargs) if dense else ()) or ())
+        found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
+        return NotImplemented if any(each is NotImplemented for each in found) else found
+
+    return handle
+
+
+def _unscale_(gradients, found_inf, inverse_scale):
+    """As gradient scalers call it: `found_inf` becomes 1 if an element is infinite or NaN, and all are unscaled."""
+    dense = [each for each in gradients if not _is_factored(each)]
+    if dense:
+        aten._amp_foreach_non_finite_check_and_unscale_(dense, found_inf, inverse_scale)
+    for gradient in filter(_is_factored, gradients):
+        found_inf.copy_(torch.maximum(found_inf, (~gradient.is_finite()).to(found_inf)))
+        gradient.scale(inverse_scale)
+
+
+_HANDLERS: dict[Any, Callable] = {
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+    aten.clone.default: _clone,
+    aten.add.Tensor: _add,
+    aten.add_.Tensor: _add_,
+    aten.copy_.default: _copy_,
+    aten.zero_.default: _zero_,
+    aten.mul.Tensor: _mul,
+    aten.mul_.Tensor: _mul_,
+    aten.mul_.Scalar: _mul_,
+    aten.div.Tensor: _div,
+    aten.div_.Tensor: _div_,
+    aten.div_.Scalar: _div_,
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten._foreach_norm.Scalar: _foreach(aten._foreach_norm.Scalar, _vector_norm),
+    aten._foreach_mul_.Scalar: _foreach(aten._foreach_mul_.Scalar, _mul_),
+    aten._foreach_mul_.Tensor: _foreach(aten._foreach_mul_.Tensor, _mul_),
+    aten._foreach_div_.Scalar: _foreach(aten._foreach_div_.Scalar, _div_),
+    aten._foreach_div_.Tensor: _foreach(aten._foreach_div_.Tensor, _div_),
+    aten._foreach_zero_.default: _foreach(aten._foreach_zero_.default, _zero_),
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale_,
+}
+
+
+def _on_rows(operator, args, kwargs):
+    """Run an operator on dense gradients. Those that it writes stay factored, with a token for each row."""
+    logger.warning_once(
+        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of the "
+        "shape of the table."
+    )
+    dense: dict[int, tuple[FactoredGradient, torch.Tensor]] = {}
+
+    def rows_of(value):
+        if not isinstance(value, FactoredGradient):
+            return value
+        return dense.setdefault(id(value._factors), (value, value.to_rows()))[1]
+
+    result = operator(*tree_map(rows_of, args), **tree_map(rows_of, kwargs))
+    written = {
+        id(each._factors)
+        for argument, value in zip(operator._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for each in (value if isinstance(value, (list, tuple)) else [value])
+        if _is_factored(each)
+    }
+    for key in written:
+        gradient, rows = dense[key]
+        gradient._factors[:] = [_factors_of_rows(rows)]
+    itself = {id(rows): gradient for key, (gradient, rows) in dense.items() if key in written}
+    return tree_map(lambda value: itself.get(id(value), value), result)
+
+
+def _factors_of_rows(rows):
+    every = torch.arange(len(rows), device=rows.device)[:, None]
+    tokens = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    kernels = resolve_kernels("auto", rows)
+    return Factors(tokens.new_ones(len(rows), 1), tokens, Entries(every, len(rows), kernels))
