@@ -98,6 +98,22 @@ class Entries:
             last._join = tuple(others), _JoinedEntries(several)
         return last._join[1]
 
+    @staticmethod
+    def of_parts(parts: Sequence[torch.Tensor], num_tokens: Sequence[int], like: "Entries") -> "Entries":
+        """
+        The entries of several processes as if they had been one.
+
+        Args:
+            parts (`Sequence[torch.Tensor]` of shape `(num_entries, 2)`): int32, the row and the token of each entry.
+            num_tokens (`Sequence[int]`): Number of tokens of each process.
+            like ([`Entries`]): Of the same tables.
+        """
+        offsets = [sum(num_tokens[:place]) for place in range(len(parts))]
+        entries = _JoinedEntries([like])
+        entries.indices = torch.cat([part[:, :1] for part in parts]).long()
+        entries.sources = torch.cat([part[:, 1] + offset for part, offset in zip(parts, offsets, strict=True)])
+        return entries
+
 
 class _JoinedEntries(Entries):
     def __init__(self, several: Sequence[Entries]):
@@ -145,6 +161,13 @@ class Factors(NamedTuple):
     def of(cls, coefficients: torch.Tensor, tokens: torch.Tensor, entries: Entries) -> "Factors":
         """Factors with coefficients in the dtype in which sums are accumulated."""
         return cls(coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)), tokens, entries)
+
+    @classmethod
+    def empty(cls, table: torch.Tensor) -> "Factors":
+        """A gradient without entries."""
+        indices = torch.empty(0, 1, dtype=torch.int64, device=table.device)
+        tokens = table.new_empty(0, table.shape[1], dtype=torch.promote_types(table.dtype, torch.float32))
+        return cls(tokens[:, :1], tokens, Entries(indices, len(table), resolve_kernels("auto", table)))
 
     @property
     def nbytes(self) -> int:
@@ -270,6 +293,10 @@ class FactoredGradient(torch.Tensor):
     def zero_rows(self, rows: torch.Tensor) -> None:
         """Zero rows in place: bool, `(num_rows,)`."""
         self._factors[:] = [each.without(rows) for each in self._factors]
+
+    def set_factors(self, factors: Sequence[Factors]) -> None:
+        """Become the sum of these factors."""
+        self._factors[:] = factors
 
     def add_factors(self, others: Sequence[Factors]) -> None:
         """Add in place. Factors that take much more memory than the rows that they sum to are summed."""
@@ -449,12 +476,13 @@ def _on_rows(operator, args, kwargs):
     }
     for key in written:
         gradient, rows = dense[key]
-        gradient._factors[:] = [_factors_of_rows(rows)]
+        gradient._factors[:] = [factors_of_rows(rows)]
     itself = {id(rows): gradient for key, (gradient, rows) in dense.items() if key in written}
     return tree_map(lambda value: itself.get(id(value), value), result)
 
 
-def _factors_of_rows(rows):
+def factors_of_rows(rows: torch.Tensor) -> Factors:
+    """The factors of a dense gradient, `(num_rows, width)`: each row is a token that one entry names."""
     every = torch.arange(len(rows), device=rows.device)[:, None]
     tokens = rows.to(torch.promote_types(rows.dtype, torch.float32))
     kernels = resolve_kernels("auto", rows)

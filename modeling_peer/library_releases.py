@@ -128,6 +128,21 @@ def in_backward() -> bool:
     return _current_graph_task_id() != -1
 
 
+def replicas_in_forward() -> torch.nn.parallel.DistributedDataParallel | None:
+    """
+    The DistributedDataParallel in whose forward the caller runs. If a release of torch no longer tells, the answer is
+    `None`, and gradients of expert tables are not averaged: see [`check_tells_replicas`].
+    """
+    if not torch.distributed.is_available():
+        return None
+    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def tells_replicas() -> bool:
+    """Whether [`replicas_in_forward`] can tell."""
+    return hasattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module")
+
+
 def is_flat_parameter(parameter: torch.Tensor) -> bool:
     """
     Whether a parameter is one into which the first FSDP, without `use_orig_params`, has put those of other modules. If

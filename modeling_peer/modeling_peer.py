@@ -56,6 +56,7 @@ from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
+from .replicas import names_of_tables, replicated_tables
 from .tensor_parallel import register_parallel_styles
 
 
@@ -239,6 +240,11 @@ class PeerPreTrainedModel(PreTrainedModel):
             _advise_tables(self, advise_random_access)
         write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads it of the model that it wraps.
+        return names_of_tables(self)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers looks for its decorator of experts in this file. The file of the MoE variant has it.
@@ -306,6 +312,7 @@ class PeerModel(PeerPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
 
+        tables = replicated_tables(self)
         forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
         if forward_pass.learns:
             advise_on_added_experts(self)
@@ -353,6 +360,8 @@ class PeerModel(PeerPreTrainedModel):
         forward_pass.end()
 
         hidden_states = self.norm(hidden_states)
+        if tables is not None:
+            tables.average_after_backward(hidden_states)
 
         return PeerModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
