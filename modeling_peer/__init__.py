@@ -58,8 +58,9 @@ if TYPE_CHECKING:
     from .continual.sparse_finetuning import SparseFinetuningCallback
     from .graft.config import PeerGraftConfig as PeerGraftConfig
     from .graft.model import PeerGraftModel as PeerGraftModel
+    from .optim.parameter_groups import expert_parameter_groups, make_optimizer
     from .optim.resuming import last_complete_checkpoint
-    from .optim.row_adamw import RowAdamW, expert_parameter_groups
+    from .optim.row_adamw import RowAdamW
 
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
@@ -73,8 +74,9 @@ _LAZY_NAMES = {
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
+    "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
-    "optim.row_adamw": ("RowAdamW", "expert_parameter_groups"),
+    "optim.row_adamw": ("RowAdamW",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 
@@ -151,6 +153,7 @@ __all__ = [
     "freeze_experts",
     "last_complete_checkpoint",
     "list_configurations",
+    "make_optimizer",
     "masked_experts",
     "measure_usage",
     "model_costs",

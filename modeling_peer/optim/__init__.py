@@ -14,8 +14,16 @@
 """Optimizers for models with expert tables, rows that no optimizer moves, and checkpoints to resume from."""
 
 from .frozen_rows import FrozenRows, freeze_rows
+from .parameter_groups import expert_parameter_groups, make_optimizer
 from .resuming import last_complete_checkpoint
-from .row_adamw import RowAdamW, expert_parameter_groups
+from .row_adamw import RowAdamW
 
 
-__all__ = ["FrozenRows", "RowAdamW", "expert_parameter_groups", "freeze_rows", "last_complete_checkpoint"]
+__all__ = [
+    "FrozenRows",
+    "RowAdamW",
+    "expert_parameter_groups",
+    "freeze_rows",
+    "last_complete_checkpoint",
+    "make_optimizer",
+]

@@ -21,9 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw
-from transformers.trainer_pt_utils import get_parameter_names
 
-from ..expert_table import ExpertDownProjection, ExpertTable
 from ..factored_gradient import FactoredGradient, Factors, take_factors
 from ..memory_advice import advise_huge_pages
 from . import row_adamw_cpu as cpu
@@ -38,9 +36,6 @@ SECOND_MOMENTS = ("full", "row")
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
 # the cache.
 CHUNK_ELEMENTS = 2**18
-
-# As in `Trainer.get_decay_parameter_names`.
-NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -82,8 +77,9 @@ class RowAdamW(torch.optim.Optimizer):
     >>> from modeling_peer import RowAdamW, expert_parameter_groups
 
     >>> optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-3, weight_decay=0.1))
-    >>> trainer = Trainer(model, args, optimizers=(optimizer, None))
-    ```"""
+    ```
+
+    [`make_optimizer`] makes it for a `Trainer`."""
 
     def __init__(
         self,
@@ -445,51 +441,4 @@ def _bias_correction(beta, steps, dtype):
     return -torch.expm1(steps.to(dtype)[:, None] * log_beta)
 
 
-def expert_parameter_groups(
-    model: nn.Module,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    expert_lr_multiplier: float = 1.0,
-    down_proj_lr_multiplier: float = 1.0,
-) -> list[dict[str, Any]]:
-    """
-    Group a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
-    them, and the expert tables, as rows. A table that several layers share is in one group, once.
-
-    Args:
-        model (`nn.Module`)
-        learning_rate (`float`)
-        weight_decay (`float`, *optional*, defaults to 0.0): Of all parameters except biases and norms.
-        expert_lr_multiplier (`float`, *optional*, defaults to 1.0): Factor of the learning rate of expert tables.
-            Schedulers scale each group's own learning rate, so the factor lasts.
-        down_proj_lr_multiplier (`float`, *optional*, defaults to 1.0): Further factor of the learning rate of the
-            down-projection vectors v_i, and of the values of PKM layers. The router weights of a head sum to one, so
-            its vectors must become up to k times as large as those of a dense projection, which takes as many more
-            steps at the same learning rate.
-
-    Returns:
-        `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
-    """
-    tables = {
-        id(module.weight): "down_tables" if isinstance(module, ExpertDownProjection) else "tables"
-        for module in model.modules()
-        if isinstance(module, ExpertTable)
-    }
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
-    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")
-            kinds["tables" if down_proj_lr_multiplier == 1.0 and kind == "down_tables" else kind].append(parameter)
-    lr, expert_lr = learning_rate, learning_rate * expert_lr_multiplier
-    down_lr = expert_lr * down_proj_lr_multiplier
-    groups = [
-        {"params": kinds["decayed"], "lr": lr, "weight_decay": weight_decay, "rows": False},
-        {"params": kinds["not_decayed"], "lr": lr, "weight_decay": 0.0, "rows": False},
-        {"params": kinds["tables"], "lr": expert_lr, "weight_decay": weight_decay, "rows": True},
-        {"params": kinds["down_tables"], "lr": down_lr, "weight_decay": weight_decay, "rows": True},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-__all__ = ["RowAdamW", "expert_parameter_groups"]
+__all__ = ["RowAdamW"]
