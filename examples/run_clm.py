@@ -141,7 +141,6 @@ def main():
     setup_logging(training_args)
     checkpoint = last_checkpoint(training_args)
     config = load_config(model_args)
-    optimizer_args.check(config, training_args)
     tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
     trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args)
     run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)

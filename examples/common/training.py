@@ -28,7 +28,6 @@ import transformers
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
     HfArgumentParser,
-    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerState,
@@ -49,8 +48,8 @@ class OptimizerArguments:
     row_adamw: bool = field(
         default=False,
         metadata={
-            "help": "Update only the rows of expert tables that a step retrieved. Faster with sparse gradients, "
-            "--config_overrides sparse_expert_gradients=true. Not under FSDP, where `Trainer` makes its own optimizer."
+            "help": "Update only the rows of expert tables that a step retrieved. Not under FSDP, where `Trainer` "
+            "makes its own optimizer."
         },
     )
     second_moment: Literal["full", "row"] = field(
@@ -70,14 +69,6 @@ class OptimizerArguments:
         if not self.row_adamw and options != ("full", 1.0, 1.0):
             raise ValueError(
                 "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: add --row_adamw."
-            )
-
-    def check(self, config: PreTrainedConfig, training_args: TrainingArguments) -> None:
-        """Raises `ValueError` if a model of this configuration has gradients that the optimizer does not support."""
-        if training_args.do_train and getattr(config, "sparse_expert_gradients", False) and not self.row_adamw:
-            raise ValueError(
-                "`sparse_expert_gradients` is true in the configuration, but AdamW does not support sparse gradients: "
-                "add --row_adamw, or --config_overrides sparse_expert_gradients=false."
             )
 
 

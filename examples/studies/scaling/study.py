@@ -45,6 +45,7 @@ from studies.scaling.plan import (
     reference_run,
     training_arguments,
     training_flops,
+    trains_by_rows,
     with_seeds,
 )
 from studies.scaling.report import Results
@@ -326,7 +327,7 @@ class Study:
             "max_eval_samples": self.plan.eval_sequences,
             "max_steps": run.steps,
             "learning_rate": run.learning_rate,
-            "row_adamw": fields.get("sparse_expert_gradients", False),
+            "row_adamw": trains_by_rows(run, self.plan),
             "seed": run.seed,
             "logging_steps": max(1, run.steps // LOGS),
             "save_steps": max(1, run.steps // CHECKPOINTS),
