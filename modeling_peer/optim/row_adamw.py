@@ -147,16 +147,15 @@ class RowAdamW(torch.optim.Optimizer):
                 f"A parameter of shape {tuple(parameter.shape)} got a sparse gradient after dense ones: put it into a "
                 'group with `"rows": True` from the start.'
             )
+        gradient = _local_gradient(parameter)
+        touched = None if isinstance(gradient, FactoredGradient) else _touched_rows(parameter, gradient)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
         local_state = {name: _local(tensor) for name, tensor in state.items()}
-        gradient = _local_gradient(parameter)
-        if isinstance(gradient, FactoredGradient):
-            if gradient.factors is not None:
-                update_by_factors(_local(parameter), local_state, gradient.factors, group)
-            return
-        rows, gradient, places = _touched_rows(parameter, gradient)
-        update_rows(_local(parameter), local_state, rows, gradient, places, group)
+        if touched is not None:
+            update_rows(_local(parameter), local_state, *touched, group)
+        elif gradient.factors is not None:
+            update_by_factors(_local(parameter), local_state, gradient.factors, group)
 
     def _step_dense(self, parameters, group):
         for parameter in parameters:
