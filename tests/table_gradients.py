@@ -33,6 +33,40 @@ def in_factors(gradient: torch.Tensor, kernels: str = "cpu") -> FactoredGradient
     return FactoredGradient(gradient, [Factors(tokens.new_ones(len(rows), 1), tokens, entries)])
 
 
+def random_parts(
+    seed: int,
+    num_rows: int,
+    width: int,
+    shapes: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "cpu",
+) -> list[Factors]:
+    """
+    Factors of several backwards, each of `(num_tokens, num_active)`. A third of the entries name one of the first two
+    rows, so that some rows are named very often and a token may name a row twice; some coefficients are zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for shape in shapes:
+        often = torch.rand(shape, generator=generator) < 1 / 3
+        indices = torch.randint(num_rows, shape, generator=generator)
+        indices = torch.where(often, indices % min(num_rows, 2), indices)
+        coefficients = torch.randn(shape, generator=generator).to(torch.promote_types(dtype, torch.float32))
+        coefficients[torch.rand(shape, generator=generator) < 0.1] = 0
+        tokens = torch.randn(shape[0], width, generator=generator).to(dtype)
+        parts.append(Factors(coefficients, tokens, Entries(indices, num_rows, kernels)))
+    return parts
+
+
+def literal_rows(parts: list[Factors], num_rows: int, width: int) -> torch.Tensor:
+    """`Σ coefficients[t, a] tokens[t]` over the entries of each row, in float64."""
+    rows = torch.zeros(num_rows, width, dtype=torch.float64)
+    for coefficients, tokens, entries in parts:
+        products = coefficients.double()[:, :, None] * tokens.double()[:, None]
+        rows.index_add_(0, entries.indices.flatten(), products.flatten(0, 1))
+    return rows
+
+
 def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The expert tables of a model by their names, each once."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, ExpertTable)}
