@@ -43,6 +43,13 @@ aten = torch.ops.aten
 # The attribute of a table under which it is noted which optimizer takes its factors.
 TAKER = "_optimizer_of_factors"
 
+# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as the
+# table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and how
+# many bytes a second are moved, two cores or a GPU, in round numbers.
+LEAST_BYTES_TO_ADVISE_ON = 2**24
+DENSE_PASSES = 12
+BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 2e12}
+
 # Factors may take this much more memory than the rows that they sum to, before they are summed.
 MOST_FACTORS = 2.0
 
@@ -323,6 +330,20 @@ def takes_factors(table: torch.Tensor) -> bool:
     """Whether there is an optimizer that takes the gradient of a table in factors."""
     taker = getattr(table, TAKER, None)
     return isinstance(taker, _Taker) and taker.optimizer() is not None
+
+
+def advise_on_dense_gradient(table: torch.Tensor) -> None:
+    """Say once what the dense gradient of a large table costs, and how to avoid it."""
+    if table.nbytes >= LEAST_BYTES_TO_ADVISE_ON:
+        moved = DENSE_PASSES * table.nbytes
+        rate = BYTES_PER_SECOND.get(table.device.type, BYTES_PER_SECOND["cuda"])
+        logger.warning_once(
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes {table.nbytes / 2**20:,.0f} "
+            f"MB, and a step with it moves some {moved / 2**20:,.0f} MB, about {1000 * moved / rate:,.0f} ms for this "
+            "table. An optimizer that takes the gradient in factors touches retrieved experts alone: "
+            "`Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` with "
+            "`from modeling_peer import make_optimizer`."
+        )
 
 
 class _Taker:
