@@ -325,6 +325,12 @@ def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     setattr(table, TAKER, _Taker(optimizer))
 
 
+def let_follow(table: torch.Tensor, local: torch.Tensor) -> None:
+    """Let the gradient of a process's part of a table come in factors if that of the table does."""
+    if takes_factors(table):
+        setattr(local, TAKER, getattr(table, TAKER))
+
+
 @torch.compiler.assume_constant_result
 def takes_factors(table: torch.Tensor) -> bool:
     """Whether there is an optimizer that takes the gradient of a table in factors."""
@@ -366,6 +372,10 @@ def _is_number(value):
 
 def _detach(gradient):
     return FactoredGradient(gradient, gradient._factors)
+
+
+def _view(gradient, shape):
+    return _detach(gradient) if tuple(shape) == tuple(gradient.shape) else NotImplemented
 
 
 def _clone(gradient, *, memory_format=None):
@@ -434,7 +444,9 @@ def _foreach(operator: Any, single: Callable) -> Callable:
         dense = [each for each in tensors if not _is_factored(each)]
         results = iter((operator(dense, *args, **kwargs) if dense else ()) or ())
         found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
-        return NotImplemented if any(each is NotImplemented for each in found) else found
+        if any(each is NotImplemented for each in found):
+            return NotImplemented
+        return found if operator._schema.returns else None
 
     return handle
 
@@ -452,6 +464,7 @@ def _unscale_(gradients, found_inf, inverse_scale):
 _HANDLERS: dict[Any, Callable] = {
     aten.detach.default: _detach,
     aten.alias.default: _detach,
+    aten.view.default: _view,
     aten.clone.default: _clone,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_,
