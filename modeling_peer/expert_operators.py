@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, refuse_double_backward
-from .factored_gradient import Entries, FactoredGradient, Factors, takes_factors
+from .factored_gradient import Entries, FactoredGradient, Factors, advise_on_dense_gradient, takes_factors
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_up", mutates_args=())
@@ -109,6 +109,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _table_gradient(ctx, coefficients, tokens, indices, table):
     if not ctx.factored:
+        advise_on_dense_gradient(table)
         return expert_row_gradient(coefficients, tokens, indices, table.shape[0], table.dtype, ctx.kernels)
     return FactoredGradient(table, [Factors.of(coefficients, tokens, Entries(indices, table.shape[0], ctx.kernels))])
 
@@ -198,7 +199,10 @@ def _activations(act_fn, neurons, gates):
 
 
 def _gradient_of(table, factors, factored):
-    return FactoredGradient(table, [factors]) if factored else factors.to_rows(table.dtype)
+    if factored:
+        return FactoredGradient(table, [factors])
+    advise_on_dense_gradient(table)
+    return factors.to_rows(table.dtype)
 
 
 def run_expert_pool(

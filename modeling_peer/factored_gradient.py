@@ -43,6 +43,13 @@ aten = torch.ops.aten
 # The attribute of a table under which it is noted which optimizer takes its factors.
 TAKER = "_optimizer_of_factors"
 
+# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as the
+# table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and how
+# many bytes a second are moved, two cores or a GPU, in round numbers.
+LEAST_BYTES_TO_ADVISE_ON = 2**24
+DENSE_PASSES = 12
+BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 2e12}
+
 # Factors may take this much more memory than the rows that they sum to, before they are summed.
 MOST_FACTORS = 2.0
 
@@ -322,11 +329,31 @@ def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     setattr(table, TAKER, _Taker(optimizer))
 
 
+def let_follow(table: torch.Tensor, local: torch.Tensor) -> None:
+    """Let the gradient of a process's part of a table come in factors if that of the table does."""
+    if takes_factors(table):
+        setattr(local, TAKER, getattr(table, TAKER))
+
+
 @torch.compiler.assume_constant_result
 def takes_factors(table: torch.Tensor) -> bool:
     """Whether there is an optimizer that takes the gradient of a table in factors."""
     taker = getattr(table, TAKER, None)
     return isinstance(taker, _Taker) and taker.optimizer() is not None
+
+
+def advise_on_dense_gradient(table: torch.Tensor) -> None:
+    """Say once what the dense gradient of a large table costs, and how to avoid it."""
+    if table.nbytes >= LEAST_BYTES_TO_ADVISE_ON:
+        moved = DENSE_PASSES * table.nbytes
+        rate = BYTES_PER_SECOND.get(table.device.type, BYTES_PER_SECOND["cuda"])
+        logger.warning_once(
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes {table.nbytes / 2**20:,.0f} "
+            f"MB, and a step with it moves some {moved / 2**20:,.0f} MB, about {1000 * moved / rate:,.0f} ms for this "
+            "table. An optimizer that takes the gradient in factors touches retrieved experts alone: "
+            "`Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` with "
+            "`from modeling_peer import make_optimizer`."
+        )
 
 
 class _Taker:
@@ -349,6 +376,10 @@ def _is_number(value):
 
 def _detach(gradient):
     return FactoredGradient(gradient, gradient._factors)
+
+
+def _view(gradient, shape):
+    return _detach(gradient) if tuple(shape) == tuple(gradient.shape) else NotImplemented
 
 
 def _clone(gradient, *, memory_format=None):
@@ -410,7 +441,6 @@ def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 def _foreach(operator: Any, single: Callable) -> Callable:
     """A handler of a list of tensors some of which are factored: these one by one, the others as before."""
-    returns_nothing = not operator._schema.returns
 
     def handle(tensors, *args, **kwargs):
         if any(isinstance(each, (list, tuple)) for each in args):
@@ -420,7 +450,7 @@ def _foreach(operator: Any, single: Callable) -> Callable:
         found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
         if any(each is NotImplemented for each in found):
             return NotImplemented
-        return None if returns_nothing else found
+        return found if operator._schema.returns else None
 
     return handle
 
@@ -438,6 +468,7 @@ def _unscale_(gradients, found_inf, inverse_scale):
 _HANDLERS: dict[Any, Callable] = {
     aten.detach.default: _detach,
     aten.alias.default: _detach,
+    aten.view.default: _view,
     aten.clone.default: _clone,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_,

@@ -36,6 +36,7 @@ from .forward_pass import ForwardPass
 from .library_releases import in_backward
 from .masks import check_attention_mask, padding_mask_of
 from .query_norm import QueryBatchNorm
+from .replicas import ReplicatedTables, replicated_tables
 
 
 # The method of PEFT, and the prefix of the names of its adapters' modules.
@@ -107,6 +108,8 @@ class DecoderForward(threading.local):
         past_length (`int` or `torch.Tensor`, *optional*):
             Number of past tokens in the cache that the decoder was given, before its layers added the present ones.
             `None` without a cache, and unless the decoder learns.
+        tables (`ReplicatedTables`, *optional*):
+            The tables of the grafts that DistributedDataParallel leaves to us. `None` where it does not run the model.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -115,6 +118,7 @@ class DecoderForward(threading.local):
         self.attention_mask: torch.Tensor | dict | None = None
         self.learns: bool | None = None
         self.past_length: int | torch.Tensor | None = None
+        self.tables: ReplicatedTables | None = None
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of a forward pass of the decoder, as a forward pre-hook."""
@@ -124,10 +128,13 @@ class DecoderForward(threading.local):
         self.attention_mask = arguments.get("attention_mask")
         self.learns = decoder.training and torch.is_grad_enabled()
         self.past_length = _past_length(arguments) if self.learns else None
+        self.tables = replicated_tables(decoder)
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        """Forget the forward pass, as a forward hook."""
-        self.attention_mask = self.learns = self.past_length = None
+        """Have gradients of replicas averaged, and forget the forward pass, as a forward hook."""
+        if self.tables is not None and output is not None:  # `None` after an error
+            self.tables.average_after_backward(output if isinstance(output, torch.Tensor) else output[0])
+        self.attention_mask = self.learns = self.past_length = self.tables = None
 
     def __deepcopy__(self, memo):
         # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.

@@ -16,8 +16,11 @@ Tensor parallelism of what PEER adds to a decoder: of the expert tables each ran
 row; routers are replicated.
 """
 
+import contextlib
+
 import torch
 
+from .factored_gradient import let_follow
 from .library_releases import PARALLEL_STYLES, TensorParallelLayer, require_transformers
 
 
@@ -33,6 +36,13 @@ class ExpertTableParallel(TensorParallelLayer):
 
     def should_use_local_tensors(self, module):
         return True
+
+    @contextlib.contextmanager
+    def context_around_forward(self, module, mesh):
+        table = module.weight
+        with super().context_around_forward(module, mesh):
+            let_follow(table, module.weight)
+            yield
 
     def shard_param(self, module, param, mesh):
         weight = module._parameters[param]

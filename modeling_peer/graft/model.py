@@ -36,6 +36,7 @@ from ..graft_layer import (
     watch_decoder,
 )
 from ..graft_merged import base_model_type, check_mergeable, merge_grafts
+from ..replicas import names_of_tables
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft
@@ -168,6 +169,11 @@ class PeerGraftModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = PeerGraftLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads it of the `PeftModel` that it wraps, which asks this part of it.
+        return [f"base_model.{name}" for name in names_of_tables(self)]
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As in PEFT, after every check that may refuse the adapter."""

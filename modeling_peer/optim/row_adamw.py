@@ -70,8 +70,7 @@ class RowAdamW(torch.optim.Optimizer):
             the state. `torch.initial_seed()` decides if it is not given.
 
     Raises:
-        `ValueError`: for a hyperparameter out of its range, a row parameter that is no matrix, or
-            `second_moment="row"` with rows that are split over processes.
+        `ValueError`: for a hyperparameter out of its range, or a row parameter that is no matrix.
 
     ```python
     >>> from modeling_peer import RowAdamW, expert_parameter_groups
@@ -148,14 +147,20 @@ class RowAdamW(torch.optim.Optimizer):
                 'group with `"rows": True` from the start.'
             )
         gradient = _local_gradient(parameter)
-        touched = None if isinstance(gradient, FactoredGradient) else _touched_rows(parameter, gradient)
+        by_factors = isinstance(gradient, FactoredGradient) and not _is_dtensor(parameter)
+        touched = None if by_factors else _touched_rows(parameter, gradient)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
         local_state = {name: _local(tensor) for name, tensor in state.items()}
-        if touched is not None:
-            update_rows(_local(parameter), local_state, *touched, group)
-        elif gradient.factors is not None:
-            update_by_factors(_local(parameter), local_state, gradient.factors, group)
+        if touched is None:
+            if gradient.factors is not None:
+                update_by_factors(parameter, state, gradient.factors, group)
+            return
+        rows, gradient, places = touched
+        mean_squares = None
+        if group["second_moment"] == "row" and _splits_rows(parameter):
+            mean_squares = _mean_squares(parameter, gradient.index_select(0, places))
+        update_rows(_local(parameter), local_state, rows, gradient, places, group, mean_squares)
 
     def _step_dense(self, parameters, group):
         for parameter in parameters:
@@ -264,24 +269,19 @@ def _check_group(group):
     if not isinstance(group["rows"], bool):
         raise ValueError(f"`rows` must be `True` or `False`, got {group['rows']!r}.")
     for parameter in group["params"] if group["rows"] else ():
-        _check_row_parameter(parameter, group["second_moment"])
+        _check_row_parameter(parameter)
 
 
 def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_row_parameter(parameter, second_moment):
+def _check_row_parameter(parameter):
     shape = tuple(parameter.shape)
     if parameter.ndim != 2 or not parameter.is_floating_point():
         raise ValueError(
             f'Parameters of a group with `"rows": True` must be real, of shape (num_rows, width), got '
             f"{parameter.dtype} of shape {shape}."
-        )
-    if second_moment == "row" and _is_dtensor(parameter) and any(p.is_shard(1) for p in parameter.placements):
-        raise ValueError(
-            f'`second_moment` must be "full" for a table whose rows are split over processes, got "row" and a table '
-            f"of shape {shape} with placements {parameter.placements}."
         )
 
 
@@ -306,7 +306,7 @@ def _state_dtype(parameter):
 
 def _row_state(parameter, second_moment):
     """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded like the parameter."""
-    _check_row_parameter(parameter, second_moment)
+    _check_row_parameter(parameter)
     dtype = _state_dtype(parameter)
     return {
         "row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32),
@@ -321,7 +321,9 @@ def _zeros(parameter, shape_of, dtype):
     if not _is_dtensor(parameter):
         return zeros
     whole = torch.empty(shape_of(*parameter.shape), device="meta")
-    placements = [Replicate() if p.is_shard(whole.ndim) else p for p in parameter.placements]
+    # What has one element for each row is the same wherever a part of the row is.
+    of_rows = whole.ndim == 1 or whole.shape[1] == 1
+    placements = [Replicate() if of_rows and p.is_shard(1) else p for p in parameter.placements]
     return DTensor.from_local(
         zeros, parameter.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
@@ -332,6 +334,12 @@ def _touched_rows(parameter, gradient):
     Rows of a parameter's local part whose gradient is non-zero, a tensor of gradients, and the row of each in that
     tensor.
     """
+    if isinstance(gradient, FactoredGradient):
+        if gradient.factors is None:
+            gradient.set_factors([Factors.empty(gradient)])
+        sums = gradient.factors.sums()
+        places = _find_touched(sums, parameter).nonzero()[:, 0]
+        return gradient.factors.entries.groups.rows.long()[places], sums, places
     if not gradient.is_sparse:
         rows = _find_touched(gradient, parameter).nonzero()[:, 0]
         return rows, gradient, rows
@@ -362,6 +370,20 @@ def _find_touched(gradient, parameter):
     return touched
 
 
+def _splits_rows(parameter):
+    """Whether processes hold parts of the rows of a parameter."""
+    return _is_dtensor(parameter) and any(placement.is_shard(1) for placement in parameter.placements)
+
+
+def _mean_squares(parameter, gradient):
+    """Mean squares of whole rows of a gradient, of which this process has parts: `(num_rows, 1)`."""
+    squares = gradient.to(_state_dtype(parameter)).square().sum(1, keepdim=True)
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard(1):
+            dist.all_reduce(squares, group=parameter.device_mesh.get_group(dim))
+    return squares / parameter.shape[1]
+
+
 def _rows_per_chunk(table):
     return max(1, CHUNK_ELEMENTS // max(1, table.shape[1]))
 
@@ -373,6 +395,7 @@ def update_rows(
     gradient: torch.Tensor,
     places: torch.Tensor,
     group: dict[str, Any],
+    mean_squares: torch.Tensor | None = None,
 ) -> None:
     """
     Make AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
@@ -384,13 +407,17 @@ def update_rows(
         gradient (`torch.Tensor` of shape `(num_gradients, width)`)
         places (`torch.Tensor` of shape `(num_touched,)`): int64, for each of `rows` its row in `gradient`.
         group (`dict`): The parameter's group, with `lr`, `betas`, `eps` and `weight_decay`.
+        mean_squares (`torch.Tensor` of shape `(num_touched, 1)`, *optional*):
+            Mean squares of whole rows of the gradient, of which `gradient` has parts.
     """
-    if cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
+    if mean_squares is None and cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
         cpu.update_rows(parameter, state, rows, gradient, places, group)
         return
     size = _rows_per_chunk(parameter)
-    for some_rows, some_places in zip(rows.split(size), places.split(size), strict=True):
-        _update_chunk(parameter, state, some_rows, gradient.index_select(0, some_places), group)
+    for first in range(0, len(rows), size):
+        chunk = slice(first, first + size)
+        some = None if mean_squares is None else mean_squares[chunk]
+        _update_chunk(parameter, state, rows[chunk], gradient.index_select(0, places[chunk]), group, some)
 
 
 def update_by_factors(
@@ -412,7 +439,7 @@ def update_by_factors(
     update_rows(parameter, state, factors.entries.groups.rows.long()[places], sums, places, group)
 
 
-def _update_chunk(parameter, state, rows, gradient, group):
+def _update_chunk(parameter, state, rows, gradient, group, mean_squares=None):
     beta1, beta2 = group["betas"]
     dtype = state["exp_avg"].dtype
     steps = state["row_steps"].index_select(0, rows) + 1
@@ -420,7 +447,7 @@ def _update_chunk(parameter, state, rows, gradient, group):
     first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
     squares = gradient.square()
     if state["exp_avg_sq"].shape != state["exp_avg"].shape:
-        squares = squares.mean(1, keepdim=True)
+        squares = squares.mean(1, keepdim=True) if mean_squares is None else mean_squares.to(dtype)
     second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(squares, alpha=1 - beta2)
     for name, values in (("row_steps", steps), ("exp_avg", first), ("exp_avg_sq", second)):
         state[name].index_copy_(0, rows, values)
