@@ -182,7 +182,6 @@ def main():
         datasets = load_labeled_datasets(data_args)
     names = label_names(datasets.values(), data_args.label_column_name)
     config = load_config(model_args, num_labels=len(names))
-    optimizer_args.check(config, training_args)
     config.id2label = dict(enumerate(names.values()))
     config.label2id = {name: i for i, name in config.id2label.items()}
     tokenizer = load_tokenizer(model_args, data_args, config, datasets.get("train"), checkpoint)
@@ -201,7 +200,7 @@ def main():
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        optimizers=make_optimizers(optimizer_args, training_args, model),
+        optimizers=make_optimizers(optimizer_args, training_args, model, model_args.is_new),
     )
     run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name)
 

@@ -114,7 +114,7 @@ def make_trainer(
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model),
+        optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model, model_args.is_new),
     )
 
 
@@ -141,7 +141,6 @@ def main():
     setup_logging(training_args)
     checkpoint = last_checkpoint(training_args)
     config = load_config(model_args)
-    optimizer_args.check(config, training_args)
     tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
     trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args)
     run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)

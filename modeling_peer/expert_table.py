@@ -87,7 +87,7 @@ class ExpertTable(nn.Embedding):
         kernels = resolve_kernels(self.config.expert_kernels, weight)
         if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
-        if takes_factors(weight):
+        if torch.is_grad_enabled() and takes_factors(weight):
             return run_outside_graphs(operator, tokens, indices, weight, kernels, True)
         return operator(tokens, indices, weight, kernels, False)
 

@@ -67,6 +67,7 @@ class Entries:
 
     def __init__(self, indices: torch.Tensor, num_rows: int, kernels: str):
         self.indices = indices
+        self.num_tokens = len(indices)
         self.num_rows = num_rows
         self.kernels = ALL_EXPERT_KERNELS[kernels]
         self._join: tuple[tuple[Entries, ...], Entries] | None = None
@@ -90,6 +91,7 @@ class Entries:
         rows = self.groups.rows
         summed = _JoinedEntries([self])
         summed.indices = rows.long()[:, None]
+        summed.num_tokens = len(rows)
         places = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
         summed.sources = places[:-1]
         summed.groups = EntryGroups(rows, places, places[:-1], places[:-1])
@@ -118,6 +120,7 @@ class Entries:
         offsets = [sum(num_tokens[:place]) for place in range(len(parts))]
         entries = _JoinedEntries([like])
         entries.indices = torch.cat([part[:, :1] for part in parts]).long()
+        entries.num_tokens = sum(num_tokens)
         entries.sources = torch.cat([part[:, 1] + offset for part, offset in zip(parts, offsets, strict=True)])
         return entries
 
@@ -128,7 +131,8 @@ class _JoinedEntries(Entries):
         self.indices = torch.cat([each.indices.reshape(-1) for each in several])[:, None]
         self.num_rows, self.kernels = first.num_rows, first.kernels
         self._join = None
-        counts = [len(each.indices) for each in several]
+        counts = [each.num_tokens for each in several]
+        self.num_tokens = sum(counts)
         offsets = [sum(counts[:place]) for place in range(len(counts))]
         self.sources = torch.cat([each.sources + offset for each, offset in zip(several, offsets, strict=True)])
 
@@ -437,6 +441,7 @@ def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 def _foreach(operator: Any, single: Callable) -> Callable:
     """A handler of a list of tensors some of which are factored: these one by one, the others as before."""
+    returns_nothing = not operator._schema.returns
 
     def handle(tensors, *args, **kwargs):
         if any(isinstance(each, (list, tuple)) for each in args):
@@ -446,7 +451,7 @@ def _foreach(operator: Any, single: Callable) -> Callable:
         found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
         if any(each is NotImplemented for each in found):
             return NotImplemented
-        return found if operator._schema.returns else None
+        return None if returns_nothing else found
 
     return handle
 
@@ -501,10 +506,13 @@ def _on_rows(operator, args, kwargs):
         return dense.setdefault(id(value._factors), (value, value.to_rows()))[1]
 
     result = operator(*tree_map(rows_of, args), **tree_map(rows_of, kwargs))
+    arguments = operator._schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
     written = {
         id(each._factors)
-        for argument, value in zip(operator._schema.arguments, args, strict=False)
+        for argument in arguments
         if argument.alias_info is not None and argument.alias_info.is_write
+        for value in [named.get(argument.name)]
         for each in (value if isinstance(value, (list, tuple)) else [value])
         if _is_factored(each)
     }

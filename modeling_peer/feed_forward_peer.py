@@ -117,14 +117,15 @@ class ExpertPool(nn.Module):
 
     def _runs_as_one(self, hidden_states):
         """Whether the pool is one operation for autograd. Otherwise each table is one, as an adapter or a hook wants."""
+        if not torch.is_grad_enabled() or self.up_proj.kernels == "eager":
+            return False
         tables = [table for table in self._tables if table is not None]
         if torch.compiler.is_compiling():
             # A graph break, in return for which the gradients of the tables come in factors.
             fits = all(takes_factors(table.weight) for table in tables)
         else:
             fits = (
-                torch.is_grad_enabled()
-                and needs_operator(hidden_states, tables[0].weight)
+                needs_operator(hidden_states, tables[0].weight)
                 and not active_transforms()
                 and not torch.jit.is_tracing()
             )
@@ -132,7 +133,6 @@ class ExpertPool(nn.Module):
             fits
             and type(hidden_states) is torch.Tensor
             and not self.act_has_parameters
-            and self.up_proj.kernels != "eager"
             and all(table.is_plain for table in tables)
         )
 

@@ -20,10 +20,10 @@ from typing import Any
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 
 
-FUNCTIONS = ("up", "down", "row_gradient", "retrieve", "retrieval_gradients")
+FUNCTIONS = ("up", "down", "group", "row_gradient", "squared_norm", "retrieve", "retrieval_gradients")
 
 INFERENCE = {("cpu", "up"), ("cpu", "down"), ("cpu", "retrieve")}
-TRAINING = INFERENCE | {("cpu", "row_gradient"), ("cpu", "retrieval_gradients")}
+TRAINING = INFERENCE | {("cpu", "group"), ("cpu", "row_gradient"), ("cpu", "retrieval_gradients")}
 
 
 def record_kernels(patch: Callable[[type, str, Any], None] = setattr) -> set[tuple[str, str]]:

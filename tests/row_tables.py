@@ -25,7 +25,8 @@ from modeling_peer import RowAdamW
 assert_same = functools.partial(assert_close, rtol=0, atol=0)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+ADAMW_OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = {**ADAMW_OPTIONS, "rounding_seed": 7}
 NUM_ROWS, WIDTH = 11, 37  # no multiple of the size of a vector
 
 

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers.optimization import Adafactor
 
 from modeling_peer import RowAdamW
+from modeling_peer.expert_operators import expert_up
+from modeling_peer.factored_gradient import FactoredGradient
 
 
 NUM_ROWS, WIDTH = 11, 5
@@ -41,6 +43,7 @@ OPTIMIZERS = {
     "SGD with momentum": lambda p: torch.optim.SGD([p], lr=0.05, momentum=0.9),
     "Adafactor": lambda p: Adafactor([p], lr=0.05, relative_step=False, weight_decay=0.1),
 }
+# Optimizers of gradients that are not dense.
 OF_SPARSE_GRADIENTS = {
     "RowAdamW": rows_by_row_adamw,
     "SGD": OPTIMIZERS["SGD"],
@@ -59,18 +62,29 @@ def random_module(shape=(NUM_ROWS, WIDTH)):
     return module
 
 
-def backward(parameter, step, sparse=False):
-    """Of something with a gradient in every row, or in some, some of them more than once."""
+def backward(parameter, step, layout="dense"):
+    """Of something with a gradient in every row, or in some, some of them more than once: sparse, or in factors."""
     generator = torch.Generator().manual_seed(step)
-    if sparse:
+    if layout == "sparse":
         rows = torch.randint(len(parameter), (8,), generator=generator)
         F.embedding(rows, parameter, sparse=True).square().sum().backward()
+    elif layout == "factored":
+        rows = torch.randint(len(parameter), (4, 2), generator=generator)
+        tokens = torch.randn(4, parameter.shape[1], generator=generator)
+        expert_up(tokens, rows, parameter, "cpu", True).square().sum().backward()
     else:
         (parameter * torch.randn(parameter.shape, generator=generator)).square().sum().backward()
 
 
 def without_rows(gradient, rows):
-    """A copy of a dense or row-sparse gradient that is zero in the frozen rows, where `rows` is True."""
+    """A copy of a gradient in its layout that is zero in the frozen rows, where `rows` is True."""
+    if isinstance(gradient, FactoredGradient):
+        parts = gradient._factors
+        kept = [torch.where(rows[each.entries.indices], 0.0, each.coefficients) for each in parts]
+        return FactoredGradient(
+            gradient,
+            [each._replace(coefficients=coefficients) for each, coefficients in zip(parts, kept, strict=True)],
+        )
     if not gradient.is_sparse:
         return torch.where(rows[:, None], 0.0, gradient)
     values = torch.where(rows[gradient._indices()[0], None], 0.0, gradient._values())

@@ -17,6 +17,7 @@ import copy
 
 import torch
 from background_models import measured, model_of_three
+from table_gradients import dense
 from trainer_worker import copy_of_state, counting_sequences, trainer_of
 from transformers import TrainerCallback
 
@@ -58,7 +59,7 @@ class Observer(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append(
-            {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
+            {name: dense(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         )
         # What the gradients are without anything frozen.
         for module in self.model.modules():
@@ -68,7 +69,7 @@ class Observer(TrainerCallback):
         self.model.zero_grad()
         for kwargs in self.inputs:
             self.model(**kwargs).loss.backward()
-        whole = {name: p.grad.to_dense() for name, p in self.model.named_parameters() if p.grad is not None}
+        whole = {name: dense(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
         self.gradients[-1] = (self.gradients[-1], whole)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -81,7 +82,7 @@ class Observer(TrainerCallback):
 OPTIMIZERS = {
     "stock": {"weight_decay": 0.1},
     "sgd": {"optim": "sgd", "learning_rate": 1.0},
-    "sparse rows": {},
+    "rows": {},
 }
 T = 6
 
@@ -89,7 +90,7 @@ T = 6
 def sparse_trainer(
     folder, optimizer="stock", t=T, tables=("down_proj",), observer=None, seed=0, num_examples=42, **options
 ):
-    model = model_of_three(sparse_expert_gradients=optimizer == "sparse rows", seed=seed)
+    model = model_of_three(seed=seed)
     background = measured(model_of_three())
     callback = SparseFinetuningCallback(model, background, t, tables)
     callbacks = [callback] if observer is None else [observer, callback]
@@ -97,6 +98,6 @@ def sparse_trainer(
     trainer = trainer_of(
         model, folder, counting_sequences(num_examples, seed=5), callbacks=callbacks, **{**defaults, **options}
     )
-    if optimizer == "sparse rows":
+    if optimizer == "rows":
         trainer.optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
     return trainer, background

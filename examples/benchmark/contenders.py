@@ -72,13 +72,13 @@ def peer_config(task: Task, **fields) -> PeerConfig:
     """The configuration of the layers of this package at the size of a task."""
     sizes = ("hidden_size", "num_experts", "num_retrieval_heads", "num_experts_per_head", "query_size")
     fields = {"num_attention_heads": 1, "num_hidden_layers": 1, "query_norm": None} | fields
-    fields = {"sparse_expert_gradients": True, "intermediate_size": 4 * task.hidden_size} | fields
+    fields = {"intermediate_size": 4 * task.hidden_size} | fields
     return PeerConfig(**{name: getattr(task, name) for name in sizes}, **fields)
 
 
 def peer_eager(task: Task) -> nn.Module:
     """Algorithm 1 as printed in the paper, with the gradients of autograd."""
-    return PeerFeedForward(peer_config(task, expert_kernels="eager", sparse_expert_gradients=False), 0)
+    return PeerFeedForward(peer_config(task, expert_kernels="eager"), 0)
 
 
 def peer_pytorch(task: Task) -> nn.Module:

@@ -32,10 +32,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmark.contenders import NUM_TABLES, OURS, Task, build
-from modeling_peer.expert_kernels_cpu import CpuKernels
+from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.key_grid import grid_size
 from modeling_peer.memory_advice import advise_huge_pages
-from modeling_peer.optim.row_adamw import RowAdamW
 
 
 # Steps of a decoding measurement, of one token each, and the tokens of its prompt.
@@ -106,11 +105,11 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
 
 
 def make_optimizer(module: nn.Module, task: Task) -> torch.optim.Optimizer:
-    """[`RowAdamW`] for layers of this package, whose gradients are row-sparse; the fused AdamW of torch for others."""
+    """[`RowAdamW`] for layers of this package, whose gradients come in factors; torch's fused AdamW for others."""
     if task.contender not in OURS:
         return torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     second_moment = "row" if task.operation == "step_row_moment" else "full"
-    return RowAdamW(module.parameters(), lr=1e-4, second_moment=second_moment)
+    return RowAdamW(expert_parameter_groups(module, 1e-4, weight_decay=0.01), second_moment=second_moment)
 
 
 class LayerRun:
@@ -121,7 +120,9 @@ class LayerRun:
     def __init__(self, module: nn.Module, task: Task, device: str, indices_file: str | None):
         self.module, self.task, self.device = module, task, device
         self.trained_indices = torch.load(indices_file) if task.indices == "trained" else None
-        self.optimizer = make_optimizer(module, task) if task.operation.startswith("step") else None
+        self.steps = task.operation.startswith("step")
+        # A backward alone has one too: gradients come in factors while there is an optimizer that takes them.
+        self.optimizer = None if task.operation == "forward" else make_optimizer(module, task)
 
     def prepare(self) -> None:
         """Draws tokens and clears gradients, unless the measured training step does that itself."""
@@ -134,7 +135,7 @@ class LayerRun:
             self.inputs, self.gradient = [self.inputs[0][0], indices, weights], self.gradient[0]
         if task.operation != "forward":
             self.inputs[0].requires_grad_()  # as in every layer but the first
-        if self.optimizer is None:
+        if not self.steps:
             self.module.zero_grad()
 
     def __call__(self) -> None:
@@ -142,19 +143,18 @@ class LayerRun:
             with torch.no_grad():
                 self.module(*self.inputs)
             return
-        if self.optimizer is not None:
+        if self.steps:
             self.optimizer.zero_grad()
         self.module(*self.inputs).backward(self.gradient)
-        if self.optimizer is not None:
+        if self.steps:
             self.optimizer.step()
 
     def facts(self) -> dict:
         """What is measured once, apart from time."""
         self.prepare()
         self.module.zero_grad()
-        CpuKernels.gradient_memory.release()  # its memory counts as memory of the step
         facts = {"peak_bytes": peak_bytes(self, self.device)}
-        if self.optimizer is not None:
+        if self.steps:
             states = [value for state in self.optimizer.state.values() for value in state.values()]
             facts["state_bytes"] = sum(s.numel() * s.element_size() for s in states if isinstance(s, torch.Tensor))
         if self.task.contender == "expert_part":

@@ -75,6 +75,15 @@ class ModelArguments:
         if self.model_name_or_path is None and self.config_name is None:
             self.config_name = "peer-tiny"
 
+    @property
+    def is_new(self) -> bool:
+        """Whether a new model is trained, not a checkpoint."""
+        return self.model_name_or_path is None
+
+
+# Fields of configurations of earlier releases, which the plans and commands of finished studies still give.
+RETIRED_FIELDS = {"sparse_expert_gradients"}
+
 
 def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     """Loads the configuration that the arguments name, with their overrides and with `fields`."""
@@ -90,6 +99,7 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
         ) from error
     config_class = CONFIG_MAPPING[values["model_type"]]
     fields |= _parse_overrides(args.config_overrides)
+    fields = {field_name: value for field_name, value in fields.items() if field_name not in RETIRED_FIELDS}
     for field_name in fields:
         if not hasattr(config_class, field_name):
             raise ValueError(f"--config_overrides: {config_class.__name__} has no field {field_name!r}.")

@@ -146,15 +146,18 @@ class RowAdamW(torch.optim.Optimizer):
                 f"A parameter of shape {tuple(parameter.shape)} got a sparse gradient after dense ones: put it into a "
                 'group with `"rows": True` from the start.'
             )
+        gradient = _local_gradient(parameter)
+        # Parts of rows are summed first: which rows are touched, all processes have to agree on.
+        in_factors = isinstance(gradient, FactoredGradient) and not _is_dtensor(parameter)
+        touched = None if in_factors else _touched_rows(parameter, gradient)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
         local_state = {name: _local(tensor) for name, tensor in state.items()}
-        gradient = _local_gradient(parameter)
-        if isinstance(gradient, FactoredGradient) and not _is_dtensor(parameter):
+        if touched is None:
             if gradient.factors is not None:
                 update_by_factors(parameter, state, gradient.factors, group)
             return
-        rows, gradient, places = _touched_rows(parameter, gradient)
+        rows, gradient, places = touched
         mean_squares = None
         if group["second_moment"] == "row" and _splits_rows(parameter):
             mean_squares = _mean_squares(parameter, gradient.index_select(0, places))

@@ -35,17 +35,17 @@ from modeling_peer.optim.frozen_rows import freeze_rows
 BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(8)]
 
 
-def joint_model(sparse):
+def joint_model():
     torch.manual_seed(0)
-    return PeerForCausalLM(tiny_config("peer", "pkm", sparse_expert_gradients=sparse)).train()
+    return PeerForCausalLM(tiny_config("peer", "pkm")).train()
 
 
-def frozen_training(sparse, rank=0, world_size=1, **wrapping):
+def frozen_training(factored, rank=0, world_size=1, **wrapping):
     """What is left of a model after three steps, a freeze of every second expert, and five more; and the norms."""
-    model = joint_model(sparse)
+    model = joint_model()
     groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
     # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-    if sparse:
+    if factored:
         optimizer = RowAdamW(groups, eps=1e-3)
     else:
         optimizer = torch.optim.AdamW(
@@ -68,7 +68,7 @@ def frozen_training(sparse, rank=0, world_size=1, **wrapping):
 def data_parallel(rank):
     return {
         "dense": frozen_training(False, rank, 2),
-        "sparse": frozen_training(True, rank, 2),
+        "factored": frozen_training(True, rank, 2),
         "view": frozen_training(False, rank, 2, gradient_as_bucket_view=True),
     }
 
@@ -76,7 +76,7 @@ def data_parallel(rank):
 def fully_sharded(rank):
     """The error of a model that is sharded after a freeze, and that of one before; rows are where they were."""
     errors = []
-    model = joint_model(False)
+    model = joint_model()
     freeze_experts(model, range(0, 36, 2))
     fully_shard(model)
     before = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items() if "_proj" in name}
@@ -98,7 +98,7 @@ def fully_sharded(rank):
 
 def flat(rank):
     """The same of the first FSDP, which takes parameters out of their modules."""
-    model = joint_model(False)
+    model = joint_model()
     freeze_experts(model, range(0, 36, 2))
     model = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
     own = BATCHES[0].chunk(2)[rank]
@@ -133,7 +133,7 @@ def distributed(tmp_path_factory):
 
 @pytest.mark.parametrize("rank", [0, 1])
 class TestDistributed:
-    @pytest.mark.parametrize("layout", ["dense", "sparse", "view"])
+    @pytest.mark.parametrize("layout", ["dense", "factored", "view"])
     def test_data_parallel_training_holds_them_and_is_that_of_the_joint_batch(self, distributed, layout, rank):
         found = torch.load(distributed / f"data_parallel-{rank}")[layout]
         tables = [name for name in found["before"] if "expert_pool" in name or "values" in name]
@@ -142,7 +142,7 @@ class TestDistributed:
             before, after = found["before"][name], found["after"][name]
             assert torch.equal(after[::2], before[::2])
             assert after.ne(before).any(1).sum() > 12
-        expected = frozen_training(layout == "sparse")
+        expected = frozen_training(layout == "factored")
         assert_close(found["norms"], expected["norms"], rtol=1e-4, atol=1e-5)
         for name, tensor in expected["after"].items():
             assert_close(found["after"][name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -300,14 +300,13 @@ class TestGrownModel:
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
 
-    @pytest.mark.parametrize(("mode", "sparse"), [("protected", False), ("open", True)])
-    def test_trains_in_the_stock_trainer(self, mode, sparse, tmp_path):
+    @pytest.mark.parametrize(("mode", "by_rows"), [("protected", False), ("open", True)])
+    def test_trains_in_the_stock_trainer(self, mode, by_rows, tmp_path):
         model = tiny_model(CONFIGS["two layers"])
         before, old = logits_of(model), old_state(model)
         add_experts(model, SIZES[mode], mode=mode)
-        model.config.sparse_expert_gradients = sparse
         trainer = trainer_of(model, tmp_path, counting_sequences(64), max_steps=30, weight_decay=0.1)
-        if sparse:
+        if by_rows:
             trainer.optimizer = RowAdamW(expert_parameter_groups(model, 1e-2, 0.1))
         trainer.train()
         losses = logged(trainer)

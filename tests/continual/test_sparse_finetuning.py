@@ -70,7 +70,7 @@ def ranked_by_hand(records, document_counts, num_documents, t):
 CASES = [
     ("stock", ("down_proj",), {}),
     ("sgd", ("down_proj",), {"eval_strategy": "steps", "eval_steps": 2}),
-    ("sparse rows", ("up_proj", "down_proj"), {"gradient_accumulation_steps": 3, "max_steps": 8}),
+    ("rows", ("up_proj", "down_proj"), {"gradient_accumulation_steps": 3, "max_steps": 8}),
     (
         "stock",
         ("down_proj", "gate_proj", "up_proj"),

@@ -47,7 +47,7 @@ def work(rank, folder, port):
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
-    for optimizer in ("sgd", "sparse rows"):
+    for optimizer in ("sgd", "rows"):
         torch.save(joint_training(f"{folder}/{rank}", optimizer, 2), f"{folder}/{optimizer}-{rank}")
     leave_together()
 
@@ -62,7 +62,7 @@ def distributed(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sparse rows"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rows"])
 def test_two_processes_move_what_one_moves_on_the_joint_batch(distributed, tmp_path, optimizer):
     expected = joint_training(tmp_path, optimizer)
     for rank in (0, 1):

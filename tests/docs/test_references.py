@@ -91,7 +91,7 @@ def test_options_and_their_defaults():
     page = (ROOT / "docs/layer-and-options.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page, flags=re.M)
     config = PeerConfig(num_hidden_layers=3)
-    assert {"num_experts", "query_norm", "sparse_expert_gradients"} <= {name for name, _ in rows}
+    assert {"num_experts", "query_norm", "expert_kernels"} <= {name for name, _ in rows}
     for name, default in rows:
         shown = 1024**2 if default == "1024²" else eval(default.strip("`"))
         assert getattr(config, name) == shown, name

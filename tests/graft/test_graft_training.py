@@ -19,6 +19,7 @@ from graft_models import base_model_of, graft_config, grafted, grafts_of
 from peft import PeftModel, get_peft_model
 from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
+from table_gradients import refuse_factors, tables_of
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -36,6 +37,7 @@ from modeling_peer import (
 )
 from modeling_peer.analysis.expert_sets import find_expert_sets, observe_retrievals
 from modeling_peer.expert_table import ExpertTable
+from modeling_peer.factored_gradient import FactoredGradient
 
 
 def model_of(family="llama", **fields):
@@ -81,26 +83,27 @@ class TestTrainer:
         assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
         assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
 
-    def test_row_adamw_moves_the_same_rows_with_sparse_gradients(self, tmp_path):
+    def test_row_adamw_moves_the_same_rows_by_factors(self, tmp_path):
         trainers = []
-        for sparse in (False, True):
-            model = model_of(sparse_expert_gradients=sparse)
+        for factored in (False, True):
+            model = model_of()
             groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
             tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
             rows = next(group for group in groups if group["rows"])["params"]
             assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
             trainer = trainer_of(model, tmp_path, max_steps=5)
             trainer.optimizer = RowAdamW(groups)
+            if not factored:
+                refuse_factors(model)
             trainer.train()
             trainers.append(trainer)
         assert logged(trainers[1]) == pytest.approx(logged(trainers[0]), rel=1e-5)
         assert_close(*(copy_of_state(trainer.model) for trainer in trainers), rtol=1e-4, atol=1e-6)
-        sparse_model = trainers[1].model.train()
         batch = pad_right(counting_sequences(2, seed=4))
-        sparse_model(**batch).loss.backward()
-        assert all(
-            module.weight.grad.is_sparse for module in sparse_model.modules() if isinstance(module, ExpertTable)
-        )
+        for trainer, factored in zip(trainers, (False, True), strict=True):
+            model = trainer.model.train()
+            model(**batch).loss.backward()
+            assert {isinstance(table.grad, FactoredGradient) for table in tables_of(model).values()} == {factored}
 
     def test_usage_is_measured(self, tmp_path):
         trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])

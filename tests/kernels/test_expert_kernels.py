@@ -21,16 +21,12 @@ from kernel_cases import IMPLEMENTATIONS, experts
 from optimum.quanto import freeze, qint8, quantize
 from tiny_models import random_tokens, tiny_config, tiny_model
 
-from modeling_peer import ExpertKernelsInterface, PeerConfig
-from modeling_peer.expert_kernels import (
-    ALL_EXPERT_KERNELS,
-    expert_down,
-    expert_row_gradient,
-    expert_up,
-    resolve_kernels,
-)
+from modeling_peer import ExpertKernelsInterface, PeerConfig, RowAdamW, expert_parameter_groups
+from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels, TorchKernels
+from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
+from modeling_peer.factored_gradient import Entries, Factors
 from modeling_peer.feed_forward_peer import PeerFeedForward
 
 
@@ -88,12 +84,33 @@ class TestImplementations:
                 product = coefficients[t, a].double() * tokens[t].double()
                 exact[indices[t, a]] += product
                 sizes[indices[t, a]] += product.abs()
-        rows, values = ALL_EXPERT_KERNELS[name].row_gradient(coefficients, tokens, indices, dtype)
-        assert torch.equal(rows, indices.unique())
-        assert_near(values, exact[rows], sizes[rows], dtype)
+        kernels = ALL_EXPERT_KERNELS[name]
+        rows, starts, order = kernels.group(indices.flatten(), len(table))
+        assert {tensor.dtype for tensor in (rows, starts, order)} == {torch.int32}
+        assert torch.equal(rows.long(), indices.unique())
+        by_group = coefficients.flatten()[order], (order // max(shape[1], 1)).int(), starts, tokens
+        values = tokens.new_full((len(rows), shape[2]), torch.nan)
+        kernels.row_gradient(*by_group, values)
+        assert_near(values, exact[rows.long()], sizes[rows.long()], dtype)
         out = torch.zeros_like(table)
-        assert ALL_EXPERT_KERNELS[name].row_gradient(coefficients, tokens, indices, dtype, out=out) is None
+        kernels.row_gradient(*by_group, out, rows)
         assert_near(out, exact, sizes, dtype)
+        norm = kernels.squared_norm(*by_group)
+        assert norm.dtype == torch.float64 and norm.shape == ()
+        exact_norm = exact.square().sum()
+        assert (
+            abs(norm - exact_norm) <= 4 * TOLERANCES[torch.promote_types(dtype, torch.float32)] * sizes.square().sum()
+        )
+
+    def test_group(self, name, threads, shape, dtype):
+        """Rows ascend, and so do the entries of each; every entry is in the group of the row that it names."""
+        indices = experts(*shape, dtype)[2].flatten()
+        rows, starts, order = ALL_EXPERT_KERNELS[name].group(indices, shape[3])
+        expected = sorted(range(len(indices)), key=lambda entry: (indices[entry].item(), entry))
+        assert order.tolist() == expected
+        assert starts[0] == 0 and starts[-1] == len(indices) and (starts.diff() > 0).all()
+        groups = torch.repeat_interleave(starts.diff())
+        assert torch.equal(rows.long()[groups], indices[order.long()])
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -131,7 +148,7 @@ def test_half_precision_is_rounded_as_torch_rounds(dtype):
     )
     tokens = values[:, None].expand(-1, 33).contiguous()
     every = torch.arange(len(values))[:, None]
-    _, rounded = ALL_EXPERT_KERNELS["cpu"].row_gradient(torch.ones_like(values)[:, None], tokens, every, dtype)
+    rounded = Factors(torch.ones_like(values)[:, None], tokens, Entries(every, len(values), "cpu")).to_rows(dtype)
     torch.testing.assert_close(rounded, tokens.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -143,11 +160,10 @@ def test_tokens_need_not_be_contiguous(name):
     assert not any(tensor.is_contiguous() for tensor in strided)
     assert torch.equal(kernels.up(strided[0], strided[2], strided[3]), kernels.up(hidden_states, indices, table))
     assert torch.equal(kernels.down(strided[1], strided[2], strided[3]), kernels.down(weights, indices, table))
-    dense = kernels.row_gradient(weights, hidden_states, indices, torch.float64)
-    for actual, expected in zip(
-        kernels.row_gradient(strided[1], strided[0], strided[2], torch.float64), dense, strict=True
-    ):
-        assert torch.equal(actual, expected)
+    rows = Factors(weights, hidden_states, Entries(indices, len(table), name)).to_rows(torch.float64)
+    assert torch.equal(
+        Factors(strided[1], strided[0], Entries(strided[2], len(table), name)).to_rows(torch.float64), rows
+    )
 
 
 @pytest.mark.parametrize("index", [-1, 36])
@@ -229,13 +245,18 @@ class TestNothingElseReachesC:
 
     UP = CpuKernels.up, ("hidden_states", "indices", "table")
     DOWN = CpuKernels.down, ("weights", "indices", "table")
-    GRADIENT = CpuKernels.row_gradient, ("weights", "hidden_states", "indices", "dtype", "out")
+    GROUP = CpuKernels.group, ("entries", "num_rows")
+    GRADIENT = CpuKernels.row_gradient, ("coefficients", "sources", "starts", "hidden_states", "out", "places")
+    NORM = CpuKernels.squared_norm, ("coefficients", "sources", "starts", "hidden_states")
 
     @staticmethod
     def arguments(names, changes):
         hidden_states, weights, indices, table = experts(5, 6, 24, 36, torch.float32)
         values = {"hidden_states": hidden_states, "weights": weights, "indices": indices, "table": table}
-        values |= {"dtype": torch.float32, "out": torch.zeros(36, 24)} | changes
+        rows, starts, order = CpuKernels.group(indices.flatten(), 36)
+        values |= {"entries": indices.flatten(), "num_rows": 36, "starts": starts, "places": rows}
+        values |= {"coefficients": weights.flatten()[order], "sources": order // 6, "out": torch.zeros(36, 24)}
+        values |= changes
         return [values[name] for name in names]
 
     @pytest.mark.parametrize(
@@ -254,14 +275,21 @@ class TestNothingElseReachesC:
             (DOWN, {"weights": torch.randn(5, 6, device="meta")}, "`weights`.*on the CPU, got.*meta"),
             (DOWN, {"table": torch.randn(36, 24, device="meta")}, "`table`.*on the CPU, got.*meta"),
             (DOWN, {"indices": torch.zeros(5, 6)}, "`indices`.*torch.int64, got torch.float32"),
-            (GRADIENT, {"weights": torch.randn(4, 6)}, r"`coefficients`.*\(5, 6\), got \(4, 6\)"),
+            (GROUP, {"entries": torch.zeros(5, 6, dtype=torch.int64)}, r"`indices` must have 1 dim.*\(5, 6\)"),
+            (GROUP, {"entries": torch.zeros(5, dtype=torch.int32)}, "`indices`.*torch.int64, got torch.int32"),
+            (GROUP, {"num_rows": 2**31}, "At most 2,147,483,647 entries and rows.*got 30 and 2,147,483,648"),
+            (GRADIENT, {"coefficients": torch.randn(29)}, r"`coefficients`.*\(30,\), got \(29,\)"),
+            (GRADIENT, {"coefficients": torch.randn(5, 6)}, r"`coefficients`.*\(30,\), got \(5, 6\)"),
+            (GRADIENT, {"sources": torch.zeros(30, dtype=torch.int64)}, "`sources`.*torch.int32, got torch.int64"),
+            (GRADIENT, {"starts": torch.zeros(3, dtype=torch.int64)}, "`starts`.*torch.int32, got torch.int64"),
             (GRADIENT, {"hidden_states": torch.randn(5, 23)}, r"`tokens`.*\(5, 24\), got \(5, 23\)"),
-            (GRADIENT, {"hidden_states": torch.randn(24), "out": None}, r"`tokens`.*\(5, 24\), got \(24,\)"),
-            (GRADIENT, {"indices": torch.zeros(5, 6, dtype=torch.int32)}, "`indices`.*torch.int64, got torch.int32"),
-            (GRADIENT, {"dtype": torch.float64}, "`out`.*torch.float64, got torch.float32"),
-            (GRADIENT, {"dtype": torch.int32, "out": None}, "`dtype` must be one of.*got torch.int32"),
+            (GRADIENT, {"hidden_states": torch.randn(5, 24, device="meta")}, "`tokens`.*on the CPU, got.*meta"),
+            (GRADIENT, {"places": torch.zeros(3, dtype=torch.int32)}, r"`places`.*, got \(3,\)"),
+            (GRADIENT, {"out": torch.zeros(36, 24, dtype=torch.int32)}, "`out`.*got torch.int32"),
             (GRADIENT, {"out": torch.zeros(24, 36).T}, "`out` must be contiguous"),
             (GRADIENT, {"out": torch.zeros(36, 24, device="meta")}, "`out`.*on the CPU, got.*meta"),
+            (NORM, {"coefficients": torch.randn(29)}, r"`coefficients`.*\(30,\), got \(29,\)"),
+            (NORM, {"hidden_states": torch.randn(5, 24, device="meta")}, "`tokens`.*on the CPU, got.*meta"),
         ],
     )
     def test_refused(self, function, changes, message):
@@ -269,7 +297,7 @@ class TestNothingElseReachesC:
         with pytest.raises(ValueError, match=message):
             run(*self.arguments(names, changes))
 
-    @pytest.mark.parametrize("function", [UP, DOWN, GRADIENT], ids=["up", "down", "row_gradient"])
+    @pytest.mark.parametrize("function", [UP, DOWN, GRADIENT, NORM], ids=["up", "down", "row_gradient", "norm"])
     @pytest.mark.parametrize("which", range(3))
     def test_tensors_without_memory(self, function, which):
         run, names = function
@@ -357,9 +385,11 @@ def test_c_is_faster_than_literal(threads):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
 
+    optimizer = RowAdamW(expert_parameter_groups(layer, 1e-3))  # gradients in C come in factors
+
     def seconds(kernels):
-        config.expert_kernels, config.sparse_expert_gradients = kernels, kernels == "cpu"
-        layer.zero_grad()
+        config.expert_kernels = kernels
+        optimizer.zero_grad()
         start = time.perf_counter()
         layer(torch.randn(1, 256, 256)).square().sum().backward()
         return time.perf_counter() - start

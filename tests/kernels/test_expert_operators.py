@@ -18,21 +18,23 @@ The operators in front of the experts: autograd, compilers, checkpointing, autoc
 import pytest
 import torch
 from kernel_cases import IMPLEMENTATIONS, experts
+from table_gradients import dense
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from modeling_peer.expert_kernels import expert_down, expert_row_gradient, expert_up
 from modeling_peer.expert_kernels_torch import EagerKernels
+from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
+from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.product_key_retrieval import product_key_retrieval, product_key_retrieval_gradients, retrieve
 
 
-def samples(kernels, sparse=False):
+def samples(kernels):
     """Every operator with arguments."""
     hidden_states, weights, indices, table = experts(5, 6, 24, 36, torch.float32)
     hidden_states, weights, table = (x.requires_grad_() for x in (hidden_states, weights, table))
-    yield expert_up, (hidden_states, indices, table, kernels, sparse)
-    yield expert_down, (weights, indices, table, kernels, sparse)
+    yield expert_up, (hidden_states, indices, table, kernels, False)
+    yield expert_down, (weights, indices, table, kernels, False)
     yield expert_row_gradient, (weights.detach(), hidden_states.detach(), indices, 36, torch.float32, kernels)
     if kernels == "cpu":
         queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
@@ -49,23 +51,19 @@ class TestOperators:
         for operator, arguments in samples(kernels):
             torch.library.opcheck(operator, arguments)
 
-    @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-    def test_gradients_are_those_of_the_literal_ones(self, kernels, sparse):
+    @pytest.mark.parametrize("factored", [False, True], ids=["dense", "factored"])
+    def test_gradients_are_those_of_the_literal_ones(self, kernels, factored):
         hidden_states, weights, indices, table = experts(7, 6, 24, 36, torch.float64)
         literal = {expert_up: EagerKernels.up, expert_down: EagerKernels.down}
         for operator, first in ((expert_up, hidden_states), (expert_down, weights)):
             first, leaf = first.clone().requires_grad_(), table.clone().requires_grad_()
-            output = operator(first, indices, leaf, kernels, sparse)
+            output = operator(first, indices, leaf, kernels, factored)
             direction = torch.randn_like(output)
             actual = torch.autograd.grad(output, (first, leaf), direction)
             expected = torch.autograd.grad(literal[operator](first, indices, leaf), (first, leaf), direction)
-            assert actual[1].is_sparse == sparse
-            if sparse:
-                assert actual[1].is_coalesced()
-                assert torch.equal(actual[1].indices()[0], indices.unique())
-                assert torch.equal(actual[1].to_dense(), actual[1].clone().coalesce().to_dense())
+            assert isinstance(actual[1], FactoredGradient) == factored
             for x, y in zip(actual, expected, strict=True):
-                torch.testing.assert_close(x.to_dense(), y, rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(dense(x), y, rtol=1e-10, atol=1e-10)
 
     def test_double_backward_is_refused(self, kernels):
         for operator, arguments in samples(kernels):

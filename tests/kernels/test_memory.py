@@ -27,7 +27,6 @@ from transformers import AutoConfig
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.memory_advice import ReusedMemory
 
 
 ROOT = Path(__file__).parents[2]
@@ -185,80 +184,57 @@ print(json.dumps({"more": resident("VmHWM") - before}))
     assert run(script, kernels)["more"] < 300
 
 
-def test_sparse_gradients_take_memory_for_the_rows_they_touch():
+def test_factors_take_memory_for_tokens():
     script = """
 import json, torch
-from modeling_peer import PeerConfig
+from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
 from modeling_peer.feed_forward_peer import PeerFeedForward
 sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 512**2, "query_size": 64}
-config = PeerConfig(**sizes, sparse_expert_gradients=True)
-layer = PeerFeedForward(config, 0)
+layer = PeerFeedForward(PeerConfig(**sizes), 0)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.05)
+optimizer = RowAdamW(expert_parameter_groups(layer, 1e-3))
+def backward(num_tokens):
+    layer.zero_grad()
+    layer(torch.randn(1, num_tokens, 512)).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+backward(8)
 before = resident("VmRSS")
 start_of_peak()
-layer(torch.randn(1, 32, 512)).square().sum().backward()
-print(json.dumps({"more": resident("VmHWM") - before}))
+backward(2048)
+tables = layer.expert_pool.up_proj, layer.expert_pool.down_proj
+factors = sum(part.nbytes for table in tables for part in table.weight.grad._factors)
+print(json.dumps({"more": resident("VmHWM") - before, "factors": factors}))
 """
-    # 4,096 rows at most, of 2 KB, in each of two tables; a dense gradient would be 512 MB for each.
-    assert run(script)["more"] < 80
+    facts = run(script)
+    # 2,048 tokens of 2 KB with 128 entries of 12 bytes each, twice. The rows would take 512 MB for each table.
+    assert facts["factors"] == 2 * 2048 * (2048 + 128 * 12)
+    assert facts["more"] < 100
 
 
-class TestReusedMemory:
-    SHAPE = (4096, 1024)  # 16 MB
-
-    def test_it_is_reused_only_when_nothing_refers_to_it(self):
-        memory = ReusedMemory()
-        values = memory.empty(*self.SHAPE, dtype=torch.float32)
-        address = values.data_ptr()
-        gradient = torch.sparse_coo_tensor(
-            torch.arange(4096)[None], values, (9999, 1024), is_coalesced=True, check_invariants=False
-        )
-        del values
-        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
-        view = gradient.values()[5:]
-        del gradient
-        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
-        storage = view.untyped_storage()
-        del view
-        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
-        del storage
-        fewer = memory.empty(4000, 1024, dtype=torch.float32)
-        others = [memory.empty(*self.SHAPE, dtype=torch.float32) for _ in range(2)]
-        assert address in {tensor.data_ptr() for tensor in (fewer, *others)}
-
-    def test_it_is_not_reused_while_another_process_may_have_it(self):
-        memory = ReusedMemory()
-        values = memory.empty(*self.SHAPE, dtype=torch.float32).share_memory_()
-        address = values.data_ptr()
-        del values
-        assert memory.empty(*self.SHAPE, dtype=torch.float32).data_ptr() != address
-
-    def test_release_frees_what_is_not_in_use(self):
-        memory = ReusedMemory()
-        kept = memory.empty(*self.SHAPE, dtype=torch.float32)
-        memory.empty(*self.SHAPE, dtype=torch.float32)
-        memory.release()
-        assert [block.memory.data_ptr() for block in memory._blocks] == [kept.data_ptr()]
-
-    def test_blocks_that_do_not_fit_are_freed(self):
-        memory = ReusedMemory()
-        for rows in (4096, 8192, 32768, 4096):
-            memory.empty(rows, 1024, dtype=torch.bfloat16)
-            assert len(memory._blocks) == 1
-
-    def test_a_step_reuses_that_of_the_last(self):
-        config = PeerConfig(hidden_size=512, num_attention_heads=8, num_experts=128**2, sparse_expert_gradients=True)
-        layer, addresses = PeerFeedForward(config, 0), []
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        for _ in range(3):
-            layer.zero_grad()
-            layer(torch.randn(1, 256, 512)).square().sum().backward()
-            tables = layer.expert_pool.up_proj, layer.expert_pool.down_proj
-            addresses.append({table.weight.grad._values().data_ptr() for table in tables})
-        assert len(addresses[0]) == 2
-        assert addresses[0] == addresses[1] == addresses[2]
+def test_accumulated_factors_take_a_multiple_of_the_rows():
+    """Of 32 batches the factors alone would take 57 MB for each of two tables of 2 MB."""
+    script = """
+import json, torch
+from modeling_peer import RowAdamW
+from modeling_peer.expert_operators import run_expert_pool
+from modeling_peer.factored_gradient import MOST_FACTORS
+up, down = tables = [torch.nn.Parameter(torch.randn(1024, 512)) for _ in range(2)]
+optimizer = RowAdamW([{"params": tables, "rows": True}])
+def backward():
+    tokens, weights, indices = torch.randn(512, 512), torch.randn(512, 64), torch.randint(1024, (512, 64))
+    act = torch.nn.functional.gelu
+    run_expert_pool(tokens, indices, weights, up, None, down, act, "cpu").square().sum().backward()
+    return sum(part.nbytes for table in tables for part in table.grad._factors) / (up.nbytes + down.nbytes)
+backward()
+before = resident("VmRSS")
+start_of_peak()
+most = max(backward() for _ in range(31))
+print(json.dumps({"more": resident("VmHWM") - before, "most": most, "allowed": MOST_FACTORS}))
+"""
+    facts = run(script)
+    assert 1 < facts["most"] <= facts["allowed"]
+    assert facts["more"] < 30
 
 
 def test_the_layer_reads_no_weight_but_by_rows():

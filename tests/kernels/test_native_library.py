@@ -124,7 +124,7 @@ class TestSwitchedOff:
         assert resolve_kernels("auto", torch.empty(1, 1)) == "torch"
         with pytest.raises(RuntimeError, match=f"{COMPILE_VARIABLE}={value} switches C kernels off"):
             resolve_kernels("cpu", torch.empty(1, 1))
-        self.train(tiny_model(tiny_config("peer", "pkm", sparse_expert_gradients=True)))
+        self.train(tiny_model(tiny_config("peer", "pkm")))
         assert not compilations
         assert not notices
         assert not cache.exists()
@@ -136,7 +136,7 @@ class TestSwitchedOff:
 
     @pytest.mark.parametrize("kernels", ["torch", "eager"])
     def test_by_the_configuration(self, kernels, cache, compilations):
-        self.train(tiny_model(tiny_config("peer", "pkm", expert_kernels=kernels, sparse_expert_gradients=True)))
+        self.train(tiny_model(tiny_config("peer", "pkm", expert_kernels=kernels)))
         assert not compilations
         assert not cache.exists()
 
@@ -196,6 +196,7 @@ print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self
         script = """
 import os, torch
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
+from modeling_peer.factored_gradient import Entries, Factors
 from modeling_peer.native_library import num_threads
 torch.set_num_threads(2)
 kernels, literal = ALL_EXPERT_KERNELS["cpu"], ALL_EXPERT_KERNELS["eager"]
@@ -206,9 +207,11 @@ expected = literal.up(x, indices, table)
 queries, keys = torch.randn(300, 2, 2, 8, generator=generator), torch.randn(1, 2, 30, 8, generator=generator)
 found = kernels.retrieve(queries, keys, 4)[0]
 def is_right():
-    rows, _ = kernels.row_gradient(expected, x, indices, torch.float32)
+    factors = Factors(expected, x, Entries(indices, 500, "cpu"))
+    rows = Factors(expected, x, Entries(indices, 500, "torch")).to_rows(torch.float32)
     are_near = torch.allclose(kernels.up(x, indices, table), expected, atol=1e-4)
-    return are_near and torch.equal(rows, indices.unique()) and torch.equal(kernels.retrieve(queries, keys, 4)[0], found)
+    are_near &= torch.allclose(factors.to_rows(torch.float32), rows, atol=1e-3)
+    return are_near and torch.equal(factors.entries.groups.rows, indices.unique().int()) and torch.equal(kernels.retrieve(queries, keys, 4)[0], found)
 assert is_right()
 child = os.fork()
 if child == 0:

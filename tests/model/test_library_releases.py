@@ -25,7 +25,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
-from modeling_peer import PeerForCausalLM, library_releases, memory_advice
+from modeling_peer import PeerForCausalLM, library_releases
 
 
 PACKAGE = Path(library_releases.__file__).parent
@@ -146,14 +146,6 @@ def test_a_private_function_that_is_gone_is_missed_once(caplog):
     assert library_releases._private("_current_graph_task_id", None, "") is torch._C._current_graph_task_id
     (record,) = caplog.records
     assert record.getMessage().endswith("has no `torch._C._no_such_function`: something else happens.")
-
-
-def test_memory_is_not_taken_again_where_its_uses_are_not_counted(monkeypatch):
-    monkeypatch.setattr(memory_advice, "storage_use_count", lambda storage: None)
-    memory = memory_advice.ReusedMemory()
-    first, second = (memory.empty(2**21, dtype=torch.float32) for _ in range(2))
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    assert not memory._blocks
 
 
 def test_without_its_parallel_styles_the_library_only_loses_tensor_parallelism():

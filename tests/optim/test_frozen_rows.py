@@ -35,13 +35,13 @@ from rows_by_hand import (
     rows_by_row_adamw,
     without_rows,
 )
+from table_gradients import dense
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
 from modeling_peer.optim import frozen_rows
 from modeling_peer.optim.frozen_rows import freeze_rows, freezes_of, require_gradients
-from modeling_peer.sparse_gradients import enable_sparse_norms
 
 
 def saved(value):
@@ -64,15 +64,15 @@ def put_back_by_hand(parameter, step):
 
 
 CASES = [("dense", name) for name in OPTIMIZERS] + [("sparse", name) for name in OF_SPARSE_GRADIENTS]
+CASES += [("factored", name) for name in OPTIMIZERS]
 
 
 class TestRows:
     @pytest.mark.parametrize(("layout", "name"), CASES)
     def test_stay_and_others_move_as_by_hand(self, layout, name):
-        sparse = layout == "sparse"
         module, other = random_module(), random_parameter()
         parameter = module.weight
-        make = (OF_SPARSE_GRADIENTS if sparse else OPTIMIZERS)[name]
+        make = (OF_SPARSE_GRADIENTS if layout == "sparse" else OPTIMIZERS)[name]
         optimizer, by_hand = make(parameter), make(other)
         for step in range(30):
             if step == 5:
@@ -83,7 +83,7 @@ class TestRows:
                 freeze_rows(module, "weight", FROZEN)
             for each, its_optimizer in ((parameter, optimizer), (other, by_hand)):
                 its_optimizer.zero_grad()
-                backward(each, step, sparse)
+                backward(each, step, layout)
                 if each is other and step >= 5:
                     put_back_by_hand(other, by_hand.step)
                 else:
@@ -113,18 +113,17 @@ class TestRows:
         assert len(copied) == copies
         assert not any(vars(optimizer)[frozen_rows.SAVED_ROWS])
 
-    @pytest.mark.parametrize("sparse", [False, True])
-    def test_do_not_count_in_the_norm(self, sparse):
-        enable_sparse_norms()  # as the first table with sparse gradients does
+    @pytest.mark.parametrize("layout", ["dense", "factored"])
+    def test_do_not_count_in_the_norm(self, layout):
         module, other = random_module(), random_parameter()
         parameter = module.weight
         freeze_rows(module, "weight", FROZEN)
         for each in (parameter, other):
-            backward(each, 0, sparse)
-            backward(each, 1, sparse)
-        kept = other.grad.to_dense()[~FROZEN]
-        assert 0 < kept.norm() < 0.9 * other.grad.to_dense().norm()
-        assert_close(parameter.grad.to_dense()[~FROZEN], kept, rtol=0, atol=0)
+            backward(each, 0, layout)
+            backward(each, 1, layout)
+        kept = dense(other.grad)[~FROZEN]
+        assert 0 < kept.norm() < 0.9 * dense(other.grad).norm()
+        assert_close(dense(parameter.grad)[~FROZEN], kept, rtol=0, atol=0)
         assert_close(clip_grad_norm_([parameter], 1e-3), kept.norm())
 
     def test_along_another_dimension(self):

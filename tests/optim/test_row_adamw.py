@@ -22,6 +22,7 @@ import re
 import pytest
 import torch
 from row_tables import (
+    ADAMW_OPTIONS,
     DTYPES,
     NUM_ROWS,
     OPTIONS,
@@ -35,13 +36,18 @@ from row_tables import (
     rows_of,
     take_steps,
 )
+from table_gradients import in_factors
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW
+from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
 from modeling_peer.optim import row_adamw
-from modeling_peer.sparse_gradients import enable_sparse_norms
+from modeling_peer.optim.stochastic_rounding import ROUNDED, random_bits, round_stochastically
+
+
+# What makes a gradient of each layout from a dense one.
+LAYOUTS = {"dense": torch.clone, "sparse": by_rows, "factored": in_factors}
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -56,7 +62,10 @@ def path(request, monkeypatch):
 
 
 class LiteralAdamW:
-    """AdamW on each row by itself, by Python's floats; between steps the table is in its own dtype."""
+    """
+    AdamW on each row by itself, by Python's floats; between steps the table is in its own dtype, and rounded with the
+    random numbers of the optimizer.
+    """
 
     def __init__(self, table, second_moment="full"):
         self.table, self.dtype, self.second_moment = table.tolist(), table.dtype, second_moment
@@ -79,19 +88,23 @@ class LiteralAdamW:
                 m, v = m / (1 - beta1 ** self.t[n]), v / (1 - beta2 ** self.t[n])
                 self.table[n][i] -= lr * OPTIONS["weight_decay"] * self.table[n][i]
                 self.table[n][i] -= lr * m / (math.sqrt(v) + OPTIONS["eps"])
-            self.table[n] = torch.tensor(self.table[n], dtype=torch.float64).to(self.dtype).tolist()
+            moved = torch.tensor([self.table[n]], dtype=torch.float64)
+            if self.dtype in ROUNDED:
+                bits = random_bits(OPTIONS["rounding_seed"], torch.tensor([n]), torch.tensor([self.t[n]]), len(g))
+                moved = round_stochastically(moved.float(), self.dtype, bits)
+            self.table[n] = moved[0].to(self.dtype).tolist()
 
 
 class TestRows:
     @pytest.mark.parametrize("second_moment", ["full", "row"])
-    @pytest.mark.parametrize("layout", ["dense", "sparse"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_follow_adamw_row_by_row(self, path, dtype, layout, second_moment):
         table = random_table(dtype)
         literal = LiteralAdamW(table, second_moment)
         optimizer = rows_of(table, second_moment=second_moment)
         for gradient in random_gradients(25, dtype):
-            take_steps(optimizer, table, [by_rows(gradient) if layout == "sparse" else gradient.clone()])
+            take_steps(optimizer, table, [LAYOUTS[layout](gradient)])
             literal.step(gradient)
         state = optimizer.state[table]
         exact = dtype == torch.float64
@@ -108,14 +121,14 @@ class TestRows:
         assert_close(state["exp_avg_sq"].double(), second, **tolerance)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("layout", ["dense", "sparse"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
     def test_others_stay_bit_by_bit(self, path, dtype, layout):
         table = random_table(dtype)
         optimizer = rows_of(table)
         take_steps(optimizer, table, random_gradients(5, dtype, seed=2))
         for gradient in random_gradients(5, dtype):
             before = copied(optimizer, table)
-            take_steps(optimizer, table, [by_rows(gradient) if layout == "sparse" else gradient])
+            take_steps(optimizer, table, [LAYOUTS[layout](gradient)])
             touched = gradient.ne(0).any(1)
             assert touched.any()
             for name, after in copied(optimizer, table).items():
@@ -125,7 +138,7 @@ class TestRows:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_equal_adamw_where_all_are_touched(self, path, dtype):
         table, other = random_table(dtype), random_table(dtype)
-        optimizer, reference = rows_of(table), torch.optim.AdamW([other], **OPTIONS)
+        optimizer, reference = rows_of(table), torch.optim.AdamW([other], **ADAMW_OPTIONS)
         gradients = [torch.randn(NUM_ROWS, WIDTH, dtype=dtype) for _ in range(20)]
         take_steps(optimizer, table, [by_rows(gradient) for gradient in gradients])
         take_steps(reference, other, gradients)
@@ -137,28 +150,34 @@ class TestRows:
 
     @pytest.mark.parametrize("second_moment", ["full", "row"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_sparse_and_dense_gradients_give_the_same(self, path, dtype, second_moment):
+    def test_all_layouts_give_the_same(self, path, dtype, second_moment):
         states = []
-        for layout in (by_rows, torch.clone):
+        for layout in LAYOUTS.values():
             table = random_table(dtype)
             optimizer = rows_of(table, second_moment=second_moment)
             take_steps(optimizer, table, map(layout, random_gradients(6, dtype)))
             states.append(copied(optimizer, table))
-        assert_same(*states)
+        for state in states[1:]:
+            assert_same(state, states[0])
 
     def test_rows_of_zeros_are_untouched_and_not_a_number_touches(self, path):
-        """Padding retrieves experts too: their rows are in a sparse gradient, all zeros."""
-        for layout in ("sparse", "dense"):
+        """Padding retrieves experts too: their rows are in the gradient, all zeros."""
+        for layout in LAYOUTS:
             table = random_table()
             optimizer = rows_of(table)
             take_steps(optimizer, table, [torch.ones_like(table)])
             before = copied(optimizer, table)
             values = torch.zeros(3, WIDTH)
             values[1, -1], values[2, 0] = math.nan, -1e-30
-            gradient = torch.sparse_coo_tensor(
-                [[0, 2, 5]], values, table.shape, is_coalesced=True, check_invariants=True
-            )
-            take_steps(optimizer, table, [gradient if layout == "sparse" else gradient.to_dense()])
+            rows = torch.tensor([0, 2, 5])
+            sparse = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=True)
+            factors = Factors(torch.ones(3, 1), values, Entries(rows[:, None], NUM_ROWS, "cpu"))
+            gradients = {
+                "sparse": sparse,
+                "dense": sparse.to_dense(),
+                "factored": FactoredGradient(table, [factors]),
+            }
+            take_steps(optimizer, table, [gradients[layout]])
             after = copied(optimizer, table)
             moved = [n for n in range(NUM_ROWS) if not torch.equal(after["row_steps"][n], before["row_steps"][n])]
             assert moved == [2, 5]
@@ -180,7 +199,7 @@ class TestRows:
     def test_betas_of_zero(self, path, betas):
         table, other = random_table(), random_table()
         gradients = [torch.randn(NUM_ROWS, WIDTH) for _ in range(3)]
-        options = {**OPTIONS, "betas": betas, "eps": 1e-3}
+        options = {**ADAMW_OPTIONS, "betas": betas, "eps": 1e-3}
         take_steps(rows_of(table, **options), table, gradients)
         take_steps(torch.optim.AdamW([other], **options), other, gradients)
         assert_close(table, other, rtol=1e-5, atol=1e-6)
@@ -201,7 +220,7 @@ class TestRows:
         assert embedding.weight.ne(before).any(1).nonzero().tolist() == [[2]]
 
     def test_zeroed_gradients_move_nothing(self, path):
-        for layout in (by_rows, torch.clone):
+        for layout in LAYOUTS.values():
             table = random_table()
             optimizer = rows_of(table)
             take_steps(optimizer, table, map(layout, random_gradients(2)))
@@ -229,7 +248,7 @@ def dense_parameters(dtype):
 def test_dense_parameters_are_as_with_adamw(dtype):
     """As the fused one to the bit, also after a resume, where both round their state to the dtype of parameters."""
     parameters, others = dense_parameters(dtype), dense_parameters(dtype)
-    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **OPTIONS, fused=True)
+    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **ADAMW_OPTIONS, fused=True)
     generator = torch.Generator().manual_seed(4)
     for step in range(8):
         if step == 4:
@@ -338,6 +357,10 @@ class TestErrors:
             ({"eps": -1e-8}, "`eps` must be a number, at least 0, got -1e-08"),
             ({"weight_decay": -0.1}, "`weight_decay` must be a number, at least 0, got -0.1"),
             ({"second_moment": "rows"}, "`second_moment` must be one of ('full', 'row'), got 'rows'"),
+            ({"rounding_seed": -1}, "`rounding_seed` must be an integer, at least 0 and less than 2**32, got -1"),
+            ({"rounding_seed": 2**32}, "`rounding_seed` must be an integer, at least 0 and less than 2**32, got 4294"),
+            ({"rounding_seed": 1.0}, "`rounding_seed` must be an integer, at least 0 and less than 2**32, got 1.0"),
+            ({"rounding_seed": True}, "`rounding_seed` must be an integer, at least 0 and less than 2**32, got True"),
         ],
     )
     def test_say_what_was_found(self, options, message):
@@ -383,20 +406,6 @@ class TestErrors:
         table = random_table()
         with pytest.raises(ValueError, match="another optimizer's"):
             rows_of(table).load_state_dict(torch.optim.AdamW([table]).state_dict())
-
-
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
-def test_norms_of_sparse_gradients_are_those_of_dense_ones(norm_type):
-    enable_sparse_norms()
-    first, second = random_gradients(2)
-    for gradient in (by_rows(first), accumulated(first, second)):
-        sparse, dense, bias = random_table(), random_table(), nn.Parameter(torch.ones(3))
-        bias.grad = torch.full((3,), 0.5)
-        sparse.grad, dense.grad = gradient.clone(), gradient.to_dense()
-        norm = clip_grad_norm_([sparse, bias], 0.1, norm_type)
-        bias.grad = torch.full((3,), 0.5)
-        assert_close(norm, clip_grad_norm_([dense, bias], 0.1, norm_type))
-        assert_close(sparse.grad.to_dense(), dense.grad)
 
 
 def test_a_model_cast_in_the_midst_of_training_keeps_its_state():

@@ -19,6 +19,7 @@ import pytest
 import torch
 from release_names import CHECKPOINTING
 from row_tables import WIDTH, assert_same, copied, random_gradients, random_table, rows_of, take_steps
+from table_gradients import refuse_factors
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -31,9 +32,10 @@ from trainer_worker import counting_sequences, logged, small_model, trainer_of
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.factored_gradient import FactoredGradient
 
 
-def trainer_with_rows(folder, sparse=True, second_moment="full", seed=0, optimizer_options=None, **options):
+def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optimizer_options=None, **options):
     """The stock trainer of a tiny model, as `examples/common/training.py` makes it."""
     model = small_model(
         "peer",
@@ -41,12 +43,13 @@ def trainer_with_rows(folder, sparse=True, second_moment="full", seed=0, optimiz
         "peer",
         share_experts_across_layers=True,
         attention_dropout=0.1,
-        sparse_expert_gradients=sparse,
         seed=seed,
     )
     groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, expert_lr_multiplier=2.0)
     trainer = trainer_of(model, folder, counting_sequences(40), max_steps=8, max_grad_norm=0.5, **options)
     trainer.optimizer = RowAdamW(groups, second_moment=second_moment)
+    if not factored:
+        refuse_factors(model)
     return trainer
 
 
@@ -61,19 +64,21 @@ class TestTrainer:
         ],
         ids=["plain", "accumulated", "checkpointed", "bfloat16"],
     )
-    def test_sparse_gradients_train_as_dense_ones(self, tmp_path, options):
-        sparse, layouts = trainer_with_rows(tmp_path, **options), []
-        table = sparse.model.model.expert_pool.up_proj.weight
-        sparse.optimizer.register_step_pre_hook(lambda *_: layouts.append(table.grad.is_sparse))
-        sparse.train()
-        dense = trainer_with_rows(tmp_path, sparse=False, **options)
-        dense.train()
-        assert layouts == [True] * 8
-        assert logged(sparse) == pytest.approx(logged(dense), rel=1e-4)
-        assert logged(sparse, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-3)
-        assert min(logged(sparse, "grad_norm")) > 0.5
-        assert logged(sparse)[-1] < logged(sparse)[0]
-        steps = sparse.optimizer.state[table]["row_steps"]
+    def test_gradients_in_factors_train_as_dense_ones(self, tmp_path, options):
+        trainers, layouts = [], []
+        for factored in (True, False):
+            trainer = trainer_with_rows(tmp_path, factored=factored, **options)
+            table = trainer.model.model.expert_pool.up_proj.weight
+            trainer.optimizer.register_step_pre_hook(lambda *_, table=table: layouts.append(type(table.grad)))
+            trainer.train()
+            trainers.append(trainer)
+        factored, dense = trainers
+        assert layouts == [FactoredGradient] * 8 + [torch.Tensor] * 8
+        assert logged(factored) == pytest.approx(logged(dense), rel=1e-4)
+        assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-3)
+        assert min(logged(factored, "grad_norm")) > 0.5
+        assert logged(factored)[-1] < logged(factored)[0]
+        steps = factored.optimizer.state[factored.model.model.expert_pool.up_proj.weight]["row_steps"]
         assert 0 < steps.max() <= 8
         assert steps.float().mean() < 8
 
@@ -114,11 +119,9 @@ BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(3)]
 JOINT_OPTIONS = {"eps": 1e-3, "weight_decay": 0.1}
 
 
-def joint_model(sparse):
-    config = copy.deepcopy(CONFIG)
-    config.sparse_expert_gradients = sparse
+def joint_model():
     torch.manual_seed(0)
-    return PeerForCausalLM(config).train()
+    return PeerForCausalLM(copy.deepcopy(CONFIG)).train()
 
 
 def optimizer_of(model, **options):
@@ -150,16 +153,16 @@ def whole_state(model, optimizer):
 
 
 def data_parallel(rank):
-    model = joint_model(sparse=True)
+    model = joint_model()
     optimizer = optimizer_of(model)
     take_model_steps(DistributedDataParallel(model), optimizer, BATCHES, rank, 2)
-    assert model.model.expert_pool.up_proj.weight.grad.is_sparse
+    assert isinstance(model.model.expert_pool.up_proj.weight.grad, FactoredGradient)
     return whole_state(model, optimizer)
 
 
 def fully_sharded(rank, second_moment="row"):
     """With a save and a load in between, of optimizer state gathered whole."""
-    model = joint_model(sparse=False)
+    model = joint_model()
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -214,14 +217,14 @@ class TestDistributed:
         for key, value in expected.items():
             assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda message, key=key: f"{key}: {message}")
 
-    def test_data_parallel_sparse_gradients_are_those_of_the_joint_batch(self, distributed, rank):
-        model = joint_model(sparse=True)
+    def test_data_parallel_gradients_in_factors_are_those_of_the_joint_batch(self, distributed, rank):
+        model = joint_model()
         optimizer = optimizer_of(model)
         take_model_steps(model, optimizer, BATCHES)
         self.compare(distributed, "data_parallel", rank, whole_state(model, optimizer))
 
     def test_tables_sharded_by_rows(self, distributed, rank):
-        model = joint_model(sparse=False)
+        model = joint_model()
         optimizer = optimizer_of(model, second_moment="row")
         take_model_steps(model, optimizer, BATCHES)
         self.compare(distributed, "fully_sharded", rank, whole_state(model, optimizer))

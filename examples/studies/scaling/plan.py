@@ -217,6 +217,13 @@ def changed_fields(run: Run, plan: Plan) -> dict[str, Any]:
     }
 
 
+def trains_by_rows(run: Run, plan: Plan) -> bool:
+    """
+    Whether [`RowAdamW`] trains a run. Plans say it by `sparse_expert_gradients`, once a field of configurations.
+    """
+    return changed_fields(run, plan).get("sparse_expert_gradients", False)
+
+
 def configuration_of(run: Run, plan: Plan) -> PeerConfig:
     """The configuration of the model of a run, as run_clm.py makes it."""
     return load_config(ModelArguments(config_name=base_configuration(run, plan)), **changed_fields(run, plan))

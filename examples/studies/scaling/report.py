@@ -40,6 +40,7 @@ from studies.scaling.plan import (
     run_of_seconds,
     size_runs,
     training_arguments,
+    trains_by_rows,
     with_seeds,
 )
 from studies.scaling.speed import WARM_UPS
@@ -225,7 +226,7 @@ def own_training(run: Run, plan: Plan) -> dict[str, Any]:
     How the training of a run differs from that of the plan: optimizer, `TrainingArguments`, initialization of experts.
     """
     fields, arguments = changed_fields(run, plan), training_arguments(run, plan)
-    own = {"row_adamw": True} if fields.get("sparse_expert_gradients") else {}
+    own = {"row_adamw": True} if trains_by_rows(run, plan) else {}
     own |= {name: value for name, value in arguments.items() if plan.training.get(name) != value}
     if "expert_initializer_range" in fields:
         own["expert_initializer_range"] = fields["expert_initializer_range"]

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from common.machine import machine
 from modeling_peer import RowAdamW, expert_parameter_groups
 from studies.common.study_folder import read_json, write_json
-from studies.scaling.plan import Plan, Run, configuration_of, training_arguments
+from studies.scaling.plan import Plan, Run, configuration_of, training_arguments, trains_by_rows
 
 
 # New models spread tokens over experts at random; models that were trained for some steps reuse the same experts more.
@@ -70,7 +70,7 @@ def _training_step(run: Run, plan: Plan, text: torch.Tensor) -> Callable[[], Non
     config = configuration_of(run, plan)
     model = AutoModelForCausalLM.from_config(config).to(device).train()
     optimizer: torch.optim.Optimizer
-    if config.sparse_expert_gradients:
+    if trains_by_rows(run, plan):
         own = training_arguments(run, plan)
         multipliers = {name: own[name] for name in ("expert_lr_multiplier", "down_proj_lr_multiplier") if name in own}
         optimizer = RowAdamW(expert_parameter_groups(model, run.learning_rate, 0.0, **multipliers))

@@ -1,0 +1,79 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""For tests of gradients of expert tables: their rows whatever their layout, factors of given ones, and who takes factors."""
+
+import torch
+from torch import nn
+
+from modeling_peer.expert_table import ExpertTable
+from modeling_peer.factored_gradient import TAKER, Entries, FactoredGradient, Factors
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as a dense tensor, whether it is dense, sparse by rows or in factors."""
+    return gradient.to_rows() if isinstance(gradient, FactoredGradient) else gradient.to_dense()
+
+
+def in_factors(gradient: torch.Tensor, kernels: str = "cpu") -> FactoredGradient:
+    """A dense gradient in factors, exactly: an entry for each row that is not zero, the last one first."""
+    rows = gradient.ne(0).any(1).nonzero()[:, 0].flip(0)
+    tokens = gradient[rows].to(torch.promote_types(gradient.dtype, torch.float32))
+    entries = Entries(rows[:, None], len(gradient), kernels)
+    return FactoredGradient(gradient, [Factors(tokens.new_ones(len(rows), 1), tokens, entries)])
+
+
+def random_parts(
+    seed: int,
+    num_rows: int,
+    width: int,
+    shapes: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    kernels: str = "cpu",
+) -> list[Factors]:
+    """
+    Factors of several backwards, each of `(num_tokens, num_active)`. A third of the entries name one of the first two
+    rows, so that some rows are named very often and a token may name a row twice; some coefficients are zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for shape in shapes:
+        often = torch.rand(shape, generator=generator) < 1 / 3
+        indices = torch.randint(num_rows, shape, generator=generator)
+        indices = torch.where(often, indices % min(num_rows, 2), indices)
+        coefficients = torch.randn(shape, generator=generator).to(torch.promote_types(dtype, torch.float32))
+        coefficients[torch.rand(shape, generator=generator) < 0.1] = 0
+        tokens = torch.randn(shape[0], width, generator=generator).to(dtype)
+        parts.append(Factors(coefficients, tokens, Entries(indices, num_rows, kernels)))
+    return parts
+
+
+def literal_rows(parts: list[Factors], num_rows: int, width: int) -> torch.Tensor:
+    """`Σ coefficients[t, a] tokens[t]` over the entries of each row, in float64."""
+    rows = torch.zeros(num_rows, width, dtype=torch.float64)
+    for coefficients, tokens, entries in parts:
+        products = coefficients.double()[:, :, None] * tokens.double()[:, None]
+        rows.index_add_(0, entries.indices.flatten(), products.flatten(0, 1))
+    return rows
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The expert tables of a model by their names, each once."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, ExpertTable)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
+def refuse_factors(model: nn.Module) -> None:
+    """Make the gradients of a model's tables dense, whatever optimizer lives."""
+    for table in tables_of(model).values():
+        vars(table).pop(TAKER, None)
