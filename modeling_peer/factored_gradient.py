@@ -15,11 +15,11 @@
 The gradient of an expert table as the factors of which it is the sum, from backward to the optimizer.
 
 Row n of the gradient is `Σ coefficients[t, a] · tokens[t]` over the entries, pairs of a token t and a place a, whose
-index names row n. The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows that
-they sum to take up to `T · A · d`, and a dense gradient `N · d`.
+index names row n. The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows
+that they sum to take up to `T · A · d`, and a dense gradient `N · d`.
 
-A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is then
-a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
+A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is
+then a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
 freezing need on the factors. Any other operation on it computes the dense gradient.
 """
 
@@ -43,9 +43,9 @@ aten = torch.ops.aten
 # The attribute of a table under which it is noted which optimizer takes its factors.
 TAKER = "_optimizer_of_factors"
 
-# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as the
-# table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and how
-# many bytes a second are moved, two cores or a GPU, in round numbers.
+# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as
+# the table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and
+# how many bytes a second are moved, two cores or a GPU, in round numbers.
 LEAST_BYTES_TO_ADVISE_ON = 2**24
 DENSE_PASSES = 12
 BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 2e12}
@@ -261,7 +261,7 @@ class FactoredGradient(torch.Tensor):
         return self.to_rows().__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):  # type: ignore[override,assignment]
         handler = _HANDLERS.get(operator)
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         return _on_rows(operator, args, kwargs or {}) if result is NotImplemented else result
@@ -348,8 +348,8 @@ def advise_on_dense_gradient(table: torch.Tensor) -> None:
         moved = DENSE_PASSES * table.nbytes
         rate = BYTES_PER_SECOND.get(table.device.type, BYTES_PER_SECOND["cuda"])
         logger.warning_once(
-            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes {table.nbytes / 2**20:,.0f} "
-            f"MB, and a step with it moves some {moved / 2**20:,.0f} MB, about {1000 * moved / rate:,.0f} ms for this "
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes "
+            f"{table.nbytes / 2**20:,.0f} MB, and a step with it moves some {moved / 2**20:,.0f} MB, about {1000 * moved / rate:,.0f} ms for this "
             "table. An optimizer that takes the gradient in factors touches retrieved experts alone: "
             "`Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` with "
             "`from modeling_peer import make_optimizer`."
@@ -495,8 +495,8 @@ _HANDLERS: dict[Any, Callable] = {
 def _on_rows(operator, args, kwargs):
     """Run an operator on dense gradients. Those that it writes stay factored, with a token for each row."""
     logger.warning_once(
-        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of the "
-        "shape of the table."
+        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of "
+        "the shape of the table."
     )
     dense: dict[int, tuple[FactoredGradient, torch.Tensor]] = {}
 
