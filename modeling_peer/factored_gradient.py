@@ -248,7 +248,7 @@ class FactoredGradient(torch.Tensor):
         self._factors = factors
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         tokens = sum(len(each.tokens) for each in self._factors)
@@ -261,7 +261,7 @@ class FactoredGradient(torch.Tensor):
         return self.to_rows().__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):  # type: ignore[override,assignment]
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         handler = _HANDLERS.get(operator)
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         return _on_rows(operator, args, kwargs or {}) if result is NotImplemented else result
