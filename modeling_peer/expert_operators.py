@@ -156,6 +156,8 @@ class _ExpertPool(torch.autograd.Function):
         neurons = run.up(hidden_states, indices, up)
         gates = None if gate is None else run.up(hidden_states, indices, gate)
         ctx.act_fn, ctx.kernels = act_fn, kernels
+        # Asked here: what activation checkpointing gives to the backward is not the parameter.
+        ctx.factored = [table is not None and takes_factors(table) for table in (up, gate, down)]
         ctx.save_for_backward(hidden_states, indices, weights, up, gate, down, neurons, gates)
         return run.down(weights * _activations(act_fn, neurons, gates), indices, down)
 
@@ -173,16 +175,18 @@ class _ExpertPool(torch.autograd.Function):
         of_neurons, *of_gates = torch.autograd.grad(activations, present, of_products * weights)
         activations = activations.detach()
         halves = [(of_neurons, up), *((each, gate) for each in of_gates)]
-        coefficients = [of_neurons, of_gates[0] if of_gates else None, weights * activations]
+        tables = up, gate, down
+        coefficients = of_neurons, of_gates[0] if of_gates else None, weights * activations
+        tokens = hidden_states, hidden_states, gradient
         entries = Entries(indices, len(up), ctx.kernels)
         return (
             sum(run.down(each, indices, table) for each, table in halves) if of_input else None,
             None,
             of_products * activations if of_weights else None,
             *(
-                _gradient_of(table, each, tokens, entries) if wanted else None
-                for wanted, table, each, tokens in zip(
-                    of_tables, (up, gate, down), coefficients, (hidden_states, hidden_states, gradient), strict=True
+                _gradient_of(table, Factors.of(*factors, entries), factored) if wanted else None
+                for wanted, table, factored, *factors in zip(
+                    of_tables, tables, ctx.factored, coefficients, tokens, strict=True
                 )
             ),
             None,
@@ -194,9 +198,8 @@ def _activations(act_fn, neurons, gates):
     return act_fn(neurons) if gates is None else act_fn(gates) * neurons
 
 
-def _gradient_of(table, coefficients, tokens, entries):
-    factors = Factors.of(coefficients, tokens, entries)
-    if takes_factors(table):
+def _gradient_of(table, factors, factored):
+    if factored:
         return FactoredGradient(table, [factors])
     advise_on_dense_gradient(table)
     return factors.to_rows(table.dtype)

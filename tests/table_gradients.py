@@ -11,13 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""For tests of gradients of expert tables: their rows whatever their layout, factors of given ones, and who takes factors."""
+"""For tests of gradients of expert tables: their rows in any layout, factors, and an optimizer that takes none."""
 
 import torch
 from torch import nn
 
+from modeling_peer import RowAdamW
 from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import TAKER, Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,8 @@ def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in tables}
 
 
-def refuse_factors(model: nn.Module) -> None:
-    """Make the gradients of a model's tables dense, whatever optimizer lives."""
-    for table in tables_of(model).values():
-        vars(table).pop(TAKER, None)
+class DenseRowAdamW(RowAdamW):
+    """`RowAdamW` that leaves the gradients of its tables dense."""
+
+    def _take_factors(self, group):
+        pass

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from release_names import CHECKPOINTING
 from rows_by_hand import without_rows
-from table_gradients import refuse_factors
+from table_gradients import DenseRowAdamW
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -74,9 +74,8 @@ def trainer_of_experts(folder, optimizer="stock", callbacks=None, seed=0, **opti
     options = {"max_steps": 30, "weight_decay": 0.1, "max_grad_norm": 0.2, **options}
     trainer = trainer_of(model, folder, counting_sequences(40), callbacks=callbacks, **options)
     if optimizer != "stock":
-        trainer.optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
-    if optimizer == "dense rows":
-        refuse_factors(model)
+        optimizer_class = DenseRowAdamW if optimizer == "dense rows" else RowAdamW
+        trainer.optimizer = optimizer_class(expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
     return trainer
 
 

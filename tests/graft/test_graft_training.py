@@ -19,7 +19,7 @@ from graft_models import base_model_of, graft_config, grafted, grafts_of
 from peft import PeftModel, get_peft_model
 from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
-from table_gradients import refuse_factors, tables_of
+from table_gradients import DenseRowAdamW, tables_of
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -92,9 +92,7 @@ class TestTrainer:
             rows = next(group for group in groups if group["rows"])["params"]
             assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
             trainer = trainer_of(model, tmp_path, max_steps=5)
-            trainer.optimizer = RowAdamW(groups)
-            if not factored:
-                refuse_factors(model)
+            trainer.optimizer = RowAdamW(groups) if factored else DenseRowAdamW(groups)
             trainer.train()
             trainers.append(trainer)
         assert logged(trainers[1]) == pytest.approx(logged(trainers[0]), rel=1e-5)

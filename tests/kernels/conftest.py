@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A cache of compiled kernels of a test's own."""
+"""A cache of compiled kernels of a test's own, and a number of threads."""
 
 import subprocess
 
 import pytest
+import torch
 
 from modeling_peer import native_library
 from modeling_peer.native_library import load_library
@@ -39,3 +40,12 @@ def compilations(monkeypatch):
         subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs)
     )
     return commands
+
+
+@pytest.fixture
+def threads(request):
+    """As many threads as its parameter says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -41,14 +41,6 @@ CASES = [(torch.float32, shape) for shape in SHAPES]
 CASES += [(dtype, SHAPES[0]) for dtype in TOLERANCES if dtype != torch.float32]
 
 
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def assert_near(actual, expected, terms, dtype):
     """`expected` in float64; `terms` bounds the sum of the sizes of what was added up."""
     assert actual.dtype == dtype

@@ -19,7 +19,7 @@ import pytest
 import torch
 from release_names import CHECKPOINTING
 from row_tables import WIDTH, assert_same, copied, random_gradients, random_table, rows_of, take_steps
-from table_gradients import refuse_factors
+from table_gradients import DenseRowAdamW
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -47,9 +47,7 @@ def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optim
     )
     groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, expert_lr_multiplier=2.0)
     trainer = trainer_of(model, folder, counting_sequences(40), max_steps=8, max_grad_norm=0.5, **options)
-    trainer.optimizer = RowAdamW(groups, second_moment=second_moment)
-    if not factored:
-        refuse_factors(model)
+    trainer.optimizer = (RowAdamW if factored else DenseRowAdamW)(groups, second_moment=second_moment)
     return trainer
 
 
@@ -74,8 +72,9 @@ class TestTrainer:
             trainers.append(trainer)
         factored, dense = trainers
         assert layouts == [FactoredGradient] * 8 + [torch.Tensor] * 8
-        assert logged(factored) == pytest.approx(logged(dense), rel=1e-4)
-        assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-3)
+        losses, norms = (1e-2, 1e-2) if "bf16" in options else (1e-4, 1e-3)
+        assert logged(factored) == pytest.approx(logged(dense), rel=losses)
+        assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=norms)
         assert min(logged(factored, "grad_norm")) > 0.5
         assert logged(factored)[-1] < logged(factored)[0]
         steps = factored.optimizer.state[factored.model.model.expert_pool.up_proj.weight]["row_steps"]

@@ -1,0 +1,249 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which gradients of tables come in factors, who takes them, and how often their entries are grouped."""
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from table_gradients import DenseRowAdamW, dense, tables_of
+from tiny_models import random_tokens, tiny_config, tiny_model
+from torch import nn
+from torch.testing import assert_close
+
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.expert_kernels_cpu import CpuKernels
+from modeling_peer.factored_gradient import FactoredGradient, takes_factors
+
+
+def model_of(*feed_forward_types, **fields) -> PeerForCausalLM:
+    return tiny_model(tiny_config(*(feed_forward_types or ("peer", "pkm")), **fields)).double().train()
+
+
+def optimizer_of(model, optimizer_class=RowAdamW):
+    return optimizer_class(expert_parameter_groups(model, 1e-2, weight_decay=0.1))
+
+
+def backward(model, seed=1):
+    tokens = random_tokens(3, 9, seed=seed)
+    model(tokens, labels=tokens).loss.backward()
+
+
+def come_in_factors(model) -> set[bool]:
+    """Of the gradients of the tables after another backward, which are in factors. Others never are."""
+    model.zero_grad()
+    backward(model)
+    tables = tables_of(model)
+    assert len(tables) >= 2
+    for name, parameter in model.named_parameters():
+        assert type(parameter.grad) is torch.Tensor or name in tables
+    return {isinstance(table.grad, FactoredGradient) for table in tables.values()}
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+class TestTakers:
+    def test_factors_come_while_an_optimizer_takes_them(self):
+        model = model_of()
+        assert come_in_factors(model) == {False}
+        optimizer = optimizer_of(model)
+        assert come_in_factors(model) == {True}
+        another = optimizer_of(model)
+        del optimizer
+        gc.collect()
+        assert come_in_factors(model) == {True}
+        another = None
+        gc.collect()
+        assert another is None and come_in_factors(model) == {False}
+
+    @pytest.mark.parametrize(
+        "optimizer_class",
+        [
+            lambda model: torch.optim.AdamW(model.parameters()),
+            lambda model: RowAdamW(model.parameters()),
+            lambda model: RowAdamW([{"params": list(model.parameters()), "rows": False}]),
+            lambda model: optimizer_of(model, DenseRowAdamW),
+        ],
+    )
+    def test_other_optimizers_take_none(self, optimizer_class):
+        model = model_of()
+        optimizer = optimizer_class(model)
+        assert optimizer.param_groups and come_in_factors(model) == {False}
+
+    def test_groups_that_are_added_take_them(self):
+        model = model_of()
+        *others, tables = expert_parameter_groups(model, 1e-2)
+        optimizer = RowAdamW(others)
+        assert come_in_factors(model) == {False}
+        optimizer.add_param_group(tables)
+        assert come_in_factors(model) == {True}
+
+    def test_a_refused_group_takes_none(self):
+        table, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+        optimizer = RowAdamW([nn.Parameter(torch.ones(2))])
+        with pytest.raises(ValueError, match="must be real, of shape"):
+            optimizer.add_param_group({"params": [table, vector], "rows": True})
+        assert not takes_factors(table)
+
+    def test_casts_and_loaded_states_keep_them(self):
+        model = model_of()
+        optimizer = optimizer_of(model)
+        model.bfloat16()
+        assert come_in_factors(model) == {True}
+        assert {table.grad.dtype for table in tables_of(model).values()} == {torch.bfloat16}
+        optimizer.load_state_dict(optimizer.state_dict())
+        model.load_state_dict(model.state_dict())
+        assert come_in_factors(model) == {True}
+
+    def test_copies_of_a_model_have_dense_gradients(self):
+        model = model_of()
+        optimizer = optimizer_of(model)
+        backward(model)
+        for other in (copy.deepcopy(model), torch.load(saved(model), weights_only=False)):
+            assert come_in_factors(other) == {False}
+            assert come_in_factors(model) == {True}
+            its_own = optimizer_of(other)
+            assert come_in_factors(other) == {True}
+            del its_own
+        assert optimizer.param_groups
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+    def test_copies_of_an_optimizer_take_those_of_their_parameters(self, copied):
+        table = nn.Parameter(torch.ones(3, 4))
+        optimizer = RowAdamW([{"params": [table], "rows": True}])
+        other = copied(optimizer)
+        (its_table,) = other.param_groups[0]["params"]
+        assert its_table is not table and takes_factors(its_table) and takes_factors(table)
+        del other
+        gc.collect()
+        assert not takes_factors(its_table) and takes_factors(table)
+
+    def test_marked_tables_can_be_saved(self):
+        model = model_of()
+        optimizer = optimizer_of(model)
+        backward(model)
+        for name, table in tables_of(model).items():
+            for found in (
+                torch.load(saved(table), weights_only=True),
+                torch.load(saved(model.state_dict(keep_vars=True)), weights_only=True)[name],
+                pickle.loads(pickle.dumps(table)),
+                copy.deepcopy(table),
+            ):
+                assert torch.equal(found, table) and takes_factors(table) and not takes_factors(found)
+        assert optimizer.param_groups
+
+    @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str)
+    def test_another_optimizer_steps_as_with_dense_gradients(self, options):
+        """The one that takes factors may be alive, and need not be the one that steps."""
+        states = []
+        for optimizer_class in (DenseRowAdamW, RowAdamW):
+            model = model_of()
+            taker = optimizer_of(model, optimizer_class)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+            for step in range(4):
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+                backward(model, seed=step)
+                backward(model, seed=step + 1)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                kinds = {isinstance(table.grad, FactoredGradient) for table in tables_of(model).values()}
+                assert kinds == {optimizer_class is RowAdamW}
+                optimizer.step()
+            states.append(model.state_dict())
+            assert not taker.state
+        assert_close(*states, rtol=1e-9, atol=1e-12)
+
+    def test_tables_that_grow_need_an_optimizer_of_their_own(self):
+        model = model_of()
+        optimizer = optimizer_of(model)
+        table = model.model.layers[0].mlp.expert_pool.up_proj
+        table.append_rows(torch.zeros(3, table.embedding_dim))
+        backward(model)
+        assert type(table.weight.grad) is torch.Tensor
+        assert optimizer.param_groups
+
+
+def test_a_pool_is_one_operation_unless_something_is_to_see_its_tables():
+    """The same gradients, in factors either way."""
+    model = model_of("peer", "peer", gated_experts=True)
+    optimizer = optimizer_of(model)
+    assert come_in_factors(model) == {True}
+    expected = {name: dense(parameter.grad) for name, parameter in model.named_parameters()}
+    seen = []
+    pool = model.model.layers[0].mlp.expert_pool
+    for table in (pool.up_proj, pool.gate_proj, pool.down_proj):
+        handle = table.register_forward_hook(lambda module, args, output: seen.append(module))
+        assert come_in_factors(model) == {True}
+        assert len(seen) == 1 and seen.pop() is table
+        for name, parameter in model.named_parameters():
+            assert_close(dense(parameter.grad), expected[name], rtol=1e-12, atol=1e-14)
+        handle.remove()
+    own, table = pool.up_proj.forward, pool.up_proj
+    table.forward = lambda *args: seen.append(table) or own(*args)
+    assert come_in_factors(model) == {True}
+    assert seen == [table]
+    for name, parameter in model.named_parameters():
+        assert_close(dense(parameter.grad), expected[name], rtol=1e-12, atol=1e-14)
+    del table.forward
+    assert come_in_factors(model) == {True} and seen == [table]
+    assert optimizer.param_groups
+
+
+class TestGrouping:
+    """Sorting entries is dear, and the tables of a pool have the same."""
+
+    @pytest.fixture
+    def groupings(self, monkeypatch):
+        """The numbers of entries that were grouped."""
+        found, group = [], CpuKernels.group
+
+        def recorded(indices, num_rows):
+            found.append(len(indices))
+            return group(indices, num_rows)
+
+        monkeypatch.setattr(CpuKernels, "group", recorded)
+        return found
+
+    ENTRIES = 3 * 9 * 2 * 3  # tokens, heads, experts of each
+
+    @pytest.mark.parametrize("optimizer_class", [RowAdamW, DenseRowAdamW])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_once_for_the_tables_of_a_pool(self, groupings, optimizer_class, gated):
+        model = model_of("peer", "dense", "peer", gated_experts=gated)
+        optimizer = optimizer_of(model, optimizer_class)
+        backward(model)
+        assert groupings == ([] if optimizer_class is RowAdamW else [self.ENTRIES] * 2)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert groupings == [self.ENTRIES] * 2
+
+    def test_once_after_several_backwards(self, groupings):
+        """And for a pool that layers share, whose tables are as many times in one."""
+        for fields, number in (({}, [4, 4]), ({"share_experts_across_layers": True}, [8])):
+            model = model_of("peer", "dense", "peer", num_experts=100**2, gated_experts=True, **fields)
+            optimizer = optimizer_of(model)
+            for seed in range(4):
+                backward(model, seed)
+            assert not groupings
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            assert groupings == [self.ENTRIES * each for each in number]
+            groupings.clear()
