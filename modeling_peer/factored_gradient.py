@@ -350,9 +350,9 @@ def advise_on_dense_gradient(table: torch.Tensor) -> None:
         logger.warning_once(
             f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes "
             f"{table.nbytes / 2**20:,.0f} MB, and a step with it moves some {moved / 2**20:,.0f} MB, about "
-            f"{1000 * moved / rate:,.0f} ms for this table. An optimizer that takes the gradient in factors touches retrieved experts alone: "
-            "`Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` with "
-            "`from modeling_peer import make_optimizer`."
+            f"{1000 * moved / rate:,.0f} ms for this table. An optimizer that takes the gradient in factors touches "
+            "retrieved experts alone: `Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` "
+            "with `from modeling_peer import make_optimizer`."
         )
 
 
