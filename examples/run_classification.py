@@ -200,7 +200,7 @@ def main():
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        optimizers=make_optimizers(optimizer_args, training_args, model),
+        optimizers=make_optimizers(optimizer_args, training_args, model, model_args.is_new),
     )
     run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name)
 

@@ -114,7 +114,7 @@ def make_trainer(
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model),
+        optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model, model_args.is_new),
     )
 
 

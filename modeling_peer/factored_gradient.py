@@ -15,11 +15,11 @@
 The gradient of an expert table as the factors of which it is the sum, from backward to the optimizer.
 
 Row n of the gradient is `Σ coefficients[t, a] · tokens[t]` over the entries, pairs of a token t and a place a, whose
-index names row n. The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows that
-they sum to take up to `T · A · d`, and a dense gradient `N · d`.
+index names row n. The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows
+that they sum to take up to `T · A · d`, and a dense gradient `N · d`.
 
-A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is then
-a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
+A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is
+then a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
 freezing need on the factors. Any other operation on it computes the dense gradient.
 """
 
@@ -43,9 +43,9 @@ aten = torch.ops.aten
 # The attribute of a table under which it is noted which optimizer takes its factors.
 TAKER = "_optimizer_of_factors"
 
-# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as the
-# table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and how
-# many bytes a second are moved, two cores or a GPU, in round numbers.
+# What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as
+# the table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and
+# how many bytes a second are moved, two cores or a GPU, in round numbers.
 LEAST_BYTES_TO_ADVISE_ON = 2**24
 DENSE_PASSES = 12
 BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 2e12}
@@ -248,7 +248,7 @@ class FactoredGradient(torch.Tensor):
         self._factors = factors
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         tokens = sum(len(each.tokens) for each in self._factors)
@@ -348,11 +348,11 @@ def advise_on_dense_gradient(table: torch.Tensor) -> None:
         moved = DENSE_PASSES * table.nbytes
         rate = BYTES_PER_SECOND.get(table.device.type, BYTES_PER_SECOND["cuda"])
         logger.warning_once(
-            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes {table.nbytes / 2**20:,.0f} "
-            f"MB, and a step with it moves some {moved / 2**20:,.0f} MB, about {1000 * moved / rate:,.0f} ms for this "
-            "table. An optimizer that takes the gradient in factors touches retrieved experts alone: "
-            "`Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` with "
-            "`from modeling_peer import make_optimizer`."
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense: it takes "
+            f"{table.nbytes / 2**20:,.0f} MB, and a step with it moves some {moved / 2**20:,.0f} MB, about "
+            f"{1000 * moved / rate:,.0f} ms for this table. An optimizer that takes the gradient in factors touches "
+            "retrieved experts alone: `Trainer(model, args, ..., optimizers=(make_optimizer(model, args), None))` "
+            "with `from modeling_peer import make_optimizer`."
         )
 
 
@@ -441,6 +441,7 @@ def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 def _foreach(operator: Any, single: Callable) -> Callable:
     """A handler of a list of tensors some of which are factored: these one by one, the others as before."""
+    returns_nothing = not operator._schema.returns
 
     def handle(tensors, *args, **kwargs):
         if any(isinstance(each, (list, tuple)) for each in args):
@@ -450,7 +451,7 @@ def _foreach(operator: Any, single: Callable) -> Callable:
         found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
         if any(each is NotImplemented for each in found):
             return NotImplemented
-        return found if operator._schema.returns else None
+        return None if returns_nothing else found
 
     return handle
 
@@ -494,8 +495,8 @@ _HANDLERS: dict[Any, Callable] = {
 def _on_rows(operator, args, kwargs):
     """Run an operator on dense gradients. Those that it writes stay factored, with a token for each row."""
     logger.warning_once(
-        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of the "
-        "shape of the table."
+        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of "
+        "the shape of the table."
     )
     dense: dict[int, tuple[FactoredGradient, torch.Tensor]] = {}
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Factored gradients on a CPU, in C: entries grouped by row, and the rows of a gradient and their norm from its factors."""
+"""Factored gradients on a CPU, in C: entries grouped by row, rows of a gradient and their norm from its factors."""
 
 import torch
 
@@ -76,9 +76,9 @@ SOURCE = (
     + r"""
 #include <stdlib.h>
 
-/* Groups entries by the row that they name. Writes each row once to `rows`, ascending; the entries, grouped, to `order`;
-   and where each group starts in `order` to `starts`. Returns the number of groups, -1 if out of memory, or -2 if an
-   index is out of range. A stable radix sort of rows and entries that share a word. */
+/* Groups entries by the row that they name. Writes each row once to `rows`, ascending; the entries, grouped, to
+   `order`; and where each group starts in `order` to `starts`. Returns the number of groups, -1 if out of memory, or
+   -2 if an index is out of range. A stable radix sort of rows and entries that share a word. */
 int64_t group(const int64_t *indices, int64_t count, int64_t num_rows, int32_t *rows, int32_t *starts, int32_t *order,
               int threads) {
     (void)threads;
@@ -121,7 +121,8 @@ int64_t group(const int64_t *indices, int64_t count, int64_t num_rows, int32_t *
     + for_each_dtype(
         SUM_OF_ENTRIES_BY_DTYPE
         + r"""
-/* values[places[g]] = the sum of the entries of group g; values[g] if `places` is NULL. Returns -1 if out of memory. */
+/* values[places[g]] = the sum of the entries of group g; values[g] if `places` is NULL. Returns -1 if out of
+   memory. */
 int64_t NAME(row_gradient)(const SUM *coefficients, const int32_t *sources, const int32_t *starts, const SUM *tokens,
                            ROW *values, const int32_t *places, int64_t num_groups, int64_t width, int threads) {
     SUM *memory = malloc(threads * width * sizeof *memory + 1);

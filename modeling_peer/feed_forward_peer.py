@@ -116,7 +116,7 @@ class ExpertPool(nn.Module):
         return self.up_proj, self.gate_proj, self.down_proj
 
     def _runs_as_one(self, hidden_states):
-        """Whether the pool is one operation for autograd. Otherwise each table is one, as an adapter or a hook wants."""
+        """Whether the pool is one operation for autograd. Otherwise each table is one, for an adapter or a hook."""
         tables = [table for table in self._tables if table is not None]
         if not torch.is_grad_enabled() or not all(isinstance(table, ExpertTable) for table in tables):
             return False

@@ -16,11 +16,11 @@ What differs between the releases of Transformers and torch that this code runs 
 that it calls. A checkpoint's code carries this module along and imports it first: pip never sees which releases remote
 code needs, so the code itself refuses those that it does not know.
 
-Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters` and `_modules`
-of modules, and `_indices()` and `_values()` of sparse tensors, are in every supported release. And a class of models
-declares to Transformers what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
-`_can_set_experts_implementation` and the `_global_mapping` of a registry, as the library's own models do: one that a
-later release does not read any more has no effect.
+Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters` and
+`_modules` of modules, and `_indices()` and `_values()` of sparse tensors, are in every supported release. And a class
+of models declares what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
+`_can_set_experts_implementation`, `_ddp_params_and_buffers_to_ignore` and the `_global_mapping` of a registry, as the
+library's own models do: one that a later release does not read any more has no effect.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ try:
     from transformers.distributed.tensor_parallel import TensorParallelLayer
 except ImportError as error:
     logger.warning_once(f"Tensor parallelism of experts is not available with this release of Transformers: {error}")
-    PARALLEL_STYLES, TensorParallelLayer = None, object
+    PARALLEL_STYLES, TensorParallelLayer = None, object  # type: ignore[assignment,misc]
 
 
 def _private(name: str, otherwise: Any, loss: str) -> Callable:

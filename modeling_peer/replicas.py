@@ -16,8 +16,9 @@ The gradients of expert tables in replicas of a model that DistributedDataParall
 
 DDP reduces the gradient of a parameter by a dense sum in the midst of the backward. Tables are on its ignore list
 instead (`_ddp_params_and_buffers_to_ignore`): they are broadcast once, and their gradients averaged here, once for
-each optimizer step, at the end of the last micro-batch's backward, before anything clips them. What is exchanged is the
-factors, by an all-gather, or a dense sum where that moves fewer bytes; both are collectives that every backend has.
+each optimizer step, at the end of the last micro-batch's backward, before anything clips them. What is exchanged is
+the factors, by an all-gather, or a dense sum where that moves fewer bytes; both are collectives that every backend
+has.
 """
 
 from collections.abc import Iterable

@@ -75,6 +75,11 @@ class ModelArguments:
         if self.model_name_or_path is None and self.config_name is None:
             self.config_name = "peer-tiny"
 
+    @property
+    def is_new(self) -> bool:
+        """Whether a new model is trained, not a checkpoint."""
+        return self.model_name_or_path is None
+
 
 # Fields of configurations of earlier releases, which the plans and commands of finished studies still give.
 RETIRED_FIELDS = {"sparse_expert_gradients"}

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from modeling_peer import ExpertUsageCallback, RowAdamW, expert_parameter_groups, last_complete_checkpoint
+from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
 
 
 logger = logging.getLogger(__name__)
@@ -43,50 +43,68 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class OptimizerArguments:
-    """Whether to train with [`RowAdamW`] instead of the optimizer of --optim."""
+    """How to train expert tables: with [`RowAdamW`], unless --no_row_adamw leaves all to the optimizer of --optim."""
 
     row_adamw: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "Update only the rows of expert tables that a step retrieved. Not under FSDP, where `Trainer` "
-            "makes its own optimizer."
+            "help": "Update only the rows of expert tables that a step retrieved, with learning rates of their own. "
+            "Not under FSDP, where `Trainer` makes its own optimizer."
         },
     )
     second_moment: Literal["full", "row"] = field(
         default="full",
         metadata={"help": "Second moment of RowAdamW: one value per element, or one per row."},
     )
-    expert_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "Multiplier of RowAdamW on the learning rate of expert tables."}
+    expert_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Multiplier of RowAdamW on the learning rate of expert tables. By default that of the scaling "
+            "study for a new model, and 1 for one that is trained further."
+        },
     )
-    down_proj_lr_multiplier: float = field(
-        default=1.0,
-        metadata={"help": "Further multiplier on the learning rate of the down-projection vectors of experts."},
+    down_proj_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Further multiplier on the learning rate of the down-projection vectors of experts. By default "
+            "that of the scaling study for a new model, and 1 for one that is trained further."
+        },
     )
 
     def __post_init__(self):
         options = (self.second_moment, self.expert_lr_multiplier, self.down_proj_lr_multiplier)
-        if not self.row_adamw and options != ("full", 1.0, 1.0):
+        if not self.row_adamw and options != ("full", None, None):
             raise ValueError(
-                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: add --row_adamw."
+                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: leave out "
+                "--no_row_adamw."
             )
 
 
 def make_optimizers(
-    args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel
+    args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel, is_new: bool
 ) -> tuple[RowAdamW | None, None]:
-    """The `optimizers` of `Trainer`: RowAdamW if requested, else none. `Trainer` makes the scheduler itself."""
-    if not args.row_adamw:
+    """
+    The `optimizers` of `Trainer`: RowAdamW, unless it is not wanted. `Trainer` makes the scheduler itself.
+
+    Args:
+        args (`OptimizerArguments`)
+        training_args (`TrainingArguments`)
+        model (`PreTrainedModel`)
+        is_new (`bool`): Whether the model is trained from scratch, for which the scaling study found learning rates.
+    """
+    if not args.row_adamw or training_args.fsdp:
         return None, None
-    groups = expert_parameter_groups(
-        model,
-        training_args.learning_rate,
-        training_args.weight_decay,
-        args.expert_lr_multiplier,
-        args.down_proj_lr_multiplier,
-    )
-    betas = (training_args.adam_beta1, training_args.adam_beta2)
-    return RowAdamW(groups, betas=betas, eps=training_args.adam_epsilon, second_moment=args.second_moment), None
+    multipliers = {
+        name: value
+        for name, value in (
+            ("expert_lr_multiplier", args.expert_lr_multiplier),
+            ("down_proj_lr_multiplier", args.down_proj_lr_multiplier),
+        )
+        if value is not None
+    }
+    if not is_new:
+        multipliers = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} | multipliers
+    return make_optimizer(model, training_args, second_moment=args.second_moment, **multipliers), None
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -147,8 +147,9 @@ class RowAdamW(torch.optim.Optimizer):
                 'group with `"rows": True` from the start.'
             )
         gradient = _local_gradient(parameter)
-        by_factors = isinstance(gradient, FactoredGradient) and not _is_dtensor(parameter)
-        touched = None if by_factors else _touched_rows(parameter, gradient)
+        # Parts of rows are summed first: which rows are touched, all processes have to agree on.
+        in_factors = isinstance(gradient, FactoredGradient) and not _is_dtensor(parameter)
+        touched = None if in_factors else _touched_rows(parameter, gradient)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
         local_state = {name: _local(tensor) for name, tensor in state.items()}

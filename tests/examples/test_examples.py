@@ -187,7 +187,8 @@ class TestLanguageModel:
         flags = clm_flags(tmp_path, text_file)
         overrides = flags.index(SMALL)
         flags = (*flags[:overrides], f"{SMALL},sparse_expert_gradients=true", *flags[overrides + 1 :])
-        run("run_clm.py", *flags, "--row_adamw", "--second_moment", "row", "--expert_lr_multiplier", "2")
+        multipliers = ("--expert_lr_multiplier", "2", "--down_proj_lr_multiplier", "1")
+        run("run_clm.py", *flags, "--second_moment", "row", *multipliers)
         assert results(tmp_path)["perplexity"] == pytest.approx(results(checkpoint)["perplexity"], rel=0.3)
         optimizer = torch.load(tmp_path / "checkpoint-6/optimizer.pt")
         groups = {group["rows"]: group for group in optimizer["param_groups"]}
@@ -198,15 +199,30 @@ class TestLanguageModel:
 
     def test_flags_of_row_adamw_need_it(self):
         for name in ("expert_lr_multiplier", "down_proj_lr_multiplier"):
-            with pytest.raises(ValueError, match=f"--{name}.*add --row_adamw"):
-                OptimizerArguments(**{name: 2.0})
+            with pytest.raises(ValueError, match=f"--{name}.*leave out --no_row_adamw"):
+                OptimizerArguments(row_adamw=False, **{name: 2.0})
 
     def test_multipliers_reach_the_optimizer(self, tmp_path):
         args = OptimizerArguments(row_adamw=True, expert_lr_multiplier=2.0, down_proj_lr_multiplier=4.0)
         model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))
         training_args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5)
-        optimizer, _ = make_optimizers(args, training_args, model)
+        optimizer, _ = make_optimizers(args, training_args, model, is_new=True)
         assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 1.0, 4.0]
+
+    def test_rates_of_the_scaling_study_are_for_new_models(self, tmp_path):
+        model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))
+        training_args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5)
+        of_new, _ = make_optimizers(OptimizerArguments(), training_args, model, is_new=True)
+        assert [group["lr"] for group in of_new.param_groups] == [0.5, 0.5, 0.125, 24.0]
+        of_checkpoint, _ = make_optimizers(OptimizerArguments(), training_args, model, is_new=False)
+        assert [group["lr"] for group in of_checkpoint.param_groups] == [0.5, 0.5, 0.5]
+
+    def test_fsdp_leaves_the_optimizer_to_the_trainer(self, tmp_path):
+        model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))
+        training_args = TrainingArguments(output_dir=str(tmp_path))
+        assert make_optimizers(OptimizerArguments(row_adamw=False), training_args, model, True) == (None, None)
+        training_args.fsdp = True
+        assert make_optimizers(OptimizerArguments(), training_args, model, True) == (None, None)
 
 
 class TestText:
