@@ -39,7 +39,7 @@ from .configuration_peer import PeerConfig
 from .expert_generations import Generation, generations_of, has_protected_additions
 from .expert_kernels import needs_operator, resolve_kernels
 from .expert_operators import run_expert_pool
-from .expert_table import ExpertDownProjection, ExpertUpProjection
+from .expert_table import ExpertDownProjection, ExpertTable, ExpertUpProjection
 from .factored_gradient import takes_factors
 from .feed_forward_dense import DenseFeedForward
 from .forward_pass import ForwardPass
@@ -117,9 +117,11 @@ class ExpertPool(nn.Module):
 
     def _runs_as_one(self, hidden_states):
         """Whether the pool is one operation for autograd. Otherwise each table is one, for an adapter or a hook."""
-        if not torch.is_grad_enabled() or self.up_proj.kernels == "eager":
-            return False
         tables = [table for table in self._tables if table is not None]
+        if not torch.is_grad_enabled() or not all(isinstance(table, ExpertTable) for table in tables):
+            return False
+        if self.up_proj.kernels == "eager":
+            return False
         if torch.compiler.is_compiling():
             # A graph break, in return for which the gradients of the tables come in factors.
             fits = all(takes_factors(table.weight) for table in tables)

@@ -68,7 +68,7 @@ static inline void round_float16(uint16_t *p, floats v, uint32_t of_row, int64_t
     const words bits = (words)v, random = column_bits(of_row, column), sign = bits & 0x80000000;
     const words magnitude = bits ^ sign, least = magnitude * 0 + (113u << 23);
     /* Below 2^-14 the steps are 2^-24. */
-    const floats shifted = (floats)magnitude * 0x1p24f + __builtin_convertvector(random >> 9, floats) * 0x1p-23f;
+    const floats shifted = (floats)magnitude * 0x1p24f + __builtin_convertvector(random >> 19, floats) * 0x1p-13f;
     const words subnormal = __builtin_convertvector(shifted, words);
     const words normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
     const words finite = select_words((ints)(magnitude < least), subnormal, normal);

@@ -67,7 +67,7 @@ def round_stochastically(values: torch.Tensor, dtype: torch.dtype, bits: torch.T
         return _from_bits(rounded, dtype)
     sign, magnitude = pattern >> 16 & 0x8000, pattern & 0x7FFFFFFF
     normal = (magnitude - (112 << 23) + (bits >> 19)) >> 13
-    subnormal = (values.abs() * 2.0**24 + (bits >> 9).float() * 2.0**-23).clamp(max=2.0**11).long()
+    subnormal = (values.abs() * 2.0**24 + (bits >> 19).float() * 2.0**-13).clamp(max=2.0**11).long()
     rounded = subnormal.where(magnitude < 113 << 23, normal)
     rounded = rounded.where(magnitude < 143 << 23, 0x7C00).where(values == values, 0x7E00)
     return _from_bits(rounded | sign, dtype)

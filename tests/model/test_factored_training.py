@@ -1,0 +1,201 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models whose optimizer takes gradients in factors have those of the literal experts, however they run."""
+
+import pytest
+import torch
+from graft_models import FAMILIES_AND_PLACEMENTS, PLACEMENTS, base_model_of, grafted
+from peft import LoraConfig, get_peft_model
+from release_names import enable_checkpointing
+from table_gradients import DenseRowAdamW, dense, tables_of
+from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from modeling_peer import RowAdamW, add_experts, expert_parameter_groups
+from modeling_peer.expert_operators import _ExpertPool
+from modeling_peer.expert_table import ExpertTable
+from modeling_peer.factored_gradient import FactoredGradient
+
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+
+# Transformers has no experts of MoE layers in float64.
+WITH_TABLES = {name: VARIANTS[name] for name in ("peer", "pkm", "tied_embeddings")}
+WITH_TABLES["both"] = tiny_config("peer", "pkm", "dense", "peer")
+
+
+def optimizer_of(model, optimizer_class=RowAdamW):
+    return optimizer_class(expert_parameter_groups(model, 1e-2, weight_decay=0.1))
+
+
+def set_kernels(model, name):
+    for module in model.modules():
+        if isinstance(module, ExpertTable):
+            module.config.expert_kernels = name
+
+
+def gradients_of(model):
+    """The loss, and the gradients of two backwards as they are."""
+    model.zero_grad()
+    for tokens in (random_tokens(3, 9), random_tokens(2, 9, seed=2)):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_those_of_literal_experts(model, **tolerances):
+    """For all kernels, of a model in float64 whose optimizer is made here: tables have factors, all else has none."""
+    model.train()
+    set_kernels(model, "eager")
+    expected_loss, expected = gradients_of(model)
+    optimizer = optimizer_of(model)
+    trained = {name for name, table in tables_of(model).items() if table.requires_grad}
+    for kernels in ("cpu", "torch", "eager"):
+        set_kernels(model, kernels)
+        loss, found = gradients_of(model)
+        assert_close(loss, expected_loss, **EXACT)
+        assert found.keys() == expected.keys()
+        in_factors = {name for name, gradient in found.items() if isinstance(gradient, FactoredGradient)}
+        assert in_factors == (set() if kernels == "eager" else trained)
+        for name, gradient in found.items():
+            assert_close(
+                dense(gradient), dense(expected[name]), **(EXACT | tolerances), msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert optimizer.param_groups
+
+
+class TestEqualLiteralExperts:
+    @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in (WITH_TABLES | GROWN).items()])
+    def test_of_every_variant(self, config):
+        assert_those_of_literal_experts(tiny_model(config).double())
+
+    @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in EXPERTS.items()])
+    def test_of_all_experts(self, config):
+        assert_those_of_literal_experts(tiny_model(config).double())
+
+    def test_of_a_model_that_grew(self):
+        model = tiny_model(tiny_config("peer", "dense", "peer"))
+        add_experts(model, 13, mode="open")
+        add_experts(model, 25, mode="protected")
+        for name, parameter in model.named_parameters():
+            if ".added." in name and "down_proj" in name:
+                nn.init.normal_(parameter, std=0.3)
+        assert_those_of_literal_experts(model.double())
+
+    @pytest.mark.parametrize("family, placement", FAMILIES_AND_PLACEMENTS)
+    def test_of_grafts(self, family, placement):
+        model = grafted(base_model_of(family, dtype=torch.float64), **PLACEMENTS[placement]).double()
+        assert_those_of_literal_experts(model, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            {"target_modules": ["query_proj"], "modules_to_save": ["expert_pool"]},
+            {"target_parameters": ["expert_pool.up_proj.weight", "expert_pool.down_proj.weight"]},
+            {"target_modules": ["q_proj"], "target_parameters": ["expert_pool.down_proj.weight"]},
+        ],
+        ids=["pool saved", "both tables", "one table"],
+    )
+    def test_of_adapters(self, targets):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, init_lora_weights=False, **targets)
+        assert_those_of_literal_experts(get_peft_model(tiny_model(tiny_config("peer", "peer")), config).double())
+
+    def test_of_one_table_that_is_trained(self):
+        model = tiny_model(tiny_config("peer", "peer", gated_experts=True)).double()
+        model.model.layers[0].mlp.expert_pool.up_proj.weight.requires_grad_(False)
+        model.model.layers[1].mlp.expert_pool.down_proj.weight.requires_grad_(False)
+        assert_those_of_literal_experts(model)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_activation_checkpointing(options):
+    model = tiny_model(tiny_config("peer", "pkm", "peer", share_experts_across_layers=True)).double().train()
+    optimizer = optimizer_of(model)
+    expected_loss, expected = gradients_of(model)
+    enable_checkpointing(model, options)
+    loss, found = gradients_of(model)
+    assert_close(loss, expected_loss, **EXACT)
+    for name, gradient in found.items():
+        assert isinstance(gradient, FactoredGradient) == (name in tables_of(model))
+        assert_close(dense(gradient), dense(expected[name]), **EXACT)
+    assert optimizer.param_groups
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+def test_autocast(kernels):
+    """Gradients in factors are the dense ones, of float32, and near those of the literal experts."""
+    model = tiny_model(tiny_config("peer", "pkm", gated_experts=True, expert_kernels=kernels)).train()
+    found = []
+    for optimizer_class, name in ((RowAdamW, kernels), (DenseRowAdamW, kernels), (DenseRowAdamW, "eager")):
+        model.config.expert_kernels = name
+        optimizer = optimizer_of(model, optimizer_class)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, gradients = gradients_of(model)
+        assert {type(gradients[name]) is FactoredGradient for name in tables_of(model)} == {
+            optimizer_class is RowAdamW
+        }
+        found.append({name: dense(gradient) for name, gradient in gradients.items()})
+        assert optimizer.param_groups
+        del optimizer
+    assert {gradient.dtype for gradient in found[0].values()} == {torch.float32}
+    for name, gradient in found[0].items():
+        assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8)
+        assert (gradient - found[2][name]).norm() < 0.3 * found[2][name].norm() + 1e-3
+
+
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+        torch._dynamo.reset()
+
+    def test_training_breaks_the_graph_at_experts_alone(self, monkeypatch):
+        """Once at each pool, and at the table of a PKM layer. Nothing is compiled anew for further steps."""
+        model = tiny_model(tiny_config("peer", "pkm", gated_experts=True)).train()
+        optimizer, tokens = optimizer_of(model), random_tokens(3, 9)
+        runs, pool, graphs = [], _ExpertPool.forward, []
+        monkeypatch.setattr(_ExpertPool, "forward", lambda *args: runs.append(1) or pool(*args))
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            model.zero_grad()
+            loss = compiled(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert len(runs) == 2
+        assert graphs[0] == graphs[1] > 0
+        reasons = counters["graph_break"]
+        assert reasons and all("run_outside_graphs" in reason for reason in reasons)
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        expected_loss = model(input_ids=tokens, labels=tokens).loss
+        expected_loss.backward()
+        assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            assert isinstance(found[name], FactoredGradient) == (name in tables_of(model))
+            assert_close(dense(found[name]), dense(parameter.grad), rtol=1e-4, atol=1e-6)
+        assert optimizer.param_groups
+
+    def test_inference_is_one_graph(self):
+        model = tiny_model(tiny_config("peer", "pkm"))
+        optimizer = optimizer_of(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        tokens = random_tokens(2, 5)
+        with torch.no_grad():
+            assert_close(compiled(tokens).logits, model(tokens).logits)
+        assert optimizer.param_groups

@@ -1,0 +1,226 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables in 16 bits are rounded stochastically: without a bias, and the same way by C, by torch and after a resume."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from row_tables import WIDTH, random_gradients, random_table, rows_of, take_steps
+from torch import nn
+
+from modeling_peer import RowAdamW
+from modeling_peer.optim import row_adamw
+from modeling_peer.optim.stochastic_rounding import ROUNDED, random_bits, round_stochastically
+
+
+each_dtype = pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def path(request, monkeypatch):
+    """What moves the rows."""
+    if request.param == "torch":
+        monkeypatch.setattr(row_adamw.cpu, "can_update", lambda *tensors: False)
+    return request.param
+
+
+def every(dtype):
+    """All numbers of 16 bits: subnormal and infinite ones, both zeros and those that are none."""
+    return torch.arange(2**16).to(torch.uint16).view(dtype)
+
+
+def pattern(tensor):
+    return tensor.detach().contiguous().view(torch.int16)
+
+
+def steps_of_sign(table, lr, seed):
+    """A step of exactly `lr` down for every element of a table: `x - lr` in float32, and rounded."""
+    options = {"lr": lr, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "rounding_seed": seed}
+    optimizer = RowAdamW([{"params": [table], "rows": True}], **options)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    return table.detach()
+
+
+@each_dtype
+class TestRounding:
+    def test_keeps_what_needs_none(self, dtype):
+        numbers = every(dtype)
+        for bits in (0, 2**32 - 1, 0x9E3779B9):
+            found = round_stochastically(numbers.float(), dtype, torch.full((2**16,), bits))
+            is_number = ~numbers.isnan()
+            assert torch.equal(pattern(found)[is_number], pattern(numbers)[is_number])
+            assert found[~is_number].isnan().all()
+
+    def test_is_up_with_the_probability_that_makes_the_mean_exact(self, dtype):
+        """Over 2^16 random bits that lie evenly, for numbers of all sizes between two that need no rounding."""
+        evenly = torch.arange(2**16) << 16
+        levels = 2.0**-13 if dtype == torch.float16 else 2.0**-16
+        finite = every(dtype)[every(dtype).isfinite()].double()
+        generator = torch.Generator().manual_seed(0)
+        for place in [0, 1, 2, 1023, 1024, *torch.randint(len(finite), (60,), generator=generator).tolist()]:
+            down = finite[place].to(dtype)
+            up = (pattern(down) + 1).view(dtype)  # away from zero
+            if not up.isfinite():
+                continue
+            share = torch.rand((), generator=generator, dtype=torch.float64)
+            value = (down.double() + share * (up.double() - down.double())).float()
+            exact = ((value.double() - down.double()) / (up.double() - down.double())).item()
+            found = round_stochastically(value.expand(2**16), dtype, evenly)
+            assert torch.isin(pattern(found), torch.stack([pattern(down), pattern(up)])).all()
+            assert abs((pattern(found) == pattern(up)).double().mean().item() - exact) <= 1.01 * levels
+
+    def test_of_the_largest_numbers(self, dtype):
+        largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+        beyond = 2.0 * largest.double() if dtype == torch.float16 else torch.tensor(torch.finfo(torch.float32).max)
+        values = torch.stack([largest.double(), -largest.double(), beyond.double()]).float()
+        found = round_stochastically(values, dtype, torch.full((3,), 2**32 - 1))
+        assert found.tolist() == [largest.item(), -largest.item(), torch.inf]
+
+    @pytest.mark.parametrize("lr", [0.0, 2**-25, 1e-8, 3e-6, 1e-3, 0.3, 17.0, 4e4, 1e30])
+    def test_of_c_is_that_of_torch(self, path, dtype, lr):
+        """To the bit, for all numbers of 16 bits as weights."""
+        numbers = every(dtype)[: 2**16 // 37 * 37]
+        for start, seed in ((numbers, 5), (every(dtype)[-numbers.numel() :].flip(0), 2**32 - 1)):
+            table = nn.Parameter(start.view(-1, 37).clone())
+            rows, steps = torch.arange(len(table)), torch.ones(len(table), dtype=torch.int32)
+            values = start.view(-1, 37).float() - lr
+            expected = round_stochastically(values, dtype, random_bits(seed, rows, steps, 37))
+            found = steps_of_sign(table, lr, seed)
+            is_number = ~expected.isnan()
+            assert torch.equal(found.isnan(), ~is_number)
+            assert torch.equal(pattern(found)[is_number], pattern(expected)[is_number])
+
+    def test_steps_far_below_a_unit_in_the_last_place_are_not_lost(self, path, dtype):
+        """The mean over seeds is unbiased, where rounding to the nearest would move nothing."""
+        lr = torch.finfo(dtype).eps / 64
+        assert torch.ones((), dtype=dtype) - torch.tensor(lr, dtype=dtype) == 1
+        moved = [
+            steps_of_sign(nn.Parameter(torch.ones(50, WIDTH, dtype=dtype)), lr, seed).double() for seed in range(40)
+        ]
+        moved = torch.stack(moved)
+        below = 1 - torch.finfo(dtype).eps / 2
+        assert moved.unique().tolist() == [below, 1.0]
+        deviation = (1 - below) * (1 / 32 * 31 / 32 / moved.numel()) ** 0.5
+        assert abs(moved.mean() - (1 - lr)) < 4 * deviation
+        # Nor by where an element is.
+        for dim in (0, 1, 2):
+            means = moved.mean([each for each in range(3) if each != dim])
+            assert (means - (1 - lr)).abs().max() < 6 * deviation * (moved.shape[dim]) ** 0.5
+
+
+class TestBits:
+    def test_are_a_hash_of_seed_row_step_and_column(self):
+        """By the letter, in Python's integers."""
+
+        def mix(x):
+            x &= 0xFFFFFFFF
+            x ^= x >> 16
+            x = x * 0x85EBCA6B & 0xFFFFFFFF
+            x ^= x >> 13
+            x = x * 0xC2B2AE35 & 0xFFFFFFFF
+            return x ^ x >> 16
+
+        rows, steps = torch.tensor([0, 1, 5, 2**20]), torch.tensor([1, 2, 2**31 - 1, 7], dtype=torch.int32)
+        for seed in (0, 7, 2**32 - 1):
+            expected = [
+                [
+                    mix(mix(mix(seed + row * 0x9E3779B1) + step * 0x85EBCA77) + column * 0xC2B2AE3D)
+                    for column in range(5)
+                ]
+                for row, step in zip(rows.tolist(), steps.tolist(), strict=True)
+            ]
+            assert random_bits(seed, rows, steps, 5).tolist() == expected
+
+    def test_spread_evenly(self):
+        """Each bit is set half of the time, and so is the exclusive or of neighbors: rows, steps, columns and seeds."""
+        rows, ones = torch.arange(500), torch.ones(500, dtype=torch.int32)
+        bits = random_bits(1, rows, ones, 64)
+        others = random_bits(1, rows, 2 * ones, 64), random_bits(2, rows, ones, 64)
+        for each in (bits, bits[1:] ^ bits[:-1], bits[:, 1:] ^ bits[:, :-1], *(bits ^ other for other in others)):
+            share = (each[..., None] >> torch.arange(32) & 1).double().mean((0, 1))
+            assert (share - 0.5).abs().max() < 5 * 0.5 / each.numel() ** 0.5
+
+
+def trained(seed, dtype=torch.bfloat16, steps=10):
+    table = random_table(dtype)
+    optimizer = rows_of(table, rounding_seed=seed)
+    take_steps(optimizer, table, random_gradients(steps, dtype))
+    return table.detach()
+
+
+class TestSeed:
+    def test_decides(self, path):
+        assert torch.equal(trained(3), trained(3))
+        assert not torch.equal(trained(3), trained(4))
+        assert torch.equal(trained(3, torch.float32), trained(4, torch.float32))
+
+    def test_is_torchs_own_unless_given(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(2**40 + 12)
+            optimizer = RowAdamW([random_table()])
+        assert optimizer.param_groups[0]["rounding_seed"] == 12
+        given = RowAdamW([random_table()], rounding_seed=2**32 - 1)
+        assert given.param_groups[0]["rounding_seed"] == 2**32 - 1
+
+    @each_dtype
+    def test_is_saved_with_the_state(self, path, dtype):
+        """A resumed training goes on to the bit, whatever seed its process has."""
+        gradients = list(random_gradients(10, dtype))
+        table = random_table(dtype)
+        optimizer = rows_of(table, rounding_seed=11)
+        take_steps(optimizer, table, gradients[:5])
+        file = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "table": table.detach().clone()}, file)
+        file.seek(0)
+        take_steps(optimizer, table, gradients[5:])
+        saved = torch.load(file, weights_only=True)
+        resumed = nn.Parameter(saved["table"])
+        with torch.random.fork_rng():
+            torch.manual_seed(99)
+            other = RowAdamW([{"params": [resumed], "rows": True}])
+        assert other.param_groups[0]["rounding_seed"] == 99
+        other.load_state_dict(saved["optimizer"])
+        assert other.param_groups[0]["rounding_seed"] == 11
+        take_steps(other, resumed, gradients[5:])
+        assert torch.equal(pattern(resumed), pattern(table))
+
+    def test_states_of_before_there_was_one_load(self):
+        table = random_table(torch.bfloat16)
+        optimizer = rows_of(table)
+        take_steps(optimizer, table, random_gradients(2, torch.bfloat16))
+        old = copy.deepcopy(optimizer.state_dict())
+        for group in old["param_groups"]:
+            del group["rounding_seed"]
+        other = rows_of(table)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            other.load_state_dict(old)
+        assert other.param_groups[0]["rounding_seed"] == 5
+        before = table.detach().clone()
+        take_steps(other, table, random_gradients(1, torch.bfloat16))
+        assert not torch.equal(table, before)
+
+    def test_of_a_group_is_its_own(self):
+        tables = [random_table(torch.bfloat16) for _ in range(3)]
+        groups = [{"params": [table], "rows": True} for table in tables]
+        optimizer = RowAdamW([groups[0], groups[1] | {"rounding_seed": 2}, groups[2]], rounding_seed=1)
+        for table in tables:
+            table.grad = torch.ones_like(table)
+        optimizer.step()
+        equal = {(a, b): torch.equal(tables[a], tables[b]) for a, b in itertools.combinations(range(3), 2)}
+        assert equal == {(0, 1): False, (0, 2): True, (1, 2): False}
