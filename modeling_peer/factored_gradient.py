@@ -386,6 +386,14 @@ def _clone(gradient, *, memory_format=None):
     return FactoredGradient(gradient, list(gradient._factors))
 
 
+def _new_empty_strided(gradient, size, stride, *, dtype=None, **kwargs):
+    # Autograd copies a gradient into it if strides are not those of the parameter, as of a table that does not divide
+    # by the number of processes.
+    if tuple(size) != tuple(gradient.shape) or dtype not in (None, gradient.dtype):
+        return NotImplemented
+    return FactoredGradient(gradient, [])
+
+
 def _add_(gradient, other, *, alpha=1):
     if not _is_factored(gradient, other):
         return NotImplemented
@@ -471,6 +479,7 @@ _HANDLERS: dict[Any, Callable] = {
     aten.alias.default: _detach,
     aten.view.default: _view,
     aten.clone.default: _clone,
+    aten.new_empty_strided.default: _new_empty_strided,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_,
     aten.copy_.default: _copy_,

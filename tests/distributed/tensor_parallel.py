@@ -23,14 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cases import MODELS, hand_over, outputs, padded_batch, random_rows, tiny_model
+from cases import MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.factored_gradient import FactoredGradient
 
 
 RANK = int(os.environ["RANK"])
+
+# Every kind of table, of a width that does not divide by two processes.
+TRAINED_BY_ROWS = tiny_config("peer", "pkm", gated_experts=True, hidden_size=49)
 
 
 def run(model: PeerForCausalLM) -> dict[str, torch.Tensor]:
@@ -69,6 +74,25 @@ def placements(model: PeerForCausalLM) -> dict[str, dict]:
     return facts
 
 
+def train_by_rows(model: PeerForCausalLM, second_moment: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights after some clipped steps of [`RowAdamW`]; the norms, and how many gradients came in factors."""
+    groups = expert_parameter_groups(model.train(), learning_rate=1e-2, weight_decay=0.1)
+    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+    optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
+    norms = []
+    for lengths in ((9, 4, 12), (5, 8, 7), (3, 11, 6)):
+        optimizer.zero_grad()
+        model(**padded_batch(random_rows(*lengths), "right")).loss.backward()
+        gradients = [held_gradient(parameter) for parameter in model.parameters()]
+        in_factors = sum(isinstance(gradient, FactoredGradient) for gradient in gradients)
+        # As `Trainer` clips where some parameters are split and others are not.
+        norms.append(Trainer._mixed_mesh_grad_norm(None, model, 0.5).item())
+        optimizer.step()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    whole = {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights.items()}
+    return whole, {"norms": norms, "in_factors": in_factors}
+
+
 def main() -> None:
     output = Path(sys.argv[1])
     # Whole models first: while there is no process group, nothing can lean on the other process.
@@ -76,6 +100,14 @@ def main() -> None:
         model = tiny_model(config)
         model.save_pretrained(output / f"start-{RANK}" / name)
         hand_over(output, f"{name}-whole-{RANK}", run(model))
+    for second_moment in ("full", "row"):
+        model = tiny_model(TRAINED_BY_ROWS)
+        model.save_pretrained(output / f"start-{RANK}" / "rows")
+        hand_over(output, f"rows-{second_moment}-whole-{RANK}", *train_by_rows(model, second_moment))
+    for second_moment in ("full", "row"):
+        distributed = DistributedConfig(tp_plan="auto")
+        model = PeerForCausalLM.from_pretrained(output / f"start-{RANK}" / "rows", distributed_config=distributed)
+        hand_over(output, f"rows-{second_moment}-{RANK}", *train_by_rows(model, second_moment))
     for name in MODELS:
         distributed = DistributedConfig(tp_plan="auto")
         model = PeerForCausalLM.from_pretrained(output / f"start-{RANK}" / name, distributed_config=distributed)

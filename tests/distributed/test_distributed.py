@@ -49,7 +49,7 @@ TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per
 ACCELERATE_LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
 ACCELERATE_LAUNCH += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
-TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed", "moe"]
+TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed", "moe", "rows"]
 MICRO_BATCHES = 8
 MODELS = [
     "dense",
@@ -165,6 +165,15 @@ def test_ddp_trains_as_one_process_on_the_joint_batch(joint, ddp, name, rank):
     assert_same(state, expected_state)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ddp_keeps_gradients_of_tables_in_factors(joint, ddp, rank):
+    """Those of the two tables of the shared pool, at every step, with an optimizer that takes them only."""
+    for name in ("rows", "accumulated"):
+        steps = {folder: handed_over(folder, f"{name}-{rank if folder is ddp else 0}")[1] for folder in (joint, ddp)}
+        for facts in steps.values():
+            assert facts["in_factors"] == [2 if name == "rows" else 0] * len(facts["losses"])
+
+
 @pytest.mark.parametrize("name", TRAINING_CASES)
 def test_ddp_ranks_see_different_numbers_of_tokens(joint, ddp, name):
     """Or an average of each rank's moments would do."""
@@ -208,7 +217,8 @@ def test_fsdp_shards_every_parameter(joint, fsdp, name, rank):
     assert facts["local_shapes"] == expected
 
 
-@pytest.mark.parametrize("name", TRAINING_CASES)
+# Under FSDP, `Trainer` makes its own optimizer.
+@pytest.mark.parametrize("name", [name for name in TRAINING_CASES if name != "rows"])
 def test_fsdp_trains_as_one_process_on_the_joint_batch(joint, fsdp, name):
     for rank in (0, 1):
         _, facts = handed_over(fsdp, f"{name}-{rank}")
@@ -286,6 +296,18 @@ def test_tensor_parallel_shards_the_width_of_expert_tables(tensor_parallel, name
     assert tables
     for key, (num_experts, width) in tables.items():
         assert facts[key] == {"dim": 1, "blocks": 1, "shape": [num_experts, chunk_length(width, rank)]}
+
+
+@pytest.mark.parametrize("second_moment", ["full", "row"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensor_parallel_training_by_rows_is_that_of_one_process(tensor_parallel, second_moment, rank):
+    """Norms before clipping, which all ranks report alike, and the weights after some clipped steps."""
+    expected, whole = handed_over(tensor_parallel, f"rows-{second_moment}-whole-0")
+    actual, facts = handed_over(tensor_parallel, f"rows-{second_moment}-{rank}")
+    assert whole["in_factors"] == facts["in_factors"] == 4  # gates, up and down projections of a pool, values
+    torch.testing.assert_close(torch.tensor(facts["norms"]), torch.tensor(whole["norms"]), rtol=1e-5, atol=0)
+    assert facts["norms"] == handed_over(tensor_parallel, f"rows-{second_moment}-{1 - rank}")[1]["norms"]
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

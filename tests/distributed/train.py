@@ -30,10 +30,11 @@ from cases import hand_over, padded_batch, random_rows, tiny_config, tiny_model
 from release_names import CHECKPOINTING, enable_checkpointing
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.factored_gradient import FactoredGradient
 
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,17 +53,27 @@ CASES = {
     "shared_pool": (SHARED_POOL, "right", {}),
     "checkpointed": (SHARED_POOL, "left", {CHECKPOINTING: True}),
     "moe": (tiny_config("moe", "dense"), "right", {}),
+    "rows": (SHARED_POOL, "right", {"gradient_accumulation_steps": 2}),
 }
 
 
 def train(name: str, output: Path, fsdp: bool) -> None:
     """Trains a case for two epochs and hands over its log, how it was distributed, and what came of it."""
     trainer = stock_trainer(name, output, fsdp)
+    in_factors = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = [parameter.grad for parameter in trainer.model.parameters()]
+            in_factors.append(sum(isinstance(gradient, FactoredGradient) for gradient in gradients))
+
+    trainer.add_callback(Watch())
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     facts = {
         "losses": [entry["loss"] for entry in steps],
         "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "in_factors": in_factors,
         "wrapper": type(trainer.model_wrapped).__name__,
         "processes": trainer.accelerator.num_processes,
         "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()],
@@ -103,7 +114,13 @@ def stock_trainer(name: str, output: Path, fsdp: bool) -> Trainer:
         **changes,
     )
     rows = [{"input_ids": row} for row in ROWS]
-    return Trainer(model, arguments, data_collator=partial(collate, side=side), train_dataset=rows)
+    optimizer = None
+    if name == "rows" and not fsdp:
+        # Under FSDP, `Trainer` makes its own optimizer.
+        groups = expert_parameter_groups(model, learning_rate=1e-2)
+        optimizer = RowAdamW(groups, eps=1e-2)  # large, or the rounding of a vanishing gradient would be a full step
+    collator = partial(collate, side=side)
+    return Trainer(model, arguments, data_collator=collator, train_dataset=rows, optimizers=(optimizer, None))
 
 
 def start_folder(output: Path, name: str) -> Path:
