@@ -246,6 +246,31 @@ def averages(rank):
     return found
 
 
+def gradients_of(rank=None, compiled=None):
+    """Of a batch, or a half of it, in a model that is compiled before or after it is wrapped."""
+    torch.manual_seed(0)
+    model = PeerForCausalLM(tiny_config("peer", num_experts=32**2, query_norm="rms")).train()
+    optimizer = by_rows(model) if compiled == "after" else stock(model)
+    tokens = random_tokens(4, 12)
+    if rank is None:
+        causal_loss(model, tokens).backward()
+    else:
+        inner = torch.compile(model, backend="aot_eager") if compiled == "before" else model
+        wrapped = DistributedDataParallel(inner)
+        wrapped = torch.compile(wrapped, backend="aot_eager") if compiled == "after" else wrapped
+        causal_loss(wrapped, tokens.chunk(2)[rank]).backward()
+    assert optimizer.param_groups
+    return {name: dense(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def compiled_before(rank):
+    return gradients_of(rank, "before")
+
+
+def compiled_after(rank):
+    return gradients_of(rank, "after")
+
+
 PARTS = (trainings, dense_collectives_alone, averages)
 
 
@@ -291,6 +316,16 @@ class TestTraining:
         ranks = found["dense_collectives_alone"]
         assert_as_one_process(ranks, CASES["factors"])
         assert {"broadcast", "all_gather"} <= ranks[0]["calls"] <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", [compiled_before, compiled_after], ids=["before", "after"])
+def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
+    run_on_two_processes(save_parts, str(tmp_path), (part,))
+    expected = gradients_of()
+    ranks = [torch.load(tmp_path / f"{part.__name__}-{rank}") for rank in (0, 1)]
+    for name, gradient in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        assert_close(ranks[0][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("num_rows", [1000, 7])
