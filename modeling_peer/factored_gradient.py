@@ -33,7 +33,7 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
-from .expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
+from .expert_kernels import ALL_EXPERT_KERNELS, PLAIN_TENSORS, resolve_kernels
 
 
 logger = logging.get_logger(__name__)
@@ -344,7 +344,7 @@ def takes_factors(table: torch.Tensor) -> bool:
 
 def advise_on_dense_gradient(table: torch.Tensor) -> None:
     """Say once what the dense gradient of a large table costs, and how to avoid it."""
-    if table.nbytes >= LEAST_BYTES_TO_ADVISE_ON:
+    if type(table) in PLAIN_TENSORS and table.nbytes >= LEAST_BYTES_TO_ADVISE_ON:  # a tracer's have no bytes
         moved = DENSE_PASSES * table.nbytes
         rate = BYTES_PER_SECOND.get(table.device.type, BYTES_PER_SECOND["cuda"])
         logger.warning_once(

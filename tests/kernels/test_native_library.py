@@ -206,9 +206,9 @@ indices = torch.randint(500, (300, 8), generator=generator)
 expected = literal.up(x, indices, table)
 queries, keys = torch.randn(300, 2, 2, 8, generator=generator), torch.randn(1, 2, 30, 8, generator=generator)
 found = kernels.retrieve(queries, keys, 4)[0]
+rows = Factors(expected, x, Entries(indices, 500, "torch")).to_rows(torch.float32)
 def is_right():
     factors = Factors(expected, x, Entries(indices, 500, "cpu"))
-    rows = Factors(expected, x, Entries(indices, 500, "torch")).to_rows(torch.float32)
     are_near = torch.allclose(kernels.up(x, indices, table), expected, atol=1e-4)
     are_near &= torch.allclose(factors.to_rows(torch.float32), rows, atol=1e-3)
     return are_near and torch.equal(factors.entries.groups.rows, indices.unique().int()) and torch.equal(kernels.retrieve(queries, keys, 4)[0], found)

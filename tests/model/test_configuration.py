@@ -172,6 +172,33 @@ def test_the_former_name_of_the_cpu_kernels_loads_in_grafts(tmp_path):
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_sparse_gradients_of_former_configurations_are_ignored(value, tmp_path):
+    """The optimizer decides, and nothing is saved of the field."""
+    assert not hasattr(PeerConfig(sparse_expert_gradients=value), "sparse_expert_gradients")
+    model = PeerForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = file.read_text()
+    file.write_text(json.dumps(json.loads(written) | {"sparse_expert_gradients": value}))
+    loaded = PeerForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path / "again")
+    assert "sparse_expert_gradients" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_sparse_gradients_of_former_grafts_are_ignored(tmp_path):
+    from graft_models import base_model_of, grafted, logits_of
+    from peft import PeftModel
+
+    model = grafted()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sparse_expert_gradients": True}))
+    loaded = PeftModel.from_pretrained(base_model_of(), tmp_path).eval()
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
 def test_defaults_are_the_papers():
     config = PeerConfig()
     assert config.feed_forward_types == ["dense"] * 5 + ["peer"] + ["dense"] * 6

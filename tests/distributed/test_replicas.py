@@ -1,0 +1,289 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables of replicas get the gradient of the joint batch: two processes under DistributedDataParallel are as one."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from graft_models import grafted
+from release_names import enable_checkpointing
+from table_gradients import dense, literal_rows, random_parts, tables_of
+from tiny_models import random_tokens, tiny_config
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.testing import assert_close
+from two_processes import run_on_two_processes, save_parts
+
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.replicas import average_gradients
+
+
+# With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+EPS = 1e-3
+CLIPPING = 0.05
+
+
+def new_model(**fields):
+    torch.manual_seed(0)
+    fields = {"num_experts": 32**2, "share_experts_across_layers": True, **fields}
+    return PeerForCausalLM(tiny_config("peer", "pkm", "peer", **fields)).train()
+
+
+def new_graft():
+    return grafted(num_experts=32**2).train()
+
+
+def by_rows(model):
+    return RowAdamW(expert_parameter_groups(model, 1e-2, weight_decay=0.1), eps=EPS)
+
+
+def stock(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS, weight_decay=0.1)
+
+
+def causal_loss(model, tokens):
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def loss_of_sums(model, tokens):
+    """One that is a sum over tokens."""
+    return model(input_ids=tokens).logits.square().sum() / 100
+
+
+def halves(step):
+    return random_tokens(4, 12, seed=step).chunk(2)
+
+
+def one_of_four(step):
+    return random_tokens(4, 12, seed=step).split([3, 1])
+
+
+# Of each case: the model, its optimizer, the loss, and how a batch is split; how it is wrapped and made different.
+CASES = {
+    "factors": {"fields": {"gated_experts": True}},
+    "small tables": {"fields": {"num_experts": 6**2}},
+    "stock optimizer": {"optimizer": stock},
+    "optimizer made late": {"late": True},
+    "all micro-batches synchronized": {"no_sync": False},
+    "unequal": {"fields": {"query_norm": "rms"}, "split": one_of_four, "loss": loss_of_sums},
+    "checkpointed": {"checkpointing": {"use_reentrant": False}},
+    "reentrant": {"checkpointing": {"use_reentrant": True}},
+    "unused parameters": {"wrapping": {"find_unused_parameters": True, "gradient_as_bucket_view": True}},
+    "graft": {"model": new_graft},
+}
+
+
+def training(
+    rank=None,
+    model=None,
+    fields=None,
+    optimizer=by_rows,
+    loss=causal_loss,
+    split=halves,
+    late=False,
+    no_sync=True,
+    checkpointing=None,
+    wrapping=None,
+):
+    """
+    Three steps of two micro-batches, clipped: norms, kinds of the gradients of tables, and what the model has become.
+    Of one process (`rank=None`) both parts of a batch.
+    """
+    model = new_model(**(fields or {})) if model is None else model()
+    if rank == 1:  # the other's values are to come
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+    if checkpointing is not None:
+        enable_checkpointing(model, checkpointing)
+        model.enable_input_require_grads()
+    steps = None if late else optimizer(model)
+    wrapped = model if rank is None else DistributedDataParallel(model, **(wrapping or {}))
+    steps = optimizer(model) if late else steps
+    norms, kinds = [], set()
+    for step in range(3):
+        steps.zero_grad()
+        for micro in range(2):
+            parts = split(10 * step + micro)
+            waits = rank is not None and no_sync and micro == 0
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
+                if rank is not None:
+                    loss(wrapped, parts[rank]).backward()
+                elif split is halves:  # BatchNorm is over the joint batch
+                    loss(model, torch.cat(parts)).backward()
+                else:
+                    (sum(loss(model, part) for part in parts) / 2).backward()
+        kinds |= {type(table.grad).__name__ for table in tables_of(model).values() if table.requires_grad}
+        norms.append(clip_grad_norm_(model.parameters(), CLIPPING))
+        steps.step()
+    ignored = len(wrapped.parameters_to_ignore) if rank is not None else None
+    return {"norms": torch.stack(norms), "kinds": kinds, "state": model.state_dict(), "ignored": ignored}
+
+
+def trainings(rank):
+    return {name: training(rank, **case) for name, case in CASES.items()}
+
+
+ALLOWED = ("broadcast", "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "barrier")
+REFUSED = (
+    *("all_gather_object", "all_to_all", "all_to_all_single", "batch_isend_irecv", "broadcast_object_list", "gather"),
+    *("gather_object", "irecv", "isend", "recv", "recv_object_list", "reduce", "reduce_scatter", "scatter"),
+    *("scatter_object_list", "send", "send_object_list", "all_gather_coalesced", "all_reduce_coalesced"),
+)
+
+
+def dense_collectives_alone(rank):
+    """As on a backend that has no others, and none of sparse tensors or of tensors of different sizes."""
+    calls, before = set(), {name: getattr(dist, name) for name in (*ALLOWED, *REFUSED)}
+
+    def allowed(name):
+        def run(*args, **kwargs):
+            calls.add(name)
+            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            lists = [each for each in args if isinstance(each, list)]
+            assert all(each.layout is torch.strided for each in [*tensors, *itertools.chain(*lists)]), name
+            assert all(each.is_contiguous() for each in tensors), name
+            for parts in lists:
+                assert {(part.shape, part.dtype) for part in parts} == {(tensors[0].shape, tensors[0].dtype)}, name
+            return before[name](*args, **kwargs)
+
+        return run
+
+    def refused(name):
+        def run(*args, **kwargs):
+            raise NotImplementedError(f"This backend has no {name}.")
+
+        return run
+
+    for name in ALLOWED:
+        setattr(dist, name, allowed(name))
+    for name in REFUSED:
+        setattr(dist, name, refused(name))
+    try:
+        return training(rank, **CASES["factors"]) | {"calls": calls}
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+SHAPES = {0: [(3, 4), (6, 2)], 1: [(8, 1)]}  # tokens and entries of each
+
+
+def random_gradients(rank, num_rows):
+    """Gradients of five tables of a process: two share their entries; some are dense, without entries or not there."""
+    table = torch.empty(num_rows, 19)
+    first, second = (random_parts(10 * rank + seed, num_rows, 19, SHAPES[rank]) for seed in (0, 1))
+    second = [each._replace(entries=other.entries) for each, other in zip(second, first, strict=True)]
+    in_factors = [FactoredGradient(table, parts) for parts in (first, second)]
+    others = random_parts(10 * rank + 2, num_rows, 19, SHAPES[rank])
+    exact = [literal_rows(parts, num_rows, 19) for parts in (first, second, others)]
+    zeros = torch.zeros(num_rows, 19, dtype=torch.float64)
+    if rank == 0:
+        gradients = [*in_factors, FactoredGradient(table, others).to_rows(), None, FactoredGradient(table, [])]
+        return gradients, [*exact, zeros, zeros]
+    gradients = [*in_factors, FactoredGradient(table, others), None, FactoredGradient(table, list(others))]
+    return gradients, [*exact, zeros, exact[2]]
+
+
+def averages(rank):
+    """Of large tables and of small ones, while an optimizer takes their factors."""
+    found = {}
+    for num_rows in (1000, 7):
+        tables = [nn.Parameter(torch.zeros(num_rows, 19)) for _ in range(5)]
+        optimizer = RowAdamW([{"params": tables, "rows": True}])
+        for table, gradient in zip(tables, random_gradients(rank, num_rows)[0], strict=True):
+            table.grad = gradient
+        average_gradients(tables, dist.group.WORLD)
+        shared = [getattr(table.grad, "factors", None) for table in tables[:2]]
+        found[num_rows] = {
+            "rows": [dense(table.grad).clone() for table in tables],
+            "kinds": [type(table.grad).__name__ for table in tables],
+            "shared": shared[0].entries is shared[1].entries,
+        }
+        for table in tables:  # what is added to an average
+            table.grad += random_gradients(1 - rank, num_rows)[0][0]
+        found[num_rows]["sums"] = [dense(table.grad) for table in tables]
+        assert optimizer.param_groups
+    return found
+
+
+PARTS = (trainings, dense_collectives_alone, averages)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicas")
+    run_on_two_processes(save_parts, str(folder), PARTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What both ranks found, by parts."""
+    return {part.__name__: [torch.load(folder / f"{part.__name__}-{rank}") for rank in (0, 1)] for part in PARTS}
+
+
+def assert_as_one_process(ranks, case):
+    expected = training(**case)
+    for rank in ranks:
+        assert_close(rank["norms"], expected["norms"], rtol=1e-4, atol=1e-6)
+        assert rank["kinds"] == expected["kinds"]
+        for name, tensor in expected["state"].items():
+            assert_close(rank["state"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert torch.equal(ranks[0]["norms"], ranks[1]["norms"])
+    for name, tensor in ranks[0]["state"].items():
+        if "running_" not in name:
+            assert torch.equal(tensor, ranks[1]["state"][name]), name
+
+
+class TestTraining:
+    @pytest.mark.parametrize("name", CASES)
+    def test_is_that_of_one_process(self, found, name):
+        """Also where values differ at first: those of the first process are taken. The norm is the same on both."""
+        case = CASES[name]
+        ranks = [rank[name] for rank in found["trainings"]]
+        assert_as_one_process(ranks, case)
+        kinds = {"Tensor"} if case.get("optimizer") is stock else {"FactoredGradient"}
+        assert ranks[0]["kinds"] == kinds
+        assert ranks[0]["ignored"] == (2 if name == "graft" else 4 if "gated_experts" in case.get("fields", {}) else 3)
+        assert ranks[0]["norms"].min() > CLIPPING
+
+    def test_needs_no_more_than_dense_collectives(self, found):
+        ranks = found["dense_collectives_alone"]
+        assert_as_one_process(ranks, CASES["factors"])
+        assert {"broadcast", "all_gather"} <= ranks[0]["calls"] <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("num_rows", [1000, 7])
+class TestAverages:
+    def test_are_means_and_the_same_on_all(self, found, num_rows):
+        ranks = [rank[num_rows] for rank in found["averages"]]
+        exact = [random_gradients(rank, num_rows)[1] for rank in (0, 1)]
+        for place in range(5):
+            mean = (exact[0][place] + exact[1][place]) / 2
+            assert_close(ranks[0]["rows"][place].double(), mean, rtol=1e-5, atol=1e-6)
+            assert torch.equal(ranks[0]["rows"][place], ranks[1]["rows"][place])
+            for rank in (0, 1):
+                assert_close(ranks[rank]["sums"][place].double(), mean + exact[1 - rank][0], rtol=1e-5, atol=1e-5)
+
+    def test_stay_in_factors(self, found, num_rows):
+        first, second = (rank[num_rows] for rank in found["averages"])
+        assert first["kinds"] == ["FactoredGradient"] * 2 + ["Tensor"] + ["FactoredGradient"] * 2
+        assert second["kinds"] == ["FactoredGradient"] * 5
+        assert first["shared"] == second["shared"] == (num_rows == 1000)
