@@ -192,107 +192,73 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     return 0;
 }
 
-/* The cells of experts in the key grid, the inverse of expert_index. Returns whether an index is out of range. */
-static int find_cells(const int64_t *restrict indices, int64_t k, int64_t n, int32_t *restrict rows,
-                      int32_t *restrict columns) {
+/* Where the sub-keys of experts are in memory, in the rows of C and of C', the inverse of expert_index. Returns whether
+   an index is out of range. */
+static int find_keys(const int64_t *restrict indices, int64_t k, int64_t n, int64_t size, int64_t *restrict rows,
+                     int64_t *restrict columns) {
     int64_t outside = 0;
     for (int64_t a = 0; a < k; a++) {
         const int64_t index = indices[a], shell = sqrt((double)index), before_diagonal = index - shell * shell - shell;
-        rows[a] = shell + (before_diagonal < 0 ? before_diagonal : 0);
-        columns[a] = shell - (before_diagonal > 0 ? before_diagonal : 0);
+        rows[a] = (shell + (before_diagonal < 0 ? before_diagonal : 0)) * size;
+        columns[a] = (shell - (before_diagonal > 0 ? before_diagonal : 0)) * size;
         outside |= (index < 0) | (index >= n * n);
     }
     return outside;
 }
 
-/* The different sub-keys of a half that a query retrieved, and the gradients of their scores. */
-typedef struct {
-    int64_t count;
-    int32_t *keys;
-    float *gradients;
-} scored_keys;
-
-/* Some vectors, as many as a constant says, of Σ_i gradients[i] keys[i]. */
-static inline __attribute__((always_inline)) void sum_keys_part(scored_keys scored, const float *keys, int64_t size,
-                                                                float *sum, const int vectors) {
+/* Some vectors, as many as a constant says, of Σ_a gradient[a] keys[places[a]]. */
+static inline __attribute__((always_inline)) void sum_vectors(const float *gradient, const int64_t *places, int64_t k,
+                                                              const float *keys, float *sum, const int vectors) {
     floats sums[2] = {};
-    for (int64_t i = 0; i < scored.count; i++)
-        for (int v = 0; v < vectors; v++)
-            sums[v] += scored.gradients[i] * load_float32(keys + scored.keys[i] * size + v * LANES);
+    for (int64_t a = 0; a < k; a++)
+        for (int v = 0; v < vectors; v++) sums[v] += gradient[a] * load_float32(keys + places[a] + v * LANES);
     for (int v = 0; v < vectors; v++) store_float32(sum + v * LANES, sums[v]);
 }
 
-/* sum = Σ_i gradients[i] keys[i] */
-static void sum_keys(scored_keys scored, const float *keys, int64_t size, float *sum) {
+/* sum = Σ_a gradient[a] keys[places[a]] */
+static void sum_keys(const float *gradient, const int64_t *places, int64_t k, const float *keys, float *sum,
+                     int64_t size) {
     int64_t c = 0;
-    for (; c + 2 * LANES <= size; c += 2 * LANES) sum_keys_part(scored, keys + c, size, sum + c, 2);
-    for (; c + LANES <= size; c += LANES) sum_keys_part(scored, keys + c, size, sum + c, 1);
+    for (; c + 2 * LANES <= size; c += 2 * LANES) sum_vectors(gradient, places, k, keys + c, sum + c, 2);
+    for (; c + LANES <= size; c += LANES) sum_vectors(gradient, places, k, keys + c, sum + c, 1);
     for (; c < size; c++) {
         sum[c] = 0;
-        for (int64_t i = 0; i < scored.count; i++) sum[c] += scored.gradients[i] * keys[scored.keys[i] * size + c];
+        for (int64_t a = 0; a < k; a++) sum[c] += gradient[a] * keys[places[a] + c];
     }
 }
 
-/* of_keys[i] += gradients[i] query */
-static void add_query(scored_keys scored, const float *query, int64_t size, float *of_keys) {
-    const int64_t whole = size - size % LANES;
-    for (int64_t i = 0; i < scored.count; i++) {
-        float *of_key = of_keys + scored.keys[i] * size;
-        for (int64_t c = 0; c < whole; c += LANES)
-            store_float32(of_key + c, load_float32(of_key + c) + scored.gradients[i] * load_float32(query + c));
-        for (int64_t c = whole; c < size; c++) of_key[c] += scored.gradients[i] * query[c];
-    }
+/* Some vectors, as many as a constant says, of of_keys[places[a]] += gradient[a] query. */
+static inline __attribute__((always_inline)) void add_vectors(const float *gradient, const int64_t *places, int64_t k,
+                                                              const float *query, float *of_keys, const int vectors) {
+    floats part[2];
+    for (int v = 0; v < vectors; v++) part[v] = load_float32(query + v * LANES);
+    for (int64_t a = 0; a < k; a++)
+        for (int v = 0; v < vectors; v++) {
+            float *of_key = of_keys + places[a] + v * LANES;
+            store_float32(of_key, load_float32(of_key) + gradient[a] * part[v]);
+        }
 }
 
-/* Buffers of one thread: rows and columns of the experts of a query, and for each of the n sub-keys of a half the
-   gradient of its score, and whether it is listed in `scored`: zero between queries. */
-typedef struct {
-    int32_t *cells[2], *listed;
-    float *gradients;
-    scored_keys scored;
-} gradient_buffers;
-
-/* Divides memory among the buffers; returns its size in bytes. Called with NULL first. */
-static int64_t lay_out_gradients(gradient_buffers *b, char *memory, int64_t n, int64_t k) {
-    int64_t bytes = 0;
-    TAKE(b->cells[0], k);
-    TAKE(b->cells[1], k);
-    TAKE(b->listed, n);
-    TAKE(b->gradients, n);
-    TAKE(b->scored.keys, k + 1);
-    TAKE(b->scored.gradients, k);
-    return bytes;
-}
-
-/* Lists the different sub-keys of some experts, with the sums of their gradients. The 16 best experts of a query have
-   about 7 different rows. */
-static scored_keys sum_by_key(const float *gradient, const int32_t *cells, int64_t k, const gradient_buffers *b) {
-    scored_keys scored = b->scored;
-    scored.count = 0;
-    for (int64_t a = 0; a < k; a++) b->gradients[cells[a]] = 0;
-    for (int64_t a = 0; a < k; a++) {
-        b->gradients[cells[a]] += gradient[a];
-        scored.keys[scored.count] = cells[a];
-        scored.count += !b->listed[cells[a]];  /* without a branch */
-        b->listed[cells[a]] = 1;
-    }
-    for (int64_t i = 0; i < scored.count; i++) {
-        scored.gradients[i] = b->gradients[scored.keys[i]];
-        b->listed[scored.keys[i]] = 0;
-    }
-    return scored;
+/* of_keys[places[a]] += gradient[a] query */
+static void add_query(const float *gradient, const int64_t *places, int64_t k, const float *query, float *of_keys,
+                      int64_t size) {
+    int64_t c = 0;
+    for (; c + 2 * LANES <= size; c += 2 * LANES) add_vectors(gradient, places, k, query + c, of_keys + c, 2);
+    for (; c + LANES <= size; c += LANES) add_vectors(gradient, places, k, query + c, of_keys + c, 1);
+    for (; c < size; c++)
+        for (int64_t a = 0; a < k; a++) of_keys[places[a] + c] += gradient[a] * query[c];
 }
 
 /* Gradients for one query, NULL where one is not needed. A score is the product of one half of the query with a row of
-   C plus that of the other half with a row of C'. Returns 0, or 1 if an index is out of range. */
+   C plus that of the other half with a row of C'. `places` is a buffer for 2k. Returns 0, or 1 if an index is out of
+   range. */
 static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
-                              float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k,
-                              const gradient_buffers *b) {
-    if (find_cells(indices, k, n, b->cells[0], b->cells[1])) return 1;
-    for (int half = 0; half < 2; half++) {
-        const scored_keys scored = sum_by_key(gradient, b->cells[half], k, b);
-        if (of_query) sum_keys(scored, keys + half * n * size, size, of_query + half * size);
-        if (of_keys) add_query(scored, query + half * size, size, of_keys + half * n * size);
+                              float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k, int64_t *places) {
+    if (find_keys(indices, k, n, size, places, places + k)) return 1;
+    for (int half = 0; half < 2; half++, places += k) {
+        const int64_t first = half * n * size;
+        if (of_query) sum_keys(gradient, places, k, keys + first, of_query + half * size, size);
+        if (of_keys) add_query(gradient, places, k, query + half * size, of_keys + first, size);
     }
     return 0;
 }
@@ -304,25 +270,21 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
     const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
-    gradient_buffers sizes;
-    const int64_t bytes = lay_out_gradients(&sizes, NULL, n, k);
-    char *memory = calloc(threads, bytes);
+    int64_t *places = malloc(threads * 2 * k * sizeof *places + 1);
     float *others = of_keys ? malloc((threads - 1) * set_size * sizeof *others + 1) : NULL;
-    if (!memory || (of_keys && !others)) { free(memory); free(others); return -1; }
+    if (!places || (of_keys && !others)) { free(places); free(others); return -1; }
     int failed = 0;
     for (int64_t set = 0; set < sets; set++) {
         float *of_set = of_keys ? of_keys + set * set_size : NULL;
         #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t part = 0; part < threads; part++) {
-            gradient_buffers buffers;
-            lay_out_gradients(&buffers, memory + part * bytes, n, k);
             float *own = part && of_keys ? others + (part - 1) * set_size : of_set;
             if (own) memset(own, 0, set_size * sizeof *own);
             for (int64_t r = part * chunk; r < rows && r < (part + 1) * chunk; r++) {
                 const int64_t row = r * sets + set;
                 if (gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
                                        keys + set * set_size, of_queries ? of_queries + row * 2 * size : NULL, own, n,
-                                       size, k, &buffers)) {
+                                       size, k, places + part * 2 * k)) {
                     #pragma omp atomic write
                     failed = 1;
                 }
@@ -332,7 +294,7 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
         for (int64_t i = 0; i < (of_keys ? set_size : 0); i++)
             for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
     }
-    free(memory);
+    free(places);
     free(others);
     return failed;
 }
