@@ -192,8 +192,8 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     return 0;
 }
 
-/* Where the sub-keys of experts are in memory, in the rows of C and of C', the inverse of expert_index. Returns whether
-   an index is out of range. */
+/* Where the sub-keys of experts are in memory, among the rows of C and of C': the inverse of expert_index. Returns
+   whether an index is out of range. */
 static int find_keys(const int64_t *restrict indices, int64_t k, int64_t n, int64_t size, int64_t *restrict rows,
                      int64_t *restrict columns) {
     int64_t outside = 0;
