@@ -166,8 +166,12 @@ class RowAdamW(torch.optim.Optimizer):
     def _step_dense(self, parameters, group):
         for parameter in parameters:
             state = self.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
+            # torch's fused kernel counts steps where the parameter is.
+            device = parameter.device if parameter.is_cuda else None
+            if state:
+                state["step"] = state["step"].to(device or state["step"].device)
+            else:
+                state["step"] = torch.zeros((), device=device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         states = [self.state[parameter] for parameter in parameters]
@@ -179,7 +183,7 @@ class RowAdamW(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             # torch's own choice on a CPU is a loop over the parameters, with several passes over memory on one thread.
-            fused=bool(local) and all(each.is_floating_point() and each.is_cpu for each in local),
+            fused=bool(local) and all(each.is_floating_point() and (each.is_cpu or each.is_cuda) for each in local),
             has_complex=any(map(torch.is_complex, parameters)),
             amsgrad=False,
             beta1=group["betas"][0],
