@@ -282,7 +282,7 @@ class FactoredGradient(torch.Tensor):
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return factors.to_rows(self.dtype)
 
-    def norm(self, order: float = 2.0) -> torch.Tensor:
+    def total_norm(self, order: float = 2.0) -> torch.Tensor:
         """The norm of all elements, at least in float32, `()`. No row is written for `order=2.0`."""
         factors = self.factors
         dtype = torch.promote_types(self.dtype, torch.float32)
@@ -444,7 +444,7 @@ def _div(gradient, divisor):
 def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
     if dim is not None or keepdim:
         return NotImplemented
-    return gradient.norm(float(ord)).to(dtype or torch.promote_types(gradient.dtype, torch.float32))
+    return gradient.total_norm(float(ord)).to(dtype or torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _foreach(operator: Any, single: Callable) -> Callable:

@@ -225,6 +225,21 @@ class TestLists:
         assert torch.linalg.vector_norm(tensors[0][1], dtype=torch.float64).dtype == torch.float64
         assert not notices
 
+    def test_norms_as_they_are_logged(self, notices):
+        gradient, exact = random_gradient()
+        for norm in (
+            gradient.norm(),
+            gradient.norm(2),
+            gradient.norm(p=2),
+            gradient.data.norm(2),
+            torch.norm(gradient),
+        ):
+            assert_close(norm.double(), exact.norm(), rtol=1e-5, atol=0)
+        assert_close(gradient.norm(p=1).double(), exact.norm(p=1), rtol=1e-5, atol=0)
+        assert not notices
+        assert_close(gradient.norm(p=2, dim=1).double(), exact.norm(p=2, dim=1), rtol=1e-5, atol=1e-6)
+        assert notices
+
     def test_others(self, tensors, notices):
         """By the dense gradients, and written back."""
         for each in tensors:
