@@ -40,11 +40,32 @@ SOURCE = (
 /* Turns NaN into infinity, so that it is selected and seen. */
 static inline floats without_nan(floats v) { return smaller(v, in_all_lanes(INFINITY)); }
 
+/* Copies 4 elements of 4 keys. */
+static inline void pack_square(const float *keys, float *panel, int64_t size) {
+#if defined(__SSE2__)
+    __m128 a = _mm_loadu_ps(keys), b = _mm_loadu_ps(keys + size);
+    __m128 c = _mm_loadu_ps(keys + 2 * size), d = _mm_loadu_ps(keys + 3 * size);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(panel, a);
+    _mm_storeu_ps(panel + PANEL, b);
+    _mm_storeu_ps(panel + 2 * PANEL, c);
+    _mm_storeu_ps(panel + 3 * PANEL, d);
+#else
+    for (int j = 0; j < 4; j++)
+        for (int c = 0; c < 4; c++) panel[c * PANEL + j] = keys[j * size + c];
+#endif
+}
+
 /* Copies keys `[n, size]` to one of the panels `[n / PANEL, size, PANEL]`; the last panel is padded with zeros. */
 static void pack_panel(const float *keys, float *panel, int64_t first, int64_t n, int64_t size) {
-    for (int64_t j = 0; j < PANEL; j++)
-        for (int64_t c = 0; c < size; c++)
-            panel[c * PANEL + j] = first + j < n ? keys[(first + j) * size + c] : 0;
+    const int64_t count = n - first < PANEL ? n - first : PANEL, square = size - size % 4;
+    for (int64_t j = 0; j < PANEL; j += 4) {
+        const float *row = keys + (first + j) * size;
+        const int64_t whole = j + 4 <= count ? square : 0;
+        for (int64_t c = 0; c < whole; c += 4) pack_square(row + c, panel + c * PANEL + j, size);
+        for (int64_t c = whole; c < size; c++)
+            for (int64_t i = 0; i < 4; i++) panel[c * PANEL + j + i] = j + i < count ? row[i * size + c] : 0;
+    }
 }
 
 /* scores[r, j] = Σ_c queries[c, r] panel[c, j] */

@@ -227,7 +227,7 @@ static void sort_candidates(const float *candidates, const int32_t *positions, i
    and are padded with -∞. Each step is done for all rows of a group, as the next step would wait for its result. */
 static void select_best(const float *scores, int64_t rows, int64_t stride, int64_t n, int64_t k, float *best,
                         int32_t *places, const selection_buffers *b) {
-    const int64_t usual = 80 * k / n + 4;  /* a quarter more than are expected, and some */
+    const int64_t usual = 80 * k / n + 2;  /* a quarter more than are expected, and some */
     for (int64_t first = 0; first < rows; first += GROUP) {
         const int64_t count = rows - first < GROUP ? rows - first : GROUP;
         float thresholds[GROUP];
