@@ -27,6 +27,7 @@ from ..expert_table import ExpertDownProjection, ExpertTable
 from ..factored_gradient import FactoredGradient, Factors, take_factors
 from ..memory_advice import advise_huge_pages
 from . import row_adamw_cpu as cpu
+from . import row_adamw_triton as triton
 from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
@@ -380,7 +381,8 @@ def update_rows(
     group: dict[str, Any],
 ) -> None:
     """
-    Make AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
+    Make AdamW's step on some rows, in place: in C or Triton where that is possible, else in torch operations, chunk by
+    chunk.
 
     Args:
         parameter (`torch.Tensor` of shape `(num_rows, width)`)
@@ -390,9 +392,10 @@ def update_rows(
         places (`torch.Tensor` of shape `(num_touched,)`): int64, for each of `rows` its row in `gradient`.
         group (`dict`): The parameter's group, with `lr`, `betas`, `eps` and `weight_decay`.
     """
-    if cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
-        cpu.update_rows(parameter, state, rows, gradient, places, group)
-        return
+    for kernels in (cpu, triton):
+        if kernels.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
+            kernels.update_rows(parameter, state, rows, gradient, places, group)
+            return
     size = _rows_per_chunk(parameter)
     for some_rows, some_places in zip(rows.split(size), places.split(size), strict=True):
         _update_chunk(parameter, state, some_rows, gradient.index_select(0, some_places), group)
@@ -409,9 +412,10 @@ def update_by_factors(
         parameter, state, group: See [`update_rows`].
         factors ([`Factors`]): The gradient.
     """
-    if cpu.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
-        cpu.update_by_factors(parameter, state, factors, group)
-        return
+    for kernels in (cpu, triton):
+        if kernels.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
+            kernels.update_by_factors(parameter, state, factors, group)
+            return
     sums = factors.sums()
     places = sums.ne(0).any(1).nonzero()[:, 0]
     update_rows(parameter, state, factors.entries.groups.rows.long()[places], sums, places, group)
