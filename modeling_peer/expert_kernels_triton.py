@@ -50,7 +50,7 @@ if triton is not None:
         present = places < active
         row_starts = tl.load(indices + token * active + places, mask=present, other=0) * WIDTH
         products = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for first in tl.range(0, WIDTH, COLUMNS, num_stages=4):
+        for first in range(0, WIDTH, COLUMNS):
             columns = first + tl.arange(0, COLUMNS)
             mask = present[:, None] & (columns < WIDTH)[None, :]
             row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -117,7 +117,7 @@ class TritonKernels:
         hidden, indices, table = hidden_states.contiguous(), indices.contiguous(), table.contiguous()
         output = hidden.new_empty(indices.shape)
         num_tokens, active = indices.shape
-        blocks = row_blocks(table.shape[1], ROWS, most_columns=2**11)
+        blocks = row_blocks(table.shape[1], ROWS)
         grid = num_tokens, triton.cdiv(active, blocks["ROWS"])
         launch(_up, grid, hidden, indices, table, output, active, **blocks)
         return output
@@ -129,8 +129,7 @@ class TritonKernels:
         weights, indices, table = weights.contiguous(), indices.contiguous(), table.contiguous()
         (num_tokens, active), width = indices.shape, table.shape[1]
         output = weights.new_empty(num_tokens, width)
-        rows, most_columns = (ROWS, 2**11) if num_tokens >= MANY_TOKENS else (32, 64)
-        blocks = row_blocks(width, rows, most_columns)
+        blocks = row_blocks(width, ROWS) if num_tokens >= MANY_TOKENS else row_blocks(width, 128, most_columns=64)
         grid = num_tokens, triton.cdiv(width, blocks["COLUMNS"])
         launch(_down, grid, weights, indices, table, output, active, **blocks)
         return output

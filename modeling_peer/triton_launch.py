@@ -33,9 +33,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Elements of a row that a program holds at a time, and that one thread does: four loads of 16 bytes in float32.
-MOST_COLUMNS = 2**13
-ELEMENTS_PER_THREAD = 16
+# Elements that a program holds at a time, of one row or of several.
+MOST_ELEMENTS = 2**13
+
+# Elements that a thread holds, of one row and of all of them: four loads of 16 bytes in float32, and 8.
+ELEMENTS_OF_ROW = 16
+ELEMENTS_OF_ROWS = 32
 
 
 def can_run_on(device: torch.device) -> bool:
@@ -43,14 +46,15 @@ def can_run_on(device: torch.device) -> bool:
     return triton is not None and device.type == ("cpu" if INTERPRETED else "cuda")
 
 
-def row_blocks(width: int, rows: int, most_columns: int = MOST_COLUMNS) -> dict[str, int]:
+def row_blocks(width: int, rows: int, most_columns: int = MOST_ELEMENTS) -> dict[str, int]:
     """
     Options of a kernel that reads rows of a table of this width, `rows` of them at a time if they are not very wide.
     The width is known to the compiler, and thereby how many bytes a load may have.
     """
     columns = min(triton.next_power_of_2(width), most_columns)
-    warps = min(max(columns // (32 * ELEMENTS_PER_THREAD), 1), 16)
-    return {"WIDTH": width, "ROWS": max(min(rows, 2**13 // columns), 1), "COLUMNS": columns, "num_warps": warps}
+    rows = min(rows, MOST_ELEMENTS // columns)
+    warps = max(columns // (32 * ELEMENTS_OF_ROW), rows * columns // (32 * ELEMENTS_OF_ROWS), 1)
+    return {"WIDTH": width, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:

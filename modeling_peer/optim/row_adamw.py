@@ -37,8 +37,9 @@ if dist.is_available():
 SECOND_MOMENTS = ("full", "row")
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
-# the cache.
+# the cache of a CPU. Launches on a GPU must be fewer.
 CHUNK_ELEMENTS = 2**18
+CHUNK_ELEMENTS_ON_GPU = 2**26
 
 # As in `Trainer.get_decay_parameter_names`.
 NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -59,7 +60,8 @@ class RowAdamW(torch.optim.Optimizer):
     dense, or sparse by rows; the result is the same.
 
     On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
-    `MODELING_PEER_COMPILE_KERNELS` is 0; `expert_kernels` of a configuration is for its model alone.
+    `MODELING_PEER_COMPILE_KERNELS` is 0, and on a GPU in Triton; `expert_kernels` of a configuration is for its model
+    alone.
 
     Args:
         params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may override the
@@ -369,7 +371,8 @@ def _find_touched(gradient, parameter):
 
 
 def _rows_per_chunk(table):
-    return max(1, CHUNK_ELEMENTS // max(1, table.shape[1]))
+    elements = CHUNK_ELEMENTS if table.is_cpu else CHUNK_ELEMENTS_ON_GPU
+    return max(1, elements // max(1, table.shape[1]))
 
 
 def update_rows(

@@ -24,7 +24,7 @@ import torch
 
 from ..factored_gradient import Factors
 from ..factored_gradient_triton import sum_group, with_partial_sums
-from ..triton_launch import DTYPES, MOST_COLUMNS, can_run_on, launch, tl, triton
+from ..triton_launch import DTYPES, MOST_ELEMENTS, can_run_on, launch, tl, triton
 
 
 if triton is not None:
@@ -148,7 +148,7 @@ def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: 
     return (
         can_run_on(parameter.device)
         and parameter.dtype in DTYPES
-        and parameter.shape[1] <= MOST_COLUMNS
+        and parameter.shape[1] <= MOST_ELEMENTS
         and (gradient is None or gradient.dtype in DTYPES)
         and all(moment.dtype == torch.float32 for moment in moments)
         and all(tensor.device == parameter.device and tensor.is_contiguous() for tensor in tensors)

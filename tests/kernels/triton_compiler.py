@@ -30,6 +30,12 @@ class MachineCode(NamedTuple):
     registers: int
     spilled_bytes: int
 
+    @property
+    def wide_loads(self):
+        """The number of instructions that load 16 bytes, or two for one that loads 32."""
+        found = re.findall(r"ld\.global\S*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)", self.ptx)
+        return sum(2 if kind in ("v8.b32", "v4.b64") else 1 for kind in found)
+
 
 def recorded_launches(function):
     """What a function launches, not launched: `(kernel, arguments, options)`."""
@@ -44,18 +50,16 @@ def recorded_launches(function):
 
 
 def assembler(capability):
-    """The assembler that comes with Triton for GPUs of a compute capability, such as 90."""
-    from triton.backends import nvidia
+    """The assembler that Triton brings along for GPUs of a compute capability, such as 90."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    return Path(nvidia.__file__).parent / "bin" / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    return Path(get_ptxas(capability).path)
 
 
 @functools.cache
 def missing_target(capability):
     """Why there is no machine code for a compute capability, or `None` if there is."""
     program = assembler(capability)
-    if not program.exists():
-        return f"This Triton has no {program.name}."
     known = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
     return None if f"sm_{capability}" in known else f"The {program.name} of this Triton does not know sm_{capability}."
 
