@@ -14,6 +14,7 @@
 """Machine code of kernels in Triton, for GPUs that need not be there."""
 
 import functools
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -53,7 +54,8 @@ def assembler(capability):
     """The assembler that Triton brings along for GPUs of a compute capability, such as 90."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    return Path(get_ptxas(capability).path)
+    # Triton 3.5 has one for all.
+    return Path(get_ptxas(*[capability][: len(inspect.signature(get_ptxas).parameters)]).path)
 
 
 @functools.cache
