@@ -188,7 +188,7 @@ class Factors(NamedTuple):
     def summed(self) -> "Factors":
         """The same gradient with one entry for each row, whose token is the row's gradient."""
         sums = self.sums()
-        return Factors(self.entries.groups.are_present.to(sums.dtype)[:, None], sums, self.entries.summed)
+        return Factors(sums.new_ones(len(sums), 1), sums, self.entries.summed)
 
     @staticmethod
     def joined(several: Sequence["Factors"]) -> "Factors":

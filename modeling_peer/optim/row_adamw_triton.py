@@ -109,7 +109,6 @@ if triton is not None:
         gradient = sum_group(
             coefficients, sources, starts, tokens, partial_sums, group, columns, WIDTH, ROWS, COLUMNS, CHUNK
         )
-        gradient = tl.where(mask, gradient, 0.0)
         if (tl.max((gradient != 0).to(tl.int32)) == 0) & SKIP_ZEROS:
             return
         step = tl.load(row_steps + row) + 1

@@ -195,6 +195,9 @@ class TestNorm:
         factors.entries.indices[:] = torch.arange(6)[:, None]
         norm = TritonKernels.squared_norm(*factors.in_groups())
         assert_close(norm, expected_rows(factors).square().sum(), rtol=1e-6, atol=0)
+        factors.tokens[3], factors.coefficients[3] = math.nan, 0
+        norm = TritonKernels.squared_norm(*factors.in_groups())
+        assert_close(norm, expected_rows(factors).square().sum(), rtol=1e-6, atol=0)
 
 
 class TestGradients:
