@@ -19,21 +19,12 @@ from collections.abc import Sequence
 import torch
 
 from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, are_operators_observed, refuse_double_backward
-from .key_grid import expert_cell, expert_index
+from .key_grid import expert_cell, expert_index, winning_pairs
 from .product_key_retrieval_cpu import check_num_retrieved, empty_gradients
 
 
 # Scores of single experts that `retrieve_unmasked` holds at a time.
 MASKED_SCORES = 2**22
-
-
-def _winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Ranks (i, j) of the pairs that can be among the k best sums: the (i + 1) (j + 1) - 1 pairs that precede (i, j) in
-    both lists are at least as good. For k = 16 these are 50 of 256 pairs.
-    """
-    rows, columns = zip(*((i, j) for i in range(k) for j in range(k // (i + 1))), strict=True)
-    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
 def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +41,7 @@ def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
         `tuple(torch.Tensor)`: expert indices (int64) and scores, both of shape `(..., k)`, best first.
     """
     half_scores, half_ranks = scores.topk(k, dim=-1)
-    row_rank, column_rank = _winning_pairs(k, scores.device)
+    row_rank, column_rank = winning_pairs(k, scores.device)
     pair_scores = half_scores[..., 0, :][..., row_rank] + half_scores[..., 1, :][..., column_rank]
     top_scores, pairs = pair_scores.topk(k, dim=-1)
     rows = half_ranks[..., 0, :].gather(-1, row_rank[pairs])
