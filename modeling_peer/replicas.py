@@ -90,9 +90,13 @@ def replicated_tables(module: nn.Module) -> ReplicatedTables | None:
     Returns:
         [`ReplicatedTables`] or `None`: `None` outside of DDP's forward.
     """
+    return None if replicas_in_forward() is None else _replicated_tables(module)
+
+
+# A compiler that traces the model does not get through the module that contains it.
+@torch.compiler.disable
+def _replicated_tables(module):
     replicas = replicas_in_forward()
-    if replicas is None:
-        return None
     tables = _tables_left_out(replicas, module)
     if tables and not getattr(replicas, BROADCAST, False):
         _broadcast(tables, replicas.process_group)

@@ -466,6 +466,15 @@ class TestFrozenRows:
         for order in ORDERS:
             assert_close(gradient.norm(order).double(), torch.linalg.vector_norm(exact, order), rtol=1e-5, atol=0)
 
+    def test_that_one_entry_names(self, kernels, value):
+        tokens = torch.tensor([[value], [2.0], [3.0]]).expand(3, WIDTH)
+        entries = Entries(torch.tensor([[0], [1], [3]]), NUM_ROWS, kernels)
+        gradient = FactoredGradient(torch.empty(NUM_ROWS, WIDTH), [Factors(torch.ones(3, 1), tokens, entries)])
+        gradient.zero_rows(self.FROZEN)
+        for order in ORDERS:
+            exact = torch.linalg.vector_norm(torch.tensor([2.0, 3.0]).repeat(WIDTH), order)
+            assert_close(gradient.norm(order), exact)
+
     @pytest.mark.parametrize("compiled", [True, False])
     def test_a_step_leaves_them(self, kernels, value, compiled, monkeypatch):
         if not compiled:
