@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Experts on a GPU, in Triton. A program reads whole rows, several at a time, in loads of 16 bytes where the width allows.
+Experts on a GPU, in Triton. A program reads whole rows, several at a time, 16 bytes a load where the width allows.
 
 Without Triton the module can be imported, and `TritonKernels.unavailable_reason` says what is missing.
 """

@@ -79,7 +79,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """The sum of the entries of a group, some columns of it. Chunks that are the group's alone are summed already."""
+        """Some columns of the sum of a group's entries. Chunks that are the group's alone are summed already."""
         first = tl.load(starts + group)
         end = tl.load(starts + group + 1)
         chunks_start = tl.minimum((first + CHUNK - 1) // CHUNK * CHUNK, end)
@@ -165,7 +165,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """`squares[b, g]`, the sum of the squares of a block b of columns of row g, or of all if one entry names it."""
+        """`squares[b, g]`: of a block b of columns of row g, or of all columns in the first if one entry names it."""
         group = tl.program_id(0)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         first = tl.load(starts + group)

@@ -110,7 +110,7 @@ if triton is not None:
         KEPT: tl.constexpr,
     ):
         """
-        `best[r]` and `places[r]`, the k best of `scores[r]` and where they are, best first. They are in those groups of
+        `best[r]` and `places[r]`, the k best of `scores[r]` and where they are, best first. They are in the groups of
         neighbors that have the k largest maxima.
         """
         row = tl.program_id(0).to(tl.int64)
@@ -140,7 +140,7 @@ if triton is not None:
         PAIRS: tl.constexpr,
         KEPT: tl.constexpr,
     ):
-        """`indices[r]` and `scores[r]`, the k best experts of query r and their scores, from the best of its halves."""
+        """`indices[r]` and `scores[r]`: the k best experts of query r, and their scores, of the best of its halves."""
         query = tl.program_id(0).to(tl.int64)
         rows = query * 2 * k
         columns = rows + k

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""All tests of kernels that are marked `interpreted`, file by file, each in a process in which Triton is interpreted."""
+"""All tests of kernels that are marked `interpreted`, each file in a process in which Triton is interpreted."""
 
 import os
 import platform

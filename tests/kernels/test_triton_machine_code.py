@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What Triton's compiler makes of the kernels: no spills, few registers, and loads of 16 bytes where rows are aligned."""
+"""What Triton's compiler makes of the kernels: no spills, few registers, loads of 16 bytes where rows are aligned."""
 
 import platform
 from typing import NamedTuple

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the programs of a launch read, write and add to, as Triton's interpreter runs them one after another: the addresses
-say whether programs that run at the same time would get in each other's way.
+What the programs of a launch read, write and add to, as Triton's interpreter runs them one after another: addresses say
+whether programs that run at the same time would get in each other's way.
 """
 
 import contextlib
@@ -52,19 +52,13 @@ class Launch:
         return np.unique(np.concatenate([np.empty((2, 0), np.uint64), *found], axis=1), axis=1)
 
     def races(self):
-        """Addresses that a program changes while another reads or changes them; adding twice is no race."""
-
-        def of_several(pairs):
-            addresses, counts = np.unique(pairs[0], return_counts=True)
-            return set(addresses[counts > 1].tolist())
-
-        changed_by_one = set(self.pairs("written")[0].tolist())
-        added = set(self.pairs("added to")[0].tolist())
-        several = of_several(self.pairs("read", "written", "added to"))
-        read_or_written = of_several(self.pairs("read", "written")) | {
-            address for address in set(self.pairs("read", "written")[0].tolist()) & added if address in several
-        }
-        return (several & changed_by_one) | (read_or_written & added)
+        """
+        Addresses that several programs use, of which one changes what is there. That all of them add to it is no race.
+        """
+        addresses, programs = np.unique(self.pairs("read", "written", "added to")[0], return_counts=True)
+        added_and_read = np.intersect1d(self.pairs("added to")[0], self.pairs("read")[0])
+        changed = np.union1d(self.pairs("written")[0], added_and_read)
+        return np.intersect1d(addresses[programs > 1], changed)
 
 
 @contextlib.contextmanager
@@ -108,7 +102,7 @@ def watched_launches(seed=None):
             start(kernel, grid, arguments, options)
         launches.append(launch)
         races = launch.races()
-        if races:
+        if len(races):
             raise Race(f"{kernel.__name__}: {len(races)} addresses")
 
     torch.use_deterministic_algorithms(True)  # fills new memory
