@@ -72,9 +72,7 @@ def worst_of(errors: Iterator[tuple[str, float]]) -> dict[str, Any]:
     return {"passed": worst <= 1, "worst": worst, "where": where, "cases": len(found)}
 
 
-def check_kernel(
-    settings: Settings, check: Callable[[Experts, str], float], dtype: torch.dtype
-) -> dict[str, Any]:
+def check_kernel(settings: Settings, check: Callable[[Experts, str], float], dtype: torch.dtype) -> dict[str, Any]:
     """Checks an operation at all sizes."""
 
     def errors():
@@ -125,7 +123,12 @@ def squared_norm_error(experts: Experts, kernels: str) -> float:
     return ((actual - expected).abs() / (4 * SUM_ERROR * sums)).nan_to_num(float("inf")).item()
 
 
-OPERATIONS = {"up": up_error, "down": down_error, "row_gradient": row_gradient_error, "squared_norm": squared_norm_error}
+OPERATIONS = {
+    "up": up_error,
+    "down": down_error,
+    "row_gradient": row_gradient_error,
+    "squared_norm": squared_norm_error,
+}
 
 
 def _factors(experts, kernels):

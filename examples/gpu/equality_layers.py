@@ -95,7 +95,7 @@ def check_optimizer(settings: Settings, dtype: torch.dtype, second_moment: str) 
         coefficients = torch.randn(settings.small_tokens, 8)
         tokens = torch.randn(settings.small_tokens, width).to(dtype)
         indices = torch.randint(num_rows, coefficients.shape).masked_fill_(torch.rand(coefficients.shape) < 0.2, 3)
-        for table, optimizer, kernels in zip(tables, optimizers, (settings.kernels, "torch"), strict=True):
+        for table, kernels in zip(tables, (settings.kernels, "torch"), strict=True):
             entries = Entries(indices.to(table.device), num_rows, kernels)
             factors = Factors.of(coefficients.to(table.device), tokens.to(table.device), entries)
             table.grad = FactoredGradient(table, [factors])
@@ -281,7 +281,9 @@ def check_graph(settings: Settings, device: Device, with_step: bool) -> dict[str
     return {"passed": errors[where] < CLOSE, "worst": errors[where] / CLOSE, "where": where}
 
 
-def decoding(model: nn.Module, config: PeerConfig, device: str, length: int) -> tuple[torch.Tensor, Callable[[], None]]:
+def decoding(
+    model: nn.Module, config: PeerConfig, device: str, length: int
+) -> tuple[torch.Tensor, Callable[[], None]]:
     """
     Greedy decoding of a model after a prompt, with a static cache.
 

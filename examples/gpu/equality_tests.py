@@ -51,7 +51,10 @@ def run_tests(patterns: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+        variables = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }
         command = [sys.executable, "-m", "pytest", *options, *files]
         try:
             done = subprocess.run(

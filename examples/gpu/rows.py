@@ -36,17 +36,16 @@ class PartFile:
     Args:
         file (`Path`)
         conditions (`dict`): What results depend on.
-        overwrite (`bool`): Whether to forget what is there.
 
     Raises:
         `ValueError`: if the file is of other conditions.
     """
 
-    def __init__(self, file: Path, conditions: dict[str, Any], overwrite: bool = False):
+    def __init__(self, file: Path, conditions: dict[str, Any]):
         self.file = file
         conditions = json.loads(json.dumps(conditions))
         self.content = {"conditions": conditions, "running": None, "rows": {}}
-        if file.is_file() and not overwrite:
+        if file.is_file():
             found = json.loads(file.read_text())
             differing = [key for key in conditions if conditions[key] != found["conditions"].get(key)]
             if differing:
@@ -75,6 +74,10 @@ class PartFile:
         self.content["rows"][name] = {**found, "attempt": attempt}
         self.content["running"] = None
         self._write()
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of a row."""
+        self.content["rows"].pop(name, None)
 
     def put_ended(self, reason: str, attempt: str) -> bool:
         """Keep why the process ended in the row that ran. Returns whether there was one."""

@@ -34,7 +34,12 @@ class Settings:
     widths: list[int] = field(default_factory=lambda: [64, 65, 130, 512, 1001, 1024, 2048, 2050, 4096])
     checked: list[list[int]] = field(default_factory=lambda: [[1, 128, 4096], [33, 24, 300], [256, 64, 2048]])
     retrievals: list[list[int]] = field(  # tokens, heads, √N, d_k / 2, k
-        default_factory=lambda: [[1, 8, 1024, 128, 16], [257, 8, 1024, 128, 16], [65, 3, 33, 20, 5], [512, 4, 256, 64, 1]]
+        default_factory=lambda: [
+            [1, 8, 1024, 128, 16],
+            [257, 8, 1024, 128, 16],
+            [65, 3, 33, 20, 5],
+            [512, 4, 256, 64, 1],
+        ]
     )
     small_layer: dict[str, int] = field(
         default_factory=lambda: {
@@ -100,7 +105,9 @@ class Settings:
 
     def sizes(self) -> dict[str, Any]:
         """All of it but the folder and the seed, which results do not depend on."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("output_dir", "seed")}
+        return {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("output_dir", "seed")
+        }
 
 
 def tiny_sizes() -> dict[str, Any]:

@@ -14,6 +14,7 @@
 """The process that runs the rows of a part: its only argument is a job in JSON."""
 
 import json
+import os
 import sys
 import time
 from importlib import import_module
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from gpu.device import Device
-from gpu.rows import PartFile, Row, SkippedError, outcome
+from gpu.rows import PartFile, Row, outcome
 from gpu.settings import Settings
 
 
@@ -38,15 +39,17 @@ def part_rows(part: str, settings: Settings) -> dict[str, Row]:
     return import_module(f"gpu.{part}").rows(settings, Device(settings.device))
 
 
-def open_part(part: str, settings: Settings, overwrite: bool = False) -> PartFile:
+def open_part(part: str, settings: Settings) -> PartFile:
     """The file of a part. Raises `ValueError` if it is of other conditions."""
     conditions = {**settings.sizes(), **Device(settings.device).facts()}
-    return PartFile(Path(settings.output_dir, f"{part}.json"), conditions, overwrite)
+    return PartFile(Path(settings.output_dir, f"{part}.json"), conditions)
 
 
 def run_rows(job: dict[str, Any]) -> int:
     """Runs the rows of a part that have no result and were not tried, while there is time. Returns the exit code."""
     settings = Settings(**job["settings"])
+    if job["packages"] is not None:
+        sys.path.append(job["packages"])  # last, so that what is installed comes first
     file = open_part(job["part"], settings)
     for name, row in part_rows(job["part"], settings).items():
         if file.is_finished(name) or file.was_tried(name, job["attempt"]):
@@ -58,6 +61,8 @@ def run_rows(job: dict[str, Any]) -> int:
         torch.manual_seed(settings.seed)
         start = time.time()
         found = outcome(row)
+        if job.get("parent") not in (None, os.getppid()):
+            return 0  # the command was killed, and another one may be writing the file
         file.put(name, {**found, "took": time.time() - start, "seed": settings.seed}, job["attempt"])
         print(f"{job['part']}: {name}: {summary(found)}", flush=True)
         if "error" in found and not _is_usable(Device(settings.device)):
@@ -83,9 +88,6 @@ def _is_usable(device):
     except RuntimeError:
         return False
     return True
-
-
-__all__ = ["CONTEXT_LOST", "PARTS", "SkippedError", "open_part", "part_rows", "run_rows", "summary"]
 
 
 if __name__ == "__main__":
