@@ -77,7 +77,8 @@ class PartFile:
 
     def forget(self, name: str) -> None:
         """Drop what is known of a row."""
-        self.content["rows"].pop(name, None)
+        if self.content["rows"].pop(name, None) is not None:
+            self._write()
 
     def put_ended(self, reason: str, attempt: str) -> bool:
         """Keep why the process ended in the row that ran. Returns whether there was one."""

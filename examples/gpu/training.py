@@ -17,7 +17,6 @@ on held-out files are kept against seconds; evaluations do not count.
 """
 
 import functools
-import itertools
 import math
 import time
 from pathlib import Path
@@ -66,10 +65,7 @@ def load_blocks(settings: Settings) -> dict[str, torch.Tensor]:
     if file.is_file():
         return torch.load(file)
     root, names = library_files()
-    texts = {
-        split: _first_characters([read_source(root / name) for name in some], settings.text_characters)
-        for split, some in names.items()
-    }
+    texts = {split: list(_first_texts(root, some, settings.text_characters)) for split, some in names.items()}
     length = settings.training_model["max_position_embeddings"]
     tokenizer = byte_level_tokenizer(texts["train"], settings.training_model["vocab_size"], length)
     blocks = {}
@@ -84,9 +80,14 @@ def load_blocks(settings: Settings) -> dict[str, torch.Tensor]:
     return blocks
 
 
-def _first_characters(texts, count):
-    ends = itertools.accumulate(map(len, texts))
-    return [text for text, end in zip(texts, ends, strict=True) if end - len(text) < count]
+def _first_texts(root, names, characters):
+    """Whole files until there are enough characters."""
+    for name in names:
+        if characters <= 0:
+            return
+        text = read_source(root / name)
+        characters -= len(text)
+        yield text
 
 
 def make_optimizer(model: nn.Module, lr: float) -> RowAdamW:
