@@ -43,7 +43,7 @@ class Device:
         facts = machine()
         if self.is_gpu:
             properties = torch.cuda.get_device_properties(self.name)
-            facts |= {"gpu": properties.name, "cache_bytes": properties.L2_cache_size, "cuda": torch.version.cuda}
+            facts |= {"gpu": properties.name, "cuda": torch.version.cuda}
         return facts
 
     def synchronize(self) -> None:

@@ -31,7 +31,7 @@ class Settings:
     tiny: bool = False
 
     # equality
-    widths: list[int] = field(default_factory=lambda: [64, 65, 130, 512, 1001, 1024, 2048, 2050, 4096])
+    widths: list[int] = field(default_factory=lambda: [64, 65, 512, 1001, 2048, 4096])
     checked: list[list[int]] = field(default_factory=lambda: [[1, 128, 4096], [33, 24, 300], [256, 64, 2048]])
     retrievals: list[list[int]] = field(  # tokens, heads, √N, d_k / 2, k
         default_factory=lambda: [

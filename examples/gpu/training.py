@@ -27,7 +27,7 @@ from torch import nn
 
 from common.library_sources import byte_level_tokenizer, library_files, read_source
 from gpu.device import WARM_UP, Device
-from gpu.rows import Row
+from gpu.rows import Row, SkippedError
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.optim.parameter_groups import DOWN_PROJ_LR_MULTIPLIER, EXPERT_LR_MULTIPLIER
@@ -64,7 +64,10 @@ def load_blocks(settings: Settings) -> dict[str, torch.Tensor]:
     file = Path(settings.output_dir, "blocks.pt")
     if file.is_file():
         return torch.load(file)
-    root, names = library_files()
+    try:
+        root, names = library_files()
+    except FileNotFoundError:
+        raise SkippedError("This Python has its standard library without sources.") from None
     texts = {split: list(_first_texts(root, some, settings.text_characters)) for split, some in names.items()}
     length = settings.training_model["max_position_embeddings"]
     tokenizer = byte_level_tokenizer(texts["train"], settings.training_model["vocab_size"], length)
