@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from common.cards import make_card
-from common.training import parse_arguments
+from common.command_line import parse_arguments
 from modeling_peer.checkpoint_card import is_written_card
 
 

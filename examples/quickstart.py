@@ -41,9 +41,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.command_line import parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments
-from common.training import parse_arguments, run
+from common.training import run
 from modeling_peer import model_costs
 
 

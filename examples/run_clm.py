@@ -37,6 +37,7 @@ from transformers import (
     set_seed,
 )
 
+from common.command_line import parse_arguments
 from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from common.text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
 from common.training import (
@@ -45,7 +46,6 @@ from common.training import (
     last_checkpoint,
     make_optimizers,
     needed_splits,
-    parse_arguments,
     run,
     setup_logging,
 )

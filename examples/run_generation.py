@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from common.training import parse_arguments
+from common.command_line import parse_arguments
 from modeling_peer import ExpertUsageMeter
 
 

@@ -49,7 +49,7 @@ from transformers.utils.generic import GeneralInterface
 from .expert_kernels_cpu import CpuKernels
 from .expert_kernels_torch import EagerKernels, TorchKernels
 from .expert_kernels_triton import TritonKernels
-from .library_releases import active_transforms, in_forward_mode
+from .library_releases import active_transforms, in_forward_mode, num_dispatch_modes
 
 
 class ExpertKernelsInterface(GeneralInterface):
@@ -105,8 +105,19 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
 
 def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
     """
-    Whether an operator must be called: for autograd, a compiler, `torch.vmap`, or tensors of another kind. Otherwise
-    its implementation may be called directly; for a single token that halves the time.
+    Whether an operator must be called: for autograd, or where operators are observed. Otherwise its implementation may
+    be called directly; for a single token that halves the time.
+
+    Raises:
+        `RuntimeError`: see [`are_operators_observed`].
+    """
+    return are_operators_observed(tokens, table) or torch.is_grad_enabled()
+
+
+def are_operators_observed(tokens: torch.Tensor, table: torch.Tensor) -> bool:
+    """
+    Whether something other than autograd must see operators: a compiler, `torch.vmap`, a mode that dispatches them, or
+    tensors of another kind.
 
     Raises:
         `RuntimeError`: in forward-mode differentiation and in transforms of `torch.func` that differentiate.
@@ -122,10 +133,9 @@ def needs_operator(tokens: torch.Tensor, table: torch.Tensor) -> bool:
             "Forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`) and the transforms of "
             '`torch.func` that differentiate need `expert_kernels="eager"` in the configuration.'
         )
-    if transforms:
+    if transforms or torch.jit.is_tracing() or num_dispatch_modes():
         return True
-    observed = torch.is_grad_enabled() or torch.jit.is_tracing()
-    return observed or type(tokens) is not torch.Tensor or type(table) not in PLAIN_TENSORS
+    return type(tokens) is not torch.Tensor or type(table) not in PLAIN_TENSORS
 
 
 # The package, and the code that a checkpoint brought along, may be loaded in one process; each has its own operators.

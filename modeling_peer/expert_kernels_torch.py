@@ -90,7 +90,8 @@ class TorchKernels:
 
         Returns:
             `tuple(torch.Tensor)`: int32, the rows, each once and ascending, `(num_groups,)`; where the entries of each
-            start, `(num_groups + 1,)`; and the entries, grouped, and ascending in each group, `(num_entries,)`.
+            start, `(num_groups + 1,)`; and the entries, grouped, and ascending in each group, `(num_entries,)`. The
+            last groups may be empty, of any row.
         """
         named, order = torch.sort(indices, stable=True)
         rows, counts = torch.unique_consecutive(named, return_counts=True)
@@ -107,7 +108,8 @@ class TorchKernels:
     ) -> None:
         """
         Write a row of a table's gradient for each group of entries: `Σ coefficients[e] · tokens[sources[e]]`. An entry
-        whose coefficient is zero adds nothing, even if its token is infinite or NaN: it may name a frozen row.
+        whose coefficient is zero adds nothing, even if its token is infinite or NaN: it may name a frozen row. For an
+        empty group no row of a table is written, and a zero if the rows are in the groups' own order.
 
         Args:
             coefficients (`torch.Tensor` of shape `(num_entries,)`): By group.

@@ -94,7 +94,9 @@ class Entries:
         summed.num_tokens = len(rows)
         places = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
         summed.sources = places[:-1]
-        summed.groups = EntryGroups(rows, places, places[:-1], places[:-1])
+        # Of empty groups, the last ones, the entries are in no group.
+        starts = torch.minimum(places, self.groups.are_present.sum(dtype=torch.int32))
+        summed.groups = EntryGroups(rows, starts, places[:-1], places[:-1])
         return summed
 
     @staticmethod
@@ -139,10 +141,12 @@ class _JoinedEntries(Entries):
 
 class EntryGroups(NamedTuple):
     """
-    Entries sorted by the row that they name.
+    Entries sorted by the row that they name. The last groups may be empty: how many rows are named is known to a GPU
+    alone, and the shapes must not depend on it.
 
     Args:
-        rows (`torch.Tensor` of shape `(num_groups,)`): int32, the rows, each once and ascending.
+        rows (`torch.Tensor` of shape `(num_groups,)`):
+            int32, the rows, each once and ascending. That of an empty group is any row.
         starts (`torch.Tensor` of shape `(num_groups + 1,)`): int32, where the entries of each row start.
         order (`torch.Tensor` of shape `(num_entries,)`): int32, the entries, grouped, and ascending in each group.
         sources (`torch.Tensor` of shape `(num_entries,)`): int32, the token of each, in this order.
@@ -152,6 +156,11 @@ class EntryGroups(NamedTuple):
     starts: torch.Tensor
     order: torch.Tensor
     sources: torch.Tensor
+
+    @property
+    def are_present(self) -> torch.Tensor:
+        """Whether groups have entries: bool, `(num_groups,)`."""
+        return self.starts[1:] > self.starts[:-1]
 
 
 class Factors(NamedTuple):
@@ -205,7 +214,7 @@ class Factors(NamedTuple):
         return rows
 
     def sums(self) -> torch.Tensor:
-        """The rows of the gradient that entries name, `(num_groups, width)`, in the dtype of the coefficients."""
+        """The row of the gradient of each group, `(num_groups, width)`, in the dtype of the coefficients."""
         sums = self.coefficients.new_empty(len(self.entries.groups.rows), self.tokens.shape[1])
         self.entries.kernels.row_gradient(*self.in_groups(), sums)
         return sums

@@ -171,3 +171,12 @@ def in_forward_mode() -> bool:
     and kernels in C lose the tangents of dual tensors.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+# Without it, one counts as there, and sees operators.
+_num_dispatch_modes = _private("_len_torch_dispatch_stack", 1, "the router takes longer in training than it must.")
+
+
+def num_dispatch_modes() -> int:
+    """In how many modes that see every operator, such as those that trace or count FLOPs, the caller runs."""
+    return _num_dispatch_modes()

@@ -18,17 +18,13 @@ from collections.abc import Sequence
 import torch
 
 from .native_library import PREAMBLE, call, check_shape, check_tensor, refuse_index
+from .product_key_selection_cpu import SELECTION
 
 
 SOURCE = (
     PREAMBLE
+    + SELECTION
     + r"""
-#include <math.h>
-#include <stdlib.h>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
 /* Queries in a tile, and keys in a panel: their scores fill the registers, with room for one column of each. */
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 #define TILE 12
@@ -41,48 +37,38 @@ SOURCE = (
 /* Queries whose scores with one set of sub-keys are in the cache at the same time: 192 KB for 1,024 sub-keys. */
 #define BLOCK (4 * TILE)
 
-static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static inline floats larger(floats a, floats b) { return (floats)select_words(b > a, (words)b, (words)a); }
+/* Turns NaN into infinity, so that it is selected and seen. */
+static inline floats without_nan(floats v) { return smaller(v, in_all_lanes(INFINITY)); }
 
-static inline ints lanes(void) {
-    ints lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    return lane;
-}
-
-/* Writes the lanes that reach a threshold, packed, to `values`, and their positions, counted from `first`, to
-   `places`; returns how many they are. Up to LANES elements of both are overwritten. */
-static inline int64_t keep(floats v, float threshold, int64_t first, float *values, int32_t *places) {
-#if defined(__AVX512F__)
-    const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GE_OQ);
-    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, (__m512)v));
-    _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(mask, (__m512i)(lanes() + (int32_t)first)));
-    return __builtin_popcount(mask);
+/* Copies 4 elements of 4 keys. */
+static inline void pack_square(const float *keys, float *panel, int64_t size) {
+#if defined(__SSE2__)
+    __m128 a = _mm_loadu_ps(keys), b = _mm_loadu_ps(keys + size);
+    __m128 c = _mm_loadu_ps(keys + 2 * size), d = _mm_loadu_ps(keys + 3 * size);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(panel, a);
+    _mm_storeu_ps(panel + PANEL, b);
+    _mm_storeu_ps(panel + 2 * PANEL, c);
+    _mm_storeu_ps(panel + 3 * PANEL, d);
 #else
-    int64_t count = 0;
-    uint32_t bits = 0;
-#if defined(__AVX__)
-    bits = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GE_OQ));
-#else
-    for (int lane = 0; lane < LANES; lane++) bits |= (uint32_t)(v[lane] >= threshold) << lane;
-#endif
-    for (; bits; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        values[count] = v[lane];
-        places[count++] = first + lane;
-    }
-    return count;
+    for (int j = 0; j < 4; j++)
+        for (int c = 0; c < 4; c++) panel[c * PANEL + j] = keys[j * size + c];
 #endif
 }
 
 /* Copies keys `[n, size]` to one of the panels `[n / PANEL, size, PANEL]`; the last panel is padded with zeros. */
 static void pack_panel(const float *keys, float *panel, int64_t first, int64_t n, int64_t size) {
-    for (int64_t j = 0; j < PANEL; j++)
-        for (int64_t c = 0; c < size; c++)
-            panel[c * PANEL + j] = first + j < n ? keys[(first + j) * size + c] : 0;
+    const int64_t count = n - first < PANEL ? n - first : PANEL, square = size - size % 4;
+    for (int64_t j = 0; j < PANEL; j += 4) {
+        const float *row = keys + (first + j) * size;
+        const int64_t whole = j + 4 <= count ? square : 0;
+        for (int64_t c = 0; c < whole; c += 4) pack_square(row + c, panel + c * PANEL + j, size);
+        for (int64_t c = whole; c < size; c++)
+            for (int64_t i = 0; i < 4; i++) panel[c * PANEL + j + i] = j + i < count ? row[i * size + c] : 0;
+    }
 }
 
-/* scores[r, j] = Σ_c queries[c, r] panel[c, j]. NaN becomes infinity, so that it is selected and seen. */
+/* scores[r, j] = Σ_c queries[c, r] panel[c, j] */
 static void score_tile(const float *queries, const float *panel, float *scores, int64_t stride, int64_t size) {
     floats sums[TILE][2] = {};
     for (int64_t c = 0; c < size; c++) {
@@ -92,78 +78,41 @@ static void score_tile(const float *queries, const float *panel, float *scores, 
             sums[r][1] += queries[c * TILE + r] * right;
         }
     }
-    const words infinite = (words){} + 0x7f800000;
-    for (int r = 0; r < TILE; r++)
-        for (int j = 0; j < 2; j++) {
-            const words ordered = select_words(sums[r][j] == sums[r][j], (words)sums[r][j], infinite);
-            store_float32(scores + r * stride + j * LANES, (floats)ordered);
-        }
-}
-
-/* A threshold near the k-th best score that at least k scores reach: the k-th best of the maxima of 2k groups of
-   lanes. */
-static float threshold_of(const float *scores, int64_t n, int64_t k, floats *maxima, ints *counts) {
-    const int64_t groups = round_up(2 * k, LANES) / LANES;
-    if (n <= groups * LANES) return -INFINITY;
-    for (int64_t g = 0; g < groups; g++) {
-        maxima[g] = load_float32(scores + g * LANES);
-        counts[g] = (ints){};
+    #pragma GCC unroll 12
+    for (int r = 0; r < TILE; r++) {
+        store_float32(scores + r * stride, without_nan(sums[r][0]));
+        store_float32(scores + r * stride + LANES, without_nan(sums[r][1]));
     }
-    for (int64_t i = groups * LANES, g = 0; i < n; i += LANES, g = g + 1 < groups ? g + 1 : 0)
-        maxima[g] = larger(maxima[g], load_float32(scores + i));
-    for (int64_t other = 0; other < groups * LANES; other++) {
-        const float x = ((const float *)maxima)[other];
-        for (int64_t g = 0; g < groups; g++) counts[g] += maxima[g] <= x;  /* true is -1 */
-    }
-    const words worst = (words)((floats){} - INFINITY);
-    floats reached = (floats)worst;
-    for (int64_t g = 0; g < groups; g++)
-        reached = larger(reached, (floats)select_words(counts[g] <= (int32_t)-k, (words)maxima[g], worst));
-    float threshold = reached[0];
-    for (int lane = 1; lane < LANES; lane++) threshold = reached[lane] > threshold ? reached[lane] : threshold;
-    return threshold;
-}
-
-/* Buffers of one thread. */
-typedef struct {
-    float *queries, *scores, *best[2], *values, *sorted;
-    int32_t *places[2], *found, *order;
-    int32_t *pair_counts, *pair_rows, *pair_columns;
-    floats *maxima, *candidates;
-    ints *counts, *ranks;
-} workspace;
-
-/* Selects the k best of n scores, best first; of equal scores the earlier one. n is a multiple of LANES. */
-static void select_best(const float *scores, int64_t n, int64_t k, float *best, int32_t *places, const workspace *w) {
-    const float threshold = threshold_of(scores, n, k, w->maxima, w->counts);
-    float *candidates = (float *)w->candidates;
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += LANES)
-        count += keep(load_float32(scores + i), threshold, i, candidates + count, w->found + count);
-    const int64_t vectors = round_up(count, LANES) / LANES;
-    for (int64_t i = count; i < vectors * LANES; i++) candidates[i] = -INFINITY;
-    const ints lane = lanes();
-    for (int64_t v = 0; v < vectors; v++) {
-        const floats x = w->candidates[v];
-        ints rank = {};
-        for (int64_t j = 0; j < count; j++) {
-            const float y = candidates[j];
-            rank -= (x < y) | ((x == y) & (lane + (int32_t)(v * LANES) > (int32_t)j));
-        }
-        w->ranks[v] = rank;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t rank = ((const int32_t *)w->ranks)[i];
-        w->sorted[rank] = candidates[i];
-        w->order[rank] = w->found[i];
-    }
-    memcpy(best, w->sorted, k * sizeof *best);
-    memcpy(places, w->order, k * sizeof *places);
 }
 
 static inline int64_t expert_index(int64_t row, int64_t column) {
     const int64_t shell = row > column ? row : column;
     return shell * shell + shell + row - column;
+}
+
+/* Buffers of one thread. */
+typedef struct {
+    float *queries, *scores, *best[2], *sums, *best_sums;
+    int32_t *places[2], *best_pairs, *pair_counts, *pair_rows, *pair_columns;
+    selection_buffers selection;
+} workspace;
+
+/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. */
+static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
+    int64_t bytes = 0;
+    TAKE(w->queries, BLOCK * size);
+    TAKE(w->scores, BLOCK * round_up(n, PANEL) + 64);
+    TAKE(w->sums, GROUP * round_up(num_pairs, LANES) + 64);
+    TAKE(w->best_sums, GROUP * k + 1);
+    TAKE(w->best_pairs, GROUP * k + 1);
+    TAKE(w->pair_counts, k);
+    TAKE(w->pair_rows, num_pairs);
+    TAKE(w->pair_columns, num_pairs);
+    for (int half = 0; half < 2; half++) {
+        TAKE(w->best[half], BLOCK * k + LANES);
+        TAKE(w->places[half], BLOCK * k + 1);
+    }
+    return bytes + lay_out_selection(&w->selection, memory, n > num_pairs ? n : num_pairs, k);
 }
 
 /* Lists the pairs of ranks (i, j) that can be among the k best sums, those with (i + 1) (j + 1) <= k: their number for
@@ -178,57 +127,36 @@ static void list_pairs(int64_t k, const workspace *w) {
     }
 }
 
-/* Selects the k best experts of a query among the pairs of its best rows and columns. */
-static void best_pairs(const float *rows, const int32_t *row_places, const float *columns,
-                       const int32_t *column_places, int64_t k, int64_t *indices, float *scores, const workspace *w) {
-    const words infinite = (words){} + 0x7f800000;
-    int64_t count = 0;
-    for (int64_t i = 0; i < k; count += w->pair_counts[i++])
-        for (int64_t j = 0; j < w->pair_counts[i]; j += LANES) {
-            const floats sums = rows[i] + load_float32(columns + j);  /* surplus lanes are overwritten */
-            store_float32(w->values + count + j, (floats)select_words(sums == sums, (words)sums, infinite));
+/* Writes the sums of the pairs of a query, padded with -∞. What a row writes beyond its own, the next overwrites. */
+static void sum_pairs(const float *rows, const float *columns, int64_t k, int64_t padded, float *sums,
+                      const int32_t *pair_counts) {
+    const int64_t single = k / 2;  /* rows from here on have one pair, with the best column */
+    const float *end = sums + padded;
+    for (int64_t i = 0; i < single; sums += pair_counts[i++])
+        for (int64_t j = 0; j < pair_counts[i]; j += LANES)
+            store_float32(sums + j, without_nan(rows[i] + load_float32(columns + j)));
+    for (int64_t i = single; i < k; i += LANES)
+        store_float32(sums + i - single, without_nan(load_float32(rows + i) + columns[0]));
+    for (sums += k - single; sums < end; sums++) *sums = -INFINITY;
+}
+
+/* Selects the k best experts of each of at most GROUP queries, of a block the ones from `first` on, among the pairs of
+   their best rows and columns. Results of successive queries are `step` elements apart. */
+static void select_experts(int64_t first, int64_t queries, int64_t k, int64_t num_pairs, int64_t step,
+                           int64_t *indices, float *scores, const workspace *w) {
+    const int64_t padded = round_up(num_pairs, LANES);
+    for (int64_t q = 0; q < queries; q++)
+        sum_pairs(w->best[0] + (first + q) * k, w->best[1] + (first + q) * k, k, padded, w->sums + q * padded,
+                  w->pair_counts);
+    select_best(w->sums, queries, padded, num_pairs, k, w->best_sums, w->best_pairs, &w->selection);
+    for (int64_t q = 0; q < queries; q++) {
+        const int32_t *rows = w->places[0] + (first + q) * k, *columns = w->places[1] + (first + q) * k;
+        for (int64_t rank = 0; rank < k; rank++) {
+            const int32_t pair = w->best_pairs[q * k + rank];
+            indices[q * step + rank] = expert_index(rows[w->pair_rows[pair]], columns[w->pair_columns[pair]]);
+            scores[q * step + rank] = w->best_sums[q * k + rank];
         }
-    const int64_t padded = round_up(count, LANES);
-    for (int64_t p = count; p < padded; p++) w->values[p] = -INFINITY;
-    int32_t *pairs = w->places[0] + BLOCK * k;
-    select_best(w->values, padded, k, scores, pairs, w);
-    for (int64_t rank = 0; rank < k; rank++) {
-        const int32_t pair = pairs[rank];
-        indices[rank] = expert_index(row_places[w->pair_rows[pair]], column_places[w->pair_columns[pair]]);
     }
-}
-
-static void *take(char **memory, int64_t bytes) {
-    void *start = *memory;
-    if (*memory) *memory += round_up(bytes, 64);
-    return start;
-}
-
-/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. */
-static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
-    const int64_t most = round_up(n > num_pairs ? n : num_pairs, PANEL);
-    int64_t bytes = 0;
-#define TAKE(field, count) \
-    bytes += round_up((count) * sizeof *(field), 64); field = take(&memory, (count) * sizeof *(field))
-    TAKE(w->queries, BLOCK * size);
-    TAKE(w->scores, BLOCK * most);
-    TAKE(w->values, most + LANES);
-    TAKE(w->found, most + LANES);
-    TAKE(w->candidates, most / LANES + 1);
-    TAKE(w->ranks, most / LANES);
-    TAKE(w->sorted, most);
-    TAKE(w->order, most);
-    TAKE(w->pair_counts, k);
-    TAKE(w->pair_rows, num_pairs);
-    TAKE(w->pair_columns, num_pairs);
-    TAKE(w->maxima, round_up(2 * k, LANES) / LANES);
-    TAKE(w->counts, round_up(2 * k, LANES) / LANES);
-    for (int half = 0; half < 2; half++) {
-        TAKE(w->best[half], BLOCK * k + LANES);
-        TAKE(w->places[half], (BLOCK + 1) * k);
-    }
-#undef TAKE
-    return bytes;
 }
 
 /* queries [tokens, heads, 2, size], keys [sets, 2, n, size] with one set or one per head
@@ -269,16 +197,14 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
                     for (int64_t r = 0; r < count; r += TILE)
                         score_tile(w.queries + r * size, packed + ((set * 2 + half) * panels + panel) * PANEL * size,
                                    w.scores + r * padded + panel * PANEL, padded, size);
-                for (int64_t r = 0; r < count; r++) {
-                    float *row = w.scores + r * padded;
-                    for (int64_t j = n; j < padded; j++) row[j] = -INFINITY;
-                    select_best(row, padded, k, w.best[half] + r * k, w.places[half] + r * k, &w);
-                }
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t j = n; j < padded; j++) w.scores[r * padded + j] = -INFINITY;
+                select_best(w.scores, count, padded, n, k, w.best[half], w.places[half], &w.selection);
             }
-            for (int64_t r = 0; r < count; r++) {
-                const int64_t row = (first + r) * sets + set;
-                best_pairs(w.best[0] + r * k, w.places[0] + r * k, w.best[1] + r * k, w.places[1] + r * k, k,
-                           indices + row * k, scores + row * k, &w);
+            for (int64_t r = 0; r < count; r += GROUP) {
+                const int64_t start = ((first + r) * sets + set) * k;
+                select_experts(r, count - r < GROUP ? count - r : GROUP, k, num_pairs, sets * k, indices + start,
+                               scores + start, &w);
             }
         }
     }
@@ -287,32 +213,73 @@ int64_t retrieve(const float *queries, const float *keys, int64_t *indices, floa
     return 0;
 }
 
-/* The cell of an expert in the key grid: the inverse of expert_index. */
-static inline void cell_of(int64_t index, int64_t cell[2]) {
-    const int64_t shell = sqrt((double)index), before_diagonal = index - shell * shell - shell;
-    cell[0] = shell + (before_diagonal < 0 ? before_diagonal : 0);
-    cell[1] = shell - (before_diagonal > 0 ? before_diagonal : 0);
-}
-
-/* to += factor * from */
-static inline void add_scaled(float *restrict to, float factor, const float *restrict from, int64_t size) {
-    for (int64_t c = 0; c < size; c++) to[c] += factor * from[c];
-}
-
-/* Gradients for one query. A score is the product of one half of it with a row of C plus that of the other half with a
-   row of C'. NULL where one is not needed. Returns 0, or 1 if an index is out of range. */
-static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
-                               float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k) {
-    if (of_query) memset(of_query, 0, 2 * size * sizeof *of_query);
+/* Where the sub-keys of experts are in memory, among the rows of C and of C': the inverse of expert_index. Returns
+   whether an index is out of range. */
+static int find_keys(const int64_t *restrict indices, int64_t k, int64_t n, int64_t size, int64_t *restrict rows,
+                     int64_t *restrict columns) {
+    int64_t outside = 0;
     for (int64_t a = 0; a < k; a++) {
-        int64_t cell[2];
-        if (indices[a] < 0 || indices[a] >= n * n) return 1;
-        cell_of(indices[a], cell);
-        for (int half = 0; half < 2; half++) {
-            const int64_t place = (half * n + cell[half]) * size;
-            if (of_query) add_scaled(of_query + half * size, gradient[a], keys + place, size);
-            if (of_keys) add_scaled(of_keys + place, gradient[a], query + half * size, size);
+        const int64_t index = indices[a], shell = sqrt((double)index), before_diagonal = index - shell * shell - shell;
+        rows[a] = (shell + (before_diagonal < 0 ? before_diagonal : 0)) * size;
+        columns[a] = (shell - (before_diagonal > 0 ? before_diagonal : 0)) * size;
+        outside |= (index < 0) | (index >= n * n);
+    }
+    return outside;
+}
+
+/* Some vectors, as many as a constant says, of Σ_a gradient[a] keys[places[a]]. */
+static inline __attribute__((always_inline)) void sum_vectors(const float *gradient, const int64_t *places, int64_t k,
+                                                              const float *keys, float *sum, const int vectors) {
+    floats sums[2] = {};
+    for (int64_t a = 0; a < k; a++)
+        for (int v = 0; v < vectors; v++) sums[v] += gradient[a] * load_float32(keys + places[a] + v * LANES);
+    for (int v = 0; v < vectors; v++) store_float32(sum + v * LANES, sums[v]);
+}
+
+/* sum = Σ_a gradient[a] keys[places[a]] */
+static void sum_keys(const float *gradient, const int64_t *places, int64_t k, const float *keys, float *sum,
+                     int64_t size) {
+    int64_t c = 0;
+    for (; c + 2 * LANES <= size; c += 2 * LANES) sum_vectors(gradient, places, k, keys + c, sum + c, 2);
+    for (; c + LANES <= size; c += LANES) sum_vectors(gradient, places, k, keys + c, sum + c, 1);
+    for (; c < size; c++) {
+        sum[c] = 0;
+        for (int64_t a = 0; a < k; a++) sum[c] += gradient[a] * keys[places[a] + c];
+    }
+}
+
+/* Some vectors, as many as a constant says, of of_keys[places[a]] += gradient[a] query. */
+static inline __attribute__((always_inline)) void add_vectors(const float *gradient, const int64_t *places, int64_t k,
+                                                              const float *query, float *of_keys, const int vectors) {
+    floats part[2];
+    for (int v = 0; v < vectors; v++) part[v] = load_float32(query + v * LANES);
+    for (int64_t a = 0; a < k; a++)
+        for (int v = 0; v < vectors; v++) {
+            float *of_key = of_keys + places[a] + v * LANES;
+            store_float32(of_key, load_float32(of_key) + gradient[a] * part[v]);
         }
+}
+
+/* of_keys[places[a]] += gradient[a] query */
+static void add_query(const float *gradient, const int64_t *places, int64_t k, const float *query, float *of_keys,
+                      int64_t size) {
+    int64_t c = 0;
+    for (; c + 2 * LANES <= size; c += 2 * LANES) add_vectors(gradient, places, k, query + c, of_keys + c, 2);
+    for (; c + LANES <= size; c += LANES) add_vectors(gradient, places, k, query + c, of_keys + c, 1);
+    for (; c < size; c++)
+        for (int64_t a = 0; a < k; a++) of_keys[places[a] + c] += gradient[a] * query[c];
+}
+
+/* Gradients for one query, NULL where one is not needed. A score is the product of one half of the query with a row of
+   C plus that of the other half with a row of C'. `places` is a buffer for 2k. Returns 0, or 1 if an index is out of
+   range. */
+static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
+                              float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k, int64_t *places) {
+    if (find_keys(indices, k, n, size, places, places + k)) return 1;
+    for (int half = 0; half < 2; half++, places += k) {
+        const int64_t first = half * n * size;
+        if (of_query) sum_keys(gradient, places, k, keys + first, of_query + half * size, size);
+        if (of_keys) add_query(gradient, places, k, query + half * size, of_keys + first, size);
     }
     return 0;
 }
@@ -324,8 +291,9 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,
                             int64_t size, int64_t k, int threads) {
     const int64_t set_size = 2 * n * size, rows = tokens * heads / sets, chunk = (rows + threads - 1) / threads;
+    int64_t *places = malloc(threads * 2 * k * sizeof *places + 1);
     float *others = of_keys ? malloc((threads - 1) * set_size * sizeof *others + 1) : NULL;
-    if (of_keys && !others) return -1;
+    if (!places || (of_keys && !others)) { free(places); free(others); return -1; }
     int failed = 0;
     for (int64_t set = 0; set < sets; set++) {
         float *of_set = of_keys ? of_keys + set * set_size : NULL;
@@ -337,7 +305,7 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
                 const int64_t row = r * sets + set;
                 if (gradients_of_query(gradient + row * k, indices + row * k, queries + row * 2 * size,
                                        keys + set * set_size, of_queries ? of_queries + row * 2 * size : NULL, own, n,
-                                       size, k)) {
+                                       size, k, places + part * 2 * k)) {
                     #pragma omp atomic write
                     failed = 1;
                 }
@@ -347,6 +315,7 @@ int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const
         for (int64_t i = 0; i < (of_keys ? set_size : 0); i++)
             for (int64_t part = 1; part < threads; part++) of_set[i] += others[(part - 1) * set_size + i];
     }
+    free(places);
     free(others);
     return failed;
 }

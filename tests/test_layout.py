@@ -113,7 +113,9 @@ def test_contributing_names_every_file():
 
 def test_tests_mirror_the_package():
     folders = {folder.name for folder in (ROOT / "tests").iterdir() if any(folder.glob("test_*.py"))}
-    assert folders == FOLDERS | {"model", "kernels", "examples", "studies", "benchmark", "docs", "distributed"}
+    assert folders == FOLDERS | {
+        *("model", "kernels", "examples", "studies", "benchmark", "gpu", "docs", "distributed")
+    }
 
 
 @pytest.mark.parametrize("folder", ["modeling_peer", "examples", "tests"])

@@ -50,10 +50,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.contenders import CONTENDERS, Task
 from benchmark.report import Results, plot, table, target_table
+from common.command_line import parse_arguments
 from common.machine import processor_name
 from common.subprocesses import module_command, module_environment
 from common.text_data import standard_library
-from common.training import parse_arguments
 
 
 TRAINED_INDICES = "trained_indices.pt"

@@ -20,28 +20,20 @@ take local files.
 """
 
 import sys
-import sysconfig
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from common.library_sources import byte_level_tokenizer, library_files, read_source
 
 
 # Loader of a file by its suffix. The rows of any other file are its lines.
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-# Skipped in the standard library: installed packages, tests, and tables of data in the form of code.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-SKIPPED_FILES = "_sysconfigdata"
-
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 # Characters to train a tokenizer on: more text changes the vocabulary little and takes minutes.
 TOKENIZER_CHARACTERS = 50_000_000
@@ -119,16 +111,7 @@ def standard_library(validation_split_percentage: int = 5) -> DatasetDict:
 
     The order of files and the choice of held-out files depend only on their names.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_library_source(path, root)]
-    if not names:
-        raise FileNotFoundError(
-            f"There are no Python sources in {root}: choose another text, --dataset_name or --train_file."
-        )
-    hashes = {name: crc32(name.encode()) for name in sorted(names)}
-    shuffled = sorted(hashes, key=hashes.get)
-    held_out = [name for name in shuffled if hashes[name] % 100 < validation_split_percentage]
-    splits = {"train": [name for name in shuffled if name not in held_out], "validation": held_out}
+    root, splits = library_files(validation_split_percentage)
     # The version is part of the key of the cache, because an upgrade of Python does not change the paths.
     return DatasetDict(
         {
@@ -140,15 +123,9 @@ def standard_library(validation_split_percentage: int = 5) -> DatasetDict:
     )
 
 
-def _is_library_source(path, root):
-    folders = path.relative_to(root).parts[:-1]
-    return SKIPPED_FOLDERS.isdisjoint(folders) and not path.name.startswith(SKIPPED_FILES)
-
-
 def _read_sources(root: str, names: tuple[str, ...], version: str) -> Iterator[dict[str, str]]:
     for name in names:
-        with tokenize.open(Path(root, name)) as file:  # decodes with the encoding that the source declares
-            yield {"file": name, "text": file.read()}
+        yield {"file": name, "text": read_source(Path(root, name))}
 
 
 def _load_files(args, streaming):
@@ -218,29 +195,7 @@ def train_tokenizer(
         vocab_size (`int`): Maximum number of tokens; a short text gives fewer.
         max_length (`int`): Number of tokens to truncate to (`model_max_length`).
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + 2
-    if vocab_size < smallest:
-        raise ValueError(
-            f"A byte-level tokenizer has at least {smallest} tokens, but the `vocab_size` of the model is "
-            f"{vocab_size}: choose a larger one (--config_overrides vocab_size=4096), or give a tokenizer "
-            "(--tokenizer_name)."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(_texts(dataset, column), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    return byte_level_tokenizer(_texts(dataset, column), vocab_size, max_length)
 
 
 def _texts(dataset, column):

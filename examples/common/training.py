@@ -11,13 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training for the examples: arguments and logs as in the examples of Transformers, resuming, training, evaluation."""
+"""Training for the examples: optimizers and logs as in the examples of Transformers, resuming, training, evaluation."""
 
 import json
 import logging
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ import datasets
 import transformers
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
-    HfArgumentParser,
     PreTrainedModel,
     Trainer,
     TrainerState,
@@ -105,36 +103,6 @@ def make_optimizers(
     if not is_new:
         multipliers = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} | multipliers
     return make_optimizer(model, training_args, second_moment=args.second_moment, **multipliers), None
-
-
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults of flags, and keeps the line breaks of the description."""
-
-
-def parse_arguments(dataclass_types: tuple[type, ...], description: str) -> tuple:
-    """
-    Parses the command line, or the JSON file that is its only argument, into one object of each dataclass.
-
-    Args:
-        dataclass_types (`tuple[type]`): Dataclasses whose fields are the flags.
-        description (`str`): Description at the beginning of `--help`.
-    """
-    parser = HfArgumentParser(
-        dataclass_types,
-        prog=_program(),
-        description=description,
-        usage="%(prog)s [--flag value ...]",
-        formatter_class=_HelpFormatter,
-    )
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
-
-
-def _program():
-    """The program for `--help`: the name of a script, or `python -m` and the name of a package."""
-    spec = sys.modules["__main__"].__spec__
-    return os.path.basename(sys.argv[0]) if spec is None else f"python -m {spec.parent}"
 
 
 def setup_logging(training_args: TrainingArguments) -> None:

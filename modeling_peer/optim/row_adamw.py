@@ -25,6 +25,7 @@ from torch.optim.adamw import adamw
 from ..factored_gradient import FactoredGradient, Factors, take_factors
 from ..memory_advice import advise_huge_pages
 from . import row_adamw_cpu as cpu
+from . import row_adamw_triton as triton
 from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
@@ -34,8 +35,9 @@ if dist.is_available():
 SECOND_MOMENTS = ("full", "row")
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
-# the cache.
+# the cache of a CPU. Launches on a GPU must be fewer.
 CHUNK_ELEMENTS = 2**18
+CHUNK_ELEMENTS_ON_GPU = 2**26
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -53,7 +55,8 @@ class RowAdamW(torch.optim.Optimizer):
     dense, or sparse by rows; the result is the same.
 
     On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
-    `MODELING_PEER_COMPILE_KERNELS` is 0; `expert_kernels` of a configuration is for its model alone.
+    `MODELING_PEER_COMPILE_KERNELS` is 0, and on a GPU in Triton; `expert_kernels` of a configuration is for its model
+    alone.
 
     Args:
         params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may override the
@@ -166,8 +169,12 @@ class RowAdamW(torch.optim.Optimizer):
     def _step_dense(self, parameters, group):
         for parameter in parameters:
             state = self.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
+            # torch's fused kernel counts steps where the parameter is.
+            device = parameter.device if parameter.is_cuda else None
+            if state:
+                state["step"] = state["step"].to(device or state["step"].device)
+            else:
+                state["step"] = torch.zeros((), device=device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         states = [self.state[parameter] for parameter in parameters]
@@ -179,7 +186,7 @@ class RowAdamW(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             # torch's own choice on a CPU is a loop over the parameters, with several passes over memory on one thread.
-            fused=bool(local) and all(each.is_floating_point() and each.is_cpu for each in local),
+            fused=bool(local) and all(each.is_floating_point() and (each.is_cpu or each.is_cuda) for each in local),
             has_complex=any(map(torch.is_complex, parameters)),
             amsgrad=False,
             beta1=group["betas"][0],
@@ -386,7 +393,8 @@ def _mean_squares(parameter, gradient):
 
 
 def _rows_per_chunk(table):
-    return max(1, CHUNK_ELEMENTS // max(1, table.shape[1]))
+    elements = CHUNK_ELEMENTS if table.is_cpu else CHUNK_ELEMENTS_ON_GPU
+    return max(1, elements // max(1, table.shape[1]))
 
 
 def update_rows(
@@ -399,7 +407,8 @@ def update_rows(
     mean_squares: torch.Tensor | None = None,
 ) -> None:
     """
-    Make AdamW's step on some rows, in place: in C where that is possible, else in torch operations, chunk by chunk.
+    Make AdamW's step on some rows, in place: in C or Triton where that is possible, else in torch operations, chunk by
+    chunk.
 
     Args:
         parameter (`torch.Tensor` of shape `(num_rows, width)`)
@@ -411,9 +420,10 @@ def update_rows(
         mean_squares (`torch.Tensor` of shape `(num_touched, 1)`, *optional*):
             Mean squares of whole rows of the gradient, of which `gradient` has parts.
     """
-    if mean_squares is None and cpu.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
-        cpu.update_rows(parameter, state, rows, gradient, places, group)
-        return
+    for kernels in (cpu, triton) if mean_squares is None else ():
+        if kernels.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
+            kernels.update_rows(parameter, state, rows, gradient, places, group)
+            return
     size = _rows_per_chunk(parameter)
     for first in range(0, len(rows), size):
         chunk = slice(first, first + size)
@@ -432,9 +442,10 @@ def update_by_factors(
         parameter, state, group: See [`update_rows`].
         factors ([`Factors`]): The gradient.
     """
-    if cpu.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
-        cpu.update_by_factors(parameter, state, factors, group)
-        return
+    for kernels in (cpu, triton):
+        if kernels.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
+            kernels.update_by_factors(parameter, state, factors, group)
+            return
     sums = factors.sums()
     places = sums.ne(0).any(1).nonzero()[:, 0]
     update_rows(parameter, state, factors.entries.groups.rows.long()[places], sums, places, group)

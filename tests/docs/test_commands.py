@@ -16,6 +16,7 @@
 import importlib
 import re
 import shlex
+from importlib.metadata import requires
 
 import pytest
 from documentation import PAGES, ROOT, STUDY_PAGES, code_blocks, name_of, prose
@@ -24,6 +25,12 @@ from transformers import HfArgumentParser
 
 # Programs that no test starts: what follows them is not ours.
 FOREIGN = {"hf", "git", "cd"}
+
+# Parts of `./run` that are a script or package of examples/.
+MODULES = {"quickstart": "quickstart", "benchmark": "benchmark.__main__", "gpu": "gpu.__main__"}
+
+# What PEER-pytorch imports is on a machine with torch, or downloaded with it.
+WITH_TORCH = {"torch", "numpy", "sympy"}
 
 
 def commands_of(page):
@@ -74,15 +81,18 @@ def check_run(words, monkeypatch):
         name, *flags = rest
         assert (ROOT / "examples" / "studies" / name / "__main__.py").exists(), name
         check_flags(f"studies.{name}.__main__", flags, monkeypatch)
-    elif part in ("quickstart", "benchmark"):
-        check_flags({"quickstart": "quickstart", "benchmark": "benchmark.__main__"}[part], rest, monkeypatch)
+    elif part in MODULES:
+        check_flags(MODULES[part], rest, monkeypatch)
     else:
         assert part in ("tests", "checks")
         assert all((ROOT / word).exists() for word in rest if "/" in word), rest
 
 
 def check_pip(words):
-    """What is installed: this package from a clone, with extras that it has."""
+    """What is installed: this package from a clone, with extras that it has. What is downloaded: with all it needs."""
+    if words[0] == "download":
+        check_download(words[words.index("--dest") + 2 :])
+        return
     install, requirement = words
     assert install == "install"
     extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", requirement)
@@ -90,6 +100,14 @@ def check_pip(words):
     optional = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     known = set(re.findall(r"^(\w+) = \[", optional, flags=re.M))
     assert set(filter(None, (extras[1] or "").split(","))) <= known, f"{requirement}, known are {sorted(known)}"
+
+
+def check_download(packages):
+    """Packages of which each needs no others but those and torch."""
+    for package in packages:
+        needed = [re.match(r"[\w-]+", each)[0] for each in requires(package) or () if "extra ==" not in each]
+        missing = set(needed) - {*packages, *WITH_TORCH}
+        assert not missing, f"{package} needs {sorted(missing)}"
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
@@ -117,6 +135,7 @@ def test_command(words, monkeypatch):
         ["./run", "study", "no_such_study"],
         ["./run", "no_such_part"],
         ["pip", "install", ".[no_such_extra]"],
+        ["pip", "download", "--dest", "wheels", "peer-pytorch", "einops"],
         ["make"],
     ],
     ids=shlex.join,

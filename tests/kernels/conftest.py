@@ -11,15 +11,38 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A cache of compiled kernels of a test's own, and a number of threads."""
+"""A cache of compiled kernels of a test's own, a number of threads, and tests in Triton's interpreter."""
 
 import subprocess
 
 import pytest
 import torch
+from triton_programs import watched_launches
 
 from modeling_peer import native_library
 from modeling_peer.native_library import load_library
+from modeling_peer.triton_launch import INTERPRETED
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: runs in the process of test_triton_interpreter.py alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Kernels in Triton are interpreted or not from the import of Triton on, and so is a whole process."""
+    others = [item for item in items if bool(item.get_closest_marker("interpreted")) != INTERPRETED]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+@pytest.fixture(autouse=True)
+def _watched(request):
+    """In the interpreter programs run shuffled, keep to their tensors, and do not race."""
+    if not INTERPRETED:
+        yield
+        return
+    with watched_launches(seed=0):
+        yield
 
 
 @pytest.fixture

@@ -15,14 +15,18 @@
 The operators in front of the experts: autograd, compilers, checkpointing, autocast and the transforms of `torch.func`.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from kernel_cases import IMPLEMENTATIONS, experts
 from table_gradients import dense
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from modeling_peer import product_key_retrieval as product_key_retrieval_module
 from modeling_peer.expert_kernels_torch import EagerKernels
 from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
 from modeling_peer.factored_gradient import FactoredGradient
@@ -90,6 +94,65 @@ class TestOperators:
             leaves = hidden_states.clone().requires_grad_(), table.clone().requires_grad_()
             run(lambda x, t: expert_up(x, indices, t, kernels, False).square(), *leaves).sum().backward()
             grads.append([leaf.grad for leaf in leaves])
+        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+class TestPlainRetrieval:
+    """In training that nothing but autograd observes, retrieval is no operator."""
+
+    def run(self, mode=nullcontext):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((5, 2, 2, 8), (1, 2, 6, 8))]
+        with mode():
+            indices, scores = retrieve(*leaves, 3, "cpu")
+            return indices, scores, *torch.autograd.grad(scores.square().sum(), leaves)
+
+    def test_it_equals_the_operators_to_the_bit(self):
+        mode = Recorded()
+        observed = self.run(lambda: mode)
+        assert {"product_key_retrieval", "product_key_retrieval_gradients"} <= set(mode.names)
+        assert all(torch.equal(x, y) for x, y in zip(self.run(), observed, strict=True))
+
+    def test_it_calls_no_operator(self, monkeypatch):
+        def refuse(*arguments):
+            raise AssertionError
+
+        for name in ("product_key_retrieval", "product_key_retrieval_gradients"):
+            monkeypatch.setattr(product_key_retrieval_module, name, refuse)
+        self.run()
+
+    def test_indices_have_no_gradient(self):
+        queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8)
+        indices, scores = retrieve(queries, sub_keys, 3, "cpu")
+        assert scores.requires_grad
+        assert not indices.requires_grad
+
+    def test_double_backward_is_refused(self):
+        queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8)
+        scores = retrieve(queries, sub_keys, 3, "cpu")[1]
+        with pytest.raises(RuntimeError, match=r'second derivative.*expert_kernels="eager"'):
+            torch.autograd.grad(scores.sum(), queries, create_graph=True)
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_activation_checkpointing(self, use_reentrant):
+        leaves = torch.randn(5, 2, 2, 8), torch.randn(1, 2, 6, 8)
+        grads = []
+        for run in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=use_reentrant)):
+            mine = [leaf.clone().requires_grad_() for leaf in leaves]
+            run(lambda q, c: retrieve(q, c, 3, "cpu")[1].square(), *mine).sum().backward()
+            grads.append([leaf.grad for leaf in mine])
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 

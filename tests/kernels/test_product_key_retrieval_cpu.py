@@ -63,6 +63,33 @@ def assert_equals_the_reference(num_tokens, num_heads, num_sets, size, half_size
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
 
+HALF_SIZES = [1, 3, 8, 15, 16, 17, 31, 32, 33, 48, 64, 100, 128]
+
+
+def assert_gradients_equal_literal_ones(num_sets, half_size):
+    """Of any experts, which share rows and columns, and one of which may be there twice."""
+    size, k = 12, 9
+    generator = torch.Generator().manual_seed(half_size)
+    queries = torch.randn(21, 3, 2, half_size, generator=generator)
+    sub_keys = torch.randn(num_sets, 2, size, half_size, generator=generator)
+    indices = torch.randint(0, size**2, (21, 3, k), generator=generator)
+    gradient = torch.randn(21, 3, k, generator=generator)
+    exact = [x.double().requires_grad_() for x in (queries, sub_keys)]
+    cells = torch.stack(expert_cell(indices), dim=2)  # [tokens, heads, 2, k]
+    sets, halves = torch.arange(3)[:, None, None] % num_sets, torch.arange(2)[:, None]
+    keys = exact[1][sets, halves, cells]  # [tokens, heads, 2, k, half_size]
+    scores = torch.einsum("thpc,thpkc->thk", exact[0], keys)
+    expected = torch.autograd.grad(scores, exact, gradient.double())
+    found = CpuKernels.retrieval_gradients(gradient, indices, queries, sub_keys)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=2e-5)
+    # Alone or together, now or later: to the bit.
+    for wanted in ((True, True), (True, False), (False, True)):
+        again = CpuKernels.retrieval_gradients(gradient, indices, queries, sub_keys, wanted)
+        for x, y, is_wanted in zip(again, found, wanted, strict=True):
+            assert torch.equal(x, y) if is_wanted else not x.numel()
+
+
 class TestRetrieval:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_equals_the_reference(self, threads, shape):
@@ -76,6 +103,8 @@ class TestRetrieval:
         try:
             for shape in SHAPES:
                 assert_equals_the_reference(*shape)
+            for half_size in HALF_SIZES:
+                assert_gradients_equal_literal_ones(1, half_size)
             assert len(list(tmp_path.glob("modeling_peer/*.so"))) == 1
         finally:
             load_library.cache_clear()
@@ -121,6 +150,11 @@ class TestRetrieval:
         assert indices.min() >= 0
         assert indices.max() < 256**2
         assert scores.softmax(-1).isnan().any()
+
+    @pytest.mark.parametrize("num_sets", [1, 3])
+    @pytest.mark.parametrize("half_size", HALF_SIZES)
+    def test_gradients(self, threads, half_size, num_sets):
+        assert_gradients_equal_literal_ones(num_sets, half_size)
 
     @pytest.mark.parametrize("frozen", [0, 1], ids=["queries", "sub_keys"])
     def test_what_is_frozen_gets_no_gradient(self, frozen, monkeypatch):

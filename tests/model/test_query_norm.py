@@ -39,14 +39,15 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_training_equals_torchs_batch_norm_on_the_tokens():
+@pytest.mark.parametrize("present", [0.7, 1.0], ids=["padding", "no_padding"])
+def test_training_equals_torchs_batch_norm_on_the_tokens(present):
     """Outputs, gradients through the moments, and running statistics, in float64."""
     torch.manual_seed(0)
     ours, theirs = QueryBatchNorm(6).double(), nn.BatchNorm1d(6).double()
     for norm in (ours, theirs):
         nn.init.constant_(norm.weight, 1.3)
         nn.init.constant_(norm.bias, -0.2)
-    mask = torch.rand(4, 7) > 0.3
+    mask = torch.rand(4, 7) < present
     queries = (3 + 2 * torch.randn(4, 7, 6, dtype=torch.float64)).requires_grad_()
     direction = torch.randn(int(mask.sum()), 6, dtype=torch.float64)
     results = []
@@ -55,7 +56,60 @@ def test_training_equals_torchs_batch_norm_on_the_tokens():
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
     assert torch.allclose(statistics(ours), statistics(theirs), rtol=1e-10)
+    assert ours.num_batches_tracked == 1
     assert torch.allclose(ours.eval()(queries[mask]), theirs.eval()(queries[mask]))
+
+
+def moments_and_gradients(queries, weight, bias, direction, eps=1e-5):
+    """What a BatchNorm computes, and its gradients, by the definition and in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (queries, weight, bias)]
+    features = leaves[0].flatten(0, -2)
+    mean, variance = features.mean(0), features.var(0, unbiased=False)
+    outputs = ((features - mean) / (variance + eps).sqrt() * leaves[1] + leaves[2]).view_as(queries)
+    gradients = torch.autograd.grad(outputs, leaves, direction.double())
+    return outputs, mean, features.var(0), gradients
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_a_batch_without_padding(mean, mask):
+    """In float32, also where the mean is large; whether a mask says that there is no padding, or none is given."""
+    torch.manual_seed(0)
+    norm = QueryBatchNorm(24).train()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    queries = (mean + torch.randn(4, 50, 24)).requires_grad_()
+    direction = torch.randn(4, 50, 24)
+    outputs = norm(queries, None if mask is None else torch.ones(4, 50, dtype=mask))
+    found = torch.autograd.grad(outputs, [queries, norm.weight, norm.bias], direction)
+    expected, batch_mean, variance, gradients = moments_and_gradients(queries, norm.weight, norm.bias, direction)
+    for actual, reference in zip((outputs, *found), (expected, *gradients), strict=True):
+        torch.testing.assert_close(actual.double(), reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * batch_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * variance, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_that_is_far_away_changes_nothing():
+    """The same tokens with padding, in float32: another computation, with the same result."""
+    torch.manual_seed(0)
+    alone, padded = QueryBatchNorm(24), QueryBatchNorm(24)
+    queries, mask = torch.randn(3, 20, 24), torch.arange(25) < 20
+    longer = torch.cat([queries, torch.full((3, 5, 24), torch.nan)], dim=1)
+    found = padded(longer, mask.expand(3, -1))[:, :20]
+    torch.testing.assert_close(found, alone(queries), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics(padded), statistics(alone))
+
+
+def test_several_batches_before_a_backward():
+    torch.manual_seed(0)
+    norm = QueryBatchNorm(6)
+    batches = [torch.randn(8, 6, requires_grad=True) for _ in range(2)]
+    direction = torch.randn(8, 6)
+    apart = [torch.autograd.grad(norm(x), x, direction)[0] for x in batches]
+    outputs = [norm(x) for x in batches]
+    together = torch.autograd.grad(outputs, batches, [direction, direction])
+    assert all(torch.equal(x, y) for x, y in zip(together, apart, strict=True))
+    assert norm.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.utils import logging
 
-from common.training import parse_arguments
+from common.command_line import parse_arguments
 from studies.common.arms import named_arms, run_all
 from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
 from studies.facts.arms import ARMS, Arm, train_facts

@@ -35,9 +35,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.command_line import parse_arguments
 from common.machine import machine
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
-from common.training import parse_arguments
 from modeling_peer import PeerGraftConfig
 from studies.common.arms import train
 from studies.common.base_model import MODEL_PACKAGE, save_base

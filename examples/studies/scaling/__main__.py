@@ -30,7 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from common.training import parse_arguments
+from common.command_line import parse_arguments
 from studies.common.study_folder import write_text
 from studies.scaling.cards import write_cards
 from studies.scaling.plan import (

@@ -37,8 +37,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.command_line import parse_arguments
 from common.text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
-from common.training import parse_arguments
 from modeling_peer import (
     PeerForCausalLM,
     RowAdamW,

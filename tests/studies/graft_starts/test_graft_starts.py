@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from graft_hosts import host_of
+from graft_models import base_model_of
 from transformers import LlamaForCausalLM
 
 from common.text_data import train_tokenizer
@@ -33,7 +33,7 @@ def compare(tmp_path, monkeypatch):
     corpus = Dataset.from_dict({"text": ["One word, and another one. " * 100] * 8})
     tokenizer = train_tokenizer(corpus, "text", 300, 256)
     tokenizer.save_pretrained(tmp_path / "host")
-    host_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "host")
+    base_model_of("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "host")
     monkeypatch.setattr(graft_starts, "load_corpus", lambda name: DatasetDict(train=corpus, validation=corpus))
     flags = {
         "output_dir": tmp_path / "starts",

@@ -1,0 +1,160 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Checks and measures PEER on a machine with a GPU.
+
+    ./run gpu
+
+Nothing is installed and no network is needed: it runs on the Python that is there. Every part takes less than ten
+minutes and has a file of results in --output_dir. Killed at any point, the same command resumes; rows that failed or
+were skipped run again. Tables are printed last. The exit code is 2 without a GPU, and 1 if a row failed.
+
+| part | |
+|---|---|
+| `equality` | kernels, optimizer, layer and model against references; waiting, graphs; the project's tests |
+| `sanitizer` | accesses out of bounds and races, by compute-sanitizer |
+| `tuning` | candidates of block sizes and the like, and the lines to change |
+| `kernels` | times of kernels beside torch's operators and the bandwidth of a copy |
+| `layer` | a layer with a million experts beside PEER-pytorch and a dense one, with floors and peak memory |
+| `decode` | one token at a time, with and without CUDA graphs |
+| `training` | a PEER model and its dense twin for equal seconds |
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from common.command_line import parse_arguments
+from common.subprocesses import module_command, module_environment
+from gpu.report import is_without_failures, report
+from gpu.settings import Settings, tiny_sizes
+from gpu.wheels import unpack
+from gpu.worker import CONTEXT_LOST, PARTS, open_part, part_rows
+from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, FASTEST_KERNELS
+
+
+# Seconds for a row that started before the end of the time, after which its process is ended.
+GRACE = 50
+
+# The row of a process that ended before any other.
+PROCESS = "process"
+
+
+@dataclass
+class GpuArguments:
+    """What to check and measure."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Parts: {', '.join(PARTS)}."})
+    output_dir: str = field(default="runs/gpu", metadata={"help": "The folder of results, tables and pictures."})
+    wheels: str | None = field(default=None, metadata={"help": "A folder with wheels of packages that are missing."})
+    overwrite: bool = field(default=False, metadata={"help": "Run again what has results already."})
+    device: str = field(default="cuda", metadata={"help": "Device, cuda or cpu. A CPU is for tests, with --tiny."})
+    tiny: bool = field(default=False, metadata={"help": "Toy sizes, to try the command."})
+    kernels: str | None = field(
+        default=None, metadata={"help": "Kernels to run, the fastest of the device if not set."}
+    )
+    minutes: float = field(default=9.0, metadata={"help": "Minutes after which a part starts no more rows."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of random inputs, another one each time if not set."}
+    )
+
+    def __post_init__(self):
+        unknown = sorted(set(self.parts) - set(PARTS))
+        if unknown:
+            raise ValueError(f"--parts must be some of {list(PARTS)}, but got {unknown}.")
+        if self.device not in FASTEST_KERNELS:
+            raise ValueError(f"--device must be one of {sorted(FASTEST_KERNELS)}, but got {self.device!r}.")
+
+
+def make_settings(args: GpuArguments) -> Settings:
+    """The settings of a run. Ends the process if there is no GPU, or if its kernels cannot run."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        end(2, "There is no GPU here that torch can use: `--device cpu --tiny` tries the command without one.")
+    kernels = args.kernels or FASTEST_KERNELS[args.device]
+    reason = ALL_EXPERT_KERNELS[kernels].unavailable_reason(torch.empty(1, 1, device=args.device))
+    if reason is not None:
+        end(2, f"The kernels {kernels!r} cannot run here: {reason}")
+    seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
+    sizes = tiny_sizes() if args.tiny else {}
+    return Settings(device=args.device, kernels=kernels, output_dir=args.output_dir, seed=seed, **sizes)
+
+
+def end(code: int, sentence: str) -> None:
+    """Ends the process with a sentence."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run_worker(job: dict) -> tuple[int, str]:
+    """Runs rows in a process of their own, and returns its exit code and, for people, why it ended."""
+    command = module_command("gpu.worker", json.dumps({**job, "parent": os.getpid()}))
+    worker = subprocess.Popen(command, env=module_environment(), start_new_session=True)
+    try:
+        code = worker.wait(max(job["deadline"] - time.time(), 0) + GRACE)
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL, "It was not over when the time of the part was. The same command runs it again."
+    finally:
+        if worker.poll() is None:  # with what it started
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+    return code, f"Its process was ended by signal {-code}." if code < 0 else f"Its process ended with {code}."
+
+
+def run_part(part: str, args: GpuArguments, settings: Settings, packages: Path | None) -> None:
+    """Runs the rows of a part that have no result. A row that ends its process fails, and the others go on."""
+    if args.overwrite:
+        Path(settings.output_dir, f"{part}.json").unlink(missing_ok=True)
+    job = {"part": part, "settings": asdict(settings), "packages": packages and str(packages)}
+    job |= {"attempt": uuid.uuid4().hex, "deadline": time.time() + 60 * args.minutes}
+    file = open_part(part, settings)
+    file.forget(PROCESS)
+    while not all(map(file.is_finished, part_rows(part, settings))):
+        code, reason = run_worker(job)
+        file = open_part(part, settings)
+        if code == 0:
+            return
+        if not file.put_ended(reason, job["attempt"]) and code != CONTEXT_LOST:
+            file.put(PROCESS, {"error": reason}, job["attempt"])
+            return
+
+
+def main():
+    (args,) = parse_arguments((GpuArguments,), __doc__)
+    settings, folder = make_settings(args), Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = None if args.wheels is None else unpack(Path(args.wheels), folder / "packages")
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            for part in args.parts:
+                print(f"\n{part}", flush=True)
+                run_part(part, args, settings, packages)
+    except Timeout:
+        end(1, f"Another process runs in {folder}: wait for it, or choose another --output_dir.")
+    print(report(folder))
+    if not is_without_failures(folder, args.parts):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A GPU, or a CPU in its place: times, peak memory, graphs, and work during which the host must not wait."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+
+from common.machine import machine
+
+
+# Times of an operation are taken for this long at most.
+MOST_SECONDS = 5.0
+
+# How often a function runs before it is timed or captured: kernels are compiled, memory is allocated.
+WARM_UP = 3
+
+
+class Device:
+    """Where tensors are and how work there is timed. On a CPU a clock replaces events, and graphs are plain calls."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.is_gpu = torch.device(name).type == "cuda"
+
+    def facts(self) -> dict[str, Any]:
+        """The device and the releases of libraries, which results depend on."""
+        facts = machine()
+        if self.is_gpu:
+            properties = torch.cuda.get_device_properties(self.name)
+            facts |= {"gpu": properties.name, "cuda": torch.version.cuda}
+        return facts
+
+    def synchronize(self) -> None:
+        """Wait for the device. Raises the error of a kernel that failed."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.name)
+
+    def seconds(self, function: Callable[[], Any], repetitions: int) -> float:
+        """The median time of some calls, after others for warm-up; fewer calls if they take long."""
+        for _ in range(WARM_UP):
+            function()
+        estimate = self._timed(function, 1)[0]
+        return median(self._timed(function, max(3, min(repetitions, int(MOST_SECONDS / max(estimate, 1e-6))))))
+
+    def _timed(self, function, repetitions):
+        if not self.is_gpu:
+            times = []
+            for _ in range(repetitions):
+                start = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - start)
+            return times
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+        self.synchronize()
+        for start, end in pairs:
+            start.record()
+            function()
+            end.record()
+        self.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+    def peak_bytes(self, function: Callable[[], Any]) -> int | None:
+        """The most bytes that are allocated during a call, what was there before included. `None` on a CPU."""
+        if not self.is_gpu:
+            function()
+            return None
+        torch.cuda.reset_peak_memory_stats(self.name)
+        function()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.name)
+
+    @contextlib.contextmanager
+    def no_waiting(self) -> Iterator[None]:
+        """A context in which torch raises `RuntimeError` if the host waits for the GPU."""
+        if not self.is_gpu:
+            yield
+            return
+        self.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Calls a function [`WARM_UP`] times, captures it in a CUDA graph, and returns what replays the graph."""
+        if not self.is_gpu:
+            for _ in range(WARM_UP):
+                function()
+            return function
+        stream = torch.cuda.Stream(self.name)
+        stream.wait_stream(torch.cuda.current_stream(self.name))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream(self.name).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def free(self) -> None:
+        """Give unused memory back."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()

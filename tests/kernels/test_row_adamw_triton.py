@@ -1,0 +1,217 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""AdamW's step in Triton, in its interpreter, against the same step in torch operations."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from modeling_peer import RowAdamW, factored_gradient_triton
+from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.optim import row_adamw, row_adamw_triton
+from modeling_peer.optim.stochastic_rounding import random_bits, round_stochastically
+from modeling_peer.triton_launch import launch, tl, triton
+
+
+pytestmark = pytest.mark.interpreted
+
+NUM_ROWS, WIDTH = 11, 37
+OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "rounding_seed": 2**32 - 5}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["seed"])
+    def _draw(out, rows, steps, seed, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+        place = tl.program_id(0)
+        columns = tl.arange(0, COLUMNS)
+        row = tl.load(rows + place)
+        bits = row_adamw_triton.random_bits(seed, row, tl.load(steps + place), columns)
+        tl.store(out + place * WIDTH + columns, bits.to(tl.int64), mask=columns < WIDTH)
+
+    @triton.jit
+    def _round(values, bits, out, WIDTH: tl.constexpr):
+        columns = tl.arange(0, WIDTH)
+        random = tl.load(bits + columns).to(tl.uint32)
+        rounded = row_adamw_triton.round_stochastically(tl.load(values + columns), random, out.dtype.element_ty)
+        tl.store(out + columns, rounded)
+
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch):
+    monkeypatch.setattr(row_adamw.cpu, "can_update", lambda *tensors: False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 16, 123456789, 2**31, 2**32 - 1])
+def test_random_bits(seed):
+    rows, steps = torch.tensor([0, 1, 17, 2**31 - 1]), torch.tensor([1, 2, 30, 10**6], dtype=torch.int32)
+    bits = torch.empty(len(rows), WIDTH, dtype=torch.int64)
+    launch(_draw, (len(rows),), bits, rows, steps, seed - (seed >> 31 << 32), WIDTH=WIDTH, COLUMNS=64)
+    assert bits.equal(random_bits(seed, rows, steps, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounding(dtype):
+    """To the bit, for numbers of every size, and for what is no number."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-(2**31), 2**31, (2**13,), generator=generator, dtype=torch.int32).view(torch.float32)
+    values[: 2**12] = torch.randn(2**12, generator=generator) * 2.0 ** torch.randint(
+        -30, 20, (2**12,), generator=generator
+    )
+    values[:8] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 65519.99, -65520.0, 6.1e-5])
+    bits = torch.randint(2**32, values.shape, generator=generator)
+    out = torch.empty_like(values, dtype=dtype)
+    launch(_round, (1,), values, bits, out, WIDTH=len(values))
+    assert out.view(torch.int16).equal(round_stochastically(values, dtype, bits).view(torch.int16))
+
+
+def table_and_state(dtype, second_moment):
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(NUM_ROWS, WIDTH, generator=generator).to(dtype)
+    second = torch.zeros(NUM_ROWS, WIDTH if second_moment == "full" else 1)
+    steps = torch.zeros(NUM_ROWS, dtype=torch.int32)
+    return table, {"row_steps": steps, "exp_avg": torch.zeros(NUM_ROWS, WIDTH), "exp_avg_sq": second}
+
+
+def factors_of(step, dtype=torch.float32, num_tokens=4, kernels="triton"):
+    """Of half of the rows, one of them with many entries, one with a gradient of zero."""
+    generator = torch.Generator().manual_seed(step)
+    indices = torch.randint(NUM_ROWS // 2, (num_tokens, 3), generator=generator) + step % 4
+    indices[:, 0] = 2
+    coefficients = torch.randn(indices.shape, generator=generator) * (indices != 4)
+    tokens = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
+    return Factors.of(coefficients, tokens, Entries(indices, NUM_ROWS, kernels))
+
+
+def steps_in_torch(monkeypatch, table, state, number, group, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(row_adamw.triton, "can_update", lambda *tensors: False)
+        for step in range(number):
+            row_adamw.update_by_factors(table, state, factors_of(step, kernels="torch", **options), group)
+
+
+class TestSteps:
+    @pytest.mark.parametrize("second_moment", ["full", "row"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("chunk", [4, 256])
+    def test_are_those_of_torch(self, monkeypatch, chunk, dtype, second_moment):
+        monkeypatch.setattr(factored_gradient_triton, "CHUNK", chunk)
+        table, state = table_and_state(dtype, second_moment)
+        expected, expected_state = table_and_state(dtype, second_moment)
+        before = table.clone()
+        for step in range(6):
+            row_adamw.update_by_factors(table, state, factors_of(step, num_tokens=9), OPTIONS)
+        steps_in_torch(monkeypatch, expected, expected_state, 6, OPTIONS, num_tokens=9)
+        for name, value in state.items():
+            assert_close(value, expected_state[name], rtol=2e-6, atol=1e-7)
+        if dtype == torch.float32:
+            assert_close(table, expected, rtol=1e-6, atol=1e-6)
+        else:
+            # The bits are the same: what differs lay within 1e-6 of where they round up.
+            differs = table != expected
+            assert differs.float().mean() < 0.005
+            assert_close(table, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        touched = state["row_steps"] > 0
+        assert len(state["row_steps"].unique()) > 3 and not touched.all()
+        assert state["row_steps"][4] == 0
+        assert table[~touched].equal(before[~touched])
+        assert (table != before)[touched].any(1).all()
+
+    @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.9), (0.9, 0.0), (0.9, 0.999)])
+    def test_with_betas(self, monkeypatch, betas):
+        group = {**OPTIONS, "betas": betas, "eps": 1e-3}
+        table, state = table_and_state(torch.float32, "full")
+        expected, expected_state = table_and_state(torch.float32, "full")
+        # Of one entry each: a sum that cancels out decides the direction of a step where there is no history.
+        for step in range(3):
+            row_adamw.update_by_factors(table, state, factors_of(step, num_tokens=1), group)
+        steps_in_torch(monkeypatch, expected, expected_state, 3, group, num_tokens=1)
+        assert_close(table, expected, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("beta", [0.9, 0.95, 0.999, 0.99999])
+    def test_correct_for_bias_at_any_age(self, monkeypatch, beta):
+        group = {**OPTIONS, "betas": (beta, beta), "eps": 1e-8, "weight_decay": 0.0, "lr": 1.0}
+        for count in (0, 1, 7, 50, 10**3, 10**6):
+            table, state = torch.zeros(NUM_ROWS, WIDTH), table_and_state(torch.float32, "full")[1]
+            state["row_steps"].fill_(count)
+            expected, expected_state = table.clone(), {name: value.clone() for name, value in state.items()}
+            row_adamw.update_by_factors(table, state, factors_of(0), group)
+            steps_in_torch(monkeypatch, expected, expected_state, 1, group)
+            assert_close(table, expected, rtol=1e-6, atol=0)
+
+    def test_a_zero_gradient_leaves_a_row_and_not_a_number_moves_it(self):
+        table, state = table_and_state(torch.float32, "full")
+        before = table.clone()
+        indices = torch.tensor([[1, 2], [1, 3]])
+        tokens = torch.ones(2, WIDTH)
+        tokens[1, 5] = math.nan
+        coefficients = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
+        factors = Factors.of(coefficients, tokens, Entries(indices, NUM_ROWS, "triton"))
+        row_adamw.update_by_factors(table, state, factors, OPTIONS)
+        assert state["row_steps"].nonzero().flatten().tolist() == [1, 2, 3]
+        assert table.isnan().nonzero().tolist() == [[3, 5]]
+        again = table.clone()
+        cancelled = Factors.of(
+            torch.tensor([[1.0], [-1.0]]), torch.ones(2, WIDTH), Entries(indices[:, :1], 11, "triton")
+        )
+        row_adamw.update_by_factors(table, state, cancelled, OPTIONS)
+        assert state["row_steps"][1] == 1
+        assert table[1].equal(again[1]) and not table[1].equal(before[1])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_by_dense_gradients_are_the_same(self, dtype):
+        """Rows that are named as touched move, whatever their gradient: part of it may be on another device."""
+        table, state = table_and_state(dtype, "full")
+        other, other_state = table_and_state(dtype, "full")
+        factors = factors_of(0)
+        row_adamw.update_by_factors(table, state, factors, OPTIONS)
+        gradient = factors.to_rows(torch.float32)
+        rows = gradient.any(1).nonzero()[:, 0]
+        row_adamw.update_rows(other, other_state, rows, gradient, rows, OPTIONS)
+        assert_close(other_state["exp_avg"], state["exp_avg"], rtol=1e-6, atol=1e-7)
+        assert_close(other, table, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        rows = torch.tensor([10])
+        row_adamw.update_rows(other, other_state, rows, torch.zeros(1, WIDTH), torch.tensor([0]), OPTIONS)
+        assert other_state["row_steps"][10] == 1
+
+    def test_count_as_changes_for_autograd(self):
+        table, state = table_and_state(torch.float32, "full")
+        version = table._version
+        row_adamw.update_by_factors(table, state, factors_of(0), OPTIONS)
+        assert table._version > version
+
+
+def test_the_optimizer_runs_it(monkeypatch):
+    calls, update = [], row_adamw_triton.update_by_factors
+    monkeypatch.setattr(row_adamw_triton, "update_by_factors", lambda *a: calls.append(a) or update(*a))
+    table = torch.nn.Parameter(table_and_state(torch.bfloat16, "full")[0])
+    optimizer = RowAdamW([{"params": [table], "rows": True}], lr=0.1)
+    before = table.detach().clone()
+    table.grad = FactoredGradient(table, [factors_of(0), factors_of(1)])
+    optimizer.step()
+    assert len(calls) == 1
+    moved = optimizer.state[table]["row_steps"] > 0
+    assert (table.detach() != before).any(1).equal(moved) and 0 < moved.sum() < NUM_ROWS
+
+
+def test_what_it_cannot_update():
+    table, state = table_and_state(torch.float32, "full")
+    moments = state["exp_avg"], state["exp_avg_sq"]
+    assert row_adamw_triton.can_update(table, None, moments)
+    assert not row_adamw_triton.can_update(table.double(), None, moments)
+    assert not row_adamw_triton.can_update(table.T, None, moments)
+    assert not row_adamw_triton.can_update(table, None, [moment.double() for moment in moments])
+    assert not row_adamw_triton.can_update(torch.empty(2, 2**14), None)

@@ -1,0 +1,153 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What Triton's compiler makes of the kernels: no spills, few registers, loads of 16 bytes where rows are aligned."""
+
+import platform
+from typing import NamedTuple
+
+import pytest
+import torch
+from triton_compiler import compile_launch, missing_target, recorded_launches
+
+from modeling_peer import expert_kernels_triton
+from modeling_peer.expert_kernels_triton import TritonKernels
+from modeling_peer.factored_gradient import Entries, EntryGroups, Factors
+from modeling_peer.optim import row_adamw_triton
+from modeling_peer.product_key_retrieval_triton import _select_pairs_of, score_halves, select
+
+
+# Where its wheels are, Triton is a part of the test environment, and its absence a failure.
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
+)
+
+
+class Target(NamedTuple):
+    capability: int
+    dtype: torch.dtype
+    width: int
+
+    def __str__(self):
+        return f"sm_{self.capability}-{str(self.dtype).removeprefix('torch.')}-d{self.width}"
+
+
+TARGETS = [
+    Target(90, torch.bfloat16, 2048),
+    Target(90, torch.float32, 512),
+    Target(80, torch.bfloat16, 520),  # a multiple of 8 but not of 16
+    Target(80, torch.float32, 1),
+    Target(100, torch.float16, 130),
+    Target(100, torch.bfloat16, 1024),
+    Target(100, torch.float32, 2048),
+]
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def target(request, monkeypatch, tmp_path):
+    reason = missing_target(request.param.capability)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return request.param
+
+
+def compiled(launches, target, folder):
+    """Machine code by the name of the kernel, and the options of its launch."""
+    return {launch[0].__name__: (compile_launch(launch, target.capability, folder), launch[2]) for launch in launches}
+
+
+def assert_small(code, most_registers):
+    assert code.spilled_bytes == 0
+    assert code.registers <= most_registers
+
+
+def assert_wide_loads(code, options, target):
+    """That the rows that a program holds are read 16 bytes at a time, where they are aligned to that."""
+    size = options["ROWS"] * options["COLUMNS"] * target.dtype.itemsize
+    if target.width % 8 == 0:
+        assert code.wide_loads >= size // (16 * 32 * options["num_warps"]) >= 1
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few-tokens", "many-tokens"])
+def test_halves(target, many, monkeypatch, tmp_path):
+    monkeypatch.setattr(expert_kernels_triton, "MANY_TOKENS", 0 if many else 100)
+    hidden, weights, table = (
+        torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32), (4, target.width))
+    )
+    indices = torch.zeros(2, 32, dtype=torch.int64)
+    launches = recorded_launches(
+        lambda: (TritonKernels.up(hidden, indices, table), TritonKernels.down(weights, indices, table))
+    )
+    codes = compiled(launches, target, tmp_path)
+    assert codes.keys() == {"_up", "_down"}
+    for code, options in codes.values():
+        assert_small(code, 128)
+        assert_wide_loads(code, options, target)
+        # Interpreted, bfloat16 is truncated. Compiled, it is rounded.
+        assert ("cvt.rn.bf16" in code.ptx) == (target.dtype == torch.bfloat16)
+
+
+def factors_of(target):
+    indices = torch.zeros(2, 32, dtype=torch.int64)
+    entries = Entries(indices, 4, "torch")
+    entries.groups = EntryGroups(*(torch.zeros(size, dtype=torch.int32) for size in (4, 5, 64, 64)))
+    return Factors.of(torch.zeros(2, 32), torch.zeros(2, target.width, dtype=target.dtype), entries)
+
+
+def test_gradients(target, tmp_path):
+    factors = factors_of(target)
+
+    def run():
+        out, places = torch.zeros(4, target.width, dtype=target.dtype), factors.entries.groups.rows
+        TritonKernels.row_gradient(*factors.in_groups(), out, places)
+        TritonKernels.squared_norm(*factors.in_groups())
+
+    codes = compiled(recorded_launches(run), target, tmp_path)
+    assert codes.keys() == {"_sum_chunk", "_row_gradient", "_squared_norm"}
+    for code, options in codes.values():
+        assert_small(code, 128)
+        assert_wide_loads(code, options, target)
+
+
+@pytest.mark.parametrize("second_moment", ["full", "row"])
+def test_steps(target, second_moment, tmp_path):
+    table = torch.zeros(4, target.width, dtype=target.dtype)
+    second = torch.zeros(4, target.width if second_moment == "full" else 1)
+    state = {"row_steps": torch.zeros(4, dtype=torch.int32), "exp_avg": torch.zeros(table.shape), "exp_avg_sq": second}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "rounding_seed": 3}
+    launches = recorded_launches(lambda: row_adamw_triton.update_by_factors(table, state, factors_of(target), group))
+    code, options = compiled(launches, target, tmp_path)["_step_row"]
+    assert_small(code, 128)
+    assert_wide_loads(code, options, target)
+    assert ("st.global.v4.b32" in code.ptx or "st.global.v8.b32" in code.ptx) == (target.width % 8 == 0)
+
+
+@pytest.mark.parametrize(
+    "target, size, k",
+    [(TARGETS[0], 1024, 16), (TARGETS[2], 1024, 16), (TARGETS[-1], 1024, 16), (TARGETS[2], 1000, 32)],
+    indirect=["target"],
+    ids=str,
+)
+def test_retrieval(target, size, k, tmp_path):
+    queries, sub_keys = torch.zeros(8, 2, 2, 128), torch.zeros(1, 2, size, 128)
+    indices, scores = torch.zeros(8, 2, k, dtype=torch.int64), torch.zeros(8, 2, k)
+
+    def run():
+        _select_pairs_of(*select(score_halves(queries, sub_keys), k), indices, scores)
+
+    codes = compiled(recorded_launches(run), target, tmp_path)
+    assert codes.keys() == {"_score", "_select", "_select_pairs"}
+    assert "tf32" in codes["_score"][0].ptx
+    for name, most_registers in (("_score", 250), ("_select", 128), ("_select_pairs", 64)):
+        assert_small(codes[name][0], most_registers)

@@ -1,0 +1,148 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+That programs of a launch do not get in each other's way: their order changes nothing, and neither would running at the
+same time. All other tests in the interpreter look for races too, see `conftest.py`.
+"""
+
+import pytest
+import torch
+from triton_programs import Race, watched_launches
+
+from modeling_peer import factored_gradient_triton
+from modeling_peer.expert_kernels_triton import TritonKernels
+from modeling_peer.factored_gradient import Entries, Factors
+from modeling_peer.optim import row_adamw_triton
+from modeling_peer.triton_launch import launch, tl, triton
+
+
+pytestmark = pytest.mark.interpreted
+
+if triton is not None:
+
+    @triton.jit
+    def _add_without_atomics(values, total, WIDTH: tl.constexpr):
+        columns = tl.arange(0, WIDTH)
+        value = tl.load(values + tl.program_id(0) * WIDTH + columns)
+        tl.store(total + columns, tl.load(total + columns) + value)
+
+    @triton.jit
+    def _add(values, total, WIDTH: tl.constexpr):
+        columns = tl.arange(0, WIDTH)
+        tl.atomic_add(total + columns, tl.load(values + tl.program_id(0) * WIDTH + columns))
+
+    @triton.jit
+    def _add_and_read(values, total, WIDTH: tl.constexpr):
+        columns = tl.arange(0, WIDTH)
+        tl.atomic_add(total + columns, tl.load(values + tl.program_id(0) * WIDTH + columns))
+        tl.load(total + columns)
+
+    @triton.jit
+    def _write_the_next(values, total, WIDTH: tl.constexpr):
+        columns = tl.arange(0, WIDTH)
+        tl.store(
+            values + ((tl.program_id(0) + 1) % 2) * WIDTH + columns,
+            tl.load(values + tl.program_id(0) * WIDTH + columns),
+        )
+
+    @triton.jit
+    def _read_past_the_end(values, total, WIDTH: tl.constexpr):
+        tl.load(values + (tl.program_id(0) + 1) * WIDTH + tl.arange(0, WIDTH))
+
+
+@pytest.fixture(autouse=True)
+def _watched():
+    """The tests here watch for themselves."""
+
+
+class TestTheWatch:
+    @pytest.mark.parametrize("kernel", ["_add_without_atomics", "_add_and_read", "_write_the_next"])
+    @pytest.mark.parametrize("seed", [None, 0])
+    def test_finds_a_planted_race(self, kernel, seed):
+        values, total = torch.ones(2, 4), torch.zeros(4)
+        with pytest.raises(Race, match=f"{kernel}: [48] addresses"), watched_launches(seed):
+            launch(globals()[kernel], (2,), values, total, WIDTH=4)
+
+    def test_finds_it_where_the_result_is_right(self):
+        """In the order of their numbers, one after another."""
+        values, total = torch.ones(2, 4), torch.zeros(4)
+        with pytest.raises(Race), watched_launches():
+            launch(_add_without_atomics, (2,), values, total, WIDTH=4)
+        assert total.tolist() == [2] * 4
+
+    def test_lets_atomics_pass(self):
+        total = torch.zeros(4)
+        with watched_launches() as launches:
+            launch(_add, (2,), torch.ones(2, 4), total, WIDTH=4)
+        assert total.tolist() == [2] * 4
+        assert launches[0].pairs("added to").shape == (2, 8)
+
+    def test_finds_what_is_outside(self):
+        with pytest.raises(Exception, match="read outside"), watched_launches():
+            launch(_read_past_the_end, (2,), torch.ones(2, 4), torch.ones(4), WIDTH=4)
+
+
+def experts():
+    generator = torch.Generator().manual_seed(0)
+    hidden, table = torch.randn(9, 24, generator=generator), torch.randn(12, 24, generator=generator)
+    return hidden, torch.randn(9, 7, generator=generator), torch.randint(10, (9, 7), generator=generator), table
+
+
+def up():
+    hidden, _, indices, table = experts()
+    return [TritonKernels.up(hidden, indices, table)]
+
+
+def down():
+    _, weights, indices, table = experts()
+    return [TritonKernels.down(weights, indices, table)]
+
+
+def factors():
+    hidden, weights, indices, table = experts()
+    return Factors.of(weights, hidden, Entries(indices.clamp(max=6), len(table), "triton"))
+
+
+def gradient():
+    one = factors()
+    return [one.to_rows(torch.float32), one.sums(), TritonKernels.squared_norm(*one.in_groups())]
+
+
+def step():
+    table = experts()[-1].bfloat16()
+    state = {"row_steps": torch.zeros(12, dtype=torch.int32)}
+    state |= {"exp_avg": torch.zeros(12, 24), "exp_avg_sq": torch.zeros(12, 1)}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "rounding_seed": 3}
+    row_adamw_triton.update_by_factors(table, state, factors(), group)
+    return [table, *state.values()]
+
+
+def retrieval():
+    generator = torch.Generator().manual_seed(0)
+    queries, sub_keys = torch.randn(5, 2, 2, 8, generator=generator), torch.randn(1, 2, 40, 8, generator=generator)
+    indices, scores = TritonKernels.retrieve(queries, sub_keys, 6)
+    return [indices, scores, *TritonKernels.retrieval_gradients(scores, indices, queries, sub_keys)]
+
+
+@pytest.mark.parametrize("run, kernels", [(up, 1), (down, 1), (gradient, 6), (step, 2), (retrieval, 7)])
+def test_the_order_of_programs_does_not_matter(run, kernels, monkeypatch):
+    monkeypatch.setattr(factored_gradient_triton, "CHUNK", 4)
+    results = []
+    for seed in (None, 0, 1, 2):
+        with watched_launches(seed) as launches:
+            results.append(run())
+        assert len(launches) == kernels
+        assert all(each.pairs("written").shape[1] for each in launches)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))

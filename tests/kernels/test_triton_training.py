@@ -1,0 +1,55 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training on the kernels in Triton, in its interpreter: a model with all of them, against torch operations."""
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_config, tiny_model
+from torch.nn.utils import clip_grad_norm_
+
+from modeling_peer import RowAdamW, expert_parameter_groups
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.optim import row_adamw
+
+
+pytestmark = pytest.mark.interpreted
+
+
+def trained(kernels):
+    """Loss, norm of the gradient and norm of the experts' alone of two steps, and the model after them."""
+    model = tiny_model(tiny_config(expert_kernels="torch")).train()
+    model.config.expert_kernels = kernels
+    optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=0.02, weight_decay=0.1))
+    history = []
+    for step in range(2):
+        for part in range(2):  # accumulated
+            tokens = random_tokens(1, 4, seed=2 * step + part)
+            loss = model(tokens, labels=tokens).loss
+            loss.backward()
+        gradients = [each.grad for each in model.parameters() if isinstance(each.grad, FactoredGradient)]
+        norms = [gradient.norm() for gradient in gradients]
+        history.append([loss.detach(), clip_grad_norm_(model.parameters(), 0.5), *norms])
+        assert norms
+        optimizer.step()
+        optimizer.zero_grad()
+    return history, model.state_dict()
+
+
+def test_trains_as_torch_operations_do(monkeypatch):
+    monkeypatch.setattr(row_adamw.cpu, "can_update", lambda *tensors: False)
+    history, model = trained("triton")
+    monkeypatch.setattr(row_adamw.triton, "can_update", lambda *tensors: False)
+    expected_history, expected = trained("torch")
+    torch.testing.assert_close(history, expected_history, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(model, expected, rtol=1e-3, atol=1e-3)
