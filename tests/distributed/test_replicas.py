@@ -15,6 +15,7 @@
 
 import contextlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, replicas
 from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.replicas import average_gradients
 
@@ -108,7 +109,9 @@ CASES = {
     "adapter": {"model": new_adapter},
     "tables alone": {"model": new_tables},
 }
-# How many tables DDP leaves to us, of some cases: it refuses to train none itself.
+# How often tables are averaged, once for each of three steps if not said otherwise, and how many DDP leaves to us, of
+# some cases: it refuses to train none itself.
+AVERAGES = {"all micro-batches synchronized": 6, "adapter": 0, "tables alone": 0}
 IGNORED = {"factors": 4, "small tables": 3, "stock optimizer": 3, "graft": 2, "tables alone": 0}
 
 
@@ -160,7 +163,13 @@ def training(
 
 
 def trainings(rank):
-    return {name: training(rank, **case) for name, case in CASES.items()}
+    """All cases, each with the number of times that gradients of tables were averaged."""
+    found, average, calls = {}, replicas.average_gradients, []
+    with mock.patch.object(replicas, "average_gradients", lambda *args: calls.append(1) or average(*args)):
+        for name, case in CASES.items():
+            calls.clear()
+            found[name] = training(rank, **case) | {"averages": len(calls)}
+    return found
 
 
 ALLOWED = ("broadcast", "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "barrier")
@@ -309,6 +318,7 @@ class TestTraining:
         assert_as_one_process(ranks, case)
         kinds = {"Tensor"} if case.get("optimizer") is stock else {"FactoredGradient"}
         assert ranks[0]["kinds"] == kinds
+        assert ranks[0]["averages"] == AVERAGES.get(name, 3)
         assert ranks[0]["ignored"] == IGNORED.get(name, ranks[0]["ignored"])
         assert ranks[0]["norms"].min() > CLIPPING
 

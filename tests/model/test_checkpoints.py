@@ -274,7 +274,7 @@ for model in (copy, package):
     assert len(loss.router_indices) == 3
     model.train()(tokens, labels=tokens).loss.backward()
 # Neither has written over the other's operators.
-kernels = [sys.modules[type(m).__module__.rpartition(".")[0] + ".expert_kernels"] for m in (copy, package)]
+kernels = [sys.modules[type(m).__module__.rpartition(".")[0] + ".expert_operators"] for m in (copy, package)]
 assert kernels[0].expert_up is not kernels[1].expert_up and kernels[0].NAMESPACE != kernels[1].NAMESPACE
 for module in kernels:
     module.ALL_EXPERT_KERNELS["cpu"].up = lambda *args, module=module: torch.full(args[1].shape, float(id(module)))

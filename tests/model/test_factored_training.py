@@ -154,7 +154,12 @@ def test_autocast(kernels):
     assert {gradient.dtype for gradient in found[0].values()} == {torch.float32}
     for name, gradient in found[0].items():
         assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8)
-        assert (gradient - found[2][name]).norm() < 0.3 * found[2][name].norm() + 1e-3
+    # Experts that bfloat16 ranks otherwise make some of a difference.
+    literal, difference = (
+        torch.stack([(found[2][name] - sign * gradient).square().sum() for name, gradient in found[0].items()]).sum()
+        for sign in (0, 1)
+    )
+    assert difference < 0.1 * literal
 
 
 class TestCompiled:
