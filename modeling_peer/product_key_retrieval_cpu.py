@@ -97,7 +97,8 @@ typedef struct {
     selection_buffers selection;
 } workspace;
 
-/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. */
+/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. What functions
+   overwrite or read beyond their results is included. */
 static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
     int64_t bytes = 0;
     TAKE(w->queries, BLOCK * size);
