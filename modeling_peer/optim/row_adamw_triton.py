@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from ..factored_gradient import Factors
-from ..factored_gradient_triton import sum_group, with_partial_sums
+from ..factored_gradient_triton import with_partial_sums
 from ..triton_launch import DTYPES, MOST_ELEMENTS, can_run_on, launch, tl, triton
 
 
 if triton is not None:
+    from ..factored_gradient_triton import sum_group
 
     @triton.jit
     def _mix(x):

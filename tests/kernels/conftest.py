@@ -30,9 +30,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Kernels in Triton are interpreted or not from the import of Triton on, and so is a whole process."""
-    others = [item for item in items if bool(item.get_closest_marker("interpreted")) != INTERPRETED]
+    chosen, others = [], []
+    for item in items:
+        (chosen if bool(item.get_closest_marker("interpreted")) == INTERPRETED else others).append(item)
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

@@ -31,11 +31,11 @@ pytestmark = pytest.mark.interpreted
 # tokens, heads, sets, √N, d_k / 2, k
 SHAPES = [
     (0, 2, 1, 6, 4, 2),
-    (1, 2, 1, 256, 32, 16),
-    (3, 4, 4, 100, 20, 16),
-    (2, 3, 3, 37, 5, 37),
-    (9, 1, 1, 300, 16, 1),
-    (1, 2, 1, 130, 40, 65),
+    (1, 1, 1, 256, 32, 16),
+    (2, 2, 2, 100, 20, 16),
+    (1, 3, 3, 37, 5, 37),
+    (5, 1, 1, 300, 16, 1),
+    (1, 1, 1, 130, 40, 65),
     (3, 1, 1, 1, 1, 1),
 ]
 
@@ -55,11 +55,9 @@ def best_by_sorting(scores, k):
 
 
 class TestSelection:
-    @pytest.mark.parametrize(
-        "size, k", [(1, 1), (5, 3), (16, 16), (37, 37), (64, 16), (200, 1), (1000, 16), (1024, 32)]
-    )
+    @pytest.mark.parametrize("size, k", [(1, 1), (5, 3), (16, 16), (37, 37), (64, 16), (200, 1), (1000, 16)])
     def test_is_top_k(self, size, k):
-        scores = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+        scores = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
         values, places = select(scores, k)
         expected, expected_places = scores.topk(k)
         assert torch.equal(values, expected)
@@ -67,7 +65,7 @@ class TestSelection:
 
     @pytest.mark.parametrize("size, k", [(5, 3), (64, 16), (300, 20)])
     def test_of_equal_scores_the_earlier(self, size, k):
-        scores = torch.randint(-2, 3, (8, size), generator=torch.Generator().manual_seed(size)).float()
+        scores = torch.randint(-2, 3, (4, size), generator=torch.Generator().manual_seed(size)).float()
         scores[0], scores[1], scores[2, ::2] = 1.0, -math.inf, -0.0
         values, places = select(scores, k)
         expected, expected_places = best_by_sorting(scores, k)
@@ -117,7 +115,7 @@ class TestRetrieval:
         torch.testing.assert_close(score_halves(queries, sub_keys).double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_not_a_number_is_seen(self):
-        queries, sub_keys = torch.randn(4, 2, 2, 3), torch.randn(1, 2, 37, 3)
+        queries, sub_keys = torch.randn(2, 2, 2, 3), torch.randn(1, 2, 37, 3)
         queries[1, 0] = math.nan
         indices, scores = TritonKernels.retrieve(queries, sub_keys, 5)
         assert indices.min() >= 0 and indices.max() < 37**2
