@@ -49,7 +49,7 @@ def row_name(what: str, graph: bool) -> str:
 
 @torch.no_grad()
 def measure_layer(settings: Settings, device: Device, contender: str, width: int, graph: bool) -> dict[str, Any]:
-    """The time of a layer for one token."""
+    """The time of a layer for one token, whose weights are not in the cache."""
     task = layer_task(settings, contender, "forward", width, 1)
     module = build(task, settings.device)
     token = torch.randn(1, 1, width, device=settings.device).to(task.torch_dtype)
@@ -59,7 +59,7 @@ def measure_layer(settings: Settings, device: Device, contender: str, width: int
         module(token)
 
     call = device.captured(call) if graph else call
-    seconds = device.seconds(call, settings.repetitions)
+    seconds = device.seconds(call, settings.repetitions, cold=True)
     return {"seconds": seconds, "what": f"layer {contender}, d = {width}", "graph": graph}
 
 

@@ -132,7 +132,7 @@ class Retrieval:
 
     def __init__(self, settings: Settings):
         half, k = settings.query_size // 2, settings.num_experts_per_head
-        queries = torch.randn(settings.kernel_tokens, settings.num_heads, 2, half, device=settings.device)
+        queries = torch.randn(settings.layer_tokens, settings.num_heads, 2, half, device=settings.device)
         sub_keys = torch.randn(1, 2, settings.grid_size, half, device=settings.device)
         self.tensors = [each.requires_grad_() for each in (queries, sub_keys)]
         self.k, self.kernels = k, settings.kernels

@@ -93,13 +93,12 @@ def _table(head: list[str], lines: list[list[str]]) -> list[str]:
     if not lines:
         return []
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *lines)
-    ]
+
+    def aligned(line):
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        return "  ".join(["", f"{first.strip():<{widths[0]}}", *others])
+
+    return [aligned(line) for line in (head, *lines)]
 
 
 def _timed(rows: Rows) -> list[dict[str, Any]]:
@@ -107,15 +106,11 @@ def _timed(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _checks(rows: Rows) -> list[str]:
-    worst = max((row for row in rows.values() if row.get("passed") and "worst" in row), key=_worst, default=None)
-    if worst is None:
+    found = {name: row["worst"] for name, row in rows.items() if row.get("passed") and "worst" in row}
+    if not found:
         return []
-    name = next(name for name, row in rows.items() if row is worst)
-    return [f"  closest to its limit: {name}, {worst['worst']:.2f} of what is allowed"]
-
-
-def _worst(row):
-    return row["worst"]
+    name = max(found, key=found.get)
+    return [f"  closest to its limit: {name}, {found[name]:.2f} of what is allowed"]
 
 
 def copy_share(rows: Rows, row: dict[str, Any]) -> float | None:
