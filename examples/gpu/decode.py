@@ -20,10 +20,9 @@ import torch
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from benchmark.contenders import build
 from gpu.device import WARM_UP, Device
 from gpu.equality_layers import decoding
-from gpu.inputs import DTYPES, layer_task
+from gpu.inputs import DTYPES, build_layer, layer_task
 from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import PeerForCausalLM, configuration_path
@@ -51,7 +50,7 @@ def row_name(what: str, graph: bool) -> str:
 def measure_layer(settings: Settings, device: Device, contender: str, width: int, graph: bool) -> dict[str, Any]:
     """The time of a layer for one token, whose weights are not in the cache."""
     task = layer_task(settings, contender, "forward", width, 1)
-    module = build(task, settings.device)
+    module = build_layer(settings, task)
     token = torch.randn(1, 1, width, device=settings.device).to(task.torch_dtype)
 
     @torch.no_grad()
@@ -65,7 +64,7 @@ def measure_layer(settings: Settings, device: Device, contender: str, width: int
 
 def measure_model(settings: Settings, device: Device, name: str, graph: bool) -> dict[str, Any]:
     """The time of a token of a model of a named configuration, with random weights, over some tokens."""
-    config = AutoConfig.from_pretrained(configuration_path(name))
+    config = AutoConfig.from_pretrained(configuration_path(name), expert_kernels=settings.kernels)
     with no_init_weights(), torch.device(settings.device):
         model = PeerForCausalLM(config).to(DTYPES[settings.dtype]).eval()
     for parameter in model.parameters():

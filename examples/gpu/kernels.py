@@ -71,6 +71,11 @@ class Tables:
         """A dense gradient to write to; not for other operations, because it takes as much memory as the table."""
         return torch.zeros_like(self.table)
 
+    @functools.cached_property
+    def grouped(self) -> tuple[torch.Tensor, ...]:
+        """The factors as kernels read them. A step makes them itself."""
+        return self.factors.in_groups()
+
     def operations(self) -> dict[str, Callable[[], Any]]:
         """The operations of [`TABLE_OPERATIONS`]."""
         return {
@@ -78,7 +83,7 @@ class Tables:
             "down": lambda: self.kernels.down(self.weights, self.indices, self.table.detach()),
             "group": lambda: self.kernels.group(self.indices.flatten(), self.num_rows),
             "row_gradient": self._write_gradient,
-            "squared_norm": lambda: self.kernels.squared_norm(*self.factors.in_groups()),
+            "squared_norm": lambda: self.kernels.squared_norm(*self.grouped),
             "step": self._step,
             "torch: EmbeddingBag for down": self._embedding_bag,
             "torch: index_add for row_gradient": self._index_add,
@@ -102,7 +107,7 @@ class Tables:
         }.get(operation)
 
     def _write_gradient(self):
-        self.kernels.row_gradient(*self.factors.in_groups(), self.gradient, self.factors.entries.groups.rows)
+        self.kernels.row_gradient(*self.grouped, self.gradient, self.factors.entries.groups.rows)
 
     def _step(self):
         self.table.grad = FactoredGradient(self.table, [self.factors])

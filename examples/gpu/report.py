@@ -53,11 +53,23 @@ def has_failed(row: dict[str, Any]) -> bool:
 def report(folder: Path) -> str:
     """Draws the pictures, writes report.txt, and returns what is in it."""
     results = read_results(folder)
-    text = "\n".join(line for part, rows in results.items() for line in (*_header(part, rows), *TABLES[part](rows)))
+    text = _where(folder)
+    text += "\n".join(line for part, rows in results.items() for line in (*_header(part, rows), *TABLES[part](rows)))
     text += "\n\n" + "\n".join(_aim_lines(results))
     text += "\n\n" + _draw(results, folder)
     (folder / "report.txt").write_text(text + "\n")
     return text
+
+
+def _where(folder: Path) -> str:
+    """What the results are of, from the files of the parts, which may be of several machines."""
+    found = [json.loads((folder / f"{part}.json").read_text())["conditions"] for part in read_results(folder)]
+    lines = dict.fromkeys(
+        f"{each.get('gpu', 'A CPU')}, torch {each['torch']}, Transformers {each['transformers']}, kernels {each['kernels']!r}"
+        for each in found
+    )
+    warning = "\nToy sizes: times and aims mean nothing." if any(each["tiny"] for each in found) else ""
+    return "\n" + "\n".join(lines) + warning + "\n"
 
 
 def _header(part: str, rows: Rows) -> Iterator[str]:
