@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Decoding of one token at a time, with CUDA graphs and without: layers alone, and whole models with a static cache."""
+"""Decoding of one token at a time, with CUDA graphs and without: layers, and whole models with a static cache."""
 
 import functools
 from typing import Any

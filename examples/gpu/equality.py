@@ -104,7 +104,7 @@ def _table_error(operation, arguments, kernels):
 
 
 def row_gradient_error(experts: Experts, kernels: str) -> float:
-    """The largest error of dense rows and of the rows of groups; infinite tokens with zero coefficients do not count."""
+    """The largest error of dense rows and of the rows of groups. Tokens whose coefficient is zero do not count."""
     factors = _factors(experts, kernels)
     coefficients, tokens = factors.coefficients.double(), factors.tokens.double()
     tokens = tokens.nan_to_num(posinf=0.0)

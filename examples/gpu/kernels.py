@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Times of each kernel beside torch's operators and the bandwidth of a copy, on rows that are named once (`unique`) and by
-Zipf's law (`zipf`).
+Times of each kernel beside torch's operators and the bandwidth of a copy, on rows that are named once (`unique`) and
+by Zipf's law (`zipf`).
 
 The bytes of an operation are those that it cannot avoid: each distinct row once, tokens and entries once.
 """

@@ -65,7 +65,8 @@ def _where(folder: Path) -> str:
     """What the results are of, from the files of the parts, which may be of several machines."""
     found = [json.loads((folder / f"{part}.json").read_text())["conditions"] for part in read_results(folder)]
     lines = dict.fromkeys(
-        f"{each.get('gpu', 'A CPU')}, torch {each['torch']}, Transformers {each['transformers']}, kernels {each['kernels']!r}"
+        f"{each.get('gpu', 'A CPU')}, kernels {each['kernels']!r}, torch {each['torch']}, "
+        f"Transformers {each['transformers']}"
         for each in found
     )
     warning = "\nToy sizes: times and aims mean nothing." if any(each["tiny"] for each in found) else ""
