@@ -120,10 +120,13 @@ def _timed(rows: Rows) -> list[dict[str, Any]]:
 
 def _checks(rows: Rows) -> list[str]:
     found = {name: row["worst"] for name, row in rows.items() if row.get("passed") and "worst" in row}
-    if not found:
-        return []
-    name = max(found, key=found.get)
-    return [f"  closest to its limit: {name}, {found[name]:.2f} of what is allowed"]
+    name = max(found, key=found.get, default=None)
+    lines = [] if name is None else [f"  closest to its limit: {name}, {found[name]:.2f} of what is allowed"]
+    return lines + [
+        f"  {name}: {row['tests']} tests, {row['skipped_tests']} skipped, {row['packages_missing']} without a package"
+        for name, row in rows.items()
+        if "tests" in row
+    ]
 
 
 def copy_share(rows: Rows, row: dict[str, Any]) -> float | None:
