@@ -13,6 +13,7 @@
 # limitations under the License.
 """The command for a machine with a GPU, all of its parts at toy sizes on a CPU, where a clock replaces events."""
 
+import ast
 import contextlib
 import json
 import os
@@ -195,6 +196,32 @@ class TestResumption:
         with pytest.raises(ValueError, match=r"decode.json is of a run with other \['torch', 'transformers'\]: --ov"):
             run("--parts", "decode")
         assert len(run("--parts", "decode", "--overwrite")[0]) == 1
+
+
+def imports_of(file):
+    """Dotted names that a file of examples/ imports, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def test_it_needs_what_common_images_hold():
+    """And PEER-pytorch, which a contender of the benchmark imports when it is made."""
+    examples, found = ROOT / "examples", set()
+    ahead = set((examples / "gpu").glob("*.py"))
+    done = set()
+    while ahead:
+        file = ahead.pop()
+        done.add(file)
+        names = set(imports_of(file))
+        files = {examples / f"{name.replace('.', '/')}.py" for name in names}
+        ahead |= {each for each in files if each.is_file()} - done
+        found |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    ours = {"gpu", "common", "benchmark", "modeling_peer"}
+    assert found - ours == {"torch", "transformers", "tokenizers", "filelock", "matplotlib", "PEER_pytorch"}
 
 
 class TestWhatIsMissing:
