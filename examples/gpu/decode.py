@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Decoding of one token at a time, with CUDA graphs and without: layers alone, and whole models with a static cache."""
+"""Decoding of one token at a time, with CUDA graphs and without: layers, and whole models with a static cache."""
 
 import functools
 from typing import Any
@@ -20,10 +20,9 @@ import torch
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from benchmark.contenders import build
 from gpu.device import WARM_UP, Device
 from gpu.equality_layers import decoding
-from gpu.inputs import DTYPES, layer_task
+from gpu.inputs import DTYPES, build_layer, layer_task
 from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import PeerForCausalLM, configuration_path
@@ -49,9 +48,9 @@ def row_name(what: str, graph: bool) -> str:
 
 @torch.no_grad()
 def measure_layer(settings: Settings, device: Device, contender: str, width: int, graph: bool) -> dict[str, Any]:
-    """The time of a layer for one token."""
+    """The time of a layer for one token, whose weights are not in the cache."""
     task = layer_task(settings, contender, "forward", width, 1)
-    module = build(task, settings.device)
+    module = build_layer(settings, task)
     token = torch.randn(1, 1, width, device=settings.device).to(task.torch_dtype)
 
     @torch.no_grad()
@@ -59,13 +58,13 @@ def measure_layer(settings: Settings, device: Device, contender: str, width: int
         module(token)
 
     call = device.captured(call) if graph else call
-    seconds = device.seconds(call, settings.repetitions)
+    seconds = device.seconds(call, settings.repetitions, cold=True)
     return {"seconds": seconds, "what": f"layer {contender}, d = {width}", "graph": graph}
 
 
 def measure_model(settings: Settings, device: Device, name: str, graph: bool) -> dict[str, Any]:
     """The time of a token of a model of a named configuration, with random weights, over some tokens."""
-    config = AutoConfig.from_pretrained(configuration_path(name))
+    config = AutoConfig.from_pretrained(configuration_path(name), expert_kernels=settings.kernels)
     with no_init_weights(), torch.device(settings.device):
         model = PeerForCausalLM(config).to(DTYPES[settings.dtype]).eval()
     for parameter in model.parameters():

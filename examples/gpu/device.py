@@ -30,6 +30,9 @@ MOST_SECONDS = 5.0
 # How often a function runs before it is timed or captured: kernels are compiled, memory is allocated.
 WARM_UP = 3
 
+# Bytes that are written to put everything else out of the cache.
+FILLER = 2**28
+
 
 class Device:
     """Where tensors are and how work there is timed. On a CPU a clock replaces events, and graphs are plain calls."""
@@ -51,24 +54,46 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize(self.name)
 
-    def seconds(self, function: Callable[[], Any], repetitions: int) -> float:
-        """The median time of some calls, after others for warm-up; fewer calls if they take long."""
+    def seconds(self, function: Callable[[], Any], repetitions: int, cold: bool = False) -> float:
+        """
+        The median time of some calls, after others for warm-up; fewer calls if they take long.
+
+        Args:
+            function (`Callable`)
+            repetitions (`int`): Number of calls at most.
+            cold (`bool`, *optional*, defaults to `False`): Whether each call starts with none of its data in the cache
+                and no work ahead of it, as one that reads little would have to be measured.
+        """
         for _ in range(WARM_UP):
             function()
-        estimate = self._timed(function, 1)[0]
-        return median(self._timed(function, max(3, min(repetitions, int(MOST_SECONDS / max(estimate, 1e-6))))))
+        estimate = self._timed(function, 1, cold)[0]
+        return median(self._timed(function, max(3, min(repetitions, int(MOST_SECONDS / max(estimate, 1e-6)))), cold))
 
-    def _timed(self, function, repetitions):
-        if not self.is_gpu:
-            times = []
-            for _ in range(repetitions):
-                start = time.perf_counter()
-                function()
-                times.append(time.perf_counter() - start)
-            return times
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    def _timed(self, function, repetitions, cold):
+        timer = self._timed_by_events if self.is_gpu else self._timed_by_clock
+        filler = torch.empty(FILLER if cold and self.is_gpu else 1, dtype=torch.uint8, device=self.name)
+
+        def prepare():
+            if cold:
+                filler.fill_(1)
+                self.synchronize()
+
         self.synchronize()
+        return timer(prepare, function, repetitions)
+
+    def _timed_by_clock(self, prepare, function, repetitions):
+        times = []
+        for _ in range(repetitions):
+            prepare()
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def _timed_by_events(self, prepare, function, repetitions):
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         for start, end in pairs:
+            prepare()
             start.record()
             function()
             end.record()

@@ -84,11 +84,13 @@ def check_kernel(settings: Settings, check: Callable[[Experts, str], float], dty
 
 
 def up_error(experts: Experts, kernels: str) -> float:
+    """The largest error of products of tokens and rows."""
     arguments = (experts.hidden, experts.indices, experts.table)
     return _table_error("up", arguments, kernels)
 
 
 def down_error(experts: Experts, kernels: str) -> float:
+    """The largest error of sums of rows."""
     arguments = (experts.weights, experts.indices, experts.table)
     return _table_error("down", arguments, kernels)
 
@@ -102,7 +104,7 @@ def _table_error(operation, arguments, kernels):
 
 
 def row_gradient_error(experts: Experts, kernels: str) -> float:
-    """Dense rows, and the rows of groups; infinite tokens whose coefficients are zero must not count."""
+    """The largest error of dense rows and of the rows of groups. Tokens whose coefficient is zero do not count."""
     factors = _factors(experts, kernels)
     coefficients, tokens = factors.coefficients.double(), factors.tokens.double()
     tokens = tokens.nan_to_num(posinf=0.0)
@@ -115,6 +117,7 @@ def row_gradient_error(experts: Experts, kernels: str) -> float:
 
 
 def squared_norm_error(experts: Experts, kernels: str) -> float:
+    """The error of the norm of all rows."""
     factors = _factors(experts, kernels)
     actual = factors.entries.kernels.squared_norm(*factors.in_groups())
     coefficients, tokens = factors.coefficients.double(), factors.tokens.double().nan_to_num(posinf=0.0)

@@ -81,6 +81,7 @@ def layer_config(settings: Settings, **fields: Any) -> PeerConfig:
 
 
 def optimizer_of(module: nn.Module, lr: float = 1e-3) -> RowAdamW:
+    """The optimizer of a layer or model."""
     return RowAdamW(expert_parameter_groups(module, lr, weight_decay=0.01), rounding_seed=1)
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmark.contenders import OURS, Task
+from benchmark.contenders import OURS, Task, build
 from gpu.device import Device
 from gpu.settings import Settings
-from modeling_peer import RowAdamW, expert_parameter_groups
+from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
 
 
 # Values that are drawn; larger tensors repeat them, because drawing gigabytes takes long.
@@ -120,6 +120,15 @@ def layer_task(settings: Settings, contender: str, operation: str, width: int, n
         query_size=settings.query_size,
         dtype=settings.dtype,
     )
+
+
+def build_layer(settings: Settings, task: Task) -> nn.Module:
+    """The contender of a task with random weights, on the kernels of the settings and no others."""
+    module = build(task, settings.device)
+    for part in module.modules():
+        if isinstance(getattr(part, "config", None), PeerConfig):
+            part.config.expert_kernels = settings.kernels
+    return module
 
 
 def make_optimizer(module: nn.Module, task: Task) -> torch.optim.Optimizer:

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Times of each kernel beside torch's operators and the bandwidth of a copy, on rows that are named once (`unique`) and by
-Zipf's law (`zipf`).
+Times of each kernel beside torch's operators and the bandwidth of a copy, on rows that are named once (`unique`) and
+by Zipf's law (`zipf`).
 
 The bytes of an operation are those that it cannot avoid: each distinct row once, tokens and entries once.
 """
@@ -71,6 +71,11 @@ class Tables:
         """A dense gradient to write to; not for other operations, because it takes as much memory as the table."""
         return torch.zeros_like(self.table)
 
+    @functools.cached_property
+    def grouped(self) -> tuple[torch.Tensor, ...]:
+        """The factors as kernels read them. A step makes them itself."""
+        return self.factors.in_groups()
+
     def operations(self) -> dict[str, Callable[[], Any]]:
         """The operations of [`TABLE_OPERATIONS`]."""
         return {
@@ -78,7 +83,7 @@ class Tables:
             "down": lambda: self.kernels.down(self.weights, self.indices, self.table.detach()),
             "group": lambda: self.kernels.group(self.indices.flatten(), self.num_rows),
             "row_gradient": self._write_gradient,
-            "squared_norm": lambda: self.kernels.squared_norm(*self.factors.in_groups()),
+            "squared_norm": lambda: self.kernels.squared_norm(*self.grouped),
             "step": self._step,
             "torch: EmbeddingBag for down": self._embedding_bag,
             "torch: index_add for row_gradient": self._index_add,
@@ -102,7 +107,7 @@ class Tables:
         }.get(operation)
 
     def _write_gradient(self):
-        self.kernels.row_gradient(*self.factors.in_groups(), self.gradient, self.factors.entries.groups.rows)
+        self.kernels.row_gradient(*self.grouped, self.gradient, self.factors.entries.groups.rows)
 
     def _step(self):
         self.table.grad = FactoredGradient(self.table, [self.factors])
@@ -132,7 +137,7 @@ class Retrieval:
 
     def __init__(self, settings: Settings):
         half, k = settings.query_size // 2, settings.num_experts_per_head
-        queries = torch.randn(settings.kernel_tokens, settings.num_heads, 2, half, device=settings.device)
+        queries = torch.randn(settings.layer_tokens, settings.num_heads, 2, half, device=settings.device)
         sub_keys = torch.randn(1, 2, settings.grid_size, half, device=settings.device)
         self.tensors = [each.requires_grad_() for each in (queries, sub_keys)]
         self.k, self.kernels = k, settings.kernels

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Forward, backward and training step of a layer with a million experts, beside PEER-pytorch and the dense feed-forward of
-width 4 d, with peak memory.
+Forward, backward and training step of a layer with a million experts, beside PEER-pytorch and the dense feed-forward
+of width 4 d, with peak memory.
 
 A contender that runs out of memory is measured on equal parts of the tokens one after the other, whose gradients add
 up, as one would train with it. The floor of an operation is the time of its unavoidable bytes at the bandwidth of a
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmark.contenders import OURS, Task, build
+from benchmark.contenders import OURS, Task
 from gpu.device import Device
-from gpu.inputs import Latest, in_pieces, layer_inputs, layer_task, make_optimizer
+from gpu.inputs import Latest, build_layer, in_pieces, layer_inputs, layer_task, make_optimizer
 from gpu.kernels import measure_copy
 from gpu.rows import Row, SkippedError
 from gpu.settings import Settings
@@ -66,7 +66,7 @@ class Layer:
 
     def __init__(self, contender: str, width: int, settings: Settings):
         task = layer_task(settings, contender, "step", width, settings.layer_tokens)
-        self.module = build(task, settings.device)
+        self.module = build_layer(settings, task)
         self.optimizer = make_optimizer(self.module, task)
 
     def operation(self, task: Task, device: Device, pieces: int) -> Callable[[], None]:

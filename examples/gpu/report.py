@@ -53,11 +53,24 @@ def has_failed(row: dict[str, Any]) -> bool:
 def report(folder: Path) -> str:
     """Draws the pictures, writes report.txt, and returns what is in it."""
     results = read_results(folder)
-    text = "\n".join(line for part, rows in results.items() for line in (*_header(part, rows), *TABLES[part](rows)))
+    text = _where(folder)
+    text += "\n".join(line for part, rows in results.items() for line in (*_header(part, rows), *TABLES[part](rows)))
     text += "\n\n" + "\n".join(_aim_lines(results))
     text += "\n\n" + _draw(results, folder)
     (folder / "report.txt").write_text(text + "\n")
     return text
+
+
+def _where(folder: Path) -> str:
+    """What the results are of, from the files of the parts, which may be of several machines."""
+    found = [json.loads((folder / f"{part}.json").read_text())["conditions"] for part in read_results(folder)]
+    lines = dict.fromkeys(
+        f"{each.get('gpu', 'A CPU')}, kernels {each['kernels']!r}, torch {each['torch']}, "
+        f"Transformers {each['transformers']}"
+        for each in found
+    )
+    warning = "\nToy sizes: times and aims mean nothing." if any(each["tiny"] for each in found) else ""
+    return "\n" + "\n".join(lines) + warning + "\n"
 
 
 def _header(part: str, rows: Rows) -> Iterator[str]:
@@ -93,13 +106,12 @@ def _table(head: list[str], lines: list[list[str]]) -> list[str]:
     if not lines:
         return []
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *lines)
-    ]
+
+    def aligned(line):
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        return "  ".join(["", f"{first.strip():<{widths[0]}}", *others])
+
+    return [aligned(line) for line in (head, *lines)]
 
 
 def _timed(rows: Rows) -> list[dict[str, Any]]:
@@ -107,15 +119,14 @@ def _timed(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _checks(rows: Rows) -> list[str]:
-    worst = max((row for row in rows.values() if row.get("passed") and "worst" in row), key=_worst, default=None)
-    if worst is None:
-        return []
-    name = next(name for name, row in rows.items() if row is worst)
-    return [f"  closest to its limit: {name}, {worst['worst']:.2f} of what is allowed"]
-
-
-def _worst(row):
-    return row["worst"]
+    found = {name: row["worst"] for name, row in rows.items() if row.get("passed") and "worst" in row}
+    name = max(found, key=found.get, default=None)
+    lines = [] if name is None else [f"  closest to its limit: {name}, {found[name]:.2f} of what is allowed"]
+    return lines + [
+        f"  {name}: {row['tests']} tests, {row['skipped_tests']} skipped, {row['packages_missing']} without a package"
+        for name, row in rows.items()
+        if "tests" in row
+    ]
 
 
 def copy_share(rows: Rows, row: dict[str, Any]) -> float | None:

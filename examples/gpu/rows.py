@@ -50,8 +50,8 @@ class PartFile:
             differing = [key for key in conditions if conditions[key] != found["conditions"].get(key)]
             if differing:
                 raise ValueError(
-                    f"{file} is of a run with other {differing}: --overwrite runs the part again, another --output_dir "
-                    "keeps both."
+                    f"{file} is of a run with other {differing}: --overwrite runs the part again, another "
+                    "--output_dir keeps both."
                 )
             self.content = found
 

@@ -35,9 +35,10 @@ from modeling_peer.optim.parameter_groups import DOWN_PROJ_LR_MULTIPLIER, EXPERT
 
 MODELS = ("peer", "dense")
 
-# Evaluations, beside one at the start; blocks of held-out text that they read.
+# Evaluations, beside one at the start; blocks of held-out text that they read, and of one forward.
 EVALUATIONS = 16
 HELD_OUT_BLOCKS = 128
+HELD_OUT_AT_ONCE = 32
 
 # What of the time the rate rises for, and steps between two looks at the clock, for each of which the host waits.
 WARM_UP_SHARE = 0.05
@@ -137,7 +138,7 @@ class Run:
     def evaluate(self) -> None:
         """The loss on held-out text, in nats per token."""
         self.model.eval()
-        batches = self.held_out.split(self.settings.batch_size)
+        batches = self.held_out.split(HELD_OUT_AT_ONCE)
         total = sum(self._loss(batch).item() * len(batch) for batch in batches)
         self.losses.append([self.seconds, total / len(self.held_out)])
         self.model.train()

@@ -80,10 +80,13 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _is_usable(device):
-    """Whether the GPU still computes: after an access out of bounds, nothing does in the same process."""
+    """
+    Whether the GPU still computes and captures: after an access out of bounds, nothing does in the same process, and
+    after a capture that failed, the next one may not.
+    """
     try:
         device.free()
-        torch.ones(1, device=device.name).item()
+        device.captured(lambda: torch.ones(1, device=device.name) + 1)()
         device.synchronize()
     except RuntimeError:
         return False

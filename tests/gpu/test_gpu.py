@@ -13,6 +13,8 @@
 # limitations under the License.
 """The command for a machine with a GPU, all of its parts at toy sizes on a CPU, where a clock replaces events."""
 
+import ast
+import contextlib
 import json
 import os
 import re
@@ -22,6 +24,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -114,7 +117,8 @@ def test_all_parts(run, project, settings):
     for part in set(PARTS) - {"sanitizer", "tuning"}:
         assert not [row for row in results[part].values() if {"error", "skipped"} & row.keys()], part
     assert all(row["passed"] for row in results["equality"].values())
-    assert results["equality"]["tests: masks"]["packages_missing"] == 1
+    assert "tests: masks: 2 tests, 0 skipped, 1 without a package" in printed
+    assert "Toy sizes: times and aims mean nothing." in printed
     assert "2 skipped\n  skipped memcheck and 1 more: compute-sanitizer is not installed" in printed
     for line in ("up, d = 16, unique", "peer_pytorch, step, d = 16", "peer-tiny", "held-out loss", "x floor"):
         assert line in printed
@@ -188,10 +192,36 @@ class TestResumption:
 
     def test_other_conditions(self, run, settings, monkeypatch):
         run("--parts", "decode")
-        monkeypatch.setattr(Device, "facts", lambda device: {"torch": "another"})
-        with pytest.raises(ValueError, match=r"decode.json is of a run with other \['torch'\]: --overwrite runs"):
+        monkeypatch.setattr(Device, "facts", lambda device: {"torch": "another", "transformers": "another"})
+        with pytest.raises(ValueError, match=r"decode.json is of a run with other \['torch', 'transformers'\]: --ov"):
             run("--parts", "decode")
         assert len(run("--parts", "decode", "--overwrite")[0]) == 1
+
+
+def imports_of(file):
+    """Dotted names that a file of examples/ imports, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def test_it_needs_what_common_images_hold():
+    """And PEER-pytorch, which a contender of the benchmark imports when it is made."""
+    examples, found = ROOT / "examples", set()
+    ahead = set((examples / "gpu").glob("*.py"))
+    done = set()
+    while ahead:
+        file = ahead.pop()
+        done.add(file)
+        names = set(imports_of(file))
+        files = {examples / f"{name.replace('.', '/')}.py" for name in names}
+        ahead |= {each for each in files if each.is_file()} - done
+        found |= {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    ours = {"gpu", "common", "benchmark", "modeling_peer"}
+    assert found - ours == {"torch", "transformers", "tokenizers", "filelock", "matplotlib", "PEER_pytorch"}
 
 
 class TestWhatIsMissing:
@@ -322,9 +352,58 @@ class TestEquality:
 
     def test_of_tests(self, project, settings):
         file = equality_tests.ROOT / "tests/model/test_masks.py"
-        file.write_text(TESTS + "\n\ndef test_fails():\n    assert False\n")
+        file.write_text(TESTS + "\n\ndef test_fails():\n    import modeling_peer.no_such_file\n")
         found = row_of(settings, "equality", "tests: masks")
         assert not found["passed"] and found["failed_tests"] == ["tests.model.test_masks::test_fails"]
+
+
+class TestDevice:
+    """What only a GPU does, with torch.cuda replaced by what takes the same arguments."""
+
+    @pytest.fixture
+    def device(self, monkeypatch):
+        names = (
+            "synchronize",
+            "set_sync_debug_mode",
+            "reset_peak_memory_stats",
+            "max_memory_allocated",
+            "empty_cache",
+        )
+        for name in (*names, "Event", "Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, mock.create_autospec(getattr(torch.cuda, name)))
+        for name in ("stream", "graph"):
+            getattr(torch.cuda, name).side_effect = lambda *arguments: contextlib.nullcontext()
+        torch.cuda.Event.return_value.elapsed_time.return_value = 2.0
+        torch.cuda.max_memory_allocated.return_value = 5
+        device = Device("cpu")
+        device.is_gpu = True
+        return device
+
+    @pytest.mark.parametrize("cold", [False, True])
+    def test_times(self, device, monkeypatch, cold):
+        monkeypatch.setattr("gpu.device.FILLER", 1)
+        calls = []
+        assert device.seconds(lambda: calls.append(None), 7, cold) == 0.002
+        assert len(calls) == 3 + 1 + 7
+        assert torch.cuda.Event.call_args == mock.call(enable_timing=True)
+        assert torch.cuda.Event.return_value.record.call_count == 2 * 8
+        assert torch.cuda.synchronize.call_count == 2 * 2 + 8 * cold
+
+    def test_memory(self, device):
+        assert device.peak_bytes(lambda: None) == 5
+        device.free()
+
+    def test_waiting(self, device):
+        with pytest.raises(RuntimeError, match="waits"), device.no_waiting():
+            raise RuntimeError("waits")
+        assert torch.cuda.set_sync_debug_mode.mock_calls == [mock.call("error"), mock.call("default")]
+
+    def test_graph(self, device):
+        calls = []
+        replay = device.captured(lambda: calls.append(None))
+        assert len(calls) == 3 + 1  # the last one is captured
+        replay()
+        assert len(calls) == 4 and torch.cuda.CUDAGraph.return_value.replay.call_count == 1
 
 
 class TestLayer:
@@ -341,6 +420,18 @@ class TestLayer:
         monkeypatch.setattr(layer.Layer, "operation", operation_in_little_memory)
         found = row_of(settings, "layer", "peer, step, d = 16")
         assert made == [1, 2, 4] and found["pieces"] == 4
+
+    @pytest.mark.parametrize(
+        "part, name",
+        [
+            ("layer", "peer, forward, d = 16"),
+            ("decode", "layer peer, d = 16, graph"),
+            ("decode", "peer-tiny, no graph"),
+        ],
+    )
+    def test_kernels_are_those_that_were_asked_for(self, settings, part, name):
+        with pytest.raises(RuntimeError, match="Triton kernels are for a GPU"):
+            row_of(Settings(**{**vars(settings), "kernels": "triton"}), part, name)
 
     def test_bytes(self):
         task = layer_task(Settings("cpu", "cpu", "", 0), "peer", "step", 2048, 16384)
