@@ -53,7 +53,7 @@ if triton is not None:
         else:
             magnitude = pattern & 0x7FFFFFFF
             # Below 2^-14 the steps are 2^-24.
-            shifted = tl.abs(values) * 16777216.0 + (bits >> 9).to(tl.float32) * 1.1920928955078125e-07
+            shifted = tl.abs(values) * 16777216.0 + (bits >> 19).to(tl.float32) * 0.0001220703125
             subnormal = tl.minimum(shifted, 2048.0).to(tl.uint32)
             normal = (magnitude - 0x38000000 + (bits >> 19)) >> 13
             rounded = tl.where(magnitude < 0x38800000, subnormal, normal)

@@ -63,9 +63,6 @@ COMMON = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eva
 # Per run: points of its training loss, and checkpoints.
 LOGS, CHECKPOINTS = 40, 4
 
-# Learning rates of tables, where a run of the plan has none of its own.
-ONE_LEARNING_RATE = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0}
-
 
 class Study:
     """
@@ -331,7 +328,6 @@ class Study:
             "max_steps": run.steps,
             "learning_rate": run.learning_rate,
             "row_adamw": trains_by_rows(run, self.plan),
-            **(ONE_LEARNING_RATE if trains_by_rows(run, self.plan) else {}),
             "seed": run.seed,
             "logging_steps": max(1, run.steps // LOGS),
             "save_steps": max(1, run.steps // CHECKPOINTS),
