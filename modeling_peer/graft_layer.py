@@ -33,10 +33,10 @@ from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
 from .feed_forward_peer import PeerFeedForward
 from .forward_pass import ForwardPass
+from .gradient_exchange import ReplicatedTables, replicated_tables
 from .library_releases import in_backward
 from .masks import check_attention_mask, padding_mask_of
 from .query_norm import QueryBatchNorm
-from .replicas import ReplicatedTables, replicated_tables
 
 
 # The method of PEFT, and the prefix of the names of its adapters' modules.

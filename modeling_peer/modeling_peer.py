@@ -51,12 +51,12 @@ from .feed_forward import (
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
+from .gradient_exchange import names_of_tables, replicated_tables
 from .growth_advice import advise_on_added_experts
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
 from .product_key_router import ProductKeyRouter
-from .replicas import names_of_tables, replicated_tables
 from .tensor_parallel import register_parallel_styles
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..gradient_exchange import names_of_tables
 from ..graft_layer import (
     LAYER_FIELDS,
     METHOD_NAME,
@@ -36,7 +37,6 @@ from ..graft_layer import (
     watch_decoder,
 )
 from ..graft_merged import base_model_type, check_mergeable, merge_grafts
-from ..replicas import names_of_tables
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft

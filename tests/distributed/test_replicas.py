@@ -31,9 +31,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, replicas
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, gradient_exchange
 from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.replicas import average_gradients
+from modeling_peer.gradient_exchange import average_gradients
 
 
 # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
@@ -164,8 +164,8 @@ def training(
 
 def trainings(rank):
     """All cases, each with the number of times that gradients of tables were averaged."""
-    found, average, calls = {}, replicas.average_gradients, []
-    with mock.patch.object(replicas, "average_gradients", lambda *args: calls.append(1) or average(*args)):
+    found, average, calls = {}, gradient_exchange.average_gradients, []
+    with mock.patch.object(gradient_exchange, "average_gradients", lambda *args: calls.append(1) or average(*args)):
         for name, case in CASES.items():
             calls.clear()
             found[name] = training(rank, **case) | {"averages": len(calls)}
