@@ -29,7 +29,7 @@ def run_on_two_processes(work: Callable[..., None], *arguments: Any) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)  # models are compiled in some
         if process.exitcode is None:
             process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
