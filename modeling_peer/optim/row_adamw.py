@@ -69,8 +69,8 @@ class RowAdamW(torch.optim.Optimizer):
             parameter.
         second_moment (`str`, *optional*, defaults to `"full"`): Second moments of row parameters: `"full"`, one for
             each element, or `"row"`, one for each row, of the mean of the squared gradient over the row.
-        rounding_seed (`int`, *optional*): Seed of the stochastic rounding, between 0 and 2^32 - 1, which is saved with
-            the state. `torch.initial_seed()` decides if it is not given.
+        rounding_seed (`int`, *optional*, defaults to 0): Seed of the stochastic rounding, at least 0 and less than
+            2^32, which is saved with the state. Replicas of a model must have the same.
 
     Raises:
         `ValueError`: for a hyperparameter out of its range, or a row parameter that is no matrix.
@@ -91,11 +91,10 @@ class RowAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         second_moment: str = "full",
-        rounding_seed: int | None = None,
+        rounding_seed: int = 0,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"second_moment": second_moment, "rows": False}
-        defaults["rounding_seed"] = torch.initial_seed() % 2**32 if rounding_seed is None else rounding_seed
+        defaults |= {"second_moment": second_moment, "rows": False, "rounding_seed": rounding_seed}
         _check_group({**defaults, "params": []})
         super().__init__(params, defaults)
 
@@ -214,7 +213,7 @@ class RowAdamW(torch.optim.Optimizer):
             if isinstance(saved, _AsItIs):
                 self.state[parameter] = saved.on(parameter)
         for group in self.param_groups:
-            group.setdefault("rounding_seed", torch.initial_seed() % 2**32)  # saved before there was one
+            group.setdefault("rounding_seed", self.defaults.get("rounding_seed", 0))  # saved before there was one
             self._take_factors(group)
 
 
