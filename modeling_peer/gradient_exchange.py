@@ -22,7 +22,6 @@ has.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from torch import nn
 
 from .expert_table import ExpertTable
 from .factored_gradient import Entries, FactoredGradient, Factors, factors_of_rows, takes_factors
-from .library_releases import replicas_in_forward
+from .library_releases import call_after_backward, can_exchange_gradients, replicas_in_forward
 
 
 # The attribute under which DDP notes that it has broadcast the tables.
@@ -40,8 +39,11 @@ BROADCAST = "_expert_tables_are_broadcast"
 def names_of_tables(module: nn.Module) -> list[str]:
     """
     Names of the parameters that DDP is to leave alone: the expert tables that are trained. None if nothing else is
-    trained, as DDP refuses a model without a parameter of its own: it then reduces dense gradients of the tables.
+    trained, as DDP refuses a model without a parameter of its own, or if torch does not let us exchange gradients: DDP
+    then reduces dense gradients of the tables.
     """
+    if not can_exchange_gradients():
+        return []
     tables = {
         id(each.weight): each.weight
         for each in module.modules()
@@ -74,8 +76,7 @@ class ReplicatedTables:
             return
 
         def at_the_end(gradient):
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: average_gradients(self.tables, self.replicas.process_group))
+            call_after_backward(lambda: average_gradients(self.tables, self.replicas.process_group))
 
         output.register_hook(at_the_end)
 

@@ -17,7 +17,8 @@ that it calls. A checkpoint's code carries this module along and imports it firs
 code needs, so the code itself refuses those that it does not know.
 
 Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters` and
-`_modules` of modules, and `_indices()` and `_values()` of sparse tensors, are in every supported release. And a class
+`_modules` of modules, `_indices()` and `_values()` of sparse tensors, and `_make_wrapper_subclass` and
+`_disabled_torch_function_impl`, of which torch has its tensor subclasses made, are in every supported release. A class
 of models declares what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
 `_can_set_experts_implementation`, `_ddp_params_and_buffers_to_ignore` and the `_global_mapping` of a registry, as the
 library's own models do: one that a later release does not read any more has no effect.
@@ -130,17 +131,27 @@ def in_backward() -> bool:
 
 def replicas_in_forward() -> torch.nn.parallel.DistributedDataParallel | None:
     """
-    The DistributedDataParallel in whose forward the caller runs. If a release of torch no longer tells, the answer is
-    `None`, and gradients of expert tables are not averaged: see [`check_tells_replicas`].
+    The DistributedDataParallel in whose forward the caller runs, if any. Ask only where
+    [`can_exchange_gradients`].
     """
     if not torch.distributed.is_available():
         return None
     return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
 
 
-def tells_replicas() -> bool:
-    """Whether [`replicas_in_forward`] can tell."""
-    return hasattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module")
+def can_exchange_gradients() -> bool:
+    """
+    Whether torch has what [`replicas_in_forward`] and [`call_after_backward`] are made of. If a later release has not,
+    DistributedDataParallel keeps the expert tables, and reduces dense gradients of them.
+    """
+    replicas, variable = torch.nn.parallel.DistributedDataParallel, torch.autograd.Variable
+    return hasattr(replicas, "_active_ddp_module") and hasattr(variable, "_execution_engine")
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward that runs now has come to its end."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(function)
 
 
 def is_flat_parameter(parameter: torch.Tensor) -> bool:

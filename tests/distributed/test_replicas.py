@@ -328,6 +328,19 @@ class TestTraining:
         assert {"broadcast", "all_gather"} <= ranks[0]["calls"] <= set(ALLOWED)
 
 
+def test_keep_their_tables_where_torch_does_not_tell_of_them(monkeypatch):
+    """Or nobody would average the gradients of tables that DistributedDataParallel leaves alone."""
+    model = new_model()
+    assert set(model._ddp_params_and_buffers_to_ignore) == tables_of(model).keys()
+    for owner, name in (
+        (DistributedDataParallel, "_active_ddp_module"),
+        (torch.autograd.Variable, "_execution_engine"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delattr(owner, name)
+            assert model._ddp_params_and_buffers_to_ignore == []
+
+
 @pytest.mark.parametrize("part", [compiled_before, compiled_after], ids=["before", "after"])
 def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
     run_on_two_processes(save_parts, str(tmp_path), (part,))
