@@ -31,7 +31,7 @@ from modeling_peer.feed_forward_peer import PeerFeedForward
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which only Linux has")
 
 # Peak resident memory in MB, from the moment that `start_of_peak()` is called.
 MEMORY = """
