@@ -45,6 +45,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .offloaded_tables import host_table_device_map
 
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ __all__ = [
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
+    "host_table_device_map",
     "last_complete_checkpoint",
     "list_configurations",
     "make_optimizer",

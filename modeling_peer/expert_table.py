@@ -84,6 +84,9 @@ class ExpertTable(nn.Embedding):
 
     def _run(self, half, operator, tokens, indices):
         weight = self.weight  # once: an adapter may compute it
+        if tokens.device != weight.device:  # a table in host memory
+            on_host = self._run(half, operator, tokens.to(weight.device), indices.to(weight.device))
+            return on_host.to(tokens.device)
         kernels = resolve_kernels(self.config.expert_kernels, weight)
         if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)

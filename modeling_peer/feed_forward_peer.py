@@ -134,6 +134,7 @@ class ExpertPool(nn.Module):
         return (
             fits
             and type(hidden_states) is torch.Tensor
+            and hidden_states.device == self.up_proj.weight.device
             and not self.act_has_parameters
             and all(table.is_plain for table in tables)
         )

@@ -56,6 +56,7 @@ from .growth_advice import advise_on_added_experts
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
+from .offloaded_tables import keep_in_host_memory
 from .product_key_router import ProductKeyRouter
 from .tensor_parallel import register_parallel_styles
 
@@ -213,12 +214,15 @@ class PeerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """
         As in Transformers. Expert tables stay in the mapped file, and the operating system is advised to read no more
-        than the rows that are asked for.
+        than the rows that are asked for. Those that `device_map` puts on `"cpu"` are never copied to a GPU: their
+        experts run on the CPU.
         """
         # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
         register_head_selection()
         loaded = super().from_pretrained(*args, **kwargs)
-        _advise_tables(loaded[0] if isinstance(loaded, tuple) else loaded, advise_random_access)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        keep_in_host_memory(model)
+        _advise_tables(model, advise_random_access)
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):

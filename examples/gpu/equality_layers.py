@@ -14,6 +14,7 @@
 """Checks of the optimizer, of whole layers and of whole models, of waiting and of graphs."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -26,7 +27,8 @@ from gpu.device import WARM_UP, Device
 from gpu.inputs import DTYPES
 from gpu.rows import Row
 from gpu.settings import Settings
-from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups, host_table_device_map
+from modeling_peer.expert_table import ExpertTable
 from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
 from modeling_peer.feed_forward_peer import PeerFeedForward
 from modeling_peer.library_releases import CACHE
@@ -64,6 +66,7 @@ def layer_rows(settings: Settings, device: Device) -> dict[str, Row]:
     checks["graph of forward and backward"] = functools.partial(check_graph, settings, device, False)
     checks["graph of a training step"] = functools.partial(check_graph, settings, device, True)
     checks["graph of decoding"] = functools.partial(check_decode_graph, settings, device)
+    checks["tables in host memory"] = functools.partial(check_host_tables, settings)
     return checks
 
 
@@ -319,3 +322,17 @@ def check_decode_graph(settings: Settings, device: Device) -> dict[str, Any]:
             tokens.append(token.item())
         found.append(tokens)
     return {"passed": found[0] == found[1], "tokens": found}
+
+
+def check_host_tables(settings: Settings) -> dict[str, Any]:
+    """Logits of a model whose tables a device map leaves in host memory against those of the model on the CPU."""
+    config = layer_config(settings, vocab_size=VOCABULARY, expert_kernels="auto")
+    model = PeerForCausalLM(config).eval()
+    tokens = torch.randint(VOCABULARY, (2, SEQUENCE))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        device_map = host_table_device_map(PeerForCausalLM, config, settings.device)
+        split = PeerForCausalLM.from_pretrained(folder, device_map=device_map)
+        places = {each.weight.device.type for each in split.modules() if isinstance(each, ExpertTable)}
+        error = relative_error(split(tokens.to(settings.device)).logits, model(tokens).logits)
+    return {"passed": error <= CLOSE and places == {"cpu"}, "worst": error, "places": sorted(places)}
