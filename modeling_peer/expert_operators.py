@@ -16,12 +16,12 @@ The operators of the experts: what autograd, compilers and exporters see of a po
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, refuse_double_backward
 from .factored_gradient import Entries, FactoredGradient, Factors, advise_on_dense_gradient, takes_factors
+from .gradient_outlet import leave_graph, outlet_of
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_up", mutates_args=())
@@ -141,10 +141,44 @@ expert_up.register_autograd(_up_backward, setup_context=_save_for_backward)
 expert_down.register_autograd(_down_backward, setup_context=_save_for_backward)
 
 
-@torch.compiler.disable
-def run_outside_graphs(function: Callable, *arguments: Any) -> torch.Tensor:
-    """Call what a compiler cannot trace: a backward that makes a [`FactoredGradient`]."""
-    return function(*arguments)
+def run_half(
+    operator: Callable, first: torch.Tensor, indices: torch.Tensor, table: torch.Tensor, kernels: str
+) -> torch.Tensor:
+    """
+    Run one table, whose gradient comes in factors if an optimizer takes them.
+
+    Args:
+        operator (`Callable`): [`expert_up`] or [`expert_down`], whose arguments the others are.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        (output,), _ = _run_traced(operator, first, indices, [table], kernels)
+        return output
+    return operator(first, indices, table, kernels, torch.is_grad_enabled() and takes_factors(table))
+
+
+def _run_traced(operator, first, indices, tables, kernels, entries=None):
+    """Run tables where a compiler traces. Return their outputs, and `entries` for the other half of the pool."""
+    outlets = [outlet_of(table) for table in tables]
+    outputs = [
+        operator(first, indices, table if outlet is None else table.detach(), kernels, False)
+        for table, outlet in zip(tables, outlets, strict=True)
+    ]
+    leaving = [place for place, outlet in enumerate(outlets) if outlet is not None]
+    if not leaving:
+        return outputs, entries
+    *left, entries = leave_graph(
+        [outputs[place] for place in leaving],
+        first.detach(),
+        indices,
+        [outlets[place] for place in leaving],
+        torch.zeros((), dtype=torch.float64, device="cpu") if entries is None else entries,
+        tables[0].shape[0],
+        kernels,
+        operator is expert_down,
+    )
+    for place, output in zip(leaving, left, strict=True):
+        outputs[place] = output
+    return outputs, entries
 
 
 class _ExpertPool(torch.autograd.Function):
@@ -216,8 +250,8 @@ def run_expert_pool(
     kernels: str,
 ) -> torch.Tensor:
     """
-    The experts of every token, weighted and summed, as one operation for autograd: their entries are grouped once for
-    the gradients of all tables.
+    The experts of every token, weighted and summed. Their entries are grouped once for the gradients of all tables: it
+    is one operation for autograd or, where a compiler traces it, several that share their entries.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
@@ -231,4 +265,10 @@ def run_expert_pool(
     Returns:
         `torch.Tensor` of shape `(num_tokens, hidden_size)`.
     """
-    return run_outside_graphs(_ExpertPool.apply, hidden_states, indices, weights, up, gate, down, act_fn, kernels)
+    if not torch.compiler.is_compiling():
+        return _ExpertPool.apply(hidden_states, indices, weights, up, gate, down, act_fn, kernels)
+    inputs = [up] if gate is None else [up, gate]
+    (neurons, *gates), entries = _run_traced(expert_up, hidden_states, indices, inputs, kernels)
+    weights = weights * _activations(act_fn, neurons, gates[0] if gates else None)
+    (output,), _ = _run_traced(expert_down, weights, indices, [down], kernels, entries)
+    return output

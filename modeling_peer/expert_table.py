@@ -19,8 +19,7 @@ from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import ALL_EXPERT_KERNELS, PLAIN_TENSORS, needs_operator, resolve_kernels
-from .expert_operators import expert_down, expert_up, run_outside_graphs
-from .factored_gradient import takes_factors
+from .expert_operators import expert_down, expert_up, run_half
 from .memory_advice import advise_huge_pages, advise_whole_access
 
 
@@ -90,9 +89,7 @@ class ExpertTable(nn.Embedding):
         kernels = resolve_kernels(self.config.expert_kernels, weight)
         if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
-        if torch.is_grad_enabled() and takes_factors(weight):
-            return run_outside_graphs(operator, tokens, indices, weight, kernels, True)
-        return operator(tokens, indices, weight, kernels, False)
+        return run_half(operator, tokens, indices, weight, kernels)
 
 
 class ExpertUpProjection(ExpertTable):

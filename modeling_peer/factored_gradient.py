@@ -43,6 +43,9 @@ aten = torch.ops.aten
 # The attribute of a table under which it is noted which optimizer takes its factors.
 TAKER = "_optimizer_of_factors"
 
+# The attribute of an optimizer that holds the outlets of the tables whose factors it takes.
+OUTLETS = "_outlets_of_tables"
+
 # What is said about dense gradients: of tables from this size on; how often a step reads or writes as many bytes as
 # the table has (the gradient zeroed, summed, its norm, clipped, read; weights and two moments read and written); and
 # how many bytes a second are moved, two cores or a GPU, in round numbers.
@@ -335,7 +338,8 @@ def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
     It is noted on the table, where the backward finds it; copies of the table do not have it.
     """
-    setattr(table, TAKER, _Taker(optimizer))
+    if (taker := taker_of(table)) is None or taker.optimizer() is not optimizer:
+        setattr(table, TAKER, _Taker(optimizer))
 
 
 def let_follow(table: torch.Tensor, local: torch.Tensor) -> None:
@@ -344,11 +348,17 @@ def let_follow(table: torch.Tensor, local: torch.Tensor) -> None:
         setattr(local, TAKER, getattr(table, TAKER))
 
 
+def taker_of(table: torch.Tensor) -> "_Taker | None":
+    """What was noted by [`take_factors`]. Its optimizer may be gone."""
+    taker = getattr(table, TAKER, None)
+    return taker if isinstance(taker, _Taker) else None
+
+
 @torch.compiler.assume_constant_result
 def takes_factors(table: torch.Tensor) -> bool:
     """Whether there is an optimizer that takes the gradient of a table in factors."""
-    taker = getattr(table, TAKER, None)
-    return isinstance(taker, _Taker) and taker.optimizer() is not None
+    taker = taker_of(table)
+    return taker is not None and taker.optimizer() is not None
 
 
 def advise_on_dense_gradient(table: torch.Tensor) -> None:
@@ -365,11 +375,29 @@ def advise_on_dense_gradient(table: torch.Tensor) -> None:
         )
 
 
+class Outlet:
+    """
+    Where the gradient of a table leaves a graph, see `gradient_outlet.py`, which makes the tensor once a graph needs
+    it, for the dtype and the device that the table has then.
+    """
+
+    tensor: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+
 class _Taker:
-    """A weak reference to an optimizer. Of a table that is pickled, an empty dictionary remains of it."""
+    """
+    Weak references to an optimizer and to the outlet of a table. Of a table that is pickled, an empty dictionary
+    remains of it.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = weakref.ref(optimizer)
+        outlet = Outlet()
+        # The outlet leads to the table through autograd, where no garbage collector sees it: the table must not hold
+        # the outlet.
+        vars(optimizer).setdefault(OUTLETS, []).append(outlet)
+        self.optimizer, self.outlet = weakref.ref(optimizer), weakref.ref(outlet)
 
     def __reduce__(self):
         return OrderedDict, ()

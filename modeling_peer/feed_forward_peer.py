@@ -40,7 +40,6 @@ from .expert_generations import Generation, generations_of, has_protected_additi
 from .expert_kernels import needs_operator, resolve_kernels
 from .expert_operators import run_expert_pool
 from .expert_table import ExpertDownProjection, ExpertTable, ExpertUpProjection
-from .factored_gradient import takes_factors
 from .feed_forward_dense import DenseFeedForward
 from .forward_pass import ForwardPass
 from .initial_scale import activation_power, expert_std, router_weight_power
@@ -116,21 +115,15 @@ class ExpertPool(nn.Module):
         return self.up_proj, self.gate_proj, self.down_proj
 
     def _runs_as_one(self, hidden_states):
-        """Whether the pool is one operation for autograd. Otherwise each table is one, for an adapter or a hook."""
+        """Whether the tables run together. Otherwise each runs on its own, for an adapter or a hook."""
         tables = [table for table in self._tables if table is not None]
         if not torch.is_grad_enabled() or not all(isinstance(table, ExpertTable) for table in tables):
             return False
         if self.up_proj.kernels == "eager":
             return False
-        if torch.compiler.is_compiling():
-            # A graph break, in return for which the gradients of the tables come in factors.
-            fits = all(takes_factors(table.weight) for table in tables)
-        else:
-            fits = (
-                needs_operator(hidden_states, tables[0].weight)
-                and not active_transforms()
-                and not torch.jit.is_tracing()
-            )
+        fits = torch.compiler.is_compiling() or (
+            needs_operator(hidden_states, tables[0].weight) and not active_transforms() and not torch.jit.is_tracing()
+        )
         return (
             fits
             and type(hidden_states) is torch.Tensor

@@ -129,6 +129,19 @@ def in_backward() -> bool:
     return _current_graph_task_id() != -1
 
 
+def current_backward() -> int:
+    """The number of the backward in which the caller runs; one that runs inside of another has its own, a higher."""
+    return _current_graph_task_id()
+
+
+def can_tell_backwards() -> bool:
+    """
+    Whether [`current_backward`] tells one backward from another. If a later release of torch has not what it takes,
+    the gradients of expert tables are dense in compiled models.
+    """
+    return hasattr(torch._C, "_current_graph_task_id")
+
+
 def replicas_in_forward() -> torch.nn.parallel.DistributedDataParallel | None:
     """
     The DistributedDataParallel in whose forward the caller runs, if any. Ask only where

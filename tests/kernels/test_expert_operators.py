@@ -30,6 +30,7 @@ from modeling_peer import product_key_retrieval as product_key_retrieval_module
 from modeling_peer.expert_kernels_torch import EagerKernels
 from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
 from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_outlet import leave_graph
 from modeling_peer.product_key_retrieval import product_key_retrieval, product_key_retrieval_gradients, retrieve
 
 
@@ -39,6 +40,9 @@ def samples(kernels):
     hidden_states, weights, table = (x.requires_grad_() for x in (hidden_states, weights, table))
     yield expert_up, (hidden_states, indices, table, kernels, False)
     yield expert_down, (weights, indices, table, kernels, False)
+    values, outlet = torch.randn(5, 6, requires_grad=True), torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    entries = torch.zeros_like(outlet)
+    yield leave_graph, ([values], hidden_states.detach(), indices, [outlet], entries, 36, kernels, False)
     yield expert_row_gradient, (weights.detach(), hidden_states.detach(), indices, 36, torch.float32, kernels)
     if kernels == "cpu":
         queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
@@ -74,7 +78,7 @@ class TestOperators:
             if operator in (expert_row_gradient, product_key_retrieval_gradients):
                 continue
             outputs = operator(*arguments)
-            output = outputs[0] if isinstance(outputs, tuple) else outputs
+            output = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
             with pytest.raises(RuntimeError, match=r'second derivative.*expert_kernels="eager"'):
                 torch.autograd.grad(output.sum(), arguments[0], create_graph=True)
 

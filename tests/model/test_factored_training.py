@@ -21,11 +21,9 @@ from release_names import enable_checkpointing
 from table_gradients import DenseRowAdamW, dense, tables_of
 from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW, add_experts, expert_parameter_groups
-from modeling_peer.expert_operators import _ExpertPool
 from modeling_peer.expert_table import ExpertTable
 from modeling_peer.factored_gradient import FactoredGradient
 
@@ -160,47 +158,3 @@ def test_autocast(kernels):
         for sign in (0, 1)
     )
     assert difference < 0.1 * literal
-
-
-class TestCompiled:
-    @pytest.fixture(autouse=True)
-    def fresh(self):
-        torch._dynamo.reset()
-        counters.clear()
-        yield
-        torch._dynamo.reset()
-
-    def test_training_breaks_the_graph_at_experts_alone(self, monkeypatch):
-        """Once at each pool, and at the table of a PKM layer. Nothing is compiled anew for further steps."""
-        model = tiny_model(tiny_config("peer", "pkm", gated_experts=True)).train()
-        optimizer, tokens = optimizer_of(model), random_tokens(3, 9)
-        runs, pool, graphs = [], _ExpertPool.forward, []
-        monkeypatch.setattr(_ExpertPool, "forward", lambda *args: runs.append(1) or pool(*args))
-        compiled = torch.compile(model, backend="aot_eager")
-        for _ in range(2):
-            model.zero_grad()
-            loss = compiled(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            graphs.append(counters["stats"]["unique_graphs"])
-        assert len(runs) == 2
-        assert graphs[0] == graphs[1] > 0
-        reasons = counters["graph_break"]
-        assert reasons and all("run_outside_graphs" in reason for reason in reasons)
-        found = {name: parameter.grad for name, parameter in model.named_parameters()}
-        model.zero_grad()
-        expected_loss = model(input_ids=tokens, labels=tokens).loss
-        expected_loss.backward()
-        assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
-        for name, parameter in model.named_parameters():
-            assert isinstance(found[name], FactoredGradient) == (name in tables_of(model))
-            assert_close(dense(found[name]), dense(parameter.grad), rtol=1e-4, atol=1e-6)
-        assert optimizer.param_groups
-
-    def test_inference_is_one_graph(self):
-        model = tiny_model(tiny_config("peer", "pkm"))
-        optimizer = optimizer_of(model)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        tokens = random_tokens(2, 5)
-        with torch.no_grad():
-            assert_close(compiled(tokens).logits, model(tokens).logits)
-        assert optimizer.param_groups
