@@ -32,7 +32,7 @@ import torch
 
 from .expert_kernels import NAMESPACE, PLAIN_TENSORS, refuse_double_backward
 from .factored_gradient import Entries, FactoredGradient, Factors, Outlet, taker_of
-from .library_releases import can_tell_backwards, current_backward
+from .library_releases import can_tell_backwards, current_backward, is_exporting
 
 
 # What was handed over in a backward that failed, or did not go on to the table, is kept until so many others have
@@ -90,7 +90,7 @@ def outlet_of(table: torch.Tensor) -> torch.Tensor | None:
     also for a tensor that is no plain parameter, such as a process's part of a table.
     """
     is_parameter = table.requires_grad and table.is_leaf and type(table) in PLAIN_TENSORS
-    if not is_parameter or torch.compiler.is_exporting() or not can_tell_backwards():
+    if not is_parameter or is_exporting() or not can_tell_backwards():
         return None
     _open_outlet(table)
     taker = taker_of(table)

@@ -142,6 +142,13 @@ def can_tell_backwards() -> bool:
     return hasattr(torch._C, "_current_graph_task_id")
 
 
+# Asked outside of the graph: what `torch.compile` traces in torch 2.9 is told that it is exported.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the caller."""
+    return torch.compiler.is_exporting()
+
+
 def replicas_in_forward() -> torch.nn.parallel.DistributedDataParallel | None:
     """
     The DistributedDataParallel in whose forward the caller runs, if any. Ask only where

@@ -41,6 +41,12 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 TOKENS = random_tokens(3, 9), random_tokens(3, 9, seed=2)
 
+changes_of_tables_are_seen = pytest.mark.skipif(
+    getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False),
+    reason="This torch goes on with a compiled graph when `requires_grad` of a parameter changes: torch.nn.Linear is "
+    "not trained either.",
+)
+
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -133,6 +139,7 @@ def test_ten_steps(backend, tolerance):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@changes_of_tables_are_seen
 def test_factors_come_while_an_optimizer_takes_them():
     """Also in a model that was compiled before there was one."""
     model = model_of()
@@ -224,6 +231,7 @@ def test_autocast():
 class TestTables:
     """Some of which are frozen, adapted or grafted, or have hooks."""
 
+    @changes_of_tables_are_seen
     def test_that_are_not_trained(self):
         model = model_of("peer", "pkm", gated_experts=True)
         optimizer, run = optimizer_of(model), with_compiled_layers(model)
@@ -235,6 +243,7 @@ class TestTables:
                 assert (table.grad is not None) == requires_grad
         assert optimizer.param_groups
 
+    @changes_of_tables_are_seen
     def test_of_a_pool_that_is_trained_anew(self):
         """Frozen when the optimizer was made."""
         model = model_of()
