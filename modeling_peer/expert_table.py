@@ -73,7 +73,11 @@ class ExpertTable(nn.Embedding):
     @property
     def kernels(self) -> str:
         """Name of the implementation that runs on this table. Raises `RuntimeError` if the configured one cannot."""
-        return resolve_kernels(self.config.expert_kernels, self.weight)
+        return self.kernels_on(self.weight)
+
+    def kernels_on(self, weight: torch.Tensor) -> str:
+        """Name of the implementation that runs on `weight`, a part of the table. Raises as [`ExpertTable.kernels`]."""
+        return resolve_kernels(self.config.expert_kernels, weight)
 
     @property
     def is_plain(self) -> bool:
@@ -84,7 +88,7 @@ class ExpertTable(nn.Embedding):
 
     def _run(self, half, operator, tokens, indices):
         weight = self.weight  # once: an adapter may compute it
-        kernels = resolve_kernels(self.config.expert_kernels, weight)
+        kernels = self.kernels_on(weight)
         if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
         if torch.is_grad_enabled() and takes_factors(weight):

@@ -46,7 +46,7 @@ from .feed_forward import (
     ALL_FEED_FORWARDS,
     check_feed_forward_types,
     custom_variants,
-    feed_forward_tp_plan,
+    feed_forward_plan,
 )
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
@@ -56,6 +56,14 @@ from .growth_advice import advise_on_added_experts
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
+from .memory_group import (
+    MemoryGroup,
+    check_processes,
+    form_memory_group,
+    group_query_norms,
+    register_memory_group_styles,
+    tables_left_out,
+)
 from .product_key_router import ProductKeyRouter
 from .tensor_parallel import register_parallel_styles
 
@@ -240,6 +248,22 @@ class PeerPreTrainedModel(PreTrainedModel):
             _advise_tables(self, advise_random_access)
         write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, device_map=None):
+        """As in Transformers, which calls it. Refuses what no memory group can be formed of."""
+        return super().prepare_distribute_model(check_processes(distributed_config), device_map)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
+        if mesh_manager is None:
+            return model
+        group_query_norms(model)
+        if distributed_config.ep_size > 1:
+            form_memory_group(model, distributed_config, mesh_manager)
+        with tables_left_out(model):
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel reads it of the model that it wraps.
@@ -282,6 +306,7 @@ class PeerModel(PeerPreTrainedModel):
         self.expert_pool = ExpertPool(config, shared_generations(config)) if shares_pool else None
         self.gradient_checkpointing = False
         self.built_fields = built_fields(config)
+        self.memory_group: MemoryGroup | None = None
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -366,12 +391,15 @@ class PeerModel(PeerPreTrainedModel):
         return PeerModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
     def init_parallel_plans(self) -> None:
-        """Make the plans as Transformers does, and add the tensor parallel plans of the feed-forward variants."""
+        """Make the plans as Transformers does, and add those of the feed-forward variants."""
         super().init_parallel_plans()
-        plan = feed_forward_tp_plan(self.config)
+        tp_plan, ep_plan = (feed_forward_plan(kind, self.config) for kind in ("tp_plan", "ep_plan"))
         if self.expert_pool is not None:
-            plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
-        self._tp_plan = plan | self._tp_plan  # what was set on the configuration goes first
+            tp_plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
+            ep_plan |= ExpertPool.ep_plan(self.config)
+        # What was set on the configuration goes first.
+        self._tp_plan = tp_plan | self._tp_plan
+        self._ep_plan = ep_plan | self._ep_plan
 
 
 @auto_docstring(
@@ -531,6 +559,7 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 
 register_parallel_styles()
+register_memory_group_styles()
 
 
 __all__ = [

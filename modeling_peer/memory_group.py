@@ -1,0 +1,304 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Memory groups: expert tables split by width over processes that train on different batches.
+
+Each of the G processes of a group owns `hidden_size / G` columns of every row of every table, and the optimizer state
+of these columns. Tokens are exchanged (see `token_exchange.py`), tables and their gradients never. Where there are
+more processes than a group has, other groups own the same columns, and the gradients of these are averaged once for
+each optimizer step (see `gradient_exchange.py`). All other parameters are FSDP2's, which Transformers applies:
+
+```python
+>>> from transformers.distributed import DistributedConfig
+
+>>> distributed_config = DistributedConfig(fsdp_size=8, ep_size=8)
+>>> model = PeerForCausalLM.from_pretrained("path/to/a/peer/checkpoint", distributed_config=distributed_config)
+```
+
+The styles are Transformers' expert-parallel ones, and the `ep_plan` of feed-forward variants says what they apply to.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.distributed import DistributedConfig
+
+from .expert_operators import run_expert_pool
+from .expert_table import ExpertTable
+from .factored_gradient import let_follow
+from .forward_pass import ForwardPass
+from .library_releases import (
+    FOUND_RELEASES,
+    PARALLEL_STYLES,
+    ExpertParallelLayer,
+    apply_expert_parallelism,
+    ensure_process_group,
+    require_transformers,
+    style_of_modules,
+)
+from .query_norm import QueryBatchNorm
+from .tensor_parallel import shard_columns
+from .token_exchange import exchange_tokens
+
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+FIRST_RELEASE = "5.24"
+FEATURE = "A memory group (`ep_size` of a PEER model)"
+
+
+class MemoryGroup:
+    """
+    The processes that together hold whole expert tables, as one of them sees it.
+
+    Args:
+        columns (`dist.ProcessGroup`): The processes of the group, in the order of their columns.
+        replicas (`dist.ProcessGroup`, *optional*):
+            The processes of all groups that own the same columns as this one. `None` if there is one group.
+    """
+
+    def __init__(self, columns: dist.ProcessGroup, replicas: dist.ProcessGroup | None):
+        self.columns = columns
+        self.replicas = replicas
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.columns)
+
+
+class ExpertColumns(ExpertParallelLayer):
+    """A table of which each process holds some columns. What runs on it is the pool's part."""
+
+    def validate_param(self, module, param, mesh, parameter_name=None):
+        require_transformers(FIRST_RELEASE, FEATURE)
+        width = module.embedding_dim
+        if width % mesh.size():
+            raise ValueError(
+                f"`ep_size` = {mesh.size()} does not divide the width {width} of {parameter_name}: each process of a "
+                "memory group owns equally many columns of an expert table."
+            )
+
+    def shard_param(self, module, param, mesh):
+        shard_columns(module, param, mesh)
+
+    def install_forward(self, module, mesh):
+        return module
+
+
+class ExpertPoolExchange(ExpertParallelLayer):
+    """A pool that runs all tokens of the group on the columns of this process."""
+
+    def install_forward(self, module, mesh):
+        if module.act_has_parameters:
+            raise ValueError(
+                f"The activation of a pool in a memory group must have no parameters, got {module.act_fn}."
+            )
+        module.forward = functools.partial(_run_pool, module, mesh.get_group())
+        return module
+
+
+class ExpertValuesExchange(ExpertColumns):
+    """A table without neurons, PKM's: likewise, by itself."""
+
+    def install_forward(self, module, mesh):
+        module.forward = functools.partial(_run_values, module, mesh.get_group())
+        return module
+
+
+def _run_pool(
+    pool: Any,
+    group: dist.ProcessGroup,
+    hidden_states: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    forward_pass: ForwardPass | None = None,
+) -> torch.Tensor:
+    """The forward of an [`ExpertPool`] in a memory group, with the arguments and the result of its own."""
+    tables = (pool.up_proj, pool.gate_proj, pool.down_proj)
+    up, gate, down = (None if table is None else _own_columns(table) for table in tables)
+    rows = (indices - pool.first_expert).int()
+    exchange = exchange_tokens(group, hidden_states, forward_pass)
+    kernels = _kernels(pool.down_proj, down)
+    return run_expert_pool(hidden_states, rows, weights, up, gate, down, pool.act_fn, kernels, exchange)
+
+
+def _run_values(
+    table: ExpertTable, group: dist.ProcessGroup, weights: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """The forward of an [`ExpertDownProjection`] in a memory group, with the arguments and the result of its own."""
+    down = _own_columns(table)
+    exchange = exchange_tokens(group, weights)
+    kernels = _kernels(table, down)
+    return run_expert_pool(None, indices.int(), weights, None, None, down, None, kernels, exchange)
+
+
+def _own_columns(table):
+    if not isinstance(table, ExpertTable):
+        raise TypeError(f"A memory group runs expert tables as they are, and found {type(table).__name__} in a pool.")
+    local = table.weight.to_local()
+    let_follow(table.weight, local)
+    return local
+
+
+def _kernels(table, columns):
+    kernels = table.kernels_on(columns)
+    # The literal algorithm is for one process: autograd does not see what others do.
+    return "torch" if kernels == "eager" else kernels
+
+
+def check_processes(distributed_config: Any) -> Any:
+    """
+    Refuse, before processes are grouped, what no memory group can be formed of. Does nothing unless `ep_size` is more
+    than 1.
+
+    Args:
+        distributed_config (`DistributedConfig` or `dict`, *optional*)
+
+    Returns:
+        `DistributedConfig` or `None`: what was given, not as a dictionary.
+
+    Raises:
+        `RuntimeError`: if Transformers is too old.
+        `ValueError`: if processes have different configurations, or if `ep_implementation` or `tp_size` is set.
+    """
+    if isinstance(distributed_config, dict):
+        distributed_config = DistributedConfig.from_dict(distributed_config)
+    if getattr(distributed_config, "ep_size", None) in (None, 1):
+        return distributed_config
+    require_transformers(FIRST_RELEASE, FEATURE)
+    if distributed_config.tp_size > 1:
+        raise ValueError(
+            f"`ep_size` = {distributed_config.ep_size} of a PEER model needs `tp_size` = 1, found "
+            f"{distributed_config.tp_size}: the processes of a memory group have different batches."
+        )
+    if distributed_config.ep_implementation != "auto":
+        raise ValueError(
+            f'`ep_implementation` of a PEER model must be "auto", found "{distributed_config.ep_implementation}": a '
+            "memory group exchanges columns of all tokens, in one way."
+        )
+    ensure_process_group()
+    _refuse_differences("`distributed_config`", asdict(distributed_config))
+    return distributed_config
+
+
+def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) -> None:
+    """
+    Split the expert tables of a model over the processes of a memory group. The model may be on the meta device.
+
+    Args:
+        model (`PeerPreTrainedModel`)
+        distributed_config (`DistributedConfig`): Its `ep_size` is the number of processes of a group.
+        mesh_manager (`TransformersDeviceMesh`): The meshes that Transformers made for `distributed_config`.
+
+    Raises:
+        `ValueError`: if the processes have different models or releases, if `ep_size` does not divide the width of a
+            table, or if the plan is not that of a memory group.
+    """
+    _refuse_differences("the model", _description(model))
+    plan = style_of_modules(model, distributed_config)
+    dispatched = [name for name, style in plan.items() if style == "ep_dispatch_experts"]
+    if dispatched:
+        raise ValueError(
+            f'`ep_plan` gives {dispatched} the style "ep_dispatch_experts" of Transformers, which a model with a '
+            "memory group cannot have."
+        )
+    mesh = mesh_manager.get_mesh("ep")
+    apply_expert_parallelism(model, mesh, mesh_manager.get_mesh("tp"), plan)
+    model.base_model.memory_group = MemoryGroup(mesh.get_group(), _group_of_replicas(mesh_manager))
+
+
+def _group_of_replicas(mesh_manager):
+    """The processes that own the same columns: a group of its own, in which nothing else is reduced."""
+    ranks = mesh_manager.get_mesh(("dp_replicate", "efsdp", "ep")).mesh.flatten(0, -2)
+    if len(ranks) == 1:
+        return None
+    own, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    return own
+
+
+def _description(model):
+    config = {name: value for name, value in model.config.to_dict().items() if name not in UNCOMPARED}
+    tables = {
+        f"{name}.weight": (tuple(module.weight.shape), module.weight.dtype)
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertTable)
+    }
+    return {**FOUND_RELEASES, "modeling_peer": _own_release(), **config, **tables}
+
+
+# Fields of a configuration that say where it came from and how it runs.
+UNCOMPARED = {"distributed_config", "_name_or_path", "transformers_version"}
+
+
+def _own_release():
+    try:
+        return metadata.version("modeling-peer")
+    except metadata.PackageNotFoundError:  # the code came with a checkpoint
+        return None
+
+
+def _refuse_differences(subject, own):
+    """Raise the same `ValueError` on all processes if they do not have the same dictionary."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    for rank, other in enumerate(every):
+        names = sorted(name for name in own.keys() | other.keys() if every[0].get(name) != other.get(name))
+        if names:
+            found = ", ".join(f"`{name}` {every[0].get(name)!r} and {other.get(name)!r}" for name in names)
+            raise ValueError(f"Ranks 0 and {rank} disagree on {subject}: they have {found}.")
+
+
+@contextlib.contextmanager
+def tables_left_out(model: nn.Module) -> Iterator[None]:
+    """
+    Hide the tables that a memory group splits from what runs inside: FSDP2 would gather them, and Transformers does
+    not tell it which parameters to ignore.
+    """
+    tables = [each for each in model.modules() if isinstance(each, ExpertTable) and is_split(each.weight)]
+    weights = [table._parameters.pop("weight") for table in tables]
+    try:
+        yield
+    finally:
+        for table, weight in zip(tables, weights, strict=True):
+            table._parameters["weight"] = weight
+
+
+def is_split(weight: torch.Tensor) -> bool:
+    """Whether a memory group splits a table."""
+    return dist.is_available() and isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == ("ep",)
+
+
+def group_query_norms(model: nn.Module) -> None:
+    """Let the BatchNorms of a model sum over all processes in a group of their own, which waits for nothing else."""
+    norms = [each for each in model.modules() if isinstance(each, QueryBatchNorm)]
+    group = dist.new_group() if norms else None
+    for norm in norms:
+        norm.group = group
+
+
+def register_memory_group_styles() -> None:
+    """Make the styles known under the names that the `ep_plan` of feed-forward variants uses."""
+    styles: Any = PARALLEL_STYLES
+    if dist.is_available() and styles is not None:
+        styles.register("expert_columns", ExpertColumns())
+        styles.register("expert_pool_exchange", ExpertPoolExchange())
+        styles.register("expert_values_exchange", ExpertValuesExchange())
