@@ -36,7 +36,7 @@ from .library_releases import (
     reduces_gradients,
     replicas_in_forward,
 )
-from .memory_group import MemoryGroup, is_split
+from .memory_group import is_split
 
 
 if dist.is_available():
@@ -107,7 +107,7 @@ def replicated_tables(module: nn.Module) -> ReplicatedTables | None:
 
 
 @torch.compiler.disable
-def _replicated_columns(module, group: MemoryGroup):
+def _replicated_columns(module, group):
     tables = [each.weight for each in module.modules() if isinstance(each, ExpertTable)]
     replicas = replicas_in_forward()
 

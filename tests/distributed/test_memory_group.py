@@ -1,0 +1,169 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Two and four gloo processes whose expert tables are split over memory groups compute what one process computes of the
+joint batch: with FSDP2 for the rest, and in two groups of two.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from kernels_used import TRAINING
+from launches import PYTHON, assert_same, assert_same_training, handed_over, launch, torchrun
+from safetensors.torch import load_file
+
+from modeling_peer.library_releases import is_at_least
+from modeling_peer.token_exchange import exchanged_bytes
+
+
+LOOPS = ["pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown", "beside_moe", "idle"]
+TRAINERS = ["right", "left", "accumulated", "shared_pool", "checkpointed", "rows"]
+ON_FOUR = {"loops": ["pkm", "rms_norm", "shared_pool", "grown", "idle"], "trainers": ["accumulated", "rows"]}
+
+# Number of processes and of those in a group.
+RUNS = [(2, 2), (4, 2), (4, 4)]
+CASES_OF_LOOPS = [(run, name) for run in RUNS for name in (LOOPS if run[0] == 2 else ON_FOUR["loops"])]
+CASES_OF_TRAINERS = [(run, name) for run in RUNS for name in (TRAINERS if run[0] == 2 else ON_FOUR["trainers"])]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Where the results are of one process on the joint batch, and of a number of processes in groups of a size."""
+    if not is_at_least("Transformers", "5.24"):
+        pytest.skip("memory groups need Transformers 5.24")
+    folders: dict[tuple[int, int], Path] = {}
+
+    def folder(num_processes: int, group_size: int) -> Path:
+        key = num_processes, group_size
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("{}-{}".format(*key))
+            command = PYTHON if num_processes == 1 else torchrun(num_processes)
+            launch(command, "memory_group.py", folders[key], "--group-size", str(group_size))
+        return folders[key]
+
+    return folder
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_steps_are_those_of_one_process_on_the_joint_batch(launched, run, name):
+    """Losses, norms before clipping, and weights and statistics after ten clipped steps."""
+    expected, steps = handed_over(launched(1, 1), f"loop-{name}-0")
+    for rank in range(run[0]):
+        state, facts = handed_over(launched(*run), f"loop-{name}-{rank}")
+        assert len(facts["losses"]) == 10
+        assert min(facts["gradient_norms"]) > 0.5  # every step was clipped
+        assert_same_training(facts, steps)
+        assert_same(state, expected)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_gradient_norms_are_one_number_on_all_ranks(launched, run, name):
+    of_ranks = [handed_over(launched(*run), f"loop-{name}-{rank}")[1]["gradient_norms"] for rank in range(run[0])]
+    assert all(norms == of_ranks[0] for norms in of_ranks)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_gradients_of_tables_come_in_factors(launched, run, name):
+    _, expected = handed_over(launched(1, 1), f"loop-{name}-0")
+    assert expected["in_factors"][0] in (1, 2, 3, 4)
+    for rank in range(run[0]):
+        assert handed_over(launched(*run), f"loop-{name}-{rank}")[1]["in_factors"] == expected["in_factors"]
+
+
+@pytest.mark.parametrize(("run", "name"), [case for case in CASES_OF_LOOPS if case[1] != "idle"])
+def test_a_rank_holds_columns_of_tables_and_a_part_of_the_rest(launched, run, name):
+    num_processes, group_size = run
+    whole, _ = handed_over(launched(1, 1), f"loop-{name}-0")
+    for rank in range(num_processes):
+        layout = handed_over(launched(*run), f"loop-{name}-{rank}")[1]["layout"]
+        tables = {key for key in layout if "expert_pool." in key or ".values." in key}
+        assert tables
+        for key, (mesh, shape) in layout.items():
+            num_rows, *others = whole[key].shape
+            if key in tables:
+                assert (mesh, shape) == (["ep"], [num_rows, others[0] // group_size])
+            else:
+                # FSDP2's: chunks of rows, of which the last may be smaller or empty.
+                chunk = math.ceil(num_rows / num_processes)
+                held = max(min(chunk, num_rows - rank * chunk), 0)
+                assert (mesh, shape[0]) == (["fsdp"], held)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_TRAINERS)
+def test_stock_trainer_trains_as_one_process_on_the_joint_batch(launched, run, name):
+    folder, joint = launched(*run), launched(1, 1)
+    for rank in range(run[0]):
+        _, facts = handed_over(folder, f"{name}-{rank}")
+        _, expected = handed_over(joint, f"{name}-0")
+        assert (facts["wrapper"], facts["processes"]) == ("FSDPPeerForCausalLM", run[0])
+        assert facts["in_factors"] == expected["in_factors"]
+        assert_same_training(facts, expected)
+    assert_same(load_file(folder / name / "model.safetensors"), load_file(joint / name / "model.safetensors"))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_evaluation_and_generation_are_those_of_one_process(launched, run):
+    expected, _ = handed_over(launched(1, 1), "outputs-0")
+    for rank in range(run[0]):
+        assert_same(handed_over(launched(*run), f"outputs-{rank}")[0], expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_pools_run_where_a_rank_has_no_token(launched, run):
+    expected, _ = handed_over(launched(1, 1), "pools-0")
+    of_ranks = [handed_over(launched(*run), f"pools-{rank}")[0] for rank in range(run[0])]
+    assert len(of_ranks[-1]["peer.output"]) == 0
+    for key, tensor in expected.items():
+        if key.startswith(("peer.", "pkm.")):
+            assert_same({key: torch.cat([tensors[key] for tensors in of_ranks])}, {key: tensor})
+        else:
+            for tensors in of_ranks:
+                assert_same({key: tensors[key]}, {key: tensor})
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("name", "num_up_tables"), [("peer", 2), ("pkm", 0)])
+def test_bytes_that_are_received_are_those_of_the_formula(launched, run, name, num_up_tables):
+    expected = exchanged_bytes(16, 5, run[1], torch.float32, num_up_tables)
+    for rank in range(run[0]):
+        _, facts = handed_over(launched(*run), f"pools-{rank}")
+        for direction in ("forward", "backward"):
+            # Of a group whose ranks have different numbers of tokens, each exchanges as many as any.
+            found = {key: nbytes / facts["num_tokens"] for key, nbytes in facts[name][direction].items()}
+            assert found == {key: nbytes for key, nbytes in getattr(expected, direction).items() if nbytes}
+
+
+def test_bytes_of_a_group_of_eight():
+    """In KB, a token and layer at d = 2,048 with 8 heads of 16 experts in bfloat16."""
+    exchanged = exchanged_bytes(2048, 128, 8, torch.bfloat16)
+    assert exchanged.forward == {"all_to_all": 2 * 3584, "all_gather": 3584 + 1792, "reduce_scatter": 3584}
+    assert exchanged.backward == {"all_to_all": 2 * 3584, "all_gather": 1792, "reduce_scatter": 3584}
+    assert exchanged.total == 7 * 3584 + 2 * 1792
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(launched, run):
+    expected, _ = handed_over(launched(1, 1), "bfloat16-0")
+    for rank in range(run[0]):
+        actual, _ = handed_over(launched(*run), f"bfloat16-{rank}")
+        for key, tensor in expected.items():
+            error = (actual[key].double() - tensor.double()).norm() / tensor.double().norm()
+            assert error < 4 * torch.finfo(torch.bfloat16).eps, (key, error)
+
+
+def test_experts_ran_on_the_native_kernels(launched):
+    _, facts = handed_over(launched(2, 2), "right-0")
+    assert {tuple(call) for call in facts["kernels"]} <= TRAINING
