@@ -36,6 +36,7 @@ from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
 from .graft.peft_releases import is_peft_installed
 from .graft_merged import PeerGraftedConfig
+from .memory_group import shard_experts
 from .modeling_peer import (
     PeerForCausalLM,
     PeerForQuestionAnswering,
@@ -157,5 +158,6 @@ __all__ = [
     "masked_experts",
     "measure_usage",
     "model_costs",
+    "shard_experts",
     "train_added_experts_only",
 ]

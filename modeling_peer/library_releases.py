@@ -122,8 +122,10 @@ except ImportError as error:
 # Without them, a memory group is refused, by styles that are registered all the same.
 try:
     from transformers.distributed.expert_parallel import ExpertParallelLayer, apply_expert_parallelism
+    from transformers.distributed.utils import initialize_distributed_mesh
 except ImportError:  # before 5.24
-    ExpertParallelLayer, apply_expert_parallelism = TensorParallelLayer, None  # type: ignore[assignment,misc]
+    ExpertParallelLayer = TensorParallelLayer  # type: ignore[assignment,misc]
+    apply_expert_parallelism = initialize_distributed_mesh = None  # type: ignore[assignment]
 
 
 def _private(name: str, otherwise: Any, loss: str) -> Callable:

@@ -17,7 +17,8 @@ Memory groups: expert tables split by width over processes that train on differe
 Each of the G processes of a group owns `hidden_size / G` columns of every row of every table, and the optimizer state
 of these columns. Tokens are exchanged (see `token_exchange.py`), tables and their gradients never. Where there are
 more processes than a group has, other groups own the same columns, and the gradients of these are averaged once for
-each optimizer step (see `gradient_exchange.py`). All other parameters are FSDP2's, which Transformers applies:
+each optimizer step (see `gradient_exchange.py`). All other parameters are FSDP2's, which Transformers applies, or
+DistributedDataParallel's (see [`shard_experts`]):
 
 ```python
 >>> from transformers.distributed import DistributedConfig
@@ -51,6 +52,8 @@ from .library_releases import (
     ExpertParallelLayer,
     apply_expert_parallelism,
     ensure_process_group,
+    initialize_distributed_mesh,
+    is_at_least,
     require_transformers,
     style_of_modules,
 )
@@ -167,8 +170,7 @@ def _kernels(table, columns):
 
 def check_processes(distributed_config: Any) -> Any:
     """
-    Refuse, before processes are grouped, what no memory group can be formed of. Does nothing unless `ep_size` is more
-    than 1.
+    Refuse, before processes are grouped, what they do not agree on, and what no memory group can be formed of.
 
     Args:
         distributed_config (`DistributedConfig` or `dict`, *optional*)
@@ -177,14 +179,32 @@ def check_processes(distributed_config: Any) -> Any:
         `DistributedConfig` or `None`: what was given, not as a dictionary.
 
     Raises:
-        `RuntimeError`: if Transformers is too old.
-        `ValueError`: if processes have different configurations, or if `ep_implementation` or `tp_size` is set.
+        `RuntimeError`: if `ep_size` is more than 1 and Transformers is too old.
+        `ValueError`: if processes were given different ones, or if `ep_implementation` or `tp_size` is set besides
+            `ep_size`.
     """
     if isinstance(distributed_config, dict):
         distributed_config = DistributedConfig.from_dict(distributed_config)
-    if getattr(distributed_config, "ep_size", None) in (None, 1):
+    has_groups = getattr(distributed_config, "ep_size", None) not in (None, 1)
+    if has_groups:
+        require_transformers(FIRST_RELEASE, FEATURE)
+    if not is_at_least("Transformers", FIRST_RELEASE) or not _has_several_processes(distributed_config):
         return distributed_config
-    require_transformers(FIRST_RELEASE, FEATURE)
+    # Also without groups: another process may have them.
+    ensure_process_group()
+    _refuse_differences("`distributed_config`", asdict(distributed_config))
+    if has_groups:
+        _check_options(distributed_config)
+    return distributed_config
+
+
+def _has_several_processes(distributed_config):
+    return distributed_config is not None and any(
+        getattr(distributed_config, f"{kind}_size") > 1 for kind in ("tp", "pp", "dp")
+    )
+
+
+def _check_options(distributed_config):
     if distributed_config.tp_size > 1:
         raise ValueError(
             f"`ep_size` = {distributed_config.ep_size} of a PEER model needs `tp_size` = 1, found "
@@ -195,9 +215,6 @@ def check_processes(distributed_config: Any) -> Any:
             f'`ep_implementation` of a PEER model must be "auto", found "{distributed_config.ep_implementation}": a '
             "memory group exchanges columns of all tokens, in one way."
         )
-    ensure_process_group()
-    _refuse_differences("`distributed_config`", asdict(distributed_config))
-    return distributed_config
 
 
 def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) -> None:
@@ -224,6 +241,36 @@ def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) ->
     mesh = mesh_manager.get_mesh("ep")
     apply_expert_parallelism(model, mesh, mesh_manager.get_mesh("tp"), plan)
     model.base_model.memory_group = MemoryGroup(mesh.get_group(), _group_of_replicas(mesh_manager))
+
+
+def shard_experts(model: Any, ep_size: int) -> Any:
+    """
+    Split the expert tables of a model that is whole, in place, and nothing else: for a model whose other parameters
+    DistributedDataParallel replicates. The tables become those of rank 0, as DDP does with the others.
+
+    A model that is too large to be whole in every process is made by `from_pretrained` or `from_config` with a
+    `distributed_config`, which also splits the rest by FSDP2.
+
+    Args:
+        model ([`PeerPreTrainedModel`]): On the device where it will be trained.
+        ep_size (`int`): Number of processes of a memory group. It divides the number of processes.
+
+    Returns:
+        The model.
+
+    Raises:
+        `RuntimeError` or `ValueError`: as `from_pretrained` does for a `distributed_config` with this `ep_size`.
+    """
+    require_transformers(FIRST_RELEASE, FEATURE)
+    ensure_process_group()
+    config = check_processes(DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size))
+    _, mesh_manager = initialize_distributed_mesh(config)
+    for module in model.modules():
+        if isinstance(module, ExpertTable):
+            dist.broadcast(module.weight.detach(), 0)
+    group_query_norms(model)
+    form_memory_group(model, config, mesh_manager)
+    return model
 
 
 def _group_of_replicas(mesh_manager):

@@ -65,6 +65,7 @@ from .memory_group import (
     tables_left_out,
 )
 from .product_key_router import ProductKeyRouter
+from .split_initialization import initialized_whole, zero_padding
 from .tensor_parallel import register_parallel_styles
 
 
@@ -228,6 +229,30 @@ class PeerPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         _advise_tables(loaded[0] if isinstance(loaded, tuple) else loaded, advise_random_access)
         return loaded
+
+    @classmethod
+    def from_config(cls, config: PeerConfig, **kwargs):
+        """
+        Make a model with new weights, in training mode, as its constructor does, but with the arguments of
+        `from_pretrained`: with a `distributed_config` it is split before it has memory. No process allocates the whole
+        of an expert table. All must have the same seed; on a CPU, the weights are then those that one process draws
+        here without a `distributed_config`, and in any case they do not depend on the number of processes.
+
+        Args:
+            config (`PeerConfig`)
+            kwargs: `distributed_config`, `dtype` and others of `from_pretrained`.
+
+        ```python
+        >>> from transformers.distributed import DistributedConfig
+
+        >>> torch.manual_seed(0)
+        >>> model = PeerForCausalLM.from_config(config, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
+        ```
+        """
+        with initialized_whole():
+            model = cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
+        zero_padding(model)
+        return model.train()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """

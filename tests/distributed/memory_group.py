@@ -30,11 +30,19 @@ import torch.distributed as dist
 import train
 from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
 from torch.distributed.tensor import DTensor
-from train import RANK, WORLD_SIZE, local
+from torch.utils._python_dispatch import TorchDispatchMode
+from train import RANK, WORLD_SIZE, local, whole
 from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, token_exchange
+from modeling_peer import (
+    PeerForCausalLM,
+    RowAdamW,
+    expert_parameter_groups,
+    memory_group,
+    split_initialization,
+    token_exchange,
+)
 from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.gradient_exchange import average_gradients
 
@@ -52,6 +60,8 @@ LOOPS = {
     "beside_moe": tiny_config("moe", "peer", shared_expert_intermediate_size=10),
 }
 ON_FOUR = {"loops": ("pkm", "rms_norm", "shared_pool", "grown"), "trainers": ("accumulated", "rows")}
+# What the stock Trainer trains under DistributedDataParallel.
+UNDER_DDP = ("left", "rows")
 
 
 def rows_of_step(step: int) -> list[list[int]]:
@@ -91,10 +101,6 @@ def over_processes(value: torch.Tensor) -> float:
     if WORLD_SIZE > 1:
         dist.all_reduce(value)
     return value.item() / WORLD_SIZE
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train_in_loop(model: torch.nn.Module, second_moment: str, idle: bool = False) -> tuple[dict, dict]:
@@ -194,6 +200,27 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         yield counted
 
 
+def refusal(config, distributed_config: DistributedConfig) -> str:
+    """The message with which a model is refused."""
+    try:
+        PeerForCausalLM.from_config(config, distributed_config=distributed_config)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor with memory that is made inside."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta and not isinstance(result, DTensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
 class Cases:
     """
     Args:
@@ -220,6 +247,39 @@ class Cases:
     def hand_over(self, name: str, tensors: dict, facts: dict | None = None) -> None:
         hand_over(self.output, f"{name}-{RANK}", tensors, facts)
 
+    def new_weights(self) -> None:
+        """Weights that are drawn, of a model with a table that is larger than all else, and what it took to draw it."""
+        arguments = {}
+        if WORLD_SIZE > 1:
+            arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+        torch.manual_seed(4)
+        with mock.patch.object(split_initialization, "CHUNK_ELEMENTS", 512), LargestTensor() as largest:
+            model = PeerForCausalLM.from_config(tiny_config("peer", "dense", num_experts=4096), **arguments)
+        tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        self.hand_over("new", tensors, {"training": model.training, "largest": largest.num_elements})
+
+    def refusals(self) -> None:
+        """The messages with which models are refused."""
+        own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+        other = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size // 2 if RANK else self.group_size)
+        both = DistributedConfig(fsdp_size=1, tp_size=WORLD_SIZE, ep_size=WORLD_SIZE)
+        theirs = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_implementation="all_to_all")
+        dispatched = {"model.layers.*.mlp.expert_pool": "ep_dispatch_experts"}
+        their_plan = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_plan=dispatched)
+        config = tiny_config("peer")
+        cases = {
+            "width": (tiny_config("peer", hidden_size=16 + self.group_size // 2), own),
+            "configuration": (tiny_config("peer", num_experts_per_head=2 + RANK), own),
+            "group": (config, other),
+            "tensor_parallel": (config, both),
+            "implementation": (config, theirs),
+            "plan": (config, their_plan),
+        }
+        messages = {name: refusal(*case) for name, case in cases.items()}
+        with mock.patch.object(memory_group, "_own_release", lambda: f"0.{RANK}"):
+            messages["release"] = refusal(config, own)
+        self.hand_over("refusals", {}, messages)
+
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
         trainers = ON_FOUR["trainers"] if WORLD_SIZE == 4 else [name for name in train.CASES if name != "moe"]
@@ -237,8 +297,14 @@ class Cases:
         self.hand_over("pools", *run_pools(self.load("shared_pool"), self.load("pkm")))
         self.hand_over("loop-idle", *train_in_loop(self.load("rms_norm"), "full", idle=True))
         self.hand_over("bfloat16", gradients(self.load("shared_pool", dtype=torch.bfloat16)))
+        self.new_weights()
+        if WORLD_SIZE > 1:
+            self.refusals()
         for name in trainers:
             train.train(name, self.output, WORLD_SIZE > 1, self.group_size)
+        if WORLD_SIZE > 1:
+            for name in UNDER_DDP:
+                train.train(name, self.output / "ddp", False, self.group_size)
 
 
 def main() -> None:

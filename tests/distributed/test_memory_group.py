@@ -17,6 +17,7 @@ joint batch: with FSDP2 for the rest, and in two groups of two.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,55 @@ def test_stock_trainer_trains_as_one_process_on_the_joint_batch(launched, run, n
         assert facts["in_factors"] == expected["in_factors"]
         assert_same_training(facts, expected)
     assert_same(load_file(folder / name / "model.safetensors"), load_file(joint / name / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("run", "name"), [(run, name) for run in RUNS for name in ("left", "rows")])
+def test_stock_trainer_with_replicas_of_the_rest(launched, run, name):
+    """Under DistributedDataParallel, that is."""
+    expected_state, expected = handed_over(launched(1, 1), f"{name}-0")
+    for rank in range(run[0]):
+        state, facts = handed_over(launched(*run) / "ddp", f"{name}-{rank}")
+        assert (facts["wrapper"], facts["processes"]) == ("DistributedDataParallel", run[0])
+        assert facts["in_factors"] == expected["in_factors"]
+        assert set(facts["local_shapes"]) == {key for key in expected_state if "expert_pool" in key or "values" in key}
+        assert_same_training(facts, expected)
+        assert_same(state, expected_state)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
+    expected, _ = handed_over(launched(1, 1), "new-0")
+    table = expected["model.layers.0.mlp.expert_pool.up_proj.weight"]
+    for rank in range(run[0]):
+        actual, facts = handed_over(launched(*run), f"new-{rank}")
+        assert facts["training"]
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+        # No process has memory for more of a table than its columns.
+        assert facts["largest"] == table.numel() // run[1]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "width",
+            r"`ep_size` = {size} does not divide the width {width} of model\.layers\.0\.mlp\.expert_pool\.up_proj",
+        ),
+        ("configuration", "Ranks 0 and 1 disagree on the model: they have `num_experts_per_head` 2 and 3"),
+        ("group", "Ranks 0 and 1 disagree on `distributed_config`: they have .*`ep_size` {size} and {half}"),
+        ("tensor_parallel", "needs `tp_size` = 1, found {processes}: the processes of a memory group have different"),
+        ("implementation", '`ep_implementation` of a PEER model must be "auto", found "all_to_all"'),
+        ("plan", r"`ep_plan` gives \['model.layers.0.mlp.expert_pool'\] the style \"ep_dispatch_experts\""),
+        ("release", "Ranks 0 and 1 disagree on the model: they have `modeling_peer` '0.0' and '0.1'"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused_by_all(launched, run, name, message):
+    processes, size = run
+    message = message.format(processes=processes, size=size, half=size // 2, width=16 + size // 2)
+    for rank in range(processes):
+        assert re.search(message, handed_over(launched(*run), f"refusals-{rank}")[1][name])
 
 
 @pytest.mark.parametrize("run", RUNS)

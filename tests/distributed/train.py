@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, shard_experts
 from modeling_peer.factored_gradient import FactoredGradient
 
 
@@ -81,14 +81,15 @@ def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
         "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()],
         "local_shapes": local_shapes(trainer.model),
     }
-    # Every process takes part in gathering what is sharded, the first writes.
-    trainer.save_model()
+    if fsdp or group_size == 1:
+        # Every process takes part in gathering what is sharded, the first writes.
+        trainer.save_model()
     if fsdp:
         batch = padded_batch(ROWS[:ROWS_PER_STEP], "right")
         with torch.no_grad():
             tensors = {"logits": trainer.model.eval()(**batch).logits, **batch}
     else:
-        tensors = trainer.model.state_dict()
+        tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
     hand_over(output, f"{name}-{RANK}", tensors, facts)
 
 
@@ -100,6 +101,8 @@ def stock_trainer(name: str, output: Path, fsdp: bool, group_size: int) -> Train
         model = PeerForCausalLM.from_pretrained(start_folder(output, name), distributed_config=distributed)
     else:
         model = tiny_model(config)
+        if group_size > 1:
+            shard_experts(model, group_size)
     arguments = TrainingArguments(
         output_dir=output / name,
         use_cpu=True,
@@ -145,6 +148,11 @@ def own_rows() -> list[list[list[int]]]:
 def local(gradient: torch.Tensor) -> torch.Tensor:
     """What this process holds of a gradient."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, of which each process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
