@@ -40,11 +40,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from .expert_operators import run_expert_pool
 from .expert_table import ExpertTable
 from .factored_gradient import let_follow
+from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
 from .library_releases import (
     FOUND_RELEASES,
@@ -230,7 +232,6 @@ def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) ->
         `ValueError`: if the processes have different models or releases, if `ep_size` does not divide the width of a
             table, or if the plan is not that of a memory group.
     """
-    _refuse_differences("the model", _description(model))
     plan = style_of_modules(model, distributed_config)
     dispatched = [name for name, style in plan.items() if style == "ep_dispatch_experts"]
     if dispatched:
@@ -238,21 +239,30 @@ def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) ->
             f'`ep_plan` gives {dispatched} the style "ep_dispatch_experts" of Transformers, which a model with a '
             "memory group cannot have."
         )
+    _split(model, plan, mesh_manager)
+
+
+def _split(model, plan, mesh_manager):
+    _refuse_differences("the model", _description(model))
     mesh = mesh_manager.get_mesh("ep")
     apply_expert_parallelism(model, mesh, mesh_manager.get_mesh("tp"), plan)
-    model.base_model.memory_group = MemoryGroup(mesh.get_group(), _group_of_replicas(mesh_manager))
+    group = MemoryGroup(mesh.get_group(), _group_of_replicas(mesh_manager))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.memory_group = group
 
 
 def shard_experts(model: Any, ep_size: int) -> Any:
     """
     Split the expert tables of a model that is whole, in place, and nothing else: for a model whose other parameters
-    DistributedDataParallel replicates. The tables become those of rank 0, as DDP does with the others.
+    DistributedDataParallel replicates. The tables become those of rank 0, as DDP does with the others. Call it before
+    an optimizer gets the tables.
 
     A model that is too large to be whole in every process is made by `from_pretrained` or `from_config` with a
     `distributed_config`, which also splits the rest by FSDP2.
 
     Args:
-        model ([`PeerPreTrainedModel`]): On the device where it will be trained.
+        model ([`PeerPreTrainedModel`], or any model with grafts): On the device where it will be trained.
         ep_size (`int`): Number of processes of a memory group. It divides the number of processes.
 
     Returns:
@@ -269,8 +279,20 @@ def shard_experts(model: Any, ep_size: int) -> Any:
         if isinstance(module, ExpertTable):
             dist.broadcast(module.weight.detach(), 0)
     group_query_norms(model)
-    form_memory_group(model, config, mesh_manager)
+    _split(model, _plan_of(model), mesh_manager)
     return model
+
+
+def _plan_of(model):
+    """The styles of all pools and tables that are in a model, of whatever class it is."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, ExpertTable)}
+    pools = {name for name, module in model.named_modules() if isinstance(module, ExpertPool)}
+    plan = dict.fromkeys(pools, "expert_pool_exchange")
+    for name in tables:
+        in_pool = name.rpartition(".")[0] in pools
+        style = "expert_columns" if in_pool else "expert_values_exchange"
+        plan |= {f"{name}.weight": style, name: style}
+    return plan
 
 
 def _group_of_replicas(mesh_manager):
