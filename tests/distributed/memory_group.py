@@ -39,6 +39,7 @@ from modeling_peer import (
     PeerForCausalLM,
     RowAdamW,
     expert_parameter_groups,
+    gradient_exchange,
     memory_group,
     split_initialization,
     token_exchange,
@@ -57,9 +58,12 @@ UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
 # What the plain loop trains; on four processes, those of these names alone.
 LOOPS = {
     **{name: MODELS[name] for name in ("pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown")},
+    # Of so many rows that replicas exchange factors of gradients, and not the sums of rows.
+    "many_experts": tiny_config("peer", "dense", num_experts=4096, gated_experts=True),
     "beside_moe": tiny_config("moe", "peer", shared_expert_intermediate_size=10),
 }
-ON_FOUR = {"loops": ("pkm", "rms_norm", "shared_pool", "grown"), "trainers": ("accumulated", "rows")}
+ON_FOUR = {"loops": ("pkm", "rms_norm", "shared_pool", "grown", "many_experts"), "trainers": ("accumulated", "rows")}
+BY_ROW = ("gated_experts", "grown")  # with `second_moment="row"`
 # What the stock Trainer trains under DistributedDataParallel.
 UNDER_DDP = ("left", "rows")
 
@@ -171,6 +175,25 @@ def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, di
     if group is not None and group.replicas is not None:
         average_gradients(tables.values(), group.replicas)
     return tensors | {name: whole(table.grad) for name, table in tables.items()}, facts
+
+
+@contextlib.contextmanager
+def counted_exchanges() -> Iterator[dict[str, int]]:
+    """Counts how often gradients are averaged over replicas inside, and of how many tables by factors or by rows."""
+    counted = dict.fromkeys(("average_gradients", "_average_factors", "_average_rows"), 0)
+
+    def counting(name, function):
+        def run(*arguments):
+            counted[name] += 1
+            return function(*arguments)
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in counted:
+            counter = counting(name, getattr(gradient_exchange, name))
+            stack.enter_context(mock.patch.object(gradient_exchange, name, counter))
+        yield counted
 
 
 @contextlib.contextmanager
@@ -290,7 +313,8 @@ class Cases:
         for name in loops:
             model = self.load(name)
             facts = {"layout": layout(model)}
-            tensors, steps = train_in_loop(model, "row" if name == "gated_experts" else "full")
+            with counted_exchanges() as facts["exchanges"]:
+                tensors, steps = train_in_loop(model, "row" if name in BY_ROW else "full")
             self.hand_over(f"loop-{name}", tensors, facts | steps)
         # Of another model: a forward without a backward leaves gathered parameters, which an optimizer must not get.
         self.hand_over("outputs", outputs(self.load("shared_pool")))
@@ -301,10 +325,14 @@ class Cases:
         if WORLD_SIZE > 1:
             self.refusals()
         for name in trainers:
-            train.train(name, self.output, WORLD_SIZE > 1, self.group_size)
+            with counted_exchanges() as exchanges:
+                train.train(name, self.output, WORLD_SIZE > 1, self.group_size)
+            self.hand_over(f"{name}-exchanges", {}, exchanges)
         if WORLD_SIZE > 1:
             for name in UNDER_DDP:
-                train.train(name, self.output / "ddp", False, self.group_size)
+                with counted_exchanges() as exchanges:
+                    train.train(name, self.output / "ddp", False, self.group_size)
+                self.hand_over(f"{name}-ddp-exchanges", {}, exchanges)
 
 
 def main() -> None:

@@ -30,9 +30,12 @@ from modeling_peer.library_releases import is_at_least
 from modeling_peer.token_exchange import exchanged_bytes
 
 
-LOOPS = ["pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown", "beside_moe", "idle"]
+LOOPS = ["pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown", "many_experts", "beside_moe", "idle"]
 TRAINERS = ["right", "left", "accumulated", "shared_pool", "checkpointed", "rows"]
-ON_FOUR = {"loops": ["pkm", "rms_norm", "shared_pool", "grown", "idle"], "trainers": ["accumulated", "rows"]}
+ON_FOUR = {
+    "loops": ["pkm", "rms_norm", "shared_pool", "grown", "many_experts", "idle"],
+    "trainers": ["accumulated", "rows"],
+}
 
 # Number of processes and of those in a group.
 RUNS = [(2, 2), (4, 2), (4, 4)]
@@ -126,6 +129,24 @@ def test_stock_trainer_with_replicas_of_the_rest(launched, run, name):
         assert set(facts["local_shapes"]) == {key for key in expected_state if "expert_pool" in key or "values" in key}
         assert_same_training(facts, expected)
         assert_same(state, expected_state)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["accumulated", "rows", "rows-ddp"])
+def test_replicas_of_columns_are_averaged_once_for_each_optimizer_step(launched, run, name):
+    """Of two micro-batches each."""
+    _, facts = handed_over(launched(1, 1), f"{name.removesuffix('-ddp')}-0")
+    steps = len(facts["losses"]) if run == (4, 2) else 0  # there is one group otherwise
+    for rank in range(run[0]):
+        assert handed_over(launched(*run), f"{name}-exchanges-{rank}")[1]["average_gradients"] == steps
+
+
+def test_replicas_of_columns_exchange_factors_or_rows(launched):
+    """Whatever is fewer bytes."""
+    _, few = handed_over(launched(4, 2), "loop-shared_pool-0")
+    _, many = handed_over(launched(4, 2), "loop-many_experts-0")
+    assert few["exchanges"] == {"average_gradients": 10, "_average_factors": 0, "_average_rows": 30}
+    assert many["exchanges"] == {"average_gradients": 10, "_average_factors": 30, "_average_rows": 0}
 
 
 @pytest.mark.parametrize("run", RUNS)
