@@ -157,8 +157,12 @@ def _run_values(
 
 
 def _own_columns(table):
-    if not isinstance(table, ExpertTable):
-        raise TypeError(f"A memory group runs expert tables as they are, and found {type(table).__name__} in a pool.")
+    # Not by its class: styles are registered once, and the code that a checkpoint brought along has its own classes.
+    if not hasattr(table, "kernels_on"):
+        raise TypeError(
+            f"A memory group reads expert tables without calling them, and found {type(table).__name__} in the place "
+            "of one: adapters on tables do not work in it."
+        )
     local = table.weight.to_local()
     let_follow(table.weight, local)
     return local
@@ -185,11 +189,13 @@ def check_processes(distributed_config: Any) -> Any:
         `ValueError`: if processes were given different ones, or if `ep_implementation` or `tp_size` is set besides
             `ep_size`.
     """
-    if isinstance(distributed_config, dict):
-        distributed_config = DistributedConfig.from_dict(distributed_config)
-    has_groups = getattr(distributed_config, "ep_size", None) not in (None, 1)
+    is_dict = isinstance(distributed_config, dict)
+    ep_size = distributed_config.get("ep_size") if is_dict else getattr(distributed_config, "ep_size", None)
+    has_groups = ep_size not in (None, 1)
     if has_groups:
         require_transformers(FIRST_RELEASE, FEATURE)
+    if is_dict:
+        distributed_config = DistributedConfig.from_dict(distributed_config)
     if not is_at_least("Transformers", FIRST_RELEASE) or not _has_several_processes(distributed_config):
         return distributed_config
     # Also without groups: another process may have them.
@@ -354,6 +360,19 @@ def tables_left_out(model: nn.Module) -> Iterator[None]:
 def is_split(weight: torch.Tensor) -> bool:
     """Whether a memory group splits a table."""
     return dist.is_available() and isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == ("ep",)
+
+
+def refuse_parts(model: Any) -> None:
+    """
+    Raise `ValueError` if a model that is to be saved has parts of tables alone, and Transformers does not know it:
+    `Trainer` saves a model that DDP replicates in one process, which cannot gather them.
+    """
+    if model.base_model.memory_group is not None and not model.is_distributed_loading_by_transformers:
+        raise ValueError(
+            "`shard_experts` split the expert tables of this model, so one process cannot save it. Gather them on "
+            "all processes first, `state_dict = {name: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else "
+            "tensor for name, tensor in model.state_dict().items()}`, and pass `state_dict=state_dict`."
+        )
 
 
 def group_query_norms(model: nn.Module) -> None:

@@ -61,6 +61,7 @@ from .memory_group import (
     check_processes,
     form_memory_group,
     group_query_norms,
+    refuse_parts,
     register_memory_group_styles,
     tables_left_out,
 )
@@ -243,8 +244,6 @@ class PeerPreTrainedModel(PreTrainedModel):
             kwargs: `distributed_config`, `dtype` and others of `from_pretrained`.
 
         ```python
-        >>> from transformers.distributed import DistributedConfig
-
         >>> torch.manual_seed(0)
         >>> model = PeerForCausalLM.from_config(config, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
         ```
@@ -260,11 +259,14 @@ class PeerPreTrainedModel(PreTrainedModel):
         feed-forward variants whose code the checkpoint does not carry.
 
         Raises:
-            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, or if
-                a field of it that the model does not follow was changed after the model was built.
+            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, if a
+                field of it that the model does not follow was changed after the model was built, or if
+                [`shard_experts`] split the model and no `state_dict` is given.
         """
         check_configuration(self.config)
         check_built(self.base_model, self.config)
+        if kwargs.get("state_dict") is None:
+            refuse_parts(self)
         variants = custom_variants(self.config.feed_forward_types)
         _advise_tables(self, advise_whole_access)
         try:

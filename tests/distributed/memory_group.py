@@ -41,6 +41,7 @@ from modeling_peer import (
     expert_parameter_groups,
     gradient_exchange,
     memory_group,
+    shard_experts,
     split_initialization,
     token_exchange,
 )
@@ -281,6 +282,20 @@ class Cases:
         tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         self.hand_over("new", tensors, {"training": model.training, "largest": largest.num_elements})
 
+    def saved_beside_replicas(self) -> dict[str, str]:
+        """Saves a model of which the tables alone are split; the message with which it is refused at first."""
+        model = shard_experts(tiny_model(LOOPS["peer"]), self.group_size)
+        folder = self.output / f"parts-{RANK}"
+        try:
+            model.save_pretrained(folder)
+            message = "not refused"
+        except ValueError as error:
+            message = str(error)
+        gathered = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        if RANK == 0:
+            model.save_pretrained(folder, state_dict=gathered)
+        return {"parts": message}
+
     def refusals(self) -> None:
         """The messages with which models are refused."""
         own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
@@ -301,7 +316,7 @@ class Cases:
         messages = {name: refusal(*case) for name, case in cases.items()}
         with mock.patch.object(memory_group, "_own_release", lambda: f"0.{RANK}"):
             messages["release"] = refusal(config, own)
-        self.hand_over("refusals", {}, messages)
+        self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
 
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS

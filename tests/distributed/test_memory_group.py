@@ -132,6 +132,14 @@ def test_stock_trainer_with_replicas_of_the_rest(launched, run, name):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_a_model_beside_replicas_is_saved_with_gathered_tables(launched, run):
+    saved = load_file(launched(*run) / "parts-0" / "model.safetensors")
+    start = load_file(launched(1, 1) / "peer-begin-0" / "model.safetensors")
+    assert saved.keys() == start.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in start.items())
+
+
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ["accumulated", "rows", "rows-ddp"])
 def test_replicas_of_columns_are_averaged_once_for_each_optimizer_step(launched, run, name):
     """Of two micro-batches each."""
@@ -175,6 +183,7 @@ def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
         ("tensor_parallel", "needs `tp_size` = 1, found {processes}: the processes of a memory group have different"),
         ("implementation", '`ep_implementation` of a PEER model must be "auto", found "all_to_all"'),
         ("plan", r"`ep_plan` gives \['model.layers.0.mlp.expert_pool'\] the style \"ep_dispatch_experts\""),
+        ("parts", "`shard_experts` split the expert tables of this model, so one process cannot save it"),
         ("release", "Ranks 0 and 1 disagree on the model: they have `modeling_peer` '0.0' and '0.1'"),
     ],
 )

@@ -14,6 +14,7 @@
 """The plans by which Transformers splits a model over processes: those of all variants in a model."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -237,6 +238,14 @@ def test_an_activation_with_parameters_is_refused():
     pool.act_fn, pool.act_has_parameters = nn.PReLU(), True
     with pytest.raises(ValueError, match="must have no parameters, got PReLU"):
         ALL_PARALLEL_STYLES["expert_pool_exchange"].install_forward(pool, None)
+
+
+def test_an_adapter_in_the_place_of_a_table_is_refused():
+    pool = on_meta(tiny_config("peer")).model.layers[0].mlp.expert_pool
+    ALL_PARALLEL_STYLES["expert_pool_exchange"].install_forward(pool, mock.Mock())
+    pool.up_proj = nn.Sequential(pool.up_proj)
+    with pytest.raises(TypeError, match="found Sequential in the place of one: adapters on tables do not work"):
+        pool(None, None, None)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
