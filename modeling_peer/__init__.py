@@ -36,6 +36,7 @@ from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
 from .graft.peft_releases import is_peft_installed
 from .graft_merged import PeerGraftedConfig
+from .memory_group import shard_experts
 from .modeling_peer import (
     PeerForCausalLM,
     PeerForQuestionAnswering,
@@ -45,7 +46,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
-from .offloaded_tables import host_table_device_map
+from .table_memory import host_table_device_map
 
 
 if TYPE_CHECKING:
@@ -159,5 +160,6 @@ __all__ = [
     "masked_experts",
     "measure_usage",
     "model_costs",
+    "shard_experts",
     "train_added_experts_only",
 ]

@@ -22,6 +22,10 @@ import torch
 from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, refuse_double_backward
 from .factored_gradient import Entries, FactoredGradient, Factors, advise_on_dense_gradient, takes_factors
 from .gradient_outlet import leave_graph, outlet_of
+from .token_exchange import NoExchange
+
+
+NO_EXCHANGE = NoExchange()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_up", mutates_args=())
@@ -182,57 +186,83 @@ def _run_traced(operator, first, indices, tables, kernels, entries=None):
 
 
 class _ExpertPool(torch.autograd.Function):
-    """All of a pool: `Σ_a weights[t, a] · σ(u · x) · v`, or `σ(w · x) (u · x) v` with gates w."""
+    """
+    All of a pool: `Σ_a weights[t, a] · σ(u · x) · v`, or `σ(w · x) (u · x) v` with gates w, or `Σ_a weights[t, a] · v`
+    without u.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_states, indices, weights, up, gate, down, act_fn, kernels):
+    def forward(ctx, hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange):
         run = ALL_EXPERT_KERNELS[kernels]
-        neurons = run.up(hidden_states, indices, up)
-        gates = None if gate is None else run.up(hidden_states, indices, gate)
-        ctx.act_fn, ctx.kernels = act_fn, kernels
+        named = exchange.gather(indices)
+        rows = named.long()
+        read = [table for table in (up, gate) if table is not None]
+        columns = exchange.to_columns(hidden_states) if read else None
+        products = exchange.products(run, columns, rows, read) if read else []
+        ctx.act_fn, ctx.kernels, ctx.exchange, ctx.num_read = act_fn, kernels, exchange, len(read)
         # Asked here: what activation checkpointing gives to the backward is not the parameter.
         ctx.factored = [table is not None and takes_factors(table) for table in (up, gate, down)]
-        ctx.save_for_backward(hidden_states, indices, weights, up, gate, down, neurons, gates)
-        return run.down(weights * _activations(act_fn, neurons, gates), indices, down)
+        coefficients = exchange.gather(_weighted(act_fn, weights, products))
+        kept = coefficients if exchange.keeps_coefficients else None
+        ctx.save_for_backward(columns, named, weights, up, gate, down, kept, *products)
+        return exchange.to_tokens(run.down(coefficients, rows, down))
 
     @staticmethod
     def backward(ctx, gradient):
         refuse_double_backward()
-        hidden_states, indices, weights, up, gate, down, *inputs = ctx.saved_tensors
+        columns, named, weights, up, gate, down, kept, *products = ctx.saved_tensors
         of_input, _, of_weights, *of_tables = ctx.needs_input_grad[:6]
-        run, gradient = ALL_EXPERT_KERNELS[ctx.kernels], gradient.contiguous()
-        of_products = run.up(gradient, indices, down)
-        inputs = [None if each is None else each.detach().requires_grad_() for each in inputs]
-        with torch.enable_grad():
-            activations = _activations(ctx.act_fn, *inputs)
-        present = [each for each in inputs if each is not None]
-        of_neurons, *of_gates = torch.autograd.grad(activations, present, of_products * weights)
-        activations = activations.detach()
-        halves = [(of_neurons, up), *((each, gate) for each in of_gates)]
-        tables = up, gate, down
-        coefficients = of_neurons, of_gates[0] if of_gates else None, weights * activations
-        tokens = hidden_states, hidden_states, gradient
-        entries = Entries(indices, len(up), ctx.kernels)
+        run, exchange, indices = ALL_EXPERT_KERNELS[ctx.kernels], ctx.exchange, named.long()
+        gradient = exchange.to_columns(gradient.contiguous())
+        (of_weighted,) = exchange.products(run, gradient, indices, [down])
+        activations, of_products = _activation_gradients(ctx.act_fn, products, of_weighted * weights)
+        of_products = [exchange.gather(each) for each in of_products]
+        read = [table for table in (up, gate) if table is not None]
+        of_input = of_input and bool(read)
+        if of_input:
+            of_columns = sum(run.down(each, indices, table) for each, table in zip(of_products, read, strict=True))
+        of_neurons, of_gates, *_ = *of_products, None, None
+        if kept is None:
+            kept = weights if activations is None else weights * activations
+        coefficients, tokens = (of_neurons, of_gates, kept), (columns, columns, gradient)
+        entries = Entries(indices, len(down), ctx.kernels)
         return (
-            sum(run.down(each, indices, table) for each, table in halves) if of_input else None,
+            exchange.to_tokens(of_columns) if of_input else None,
             None,
-            of_products * activations if of_weights else None,
+            (of_weighted if activations is None else of_weighted * activations) if of_weights else None,
             *(
-                _gradient_of(table, Factors.of(*factors, entries), factored) if wanted else None
+                _gradient_of(table, Factors.of(*factors, entries), factored, exchange.share) if wanted else None
                 for wanted, table, factored, *factors in zip(
-                    of_tables, tables, ctx.factored, coefficients, tokens, strict=True
+                    of_tables, (up, gate, down), ctx.factored, coefficients, tokens, strict=True
                 )
             ),
+            None,
             None,
             None,
         )
 
 
-def _activations(act_fn, neurons, gates):
+def _activations(act_fn, neurons, gates=None):
     return act_fn(neurons) if gates is None else act_fn(gates) * neurons
 
 
-def _gradient_of(table, factors, factored):
+def _weighted(act_fn, weights, products):
+    return weights * _activations(act_fn, *products) if products else weights
+
+
+def _activation_gradients(act_fn, products, gradient):
+    """The activations, and the gradients of the dot products that they are made of."""
+    if not products:
+        return None, []
+    products = [each.detach().requires_grad_() for each in products]
+    with torch.enable_grad():
+        activations = _activations(act_fn, *products)
+    return activations.detach(), list(torch.autograd.grad(activations, products, gradient))
+
+
+def _gradient_of(table, factors, factored, share):
+    if share != 1:
+        factors = factors.scaled(share)
     if factored:
         return FactoredGradient(table, [factors])
     advise_on_dense_gradient(table)
@@ -240,35 +270,49 @@ def _gradient_of(table, factors, factored):
 
 
 def run_expert_pool(
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | None,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    up: torch.Tensor,
+    up: torch.Tensor | None,
     gate: torch.Tensor | None,
     down: torch.Tensor,
-    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    act_fn: Callable[[torch.Tensor], torch.Tensor] | None,
     kernels: str,
+    exchange: NoExchange = NO_EXCHANGE,
 ) -> torch.Tensor:
     """
     The experts of every token, weighted and summed. Their entries are grouped once for the gradients of all tables: it
     is one operation for autograd or, where a compiler traces it, several that share their entries.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`, *optional*): Not read without `up`.
         indices (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the tables, int64.
         weights (`torch.Tensor` of shape `(num_tokens, num_active)`): router weights.
-        up, down (`torch.Tensor` of shape `(num_experts, hidden_size)`): up- and down-projection vectors.
+        up (`torch.Tensor` of shape `(num_experts, hidden_size)`, *optional*):
+            up-projection vectors. Without them, what is weighted is the rows of `down` alone.
         gate (`torch.Tensor` of shape `(num_experts, hidden_size)`, *optional*): gate vectors.
-        act_fn (`Callable`): The activation, without parameters.
+        down (`torch.Tensor` of shape `(num_experts, hidden_size)`): down-projection vectors.
+        act_fn (`Callable`, *optional*): The activation, without parameters. Not called without `up`.
         kernels (`str`): See [`resolve_kernels`].
+        exchange ([`NoExchange`], *optional*):
+            With whom tokens are exchanged, if the tables have the columns of this process alone. Indices are then in
+            int32: they travel.
 
     Returns:
         `torch.Tensor` of shape `(num_tokens, hidden_size)`.
     """
     if not torch.compiler.is_compiling():
-        return _ExpertPool.apply(hidden_states, indices, weights, up, gate, down, act_fn, kernels)
+        return _ExpertPool.apply(hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange)
+    if exchange is not NO_EXCHANGE:
+        return _run_outside_graphs(hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange)
     inputs = [up] if gate is None else [up, gate]
     (neurons, *gates), entries = _run_traced(expert_up, hidden_states, indices, inputs, kernels)
-    weights = weights * _activations(act_fn, neurons, gates[0] if gates else None)
+    weights = weights * _activations(act_fn, neurons, *gates)
     (output,), _ = _run_traced(expert_down, weights, indices, [down], kernels, entries)
     return output
+
+
+@torch.compiler.disable
+def _run_outside_graphs(*arguments):
+    """Where a compiler does not trace: it knows neither how many tokens other processes have, nor the collectives."""
+    return _ExpertPool.apply(*arguments)

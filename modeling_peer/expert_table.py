@@ -72,7 +72,11 @@ class ExpertTable(nn.Embedding):
     @property
     def kernels(self) -> str:
         """Name of the implementation that runs on this table. Raises `RuntimeError` if the configured one cannot."""
-        return resolve_kernels(self.config.expert_kernels, self.weight)
+        return self.kernels_on(self.weight)
+
+    def kernels_on(self, weight: torch.Tensor) -> str:
+        """Name of the implementation that runs on `weight`, a part of the table. Raises as [`ExpertTable.kernels`]."""
+        return resolve_kernels(self.config.expert_kernels, weight)
 
     @property
     def is_plain(self) -> bool:
@@ -86,7 +90,7 @@ class ExpertTable(nn.Embedding):
         if tokens.device != weight.device:  # a table in host memory
             on_host = self._run(half, operator, tokens.to(weight.device), indices.to(weight.device))
             return on_host.to(tokens.device)
-        kernels = resolve_kernels(self.config.expert_kernels, weight)
+        kernels = self.kernels_on(weight)
         if kernels == "eager" or not needs_operator(tokens, weight):
             return getattr(ALL_EXPERT_KERNELS[kernels], half)(tokens, indices, weight)
         return run_half(operator, tokens, indices, weight, kernels)

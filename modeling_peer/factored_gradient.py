@@ -187,9 +187,10 @@ class Factors(NamedTuple):
 
     @classmethod
     def empty(cls, table: torch.Tensor) -> "Factors":
-        """A gradient without entries."""
+        """A gradient without entries, of a table or like another gradient of it."""
         indices = torch.empty(0, 1, dtype=torch.int64, device=table.device)
-        tokens = table.new_empty(0, table.shape[1], dtype=torch.promote_types(table.dtype, torch.float32))
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        tokens = torch.empty(0, table.shape[1], dtype=dtype, device=table.device)
         return cls(tokens[:, :1], tokens, Entries(indices, len(table), resolve_kernels("auto", table)))
 
     @property

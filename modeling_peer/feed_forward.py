@@ -37,8 +37,8 @@ them on.
 
 Transformers initializes its `nn.Linear`, `nn.Embedding` and norm modules. Other parameters it initializes in a method
 `init_own_weights()`, with the functions of `transformers.initialization`, which do not change loaded weights. A class
-method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself, and a static method
-`count_costs(config, layer_idx)` lets [`model_costs`] count it.
+method `tp_plan(config)` may name the tensor parallel styles of its modules, relative to itself, `ep_plan(config)`
+those of a memory group, and a static method `count_costs(config, layer_idx)` lets [`model_costs`] count it.
 
 A checkpoint does not carry the code of a custom variant: saving warns of it and writes it into the model's card, and
 the variant must be registered wherever the checkpoint is loaded.
@@ -89,13 +89,19 @@ def check_feed_forward_types(names: list[str]) -> None:
             )
 
 
-def feed_forward_tp_plan(config: PeerConfig) -> dict[str, str]:
-    """The tensor parallel styles of the variants in `config.feed_forward_types`, by names in the base model."""
+def feed_forward_plan(kind: str, config: PeerConfig) -> dict[str, str]:
+    """
+    The parallel styles of the variants in `config.feed_forward_types`, by names in the base model.
+
+    Args:
+        kind (`str`): `"tp_plan"` or `"ep_plan"`, what a variant may have.
+        config (`PeerConfig`)
+    """
     plan: dict[str, str] = {}
     for name in dict.fromkeys(config.feed_forward_types):
         variant = ALL_FEED_FORWARDS[name]
-        if hasattr(variant, "tp_plan"):
-            plan |= {f"layers.*.mlp.{module}": style for module, style in variant.tp_plan(config).items()}
+        if hasattr(variant, kind):
+            plan |= {f"layers.*.mlp.{module}": style for module, style in getattr(variant, kind)(config).items()}
     return plan
 
 

@@ -87,13 +87,29 @@ class ExpertPool(nn.Module):
             plan |= {f"added.*.{name}": style for name, style in plan.items()}
         return plan
 
-    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def ep_plan(cls, config: PeerConfig) -> dict[str, str]:
+        """The plan of a pool and its tables, by names in the module that has it as `expert_pool`."""
+        plan = {"expert_pool": "expert_pool_exchange"}
+        if has_protected_additions(config):
+            plan["expert_pool.added.*"] = "expert_pool_exchange"
+        return plan | {f"expert_pool.{table}": "expert_columns" for table in cls.tp_plan(config)}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        forward_pass: ForwardPass | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
             indices (`torch.Tensor` of shape `(num_tokens, num_active)`):
                 Indices of the experts of each token, all of them in this pool and not in `added`.
             weights (`torch.Tensor` of shape `(num_tokens, num_active)`): Their router weights g_i(x).
+            forward_pass (`ForwardPass`, *optional*):
+                The forward pass of the model, which a pool reads that is split over processes.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ g_i(x) e_i(x)`.
@@ -170,6 +186,10 @@ class PeerFeedForward(nn.Module):
             parts["shared_expert"] = DenseFeedForward.tp_plan(config)
         return {f"{part}.{name}": style for part, plan in parts.items() for name, style in plan.items()}
 
+    @classmethod
+    def ep_plan(cls, config: PeerConfig) -> dict[str, str]:
+        return {} if config.share_experts_across_layers else ExpertPool.ep_plan(config)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -204,6 +224,9 @@ class PeerFeedForward(nn.Module):
             return torch.zeros_like(hidden_states)
         indices, weights = router(hidden_states, padding_mask, forward_pass)
         output = pool(
-            hidden_states.flatten(0, -2), indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2)
+            hidden_states.flatten(0, -2),
+            indices.flatten(-2).flatten(0, -2),
+            weights.flatten(-2).flatten(0, -2),
+            forward_pass,
         )
         return output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may be on another device

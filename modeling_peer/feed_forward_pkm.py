@@ -45,6 +45,10 @@ class PkmFeedForward(nn.Module):
         router = {f"router.{name}": style for name, style in ProductKeyRouter.tp_plan(config).items()}
         return router | {"values": "expert_down_projection"}
 
+    @classmethod
+    def ep_plan(cls, config: PeerConfig) -> dict[str, str]:
+        return {"values": "expert_values_exchange"}
+
     def forward(
         self,
         hidden_states: torch.Tensor,

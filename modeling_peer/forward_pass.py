@@ -28,11 +28,15 @@ class ForwardPass:
 
     Attributes:
         has_ended (`bool`): Whether the last layer has run: layers that run after it recompute what they did before.
+        most_tokens (`int`, *optional*):
+            The largest number of tokens of a process, of those that exchange tokens. Noted by the first layer that
+            asks for it.
     """
 
     def __init__(self, learns: bool):
         self.learns = learns
         self.has_ended = False
+        self.most_tokens: int | None = None
 
     @property
     def updates_statistics(self) -> bool:

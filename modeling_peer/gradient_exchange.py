@@ -12,16 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The gradients of expert tables in replicas of a model that DistributedDataParallel (DDP) trains.
+The gradients of expert tables in replicas: of a model that DistributedDataParallel (DDP) trains, or of a process's
+columns of the tables where there are several memory groups (see `memory_group.py`).
 
 DDP reduces the gradient of a parameter by a dense sum in the midst of the backward. Tables are on its ignore list
 instead (`_ddp_params_and_buffers_to_ignore`): they are broadcast once, and their gradients averaged here, once for
 each optimizer step, at the end of the last micro-batch's backward, before anything clips them. What is exchanged is
 the factors, by an all-gather, or a dense sum where that moves fewer bytes; both are collectives that every backend
-has.
+has. A memory group's columns are in no replica of anything else, and are averaged in the same way.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -29,8 +30,17 @@ from torch import nn
 
 from .expert_table import ExpertTable
 from .factored_gradient import Entries, FactoredGradient, Factors, factors_of_rows, takes_factors
-from .library_releases import call_after_backward, can_exchange_gradients, replicas_in_forward
+from .library_releases import (
+    call_after_backward,
+    can_exchange_gradients,
+    reduces_gradients,
+    replicas_in_forward,
+)
+from .memory_group import is_split
 
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
 
 # The attribute under which DDP notes that it has broadcast the tables.
 BROADCAST = "_expert_tables_are_broadcast"
@@ -38,60 +48,73 @@ BROADCAST = "_expert_tables_are_broadcast"
 
 def names_of_tables(module: nn.Module) -> list[str]:
     """
-    Names of the parameters that DDP is to leave alone: the expert tables that are trained. None if nothing else is
-    trained, as DDP refuses a model without a parameter of its own, or if torch does not let us exchange gradients: DDP
-    then reduces dense gradients of the tables.
+    Names of the parameters that DDP is to leave alone: the expert tables that are trained, and those that a memory
+    group splits. No trained ones if nothing else is trained, as DDP refuses a model without a parameter of its own, or
+    if torch does not let us exchange gradients: DDP then reduces dense gradients of the tables.
     """
-    if not can_exchange_gradients():
-        return []
-    tables = {
-        id(each.weight): each.weight
-        for each in module.modules()
-        if isinstance(each, ExpertTable) and each.weight.requires_grad
-    }
-    names = [name for name, parameter in module.named_parameters() if id(parameter) in tables]
-    others = any(each.requires_grad and id(each) not in tables for each in module.parameters())
-    return names if others else []
+    weights = [each.weight for each in module.modules() if isinstance(each, ExpertTable)]
+    split = {id(weight) for weight in weights if is_split(weight)}
+    trained = {id(weight) for weight in weights if weight.requires_grad}
+    others = any(each.requires_grad and id(each) not in trained for each in module.parameters())
+    left_out = split | trained if others and can_exchange_gradients() else split
+    return [name for name, parameter in module.named_parameters() if id(parameter) in left_out]
 
 
 class ReplicatedTables:
     """
-    The tables of a model that DDP leaves to us, in a forward of the model.
+    The tables of a model whose gradients are averaged here, in a forward of the model.
 
     Args:
         tables (`list[nn.Parameter]`): In the same order on all processes.
-        replicas (`DistributedDataParallel`): What runs the forward.
+        group (`dist.ProcessGroup`): The processes that have them, or the same columns of them.
+        are_reduced (`Callable`): Whether other gradients are reduced in a backward that follows.
     """
 
-    def __init__(self, tables: list[nn.Parameter], replicas: nn.parallel.DistributedDataParallel):
+    def __init__(self, tables: list[nn.Parameter], group: dist.ProcessGroup, are_reduced: Callable[[], bool]):
         self.tables = tables
-        self.replicas = replicas
+        self.group = group
+        self.are_reduced = are_reduced
 
     def average_after_backward(self, output: torch.Tensor) -> None:
         """
         Have the gradients averaged when a backward through `output`, the output of the model, ends. Does nothing
-        where DDP does not reduce gradients either, in `no_sync`.
+        where other gradients are not reduced either, as in DDP's `no_sync`.
         """
-        if not self.replicas.require_backward_grad_sync or not output.requires_grad:
+        if not self.are_reduced() or not output.requires_grad:
             return
 
         def at_the_end(gradient):
-            call_after_backward(lambda: average_gradients(self.tables, self.replicas.process_group))
+            call_after_backward(lambda: average_gradients(self.tables, self.group))
 
         output.register_hook(at_the_end)
 
 
 def replicated_tables(module: nn.Module) -> ReplicatedTables | None:
     """
-    Find the tables that DDP leaves to us, at the start of a forward of a model. In the first one they are broadcast.
+    Find the tables that DDP leaves to us, at the start of a forward of a model, in the first of which they are
+    broadcast, or those of which other memory groups have the same columns.
 
     Args:
         module (`nn.Module`): The model that runs, or a part of it with all its tables.
 
     Returns:
-        [`ReplicatedTables`] or `None`: `None` outside of DDP's forward.
+        [`ReplicatedTables`] or `None`: `None` outside of DDP's forward, and if there is one memory group.
     """
+    group = getattr(module, "memory_group", None)
+    if group is not None:
+        return None if group.replicas is None else _replicated_columns(module, group)
     return None if replicas_in_forward() is None else _replicated_tables(module)
+
+
+@torch.compiler.disable
+def _replicated_columns(module, group):
+    tables = [each.weight for each in module.modules() if isinstance(each, ExpertTable)]
+    replicas = replicas_in_forward()
+
+    def are_reduced():
+        return reduces_gradients(module) if replicas is None else replicas.require_backward_grad_sync
+
+    return ReplicatedTables(tables, group.replicas, are_reduced)
 
 
 # A compiler that traces the model does not get through the module that contains it.
@@ -102,7 +125,9 @@ def _replicated_tables(module):
     if tables and not getattr(replicas, BROADCAST, False):
         _broadcast(tables, replicas.process_group)
         setattr(replicas, BROADCAST, True)
-    return ReplicatedTables(tables, replicas) if tables else None
+    if not tables:
+        return None
+    return ReplicatedTables(tables, replicas.process_group, lambda: replicas.require_backward_grad_sync)
 
 
 def _tables_left_out(replicas, module):
@@ -129,22 +154,31 @@ def average_gradients(tables: Iterable[nn.Parameter], group: dist.ProcessGroup) 
         tables (`Iterable[nn.Parameter]`): The same tables, in the same order, on all processes.
         group (`dist.ProcessGroup`)
     """
-    tables = [table for table in tables if table.requires_grad]
-    for table in tables:
-        if table.grad is None:
-            table.grad = FactoredGradient(table, []) if takes_factors(table) else torch.zeros_like(table)
-    own = [_sizes(table, tables[:place]) for place, table in enumerate(tables)]
-    every = torch.tensor(own, dtype=torch.int64, device=tables[0].device if tables else None)
-    sizes = _gather(every[None], group).tolist() if tables else []
+    gradients = [_local_gradient(table) for table in tables if table.requires_grad]
+    own = [_sizes(gradient, gradients[:place]) for place, gradient in enumerate(gradients)]
+    every = torch.tensor(own, dtype=torch.int64, device=gradients[0].device if gradients else None)
+    sizes = _gather(every[None], group).tolist() if gradients else []
     gathered: dict[int, Entries] = {}
-    for place, table in enumerate(tables):
+    for place, gradient in enumerate(gradients):
         of_ranks = [_Sizes(*rank[place]) for rank in sizes]
-        if not _factors_are_smaller(table, of_ranks):
-            _average_rows(table, group)
+        if not _factors_are_smaller(gradient, of_ranks):
+            _average_rows(gradient, group)
             continue
         first = of_ranks[0].first_with_entries
         shared = gathered.get(first) if all(each.first_with_entries == first for each in of_ranks) else None
-        gathered[place] = _average_factors(table, of_ranks, shared, group)
+        gathered[place] = _average_factors(gradient, of_ranks, shared, group)
+
+
+def _local_gradient(table):
+    """The gradient of what this process holds of a table, to be changed in place. Zero if there was none."""
+    if table.grad is None:
+        local = table.to_local() if isinstance(table, DTensor) else table
+        zero = FactoredGradient(local, []) if takes_factors(table) else torch.zeros_like(local)
+        if isinstance(table, DTensor):
+            whole = {"shape": table.shape, "stride": table.stride()}
+            zero = DTensor.from_local(zero, table.device_mesh, table.placements, run_check=False, **whole)
+        table.grad = zero
+    return table.grad.to_local() if isinstance(table.grad, DTensor) else table.grad
 
 
 class _Sizes:
@@ -157,34 +191,31 @@ class _Sizes:
         self.num_entries, self.num_tokens, self.first_with_entries = num_entries, num_tokens, first_with_entries
 
 
-def _sizes(table, earlier):
-    if not isinstance(table.grad, FactoredGradient):
+def _sizes(gradient, earlier):
+    if not isinstance(gradient, FactoredGradient):
         return [-1, -1, -1]
-    factors = table.grad.factors
+    factors = gradient.factors
     if factors is None:
         return [0, 0, len(earlier)]
     same = [
         place
         for place, each in enumerate(earlier)
-        if isinstance(each.grad, FactoredGradient)
-        and each.grad.factors is not None
-        and each.grad.factors.entries is factors.entries
+        if isinstance(each, FactoredGradient) and each.factors is not None and each.factors.entries is factors.entries
     ]
     return [factors.coefficients.numel(), len(factors.tokens), same[0] if same else len(earlier)]
 
 
-def _factors_are_smaller(table, of_ranks):
+def _factors_are_smaller(gradient, of_ranks):
     """Whether an all-gather of factors moves fewer bytes than a dense sum, which moves the table about twice."""
     if any(each.num_entries < 0 for each in of_ranks):
         return False
     entries, tokens = (max(getattr(each, name) for each in of_ranks) for name in ("num_entries", "num_tokens"))
-    width, element = table.shape[1], max(table.dtype.itemsize, torch.float32.itemsize)
+    width, element = gradient.shape[1], max(gradient.dtype.itemsize, torch.float32.itemsize)
     factors = len(of_ranks) * (tokens * width * element + entries * (element + 2 * torch.int32.itemsize))
-    return factors < 2 * table.numel() * element
+    return factors < 2 * gradient.numel() * element
 
 
-def _average_rows(table, group):
-    gradient = table.grad
+def _average_rows(gradient, group):
     rows = gradient.to_rows() if isinstance(gradient, FactoredGradient) else gradient
     dist.all_reduce(rows, group=group)
     rows /= dist.get_world_size(group)
@@ -192,14 +223,13 @@ def _average_rows(table, group):
         gradient.set_factors([factors_of_rows(rows)])
 
 
-def _average_factors(table, of_ranks, entries, group):
+def _average_factors(gradient, of_ranks, entries, group):
     """Average a gradient by its factors; return its entries, which other tables of its pool share."""
-    gradient = table.grad
     factors = gradient.factors
     if factors is None:
-        factors = Factors.empty(table)
+        factors = Factors.empty(gradient)
     num_entries, num_tokens = [each.num_entries for each in of_ranks], [each.num_tokens for each in of_ranks]
-    dtype = torch.promote_types(table.dtype, torch.float32)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
     coefficients = _gather_parts(factors.coefficients.reshape(-1, 1).to(dtype), num_entries, group)
     tokens = _gather_parts(factors.tokens.to(dtype), num_tokens, group)
     if entries is None:

@@ -99,6 +99,18 @@ def require_transformers(release: str, feature: str) -> None:
         raise RuntimeError(f"{feature} needs Transformers {release} or later, found {FOUND_RELEASES['Transformers']}.")
 
 
+def ensure_process_group() -> None:
+    """Initialize `torch.distributed` as Transformers does, from what a launcher set, if it is not initialized."""
+    from transformers.distributed.utils import _ensure_torch_distributed
+
+    _ensure_torch_distributed(torch._C._get_accelerator().type)
+
+
+def style_of_modules(model: Any, distributed_config: Any) -> dict[str, str]:
+    """The expert-parallel style of each module and parameter of a model that has one, by names without wildcards."""
+    return model._resolve_parallel_plans(distributed_config)[1]
+
+
 # Without them the model works, and cannot be split by tensor parallelism.
 try:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES as PARALLEL_STYLES
@@ -106,6 +118,14 @@ try:
 except ImportError as error:
     logger.warning_once(f"Tensor parallelism of experts is not available with this release of Transformers: {error}")
     PARALLEL_STYLES, TensorParallelLayer = None, object  # type: ignore[assignment,misc]
+
+# Without them, a memory group is refused, by styles that are registered all the same.
+try:
+    from transformers.distributed.expert_parallel import ExpertParallelLayer, apply_expert_parallelism
+    from transformers.distributed.utils import initialize_distributed_mesh
+except ImportError:  # before 5.24
+    ExpertParallelLayer = TensorParallelLayer  # type: ignore[assignment,misc]
+    apply_expert_parallelism = initialize_distributed_mesh = None  # type: ignore[assignment]
 
 
 def _private(name: str, otherwise: Any, loss: str) -> Callable:
@@ -168,10 +188,38 @@ def can_exchange_gradients() -> bool:
     return hasattr(replicas, "_active_ddp_module") and hasattr(variable, "_execution_engine")
 
 
+def reduces_gradients(model: torch.nn.Module) -> bool:
+    """
+    Whether FSDP2 reduces the gradients of a model in the next backward: not in the midst of an accumulation. If a
+    release of torch no longer tells, the answer is yes; what is averaged too often moves more bytes.
+    """
+    if not torch.distributed.is_available():
+        return True
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            return all(getattr(group, "all_reduce_grads", True) for group in groups)
+    return True
+
+
 def call_after_backward(function: Callable[[], None]) -> None:
     """Call a function when the backward that runs now has come to its end."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)
+
+
+def _collective(name: str, name_before: str) -> Callable:
+    """A collective of equal parts of tensors, under the name that it has in this release of torch: 2.13 renamed it."""
+    found: Any = getattr(torch.distributed, name, None) or getattr(torch.distributed, name_before, None)
+    return found
+
+
+# `(output, input, group=...)`. `None` where torch is built without `torch.distributed`.
+all_gather = _collective("all_gather_single", "all_gather_into_tensor")
+reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def is_flat_parameter(parameter: torch.Tensor) -> bool:

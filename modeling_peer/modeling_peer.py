@@ -41,12 +41,11 @@ from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
-from .expert_table import ExpertTable
 from .feed_forward import (
     ALL_FEED_FORWARDS,
     check_feed_forward_types,
     custom_variants,
-    feed_forward_tp_plan,
+    feed_forward_plan,
 )
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
@@ -56,8 +55,18 @@ from .growth_advice import advise_on_added_experts
 from .library_releases import CACHE, rename_cache, slice_logits_to_keep
 from .masks import check_masks, padding_mask_of
 from .memory_advice import advise_random_access, advise_whole_access
-from .offloaded_tables import keep_in_host_memory
+from .memory_group import (
+    MemoryGroup,
+    check_processes,
+    form_memory_group,
+    group_query_norms,
+    refuse_parts,
+    register_memory_group_styles,
+    tables_left_out,
+)
 from .product_key_router import ProductKeyRouter
+from .split_initialization import initialized_whole, zero_padding
+from .table_memory import advise_tables, keep_in_host_memory
 from .tensor_parallel import register_parallel_styles
 
 
@@ -118,12 +127,6 @@ def check_configuration(config: PeerConfig) -> None:
     config.validate()
     check_feed_forward_types(config.feed_forward_types)
     check_expert_kernels(config.expert_kernels)
-
-
-def _advise_tables(model, advise):
-    for module in model.modules():
-        if isinstance(module, ExpertTable):
-            advise(module.weight)
 
 
 def _in_its_own_class(model):
@@ -222,8 +225,30 @@ class PeerPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         keep_in_host_memory(model)
-        _advise_tables(model, advise_random_access)
+        advise_tables(model, advise_random_access)
         return loaded
+
+    @classmethod
+    def from_config(cls, config: PeerConfig, **kwargs):
+        """
+        Make a model with new weights, in training mode, as its constructor does, but with the arguments of
+        `from_pretrained`: with a `distributed_config` it is split before it has memory. No process allocates the whole
+        of an expert table. All must have the same seed; on a CPU, the weights are then those that one process draws
+        here without a `distributed_config`, and in any case they do not depend on the number of processes.
+
+        Args:
+            config (`PeerConfig`)
+            kwargs: `distributed_config`, `dtype` and others of `from_pretrained`.
+
+        ```python
+        >>> torch.manual_seed(0)
+        >>> model = PeerForCausalLM.from_config(config, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
+        ```
+        """
+        with initialized_whole():
+            model = cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
+        zero_padding(model)
+        return model.train()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """
@@ -231,18 +256,37 @@ class PeerPreTrainedModel(PreTrainedModel):
         feed-forward variants whose code the checkpoint does not carry.
 
         Raises:
-            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, or if
-                a field of it that the model does not follow was changed after the model was built.
+            `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, if a
+                field of it that the model does not follow was changed after the model was built, or if
+                [`shard_experts`] split the model and no `state_dict` is given.
         """
         check_configuration(self.config)
         check_built(self.base_model, self.config)
+        if kwargs.get("state_dict") is None:
+            refuse_parts(self)
         variants = custom_variants(self.config.feed_forward_types)
-        _advise_tables(self, advise_whole_access)
+        advise_tables(self, advise_whole_access)
         try:
             super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
-            _advise_tables(self, advise_random_access)
+            advise_tables(self, advise_random_access)
         write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, device_map=None):
+        """As in Transformers, which calls it. Refuses what no memory group can be formed of."""
+        return super().prepare_distribute_model(check_processes(distributed_config), device_map)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
+        if mesh_manager is None:
+            return model
+        group_query_norms(model)
+        if distributed_config.ep_size > 1:
+            form_memory_group(model, distributed_config, mesh_manager)
+        with tables_left_out(model):
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -286,6 +330,7 @@ class PeerModel(PeerPreTrainedModel):
         self.expert_pool = ExpertPool(config, shared_generations(config)) if shares_pool else None
         self.gradient_checkpointing = False
         self.built_fields = built_fields(config)
+        self.memory_group: MemoryGroup | None = None
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -370,12 +415,15 @@ class PeerModel(PeerPreTrainedModel):
         return PeerModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
     def init_parallel_plans(self) -> None:
-        """Make the plans as Transformers does, and add the tensor parallel plans of the feed-forward variants."""
+        """Make the plans as Transformers does, and add those of the feed-forward variants."""
         super().init_parallel_plans()
-        plan = feed_forward_tp_plan(self.config)
+        tp_plan, ep_plan = (feed_forward_plan(kind, self.config) for kind in ("tp_plan", "ep_plan"))
         if self.expert_pool is not None:
-            plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
-        self._tp_plan = plan | self._tp_plan  # what was set on the configuration goes first
+            tp_plan |= {f"expert_pool.{module}": style for module, style in ExpertPool.tp_plan(self.config).items()}
+            ep_plan |= ExpertPool.ep_plan(self.config)
+        # What was set on the configuration goes first.
+        self._tp_plan = tp_plan | self._tp_plan
+        self._ep_plan = ep_plan | self._ep_plan
 
 
 @auto_docstring(
@@ -535,6 +583,7 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 
 register_parallel_styles()
+register_memory_group_styles()
 
 
 __all__ = [

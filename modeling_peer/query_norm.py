@@ -26,14 +26,15 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum of every rank's tensor. The gradient of each rank's tensor is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, tensor):
+    def forward(ctx, tensor, group):
+        ctx.group = group
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx, gradient):
-        return _SumOverRanks.apply(gradient)
+        return _SumOverRanks.apply(gradient, ctx.group), None
 
 
 class QueryRMSNorm(nn.RMSNorm):
@@ -76,6 +77,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Attributes:
         num_replicas (`int`): How many ranks see each batch: more than one under tensor parallelism.
+        group (`dist.ProcessGroup`, *optional*): All ranks, for these sums alone; the default group if `None`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -84,6 +86,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
         self.num_replicas = 1
+        self.group: dist.ProcessGroup | None = None
 
     def forward(
         self,
@@ -164,7 +167,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def _sum_over_ranks(self, tensor):
         if self._spans_ranks():
-            return _SumOverRanks.apply(tensor) / self.num_replicas
+            return _SumOverRanks.apply(tensor, self.group) / self.num_replicas
         return tensor
 
     @torch.no_grad()

@@ -25,7 +25,16 @@ from .library_releases import PARALLEL_STYLES, TensorParallelLayer, require_tran
 
 
 if torch.distributed.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+
+def shard_columns(module: torch.nn.Module, param: str, mesh: "DeviceMesh") -> None:
+    """Replace a parameter of a module, which is the same on all processes of a mesh, by this process's columns."""
+    weight = module._parameters[param]
+    module._parameters[param] = torch.nn.Parameter(
+        distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), requires_grad=weight.requires_grad
+    )
 
 
 class ExpertTableParallel(TensorParallelLayer):
@@ -45,10 +54,7 @@ class ExpertTableParallel(TensorParallelLayer):
             yield
 
     def shard_param(self, module, param, mesh):
-        weight = module._parameters[param]
-        module._parameters[param] = torch.nn.Parameter(
-            distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), requires_grad=weight.requires_grad
-        )
+        shard_columns(module, param, mesh)
 
 
 class ExpertUpProjectionParallel(ExpertTableParallel):

@@ -18,12 +18,7 @@ The scripts in `tests/distributed/` run what is tested, in few launches as each 
 tensors and facts; the tests here look at them.
 """
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +27,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from kernels_used import INFERENCE, TRAINING
+from launches import PYTHON, ROOT, assert_same, assert_same_training, handed_over, launch, torchrun
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -39,13 +35,8 @@ from modeling_peer import PeerForCausalLM
 from modeling_peer.library_releases import is_at_least
 
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = Path(__file__).parent
 LAUNCH_FILES = ROOT / "configuration" / "launch"
-TIMEOUT = 150
-
-PYTHON = [sys.executable]
-TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = torchrun(2)
 ACCELERATE_LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
 ACCELERATE_LAUNCH += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
@@ -64,45 +55,6 @@ MODELS = [
     "odd_width",
 ]
 WITH_EXPERT_TABLES = [name for name in MODELS if name not in ("dense", "moe")]
-
-
-def launch(command: list[str], script: str, *arguments: str | Path) -> None:
-    """Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-    }
-    process = subprocess.Popen(
-        [*command, SCRIPTS / script, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        # The launcher's children are of its session, and would outlive it.
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
-    assert process.returncode == 0, f"{script} failed:\n{output[-5000:]}"
-
-
-def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
-
-
-def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal to float32 accuracy, on the scale of each tensor."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        atol = 2e-5 * tensor.abs().max().item() if tensor.is_floating_point() else 0
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def chunk_length(size: int, rank: int) -> int:
@@ -148,11 +100,6 @@ def pipeline_parallel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline_parallel")
     launch(TORCHRUN, "pipeline_parallel.py", folder)
     return folder
-
-
-def assert_same_training(actual: dict, expected: dict) -> None:
-    for log in ("losses", "gradient_norms"):
-        torch.testing.assert_close(torch.tensor(actual[log]), torch.tensor(expected[log]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", TRAINING_CASES)

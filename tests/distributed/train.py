@@ -17,6 +17,8 @@ Trains tiny models with the stock `Trainer` on however many processes it is laun
     python train.py OUTPUT                                     one process, the joint batch
     accelerate launch --num_processes 2 train.py OUTPUT        DDP, half of the batch in each process
     torchrun --nproc_per_node 2 train.py OUTPUT --fsdp         FSDP2, likewise
+    torchrun --nproc_per_node 2 train.py OUTPUT --fsdp --group-size 2
+                                                               … with expert tables split over memory groups
 """
 
 import argparse
@@ -33,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, shard_experts
 from modeling_peer.factored_gradient import FactoredGradient
 
 
@@ -57,14 +59,14 @@ CASES = {
 }
 
 
-def train(name: str, output: Path, fsdp: bool) -> None:
+def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
     """Trains a case for two epochs and hands over its log, how it was distributed, and what came of it."""
-    trainer = stock_trainer(name, output, fsdp)
+    trainer = stock_trainer(name, output, fsdp, group_size)
     in_factors = []
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients = [parameter.grad for parameter in trainer.model.parameters()]
+            gradients = [local(parameter.grad) for parameter in trainer.model.parameters()]
             in_factors.append(sum(isinstance(gradient, FactoredGradient) for gradient in gradients))
 
     trainer.add_callback(Watch())
@@ -79,24 +81,28 @@ def train(name: str, output: Path, fsdp: bool) -> None:
         "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()],
         "local_shapes": local_shapes(trainer.model),
     }
-    # Every process takes part in gathering what is sharded, the first writes.
-    trainer.save_model()
+    if fsdp or group_size == 1:
+        # Every process takes part in gathering what is sharded, the first writes.
+        trainer.save_model()
     if fsdp:
         batch = padded_batch(ROWS[:ROWS_PER_STEP], "right")
         with torch.no_grad():
             tensors = {"logits": trainer.model.eval()(**batch).logits, **batch}
     else:
-        tensors = trainer.model.state_dict()
+        tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
     hand_over(output, f"{name}-{RANK}", tensors, facts)
 
 
-def stock_trainer(name: str, output: Path, fsdp: bool) -> Trainer:
+def stock_trainer(name: str, output: Path, fsdp: bool, group_size: int) -> Trainer:
     config, side, changes = CASES[name]
     if fsdp:
-        distributed = DistributedConfig(fsdp_size=WORLD_SIZE)
+        groups = {} if group_size == 1 else {"ep_size": group_size}
+        distributed = DistributedConfig(fsdp_size=WORLD_SIZE, **groups)
         model = PeerForCausalLM.from_pretrained(start_folder(output, name), distributed_config=distributed)
     else:
         model = tiny_model(config)
+        if group_size > 1:
+            shard_experts(model, group_size)
     arguments = TrainingArguments(
         output_dir=output / name,
         use_cpu=True,
@@ -115,8 +121,8 @@ def stock_trainer(name: str, output: Path, fsdp: bool) -> Trainer:
     )
     rows = [{"input_ids": row} for row in ROWS]
     optimizer = None
-    if name == "rows" and not fsdp:
-        # Under FSDP, `Trainer` makes its own optimizer.
+    if name == "rows" and (not fsdp or group_size > 1):
+        # Under FSDP alone, `Trainer` makes its own optimizer.
         groups = expert_parameter_groups(model, learning_rate=1e-2)
         optimizer = RowAdamW(groups, eps=1e-2)  # large, or the rounding of a vanishing gradient would be a full step
     collator = partial(collate, side=side)
@@ -137,6 +143,16 @@ def own_rows() -> list[list[list[int]]]:
     size = ROWS_PER_STEP // WORLD_SIZE
     starts = range(RANK * size, len(ROWS), ROWS_PER_STEP)
     return [ROWS[start : start + size] for start in starts]
+
+
+def local(gradient: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a gradient."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, of which each process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
@@ -168,13 +184,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--group-size", type=int, default=1)
     arguments = parser.parse_args()
+    # A model without expert tables has no memory group.
+    names = [name for name in CASES if name != "moe" or arguments.group_size == 1]
     if arguments.fsdp:
         # Before there is a process group: afterwards only the first process would write.
-        for name, (config, *_) in CASES.items():
-            tiny_model(config).save_pretrained(start_folder(arguments.output, name))
-    for name in CASES:
-        train(name, arguments.output, arguments.fsdp)
+        for name in names:
+            tiny_model(CASES[name][0]).save_pretrained(start_folder(arguments.output, name))
+    for name in names:
+        train(name, arguments.output, arguments.fsdp, arguments.group_size)
     if not arguments.fsdp:
         bare_gradients(arguments.output, checkpointed=False)
         bare_gradients(arguments.output, checkpointed=True)

@@ -14,6 +14,7 @@
 """The plans by which Transformers splits a model over processes: those of all variants in a model."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from tiny_models import PROTECTED, tiny_config
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer import (
+    FeedForwardInterface,
+    PeerConfig,
+    PeerForCausalLM,
+    PeerForSequenceClassification,
+    shard_experts,
+)
 from modeling_peer.library_releases import FOUND_RELEASES, is_at_least
 
 
@@ -134,6 +141,49 @@ def test_the_tensor_parallel_plan(config, feed_forwards):
     assert (config.to_dict(), config.base_model_tp_plan) == before
 
 
+POOL_EXCHANGE = {
+    "expert_pool": "expert_pool_exchange",
+    "expert_pool.up_proj": "expert_columns",
+    "expert_pool.down_proj": "expert_columns",
+}
+ADDED_EXCHANGE = {
+    "expert_pool.added.*": "expert_pool_exchange",
+    "expert_pool.added.*.up_proj": "expert_columns",
+    "expert_pool.added.*.down_proj": "expert_columns",
+}
+GATE_EXCHANGE = {"expert_pool.gate_proj": "expert_columns"}
+ADDED_GATE_EXCHANGE = {"expert_pool.added.*.gate_proj": "expert_columns"}
+
+
+def in_layers(plan: dict[str, str]) -> dict[str, str]:
+    return {f"layers.*.mlp.{name}": style for name, style in plan.items()}
+
+
+EXPERT_PLANS = {
+    "dense": {},
+    "moe": {},
+    "pkm": in_layers({"values": "expert_values_exchange"}),
+    "peer": in_layers(POOL_EXCHANGE),
+    "gated": in_layers(POOL_EXCHANGE | GATE_EXCHANGE),
+    "branch": in_layers(POOL_EXCHANGE),
+    "one_pool": POOL_EXCHANGE,
+    "one_pool_of_none": {},
+    "grown_open": in_layers(POOL_EXCHANGE),
+    "grown": in_layers(POOL_EXCHANGE | ADDED_EXCHANGE),
+    "grown_one_pool": POOL_EXCHANGE | GATE_EXCHANGE | ADDED_EXCHANGE | ADDED_GATE_EXCHANGE,
+    "all_in_one": in_layers(POOL_EXCHANGE | {"values": "expert_values_exchange"}),
+}
+
+
+@pytest.mark.parametrize(("name", "plan"), EXPERT_PLANS.items(), ids=EXPERT_PLANS)
+def test_the_plan_of_a_memory_group(name, plan):
+    config, _ = PLANS[name]
+    model = on_meta(config)
+    assert model.model.ep_plan == plan
+    inside = {f"model.{module}": style for module, style in plan.items()}
+    assert model.ep_plan == on_meta(config, PeerForSequenceClassification).ep_plan == inside
+
+
 def test_the_pipeline_parallel_plan():
     assert on_meta(tiny_config("peer", "dense")).pp_plan == {
         "model.embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -168,6 +218,34 @@ def test_tensor_parallelism_of_experts_needs_a_later_release(monkeypatch):
         RuntimeError, match=r"Tensor parallelism of experts needs Transformers 5\.23 or later, found 5\.22"
     ):
         style.validate_param(table, "weight", None)
+
+
+def test_a_memory_group_needs_a_later_release(monkeypatch):
+    pool = on_meta(tiny_config("peer")).model.layers[0].mlp.expert_pool
+    style = ALL_PARALLEL_STYLES["expert_columns"]
+    monkeypatch.setitem(FOUND_RELEASES, "Transformers", "5.23.1")
+    message = r"A memory group \(`ep_size` of a PEER model\) needs Transformers 5\.24 or later, found 5\.23\.1"
+    with pytest.raises(RuntimeError, match=message):
+        style.validate_param(pool.up_proj, "weight", None)
+    with pytest.raises(RuntimeError, match=message):
+        shard_experts(on_meta(tiny_config("peer")), 2)
+    with pytest.raises(RuntimeError, match=message):
+        PeerForCausalLM.prepare_distribute_model({"fsdp_size": 2, "ep_size": 2})
+
+
+def test_an_activation_with_parameters_is_refused():
+    pool = on_meta(tiny_config("peer")).model.layers[0].mlp.expert_pool
+    pool.act_fn, pool.act_has_parameters = nn.PReLU(), True
+    with pytest.raises(ValueError, match="must have no parameters, got PReLU"):
+        ALL_PARALLEL_STYLES["expert_pool_exchange"].install_forward(pool, None)
+
+
+def test_an_adapter_in_the_place_of_a_table_is_refused():
+    pool = on_meta(tiny_config("peer")).model.layers[0].mlp.expert_pool
+    ALL_PARALLEL_STYLES["expert_pool_exchange"].install_forward(pool, mock.Mock())
+    pool.up_proj = nn.Sequential(pool.up_proj)
+    with pytest.raises(TypeError, match="found Sequential in the place of one: adapters on tables do not work"):
+        pool(None, None, None)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Expert tables that a `device_map` leaves in host memory.
+Where the expert tables of a model lie in memory: mapped from a file, and in host memory beside a GPU.
 
-accelerate copies what it offloads to the GPU whenever it runs, and a table is gigabytes of which a token needs a few
-rows. A table stays where it is instead, and its experts run there: for each token, its hidden state goes to the host
+accelerate copies what a `device_map` puts on `"cpu"` to the GPU whenever it runs, and a table is gigabytes of which a
+token needs a few rows. A table stays where it is instead, and its experts run there: for each token, its hidden state goes to the host
 and dot products come back, and likewise router weights and the sum, 2 · (hidden_size + num_active) numbers in all,
 where its rows would be 2 · hidden_size · num_active.
 
@@ -27,6 +27,8 @@ where its rows would be 2 · hidden_size · num_active.
 >>> model = PeerForCausalLM.from_pretrained("path/to/a/peer/checkpoint", device_map=device_map)
 ```
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -82,3 +84,10 @@ def keep_in_host_memory(model: nn.Module) -> None:
         if isinstance(hook, AlignDevicesHook) and hook.offload and hook.original_devices["weight"].type == "cpu":
             remove_hook_from_module(table)
             del table.forward  # what is left of the hook is the method of the class
+
+
+def advise_tables(model: nn.Module, advise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Give advice of `memory_advice.py` on all expert tables of a model."""
+    for table in model.modules():
+        if isinstance(table, ExpertTable):
+            advise(table.weight)

@@ -20,7 +20,7 @@ from accelerate.hooks import AlignDevicesHook
 
 from modeling_peer import PeerForCausalLM, host_table_device_map
 from modeling_peer.expert_table import ExpertTable
-from modeling_peer.offloaded_tables import keep_in_host_memory
+from modeling_peer.table_memory import keep_in_host_memory
 from tests.tiny_models import VARIANTS, random_tokens, tiny_config, tiny_model
 
 

@@ -1,0 +1,201 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The exchange of tokens between processes that each hold some columns of every row of the expert tables.
+
+A process takes part with the tokens of its own batch. It gets from the others the columns of their hidden states that
+go with its columns of the tables, and what comes of them is summed where the tokens are: tables and their gradients
+never travel. All collectives are those that NCCL and gloo have: all-to-all, all-gather and reduce-scatter of equal
+parts, so the tokens of all processes are padded to the largest number of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .forward_pass import ForwardPass
+from .library_releases import all_gather, reduce_scatter
+
+
+class NoExchange:
+    """What a pool does with its tokens where one process holds whole tables: nothing."""
+
+    # What the gradients of the tables are multiplied with.
+    share = 1.0
+    keeps_coefficients = False
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """`(num_tokens, ...)` of each process -> `(num_all_tokens, ...)`, those of all of them."""
+        return part
+
+    def to_columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(num_tokens, hidden_size)` of each process -> `(num_all_tokens, width)`, the columns of this process."""
+        return tokens
+
+    def to_tokens(self, columns: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`NoExchange.to_columns`]."""
+        return columns
+
+    def products(
+        self, kernels: Any, columns: torch.Tensor, indices: torch.Tensor, tables: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """
+        The dot products of tokens and the rows that they name.
+
+        Args:
+            kernels ([`TorchKernels`])
+            columns (`torch.Tensor` of shape `(num_all_tokens, width)`)
+            indices (`torch.Tensor` of shape `(num_all_tokens, num_active)`): int64, rows of the tables.
+            tables (`list[torch.Tensor]` of shape `(num_rows, width)`): The columns of this process.
+
+        Returns:
+            `list[torch.Tensor]` of shape `(num_tokens, num_active)`: one for each table, for the tokens of this
+            process, in the dtype of `columns`.
+        """
+        return [kernels.up(columns, indices, table) for table in tables]
+
+
+class TokenExchange(NoExchange):
+    """
+    The exchange of the tokens of one forward, and of its backward, between the processes of a group.
+
+    Args:
+        group (`dist.ProcessGroup`): Each of its processes holds a part of the columns, in the order of their ranks.
+        num_tokens (`int`): Number of tokens of this process. May be 0, and differ between processes.
+        most_tokens (`int`): The largest number of tokens of a process of the group.
+    """
+
+    keeps_coefficients = True
+
+    def __init__(self, group: dist.ProcessGroup, num_tokens: int, most_tokens: int):
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.num_tokens = num_tokens
+        self.most_tokens = most_tokens
+        # Each process has the mean loss of its own tokens, and its columns get the gradients of all of them: as the
+        # gradients of everything else, they are averaged.
+        self.share = 1 / self.size
+
+    def _padded(self, tokens):
+        missing = self.most_tokens - self.num_tokens
+        if missing:
+            tokens = torch.cat([tokens, tokens.new_zeros(missing, *tokens.shape[1:])])
+        return tokens.contiguous()
+
+    def gather(self, part):
+        whole = part.new_empty(self.size * self.most_tokens, *part.shape[1:])
+        if whole.numel():
+            all_gather(whole, self._padded(part), group=self.group)
+        return whole
+
+    def to_columns(self, tokens):
+        parts = self._padded(tokens).unflatten(1, (self.size, -1)).transpose(0, 1)
+        return self._all_to_all(parts).flatten(0, 1)
+
+    def to_tokens(self, columns):
+        parts = columns.unflatten(0, (self.size, self.most_tokens))
+        return self._all_to_all(parts).transpose(0, 1).flatten(1)[: self.num_tokens]
+
+    def _all_to_all(self, parts):
+        """`(size, ...)`, a part for each process -> `(size, ...)`, a part of each process."""
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        if received.numel():
+            dist.all_to_all_single(received, parts.contiguous(), group=self.group)
+        return received
+
+    def products(self, kernels, columns, indices, tables):
+        # Each process has a part of every sum. The parts are added in float32, and rounded once.
+        exact = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        parts = torch.cat([kernels.up(exact, indices, table) for table in tables], dim=1)
+        sums = parts.new_empty(self.most_tokens, parts.shape[1])
+        if sums.numel():
+            reduce_scatter(sums, parts, group=self.group)
+        return list(sums[: self.num_tokens].to(columns.dtype).chunk(len(tables), dim=1))
+
+
+def exchange_tokens(
+    group: dist.ProcessGroup, tokens: torch.Tensor, forward_pass: ForwardPass | None = None
+) -> TokenExchange:
+    """
+    Begin an exchange: in the first of a forward pass the processes tell each other how many tokens they have.
+
+    Args:
+        group (`dist.ProcessGroup`): See [`TokenExchange`].
+        tokens (`torch.Tensor` of shape `(num_tokens, ...)`): Those of this process.
+        forward_pass (`ForwardPass`, *optional*):
+            The forward pass of the model, in all of whose layers there are equally many tokens. Without it, they are
+            counted each time.
+    """
+    most = None if forward_pass is None else forward_pass.most_tokens
+    if most is None:
+        count = torch.tensor(len(tokens), device=tokens.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX, group=group)
+        most = int(count)
+    if forward_pass is not None:
+        forward_pass.most_tokens = most
+    return TokenExchange(group, len(tokens), most)
+
+
+class ExchangedBytes(NamedTuple):
+    """
+    Bytes that a process receives for each of its tokens, in one layer and one micro-batch.
+
+    Args:
+        forward, backward (`dict[str, float]`): By collective: `"all_to_all"`, `"all_gather"` and `"reduce_scatter"`.
+    """
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+
+def exchanged_bytes(
+    hidden_size: int, num_active: int, group_size: int, dtype: torch.dtype, num_up_tables: int = 1
+) -> ExchangedBytes:
+    """
+    Count what a process of a memory group *receives* from the others. It sends as much; a reduce-scatter is counted as
+    one in a ring is, by the parts of the sum for its own tokens. Not counted is the number of tokens, one integer a
+    forward pass.
+
+    Args:
+        hidden_size (`int`): Width d of a token.
+        num_active (`int`): Number A of experts of a token, of all heads.
+        group_size (`int`): Number G of processes.
+        dtype (`torch.dtype`): Dtype of hidden states and router weights.
+        num_up_tables (`int`, *optional*, defaults to 1): 1 for PEER, 2 with gated experts, 0 for PKM.
+
+    Returns:
+        [`ExchangedBytes`]
+    """
+    others, element = group_size - 1, dtype.itemsize
+    hidden = others / group_size * hidden_size * element
+    values = others * num_active * element
+    sums = others * num_active * max(element, torch.float32.itemsize)
+    has_neurons = min(num_up_tables, 1)
+    return ExchangedBytes(
+        forward={
+            "all_to_all": (has_neurons + 1) * hidden,  # hidden states, outputs
+            "all_gather": others * num_active * torch.int32.itemsize + values,  # indices, weighted activations
+            "reduce_scatter": num_up_tables * sums,
+        },
+        backward={
+            "all_to_all": (1 + has_neurons) * hidden,  # gradients of outputs, of hidden states
+            "all_gather": num_up_tables * values,  # gradients of dot products
+            "reduce_scatter": sums,  # of weighted activations
+        },
+    )

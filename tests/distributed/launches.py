@@ -1,0 +1,82 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the distributed tests launch the scripts beside them, and what they compare of what these hand over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parent
+TIMEOUT = 150
+
+PYTHON = [sys.executable]
+
+
+def torchrun(num_processes: int) -> list[str]:
+    """A command that launches a script in this many processes of this machine."""
+    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(num_processes)]
+
+
+def launch(command: list[str], script: str, *arguments: str | Path) -> None:
+    """Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(
+        [*command, SCRIPTS / script, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # The launcher's children are of its session, and would outlive it.
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
+    assert process.returncode == 0, f"{script} failed:\n{output[-5000:]}"
+
+
+def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal to float32 accuracy, on the scale of each tensor."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        atol = 2e-5 * tensor.abs().max().item() if tensor.is_floating_point() else 0
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_same_training(actual: dict, expected: dict) -> None:
+    for log in ("losses", "gradient_norms"):
+        torch.testing.assert_close(torch.tensor(actual[log]), torch.tensor(expected[log]), rtol=1e-5, atol=0)

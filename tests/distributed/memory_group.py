@@ -1,0 +1,364 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trains tiny models whose expert tables are split over memory groups, by the stock `Trainer` and by a plain loop, and in
+one process on the joint batch.
+
+    python memory_group.py OUTPUT                                     one process
+    torchrun --nproc_per_node 4 memory_group.py OUTPUT --group-size 2 two groups of two, FSDP2 for the rest
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import train
+from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from train import RANK, WORLD_SIZE, local, whole
+from transformers import Trainer
+from transformers.distributed import DistributedConfig
+
+from modeling_peer import (
+    PeerForCausalLM,
+    RowAdamW,
+    expert_parameter_groups,
+    gradient_exchange,
+    memory_group,
+    shard_experts,
+    split_initialization,
+    token_exchange,
+)
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_exchange import average_gradients
+
+
+ROWS_PER_STEP = 4
+STEPS = 10
+
+# Of the pools: tokens of the joint batch, those of each process of several, and experts of a token.
+NUM_TOKENS, NUM_ACTIVE = 13, 5
+UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
+
+# What the plain loop trains; on four processes, those of these names alone.
+LOOPS = {
+    **{name: MODELS[name] for name in ("pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown")},
+    # Of so many rows that replicas exchange factors of gradients, and not the sums of rows.
+    "many_experts": tiny_config("peer", "dense", num_experts=4096, gated_experts=True),
+    "beside_moe": tiny_config("moe", "peer", shared_expert_intermediate_size=10),
+}
+ON_FOUR = {"loops": ("pkm", "rms_norm", "shared_pool", "grown", "many_experts"), "trainers": ("accumulated", "rows")}
+BY_ROW = ("gated_experts", "grown")  # with `second_moment="row"`
+# What the stock Trainer trains under DistributedDataParallel.
+UNDER_DDP = ("left", "rows")
+
+
+def rows_of_step(step: int) -> list[list[int]]:
+    """Rows of the joint batch, of lengths that differ from process to process."""
+    lengths = [(step * 5 + place * place * 3 + place) % 11 + 2 for place in range(ROWS_PER_STEP)]
+    return [[1 + (token + step) % 60 for token in row] for row in random_rows(*lengths)]
+
+
+def own_batch(rows: list[list[int]], idle: bool = False) -> dict[str, torch.Tensor]:
+    """
+    The part of the joint batch that this process sees.
+
+    Args:
+        idle (`bool`):
+            Whether the last process learns from none of it, and its neighbor from what it would have seen. Attention in
+            Transformers takes no empty batch: there is a row without targets.
+    """
+    size = ROWS_PER_STEP // WORLD_SIZE
+    first, last = RANK * size, (RANK + 1) * size
+    if idle and WORLD_SIZE > 1:
+        first, last = (0, 0) if RANK == WORLD_SIZE - 1 else (first, last + size * (RANK == WORLD_SIZE - 2))
+    if first < last:
+        return padded_batch(rows[first:last], "right")
+    batch = padded_batch([[1, 2]], "right")
+    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def joint_loss(model: torch.nn.Module, rows: list[list[int]], idle: bool = False) -> torch.Tensor:
+    """The part of this process in the mean loss over the targets of the joint batch, times the number of processes."""
+    targets = sum(len(row) - 1 for row in rows)
+    return WORLD_SIZE * model(**own_batch(rows, idle), num_items_in_batch=targets).loss
+
+
+def over_processes(value: torch.Tensor) -> float:
+    """The mean over all processes."""
+    value = value.detach().double()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(value)
+    return value.item() / WORLD_SIZE
+
+
+def train_in_loop(model: torch.nn.Module, second_moment: str, idle: bool = False) -> tuple[dict, dict]:
+    """The weights and statistics after clipped steps of [`RowAdamW`], and what is seen of each step."""
+    groups = expert_parameter_groups(model.train(), learning_rate=1e-2, weight_decay=0.1)
+    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+    optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
+    facts = {"losses": [], "gradient_norms": [], "in_factors": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = joint_loss(model, rows_of_step(step), idle)
+        loss.backward()
+        gradients = [local(parameter.grad) for parameter in model.parameters()]
+        facts["losses"].append(over_processes(loss))
+        facts["in_factors"].append(sum(isinstance(gradient, FactoredGradient) for gradient in gradients))
+        # As `Trainer` clips where parameters are on different meshes.
+        facts["gradient_norms"].append(Trainer._mixed_mesh_grad_norm(None, model, 0.5).item())
+        optimizer.step()
+    return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}, facts
+
+
+def layout(model: torch.nn.Module) -> dict[str, list]:
+    """Of each split parameter, the names of the mesh that it is split over and the shape that is held here."""
+    return {
+        name: [list(parameter.device_mesh.mesh_dim_names), list(parameter.to_local().shape)]
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, DTensor)
+    }
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    joint_loss(model.train(), rows_of_step(0)).backward()
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, dict]:
+    """
+    The outputs of two pools, of PEER with gates and of PKM, for some hidden states of which the last process has none;
+    their gradients, and the bytes that were received in forward and backward.
+    """
+    torch.manual_seed(3)
+    pool, values = model.model.expert_pool, memory.model.layers[1].mlp.values
+    hidden_states, factors = torch.randn(2, NUM_TOKENS, 16)
+    indices = torch.randint(64, (NUM_TOKENS, NUM_ACTIVE))
+    weights = torch.rand(NUM_TOKENS, NUM_ACTIVE)
+    counts = [NUM_TOKENS] if WORLD_SIZE == 1 else UNEVEN[WORLD_SIZE]
+    first = sum(counts[:RANK])
+    own = slice(first, first + counts[RANK])
+    hidden_states, weights = hidden_states[own].requires_grad_(), weights[own].requires_grad_()
+    group = model.model.memory_group
+    of_group = [counts[rank] for rank in ([0] if group is None else dist.get_process_group_ranks(group.columns))]
+    tensors, facts = {}, {"num_tokens": max(of_group)}
+    for name, run in {
+        "peer": lambda: pool(hidden_states, indices[own], weights),
+        "pkm": lambda: values(weights, indices[own]),
+    }.items():
+        with counted_bytes() as forward:
+            output = run()
+        with counted_bytes() as backward:
+            # What is averaged over processes is a sum here.
+            (WORLD_SIZE * output * factors[own]).sum().backward()
+        tensors[f"{name}.output"] = output
+        tensors[f"{name}.of_weights"] = weights.grad / WORLD_SIZE
+        facts[name] = {"forward": forward, "backward": backward}
+        weights.grad = None
+    tensors["peer.of_hidden_states"] = hidden_states.grad / WORLD_SIZE
+    tables = {f"pool.{name}": table for name, table in pool.named_parameters()} | {"values": values.weight}
+    if group is not None and group.replicas is not None:
+        average_gradients(tables.values(), group.replicas)
+    return tensors | {name: whole(table.grad) for name, table in tables.items()}, facts
+
+
+@contextlib.contextmanager
+def counted_exchanges() -> Iterator[dict[str, int]]:
+    """Counts how often gradients are averaged over replicas inside, and of how many tables by factors or by rows."""
+    counted = dict.fromkeys(("average_gradients", "_average_factors", "_average_rows"), 0)
+
+    def counting(name, function):
+        def run(*arguments):
+            counted[name] += 1
+            return function(*arguments)
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in counted:
+            counter = counting(name, getattr(gradient_exchange, name))
+            stack.enter_context(mock.patch.object(gradient_exchange, name, counter))
+        yield counted
+
+
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Counts what this process receives from others inside, by the sizes of the tensors of every collective."""
+    counted: dict[str, int] = {}
+
+    def counting(name, collective, received):
+        def run(output, part, group=None):
+            others = dist.get_world_size(group) - 1
+            counted[name] = counted.get(name, 0) + received(output.nbytes, others)
+            return collective(output, part, group=group)
+
+        return run
+
+    # Of an all-to-all and an all-gather, a process's own part stays where it is; a reduce-scatter adds one part of
+    # each of the others to its own.
+    kinds = {
+        "all_to_all": (dist, "all_to_all_single", lambda nbytes, others: nbytes * others // (others + 1)),
+        "all_gather": (token_exchange, "all_gather", lambda nbytes, others: nbytes * others // (others + 1)),
+        "reduce_scatter": (token_exchange, "reduce_scatter", lambda nbytes, others: nbytes * others),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (module, attribute, received) in kinds.items():
+            counter = counting(name, getattr(module, attribute), received)
+            stack.enter_context(mock.patch.object(module, attribute, counter))
+        yield counted
+
+
+def refusal(config, distributed_config: DistributedConfig) -> str:
+    """The message with which a model is refused."""
+    try:
+        PeerForCausalLM.from_config(config, distributed_config=distributed_config)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor with memory that is made inside."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta and not isinstance(result, DTensor):
+            self.num_elements = max(self.num_elements, result.numel())
+        return result
+
+
+class Cases:
+    """
+    Args:
+        output (`Path`): Where results go.
+        group_size (`int`): Number of processes of a memory group, 1 in one process.
+    """
+
+    def __init__(self, output: Path, group_size: int):
+        self.output = output
+        self.group_size = group_size
+
+    def save_start(self, name: str, config) -> None:
+        """Before there is a process group: afterwards only the first process would write."""
+        tiny_model(config).save_pretrained(self.start(name))
+
+    def start(self, name: str) -> Path:
+        return self.output / f"{name}-begin-{RANK}"
+
+    def load(self, name: str, **arguments) -> torch.nn.Module:
+        if WORLD_SIZE > 1:
+            arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+        return PeerForCausalLM.from_pretrained(self.start(name), **arguments)
+
+    def hand_over(self, name: str, tensors: dict, facts: dict | None = None) -> None:
+        hand_over(self.output, f"{name}-{RANK}", tensors, facts)
+
+    def new_weights(self) -> None:
+        """Weights that are drawn, of a model with a table that is larger than all else, and what it took to draw it."""
+        arguments = {}
+        if WORLD_SIZE > 1:
+            arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+        torch.manual_seed(4)
+        with mock.patch.object(split_initialization, "CHUNK_ELEMENTS", 512), LargestTensor() as largest:
+            model = PeerForCausalLM.from_config(tiny_config("peer", "dense", num_experts=4096), **arguments)
+        tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        self.hand_over("new", tensors, {"training": model.training, "largest": largest.num_elements})
+
+    def saved_beside_replicas(self) -> dict[str, str]:
+        """Saves a model of which the tables alone are split; the message with which it is refused at first."""
+        model = shard_experts(tiny_model(LOOPS["peer"]), self.group_size)
+        folder = self.output / f"parts-{RANK}"
+        try:
+            model.save_pretrained(folder)
+            message = "not refused"
+        except ValueError as error:
+            message = str(error)
+        gathered = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        if RANK == 0:
+            model.save_pretrained(folder, state_dict=gathered)
+        return {"parts": message}
+
+    def refusals(self) -> None:
+        """The messages with which models are refused."""
+        own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+        other = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size // 2 if RANK else self.group_size)
+        both = DistributedConfig(fsdp_size=1, tp_size=WORLD_SIZE, ep_size=WORLD_SIZE)
+        theirs = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_implementation="all_to_all")
+        dispatched = {"model.layers.*.mlp.expert_pool": "ep_dispatch_experts"}
+        their_plan = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_plan=dispatched)
+        config = tiny_config("peer")
+        cases = {
+            "width": (tiny_config("peer", hidden_size=16 + self.group_size // 2), own),
+            "configuration": (tiny_config("peer", num_experts_per_head=2 + RANK), own),
+            "group": (config, other),
+            "tensor_parallel": (config, both),
+            "implementation": (config, theirs),
+            "plan": (config, their_plan),
+        }
+        messages = {name: refusal(*case) for name, case in cases.items()}
+        with mock.patch.object(memory_group, "_own_release", lambda: f"0.{RANK}"):
+            messages["release"] = refusal(config, own)
+        self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
+
+    def run(self) -> None:
+        loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
+        trainers = ON_FOUR["trainers"] if WORLD_SIZE == 4 else [name for name in train.CASES if name != "moe"]
+        for name in loops:
+            self.save_start(name, LOOPS[name])
+        for name in trainers:
+            tiny_model(train.CASES[name][0]).save_pretrained(train.start_folder(self.output, name))
+        for name in loops:
+            model = self.load(name)
+            facts = {"layout": layout(model)}
+            with counted_exchanges() as facts["exchanges"]:
+                tensors, steps = train_in_loop(model, "row" if name in BY_ROW else "full")
+            self.hand_over(f"loop-{name}", tensors, facts | steps)
+        # Of another model: a forward without a backward leaves gathered parameters, which an optimizer must not get.
+        self.hand_over("outputs", outputs(self.load("shared_pool")))
+        self.hand_over("pools", *run_pools(self.load("shared_pool"), self.load("pkm")))
+        self.hand_over("loop-idle", *train_in_loop(self.load("rms_norm"), "full", idle=True))
+        self.hand_over("bfloat16", gradients(self.load("shared_pool", dtype=torch.bfloat16)))
+        self.new_weights()
+        if WORLD_SIZE > 1:
+            self.refusals()
+        for name in trainers:
+            with counted_exchanges() as exchanges:
+                train.train(name, self.output, WORLD_SIZE > 1, self.group_size)
+            self.hand_over(f"{name}-exchanges", {}, exchanges)
+        if WORLD_SIZE > 1:
+            for name in UNDER_DDP:
+                with counted_exchanges() as exchanges:
+                    train.train(name, self.output / "ddp", False, self.group_size)
+                self.hand_over(f"{name}-ddp-exchanges", {}, exchanges)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--group-size", type=int, default=1)
+    arguments = parser.parse_args()
+    Cases(arguments.output, arguments.group_size).run()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

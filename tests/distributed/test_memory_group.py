@@ -1,0 +1,249 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Two and four gloo processes whose expert tables are split over memory groups compute what one process computes of the
+joint batch: with FSDP2 for the rest, and in two groups of two.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from kernels_used import TRAINING
+from launches import PYTHON, assert_same, assert_same_training, handed_over, launch, torchrun
+from safetensors.torch import load_file
+
+from modeling_peer.library_releases import is_at_least
+from modeling_peer.token_exchange import exchanged_bytes
+
+
+LOOPS = ["pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown", "many_experts", "beside_moe", "idle"]
+TRAINERS = ["right", "left", "accumulated", "shared_pool", "checkpointed", "rows"]
+ON_FOUR = {
+    "loops": ["pkm", "rms_norm", "shared_pool", "grown", "many_experts", "idle"],
+    "trainers": ["accumulated", "rows"],
+}
+
+# Number of processes and of those in a group.
+RUNS = [(2, 2), (4, 2), (4, 4)]
+CASES_OF_LOOPS = [(run, name) for run in RUNS for name in (LOOPS if run[0] == 2 else ON_FOUR["loops"])]
+CASES_OF_TRAINERS = [(run, name) for run in RUNS for name in (TRAINERS if run[0] == 2 else ON_FOUR["trainers"])]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Where the results are of one process on the joint batch, and of a number of processes in groups of a size."""
+    if not is_at_least("Transformers", "5.24"):
+        pytest.skip("memory groups need Transformers 5.24")
+    folders: dict[tuple[int, int], Path] = {}
+
+    def folder(num_processes: int, group_size: int) -> Path:
+        key = num_processes, group_size
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("{}-{}".format(*key))
+            command = PYTHON if num_processes == 1 else torchrun(num_processes)
+            launch(command, "memory_group.py", folders[key], "--group-size", str(group_size))
+        return folders[key]
+
+    return folder
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_steps_are_those_of_one_process_on_the_joint_batch(launched, run, name):
+    """Losses, norms before clipping, and weights and statistics after ten clipped steps."""
+    expected, steps = handed_over(launched(1, 1), f"loop-{name}-0")
+    for rank in range(run[0]):
+        state, facts = handed_over(launched(*run), f"loop-{name}-{rank}")
+        assert len(facts["losses"]) == 10
+        assert min(facts["gradient_norms"]) > 0.5  # every step was clipped
+        assert_same_training(facts, steps)
+        assert_same(state, expected)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_gradient_norms_are_one_number_on_all_ranks(launched, run, name):
+    of_ranks = [handed_over(launched(*run), f"loop-{name}-{rank}")[1]["gradient_norms"] for rank in range(run[0])]
+    assert all(norms == of_ranks[0] for norms in of_ranks)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
+def test_gradients_of_tables_come_in_factors(launched, run, name):
+    _, expected = handed_over(launched(1, 1), f"loop-{name}-0")
+    assert expected["in_factors"][0] in (1, 2, 3, 4)
+    for rank in range(run[0]):
+        assert handed_over(launched(*run), f"loop-{name}-{rank}")[1]["in_factors"] == expected["in_factors"]
+
+
+@pytest.mark.parametrize(("run", "name"), [case for case in CASES_OF_LOOPS if case[1] != "idle"])
+def test_a_rank_holds_columns_of_tables_and_a_part_of_the_rest(launched, run, name):
+    num_processes, group_size = run
+    whole, _ = handed_over(launched(1, 1), f"loop-{name}-0")
+    for rank in range(num_processes):
+        layout = handed_over(launched(*run), f"loop-{name}-{rank}")[1]["layout"]
+        tables = {key for key in layout if "expert_pool." in key or ".values." in key}
+        assert tables
+        for key, (mesh, shape) in layout.items():
+            num_rows, *others = whole[key].shape
+            if key in tables:
+                assert (mesh, shape) == (["ep"], [num_rows, others[0] // group_size])
+            else:
+                # FSDP2's: chunks of rows, of which the last may be smaller or empty.
+                chunk = math.ceil(num_rows / num_processes)
+                held = max(min(chunk, num_rows - rank * chunk), 0)
+                assert (mesh, shape[0]) == (["fsdp"], held)
+
+
+@pytest.mark.parametrize(("run", "name"), CASES_OF_TRAINERS)
+def test_stock_trainer_trains_as_one_process_on_the_joint_batch(launched, run, name):
+    folder, joint = launched(*run), launched(1, 1)
+    for rank in range(run[0]):
+        _, facts = handed_over(folder, f"{name}-{rank}")
+        _, expected = handed_over(joint, f"{name}-0")
+        assert (facts["wrapper"], facts["processes"]) == ("FSDPPeerForCausalLM", run[0])
+        assert facts["in_factors"] == expected["in_factors"]
+        assert_same_training(facts, expected)
+    assert_same(load_file(folder / name / "model.safetensors"), load_file(joint / name / "model.safetensors"))
+
+
+@pytest.mark.parametrize(("run", "name"), [(run, name) for run in RUNS for name in ("left", "rows")])
+def test_stock_trainer_with_replicas_of_the_rest(launched, run, name):
+    """Under DistributedDataParallel, that is."""
+    expected_state, expected = handed_over(launched(1, 1), f"{name}-0")
+    for rank in range(run[0]):
+        state, facts = handed_over(launched(*run) / "ddp", f"{name}-{rank}")
+        assert (facts["wrapper"], facts["processes"]) == ("DistributedDataParallel", run[0])
+        assert facts["in_factors"] == expected["in_factors"]
+        assert set(facts["local_shapes"]) == {key for key in expected_state if "expert_pool" in key or "values" in key}
+        assert_same_training(facts, expected)
+        assert_same(state, expected_state)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_model_beside_replicas_is_saved_with_gathered_tables(launched, run):
+    saved = load_file(launched(*run) / "parts-0" / "model.safetensors")
+    start = load_file(launched(1, 1) / "peer-begin-0" / "model.safetensors")
+    assert saved.keys() == start.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in start.items())
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["accumulated", "rows", "rows-ddp"])
+def test_replicas_of_columns_are_averaged_once_for_each_optimizer_step(launched, run, name):
+    """Of two micro-batches each."""
+    _, facts = handed_over(launched(1, 1), f"{name.removesuffix('-ddp')}-0")
+    steps = len(facts["losses"]) if run == (4, 2) else 0  # there is one group otherwise
+    for rank in range(run[0]):
+        assert handed_over(launched(*run), f"{name}-exchanges-{rank}")[1]["average_gradients"] == steps
+
+
+def test_replicas_of_columns_exchange_factors_or_rows(launched):
+    """Whatever is fewer bytes."""
+    _, few = handed_over(launched(4, 2), "loop-shared_pool-0")
+    _, many = handed_over(launched(4, 2), "loop-many_experts-0")
+    assert few["exchanges"] == {"average_gradients": 10, "_average_factors": 0, "_average_rows": 30}
+    assert many["exchanges"] == {"average_gradients": 10, "_average_factors": 30, "_average_rows": 0}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
+    expected, _ = handed_over(launched(1, 1), "new-0")
+    table = expected["model.layers.0.mlp.expert_pool.up_proj.weight"]
+    for rank in range(run[0]):
+        actual, facts = handed_over(launched(*run), f"new-{rank}")
+        assert facts["training"]
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+        # No process has memory for more of a table than its columns.
+        assert facts["largest"] == table.numel() // run[1]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "width",
+            r"`ep_size` = {size} does not divide the width {width} of model\.layers\.0\.mlp\.expert_pool\.up_proj",
+        ),
+        ("configuration", "Ranks 0 and 1 disagree on the model: they have `num_experts_per_head` 2 and 3"),
+        ("group", "Ranks 0 and 1 disagree on `distributed_config`: they have .*`ep_size` {size} and {half}"),
+        ("tensor_parallel", "needs `tp_size` = 1, found {processes}: the processes of a memory group have different"),
+        ("implementation", '`ep_implementation` of a PEER model must be "auto", found "all_to_all"'),
+        ("plan", r"`ep_plan` gives \['model.layers.0.mlp.expert_pool'\] the style \"ep_dispatch_experts\""),
+        ("parts", "`shard_experts` split the expert tables of this model, so one process cannot save it"),
+        ("release", "Ranks 0 and 1 disagree on the model: they have `modeling_peer` '0.0' and '0.1'"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused_by_all(launched, run, name, message):
+    processes, size = run
+    message = message.format(processes=processes, size=size, half=size // 2, width=16 + size // 2)
+    for rank in range(processes):
+        assert re.search(message, handed_over(launched(*run), f"refusals-{rank}")[1][name])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_evaluation_and_generation_are_those_of_one_process(launched, run):
+    expected, _ = handed_over(launched(1, 1), "outputs-0")
+    for rank in range(run[0]):
+        assert_same(handed_over(launched(*run), f"outputs-{rank}")[0], expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_pools_run_where_a_rank_has_no_token(launched, run):
+    expected, _ = handed_over(launched(1, 1), "pools-0")
+    of_ranks = [handed_over(launched(*run), f"pools-{rank}")[0] for rank in range(run[0])]
+    assert len(of_ranks[-1]["peer.output"]) == 0
+    for key, tensor in expected.items():
+        if key.startswith(("peer.", "pkm.")):
+            assert_same({key: torch.cat([tensors[key] for tensors in of_ranks])}, {key: tensor})
+        else:
+            for tensors in of_ranks:
+                assert_same({key: tensors[key]}, {key: tensor})
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("name", "num_up_tables"), [("peer", 2), ("pkm", 0)])
+def test_bytes_that_are_received_are_those_of_the_formula(launched, run, name, num_up_tables):
+    expected = exchanged_bytes(16, 5, run[1], torch.float32, num_up_tables)
+    for rank in range(run[0]):
+        _, facts = handed_over(launched(*run), f"pools-{rank}")
+        for direction in ("forward", "backward"):
+            # Of a group whose ranks have different numbers of tokens, each exchanges as many as any.
+            found = {key: nbytes / facts["num_tokens"] for key, nbytes in facts[name][direction].items()}
+            assert found == {key: nbytes for key, nbytes in getattr(expected, direction).items() if nbytes}
+
+
+def test_bytes_of_a_group_of_eight():
+    """In KB, a token and layer at d = 2,048 with 8 heads of 16 experts in bfloat16."""
+    exchanged = exchanged_bytes(2048, 128, 8, torch.bfloat16)
+    assert exchanged.forward == {"all_to_all": 2 * 3584, "all_gather": 3584 + 1792, "reduce_scatter": 3584}
+    assert exchanged.backward == {"all_to_all": 2 * 3584, "all_gather": 1792, "reduce_scatter": 3584}
+    assert exchanged.total == 7 * 3584 + 2 * 1792
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(launched, run):
+    expected, _ = handed_over(launched(1, 1), "bfloat16-0")
+    for rank in range(run[0]):
+        actual, _ = handed_over(launched(*run), f"bfloat16-{rank}")
+        for key, tensor in expected.items():
+            error = (actual[key].double() - tensor.double()).norm() / tensor.double().norm()
+            assert error < 4 * torch.finfo(torch.bfloat16).eps, (key, error)
+
+
+def test_experts_ran_on_the_native_kernels(launched):
+    _, facts = handed_over(launched(2, 2), "right-0")
+    assert {tuple(call) for call in facts["kernels"]} <= TRAINING
