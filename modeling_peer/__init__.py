@@ -48,6 +48,8 @@ from .named_configurations import configuration_path, list_configurations
 
 
 if TYPE_CHECKING:
+    from .analysis.collectives import memory_group_bytes
+    from .analysis.communication import CommunicationCosts, DesignCosts, communication_costs
     from .analysis.costs import ModelCosts, PartCosts, model_costs
     from .analysis.expert_background import ExpertBackground
     from .analysis.expert_mask import masked_experts
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
 _LAZY_NAMES = {
+    "analysis.collectives": ("memory_group_bytes",),
+    "analysis.communication": ("CommunicationCosts", "DesignCosts", "communication_costs"),
     "analysis.costs": ("ModelCosts", "PartCosts", "model_costs"),
     "analysis.expert_background": ("ExpertBackground",),
     "analysis.expert_mask": ("masked_experts",),
@@ -127,6 +131,8 @@ __all__ = [
     "ALL_EXPERT_KERNELS",
     "ALL_FEED_FORWARDS",
     "Addition",
+    "CommunicationCosts",
+    "DesignCosts",
     "ExpertBackground",
     "ExpertKernelsInterface",
     "ExpertUsageCallback",
@@ -147,6 +153,7 @@ __all__ = [
     "RowAdamW",
     "SparseFinetuningCallback",
     "add_experts",
+    "communication_costs",
     "configuration_path",
     "expert_parameter_groups",
     "fit_gates",
@@ -156,6 +163,7 @@ __all__ = [
     "make_optimizer",
     "masked_experts",
     "measure_usage",
+    "memory_group_bytes",
     "model_costs",
     "train_added_experts_only",
 ]
