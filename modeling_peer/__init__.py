@@ -50,6 +50,8 @@ from .table_memory import host_table_device_map
 
 
 if TYPE_CHECKING:
+    from .analysis.collectives import memory_group_bytes
+    from .analysis.communication import CommunicationCosts, DesignCosts, communication_costs
     from .analysis.costs import ModelCosts, PartCosts, model_costs
     from .analysis.expert_background import ExpertBackground
     from .analysis.expert_mask import masked_experts
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
 _LAZY_NAMES = {
+    "analysis.collectives": ("memory_group_bytes",),
+    "analysis.communication": ("CommunicationCosts", "DesignCosts", "communication_costs"),
     "analysis.costs": ("ModelCosts", "PartCosts", "model_costs"),
     "analysis.expert_background": ("ExpertBackground",),
     "analysis.expert_mask": ("masked_experts",),
@@ -129,6 +133,8 @@ __all__ = [
     "ALL_EXPERT_KERNELS",
     "ALL_FEED_FORWARDS",
     "Addition",
+    "CommunicationCosts",
+    "DesignCosts",
     "ExpertBackground",
     "ExpertKernelsInterface",
     "ExpertUsageCallback",
@@ -149,6 +155,7 @@ __all__ = [
     "RowAdamW",
     "SparseFinetuningCallback",
     "add_experts",
+    "communication_costs",
     "configuration_path",
     "expert_parameter_groups",
     "fit_gates",
@@ -159,6 +166,7 @@ __all__ = [
     "make_optimizer",
     "masked_experts",
     "measure_usage",
+    "memory_group_bytes",
     "model_costs",
     "shard_experts",
     "train_added_experts_only",

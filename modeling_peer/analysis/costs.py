@@ -22,7 +22,6 @@ Costs of a model: FLOPs, parameters and bytes, counted from its configuration al
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -210,7 +209,7 @@ def model_costs(
     tied = config.tie_word_embeddings
     return ModelCosts(
         sequence_length=sequence_length,
-        dtype=dtype or cast("torch.dtype", config.dtype) or torch.float32,
+        dtype=dtype or dtype_of(config),
         # A tied row is among those that the LM head reads.
         embedding=PartCosts(0, num_embedding_parameters, 0 if tied else config.hidden_size),
         attention=_attention(config, sequence_length),
@@ -222,6 +221,12 @@ def model_costs(
             2 * num_embedding_parameters, 0 if tied else num_embedding_parameters, num_embedding_parameters
         ),
     )
+
+
+def dtype_of(config: PeerConfig) -> torch.dtype:
+    """The data type that a configuration names, float32 if it names none. Saving a model makes it a string."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 def _feed_forward(config: PeerConfig, layer_idx):

@@ -189,6 +189,13 @@ class TestMemory:
             assert costs.training_bytes == 4 * costs.parameters * dtype.itemsize
             assert costs.weight_bytes_read == costs.active_parameters * dtype.itemsize
 
+    def test_of_a_model_that_was_saved(self, tmp_path):
+        """Saving it makes the data type of its configuration a string."""
+        config = small_config(dtype=torch.bfloat16)
+        costs = model_costs(config)
+        PeerForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+        assert model_costs(config) == costs
+
 
 class TestTable:
     def test_says_at_which_length(self):
