@@ -174,10 +174,12 @@ class TestTakers:
     def test_tables_that_grow_need_an_optimizer_of_their_own(self):
         model = model_of()
         optimizer = optimizer_of(model)
-        table = model.model.layers[0].mlp.expert_pool.up_proj
-        table.append_rows(torch.zeros(3, table.embedding_dim))
+        pool = model.model.layers[0].mlp.expert_pool
+        for table in (pool.up_proj, pool.down_proj):
+            table.append_rows(torch.zeros(3, table.embedding_dim))
         backward(model)
-        assert type(table.weight.grad) is torch.Tensor
+        for table in (pool.up_proj, pool.down_proj):
+            assert type(table.weight.grad) is torch.Tensor
         assert optimizer.param_groups
 
 
