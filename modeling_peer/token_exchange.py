@@ -20,7 +20,7 @@ never travel. All collectives are those that NCCL and gloo have: all-to-all, all
 parts, so the tokens of all processes are padded to the largest number of them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,56 +146,3 @@ def exchange_tokens(
     if forward_pass is not None:
         forward_pass.most_tokens = most
     return TokenExchange(group, len(tokens), most)
-
-
-class ExchangedBytes(NamedTuple):
-    """
-    Bytes that a process receives for each of its tokens, in one layer and one micro-batch.
-
-    Args:
-        forward, backward (`dict[str, float]`): By collective: `"all_to_all"`, `"all_gather"` and `"reduce_scatter"`.
-    """
-
-    forward: dict[str, float]
-    backward: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.forward.values()) + sum(self.backward.values())
-
-
-def exchanged_bytes(
-    hidden_size: int, num_active: int, group_size: int, dtype: torch.dtype, num_up_tables: int = 1
-) -> ExchangedBytes:
-    """
-    Count what a process of a memory group *receives* from the others. It sends as much; a reduce-scatter is counted as
-    one in a ring is, by the parts of the sum for its own tokens. Not counted is the number of tokens, one integer a
-    forward pass.
-
-    Args:
-        hidden_size (`int`): Width d of a token.
-        num_active (`int`): Number A of experts of a token, of all heads.
-        group_size (`int`): Number G of processes.
-        dtype (`torch.dtype`): Dtype of hidden states and router weights.
-        num_up_tables (`int`, *optional*, defaults to 1): 1 for PEER, 2 with gated experts, 0 for PKM.
-
-    Returns:
-        [`ExchangedBytes`]
-    """
-    others, element = group_size - 1, dtype.itemsize
-    hidden = others / group_size * hidden_size * element
-    values = others * num_active * element
-    sums = others * num_active * max(element, torch.float32.itemsize)
-    has_neurons = min(num_up_tables, 1)
-    return ExchangedBytes(
-        forward={
-            "all_to_all": (has_neurons + 1) * hidden,  # hidden states, outputs
-            "all_gather": others * num_active * torch.int32.itemsize + values,  # indices, weighted activations
-            "reduce_scatter": num_up_tables * sums,
-        },
-        backward={
-            "all_to_all": (1 + has_neurons) * hidden,  # gradients of outputs, of hidden states
-            "all_gather": num_up_tables * values,  # gradients of dot products
-            "reduce_scatter": sums,  # of weighted activations
-        },
-    )

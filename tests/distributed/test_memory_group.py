@@ -18,6 +18,7 @@ joint batch: with FSDP2 for the rest, and in two groups of two.
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from kernels_used import TRAINING
 from launches import PYTHON, assert_same, assert_same_training, handed_over, launch, torchrun
 from safetensors.torch import load_file
 
+from modeling_peer.analysis.collectives import GROUP_COLLECTIVES, memory_group_bytes
 from modeling_peer.library_releases import is_at_least
-from modeling_peer.token_exchange import exchanged_bytes
 
 
 LOOPS = ["pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown", "many_experts", "beside_moe", "idle"]
@@ -217,21 +218,16 @@ def test_pools_run_where_a_rank_has_no_token(launched, run):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(("name", "num_up_tables"), [("peer", 2), ("pkm", 0)])
 def test_bytes_that_are_received_are_those_of_the_formula(launched, run, name, num_up_tables):
-    expected = exchanged_bytes(16, 5, run[1], torch.float32, num_up_tables)
+    expected = {"forward": Counter(), "backward": Counter()}
+    for key, nbytes in memory_group_bytes(16, 5, run[1], torch.float32.itemsize, num_up_tables).items():
+        direction, operation = GROUP_COLLECTIVES[key]
+        expected[direction][operation.replace("-", "_")] += nbytes
     for rank in range(run[0]):
         _, facts = handed_over(launched(*run), f"pools-{rank}")
-        for direction in ("forward", "backward"):
+        for direction, counted in expected.items():
             # Of a group whose ranks have different numbers of tokens, each exchanges as many as any.
             found = {key: nbytes / facts["num_tokens"] for key, nbytes in facts[name][direction].items()}
-            assert found == {key: nbytes for key, nbytes in getattr(expected, direction).items() if nbytes}
-
-
-def test_bytes_of_a_group_of_eight():
-    """In KB, a token and layer at d = 2,048 with 8 heads of 16 experts in bfloat16."""
-    exchanged = exchanged_bytes(2048, 128, 8, torch.bfloat16)
-    assert exchanged.forward == {"all_to_all": 2 * 3584, "all_gather": 3584 + 1792, "reduce_scatter": 3584}
-    assert exchanged.backward == {"all_to_all": 2 * 3584, "all_gather": 1792, "reduce_scatter": 3584}
-    assert exchanged.total == 7 * 3584 + 2 * 1792
+            assert found == {key: nbytes for key, nbytes in counted.items() if nbytes}
 
 
 @pytest.mark.parametrize("run", RUNS)
