@@ -35,6 +35,7 @@ from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.feed_forward_peer import PeerFeedForward
 from modeling_peer.feed_forward_pkm import PkmFeedForward
+from modeling_peer.library_releases import is_at_least
 
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -119,7 +120,19 @@ def test_one_graph_and_nothing_anew_for_further_steps(config):
     assert optimizer.param_groups
 
 
-@pytest.mark.parametrize("backend, tolerance", [("aot_eager", 1e-6), ("inductor", 1e-4)])
+@pytest.mark.parametrize(
+    "backend, tolerance",
+    [
+        ("aot_eager", 1e-6),
+        pytest.param(
+            "inductor",
+            1e-4,
+            marks=pytest.mark.skipif(
+                not is_at_least("torch", "2.13"), reason="Its inductor mixes up float32 and float64 in attention."
+            ),
+        ),
+    ],
+)
 def test_ten_steps(backend, tolerance):
     """With two backwards each, whose gradients are clipped. Norms of hidden states are in float32."""
     states = []
