@@ -18,9 +18,13 @@ Trains a language model from a named configuration or from a checkpoint, with `T
         --block_size 256 --per_device_train_batch_size 16 --max_steps 1000 --learning_rate 2e-3 \
         --lr_scheduler_type cosine --warmup_steps 0.1
 
+    configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-tiny --do_train \
+        --output_dir runs/memory-group
+
 The text is the Python standard library unless --dataset_name or --train_file gives another. A tokenizer for a new
 model is trained on its text and saved with it. An interrupted run resumes from the last checkpoint in --output_dir.
-The results, including the held-out perplexity, are in `all_results.json` there.
+The results, including the held-out perplexity, are in `all_results.json` there. With --ep_size, which the launch file
+gives, expert tables are split over groups of processes.
 """
 
 import logging
@@ -38,7 +42,14 @@ from transformers import (
 )
 
 from common.command_line import parse_arguments
-from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.model_arguments import (
+    DistributedArguments,
+    ModelArguments,
+    load_config,
+    load_model,
+    load_tokenizer,
+    num_held_parameters,
+)
 from common.text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
 from common.training import (
     OptimizerArguments,
@@ -49,7 +60,7 @@ from common.training import (
     run,
     setup_logging,
 )
-from modeling_peer import ExpertUsageCallback
+from modeling_peer import ExpertUsageCallback, PeerForCausalLM
 
 
 logger = logging.getLogger(__name__)
@@ -102,11 +113,17 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
     optimizer_args: OptimizerArguments | None = None,
+    distributed_args: DistributedArguments | None = None,
 ) -> Trainer:
     """Makes the `Trainer` of a new model or of a checkpoint."""
     set_seed(training_args.seed)
-    model = load_model(AutoModelForCausalLM, model_args, config, tokenizer)
-    logger.info(f"A model of {model.num_parameters():,} parameters, a tokenizer of {len(tokenizer):,} tokens")
+    distributed_config = (distributed_args or DistributedArguments()).make_config(training_args, config)
+    model_class = AutoModelForCausalLM if distributed_config is None else PeerForCausalLM
+    model = load_model(model_class, model_args, config, tokenizer, distributed_config)
+    logger.info(
+        f"A model of {model.num_parameters():,} parameters, {num_held_parameters(model):,} of them in this process, a "
+        f"tokenizer of {len(tokenizer):,} tokens"
+    )
     return Trainer(
         model=model,
         args=training_args,
@@ -135,14 +152,14 @@ def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[st
 
 
 def main():
-    model_args, data_args, training_args, optimizer_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments), __doc__
+    model_args, data_args, training_args, optimizer_args, distributed_args = parse_arguments(
+        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments, DistributedArguments), __doc__
     )
     setup_logging(training_args)
     checkpoint = last_checkpoint(training_args)
     config = load_config(model_args)
     tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
-    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args)
+    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
     run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)
 
 

@@ -197,7 +197,7 @@ class _ExpertPool(torch.autograd.Function):
         named = exchange.gather(indices)
         rows = named.long()
         read = [table for table in (up, gate) if table is not None]
-        columns = exchange.to_columns(hidden_states) if read else None
+        columns = exchange.input_columns(hidden_states) if read else None
         products = exchange.products(run, columns, rows, read) if read else []
         ctx.act_fn, ctx.kernels, ctx.exchange, ctx.num_read = act_fn, kernels, exchange, len(read)
         # Asked here: what activation checkpointing gives to the backward is not the parameter.

@@ -45,6 +45,7 @@ from .forward_pass import ForwardPass
 from .initial_scale import activation_power, expert_std, router_weight_power
 from .library_releases import active_transforms
 from .product_key_router import AddedRouter, ProductKeyRouter
+from .token_exchange import TokenExchange
 
 
 class ExpertPool(nn.Module):
@@ -95,12 +96,28 @@ class ExpertPool(nn.Module):
             plan["expert_pool.added.*"] = "expert_pool_exchange"
         return plan | {f"expert_pool.{table}": "expert_columns" for table in cls.tp_plan(config)}
 
+    def start_exchange(
+        self, hidden_states: torch.Tensor, forward_pass: ForwardPass | None = None
+    ) -> TokenExchange | None:
+        """
+        Start, before retrieval, what a pool that is split over processes does with its input: see `memory_group.py`. A
+        pool that is whole does nothing.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): The input of the next forward.
+            forward_pass (`ForwardPass`, *optional*): The forward pass of the model.
+
+        Returns:
+            [`TokenExchange`], *optional*: what `forward` takes as `exchange`.
+        """
+        return None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         indices: torch.Tensor,
         weights: torch.Tensor,
-        forward_pass: ForwardPass | None = None,
+        exchange: TokenExchange | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -108,8 +125,7 @@ class ExpertPool(nn.Module):
             indices (`torch.Tensor` of shape `(num_tokens, num_active)`):
                 Indices of the experts of each token, all of them in this pool and not in `added`.
             weights (`torch.Tensor` of shape `(num_tokens, num_active)`): Their router weights g_i(x).
-            forward_pass (`ForwardPass`, *optional*):
-                The forward pass of the model, which a pool reads that is split over processes.
+            exchange ([`TokenExchange`], *optional*): What `start_exchange` gave for these hidden states.
 
         Returns:
             `torch.Tensor` of shape `(num_tokens, hidden_size)`: `Σ g_i(x) e_i(x)`.
@@ -222,11 +238,8 @@ class PeerFeedForward(nn.Module):
     def _retrieve_and_run(self, router, pool, hidden_states, padding_mask, forward_pass):
         if router.is_off:
             return torch.zeros_like(hidden_states)
+        tokens = hidden_states.flatten(0, -2)
+        exchange = pool.start_exchange(tokens, forward_pass)
         indices, weights = router(hidden_states, padding_mask, forward_pass)
-        output = pool(
-            hidden_states.flatten(0, -2),
-            indices.flatten(-2).flatten(0, -2),
-            weights.flatten(-2).flatten(0, -2),
-            forward_pass,
-        )
+        output = pool(tokens, indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2), exchange)
         return output.to(hidden_states.device).view_as(hidden_states)  # a shared pool may be on another device

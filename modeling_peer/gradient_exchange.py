@@ -158,15 +158,16 @@ def average_gradients(tables: Iterable[nn.Parameter], group: dist.ProcessGroup) 
     own = [_sizes(gradient, gradients[:place]) for place, gradient in enumerate(gradients)]
     every = torch.tensor(own, dtype=torch.int64, device=gradients[0].device if gradients else None)
     sizes = _gather(every[None], group).tolist() if gradients else []
-    gathered: dict[int, Entries] = {}
-    for place, gradient in enumerate(gradients):
-        of_ranks = [_Sizes(*rank[place]) for rank in sizes]
-        if not _factors_are_smaller(gradient, of_ranks):
-            _average_rows(gradient, group)
+    for places in _places_that_share_entries(sizes):
+        sharing = [gradients[place] for place in places]
+        of_ranks = [_Sizes(*rank[places[0]]) for rank in sizes]
+        if not _factors_are_smaller(sharing, of_ranks):
+            for gradient in sharing:
+                _average_rows(gradient, group)
             continue
-        first = of_ranks[0].first_with_entries
-        shared = gathered.get(first) if all(each.first_with_entries == first for each in of_ranks) else None
-        gathered[place] = _average_factors(gradient, of_ranks, shared, group)
+        entries = None
+        for gradient in sharing:
+            entries = _average_factors(gradient, of_ranks, entries, group)
 
 
 def _local_gradient(table):
@@ -205,14 +206,32 @@ def _sizes(gradient, earlier):
     return [factors.coefficients.numel(), len(factors.tokens), same[0] if same else len(earlier)]
 
 
-def _factors_are_smaller(gradient, of_ranks):
-    """Whether an all-gather of factors moves fewer bytes than a dense sum, which moves the table about twice."""
+def _places_that_share_entries(sizes):
+    """The places of all tables, those together that have the same entries on every process, of which one is sent."""
+    sharing: dict[int, list[int]] = {}
+    for place in range(len(sizes[0]) if sizes else 0):
+        firsts = {_Sizes(*rank[place]).first_with_entries for rank in sizes}
+        first = firsts.pop() if len(firsts) == 1 else -1
+        sharing.setdefault(place if first < 0 else first, []).append(place)
+    return sharing.values()
+
+
+def _factors_are_smaller(gradients, of_ranks):
+    """
+    Whether an all-gather of the factors of gradients with the same entries moves fewer bytes than dense sums of them.
+
+    A process receives the factors of each other one, in at least float32 and padded to the most, and with them once
+    for all gradients the entries, a row and a token in int32. Of an all-reduce by n processes it receives
+    2 (n − 1) / n of a gradient, in the gradient's own dtype.
+    """
     if any(each.num_entries < 0 for each in of_ranks):
         return False
     entries, tokens = (max(getattr(each, name) for each in of_ranks) for name in ("num_entries", "num_tokens"))
-    width, element = gradient.shape[1], max(gradient.dtype.itemsize, torch.float32.itemsize)
-    factors = len(of_ranks) * (tokens * width * element + entries * (element + 2 * torch.int32.itemsize))
-    return factors < 2 * gradient.numel() * element
+    factors, rows = entries * 2 * torch.int32.itemsize, 0
+    for gradient in gradients:
+        factors += (tokens * gradient.shape[1] + entries) * max(gradient.dtype.itemsize, torch.float32.itemsize)
+        rows += gradient.numel() * gradient.dtype.itemsize
+    return len(of_ranks) * factors < 2 * rows
 
 
 def _average_rows(gradient, group):

@@ -59,9 +59,9 @@ from .library_releases import (
     require_transformers,
     style_of_modules,
 )
-from .query_norm import QueryBatchNorm
+from .process_groups import group_of_all
 from .tensor_parallel import shard_columns
-from .token_exchange import exchange_tokens
+from .token_exchange import TokenExchange, exchange_tokens
 
 
 if dist.is_available():
@@ -117,7 +117,9 @@ class ExpertPoolExchange(ExpertParallelLayer):
             raise ValueError(
                 f"The activation of a pool in a memory group must have no parameters, got {module.act_fn}."
             )
-        module.forward = functools.partial(_run_pool, module, mesh.get_group())
+        group = _group_of(mesh)
+        module.start_exchange = functools.partial(_start_exchange, group)
+        module.forward = functools.partial(_run_pool, module, group)
         return module
 
 
@@ -125,8 +127,26 @@ class ExpertValuesExchange(ExpertColumns):
     """A table without neurons, PKM's: likewise, by itself."""
 
     def install_forward(self, module, mesh):
-        module.forward = functools.partial(_run_values, module, mesh.get_group())
+        module.forward = functools.partial(_run_values, module, _group_of(mesh))
         return module
+
+
+def _group_of(mesh):
+    """The processes of a mesh, in a group of their own: a mesh of all processes has the default group."""
+    group = mesh.get_group()
+    is_default = dist.is_initialized() and group.group_name == dist.group.WORLD.group_name
+    return group_of_all("memory group") if is_default else group
+
+
+# A compiler knows neither how many tokens other processes have, nor the collectives.
+@torch.compiler.disable
+def _start_exchange(
+    group: dist.ProcessGroup, hidden_states: torch.Tensor, forward_pass: ForwardPass | None = None
+) -> TokenExchange:
+    """See [`ExpertPool.start_exchange`]."""
+    exchange = exchange_tokens(group, hidden_states, forward_pass)
+    exchange.start_to_columns(hidden_states.detach())
+    return exchange
 
 
 def _run_pool(
@@ -135,13 +155,14 @@ def _run_pool(
     hidden_states: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    forward_pass: ForwardPass | None = None,
+    exchange: TokenExchange | None = None,
 ) -> torch.Tensor:
     """The forward of an [`ExpertPool`] in a memory group, with the arguments and the result of its own."""
     tables = (pool.up_proj, pool.gate_proj, pool.down_proj)
     up, gate, down = (None if table is None else _own_columns(table) for table in tables)
     rows = (indices - pool.first_expert).int()
-    exchange = exchange_tokens(group, hidden_states, forward_pass)
+    if exchange is None:
+        exchange = _start_exchange(group, hidden_states)
     kernels = _kernels(pool.down_proj, down)
     return run_expert_pool(hidden_states, rows, weights, up, gate, down, pool.act_fn, kernels, exchange)
 
@@ -252,7 +273,7 @@ def _split(model, plan, mesh_manager):
     _refuse_differences("the model", _description(model))
     mesh = mesh_manager.get_mesh("ep")
     apply_expert_parallelism(model, mesh, mesh_manager.get_mesh("tp"), plan)
-    group = MemoryGroup(mesh.get_group(), _group_of_replicas(mesh_manager))
+    group = MemoryGroup(_group_of(mesh), _group_of_replicas(mesh_manager))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.memory_group = group
@@ -284,7 +305,6 @@ def shard_experts(model: Any, ep_size: int) -> Any:
     for module in model.modules():
         if isinstance(module, ExpertTable):
             dist.broadcast(module.weight.detach(), 0)
-    group_query_norms(model)
     _split(model, _plan_of(model), mesh_manager)
     return model
 
@@ -373,14 +393,6 @@ def refuse_parts(model: Any) -> None:
             "all processes first, `state_dict = {name: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else "
             "tensor for name, tensor in model.state_dict().items()}`, and pass `state_dict=state_dict`."
         )
-
-
-def group_query_norms(model: nn.Module) -> None:
-    """Let the BatchNorms of a model sum over all processes in a group of their own, which waits for nothing else."""
-    norms = [each for each in model.modules() if isinstance(each, QueryBatchNorm)]
-    group = dist.new_group() if norms else None
-    for norm in norms:
-        norm.group = group
 
 
 def register_memory_group_styles() -> None:

@@ -59,7 +59,6 @@ from .memory_group import (
     MemoryGroup,
     check_processes,
     form_memory_group,
-    group_query_norms,
     refuse_parts,
     register_memory_group_styles,
     tables_left_out,
@@ -282,7 +281,6 @@ class PeerPreTrainedModel(PreTrainedModel):
         """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
         if mesh_manager is None:
             return model
-        group_query_norms(model)
         if distributed_config.ep_size > 1:
             form_memory_group(model, distributed_config, mesh_manager)
         with tables_left_out(model):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .forward_pass import ForwardPass
 from .library_releases import active_transforms
+from .process_groups import group_of_all
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -68,8 +69,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Moments are computed in float32 (float64 for float64 queries). Where `torch.distributed` is initialized they are
     reduced over all ranks, with gradients, so that they equal the moments of the joint batch; every rank must
-    therefore run equally many training forward passes. Running statistics take up each micro-batch once, also under
-    activation checkpointing, which runs a layer twice: see [`ForwardPass`].
+    therefore run equally many training forward passes. The query norms have a process group for these sums alone,
+    except in a compiled graph, which has the default group. Running statistics take up each micro-batch once, also
+    under activation checkpointing, which runs a layer twice: see [`ForwardPass`].
 
     Args:
         num_features (`int`): Elements of a query, of all heads together.
@@ -77,7 +79,6 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Attributes:
         num_replicas (`int`): How many ranks see each batch: more than one under tensor parallelism.
-        group (`dist.ProcessGroup`, *optional*): All ranks, for these sums alone; the default group if `None`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -86,7 +87,6 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
         self.num_replicas = 1
-        self.group: dist.ProcessGroup | None = None
 
     def forward(
         self,
@@ -167,7 +167,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def _sum_over_ranks(self, tensor):
         if self._spans_ranks():
-            return _SumOverRanks.apply(tensor, self.group) / self.num_replicas
+            # A compiler does not trace how a group is made.
+            group = None if torch.compiler.is_compiling() else group_of_all("query norms")
+            return _SumOverRanks.apply(tensor, group) / self.num_replicas
         return tensor
 
     @torch.no_grad()

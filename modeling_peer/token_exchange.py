@@ -44,6 +44,10 @@ class NoExchange:
         """`(num_tokens, hidden_size)` of each process -> `(num_all_tokens, width)`, the columns of this process."""
         return tokens
 
+    def input_columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As [`NoExchange.to_columns`], of the hidden states, whose exchange may have been started before."""
+        return tokens
+
     def to_tokens(self, columns: torch.Tensor) -> torch.Tensor:
         """The inverse of [`NoExchange.to_columns`]."""
         return columns
@@ -87,6 +91,7 @@ class TokenExchange(NoExchange):
         # Each process has the mean loss of its own tokens, and its columns get the gradients of all of them: as the
         # gradients of everything else, they are averaged.
         self.share = 1 / self.size
+        self._started: tuple[torch.Tensor, torch.Tensor, dist.Work] | None = None
 
     def _padded(self, tokens):
         missing = self.most_tokens - self.num_tokens
@@ -100,9 +105,26 @@ class TokenExchange(NoExchange):
             all_gather(whole, self._padded(part), group=self.group)
         return whole
 
+    def start_to_columns(self, tokens: torch.Tensor) -> None:
+        """Start [`to_columns`] of some tokens, for which the next [`input_columns`] waits."""
+        parts = self._parts(tokens).contiguous()
+        received = torch.empty_like(parts)
+        if received.numel():
+            work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+            self._started = received, parts, work  # what is sent has to be there until it is received
+
+    def input_columns(self, tokens):
+        if self._started is None:
+            return self.to_columns(tokens)
+        (received, _, work), self._started = self._started, None
+        work.wait()
+        return received.flatten(0, 1)
+
     def to_columns(self, tokens):
-        parts = self._padded(tokens).unflatten(1, (self.size, -1)).transpose(0, 1)
-        return self._all_to_all(parts).flatten(0, 1)
+        return self._all_to_all(self._parts(tokens)).flatten(0, 1)
+
+    def _parts(self, tokens):
+        return self._padded(tokens).unflatten(1, (self.size, -1)).transpose(0, 1)
 
     def to_tokens(self, columns):
         parts = columns.unflatten(0, (self.size, self.most_tokens))

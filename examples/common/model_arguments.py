@@ -27,10 +27,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 
 from common.text_data import DatasetArguments, text_column, train_tokenizer
-from modeling_peer import configuration_path, list_configurations
+from modeling_peer import PeerConfig, configuration_path, list_configurations
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,39 @@ class ModelArguments:
     def is_new(self) -> bool:
         """Whether a new model is trained, not a checkpoint."""
         return self.model_name_or_path is None
+
+
+@dataclass
+class DistributedArguments:
+    """How the processes that a launcher starts split a model: a field of `DistributedConfig` of Transformers."""
+
+    ep_size: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes of a memory group. Each of them holds a part of the columns of all expert "
+            "tables, and they exchange tokens; FSDP2 splits all other parameters over all processes. It divides the "
+            "number of processes of a node. With 1 there are no groups, and DDP or FSDP as the launcher says."
+        },
+    )
+
+    def make_config(self, training_args: TrainingArguments, config: PreTrainedConfig) -> DistributedConfig | None:
+        """
+        Makes what splits a model with this configuration; `None` without memory groups. Raises `ValueError` where
+        there can be none.
+        """
+        if self.ep_size == 1:
+            return None
+        if not isinstance(config, PeerConfig):
+            raise ValueError(f"--ep_size {self.ep_size} needs a PEER model, not one of {type(config).__name__}.")
+        if training_args.fsdp:
+            raise ValueError(f"--ep_size {self.ep_size} applies FSDP2 itself: leave out --fsdp.")
+        num_processes = training_args.world_size
+        if self.ep_size < 1 or num_processes % self.ep_size:
+            raise ValueError(
+                f"--ep_size must divide the number of processes, {num_processes}, got {self.ep_size}: start the "
+                "script by a launcher, as configuration/launch/memory_group.sh does."
+            )
+        return DistributedConfig(fsdp_size=num_processes, ep_size=self.ep_size)
 
 
 # Fields of configurations of earlier releases, which the plans and commands of finished studies still give.
@@ -155,27 +190,48 @@ def load_tokenizer(
 
 
 def load_model(
-    auto_class: type, args: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    model_class: type,
+    args: ModelArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    distributed_config: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """
     Makes a new model or loads a checkpoint, with embeddings for every token of the tokenizer.
 
     Args:
-        auto_class (`type`): Auto class of the model, such as `AutoModelForCausalLM`.
+        model_class (`type`):
+            Class of the model, or an Auto class such as `AutoModelForCausalLM`, which makes no new model that is
+            split.
         args (`ModelArguments`): Arguments with the checkpoint, if any, and the data type.
         config (`PreTrainedConfig`): Configuration from [`load_config`]. It gets the special tokens of the tokenizer.
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+        distributed_config (`DistributedConfig`, *optional*):
+            From [`DistributedArguments`], if the model is split over memory groups. No process then makes or loads a
+            whole table.
     """
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    options: dict[str, Any] = {} if distributed_config is None else {"distributed_config": distributed_config}
     if args.model_name_or_path is None:
         config.vocab_size = max(config.vocab_size, len(tokenizer))
-        return auto_class.from_config(config, dtype=None if dtype == "auto" else dtype)
-    model = auto_class.from_pretrained(
-        args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype
+        return model_class.from_config(config, dtype=None if dtype == "auto" else dtype, **options)
+    if distributed_config is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model embeddings of {config.vocab_size}: resize them "
+            "and save the model in one process before it is split."
+        )
+    model = model_class.from_pretrained(
+        args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype, **options
     )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model
+
+
+def num_held_parameters(model: PreTrainedModel) -> int:
+    """The number of elements of parameters in this process, which has a part of those that are split."""
+    parts = [each.to_local() if hasattr(each, "to_local") else each for each in model.parameters()]
+    return sum(part.numel() for part in parts)

@@ -409,18 +409,17 @@ class _Run:
         for pool in self.pools:
             num_tokens, num_entries = self._accumulated(pool, group_size)
             factors = num_tokens * width + num_entries
-            # As `gradient_exchange` decides: indices and tokens of entries are two int32, sums move a table twice.
-            moved = replicas.total * (factors * self.float_element + num_entries * 2 * INDEX_BYTES)
-            num_elements = pool.num_rows * width
+            # Rows and tokens of entries are two int32, once for all tables of a pool.
+            part = pool.num_tables * factors * self.float_element + num_entries * 2 * INDEX_BYTES
+            size = pool.num_tables * pool.num_rows * width
             if replicas.total == 1:
-                gradients += pool.num_tables * factors * self.element + num_entries * torch.int64.itemsize
-            elif moved < 2 * num_elements * self.float_element:
-                part = pool.num_tables * factors * self.float_element + num_entries * 2 * INDEX_BYTES
+                own = num_tokens * width * self.element + num_entries * self.float_element
+                gradients += pool.num_tables * own + num_entries * torch.int64.itemsize
+            elif replicas.total * part < 2 * size * self.element:  # as `gradient_exchange` decides
                 received.append(replicas.all_gather("factors of tables", part))
                 of_replica = pool.num_tables * factors * self.float_element + num_entries * torch.int64.itemsize
                 gradients += replicas.total * of_replica
             else:
-                size = pool.num_tables * num_elements
                 received.append(replicas.all_reduce("gradients of tables", size, self.element))
                 gradients += size * self.element
         return joined(received), gradients
@@ -436,7 +435,7 @@ class _Run:
         for place, num_active in enumerate(pool.num_active * self.micro_batches):
             num_tokens += self.tokens_per_rank * group_size
             num_entries += self.tokens_per_rank * group_size * num_active
-            size = (num_tokens * width + num_entries) * self.element + num_entries * torch.int64.itemsize
+            size = num_tokens * width * self.element + num_entries * (self.float_element + torch.int64.itemsize)
             num_rows = min(num_entries, pool.num_rows)
             if place and size > MOST_FACTORS * num_rows * width * self.float_element:
                 num_tokens = num_entries = num_rows

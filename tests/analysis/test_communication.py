@@ -22,14 +22,13 @@ import sys
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from test_costs import VARIANTS, small_config
-from tiny_models import random_tokens, tiny_config
+from tiny_models import tiny_config
 
-from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups, gradient_exchange
+from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.analysis.collectives import GROUP_COLLECTIVES, Ranks, memory_group_bytes
 from modeling_peer.analysis.communication import Kept, communication_costs
 from modeling_peer.analysis.costs import model_costs
@@ -379,48 +378,6 @@ class TestModels:
             sizes[id(parameter) in tables] += sum(value.nbytes for value in state.values() if value.ndim)
         design = communication_costs(config, 1)["ddp"]
         assert (design.tables.optimizer, design.rest.optimizer) == (sizes[True], sizes[False])
-
-    @pytest.mark.parametrize("num_tokens", [6, 450, 900])
-    @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-    @pytest.mark.parametrize("fields", [{}, {"gated_experts": True}, {"share_experts_across_layers": True}], ids=str)
-    def test_replicas_exchange_what_they_do(self, fields, num_ranks, num_tokens):
-        """The code of the exchange runs on tensors as they come, without other ranks."""
-        config = tiny_config("peer", "pkm", "peer", num_experts=32**2, **fields)
-        model = PeerForCausalLM(config)
-        optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-3))
-        tokens = random_tokens(3, num_tokens // 3)
-        model(tokens, labels=tokens).loss.backward()
-        tables = list({m.weight: None for m in model.modules() if isinstance(m, ExpertTable)})
-        moved, sums = [], []
-
-        def gather(part, group):
-            if part.dtype != torch.int64:  # of those, numbers of tokens
-                moved.append((num_ranks - 1) * part.nbytes)
-            return part.expand(num_ranks, *part.shape[1:]).clone()
-
-        def all_reduce(rows, group):
-            sums.append(rows)
-            moved.append(2 * (num_ranks - 1) * rows.nbytes // num_ranks)
-
-        if num_ranks > 1:
-            ranks = mock.Mock(all_reduce=all_reduce, get_world_size=lambda group: num_ranks)
-            with mock.patch.multiple(gradient_exchange, _gather=gather, dist=ranks):
-                gradient_exchange.average_gradients(tables, None)
-        costs = communication_costs(config, num_ranks, tokens_per_rank=num_tokens)
-        of_tables = [size for (name, _), size in received(costs["ddp_factors"]).items() if "rest" not in name]
-        if num_tokens == 900 and config.share_experts_across_layers:
-            # Factors of two layers were summed, to fewer rows than are counted.
-            assert sum(moved) <= sum(of_tables)
-            return
-        assert sum(of_tables) == sum(moved)
-        if not sums:
-            factors = [table.grad.factors for table in tables]
-            size = sum(each.coefficients.nbytes + each.tokens.nbytes for each in factors)
-            size += sum({id(each.entries): each.entries.indices.nbytes for each in factors}.values())
-            assert costs["ddp_factors"].tables.gradients == size
-        elif len(sums) == len(tables):
-            assert costs["ddp_factors"].tables.gradients == sum(table.nbytes for table in tables)
-        del optimizer
 
 
 class TestLimits:

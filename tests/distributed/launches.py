@@ -38,18 +38,24 @@ def torchrun(num_processes: int) -> list[str]:
     return [*launcher, "--nproc_per_node", str(num_processes)]
 
 
-def launch(command: list[str], script: str, *arguments: str | Path) -> None:
-    """Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output."""
+def launch(command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+    """
+    Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output, which it
+    returns.
+    """
+    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(folders),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
+        **(environment or {}),
     }
     process = subprocess.Popen(
         [*command, SCRIPTS / script, *arguments],
         env=environment,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -63,6 +69,7 @@ def launch(command: list[str], script: str, *arguments: str | Path) -> None:
         output, _ = process.communicate()
         pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
     assert process.returncode == 0, f"{script} failed:\n{output[-5000:]}"
+    return output
 
 
 def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:

@@ -47,6 +47,7 @@ from modeling_peer import (
 )
 from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.gradient_exchange import average_gradients
+from modeling_peer.product_key_router import ProductKeyRouter
 
 
 ROWS_PER_STEP = 4
@@ -203,10 +204,10 @@ def counted_bytes() -> Iterator[dict[str, int]]:
     counted: dict[str, int] = {}
 
     def counting(name, collective, received):
-        def run(output, part, group=None):
+        def run(output, part, group=None, **options):
             others = dist.get_world_size(group) - 1
             counted[name] = counted.get(name, 0) + received(output.nbytes, others)
-            return collective(output, part, group=group)
+            return collective(output, part, group=group, **options)
 
         return run
 
@@ -222,6 +223,64 @@ def counted_bytes() -> Iterator[dict[str, int]]:
             counter = counting(name, getattr(module, attribute), received)
             stack.enter_context(mock.patch.object(module, attribute, counter))
         yield counted
+
+
+class Started:
+    """A collective that runs, until it is waited for."""
+
+    def __init__(self, work, wait):
+        self.work, self.waits = work, wait
+
+    def wait(self):
+        self.waits()
+        return self.work.wait()
+
+
+def order_of_a_forward(model: torch.nn.Module) -> list[str]:
+    """What the PEER layers of a model do in a forward, in order."""
+    events = []
+    all_to_all, all_gather = dist.all_to_all_single, token_exchange.all_gather
+
+    def watched_all_to_all(output, part, group=None, async_op=False):
+        work = all_to_all(output, part, group=group, async_op=async_op)
+        events.append("all-to-all starts" if async_op else "all-to-all")
+        return Started(work, lambda: events.append("all-to-all is waited for")) if async_op else work
+
+    def watched_all_gather(output, part, group=None):
+        events.append("indices are gathered" if part.dtype == torch.int32 else "weighted activations are gathered")
+        return all_gather(output, part, group=group)
+
+    routers = [each for each in model.modules() if isinstance(each, ProductKeyRouter)]
+    hooks = [each.register_forward_hook(lambda *_: events.append("experts are retrieved")) for each in routers]
+    with (
+        mock.patch.object(dist, "all_to_all_single", watched_all_to_all),
+        mock.patch.object(token_exchange, "all_gather", watched_all_gather),
+    ):
+        joint_loss(model.train(), rows_of_step(0))
+    for hook in hooks:
+        hook.remove()
+    return events
+
+
+def process_groups(model: torch.nn.Module) -> dict[str, list[str]]:
+    """The names of the groups that a model has, by what is sent in them."""
+    sums, all_reduce = set(), dist.all_reduce
+
+    def watched_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, **options):
+        if op == dist.ReduceOp.SUM:
+            sums.add((dist.group.WORLD if group is None else group).group_name)
+        return all_reduce(tensor, op, group=group, **options)
+
+    group = model.model.memory_group
+    meshes = {weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)}
+    with mock.patch.object(dist, "all_reduce", watched_all_reduce):
+        joint_loss(model.train(), rows_of_step(0))
+    return {
+        "query norms": sorted(sums),
+        "memory group": [group.columns.group_name],
+        "replicas": [] if group.replicas is None else [group.replicas.group_name],
+        "fsdp2": [mesh.get_group().group_name for mesh in meshes if mesh.mesh_dim_names == ("fsdp",)],
+    }
 
 
 def refusal(config, distributed_config: DistributedConfig) -> str:
@@ -338,6 +397,8 @@ class Cases:
         self.hand_over("bfloat16", gradients(self.load("shared_pool", dtype=torch.bfloat16)))
         self.new_weights()
         if WORLD_SIZE > 1:
+            self.hand_over("order", {}, {"events": order_of_a_forward(self.load("grown"))})
+            self.hand_over("groups", {}, process_groups(self.load("grown")))
             self.refusals()
         for name in trainers:
             with counted_exchanges() as exchanges:

@@ -231,6 +231,30 @@ def test_bytes_that_are_received_are_those_of_the_formula(launched, run, name, n
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_hidden_states_are_exchanged_while_experts_are_retrieved(launched, run):
+    """And are waited for where a rank's columns are needed. Of a grown layer, for each of its two generations."""
+    generation = [
+        "all-to-all starts",
+        "experts are retrieved",
+        "indices are gathered",
+        "all-to-all is waited for",
+        "weighted activations are gathered",
+        "all-to-all",
+    ]
+    for rank in range(run[0]):
+        assert handed_over(launched(*run), f"order-{rank}")[1]["events"] == 2 * generation
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_collectives_of_different_kinds_are_in_different_groups(launched, run):
+    """Also where a memory group has all processes, for which meshes have the default group."""
+    for rank in range(run[0]):
+        _, groups = handed_over(launched(*run), f"groups-{rank}")
+        names = [name for kind in ("query norms", "memory group", "replicas", "fsdp2") for name in groups[kind]]
+        assert len(names) == len(set(names)) == (4 if run == (4, 2) else 3)
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(launched, run):
     expected, _ = handed_over(launched(1, 1), "bfloat16-0")
     for rank in range(run[0]):

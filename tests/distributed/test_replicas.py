@@ -280,7 +280,22 @@ def compiled_after(rank):
     return gradients_of(rank, "after")
 
 
-PARTS = (trainings, dense_collectives_alone, averages)
+def groups_of_sums(rank):
+    """The names of the groups of the sums in a forward, and that of the default group."""
+    names, all_reduce = set(), dist.all_reduce
+
+    def watched(tensor, op=dist.ReduceOp.SUM, group=None, **options):
+        names.add((dist.group.WORLD if group is None else group).group_name)
+        return all_reduce(tensor, op, group=group, **options)
+
+    wrapped = DistributedDataParallel(new_model())
+    with mock.patch.object(dist, "all_reduce", watched):
+        for step in range(2):
+            causal_loss(wrapped, random_tokens(4, 12, seed=step))
+    return names, dist.group.WORLD.group_name
+
+
+PARTS = (trainings, dense_collectives_alone, averages, groups_of_sums)
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +309,13 @@ def folder(tmp_path_factory):
 def found(folder):
     """What both ranks found, by parts."""
     return {part.__name__: [torch.load(folder / f"{part.__name__}-{rank}") for rank in (0, 1)] for part in PARTS}
+
+
+def test_query_norms_have_a_group_of_their_own(found):
+    """DistributedDataParallel has the default group."""
+    for names, default in found["groups_of_sums"]:
+        assert len(names) == 1
+        assert default not in names
 
 
 def assert_as_one_process(ranks, case):

@@ -14,6 +14,7 @@
 """The commands that pages show name scripts, parts, extras and files that exist, with flags that their parsers know."""
 
 import importlib
+import itertools
 import re
 import shlex
 from importlib.metadata import requires
@@ -110,6 +111,25 @@ def check_download(packages):
         assert not missing, f"{package} needs {sorted(missing)}"
 
 
+def check_launch_file(words, monkeypatch):
+    """Variables that a launch file reads, in front of it, and the script that it launches."""
+    assignments = list(itertools.takewhile(lambda word: "=" in word, words))
+    file, *script = words[len(assignments) :]
+    text = (ROOT / file).read_text()
+    for assignment in assignments:
+        assert f"${{{assignment.partition('=')[0]}:-" in text, assignment
+    check_script([*script, "--ep_size", "8"], monkeypatch)
+
+
+def check_sbatch(words, monkeypatch):
+    """Options of `sbatch`, and a batch file with a script."""
+    options = list(itertools.takewhile(lambda word: word.startswith("--"), words))
+    assert all("=" in option for option in options), options
+    file, *script = words[len(options) :]
+    assert (ROOT / file).read_text().startswith("#!")
+    check_script(script, monkeypatch)
+
+
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_command(words, monkeypatch):
     program, *rest = words
@@ -123,6 +143,10 @@ def test_command(words, monkeypatch):
         assert rest[:2] == ["launch", "--config_file"] and (ROOT / rest[2]).exists()
         assert rest[3] == "--num_processes"
         check_script(rest[5:], monkeypatch)
+    elif program == "sbatch":
+        check_sbatch(rest, monkeypatch)
+    elif re.match(r"[A-Z_]+=|configuration/launch/", program):
+        check_launch_file(words, monkeypatch)
     else:
         assert program in FOREIGN, f"{program}: this test does not know how to check it"
 
@@ -136,10 +160,14 @@ def test_command(words, monkeypatch):
         ["./run", "no_such_part"],
         ["pip", "install", ".[no_such_extra]"],
         ["pip", "download", "--dest", "wheels", "peer-pytorch", "einops"],
+        ["configuration/launch/memory_group.sh", "examples/run_clm.py", "--no_such_flag"],
+        ["configuration/launch/no_such_file.sh", "examples/run_clm.py"],
+        ["NO_SUCH_VARIABLE=2", "configuration/launch/memory_group.sh", "examples/run_clm.py"],
+        ["sbatch", "configuration/launch/no_such_file.sbatch", "examples/run_clm.py"],
         ["make"],
     ],
     ids=shlex.join,
 )
 def test_a_wrong_command_is_found(words, monkeypatch):
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, SystemExit, FileNotFoundError)):
         test_command(words, monkeypatch)

@@ -37,10 +37,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     TrainingArguments,
 )
 
-from common.model_arguments import ModelArguments, load_config
+from common.model_arguments import DistributedArguments, ModelArguments, load_config
 from common.text_data import (
     DataTrainingArguments,
     load_datasets,
@@ -216,6 +217,19 @@ class TestLanguageModel:
         assert [group["lr"] for group in of_new.param_groups] == [0.5, 0.5, 0.125, 24.0]
         of_checkpoint, _ = make_optimizers(OptimizerArguments(), training_args, model, is_new=False)
         assert [group["lr"] for group in of_checkpoint.param_groups] == [0.5, 0.5, 0.5]
+
+    def test_memory_groups_that_cannot_be_are_refused(self, tmp_path):
+        training_args = TrainingArguments(output_dir=str(tmp_path))
+        config = load_config(ModelArguments(config_overrides=SMALL))
+        assert DistributedArguments().make_config(training_args, config) is None
+        for size in (2, 0):
+            with pytest.raises(ValueError, match=f"--ep_size must divide the number of processes, 1, got {size}"):
+                DistributedArguments(ep_size=size).make_config(training_args, config)
+        with pytest.raises(ValueError, match="--ep_size 2 needs a PEER model, not one of PreTrainedConfig"):
+            DistributedArguments(ep_size=2).make_config(training_args, PreTrainedConfig())
+        training_args.fsdp = True
+        with pytest.raises(ValueError, match="--ep_size 2 applies FSDP2 itself: leave out --fsdp"):
+            DistributedArguments(ep_size=2).make_config(training_args, config)
 
     def test_fsdp_leaves_the_optimizer_to_the_trainer(self, tmp_path):
         model = AutoModelForCausalLM.from_config(load_config(ModelArguments(config_overrides=SMALL)))

@@ -1,0 +1,220 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the launch files of memory groups say is executed, on gloo processes of this machine: `examples/run_clm.py` trains
+from scratch and from a checkpoint as one process does on the joint batch, with tables that are split.
+"""
+
+import contextlib
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from launches import PYTHON, ROOT, handed_over, launch
+from safetensors.torch import load_file
+
+from modeling_peer.library_releases import is_at_least
+
+
+LAUNCH_FILES = ROOT / "configuration" / "launch"
+LAUNCHER = ["sh", str(LAUNCH_FILES / "memory_group.sh")]
+SLURM = ["bash", str(LAUNCH_FILES / "memory_group.sbatch")]
+ACCELERATE = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
+ACCELERATE += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
+
+HIDDEN_SIZE, ROWS_PER_STEP = 32, 4
+SMALL = f"vocab_size=300,hidden_size={HIDDEN_SIZE},intermediate_size=48,num_experts=64,num_experts_per_head=4"
+FLAGS = (
+    *("--use_cpu", "--do_train", "--block_size", "32", "--max_steps", "4", "--logging_steps", "1"),
+    *("--learning_rate", "1e-3", "--train_sampling_strategy", "sequential", "--save_strategy", "no"),
+    *("--report_to", "none"),
+)
+
+# As the script of that name, which is not beside every Python.
+TORCHRUN = f"""#!/bin/sh
+exec {sys.executable} -m torch.distributed.run "$@"
+"""
+# Stands for Slurm's: two nodes, both of them this machine.
+SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+SCONTROL = """#!/bin/sh
+[ "$1 $2 $3" = "show hostnames localhost,elsewhere" ] && printf 'localhost\\nelsewhere\\n'
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not is_at_least("Transformers", "5.24"):
+        pytest.skip("memory groups need Transformers 5.24")
+    folder = tmp_path_factory.mktemp("launches")
+    (folder / "bin").mkdir()
+    (folder / "numbers.txt").write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(400)))
+    for name, text in (("torchrun", TORCHRUN), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return folder
+
+
+def run_clm(folder, name, command, num_processes, start, *flags, **environment):
+    """What each process hands over of a run, and what was printed."""
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    batch = ("--per_device_train_batch_size", str(ROWS_PER_STEP // num_processes))
+    data = ("--train_file", folder / "numbers.txt", "--output_dir", folder / name / "model")
+    environment |= {"PATH": path, "HF_HOME": str(folder / "home")}
+    arguments = [folder / name, *start, *FLAGS, *batch, *data, *flags]
+    output = launch(command, "watched_run_clm.py", *arguments, environment=environment)
+    return [handed_over(folder / name, f"run-{rank}") for rank in range(num_processes)], output
+
+
+@pytest.fixture(scope="module")
+def joint(folder):
+    """One process from scratch, on the joint batch."""
+    return run_clm(folder, "joint", PYTHON, 1, ("--config_name", "peer-tiny", "--config_overrides", SMALL))
+
+
+@pytest.fixture(scope="module")
+def continued(folder, joint):
+    """One process from the checkpoint of the first."""
+    return run_clm(folder, "continued", PYTHON, 1, ("--model_name_or_path", folder / "joint" / "model"))
+
+
+@pytest.fixture(scope="module")
+def torchrun(folder):
+    """Two processes from scratch."""
+    start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
+    return run_clm(folder, "torchrun", LAUNCHER, 2, start, GPUS_PER_NODE="2")
+
+
+@pytest.fixture(scope="module")
+def accelerate(folder):
+    """Two processes from scratch by the file for DDP of `accelerate launch`."""
+    start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
+    return run_clm(folder, "accelerate", ACCELERATE, 2, start, "--ep_size", "2")
+
+
+def free_port(ports):
+    """One of some ports that nobody listens on."""
+    for port in random.sample(ports, k=100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
+
+
+@pytest.fixture(scope="module")
+def slurm(folder, joint):
+    """Two nodes of two processes from the checkpoint of the one process."""
+    variables = {
+        "SLURM_JOB_ID": str(free_port(range(20000, 30000))),
+        "SLURM_JOB_NODELIST": "localhost,elsewhere",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+    return run_clm(folder, "slurm", SLURM, 4, ("--model_name_or_path", folder / "joint" / "model"), **variables)
+
+
+RUNS = {"torchrun": "joint", "accelerate": "joint", "slurm": "continued"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_tables_are_split(request, name):
+    ranks, output = request.getfixturevalue(name)
+    for _, facts in ranks:
+        assert facts["processes"] == len(ranks)
+        tables = {key for key in facts["shapes"] if "expert_pool" in key}
+        assert tables
+        for key, (num_rows, *width) in facts["shapes"].items():
+            mesh, held = facts["layout"][key]
+            if key in tables:
+                assert (mesh, held) == (["ep"], [num_rows, HIDDEN_SIZE // 2])
+            else:
+                assert mesh == ["fsdp"] and held[1:] == width and held[0] <= -(-num_rows // len(ranks))
+    number = r"([\d,]+)"
+    said, *_ = re.findall(rf"A model of {number} parameters, {number} of them in this process", output)
+    whole, held = (int(each.replace(",", "")) for each in said)
+    assert whole / len(ranks) <= held < 0.6 * whole
+
+
+@pytest.mark.parametrize(("name", "expected"), RUNS.items())
+def test_training_is_that_of_one_process_on_the_joint_batch(request, name, expected):
+    ((state, steps),), _ = request.getfixturevalue(expected)
+    assert len(steps["losses"]) == 4
+    for tensors, facts in request.getfixturevalue(name)[0]:
+        for log in ("losses", "gradient_norms"):
+            torch.testing.assert_close(torch.tensor(facts[log]), torch.tensor(steps[log]), rtol=1e-3, atol=0)
+        assert tensors.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_model_is_saved_whole(request, folder, name):
+    ranks, _ = request.getfixturevalue(name)
+    saved = load_file(folder / name / "model" / "model.safetensors")
+    assert all(torch.equal(ranks[0][0][key], tensor) for key, tensor in saved.items())
+    assert any("expert_pool" in key for key in saved)
+
+
+def test_a_memory_group_is_within_a_node(slurm):
+    ranks, _ = slurm
+    nodes = [facts["node"] for _, facts in ranks]
+    assert sorted(nodes) == [0, 0, 1, 1]
+    for rank, (_, facts) in enumerate(ranks):
+        assert rank in facts["group"]
+        assert len(facts["group"]) == 2
+        assert {nodes[member] for member in facts["group"]} == {facts["node"]}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"GROUP_SIZE": "3"}, "GROUP_SIZE=3 does not divide GPUS_PER_NODE=8"),
+        ({"GPUS_PER_NODE": "2", "GROUP_SIZE": "4"}, "GROUP_SIZE=4 does not divide GPUS_PER_NODE=2"),
+        ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused(variables, message):
+    done = subprocess.run([*LAUNCHER, "script.py"], env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def arguments_of_torchrun(tmp_path, **variables):
+    """The arguments that the launch file gives to torchrun."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"} | variables
+    command = [*LAUNCHER, "script.py", "--do_train"]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_without_variables_a_node_of_eight_is_one_group(tmp_path):
+    words = arguments_of_torchrun(tmp_path)
+    assert words[:4] == ["--nnodes", "1", "--nproc_per_node", "8"]
+    assert words[-4:] == ["script.py", "--do_train", "--ep_size", "8"]
+
+
+def test_variables_reach_torchrun(tmp_path):
+    variables = {"NNODES": "3", "GPUS_PER_NODE": "4", "GROUP_SIZE": "2", "RDZV_ENDPOINT": "node:1234", "RDZV_ID": "7"}
+    assert arguments_of_torchrun(tmp_path, **variables) == [
+        *("--nnodes", "3", "--nproc_per_node", "4", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node:1234"),
+        *("--rdzv_id", "7", "script.py", "--do_train", "--ep_size", "2"),
+    ]

@@ -1,0 +1,67 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Runs `examples/run_clm.py` with the flags that follow, and hands over what it trained.
+
+    python watched_run_clm.py OUTPUT --config_name peer-tiny --do_train ...
+"""
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import run_clm
+import torch.distributed as dist
+from cases import hand_over
+from memory_group import layout
+from train import RANK, whole
+
+from modeling_peer import PeerForCausalLM
+
+
+def main() -> None:
+    output = Path(sys.argv.pop(1))
+    trainers, make_trainer = [], run_clm.make_trainer
+
+    def watched_make_trainer(*arguments):
+        trainers.append(make_trainer(*arguments))
+        return trainers[-1]
+
+    with (
+        mock.patch.object(run_clm, "make_trainer", watched_make_trainer),
+        # Its `from_config` draws the same weights on any number of processes, and those of the Auto class others.
+        mock.patch.object(run_clm, "AutoModelForCausalLM", PeerForCausalLM),
+    ):
+        run_clm.main()
+    (trainer,) = trainers
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    group = trainer.model.base_model.memory_group
+    facts = {
+        "losses": [entry["loss"] for entry in steps],
+        "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "processes": trainer.accelerator.num_processes,
+        "node": int(os.environ.get("GROUP_RANK", "0")),
+        "group": None if group is None else dist.get_process_group_ranks(group.columns),
+        "layout": layout(trainer.model),
+        "shapes": {name: list(parameter.shape) for name, parameter in trainer.model.named_parameters()},
+    }
+    tensors = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    hand_over(output, f"run-{RANK}", tensors, facts)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
