@@ -38,8 +38,11 @@ def torchrun(num_processes: int) -> list[str]:
     return [*launcher, "--nproc_per_node", str(num_processes)]
 
 
-def launch(command: list[str], script: str, *arguments: str | Path) -> None:
-    """Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output."""
+def run(command: list[str], script: str, *arguments: str | Path) -> tuple[int, str]:
+    """
+    Runs a script of `tests/distributed/` with one thread a process and no GPU; its exit code and what it prints. Fails
+    if it takes too long.
+    """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
@@ -62,7 +65,13 @@ def launch(command: list[str], script: str, *arguments: str | Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
-    assert process.returncode == 0, f"{script} failed:\n{output[-5000:]}"
+    return process.returncode, output
+
+
+def launch(command: list[str], script: str, *arguments: str | Path) -> None:
+    """Runs a script as [`run`] does, and fails with its output if it does."""
+    code, output = run(command, script, *arguments)
+    assert code == 0, f"{script} failed:\n{output[-5000:]}"
 
 
 def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
