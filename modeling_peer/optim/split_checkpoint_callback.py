@@ -90,8 +90,8 @@ class SplitCheckpointCallback(TrainerCallback):
             folder = self._checkpoint(args, state) / PARTS
             if not (folder / LAST_FILE).exists():
                 raise RuntimeError(
-                    f"The optimizer's state cannot be resumed: {folder} has no `{LAST_FILE}`. Resume from a checkpoint "
-                    "that was saved to its end by a `Trainer` with `SplitCheckpointCallback`."
+                    f"The optimizer's state cannot be resumed: {folder} has no `{LAST_FILE}`. Resume from a "
+                    "checkpoint that was saved to its end by a `Trainer` with `SplitCheckpointCallback`."
                 )
             _load(folder, model, _bare(optimizer), lr_scheduler)
 
