@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from .optim.parameter_groups import expert_parameter_groups, make_optimizer
     from .optim.resuming import last_complete_checkpoint
     from .optim.row_adamw import RowAdamW
+    from .optim.split_checkpoint_callback import SplitCheckpointCallback
+    from .split_checkpoints import whole_state_dict
 
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
@@ -83,6 +85,8 @@ _LAZY_NAMES = {
     "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW",),
+    "optim.split_checkpoint_callback": ("SplitCheckpointCallback",),
+    "split_checkpoints": ("whole_state_dict",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 
@@ -154,6 +158,7 @@ __all__ = [
     "PeerPreTrainedModel",
     "RowAdamW",
     "SparseFinetuningCallback",
+    "SplitCheckpointCallback",
     "add_experts",
     "communication_costs",
     "configuration_path",
@@ -170,4 +175,5 @@ __all__ = [
     "model_costs",
     "shard_experts",
     "train_added_experts_only",
+    "whole_state_dict",
 ]

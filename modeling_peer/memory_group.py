@@ -382,19 +382,6 @@ def is_split(weight: torch.Tensor) -> bool:
     return dist.is_available() and isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names == ("ep",)
 
 
-def refuse_parts(model: Any) -> None:
-    """
-    Raise `ValueError` if a model that is to be saved has parts of tables alone, and Transformers does not know it:
-    `Trainer` saves a model that DDP replicates in one process, which cannot gather them.
-    """
-    if model.base_model.memory_group is not None and not model.is_distributed_loading_by_transformers:
-        raise ValueError(
-            "`shard_experts` split the expert tables of this model, so one process cannot save it. Gather them on "
-            "all processes first, `state_dict = {name: tensor.full_tensor() if hasattr(tensor, 'full_tensor') else "
-            "tensor for name, tensor in model.state_dict().items()}`, and pass `state_dict=state_dict`."
-        )
-
-
 def register_memory_group_styles() -> None:
     """Make the styles known under the names that the `ep_plan` of feed-forward variants uses."""
     styles: Any = PARALLEL_STYLES

@@ -59,18 +59,15 @@ from .memory_group import (
     MemoryGroup,
     check_processes,
     form_memory_group,
-    refuse_parts,
+    is_split,
     register_memory_group_styles,
     tables_left_out,
 )
 from .product_key_router import ProductKeyRouter
+from .split_checkpoints import gather_tables, in_its_own_class, load_parts, refuse_parts
 from .split_initialization import initialized_whole, zero_padding
 from .table_memory import advise_tables, keep_in_host_memory
 from .tensor_parallel import register_parallel_styles
-
-
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
 
 
 @auto_docstring(
@@ -126,22 +123,6 @@ def check_configuration(config: PeerConfig) -> None:
     config.validate()
     check_feed_forward_types(config.feed_forward_types)
     check_expert_kernels(config.expert_kernels)
-
-
-def _in_its_own_class(model):
-    """
-    The model, as an object of the class that it was made of.
-
-    FSDP2 replaces the class of a model by one that it derives, and whose module is torch's. Transformers copies the
-    code of a model from the module of its class, and writes the name of that class into `auto_map`. The object that is
-    returned has the attributes of the model, not copies of them.
-    """
-    if not (torch.distributed.is_available() and isinstance(model, FSDPModule)):
-        return model
-    own_class = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
-    twin = own_class.__new__(own_class)
-    twin.__dict__ = model.__dict__
-    return twin
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -211,6 +192,8 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
+    # Set while `Trainer` saves, in one process, what all of them have gathered.
+    gathered_state_dict: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -257,19 +240,35 @@ class PeerPreTrainedModel(PreTrainedModel):
         Raises:
             `StrictDataclassError` or `ValueError`: before a file is written, if the configuration is wrong, if a
                 field of it that the model does not follow was changed after the model was built, or if
-                [`shard_experts`] split the model and no `state_dict` is given.
+                [`shard_experts`] split the model and neither a `state_dict` is given nor has
+                [`SplitCheckpointCallback`] gathered the tables.
         """
         check_configuration(self.config)
         check_built(self.base_model, self.config)
+        if kwargs.get("state_dict") is None and self.gathered_state_dict is not None:
+            kwargs["state_dict"] = self.gathered_state_dict
         if kwargs.get("state_dict") is None:
             refuse_parts(self)
+        self._save_directory = save_directory
         variants = custom_variants(self.config.feed_forward_types)
         advise_tables(self, advise_whole_access)
         try:
-            super(PeerPreTrainedModel, _in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
+            super(PeerPreTrainedModel, in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
             advise_tables(self, advise_random_access)
         write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
+        """As in Transformers, which calls it. Gathers the tables of a memory group in files, and not in memory."""
+        tables = gather_tables(state_dict, self._save_directory)
+        rest = {name: tensor for name, tensor in state_dict.items() if not is_split(tensor)}
+        with tables_left_out(model_to_save):
+            rest = super().gather_sharded_state_dict_for_save(model_to_save, rest, *args, **kwargs)
+        return {**rest, **tables}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch, and a split model takes its parts of whole tensors, as `Trainer` loads them to resume."""
+        return super().load_state_dict(load_parts(self, state_dict), *args, **kwargs)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, device_map=None):

@@ -56,7 +56,7 @@ class WholeDraws(TorchDispatchMode):
 
 def _fill(tensor: Any, draw: Callable[[torch.Tensor], Any]) -> None:
     local = tensor.to_local()
-    (first, last), *others = _own_part(tensor)
+    (first, last), *others = own_part(tensor)
     num_rows, *shape = tensor.shape
     step = 16 * math.ceil(CHUNK_ELEMENTS / (16 * max(math.prod(shape), 1)))
     # The last chunk takes what remains: torch draws few values in another way than many.
@@ -71,8 +71,8 @@ def _fill(tensor: Any, draw: Callable[[torch.Tensor], Any]) -> None:
             local[own.start - first : own.stop - first] = chunk[own.start - start : own.stop - start][(..., *columns)]
 
 
-def _own_part(tensor: Any) -> list[tuple[int, int]]:
-    """Of each dimension of a split tensor, where this process's part starts and ends."""
+def own_part(tensor: Any) -> list[tuple[int, int]]:
+    """Of each dimension of a split tensor, a DTensor, where this process's part starts and ends."""
     parts = [(0, size) for size in tensor.shape]
     for dim, placement in enumerate(tensor.placements):
         if placement.is_shard():
@@ -88,7 +88,7 @@ def zero_padding(model: nn.Module) -> None:
     """Zero the embeddings of padding, as Transformers does where it does not have parts of them alone."""
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(module.weight, DTensor):
-            (first, last), _ = _own_part(module.weight)
+            (first, last), _ = own_part(module.weight)
             if first <= module.padding_idx < last:
                 module.weight.to_local()[module.padding_idx - first] = 0
 

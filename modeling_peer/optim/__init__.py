@@ -17,11 +17,13 @@ from .frozen_rows import FrozenRows, freeze_rows
 from .parameter_groups import expert_parameter_groups, make_optimizer
 from .resuming import last_complete_checkpoint
 from .row_adamw import RowAdamW
+from .split_checkpoint_callback import SplitCheckpointCallback
 
 
 __all__ = [
     "FrozenRows",
     "RowAdamW",
+    "SplitCheckpointCallback",
     "expert_parameter_groups",
     "freeze_rows",
     "last_complete_checkpoint",

@@ -33,6 +33,7 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 SECOND_MOMENTS = ("full", "row")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
 # the cache of a CPU. Launches on a GPU must be fewer.
@@ -136,6 +137,16 @@ class RowAdamW(torch.optim.Optimizer):
             self._step_dense(dense, group)
         return loss
 
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Make the state of all parameters that no step has moved yet, zeros, as it has to be to load another."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not self.state[parameter]:
+                    in_rows = group["rows"]
+                    made = _row_state(parameter, group["second_moment"]) if in_rows else _dense_state(parameter, None)
+                    self.state[parameter].update(made)
+
     def moves_by_rows(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
         """Whether a step moves only the rows of a parameter of this group whose gradient has a non-zero element."""
         sparse = parameter.grad is not None and parameter.grad.is_sparse
@@ -173,15 +184,13 @@ class RowAdamW(torch.optim.Optimizer):
             if state:
                 state["step"] = state["step"].to(device or state["step"].device)
             else:
-                state["step"] = torch.zeros((), device=device)
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state.update(_dense_state(parameter, device))
         states = [self.state[parameter] for parameter in parameters]
         local = [_local(parameter) for parameter in parameters]
         adamw(
             local,
             [_local_gradient(parameter) for parameter in parameters],
-            *([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            *([_local(state[name]) for state in states] for name in MOMENTS),
             [],
             [state["step"] for state in states],
             # torch's own choice on a CPU is a loop over the parameters, with several passes over memory on one thread.
@@ -309,6 +318,11 @@ def _local_gradient(parameter):
 
 def _state_dtype(parameter):
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _dense_state(parameter, device):
+    zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
+    return {"step": torch.zeros((), device=device), **zeros}
 
 
 def _row_state(parameter, second_moment):

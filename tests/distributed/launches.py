@@ -38,10 +38,12 @@ def torchrun(num_processes: int) -> list[str]:
     return [*launcher, "--nproc_per_node", str(num_processes)]
 
 
-def launch(command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+def run(
+    command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
     """
-    Runs a script of `tests/distributed/` with one thread a process and no GPU, and fails with its output, which it
-    returns.
+    Runs a script of `tests/distributed/` with one thread a process and no GPU; its exit code and what it prints. Fails
+    if it takes too long.
     """
     folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -68,7 +70,13 @@ def launch(command: list[str], script: str, *arguments: str | Path, environment:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
-    assert process.returncode == 0, f"{script} failed:\n{output[-5000:]}"
+    return process.returncode, output
+
+
+def launch(command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+    """Runs a script as [`run`] does, and fails with its output, which it returns, if the script does."""
+    code, output = run(command, script, *arguments, environment=environment)
+    assert code == 0, f"{script} failed:\n{output[-5000:]}"
     return output
 
 

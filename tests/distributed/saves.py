@@ -1,0 +1,239 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Saves and resumes tiny models with the stock `Trainer` on however many processes it is launched in.
+
+    python saves.py OUTPUT '{"name": …}' …                          one process
+    torchrun --nproc_per_node 2 saves.py OUTPUT '{"name": …}' …     memory groups
+
+Each job is the arguments of `train`, or of `measure` if it has the name "memory".
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from cases import hand_over, tiny_config
+from safetensors.torch import load_file
+from train import RANK, ROWS, ROWS_PER_STEP, WORLD_SIZE, collate, whole
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from modeling_peer import (
+    PeerForCausalLM,
+    RowAdamW,
+    SplitCheckpointCallback,
+    expert_parameter_groups,
+    last_complete_checkpoint,
+    shard_experts,
+    split_checkpoints,
+    whole_state_dict,
+)
+
+
+CONFIG = tiny_config("peer", "pkm", "dense")
+SAVED_AT = 3  # of eight steps, in the midst of an epoch
+ROUNDING_SEED = 7
+
+# With tables of 52 MB in bfloat16, beside which all else is small.
+LARGE = tiny_config("peer", "dense", hidden_size=64, num_experts=640**2, query_size=16)
+
+
+class Watch(TrainerCallback):
+    """Hands over the optimizer's state where it is saved, and where a training starts from it."""
+
+    def __init__(self, output: Path, name: str, killed: bool):
+        self.output, self.name, self.killed = output, name, killed
+
+    def hand_over(self, event: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        tensors = {
+            f"{name}.{key}": whole(value)
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state[parameter].items()
+        }
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        hand_over(self.output, f"{self.name}-{event}-{RANK}", tensors, {"groups": groups})
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step:
+            self.hand_over("resumed", model, optimizer)
+
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == SAVED_AT:
+            self.hand_over("saved", model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.killed and RANK == 1 and state.global_step == 2 * SAVED_AT - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def new_model(config, group_size: int, beside_replicas: bool = False, dtype=torch.float32) -> torch.nn.Module:
+    arguments = {"dtype": dtype}
+    if WORLD_SIZE > 1 and not beside_replicas:
+        arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=group_size)
+    model = PeerForCausalLM.from_config(config, **arguments)
+    return shard_experts(model, group_size) if beside_replicas else model
+
+
+def stock_trainer(model: torch.nn.Module, output: Path, name: str, seed: int, callbacks: list) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=output / name,
+        use_cpu=True,
+        per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
+        num_train_epochs=2,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_steps=SAVED_AT,
+        save_only_model=True,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
+    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+    optimizer = RowAdamW(
+        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1),
+        eps=1e-2,
+        second_moment="row" if "row" in name else "full",
+        rounding_seed=seed,
+    )
+    rows = [{"input_ids": row} for row in ROWS]
+    return Trainer(
+        model,
+        arguments,
+        data_collator=partial(collate, side="right"),
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
+
+
+def checkpoint_of(output: Path, resumes: str | None) -> str | None:
+    """That of the step at which all are saved, of another training."""
+    return str(output / resumes / f"checkpoint-{SAVED_AT}") if resumes else None
+
+
+def train(
+    output: Path,
+    name: str,
+    group_size: int = 1,
+    beside_replicas: bool = False,
+    resumes: str | None = None,
+    continues: bool = False,
+    killed: bool = False,
+) -> None:
+    """
+    Trains eight steps.
+
+    Args:
+        output (`Path`): Where results go.
+        name (`str`): Of the training, under which it saves.
+        group_size (`int`): Number of processes of a memory group.
+        beside_replicas (`bool`): Whether the rest of the model is in replicas, and not split by FSDP2.
+        resumes (`str`, *optional*): The training whose checkpoint to resume from.
+        continues (`bool`): Whether to resume from the training's own last checkpoint, which has to be found.
+        killed (`bool`): Whether the second process is killed before the second checkpoint.
+    """
+    checkpoint = last_complete_checkpoint(output / name) if continues else checkpoint_of(output, resumes)
+    # What is resumed starts with other weights, and with another seed of the rounding.
+    torch.manual_seed(4 if checkpoint is None else 5)
+    model = new_model(CONFIG, group_size, beside_replicas)
+    seed = ROUNDING_SEED if checkpoint is None else 0
+    callbacks = [SplitCheckpointCallback(checkpoint_of(output, resumes)), Watch(output, name, killed)]
+    trainer = stock_trainer(model, output, name, seed, callbacks)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    facts = {
+        "losses": [entry["loss"] for entry in steps],
+        "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "resumed_from": checkpoint,
+    }
+    tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
+    hand_over(output, f"{name}-{RANK}", tensors, facts)
+
+
+class PeakMemory:
+    """Samples the memory of this process that is not mapped from files; `peak` is in bytes, above that at the start."""
+
+    def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        self.start, self.peak, self.ends = self._anonymous(), 0, threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.ends.set()
+        self.thread.join()
+
+    def _sample(self):
+        while not self.ends.wait(0.0005):
+            self.peak = max(self.peak, self._anonymous() - self.start)
+
+    def _anonymous(self):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def measure(output: Path, name: str, group_size: int) -> None:
+    """Hands over the memory that it takes to save, load and resume a model with large tables."""
+    folder = output / name
+    torch.manual_seed(4)
+    model = new_model(LARGE, group_size, dtype=torch.bfloat16)
+    peaks = {}
+    with mock.patch.object(split_checkpoints, "CHUNK_ELEMENTS", 2**18):
+        with PeakMemory() as peaks["save"]:
+            model.save_pretrained(folder)
+        with PeakMemory() as peaks["resume"]:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        table = "model.layers.0.mlp.expert_pool.up_proj.weight"
+        expected = whole(model.state_dict()[table]).clone()
+        del model
+        with PeakMemory() as peaks["load"]:
+            config = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=group_size)
+            model = PeerForCausalLM.from_pretrained(folder, distributed_config=config)
+        is_same = torch.equal(whole(model.state_dict()[table]), expected)
+        del model
+        model = new_model(LARGE, group_size, beside_replicas=True, dtype=torch.bfloat16)
+        with PeakMemory() as peaks["save_beside_replicas"]:
+            state_dict = whole_state_dict(model, output)
+            if RANK == 0:
+                model.save_pretrained(folder, state_dict=state_dict)
+    facts = {"table": expected.nbytes, "is_same": is_same, **{key: each.peak for key, each in peaks.items()}}
+    hand_over(output, f"{name}-{RANK}", {}, facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("jobs", type=json.loads, nargs="+")
+    arguments = parser.parse_args()
+    for job in arguments.jobs:
+        (measure if job["name"] == "memory" else train)(arguments.output, **job)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Trainings whose expert tables are split over gloo processes are saved and resumed by the stock `Trainer`, on other
+numbers of processes too, and after one of them was killed.
+"""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+from launches import PYTHON, assert_same, assert_same_training, handed_over, launch, run, torchrun
+from safetensors.torch import load_file
+
+from modeling_peer.library_releases import is_at_least
+
+
+SAVED_AT = 3
+
+# Of each launch, the number of processes and the trainings, one after the other. A training of "row" in its name has
+# one second moment for each row.
+UNBROKEN = {"whole": {}, "whole-row": {}}
+ON_TWO = {
+    "split": {"group_size": 2},
+    "split-again": {"group_size": 2, "resumes": "split"},
+    "row-replicas": {"group_size": 2, "beside_replicas": True},
+    "row-replicas-again": {"group_size": 2, "beside_replicas": True, "resumes": "row-replicas"},
+    "from-whole": {"group_size": 2, "resumes": "whole"},
+    "fsdp-alone": {"resumes": "split"},
+    "memory": {"group_size": 2},
+}
+ON_FOUR = {
+    "two-groups": {"group_size": 2},
+    "groups": {"group_size": 2, "resumes": "split"},
+    "row-four": {"group_size": 4, "beside_replicas": True, "resumes": "row-replicas"},
+}
+ON_ONE = {
+    "one": {"resumes": "split"},
+    "row-one": {"resumes": "row-replicas"},
+    "from-groups": {"resumes": "two-groups"},
+}
+LAUNCHES = [(1, UNBROKEN), (2, ON_TWO), (4, ON_FOUR), (1, ON_ONE)]
+TRAININGS = {
+    name: (processes, training)
+    for processes, trainings in LAUNCHES
+    for name, training in trainings.items()
+    if name != "memory"
+}
+RESUMED = [name for name, (_, training) in TRAININGS.items() if "resumes" in training]
+
+
+def jobs(trainings: dict[str, dict]) -> list[str]:
+    return [json.dumps({"name": name, **training}) for name, training in trainings.items()]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    if not is_at_least("Transformers", "5.24"):
+        pytest.skip("memory groups need Transformers 5.24")
+    folder = tmp_path_factory.mktemp("saves")
+    for processes, trainings in LAUNCHES:
+        command = PYTHON if processes == 1 else torchrun(processes)
+        launch(command, "saves.py", folder, *jobs(trainings))
+    return folder
+
+
+def unbroken(output, name):
+    return handed_over(output, f"{'whole-row' if 'row' in name else 'whole'}-0")
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_losses_and_weights_are_those_of_one_unbroken_process(output, name):
+    expected, steps = unbroken(output, name)
+    for rank in range(TRAININGS[name][0]):
+        weights, facts = handed_over(output, f"{name}-{rank}")
+        assert len(facts["losses"]) == 8
+        assert_same_training(facts, steps)
+        assert_same(weights, expected)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_the_state_of_the_optimizer_is_the_saved_one_to_the_bit(output, name):
+    processes, training = TRAININGS[name]
+    saved, facts = handed_over(output, f"{training['resumes']}-saved-0")
+    kinds = {key.rpartition(".")[2] for key in saved}
+    assert kinds == {"exp_avg", "exp_avg_sq", "row_steps", "step"}
+    for rank in range(processes):
+        resumed, found = handed_over(output, f"{name}-resumed-{rank}")
+        assert resumed.keys() == saved.keys()
+        for key, tensor in saved.items():
+            assert resumed[key].dtype == tensor.dtype and torch.equal(resumed[key], tensor), key
+        assert found["groups"] == facts["groups"]
+        assert {group["rounding_seed"] for group in found["groups"]} == {7}
+
+
+@pytest.mark.parametrize("name", ["split-again", "row-replicas-again"])
+def test_as_many_processes_resume_to_the_bit(output, name):
+    expected, steps = handed_over(output, f"{name.removesuffix('-again')}-0")
+    weights, facts = handed_over(output, f"{name}-0")
+    assert facts["losses"] == steps["losses"]
+    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper"), [("split", "FSDPPeerForCausalLM"), ("row-replicas", "DistributedDataParallel")]
+)
+def test_trainings_are_split_as_they_say(output, name, wrapper):
+    assert handed_over(output, f"{name}-1")[1]["wrapper"] == wrapper
+
+
+@pytest.mark.parametrize("name", ["split", "row-replicas", "groups"])
+def test_checkpoints_are_ordinary_ones(output, name):
+    """With the whole model in safetensors, and nothing that was only on its way."""
+    checkpoint = output / name / "checkpoint-6"
+    weights, _ = unbroken(output, name)
+    shapes = {key: tensor.shape for key, tensor in load_file(checkpoint / "model.safetensors").items()}
+    assert shapes == {key: tensor.shape for key, tensor in weights.items()}
+    processes = TRAININGS[name][0]
+    assert {file.name for file in checkpoint.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
+        *("training_state", "trainer_state.json"),
+        *(f"rng_state_{rank}.pth" for rank in range(processes)),
+        *(file.name for file in checkpoint.glob("*.py")),
+    }
+
+
+def test_no_process_has_a_whole_table_in_memory(output):
+    for rank in range(2):
+        _, facts = handed_over(output, f"memory-{rank}")
+        table = facts["table"]
+        assert facts["is_same"]
+        assert facts["save"] < table / 4
+        assert facts["save_beside_replicas"] < table / 4
+        assert facts["resume"] < table / 4
+        # The two tables, of which a process has half.
+        assert table <= facts["load"] + table / 50 and facts["load"] < table * 5 / 4
+
+
+def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
+    job = {"name": "killed", "group_size": 2}
+    start = time.time()
+    code, printed = run(torchrun(2), "saves.py", output, json.dumps({**job, "killed": True}))
+    assert code != 0
+    assert time.time() - start < 60
+    report = printed[printed.index("Root Cause") :]
+    assert re.search(r"rank\s*: 1 ", report)
+    assert "SIGKILL" in report
+    launch(torchrun(2), "saves.py", output, json.dumps({**job, "continues": True}))
+    expected, steps = handed_over(output, "split-0")
+    for rank in range(2):
+        weights, facts = handed_over(output, f"killed-{rank}")
+        assert facts["resumed_from"] == str(output / "killed" / f"checkpoint-{SAVED_AT}")
+        assert facts["losses"] == steps["losses"]
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())

@@ -1,0 +1,88 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Of one process; those of several are in `tests/distributed/test_saves.py`."""
+
+import shutil
+
+import pytest
+import torch
+from trainer_worker import logged, small_model, trainer_of
+from transformers import TrainerCallback
+
+from modeling_peer import SplitCheckpointCallback, last_complete_checkpoint, make_optimizer
+from modeling_peer.library_releases import is_at_least
+
+
+pytestmark = pytest.mark.skipif(not is_at_least("Transformers", "5.24"), reason="needs Transformers 5.24")
+
+
+def resumable_trainer(folder, seed=0, resume_from_checkpoint=None, **arguments):
+    model = small_model(attention_dropout=0.1, seed=seed)
+    arguments = {"save_only_model": True, "save_strategy": "steps", "save_steps": 3, **arguments}
+    trainer = trainer_of(model, folder, max_steps=6, **arguments)
+    trainer.optimizer = make_optimizer(model, trainer.args)
+    trainer.add_callback(SplitCheckpointCallback(resume_from_checkpoint))
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    trainer = resumable_trainer(folder)
+    trainer.train()
+    shutil.rmtree(folder / "checkpoint-6")
+    return trainer
+
+
+def assert_same_training(resumed, unbroken):
+    assert logged(resumed) == logged(unbroken)
+    for name, tensor in unbroken.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_one_process_resumes_to_the_bit(unbroken, tmp_path):
+    shutil.copytree(unbroken.args.output_dir, tmp_path, dirs_exist_ok=True)
+    resumed = resumable_trainer(tmp_path, seed=1)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+    assert_same_training(resumed, unbroken)
+
+
+def test_a_checkpoint_that_is_elsewhere_has_to_be_told(unbroken, tmp_path):
+    checkpoint = f"{unbroken.args.output_dir}/checkpoint-3"
+    with pytest.raises(RuntimeError, match="resumes from a checkpoint that is not .*checkpoint-3: tell"):
+        resumable_trainer(tmp_path, seed=1).train(resume_from_checkpoint=checkpoint)
+    resumed = resumable_trainer(tmp_path, seed=1, resume_from_checkpoint=checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert_same_training(resumed, unbroken)
+
+
+def test_what_cannot_be_resumed_is_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken.args.output_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-3" / "training_state" / ".metadata").unlink()
+    with pytest.raises(RuntimeError, match=r"The optimizer's state cannot be resumed: .* has no `\.metadata`"):
+        resumable_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="needs `save_only_model` = `True` in the training arguments, found `False`"):
+        resumable_trainer(tmp_path, save_only_model=False).train()
+
+
+class DecidesLate(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 3
+
+
+def test_what_is_decided_late_is_saved_too(tmp_path):
+    trainer = resumable_trainer(tmp_path, save_strategy="no")
+    trainer.add_callback(DecidesLate())
+    trainer.train()
+    assert (tmp_path / "checkpoint-3" / "training_state" / ".metadata").exists()
