@@ -60,7 +60,7 @@ from common.training import (
     run,
     setup_logging,
 )
-from modeling_peer import ExpertUsageCallback, PeerForCausalLM
+from modeling_peer import ExpertUsageCallback, PeerForCausalLM, SplitCheckpointCallback
 
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,11 @@ def make_trainer(
         f"A model of {model.num_parameters():,} parameters, {num_held_parameters(model):,} of them in this process, a "
         f"tokenizer of {len(tokenizer):,} tokens"
     )
+    callbacks = []
+    if distributed_config is not None:
+        # `Trainer` does not save an optimizer of which it has a part alone.
+        training_args.save_only_model = True
+        callbacks.append(SplitCheckpointCallback(training_args.resume_from_checkpoint))
     return Trainer(
         model=model,
         args=training_args,
@@ -131,6 +136,7 @@ def make_trainer(
         eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        callbacks=callbacks,
         optimizers=make_optimizers(optimizer_args or OptimizerArguments(), training_args, model, model_args.is_new),
     )
 

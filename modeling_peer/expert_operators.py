@@ -303,16 +303,8 @@ def run_expert_pool(
     """
     if not torch.compiler.is_compiling():
         return _ExpertPool.apply(hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange)
-    if exchange is not NO_EXCHANGE:
-        return _run_outside_graphs(hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange)
     inputs = [up] if gate is None else [up, gate]
     (neurons, *gates), entries = _run_traced(expert_up, hidden_states, indices, inputs, kernels)
     weights = weights * _activations(act_fn, neurons, *gates)
     (output,), _ = _run_traced(expert_down, weights, indices, [down], kernels, entries)
     return output
-
-
-@torch.compiler.disable
-def _run_outside_graphs(*arguments):
-    """Where a compiler does not trace: it knows neither how many tokens other processes have, nor the collectives."""
-    return _ExpertPool.apply(*arguments)

@@ -79,15 +79,20 @@ class ExpertTable(nn.Embedding):
         return resolve_kernels(self.config.expert_kernels, weight)
 
     @property
+    def has_hooks(self) -> bool:
+        """Whether a call of the module has hooks."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return any(hooks)
+
+    @property
     def is_plain(self) -> bool:
         """Whether its forward is that of this class, with no adapter, hook or parallel style on the module."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         has_own_forward = type(self) not in (ExpertUpProjection, ExpertDownProjection) or "forward" in self.__dict__
-        return not (hooks or has_own_forward) and type(self._parameters.get("weight")) in PLAIN_TENSORS
+        return not (self.has_hooks or has_own_forward) and type(self._parameters.get("weight")) in PLAIN_TENSORS
 
     def _run(self, half, operator, tokens, indices):
         weight = self.weight  # once: an adapter may compute it
-        if tokens.device != weight.device:  # a table in host memory
+        if weight.is_cpu and tokens.device != weight.device:  # a table in host memory
             on_host = self._run(half, operator, tokens.to(weight.device), indices.to(weight.device))
             return on_host.to(tokens.device)
         kernels = self.kernels_on(weight)

@@ -32,11 +32,11 @@ import torch
 
 from .expert_kernels import NAMESPACE, PLAIN_TENSORS, refuse_double_backward
 from .factored_gradient import Entries, FactoredGradient, Factors, Outlet, taker_of
-from .library_releases import can_tell_backwards, current_backward, is_exporting
+from .library_releases import call_after_backward, can_tell_backwards, current_backward, is_exporting
 
 
-# What was handed over in a backward that failed, or did not go on to the table, is kept until so many others have
-# handed over something. More than one are underway where activation checkpointing runs one inside of another.
+# What was handed over in a backward that failed is kept until so many others have handed over something. More than one
+# are underway where activation checkpointing runs one inside of another.
 MOST_BACKWARDS = 8
 
 _numbers = itertools.count(1)
@@ -169,7 +169,10 @@ def hand_over(
         `list[torch.Tensor]` of shape `()`: For each outlet, how often it got something; and the number of the entries.
     """
     task = current_backward()
-    backward = _backwards.setdefault(task, _Backward())
+    if task not in _backwards:
+        _backwards[task] = _Backward()
+        call_after_backward(lambda: _backwards.pop(task, None))
+    backward = _backwards[task]
     for oldest in sorted(_backwards)[:-MOST_BACKWARDS]:
         del _backwards[oldest]
     number = int(entries)

@@ -205,7 +205,7 @@ def reduces_gradients(model: torch.nn.Module) -> bool:
     return True
 
 
-def call_after_backward(function: Callable[[], None]) -> None:
+def call_after_backward(function: Callable[[], object]) -> None:
     """Call a function when the backward that runs now has come to its end."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)

@@ -22,6 +22,7 @@ DistributedDataParallel's (see [`shard_experts`]):
 
 ```python
 >>> from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 >>> distributed_config = DistributedConfig(fsdp_size=8, ep_size=8)
 >>> model = PeerForCausalLM.from_pretrained("path/to/a/peer/checkpoint", distributed_config=distributed_config)
@@ -34,6 +35,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import asdict
+from hashlib import sha256
 from importlib import metadata
 from typing import Any
 
@@ -42,6 +44,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
 from .expert_operators import run_expert_pool
 from .expert_table import ExpertTable
@@ -66,6 +69,8 @@ from .token_exchange import TokenExchange, exchange_tokens
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
+
+logger = logging.get_logger(__name__)
 
 FIRST_RELEASE = "5.24"
 FEATURE = "A memory group (`ep_size` of a PEER model)"
@@ -149,6 +154,7 @@ def _start_exchange(
     return exchange
 
 
+@torch.compiler.disable
 def _run_pool(
     pool: Any,
     group: dist.ProcessGroup,
@@ -167,6 +173,7 @@ def _run_pool(
     return run_expert_pool(hidden_states, rows, weights, up, gate, down, pool.act_fn, kernels, exchange)
 
 
+@torch.compiler.disable
 def _run_values(
     table: ExpertTable, group: dist.ProcessGroup, weights: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
@@ -184,6 +191,8 @@ def _own_columns(table):
             f"A memory group reads expert tables without calling them, and found {type(table).__name__} in the place "
             "of one: adapters on tables do not work in it."
         )
+    if table.has_hooks:
+        raise TypeError("A memory group reads expert tables without calling them, and found hooks on one.")
     local = table.weight.to_local()
     let_follow(table.weight, local)
     return local
@@ -191,8 +200,13 @@ def _own_columns(table):
 
 def _kernels(table, columns):
     kernels = table.kernels_on(columns)
-    # The literal algorithm is for one process: autograd does not see what others do.
-    return "torch" if kernels == "eager" else kernels
+    if kernels == "eager":
+        # The literal algorithm is for one process: autograd does not see what others do.
+        logger.warning_once(
+            'A memory group runs `expert_kernels="torch"` instead of "eager", which is for one process.'
+        )
+        return "torch"
+    return kernels
 
 
 def check_processes(distributed_config: Any) -> Any:
@@ -301,6 +315,9 @@ def shard_experts(model: Any, ep_size: int) -> Any:
     require_transformers(FIRST_RELEASE, FEATURE)
     ensure_process_group()
     config = check_processes(DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size))
+    _refuse_differences("the model", _description(model))
+    if dist.get_world_size() == 1:
+        return model
     _, mesh_manager = initialize_distributed_mesh(config)
     for module in model.modules():
         if isinstance(module, ExpertTable):
@@ -351,12 +368,25 @@ def _own_release():
         return None
 
 
+def refuse_other_seeds() -> None:
+    """Raise `ValueError` on all processes, if there are several, if they would not draw the same random values."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        states = {"the CPU": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["the GPU"] = torch.cuda.get_rng_state()
+        hashes = {
+            f"random state of {name}": sha256(state.numpy().tobytes()).hexdigest()[:8]
+            for name, state in states.items()
+        }
+        _refuse_differences("what they draw new weights from, `torch.manual_seed`", hashes)
+
+
 def _refuse_differences(subject, own):
     """Raise the same `ValueError` on all processes if they do not have the same dictionary."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     for rank, other in enumerate(every):
-        names = sorted(name for name in own.keys() | other.keys() if every[0].get(name) != other.get(name))
+        names = sorted(name for name in every[0].keys() | other.keys() if every[0].get(name) != other.get(name))
         if names:
             found = ", ".join(f"`{name}` {every[0].get(name)!r} and {other.get(name)!r}" for name in names)
             raise ValueError(f"Ranks 0 and {rank} disagree on {subject}: they have {found}.")

@@ -60,6 +60,7 @@ from .memory_group import (
     check_processes,
     form_memory_group,
     is_split,
+    refuse_other_seeds,
     register_memory_group_styles,
     tables_left_out,
 )
@@ -227,6 +228,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         >>> model = PeerForCausalLM.from_config(config, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
         ```
         """
+        refuse_other_seeds()
         with initialized_whole():
             model = cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
         zero_padding(model)
@@ -271,16 +273,14 @@ class PeerPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(load_parts(self, state_dict), *args, **kwargs)
 
     @classmethod
-    def prepare_distribute_model(cls, distributed_config, device_map=None):
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
         """As in Transformers, which calls it. Refuses what no memory group can be formed of."""
-        return super().prepare_distribute_model(check_processes(distributed_config), device_map)
+        return super().prepare_distribute_model(check_processes(distributed_config), *args, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
-        if mesh_manager is None:
-            return model
-        if distributed_config.ep_size > 1:
+        if (getattr(distributed_config, "ep_size", None) or 1) > 1 and mesh_manager is not None:
             form_memory_group(model, distributed_config, mesh_manager)
         with tables_left_out(model):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 aten = torch.ops.aten
 
@@ -75,6 +75,11 @@ def own_part(tensor: Any) -> list[tuple[int, int]]:
     """Of each dimension of a split tensor, a DTensor, where this process's part starts and ends."""
     parts = [(0, size) for size in tensor.shape]
     for dim, placement in enumerate(tensor.placements):
+        if type(placement) not in (Shard, Replicate):
+            raise ValueError(
+                f"The part of a process of a tensor that is split as {tensor.placements} is no range of rows and "
+                "columns, as with tensor parallelism beside FSDP2: new models and split checkpoints need one of them."
+            )
         if placement.is_shard():
             start, stop = parts[placement.dim]
             length = math.ceil((stop - start) / tensor.device_mesh.size(dim))
@@ -86,6 +91,8 @@ def own_part(tensor: Any) -> list[tuple[int, int]]:
 @torch.no_grad()
 def zero_padding(model: nn.Module) -> None:
     """Zero the embeddings of padding, as Transformers does where it does not have parts of them alone."""
+    if not torch.distributed.is_available():
+        return
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(module.weight, DTensor):
             (first, last), _ = own_part(module.weight)
@@ -102,7 +109,7 @@ def initialized_whole() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_of_no_checkpoint)
     try:
-        with WholeDraws():
+        with WholeDraws() if torch.distributed.is_available() else contextlib.nullcontext():
             yield
     finally:
         logger.removeFilter(_is_of_no_checkpoint)

@@ -84,6 +84,11 @@ class TokenExchange(NoExchange):
     keeps_coefficients = True
 
     def __init__(self, group: dist.ProcessGroup, num_tokens: int, most_tokens: int):
+        if num_tokens > most_tokens:
+            raise ValueError(
+                f"A layer runs {num_tokens} tokens, and an earlier one of the forward pass told a memory group of "
+                f"{most_tokens} at most: do not hand `forward_pass` on to a layer that runs other tokens."
+            )
         self.group = group
         self.size = dist.get_world_size(group)
         self.num_tokens = num_tokens

@@ -21,7 +21,7 @@ one process on the joint batch.
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -283,13 +283,18 @@ def process_groups(model: torch.nn.Module) -> dict[str, list[str]]:
     }
 
 
-def refusal(config, distributed_config: DistributedConfig) -> str:
+def refusal(make: Callable, *arguments, **options) -> str:
     """The message with which a model is refused."""
     try:
-        PeerForCausalLM.from_config(config, distributed_config=distributed_config)
-    except ValueError as error:
+        make(*arguments, **options)
+    except (TypeError, ValueError) as error:
         return str(error)
     return "not refused"
+
+
+def run_with_a_hook(model: PeerForCausalLM) -> None:
+    model.model.layers[0].mlp.expert_pool.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    model(torch.zeros(1, 3, dtype=torch.long))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -372,9 +377,22 @@ class Cases:
             "implementation": (config, theirs),
             "plan": (config, their_plan),
         }
-        messages = {name: refusal(*case) for name, case in cases.items()}
+        from_config = PeerForCausalLM.from_config
+        messages = {
+            name: refusal(from_config, config, distributed_config=split) for name, (config, split) in cases.items()
+        }
         with mock.patch.object(memory_group, "_own_release", lambda: f"0.{RANK}"):
-            messages["release"] = refusal(config, own)
+            messages["release"] = refusal(from_config, config, distributed_config=own)
+        torch.manual_seed(RANK)
+        messages["seed"] = refusal(from_config, config, distributed_config=own)
+        torch.manual_seed(0)
+        # All raise, also that which lacks what another has.
+        more = tiny_config("peer", **({"only_here": 1} if RANK == 0 else {}))
+        messages["field"] = refusal(from_config, more, distributed_config=own)
+        grid = (4 + RANK) ** 2
+        messages["tables"] = refusal(shard_experts, tiny_model(tiny_config("peer", num_experts=grid)), self.group_size)
+        torch.manual_seed(0)
+        messages["hooks"] = refusal(run_with_a_hook, from_config(config, distributed_config=own))
         self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
 
     def run(self) -> None:

@@ -185,6 +185,10 @@ def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
         ("implementation", '`ep_implementation` of a PEER model must be "auto", found "all_to_all"'),
         ("plan", r"`ep_plan` gives \['model.layers.0.mlp.expert_pool'\] the style \"ep_dispatch_experts\""),
         ("parts", "`shard_experts` split the expert tables of this model, so one process cannot save it"),
+        ("seed", "Ranks 0 and 1 disagree on what they draw new weights from, `torch.manual_seed`: they have `random"),
+        ("field", "Ranks 0 and 1 disagree on the model: they have `only_here` 1 and None"),
+        ("tables", r"Ranks 0 and 1 disagree on the model: they have .*`num_experts` 16 and 25"),
+        ("hooks", "A memory group reads expert tables without calling them, and found hooks on one"),
         ("release", "Ranks 0 and 1 disagree on the model: they have `modeling_peer` '0.0' and '0.1'"),
     ],
 )
@@ -266,4 +270,4 @@ def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(laun
 
 def test_experts_ran_on_the_native_kernels(launched):
     _, facts = handed_over(launched(2, 2), "right-0")
-    assert {tuple(call) for call in facts["kernels"]} <= TRAINING
+    assert {tuple(call) for call in facts["kernels"]} == TRAINING
