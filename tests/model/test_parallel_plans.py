@@ -175,6 +175,7 @@ EXPERT_PLANS = {
 }
 
 
+@pytest.mark.skipif(not is_at_least("Transformers", "5.24"), reason="Memory groups need Transformers 5.24.")
 @pytest.mark.parametrize(("name", "plan"), EXPERT_PLANS.items(), ids=EXPERT_PLANS)
 def test_the_plan_of_a_memory_group(name, plan):
     config, _ = PLANS[name]
