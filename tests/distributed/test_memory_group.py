@@ -39,7 +39,7 @@ ON_FOUR = {
 }
 
 # Number of processes and of those in a group.
-RUNS = [(2, 2), (4, 2)]
+RUNS = [(2, 2), (4, 2), (4, 4)]
 CASES_OF_LOOPS = [(run, name) for run in RUNS for name in (LOOPS if run[0] == 2 else ON_FOUR["loops"])]
 CASES_OF_TRAINERS = [(run, name) for run in RUNS for name in (TRAINERS if run[0] == 2 else ON_FOUR["trainers"])]
 
