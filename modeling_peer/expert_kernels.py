@@ -18,7 +18,7 @@ The two linear halves of a pool of experts, and a registry of their implementati
     down: (weights [T, A], indices [T, A], table [N, d]) -> [T, d],   Σ_a weights[t, a] table[indices[t, a]]
 
 Each is the backward of the other, together with one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`,
-row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n` (see `factored_gradient.py`).
+row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `indices[t, a] = n` (see `gradient_factors.py`).
 Activation, gating and router weights act on `[T, A]` in between, in plain PyTorch (see `expert_operators.py`).
 
 | `config.expert_kernels` | | where |

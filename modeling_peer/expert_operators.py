@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 
 from .expert_kernels import ALL_EXPERT_KERNELS, NAMESPACE, refuse_double_backward
-from .factored_gradient import Entries, FactoredGradient, Factors, advise_on_dense_gradient, takes_factors
+from .factored_gradient import FactoredGradient, advise_on_dense_gradient, takes_factors
+from .gradient_factors import Entries, Factors
 from .gradient_outlet import leave_graph, outlet_of
 from .token_exchange import NoExchange
 
@@ -225,15 +226,18 @@ class _ExpertPool(torch.autograd.Function):
         if kept is None:
             kept = weights if activations is None else weights * activations
         coefficients, tokens = (of_neurons, of_gates, kept), (columns, columns, gradient)
-        entries = Entries(indices, len(down), ctx.kernels)
+        tables = (up, gate, down)
+        lengths = {len(table) for table in tables if table is not None}
+        # One, unless a table grew alone. Tables that share their entries have them grouped once.
+        entries = {length: Entries(indices, length, ctx.kernels) for length in lengths}
         return (
             exchange.to_tokens(of_columns) if of_input else None,
             None,
             (of_weighted if activations is None else of_weighted * activations) if of_weights else None,
             *(
-                _gradient_of(table, Factors.of(*factors, entries), factored, exchange.share) if wanted else None
+                _gradient_of(table, *factors, entries[len(table)], exchange.share, factored) if wanted else None
                 for wanted, table, factored, *factors in zip(
-                    of_tables, (up, gate, down), ctx.factored, coefficients, tokens, strict=True
+                    of_tables, tables, ctx.factored, coefficients, tokens, strict=True
                 )
             ),
             None,
@@ -260,7 +264,8 @@ def _activation_gradients(act_fn, products, gradient):
     return activations.detach(), list(torch.autograd.grad(activations, products, gradient))
 
 
-def _gradient_of(table, factors, factored, share):
+def _gradient_of(table, coefficients, tokens, entries, share, factored):
+    factors = Factors.of(coefficients, tokens, entries)
     if share != 1:
         factors = factors.scaled(share)
     if factored:

@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .expert_table import ExpertTable
-from .factored_gradient import Entries, FactoredGradient, Factors, factors_of_rows, takes_factors
+from .factored_gradient import FactoredGradient, takes_factors
+from .gradient_factors import Entries, Factors, factors_of_rows
 from .library_releases import (
     call_after_backward,
     can_exchange_gradients,

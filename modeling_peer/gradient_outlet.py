@@ -31,7 +31,8 @@ from collections.abc import Sequence
 import torch
 
 from .expert_kernels import NAMESPACE, PLAIN_TENSORS, refuse_double_backward
-from .factored_gradient import Entries, FactoredGradient, Factors, Outlet, taker_of
+from .factored_gradient import FactoredGradient, Outlet, taker_of
+from .gradient_factors import Entries, Factors
 from .library_releases import call_after_backward, can_tell_backwards, current_backward, is_exporting
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from modeling_peer import RowAdamW
 from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:

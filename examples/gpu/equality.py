@@ -35,7 +35,7 @@ from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 from modeling_peer.expert_kernels_torch import TorchKernels
-from modeling_peer.factored_gradient import Entries, Factors
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.key_grid import expert_cell
 from modeling_peer.product_key_retrieval import product_key_topk, retrieve
 

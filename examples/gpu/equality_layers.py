@@ -29,8 +29,9 @@ from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups, host_table_device_map
 from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.library_releases import CACHE
 from modeling_peer.optim import row_adamw
 

@@ -32,7 +32,8 @@ from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import RowAdamW
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.product_key_retrieval import product_key_topk, retrieve
 
 

@@ -23,8 +23,8 @@ from gpu.equality_layers import layer_config, optimizer_of
 from gpu.inputs import DTYPES, draw_experts
 from gpu.settings import Settings
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
-from modeling_peer.factored_gradient import Entries, Factors
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.gradient_factors import Entries, Factors
 
 
 SIZES, WIDTHS = [5, 12, 40], (20, 33, 130)

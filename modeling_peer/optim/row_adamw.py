@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw
 
-from ..factored_gradient import FactoredGradient, Factors, take_factors
+from ..factored_gradient import FactoredGradient, take_factors
+from ..gradient_factors import Factors
 from ..memory_advice import advise_huge_pages
 from . import row_adamw_cpu as cpu
 from . import row_adamw_triton as triton

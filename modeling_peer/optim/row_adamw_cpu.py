@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..factored_gradient import Factors
 from ..factored_gradient_cpu import SUM_OF_ENTRIES, SUM_OF_ENTRIES_BY_DTYPE
+from ..gradient_factors import Factors
 from ..native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
 
 

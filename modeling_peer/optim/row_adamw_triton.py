@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ..factored_gradient import Factors
 from ..factored_gradient_triton import with_partial_sums
+from ..gradient_factors import Factors
 from ..triton_launch import DTYPES, MOST_ELEMENTS, can_run_on, launch, tl, triton
 
 

@@ -52,6 +52,7 @@ def run(
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
         **(environment or {}),
     }
     process = subprocess.Popen(

@@ -26,8 +26,8 @@ from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels, TorchKernels
 from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
-from modeling_peer.factored_gradient import Entries, Factors
 from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.gradient_factors import Entries, Factors
 
 
 # A unit in the last place of what is stored; sums are taken in more.

@@ -30,7 +30,8 @@ from torch.testing import assert_close
 from modeling_peer import RowAdamW
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_operators import expert_down, expert_up
-from modeling_peer.factored_gradient import MOST_FACTORS, Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import MOST_FACTORS, FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 
 
 # A unit in the last place of what is stored; sums are taken in more.

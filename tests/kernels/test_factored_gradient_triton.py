@@ -23,7 +23,8 @@ from torch.testing import assert_close
 from modeling_peer import factored_gradient_triton
 from modeling_peer.expert_kernels_torch import TorchKernels
 from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 
 
 pytestmark = pytest.mark.interpreted

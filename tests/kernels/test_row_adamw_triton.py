@@ -20,7 +20,8 @@ import torch
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW, factored_gradient_triton
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.optim import row_adamw, row_adamw_triton
 from modeling_peer.optim.stochastic_rounding import random_bits, round_stochastically
 from modeling_peer.triton_launch import launch, tl, triton

@@ -22,7 +22,7 @@ from triton_compiler import compile_launch, missing_target, recorded_launches
 
 from modeling_peer import expert_kernels_triton
 from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.factored_gradient import Entries, EntryGroups, Factors
+from modeling_peer.gradient_factors import Entries, EntryGroups, Factors
 from modeling_peer.optim import row_adamw_triton
 from modeling_peer.product_key_retrieval_triton import _select_pairs_of, score_halves, select
 

@@ -22,7 +22,7 @@ from triton_programs import Race, watched_launches
 
 from modeling_peer import factored_gradient_triton
 from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.factored_gradient import Entries, Factors
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.optim import row_adamw_triton
 from modeling_peer.triton_launch import launch, tl, triton
 

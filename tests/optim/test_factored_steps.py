@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.optim import row_adamw
 
 

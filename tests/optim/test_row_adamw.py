@@ -41,7 +41,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW
-from modeling_peer.factored_gradient import Entries, FactoredGradient, Factors
+from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.optim import row_adamw
 from modeling_peer.optim.stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
