@@ -13,19 +13,18 @@
 # limitations under the License.
 """For tests on two processes of this machine: what they find is left in a folder."""
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from preloaded import context
 
 
 def run_on_two_processes(work: Callable[..., None], *arguments: Any) -> None:
     """Runs `work(rank, *arguments)` as ranks 0 and 1 and asserts that both came to their end."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, *arguments)) for rank in (0, 1)]
+    processes = [context().Process(target=work, args=(rank, *arguments)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

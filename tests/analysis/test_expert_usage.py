@@ -18,6 +18,7 @@ import math
 import os
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 import torch.distributed as dist
@@ -380,7 +381,8 @@ def run_rank(rank, folder, finish):
 
 
 def test_ranks_are_summed(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path), mp.get_context("spawn").Barrier(2)), nprocs=2)
+    arguments = str(tmp_path), preloaded.context().Barrier(2)
+    mp.start_processes(run_rank, arguments, nprocs=2, start_method="forkserver")
     (logs, records), (other_logs, other_records) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)
     )

@@ -16,12 +16,16 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import start_python
 from safetensors.torch import load_file
 
 
@@ -38,6 +42,19 @@ def torchrun(num_processes: int) -> list[str]:
     return [*launcher, "--nproc_per_node", str(num_processes)]
 
 
+def _environment(changes):
+    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+        **changes,
+    }
+
+
 def run(
     command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
@@ -45,19 +62,9 @@ def run(
     Runs a script of `tests/distributed/` with one thread a process and no GPU; its exit code and what it prints. Fails
     if it takes too long.
     """
-    folders = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(folders),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONFAULTHANDLER": "1",
-        **(environment or {}),
-    }
     process = subprocess.Popen(
         [*command, SCRIPTS / script, *arguments],
-        env=environment,
+        env=_environment(environment or {}),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -70,15 +77,47 @@ def run(
         # The launcher's children are of its session, and would outlive it.
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-5000:]}")
+        pytest.fail(f"{script} took longer than {TIMEOUT} s:\n{output[-10000:]}")
     return process.returncode, output
 
 
 def launch(command: list[str], script: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> str:
     """Runs a script as [`run`] does, and fails with its output, which it returns, if the script does."""
     code, output = run(command, script, *arguments, environment=environment)
-    assert code == 0, f"{script} failed:\n{output[-5000:]}"
+    assert code == 0, f"{script} failed:\n{output[-10000:]}"
     return output
+
+
+def launch_ranks(num_processes: int, script: str, folder: Path, *arguments: str) -> None:
+    """
+    Runs a script of `tests/distributed/` in this many processes, as torchrun does, in ones that need not import the
+    libraries. Fails with what they print if one of them fails or takes too long, or if it leaves others waiting.
+
+    Args:
+        num_processes (`int`): 1 for a process without others.
+        script (`str`): Its file name.
+        folder (`Path`): For its results, its first argument.
+        arguments (`str`): Its other arguments.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    output, processes = folder / f"{script}-{num_processes}.log", []
+    for rank in range(num_processes):
+        own = ranks | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        environment = _environment({name: str(value) for name, value in own.items()} if num_processes > 1 else {})
+        processes.append(start_python([SCRIPTS / script, folder, *arguments], environment, output))
+    deadline = time.monotonic() + TIMEOUT
+    while any(each.exitcode is None for each in processes) and time.monotonic() < deadline:
+        wait([each.sentinel for each in processes if each.exitcode is None], deadline - time.monotonic())
+        if any(each.exitcode for each in processes):
+            break
+    codes = [each.exitcode for each in processes]
+    for each in processes:
+        each.kill()
+        each.join()
+    assert codes == [0] * num_processes, f"{script} ended with {codes}:\n{output.read_text()[-10000:]}"
 
 
 def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:

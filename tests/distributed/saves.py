@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -84,6 +85,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.killed and RANK == 1 and state.global_step == 2 * SAVED_AT - 1:
+            (self.output / "killed_at").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
 

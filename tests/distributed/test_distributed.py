@@ -14,7 +14,7 @@
 """
 Two gloo processes on the CPU compute what one process computes: under DDP, FSDP2, tensor and pipeline parallelism.
 
-The scripts in `tests/distributed/` run what is tested, in few launches as each imports Transformers anew, and hand over
+The scripts in `tests/distributed/` run what is tested, in few launches, and hand over
 tensors and facts; the tests here look at them.
 """
 
@@ -27,7 +27,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from kernels_used import INFERENCE, TRAINING
-from launches import PYTHON, ROOT, assert_same, assert_same_training, handed_over, launch, torchrun
+from launches import PYTHON, ROOT, assert_same, assert_same_training, handed_over, launch, launch_ranks
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -36,7 +36,6 @@ from modeling_peer.library_releases import is_at_least
 
 
 LAUNCH_FILES = ROOT / "configuration" / "launch"
-TORCHRUN = torchrun(2)
 ACCELERATE_LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
 ACCELERATE_LAUNCH += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
@@ -66,7 +65,7 @@ def chunk_length(size: int, rank: int) -> int:
 def joint(tmp_path_factory) -> Path:
     """What one process makes of the joint batch."""
     folder = tmp_path_factory.mktemp("joint")
-    launch(PYTHON, "train.py", folder)
+    launch_ranks(1, "train.py", folder)
     return folder
 
 
@@ -82,7 +81,7 @@ def fsdp(tmp_path_factory) -> Path:
     if not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
         pytest.skip("before 5.19 `Trainer` puts a model that Transformers has sharded into DDP as well")
     folder = tmp_path_factory.mktemp("fsdp")
-    launch(TORCHRUN, "train.py", folder, "--fsdp")
+    launch_ranks(2, "train.py", folder, "--fsdp")
     return folder
 
 
@@ -91,14 +90,14 @@ def tensor_parallel(tmp_path_factory) -> Path:
     if not is_at_least("Transformers", "5.23"):
         pytest.skip("tensor parallelism of experts needs Transformers 5.23")
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    launch(TORCHRUN, "tensor_parallel.py", folder)
+    launch_ranks(2, "tensor_parallel.py", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pipeline_parallel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline_parallel")
-    launch(TORCHRUN, "pipeline_parallel.py", folder)
+    launch_ranks(2, "pipeline_parallel.py", folder)
     return folder
 
 

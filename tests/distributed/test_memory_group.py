@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernels_used import TRAINING
-from launches import PYTHON, assert_same, assert_same_training, handed_over, launch, torchrun
+from launches import assert_same, assert_same_training, handed_over, launch_ranks
 from safetensors.torch import load_file
 
 from modeling_peer.analysis.collectives import GROUP_COLLECTIVES, memory_group_bytes
@@ -55,8 +55,7 @@ def launched(tmp_path_factory):
         key = num_processes, group_size
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("{}-{}".format(*key))
-            command = PYTHON if num_processes == 1 else torchrun(num_processes)
-            launch(command, "memory_group.py", folders[key], "--group-size", str(group_size))
+            launch_ranks(num_processes, "memory_group.py", folders[key], "--group-size", str(group_size))
         return folders[key]
 
     return folder

@@ -14,10 +14,10 @@
 """`Trainer` of Transformers trains every head and variant; none of its options changes what is computed."""
 
 import math
-import multiprocessing
 import signal
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from kernels_used import TRAINING
@@ -245,7 +245,7 @@ class TestGradientAccumulation:
 
 
 def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kernels):
-    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path / "killed"),))
+    process = preloaded.context().Process(target=train_until_killed, args=(str(tmp_path / "killed"),))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -13,11 +13,11 @@
 # limitations under the License.
 """A training that was killed, also in the midst of a save, goes on from the last checkpoint that is complete."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -71,14 +71,6 @@ def train_until_killed(folder, moment):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Forked from one that has imported what takes long, but run no backward, which would not outlive a fork."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.trainer", "modeling_peer"])
-    return context
-
-
-@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     trainer = resumable_trainer(tmp_path_factory.mktemp("unbroken"))
     trainer.train()
@@ -86,8 +78,8 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_training_killed_while_it_saves_resumes_to_the_bit(moment, tmp_path, unbroken, processes):
-    process = processes.Process(target=train_until_killed, args=(str(tmp_path), moment))
+def test_a_training_killed_while_it_saves_resumes_to_the_bit(moment, tmp_path, unbroken):
+    process = preloaded.context().Process(target=train_until_killed, args=(str(tmp_path), moment))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

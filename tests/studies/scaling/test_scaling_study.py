@@ -19,11 +19,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from filelock import FileLock
+from preloaded import start_python
 from scaling_plans import PEER_FIELDS, SMALL
 from transformers import AutoModelForCausalLM
 
@@ -71,7 +74,16 @@ def small_study(tmp_path_factory):
             )
             scaling.main()
 
-    main()
+    def run_preloaded(command, env, stdout=None, stderr=None, check=False):
+        output = folder / "speed.log" if stdout is None else Path(stdout.name)
+        process = start_python(command[1:], env, output)
+        process.join()
+        assert not (check and process.exitcode), output.read_text()
+        return subprocess.CompletedProcess(command, process.exitcode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling_study, "subprocess", SimpleNamespace(run=run_preloaded))
+        main()
     return folder, main
 
 
