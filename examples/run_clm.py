@@ -60,7 +60,7 @@ from common.training import (
     run,
     setup_logging,
 )
-from modeling_peer import ExpertUsageCallback, PeerForCausalLM, SplitCheckpointCallback
+from modeling_peer import ExpertUsageCallback, PeerConfig, PeerForCausalLM, SplitCheckpointCallback
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def make_trainer(
     """Makes the `Trainer` of a new model or of a checkpoint."""
     set_seed(training_args.seed)
     distributed_config = (distributed_args or DistributedArguments()).make_config(training_args, config)
-    model_class = AutoModelForCausalLM if distributed_config is None else PeerForCausalLM
+    # Its `from_config` draws weights that do not depend on how many processes split a model, and Auto classes others.
+    model_class = PeerForCausalLM if isinstance(config, PeerConfig) else AutoModelForCausalLM
     model = load_model(model_class, model_args, config, tokenizer, distributed_config)
     logger.info(
         f"A model of {model.num_parameters():,} parameters, {num_held_parameters(model):,} of them in this process, a "

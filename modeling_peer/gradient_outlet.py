@@ -79,7 +79,11 @@ class _Leave(torch.autograd.Function):
             raise RuntimeError(
                 f"A compiled backward used {int(times)} gradients of an expert table in factors, and handed over "
                 f"{len(factors)}. CUDA graphs, which replay kernels alone, cannot hand them over: compile without "
-                '`mode="reduce-overhead"`.'
+                '`mode="reduce-overhead"`, `mode="max-autotune"` and `triton.cudagraphs`. If there are none, the '
+                "operators that hand over did not all run in this backward: a backend or a pass of your own took some "
+                f"out or repeated them, compiled autograd runs them elsewhere, or more than {MOST_BACKWARDS} "
+                "backwards ran one inside of another. Compile without these, or apply `torch.compiler.disable` to the "
+                "forward of the layers with experts."
             )
         return FactoredGradient(ctx.table(), factors)
 

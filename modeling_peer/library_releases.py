@@ -106,6 +106,15 @@ def ensure_process_group() -> None:
     _ensure_torch_distributed(torch._C._get_accelerator().type)
 
 
+def is_about_a_checkpoint(message: str) -> bool:
+    """
+    Whether a message that Transformers logs as it loads a model says what a checkpoint should have. If a later release
+    has other texts, a model that is initialized without a checkpoint reports all its weights as missing, and they are
+    drawn all the same.
+    """
+    return "LOAD REPORT" in message or message.startswith("This checkpoint seem corrupted")
+
+
 def style_of_modules(model: Any, distributed_config: Any) -> dict[str, str]:
     """The expert-parallel style of each module and parameter of a model that has one, by names without wildcards."""
     return model._resolve_parallel_plans(distributed_config)[1]

@@ -12,17 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Memory groups: expert tables split by width over processes that train on different batches.
+Memory groups: expert tables split by width over ranks that train on different batches.
 
-Each of the G processes of a group owns `hidden_size / G` columns of every row of every table, and the optimizer state
+Each of the G ranks of a group owns `hidden_size / G` columns of every row of every table, and the optimizer state
 of these columns. Tokens are exchanged (see `token_exchange.py`), tables and their gradients never. Where there are
-more processes than a group has, other groups own the same columns, and the gradients of these are averaged once for
+more ranks than a group has, other groups own the same columns, and the gradients of these are averaged once for
 each optimizer step (see `gradient_exchange.py`). All other parameters are FSDP2's, which Transformers applies, or
 DistributedDataParallel's (see [`shard_experts`]):
 
 ```python
 >>> from transformers.distributed import DistributedConfig
-from transformers.utils import logging
 
 >>> distributed_config = DistributedConfig(fsdp_size=8, ep_size=8)
 >>> model = PeerForCausalLM.from_pretrained("path/to/a/peer/checkpoint", distributed_config=distributed_config)
@@ -51,6 +50,7 @@ from .expert_table import ExpertTable
 from .factored_gradient import let_follow
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
+from .growth_advice import FROZEN_ROWS
 from .library_releases import (
     FOUND_RELEASES,
     PARALLEL_STYLES,
@@ -78,12 +78,12 @@ FEATURE = "A memory group (`ep_size` of a PEER model)"
 
 class MemoryGroup:
     """
-    The processes that together hold whole expert tables, as one of them sees it.
+    The ranks that together hold whole expert tables, as one of them sees it.
 
     Args:
-        columns (`dist.ProcessGroup`): The processes of the group, in the order of their columns.
+        columns (`dist.ProcessGroup`): The ranks of the group, in the order of their columns.
         replicas (`dist.ProcessGroup`, *optional*):
-            The processes of all groups that own the same columns as this one. `None` if there is one group.
+            The ranks of all groups that own the same columns as this one. `None` if there is one group.
     """
 
     def __init__(self, columns: dist.ProcessGroup, replicas: dist.ProcessGroup | None):
@@ -96,14 +96,14 @@ class MemoryGroup:
 
 
 class ExpertColumns(ExpertParallelLayer):
-    """A table of which each process holds some columns. What runs on it is the pool's part."""
+    """A table of which each rank holds some columns. What runs on it is the pool's part."""
 
     def validate_param(self, module, param, mesh, parameter_name=None):
         require_transformers(FIRST_RELEASE, FEATURE)
         width = module.embedding_dim
         if width % mesh.size():
             raise ValueError(
-                f"`ep_size` = {mesh.size()} does not divide the width {width} of {parameter_name}: each process of a "
+                f"`ep_size` = {mesh.size()} does not divide the width {width} of {parameter_name}: each rank of a "
                 "memory group owns equally many columns of an expert table."
             )
 
@@ -115,7 +115,7 @@ class ExpertColumns(ExpertParallelLayer):
 
 
 class ExpertPoolExchange(ExpertParallelLayer):
-    """A pool that runs all tokens of the group on the columns of this process."""
+    """A pool that runs all tokens of the group on the columns of this rank."""
 
     def install_forward(self, module, mesh):
         if module.act_has_parameters:
@@ -137,13 +137,13 @@ class ExpertValuesExchange(ExpertColumns):
 
 
 def _group_of(mesh):
-    """The processes of a mesh, in a group of their own: a mesh of all processes has the default group."""
+    """The ranks of a mesh, in a group of their own: a mesh of all ranks has the default group."""
     group = mesh.get_group()
     is_default = dist.is_initialized() and group.group_name == dist.group.WORLD.group_name
     return group_of_all("memory group") if is_default else group
 
 
-# A compiler knows neither how many tokens other processes have, nor the collectives.
+# A compiler knows neither how many tokens other ranks have, nor the collectives.
 @torch.compiler.disable
 def _start_exchange(
     group: dist.ProcessGroup, hidden_states: torch.Tensor, forward_pass: ForwardPass | None = None
@@ -211,7 +211,7 @@ def _kernels(table, columns):
 
 def check_processes(distributed_config: Any) -> Any:
     """
-    Refuse, before processes are grouped, what they do not agree on, and what no memory group can be formed of.
+    Refuse, before ranks are grouped, what they do not agree on, and what no memory group can be formed of.
 
     Args:
         distributed_config (`DistributedConfig` or `dict`, *optional*)
@@ -221,8 +221,8 @@ def check_processes(distributed_config: Any) -> Any:
 
     Raises:
         `RuntimeError`: if `ep_size` is more than 1 and Transformers is too old.
-        `ValueError`: if processes were given different ones, or if `ep_implementation` or `tp_size` is set besides
-            `ep_size`.
+        `ValueError`: if ranks were given different ones, or if `ep_implementation`, `tp_size` or `pp_size` is set
+            besides `ep_size`.
     """
     is_dict = isinstance(distributed_config, dict)
     ep_size = distributed_config.get("ep_size") if is_dict else getattr(distributed_config, "ep_size", None)
@@ -230,10 +230,12 @@ def check_processes(distributed_config: Any) -> Any:
     if has_groups:
         require_transformers(FIRST_RELEASE, FEATURE)
     if is_dict:
+        if has_groups:
+            _check_sizes(ep_size, **{name: distributed_config.get(name) for name in OTHER_SIZES})
         distributed_config = DistributedConfig.from_dict(distributed_config)
     if not is_at_least("Transformers", FIRST_RELEASE) or not _has_several_processes(distributed_config):
         return distributed_config
-    # Also without groups: another process may have them.
+    # Also without groups: another rank may have them.
     ensure_process_group()
     _refuse_differences("`distributed_config`", asdict(distributed_config))
     if has_groups:
@@ -247,12 +249,25 @@ def _has_several_processes(distributed_config):
     )
 
 
+# What a memory group cannot be beside.
+OTHER_SIZES = {
+    "tp_size": "the ranks of a memory group have different batches",
+    "pp_size": "the ranks of a memory group run the same layers",
+}
+
+
+def _check_sizes(ep_size, **sizes):
+    for name, size in sizes.items():
+        if size not in (None, 1):
+            raise ValueError(
+                f"`ep_size` = {ep_size} of a PEER model needs `{name}` = 1, found {size}: {OTHER_SIZES[name]}. Leave "
+                f"`{name}` out, and set `fsdp_size` to the number of ranks; or leave `ep_size` out."
+            )
+
+
 def _check_options(distributed_config):
-    if distributed_config.tp_size > 1:
-        raise ValueError(
-            f"`ep_size` = {distributed_config.ep_size} of a PEER model needs `tp_size` = 1, found "
-            f"{distributed_config.tp_size}: the processes of a memory group have different batches."
-        )
+    sizes = {name: getattr(distributed_config, name) for name in OTHER_SIZES}
+    _check_sizes(distributed_config.ep_size, **sizes)
     if distributed_config.ep_implementation != "auto":
         raise ValueError(
             f'`ep_implementation` of a PEER model must be "auto", found "{distributed_config.ep_implementation}": a '
@@ -262,15 +277,15 @@ def _check_options(distributed_config):
 
 def form_memory_group(model: Any, distributed_config: Any, mesh_manager: Any) -> None:
     """
-    Split the expert tables of a model over the processes of a memory group. The model may be on the meta device.
+    Split the expert tables of a model over the ranks of a memory group. The model may be on the meta device.
 
     Args:
         model (`PeerPreTrainedModel`)
-        distributed_config (`DistributedConfig`): Its `ep_size` is the number of processes of a group.
+        distributed_config (`DistributedConfig`): Its `ep_size` is the number of ranks of a group.
         mesh_manager (`TransformersDeviceMesh`): The meshes that Transformers made for `distributed_config`.
 
     Raises:
-        `ValueError`: if the processes have different models or releases, if `ep_size` does not divide the width of a
+        `ValueError`: if the ranks have different models or releases, if `ep_size` does not divide the width of a
             table, or if the plan is not that of a memory group.
     """
     plan = style_of_modules(model, distributed_config)
@@ -299,21 +314,23 @@ def shard_experts(model: Any, ep_size: int) -> Any:
     DistributedDataParallel replicates. The tables become those of rank 0, as DDP does with the others. Call it before
     an optimizer gets the tables.
 
-    A model that is too large to be whole in every process is made by `from_pretrained` or `from_config` with a
+    A model that is too large to be whole in every rank is made by `from_pretrained` or `from_config` with a
     `distributed_config`, which also splits the rest by FSDP2.
 
     Args:
         model ([`PeerPreTrainedModel`], or any model with grafts): On the device where it will be trained.
-        ep_size (`int`): Number of processes of a memory group. It divides the number of processes.
+        ep_size (`int`): Number of ranks of a memory group. It divides the number of ranks.
 
     Returns:
         The model.
 
     Raises:
-        `RuntimeError` or `ValueError`: as `from_pretrained` does for a `distributed_config` with this `ep_size`.
+        `RuntimeError` or `ValueError`: as `from_pretrained` does for a `distributed_config` with this `ep_size`, and
+            if experts are frozen.
     """
     require_transformers(FIRST_RELEASE, FEATURE)
     ensure_process_group()
+    _refuse_frozen_rows(model)
     config = check_processes(DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size))
     _refuse_differences("the model", _description(model))
     if dist.get_world_size() == 1:
@@ -324,6 +341,15 @@ def shard_experts(model: Any, ep_size: int) -> Any:
             dist.broadcast(module.weight.detach(), 0)
     _split(model, _plan_of(model), mesh_manager)
     return model
+
+
+def _refuse_frozen_rows(model):
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertTable) and module.__dict__.get(FROZEN_ROWS):
+            raise ValueError(
+                f"Experts of {name} are frozen, and the tables of a memory group are other parameters, of which they "
+                "would not be: split the model first, and then call `freeze_experts` or `train_added_experts_only`."
+            )
 
 
 def _plan_of(model):
@@ -339,7 +365,7 @@ def _plan_of(model):
 
 
 def _group_of_replicas(mesh_manager):
-    """The processes that own the same columns: a group of its own, in which nothing else is reduced."""
+    """The ranks that own the same columns: a group of its own, in which nothing else is reduced."""
     ranks = mesh_manager.get_mesh(("dp_replicate", "efsdp", "ep")).mesh.flatten(0, -2)
     if len(ranks) == 1:
         return None
@@ -369,7 +395,7 @@ def _own_release():
 
 
 def refuse_other_seeds() -> None:
-    """Raise `ValueError` on all processes, if there are several, if they would not draw the same random values."""
+    """Raise `ValueError` on all ranks, if there are several, if they would not draw the same random values."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         states = {"the CPU": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -382,7 +408,7 @@ def refuse_other_seeds() -> None:
 
 
 def _refuse_differences(subject, own):
-    """Raise the same `ValueError` on all processes if they do not have the same dictionary."""
+    """Raise the same `ValueError` on all ranks if they do not have the same dictionary."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     for rank, other in enumerate(every):

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .library_releases import is_about_a_checkpoint
+
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -116,5 +118,4 @@ def initialized_whole() -> Iterator[None]:
 
 
 def _is_of_no_checkpoint(record):
-    message = record.getMessage()
-    return not ("LOAD REPORT" in message or message.startswith("This checkpoint seem corrupted"))
+    return not is_about_a_checkpoint(record.getMessage())

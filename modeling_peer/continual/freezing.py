@@ -57,10 +57,10 @@ def freeze_experts(
     trained as before. An expert is frozen if it fulfills all conditions given; without any condition, all experts are.
 
     It holds in `Trainer` with clipping (which does not count frozen rows), with gradient accumulation, dense or
-    row-sparse gradients, and DistributedDataParallel, where each process has to freeze the same experts. Freezes are
-    not saved and not copied: call `freeze_experts` again before resuming from a checkpoint, or for a copy of the
-    model. A table that is frozen as a whole requires no gradient, so freeze before an optimizer or
-    DistributedDataParallel gets the model.
+    row-sparse gradients, and with DistributedDataParallel and memory groups, where each process has to freeze the same
+    experts, after a group has split the tables. Freezes are not saved and not copied: call `freeze_experts` again
+    before resuming from a checkpoint, or for a copy of the model. A table that is frozen as a whole requires no
+    gradient, so freeze before an optimizer or DistributedDataParallel gets the model.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted
@@ -79,7 +79,8 @@ def freeze_experts(
 
     Raises:
         `ValueError`: for arguments of another type, layers or experts that the model does not have, a background of
-            other experts, or tables that are split over processes. The model is left as it was.
+            other experts, or tables that FSDP2 or tensor parallelism splits over processes. The model is left as it
+            was.
 
     ```python
     >>> from modeling_peer import ExpertBackground, freeze_experts

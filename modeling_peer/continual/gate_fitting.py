@@ -30,7 +30,7 @@ from ..analysis.expert_background import batches_of
 from ..feed_forward_peer import PeerFeedForward
 from ..modeling_peer import PeerPreTrainedModel
 from ..product_key_router import AddedRouter, ExpertGate
-from .growth import check_is_peer_model
+from .growth import check_is_peer_model, refuse_split_model
 
 
 LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
@@ -88,6 +88,7 @@ def fit_gates(
             sequences, or for options of another type or out of range. The model is left as it was.
     """
     check_is_peer_model(model)
+    refuse_split_model(model, "Gates are fitted")
     _check_options(model, reference_weight, num_steps, batch_size)
     checked = {"new_text": _checked_text("new_text", new_text)}
     checked["reference_text"] = _checked_text("reference_text", reference_text)

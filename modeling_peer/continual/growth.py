@@ -115,6 +115,7 @@ def add_experts(
     ```
     """
     check_is_peer_model(model)
+    refuse_split_model(model, "Experts are added")
     grown = _peer_layers(model, layers)
     _check_inputs(model, inputs)
     if any(
@@ -155,24 +156,34 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     In layers with an open addition, the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds
     them at no cost, other optimizers at that of a copy in each step.
 
+    A model that a memory group splits is frozen after it is split. An open addition needs whole keys for that: not
+    FSDP2 for the rest of the model, but DistributedDataParallel, see [`shard_experts`].
+
     Returns:
         [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be
             trained.
 
     Raises:
-        `ValueError`: if no experts were added.
+        `ValueError`: if no experts were added, or if the last addition is an open one and the keys are split.
     """
     check_is_peer_model(model)
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
     addition = model.config.expert_additions[-1]
+    layers = _peer_layers(model, addition["layers"])
+    if addition["mode"] == "open" and any(_is_split(layer.router.sub_keys) for layer in layers.values()):
+        raise ValueError(
+            'The last addition to this model is of `mode` "open", whose old keys cannot be frozen where FSDP2 splits '
+            "them: load the model without `distributed_config` and split its tables alone, by `shard_experts`, for "
+            "DistributedDataParallel."
+        )
     for freeze in [freeze for module in model.modules() for freeze in freezes_of(module)]:
         if freeze.holder is train_added_experts_only:
             freeze.remove()
     require_gradients(model.parameters(), False)
     num_frozen: dict[str, int] = {}
     handles: list[FrozenRows] = []
-    for index, layer in _peer_layers(model, addition["layers"]).items():
+    for index, layer in layers.items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
             require_gradients([*layer.added_routers[-1].parameters(), *pool.added[-1].parameters()])
@@ -192,10 +203,19 @@ def check_is_peer_model(model: nn.Module) -> None:
         )
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("Experts can be added to a model without adapters: merge or unload those it has first.")
-    if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+
+
+def refuse_split_model(model: nn.Module, what: str) -> None:
+    """Raise `ValueError` if a model is split over processes, of which something, a sentence's start, comes before."""
+    if any(map(_is_split, model.parameters())):
         raise ValueError(
-            "Experts can be added before a model is split over processes, and this one is split: grow it first."
+            f"{what} before a model is split over processes, and this one is split. Load it in one process without "
+            "`distributed_config`, do so there and save it; what loads it split then has all its experts."
         )
+
+
+def _is_split(parameter):
+    return dist.is_available() and isinstance(parameter, DTensor)
 
 
 def _peer_layers(model, layers):

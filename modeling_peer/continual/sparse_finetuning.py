@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..analysis.arguments import check_integer
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import ExpertSet, observe_retrievals, select_expert_sets
+from ..memory_group import is_split
 from ..optim.frozen_rows import FrozenRows, check_can_freeze, freeze_rows, freezes_of, require_gradients
 from .freezing import check_background
 
@@ -64,7 +65,8 @@ class SparseFinetuningCallback(TrainerCallback):
     All micro-batches of a step count, and those of all processes; padding and the second forward of activation
     checkpointing do not. Gradients of rows that do not rank are zeroed in the last micro-batch's backward, before
     clipping and reduction, so that any optimizer moves only the others (see [`freeze_rows`]). The paper takes SGD,
-    which needs no copy of rows. `config.sparse_expert_gradients` may be set. FSDP2 and tensor parallelism are refused.
+    which needs no copy of rows. `config.sparse_expert_gradients` may be set. FSDP2, tensor parallelism and memory
+    groups are refused.
 
     The logs of a training loss get `sparse_finetuning/trained_experts/layer_{i}`, the mean number of experts that
     moved in a step; for a graft the name of its adapter follows. Each checkpoint gets a copy of the background.
@@ -263,6 +265,12 @@ def _checked_tables(sets: dict[str, ExpertSet], tables: Any) -> tuple[str, ...]:
             )
         for _, table in trained:
             check_can_freeze(table.weight)
+            if is_split(table.weight):
+                raise ValueError(
+                    "The experts of a model whose tables a memory group splits are not chosen by their usage: "
+                    "finetune it in one process, or load it in each of several without `distributed_config` and train "
+                    "it under DistributedDataParallel."
+                )
     return chosen
 
 

@@ -27,6 +27,7 @@ from torch.utils.weak import TensorWeakRef
 from ..factored_gradient import FactoredGradient
 from ..growth_advice import FROZEN_ROWS
 from ..library_releases import is_flat_parameter
+from ..memory_group import is_split
 from .row_adamw import RowAdamW
 
 
@@ -197,7 +198,8 @@ class _FrozenParameter:
 
     @torch.no_grad()
     def zero(self, gradient: torch.Tensor) -> None:
-        """Zero the frozen rows of a gradient in place."""
+        """Zero the frozen rows of a gradient in place, all columns of them that this process has."""
+        gradient = _local(gradient)
         self._move_to(gradient.device)
         if isinstance(gradient, FactoredGradient):
             gradient.zero_rows(self.mask)
@@ -208,8 +210,10 @@ class _FrozenParameter:
         else:
             gradient.index_fill_(self.dim, self.rows, 0)
 
+    @torch.no_grad()
     def copy_of_rows(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-        """The parameter, the arguments with which `index_copy_` puts its frozen rows back, and these."""
+        """What to call `index_copy_` of to put frozen rows back, and its arguments, these rows among them."""
+        parameter = _local(parameter)
         self._move_to(parameter.device)
         return parameter, self.dim, self.rows, parameter.detach().index_select(self.dim, self.rows)
 
@@ -245,6 +249,8 @@ def freeze_rows(
     frozen by itself. A step on another parameter that has taken the place of the frozen one in the module, as when
     FSDP shards the model, raises `RuntimeError`: it would move rows that were to be frozen.
 
+    In a memory group, freeze rows of the tables after they are split, the same on all processes.
+
     Args:
         module (`nn.Module`): The module that holds the parameter.
         name (`str`): Name of the parameter in the module.
@@ -259,8 +265,8 @@ def freeze_rows(
         [`FrozenRows`]: to end the freeze, or to freeze other rows.
 
     Raises:
-        `ValueError`: for a mask of another type or shape, a parameter that is split over processes, or one with rows
-            frozen along another dimension. The parameter is left as it was.
+        `ValueError`: for a mask of another type or shape, a parameter that FSDP2 or tensor parallelism splits over
+            processes, or one with rows frozen along another dimension. The parameter is left as it was.
     """
     parameter = getattr(module, name)
     check_can_freeze(parameter)
@@ -298,11 +304,19 @@ def check_can_freeze(parameter: torch.Tensor) -> None:
     """Raise `ValueError` if rows of the parameter cannot be frozen."""
     if not isinstance(parameter, nn.Parameter):
         raise ValueError(f"Rows of an `nn.Parameter` can be frozen, got a {type(parameter).__name__}.")
-    if dist.is_available() and isinstance(parameter, DTensor):
+    # A process of a memory group has columns of every row, whose gradients nothing reduces.
+    if dist.is_available() and isinstance(parameter, DTensor) and not is_split(parameter):
         raise ValueError(
             f"Rows of a parameter that FSDP2 or tensor parallelism splits over processes cannot be frozen, got one of "
-            f"shape {tuple(parameter.shape)} with placements {parameter.placements}. DistributedDataParallel works."
+            f"shape {tuple(parameter.shape)} with placements {parameter.placements}. Those of tables that a memory "
+            "group splits can be, and all rows where DistributedDataParallel has the model."
         )
+
+
+def _local(tensor):
+    """The columns of this process of a table, or of its gradient, that a memory group splits."""
+    # Without gradients, in which all of this runs, it is the tensor itself that a DTensor is made of.
+    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
 
 
 def _states_of(module):

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import train
 from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from train import RANK, WORLD_SIZE, local, whole
@@ -36,16 +37,24 @@ from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import (
+    ExpertBackground,
     PeerForCausalLM,
     RowAdamW,
+    SparseFinetuningCallback,
+    add_experts,
     expert_parameter_groups,
+    fit_gates,
+    freeze_experts,
     gradient_exchange,
     memory_group,
     shard_experts,
     split_initialization,
     token_exchange,
+    train_added_experts_only,
 )
+from modeling_peer.expert_table import ExpertTable
 from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.feed_forward_peer import PeerFeedForward
 from modeling_peer.gradient_exchange import average_gradients
 from modeling_peer.product_key_router import ProductKeyRouter
 
@@ -57,15 +66,40 @@ STEPS = 10
 NUM_TOKENS, NUM_ACTIVE = 13, 5
 UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
 
+OPEN_ADDITION = [{"layers": [1], "mode": "open", "num_experts": 17}]
+FROZEN = range(0, 64, 2)  # experts
+FROZEN_FROM = 5  # the step
+
 # What the plain loop trains; on four processes, those of these names alone.
 LOOPS = {
     **{name: MODELS[name] for name in ("pkm", "peer", "rms_norm", "gated_experts", "shared_pool", "grown")},
     # Of so many rows that replicas exchange factors of gradients, and not the sums of rows.
     "many_experts": tiny_config("peer", "dense", num_experts=4096, gated_experts=True),
     "beside_moe": tiny_config("moe", "peer", shared_expert_intermediate_size=10),
+    "idle": MODELS["rms_norm"],
+    "compiled": MODELS["gated_experts"],
+    "frozen": tiny_config("peer", "pkm", gated_experts=True),
+    "frozen_copies": MODELS["peer"],
+    "added": MODELS["grown"],
+    "open": tiny_config("dense", "peer", expert_additions=OPEN_ADDITION),
+    "replicated": MODELS["rms_norm"],
+    "bfloat16": MODELS["shared_pool"],
 }
-ON_FOUR = {"loops": ("pkm", "rms_norm", "shared_pool", "grown", "many_experts"), "trainers": ("accumulated", "rows")}
-BY_ROW = ("gated_experts", "grown")  # with `second_moment="row"`
+# How, if not as all of them; see `train_in_loop`.
+OPTIONS = {
+    "gated_experts": {"second_moment": "row"},
+    "grown": {"second_moment": "row"},
+    "idle": {"idle": True},
+    "compiled": {"compiled": True},
+    "frozen": {"freezes": True},
+    "frozen_copies": {"freezes": True, "optimizer_class": torch.optim.AdamW},
+    "added": {"added_alone": True},
+    "open": {"added_alone": True},
+}
+ON_FOUR = {
+    "loops": ("pkm", "rms_norm", "shared_pool", "grown", "many_experts", "idle", "frozen", "replicated", "bfloat16"),
+    "trainers": ("accumulated", "rows"),
+}
 # What the stock Trainer trains under DistributedDataParallel.
 UNDER_DDP = ("left", "rows")
 
@@ -109,23 +143,78 @@ def over_processes(value: torch.Tensor) -> float:
     return value.item() / WORLD_SIZE
 
 
-def train_in_loop(model: torch.nn.Module, second_moment: str, idle: bool = False) -> tuple[dict, dict]:
-    """The weights and statistics after clipped steps of [`RowAdamW`], and what is seen of each step."""
+def train_in_loop(
+    model: torch.nn.Module,
+    second_moment: str = "full",
+    optimizer_class: type[torch.optim.Optimizer] = RowAdamW,
+    idle: bool = False,
+    compiled: bool = False,
+    freezes: bool = False,
+    added_alone: bool = False,
+) -> tuple[dict, dict]:
+    """
+    The weights and statistics after clipped steps, and what is seen of each step.
+
+    Args:
+        model (`torch.nn.Module`)
+        second_moment (`str`): Of [`RowAdamW`].
+        optimizer_class (`type`): [`RowAdamW`], or `torch.optim.AdamW`.
+        idle (`bool`): Whether a process learns from none of a batch, see `own_batch`.
+        compiled (`bool`): Whether its PEER layers are compiled, where there are several processes.
+        freezes (`bool`): Whether experts are frozen in the midst of the training.
+        added_alone (`bool`): Whether only added experts are trained.
+    """
+    if added_alone:
+        train_added_experts_only(model)
     groups = expert_parameter_groups(model.train(), learning_rate=1e-2, weight_decay=0.1)
     # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-    optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
+    if optimizer_class is RowAdamW:
+        optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
+    else:
+        groups = [{key: value for key, value in group.items() if key != "rows"} for group in groups]
+        optimizer = optimizer_class(groups, eps=1e-2, foreach=False)  # or torch takes DTensors of one mesh alone
+    run: torch.nn.Module = model
+    if WORLD_SIZE > 1 and not has_parts_of_all(model):
+        run = torch.nn.parallel.DistributedDataParallel(model)
+    if compiled and WORLD_SIZE > 1:
+        compile_layers(model)
     facts = {"losses": [], "gradient_norms": [], "in_factors": []}
+    frozen = {}
     for step in range(STEPS):
+        if freezes and step == FROZEN_FROM:
+            freeze_experts(model, FROZEN)
+            frozen = {f"frozen.{name}": tensor for name, tensor in rows_of(model, FROZEN).items()}
         optimizer.zero_grad()
-        loss = joint_loss(model, rows_of_step(step), idle)
+        loss = joint_loss(run, rows_of_step(step), idle)
         loss.backward()
-        gradients = [local(parameter.grad) for parameter in model.parameters()]
         facts["losses"].append(over_processes(loss))
+        gradients = [local(parameter.grad) for parameter in model.parameters()]
         facts["in_factors"].append(sum(isinstance(gradient, FactoredGradient) for gradient in gradients))
         # As `Trainer` clips where parameters are on different meshes.
         facts["gradient_norms"].append(Trainer._mixed_mesh_grad_norm(None, model, 0.5).item())
         optimizer.step()
-    return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}, facts
+    return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()} | frozen, facts
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """PEER layers alone: to compile what FSDP2 does around all layers takes minutes."""
+    for module in model.modules():
+        if isinstance(module, PeerFeedForward):
+            module.compile(backend="aot_eager", dynamic=True)
+
+
+def has_parts_of_all(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 splits what a memory group does not."""
+    return isinstance(model, FSDPModule)
+
+
+def rows_of(model: torch.nn.Module, rows: range) -> dict[str, torch.Tensor]:
+    """Copies of some rows of all expert tables."""
+    return {
+        f"{name}.weight": whole(module.weight.detach())[rows].clone()
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertTable)
+    }
 
 
 def layout(model: torch.nn.Module) -> dict[str, list]:
@@ -145,13 +234,14 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, dict]:
     """
     The outputs of two pools, of PEER with gates and of PKM, for some hidden states of which the last process has none;
-    their gradients, and the bytes that were received in forward and backward.
+    their gradients, and the bytes that were received in forward and backward. All in the dtype of the models.
     """
     torch.manual_seed(3)
     pool, values = model.model.expert_pool, memory.model.layers[1].mlp.values
     hidden_states, factors = torch.randn(2, NUM_TOKENS, 16)
     indices = torch.randint(64, (NUM_TOKENS, NUM_ACTIVE))
     weights = torch.rand(NUM_TOKENS, NUM_ACTIVE)
+    hidden_states, factors, weights = (each.to(model.dtype) for each in (hidden_states, factors, weights))
     counts = [NUM_TOKENS] if WORLD_SIZE == 1 else UNEVEN[WORLD_SIZE]
     first = sum(counts[:RANK])
     own = slice(first, first + counts[RANK])
@@ -328,8 +418,16 @@ class Cases:
         return self.output / f"{name}-begin-{RANK}"
 
     def load(self, name: str, **arguments) -> torch.nn.Module:
+        if name == "open" and WORLD_SIZE > 1:
+            # The old keys are frozen, of which FSDP2 would take parts.
+            return shard_experts(PeerForCausalLM.from_pretrained(self.start(name)), self.group_size)
         if WORLD_SIZE > 1:
-            arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
+            replicas = self.group_size if name == "replicated" else 1
+            arguments["distributed_config"] = DistributedConfig(
+                dp_replicate_size=replicas, fsdp_size=WORLD_SIZE // replicas, ep_size=self.group_size
+            )
+        if name == "bfloat16":
+            arguments["dtype"] = torch.bfloat16
         return PeerForCausalLM.from_pretrained(self.start(name), **arguments)
 
     def hand_over(self, name: str, tensors: dict, facts: dict | None = None) -> None:
@@ -365,6 +463,7 @@ class Cases:
         own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
         other = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size // 2 if RANK else self.group_size)
         both = DistributedConfig(fsdp_size=1, tp_size=WORLD_SIZE, ep_size=WORLD_SIZE)
+        pipeline = {"pp_size": WORLD_SIZE, "ep_size": WORLD_SIZE}  # Transformers makes no `DistributedConfig` of it
         theirs = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_implementation="all_to_all")
         dispatched = {"model.layers.*.mlp.expert_pool": "ep_dispatch_experts"}
         their_plan = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_plan=dispatched)
@@ -374,6 +473,7 @@ class Cases:
             "configuration": (tiny_config("peer", num_experts_per_head=2 + RANK), own),
             "group": (config, other),
             "tensor_parallel": (config, both),
+            "pipeline_parallel": (config, pipeline),
             "implementation": (config, theirs),
             "plan": (config, their_plan),
         }
@@ -393,7 +493,24 @@ class Cases:
         messages["tables"] = refusal(shard_experts, tiny_model(tiny_config("peer", num_experts=grid)), self.group_size)
         torch.manual_seed(0)
         messages["hooks"] = refusal(run_with_a_hook, from_config(config, distributed_config=own))
+        messages |= self.refused_of_a_split_model(own)
         self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
+
+    def refused_of_a_split_model(self, split: DistributedConfig) -> dict[str, str]:
+        """The messages with which a split model refuses to get other experts, and one that is to be split."""
+        config = tiny_config("peer")
+        model = PeerForCausalLM.from_config(config, distributed_config=split)
+        whole_model = tiny_model(config)
+        background = ExpertBackground.measure(whole_model, [{"input_ids": [1, 2, 3]}], progress_bar=False)
+        freeze_experts(whole_model, FROZEN)
+        grown = PeerForCausalLM.from_config(LOOPS["open"], distributed_config=split)
+        return {
+            "growth": refusal(add_experts, model, 16),
+            "gates": refusal(fit_gates, model, [], []),
+            "sparse_finetuning": refusal(SparseFinetuningCallback, model, background),
+            "frozen": refusal(shard_experts, whole_model, self.group_size),
+            "old_keys": refusal(train_added_experts_only, grown),
+        }
 
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
@@ -403,16 +520,21 @@ class Cases:
         for name in trainers:
             tiny_model(train.CASES[name][0]).save_pretrained(train.start_folder(self.output, name))
         for name in loops:
+            if name == "replicated" and WORLD_SIZE > 1 and 2 * self.group_size != WORLD_SIZE:
+                continue  # `ep_size` divides `fsdp_size`, which is a part of the processes
             model = self.load(name)
             facts = {"layout": layout(model)}
             with counted_exchanges() as facts["exchanges"]:
-                tensors, steps = train_in_loop(model, "row" if name in BY_ROW else "full")
+                tensors, steps = train_in_loop(model, **OPTIONS.get(name, {}))
             self.hand_over(f"loop-{name}", tensors, facts | steps)
         # Of another model: a forward without a backward leaves gathered parameters, which an optimizer must not get.
         self.hand_over("outputs", outputs(self.load("shared_pool")))
         self.hand_over("pools", *run_pools(self.load("shared_pool"), self.load("pkm")))
-        self.hand_over("loop-idle", *train_in_loop(self.load("rms_norm"), "full", idle=True))
-        self.hand_over("bfloat16", gradients(self.load("shared_pool", dtype=torch.bfloat16)))
+        in_bfloat16 = {"dtype": torch.bfloat16}
+        self.hand_over(
+            "pools-bfloat16", *run_pools(self.load("shared_pool", **in_bfloat16), self.load("pkm", **in_bfloat16))
+        )
+        self.hand_over("bfloat16", gradients(self.load("shared_pool", **in_bfloat16)))
         self.new_weights()
         if WORLD_SIZE > 1:
             self.hand_over("order", {}, {"events": order_of_a_forward(self.load("grown"))})

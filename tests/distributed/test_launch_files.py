@@ -42,8 +42,7 @@ HIDDEN_SIZE, ROWS_PER_STEP = 32, 4
 SMALL = f"vocab_size=300,hidden_size={HIDDEN_SIZE},intermediate_size=48,num_experts=64,num_experts_per_head=4"
 FLAGS = (
     *("--use_cpu", "--do_train", "--block_size", "32", "--max_steps", "4", "--logging_steps", "1"),
-    *("--learning_rate", "1e-3", "--train_sampling_strategy", "sequential", "--save_strategy", "no"),
-    *("--report_to", "none"),
+    *("--learning_rate", "1e-3", "--train_sampling_strategy", "sequential", "--report_to", "none"),
 )
 
 # As the script of that name, which is not beside every Python.
@@ -75,13 +74,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_clm(folder, name, command, num_processes, start, *flags, **environment):
-    """What each process hands over of a run, and what was printed."""
+def run_clm(folder, name, command, num_processes, start, *flags, resumes=False, **environment):
+    """What each process hands over of a run, and what was printed. One that resumes is there twice more."""
     path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
     batch = ("--per_device_train_batch_size", str(ROWS_PER_STEP // num_processes))
     data = ("--train_file", folder / "numbers.txt", "--output_dir", folder / name / "model")
     environment |= {"PATH": path, "HF_HOME": str(folder / "home")}
-    arguments = [folder / name, *start, *FLAGS, *batch, *data, *flags]
+    saves = ("--save_strategy", "steps", "--save_steps", "2") if resumes else ("--save_strategy", "no")
+    arguments = [folder / name, *(["--resumes"] if resumes else []), *start, *FLAGS, *saves, *batch, *data, *flags]
     output = launch(command, "watched_run_clm.py", *arguments, environment=environment)
     return [handed_over(folder / name, f"run-{rank}") for rank in range(num_processes)], output
 
@@ -102,7 +102,7 @@ def continued(folder, joint):
 def torchrun(folder):
     """Two processes from scratch."""
     start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
-    return run_clm(folder, "torchrun", LAUNCHER, 2, start, GPUS_PER_NODE="2")
+    return run_clm(folder, "torchrun", LAUNCHER, 2, start, resumes=True, GPUS_PER_NODE="2")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,33 @@ def test_training_is_that_of_one_process_on_the_joint_batch(request, name, expec
         for log in ("losses", "gradient_norms"):
             torch.testing.assert_close(torch.tensor(facts[log]), torch.tensor(steps[log]), rtol=1e-3, atol=0)
         assert tensors.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_at_the_start_do_not_depend_on_the_number_of_processes(request, name):
+    """Neither those that are drawn nor those of a checkpoint."""
+    ((expected, _),), _ = request.getfixturevalue(RUNS[name])
+    starts = [key for key in expected if key.startswith("start.")]
+    assert any("expert_pool" in key for key in starts)
+    for tensors, _ in request.getfixturevalue(name)[0]:
+        assert all(torch.equal(tensors[key], expected[key]) for key in starts)
+
+
+def test_the_same_command_resumes_and_ends(torchrun, folder):
+    """Without its last checkpoint it trains the last two steps again, to the bit; with it, there is nothing to do."""
+    ranks, printed = torchrun
+    model = folder / "torchrun" / "model"
+    assert f"Resuming training from {model}/checkpoint-2" in printed
+    assert f"{model}/checkpoint-4 is the end of this training" in printed
+    for rank, (expected, steps) in enumerate(ranks):
+        resumed, facts = handed_over(folder / "torchrun", f"resumed-{rank}")
+        assert facts["losses"] == steps["losses"]
+        assert facts["gradient_norms"] == steps["gradient_norms"]
+        finished, _ = handed_over(folder / "torchrun", f"finished-{rank}")
+        for key in expected:
+            assert torch.equal(resumed[key], expected[key]), key
+            assert torch.equal(finished[key], expected[key]), key
+    assert (model / "checkpoint-4" / "training_state" / ".metadata").exists()
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -15,9 +15,13 @@
 Runs `examples/run_clm.py` with the flags that follow, and hands over what it trained.
 
     python watched_run_clm.py OUTPUT --config_name peer-tiny --do_train ...
+
+With `--resumes` after OUTPUT the same command is given twice more: where its last checkpoint is gone, and where it has
+come to its end.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -26,26 +30,38 @@ import run_clm
 import torch.distributed as dist
 from cases import hand_over
 from memory_group import layout
-from train import RANK, whole
-
-from modeling_peer import PeerForCausalLM
+from train import RANK, WORLD_SIZE, whole
 
 
 def main() -> None:
     output = Path(sys.argv.pop(1))
-    trainers, make_trainer = [], run_clm.make_trainer
+    resumes = sys.argv[1] == "--resumes"
+    if resumes:
+        del sys.argv[1]
+    trainer = run_and_hand_over(output, "run")
+    if resumes:
+        last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if RANK == 0:
+            shutil.rmtree(last)
+        if WORLD_SIZE > 1:
+            dist.barrier()
+        run_and_hand_over(output, "resumed")
+        run_and_hand_over(output, "finished")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_and_hand_over(output: Path, name: str) -> run_clm.Trainer:
+    trainers, starts, make_trainer = [], [], run_clm.make_trainer
 
     def watched_make_trainer(*arguments):
         trainers.append(make_trainer(*arguments))
+        starts.append({f"start.{key}": tensor.clone() for key, tensor in whole_state(trainers[0]).items()})
         return trainers[-1]
 
-    with (
-        mock.patch.object(run_clm, "make_trainer", watched_make_trainer),
-        # Its `from_config` draws the same weights on any number of processes, and those of the Auto class others.
-        mock.patch.object(run_clm, "AutoModelForCausalLM", PeerForCausalLM),
-    ):
+    with mock.patch.object(run_clm, "make_trainer", watched_make_trainer):
         run_clm.main()
-    (trainer,) = trainers
+    (trainer,), (start,) = trainers, starts
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     group = trainer.model.base_model.memory_group
     facts = {
@@ -57,10 +73,12 @@ def main() -> None:
         "layout": layout(trainer.model),
         "shapes": {name: list(parameter.shape) for name, parameter in trainer.model.named_parameters()},
     }
-    tensors = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
-    hand_over(output, f"run-{RANK}", tensors, facts)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    hand_over(output, f"{name}-{RANK}", whole_state(trainer) | start, facts)
+    return trainer
+
+
+def whole_state(trainer: run_clm.Trainer) -> dict:
+    return {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
 
 
 if __name__ == "__main__":

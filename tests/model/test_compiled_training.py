@@ -413,3 +413,15 @@ def test_inference_is_one_graph():
     with torch.no_grad():
         assert_close(compiled(model)(TOKENS[0]).logits, model(TOKENS[0]).logits)
     assert optimizer.param_groups
+
+
+def test_what_is_not_handed_over_is_missed():
+    """As in a CUDA graph, which replays no operator that hands over."""
+    table = nn.Parameter(torch.zeros(4, 2))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    outlet = gradient_outlet.outlet_of(table)
+    with pytest.raises(
+        RuntimeError, match="used 1 gradients .* handed over 0. CUDA graphs, .* compiled autograd runs"
+    ):
+        outlet.backward()
+    del optimizer

@@ -1,0 +1,92 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a memory group does in one process, in a group of gloo that the tests join for their time."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import tiny_config, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+
+from modeling_peer import shard_experts
+from modeling_peer.expert_table import ExpertDownProjection
+from modeling_peer.forward_pass import ForwardPass
+from modeling_peer.library_releases import is_at_least
+from modeling_peer.memory_group import ExpertValuesExchange
+from modeling_peer.token_exchange import exchange_tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    if not is_at_least("Transformers", "5.24"):
+        pytest.skip("memory groups need Transformers 5.24")
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_in_one_process_a_model_stays_whole():
+    model = tiny_model(tiny_config("peer", "pkm"))
+    tables = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+    assert shard_experts(model, 1) is model
+    assert model.model.memory_group is None
+    for name, weight in model.named_parameters():
+        same, values = tables[name]
+        assert weight is same and torch.equal(weight, values)
+
+
+def test_one_process_is_no_group_of_two():
+    with pytest.raises(ValueError, match="`ep_size` must divide"):
+        shard_experts(tiny_model(tiny_config("peer")), 2)
+
+
+def test_a_forward_pass_is_of_one_number_of_tokens(group):
+    forward_pass = ForwardPass(learns=True)
+    assert exchange_tokens(group, torch.zeros(3, 4), forward_pass).most_tokens == 3
+    assert exchange_tokens(group, torch.zeros(2, 4), forward_pass).most_tokens == 3  # another has more
+    message = "A layer runs 4 tokens, and an earlier one of the forward pass told a memory group of 3 at most: do not"
+    with pytest.raises(ValueError, match=message):
+        exchange_tokens(group, torch.zeros(4, 4), forward_pass)
+
+
+def table_in_a_group(expert_kernels):
+    """A table of values, and what a group of one process makes of it."""
+    torch.manual_seed(0)
+    table, split = (
+        ExpertDownProjection(tiny_config("pkm", expert_kernels=expert_kernels), 9, 0.2).requires_grad_(False)
+        for _ in range(2)
+    )
+    split.load_state_dict(table.state_dict() | {"weight": table.weight.normal_()})
+    style, mesh = ExpertValuesExchange(), init_device_mesh("cpu", (1,), mesh_dim_names=("ep",))
+    style.shard_param(split, "weight", mesh)
+    return table, style.install_forward(split, mesh)
+
+
+def test_literal_algorithm_is_replaced_with_a_warning(caplog):
+    table, split = table_in_a_group("eager")
+    weights, indices = torch.rand(3, 4), torch.randint(9, (3, 4))
+    with caplog.at_level(logging.WARNING):
+        output = split(weights, indices)
+    torch.testing.assert_close(output, table(weights, indices))
+    assert 'A memory group runs `expert_kernels="torch"` instead of "eager"' in caplog.text
+
+
+def test_other_kernels_are_not(caplog):
+    _, split = table_in_a_group("torch")
+    with caplog.at_level(logging.WARNING):
+        split(torch.rand(3, 4), torch.randint(9, (3, 4)))
+    assert "instead of" not in caplog.text
