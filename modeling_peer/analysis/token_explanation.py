@@ -57,8 +57,8 @@ class TokenExplanation:
     Args:
         token (`str`): The token, as text.
         layers (`dict[str, list[ExpertUse]]`):
-            For each layer with experts, `"layer_1"` and so on (`"layer_1_default"` for the graft of the adapter of this
-            name), the experts of largest router weight, the largest first.
+            For each layer with experts, `"layer_1"` and so on (`"layer_1_default"` for the graft of the adapter of
+            this name), the experts of largest router weight, the largest first.
     """
 
     token: str
@@ -111,12 +111,14 @@ class ExpertReader:
         self._label_of: dict[ProductKeyRouter, str] = {}
         self._pool_of: dict[ProductKeyRouter, ExpertPool | None] = {}
         self._tables_of: dict[str, dict[int, Any]] = {}
+        self._layers_of: dict[str, tuple[int, ...]] = {}
         for name, experts in select_expert_sets(model, layers).items():
             holder: Any = model.get_submodule(name)
             pools = {each.first_expert: each for each in holder.modules() if isinstance(each, ExpertPool)}
             for router in experts.routers:
                 label = "_".join([f"layer_{layer_index(names[router])}", *graft_label(names[router])])
                 self._label_of[router] = label
+                self._layers_of[label] = experts.layers
                 is_pkm = isinstance(holder, PkmFeedForward)
                 self._pool_of[router] = None if is_pkm else pools[router.generation.first_expert]
                 self._tables_of[label] = (
@@ -131,6 +133,10 @@ class ExpertReader:
     def routers(self, label: str) -> list[ProductKeyRouter]:
         """The routers of a layer, one for each generation."""
         return [router for router, own in self._label_of.items() if own == label]
+
+    def layers(self, label: str) -> tuple[int, ...]:
+        """The indices of the layers that have the experts of a layer: of those that share a pool all."""
+        return self._layers_of[label]
 
     def read(self, **inputs: Any) -> tuple[dict[str, RetrievedExperts], torch.Tensor]:
         """
