@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .analysis.expert_background import ExpertBackground
     from .analysis.expert_mask import masked_experts
     from .analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
+    from .analysis.token_explanation import ExpertUse, TokenExplanation, explain_tokens
     from .continual.freezing import FrozenExperts, freeze_experts
     from .continual.gate_fitting import GateFit, fit_gates
     from .continual.growth import Addition, add_experts, train_added_experts_only
@@ -77,6 +78,7 @@ _LAZY_NAMES = {
     "analysis.expert_background": ("ExpertBackground",),
     "analysis.expert_mask": ("masked_experts",),
     "analysis.expert_usage": ("ExpertUsageCallback", "ExpertUsageMeter", "measure_usage"),
+    "analysis.token_explanation": ("ExpertUse", "TokenExplanation", "explain_tokens"),
     "continual.freezing": ("FrozenExperts", "freeze_experts"),
     "continual.gate_fitting": ("GateFit", "fit_gates"),
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
@@ -143,6 +145,7 @@ __all__ = [
     "ExpertKernelsInterface",
     "ExpertUsageCallback",
     "ExpertUsageMeter",
+    "ExpertUse",
     "FeedForwardInterface",
     "FrozenExperts",
     "GateFit",
@@ -159,10 +162,12 @@ __all__ = [
     "RowAdamW",
     "SparseFinetuningCallback",
     "SplitCheckpointCallback",
+    "TokenExplanation",
     "add_experts",
     "communication_costs",
     "configuration_path",
     "expert_parameter_groups",
+    "explain_tokens",
     "fit_gates",
     "freeze_experts",
     "host_table_device_map",

@@ -1,0 +1,40 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A Space of the Hugging Face Hub in which visitors explore the experts of a model.
+
+Set the variable `MODEL` of the Space to the name of the model on the Hub; `CORPUS`, if it is set, is a text file of
+the Space, of which each paragraph is a context in which experts may be used.
+"""
+
+import os
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_peer.explorer import ExpertContexts, make_app
+
+
+def main() -> None:
+    name = os.environ["MODEL"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    contexts = None
+    if corpus := os.environ.get("CORPUS"):
+        paragraphs = Path(corpus).read_text(encoding="utf-8").split("\n\n")
+        contexts = ExpertContexts.measure(model, tokenizer, paragraphs)
+    make_app(model, tokenizer, contexts=contexts, title=f"Experts of {name}").launch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes a page on which to explore the experts of a model: those of each token of a text, and what they do.
+
+    ./run python examples/make_explorer_page.py --model_name_or_path runs/quickstart/peer-tiny --text "def main():" \
+        --corpus_file README.md --output_file experts.html
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.command_line import parse_arguments
+from modeling_peer.explorer import ExpertContexts, save_explorer_page
+
+
+@dataclass
+class Arguments:
+    """Of which model and text, and where to save it."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a model, or its name on the Hub."})
+    text: list[str] = field(metadata={"help": "One or several texts, between which the reader of the page chooses."})
+    corpus_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Text files in which to look for the contexts that use each expert most, by paragraphs."},
+    )
+    output_file: str = field(default="experts.html", metadata={"help": "Where to save the page."})
+    num_switched_off: int = field(default=8, metadata={"help": "How many experts of each layer it can switch off."})
+
+
+def main() -> None:
+    (arguments,) = parse_arguments((Arguments,), __doc__)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    contexts = None
+    if arguments.corpus_file:
+        files = [Path(file).read_text(encoding="utf-8") for file in arguments.corpus_file]
+        contexts = ExpertContexts.measure(model, tokenizer, [part for file in files for part in file.split("\n\n")])
+    save_explorer_page(
+        model,
+        tokenizer,
+        arguments.text,
+        arguments.output_file,
+        contexts=contexts,
+        title=f"Experts of {arguments.model_name_or_path}",
+        num_switched_off=arguments.num_switched_off,
+    )
+    print(f"The page is in {arguments.output_file}.")
+
+
+if __name__ == "__main__":
+    main()

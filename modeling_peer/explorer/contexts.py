@@ -1,0 +1,149 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""In which contexts of a corpus experts are used most."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..analysis.arguments import check_integer
+from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
+
+
+WINDOW = 8  # tokens on either side of the one that used an expert
+
+
+class Context(NamedTuple):
+    """
+    A place of a corpus at which an expert was used.
+
+    Args:
+        before (`str`): The tokens before it.
+        token (`str`): The token that used the expert.
+        after (`str`): The tokens behind it.
+        weight (`float`): The expert's router weight, of the head that gave it the most.
+    """
+
+    before: str
+    token: str
+    after: str
+    weight: float
+
+
+class _Best:
+    """For each expert of a layer the largest weights so far, and where they were: texts and tokens, -1 if nowhere."""
+
+    def __init__(self, num_experts: int, number: int):
+        self.weights = torch.zeros(num_experts, number)
+        self.texts = torch.full((num_experts, number), -1, dtype=torch.int32)
+        self.tokens = torch.full((num_experts, number), -1, dtype=torch.int32)
+
+    def update(self, text: int, retrieved: RetrievedExperts) -> None:
+        number = self.weights.shape[1]
+        num_tokens, num_active = retrieved.experts.shape
+        order = retrieved.weights.flatten().argsort(descending=True, stable=True)
+        order = order[retrieved.experts.flatten()[order].argsort(stable=True)]
+        experts, counts = retrieved.experts.flatten()[order].unique_consecutive(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        # One row of candidates for each expert: its largest weights of this text.
+        places = starts[:, None] + torch.arange(number)
+        is_own = torch.arange(number) < counts[:, None]
+        entries = order[places.clamp(max=len(order) - 1)]
+        weights = torch.where(is_own, retrieved.weights.flatten()[entries], 0.0)
+        tokens = torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(num_active)[entries]
+        weights, kept = torch.cat([self.weights[experts], weights], dim=1).topk(number, dim=1)
+        for own, new in ((self.texts, torch.full_like(tokens, text)), (self.tokens, tokens)):
+            own[experts] = torch.cat([own[experts], new], dim=1).gather(1, kept)
+        self.weights[experts] = weights
+
+
+@dataclass
+class ExpertContexts:
+    """
+    The contexts of a corpus in which each expert has its largest router weights, as [`ExpertContexts.measure`] finds
+    them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[torch.Tensor] = field(default_factory=list)
+    _best: dict[str, _Best] = field(default_factory=dict)
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[str],
+        *,
+        num_contexts: int = 3,
+        max_length: int = 512,
+        progress_bar: bool = True,
+    ) -> "ExpertContexts":
+        """
+        Read a corpus, text by text. It takes `12 · num_contexts` bytes for each expert of each layer.
+
+        Args:
+            model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.
+            tokenizer ([`PreTrainedTokenizerBase`])
+            texts (iterable of `str`): Those without tokens are skipped.
+            num_contexts (`int`, *optional*, defaults to 3): How many contexts to keep for each expert.
+            max_length (`int`, *optional*, defaults to 512): Number of tokens of a text that are read.
+            progress_bar (`bool`, *optional*, defaults to `True`)
+
+        Raises:
+            `ValueError`: if the model has no experts, or for other arguments.
+        """
+        check_integer("num_contexts", num_contexts)
+        check_integer("max_length", max_length)
+        reader = ExpertReader(model)
+        found = cls(tokenizer)
+        for label in reader.labels:
+            size = max(router.generation.experts.stop for router in reader.routers(label))
+            found._best[label] = _Best(size, num_contexts)
+        device = next(model.parameters()).device
+        for text in tqdm(texts, desc="Reading contexts", disable=not progress_bar):
+            if not text.strip():
+                continue
+            tokens = token_ids(tokenizer, text)[:, :max_length]
+            read, _ = reader.read(input_ids=tokens.to(device))
+            for label, retrieved in read.items():
+                found._best[label].update(len(found.texts), retrieved)
+            found.texts.append(tokens[0])
+        return found
+
+    def of(self, label: str, expert: int) -> list[Context]:
+        """
+        The contexts of an expert, those of largest weight first.
+
+        Args:
+            label (`str`): Name of the layer, such as `"layer_1"`.
+            expert (`int`): Index of the expert.
+        """
+        best = self._best[label]
+        return [
+            self._context(self.texts[text], token, weight)
+            for weight, text, token in zip(
+                *(each[expert].tolist() for each in (best.weights, best.texts, best.tokens)), strict=True
+            )
+            if weight > 0
+        ]
+
+    def _context(self, tokens, place, weight):
+        parts = tokens[max(place - WINDOW, 0) : place], tokens[place : place + 1], tokens[place + 1 :][:WINDOW]
+        return Context(*(self.tokenizer.decode(part.tolist()) for part in parts), weight)

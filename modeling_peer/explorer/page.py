@@ -1,0 +1,77 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The page itself: one file of HTML that needs nothing else, for a model card or a browser without a network."""
+
+import json
+import os
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .contexts import ExpertContexts
+from .findings import explore
+
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def explorer_page(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    contexts: ExpertContexts | None = None,
+    title: str = "Experts",
+    num_switched_off: int = 8,
+) -> str:
+    """
+    Make the page of one or several texts, between which the reader chooses. See [`save_explorer_page`].
+    """
+    found = [{"text": text, **explore(model, tokenizer, text, contexts, num_switched_off)} for text in texts]
+    # Within a script element, "</" would end it.
+    data = json.dumps(found, ensure_ascii=False).replace("</", "<\\/")
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", escape(title)).replace("{{data}}", data)
+
+
+def save_explorer_page(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    file: str | os.PathLike,
+    *,
+    contexts: ExpertContexts | None = None,
+    title: str = "Experts",
+    num_switched_off: int = 8,
+) -> None:
+    """
+    Save a page that shows the experts of every token of a text, layer by layer, and of each expert what it writes, the
+    contexts that use it most, its neighbors among the keys, when it was added, and what the model predicts without it.
+
+    Args:
+        model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.
+        tokenizer ([`PreTrainedTokenizerBase`])
+        texts (iterable of `str`): The reader of the page chooses between them.
+        file (`str` or `os.PathLike`): Where to save it, one file of HTML.
+        contexts ([`ExpertContexts`], *optional*): Of a corpus, see [`ExpertContexts.measure`].
+        title (`str`, *optional*): Heading of the page.
+        num_switched_off (`int`, *optional*, defaults to 8):
+            How many experts of each layer the page can switch off: a forward pass each.
+
+    Raises:
+        `ValueError`: if the model has no experts, or a text no tokens.
+    """
+    page = explorer_page(model, tokenizer, texts, contexts, title, num_switched_off)
+    Path(file).write_text(page, encoding="utf-8")

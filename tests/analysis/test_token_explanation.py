@@ -1,0 +1,139 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What experts do in a text: held against what the layers compute, and against the vocabulary by hand."""
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_peer import explain_tokens, masked_experts
+from modeling_peer.analysis.token_explanation import ExpertReader
+
+
+ADDED = [
+    {"layers": [0], "num_experts": 16, "mode": "protected", "num_retrieval_heads": 1, "num_experts_per_head": 2},
+]
+CONFIGURATIONS = {
+    "peer": tiny_config("peer", "dense", "peer"),
+    "gated": tiny_config("peer", gated_experts=True),
+    "pkm": tiny_config("dense", "pkm"),
+    "shared pool": tiny_config("peer", "dense", "peer", share_experts_across_layers=True),
+    "added": tiny_config("peer", "dense", expert_additions=ADDED),
+    "one per head": tiny_config("peer", num_experts_per_head=1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def model_of(name):
+    model = tiny_model(CONFIGURATIONS[name]).double()
+    torch.nn.init.normal_(model.model.norm.weight)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_coefficients_times_down_projections_are_what_layers_return(name):
+    model = model_of(name)
+    outputs = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(
+            lambda module, args, output, label=f"layer_{number}": outputs.update({label: output[0]})
+        )
+    reader = ExpertReader(model)
+    read, logits = reader.read(input_ids=random_tokens(1, 7))
+    assert list(read) == reader.labels
+    assert set(read) == {f"layer_{i}" for i, kind in enumerate(model.config.feed_forward_types) if kind != "dense"}
+    with torch.no_grad():
+        assert torch.equal(logits, model(random_tokens(1, 7)).logits[0].float())
+    for label, retrieved in read.items():
+        assert retrieved.experts.shape[0] == 7
+        vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
+        sums = (retrieved.coefficients[..., None].double() * vectors).sum(1)
+        torch.testing.assert_close(sums, outputs[label], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_are_explained_by_their_experts_and_these_by_the_vocabulary(name, tokenizer):
+    model = model_of(name)
+    tokens = random_tokens(1, 6)
+    text = tokenizer.decode(tokens[0])
+    explained = explain_tokens(model, tokenizer, text, num_experts=4, num_words=3)
+    assert [each.token for each in explained] == text.split()
+    output = model(tokens, output_router_indices=True, output_router_weights=True)
+    reader = ExpertReader(model)
+    weighted = [place for place, kind in enumerate(model.config.feed_forward_types) if kind in ("peer", "pkm")]
+    for place, layer in enumerate(weighted):
+        # The outputs are of first generations.
+        experts, weights = (each[place][0].flatten(1) for each in (output.router_indices, output.router_weights))
+        for token, explanation in enumerate(explained):
+            uses = explanation.layers[f"layer_{layer}"]
+            assert 1 <= len(uses) <= 4
+            assert [use.weight for use in uses] == sorted((use.weight for use in uses), reverse=True)
+            for use in uses:
+                if use.expert < model.config.num_experts:
+                    own = weights[token][experts[token] == use.expert].sum().item()
+                    assert use.weight == pytest.approx(own, rel=1e-5)
+                vector = reader.down_projections(f"layer_{layer}", torch.tensor([use.expert]))[0]
+                lens = model.lm_head(model.model.norm(vector)) * (1 if use.coefficient >= 0 else -1)
+                assert use.words == tuple(f"w{number}" for number in lens.topk(3).indices.tolist())
+    assert any(use.coefficient < 0 for each in explained for uses in each.layers.values() for use in uses) == (
+        name != "pkm"
+    )
+
+
+def test_experts_of_several_heads_are_named_once(tokenizer):
+    model = tiny_model(tiny_config("peer", num_experts=9, num_retrieval_heads=4))
+    for explanation in explain_tokens(model, tokenizer, "w1 w2 w3", num_experts=12):
+        uses = explanation.layers["layer_0"]
+        assert len({use.expert for use in uses}) == len(uses) <= 9
+        assert sum(use.weight for use in uses) == pytest.approx(4, rel=1e-5)  # a softmax for each head
+
+
+def test_what_is_masked_is_not_there(tokenizer):
+    model = model_of("added")
+
+    def most():
+        explained = explain_tokens(model, tokenizer, "w1 w2 w3 w4 w5 w6", num_experts=99)
+        return max(use.expert for explanation in explained for use in explanation.layers["layer_0"])
+
+    assert most() >= model.config.num_experts
+    with masked_experts(model):
+        assert most() < model.config.num_experts
+
+
+def test_layers_are_chosen(tokenizer):
+    (explanation,) = explain_tokens(model_of("peer"), tokenizer, "w1", layers=2)
+    assert list(explanation.layers) == ["layer_2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": ""}, "`text` must have at least one token, got ''"),
+        ({"text": ["w1"]}, r"`text` must be a string, got \['w1'\] \(list\)"),
+        ({"num_experts": 0}, "`num_experts` must be an integer of at least 1, got 0"),
+        ({"num_words": 1.5}, "`num_words` must be an integer of at least 1, got 1.5"),
+        ({"layers": 1}, r"`layers` must be some of \[0, 2\]"),
+    ],
+)
+def test_other_arguments_are_refused(arguments, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        explain_tokens(model_of("peer"), tokenizer, **{"text": "w1", **arguments})

@@ -1,0 +1,151 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the explorer says of experts, against what is computed by hand."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from modeling_peer import add_experts, masked_experts
+from modeling_peer.analysis.token_explanation import ExpertReader
+from modeling_peer.explorer import ExpertContexts
+from modeling_peer.explorer.app import experts_off
+from modeling_peer.explorer.findings import _neighbors, addition_of, explore
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config("peer", "pkm"))
+
+
+def texts(tokenizer, *lengths):
+    return [tokenizer.decode(random_tokens(length, seed=length)) for length in lengths]
+
+
+def test_contexts_are_those_of_largest_weight(model, tokenizer):
+    corpus = texts(tokenizer, 20, 31, 9)
+    contexts = ExpertContexts.measure(model, tokenizer, ["", *corpus], num_contexts=2, progress_bar=False)
+    reader = ExpertReader(model)
+    seen = 0
+    for label in reader.labels:
+        for expert in range(model.config.num_experts):
+            everywhere = []
+            for text in corpus:
+                tokens = text.split()
+                read, _ = reader.read(input_ids=tokenizer(text, return_tensors="pt")["input_ids"])
+                for place, head in (read[label].experts == expert).nonzero().tolist():
+                    before, after = tokens[max(place - 8, 0) : place], tokens[place + 1 : place + 9]
+                    weight = read[label].weights[place, head].item()
+                    everywhere.append((weight, (" ".join(before), tokens[place], " ".join(after))))
+            expected = sorted(everywhere, key=lambda each: -each[0])[:2]
+            found = contexts.of(label, expert)
+            assert [each.weight for each in found] == [weight for weight, _ in expected]
+            assert [(each.before, each.token, each.after) for each in found] == [place for _, place in expected]
+            seen += len(found)
+    assert seen > 50
+
+
+@pytest.mark.parametrize("fields", [{}, {"sub_keys_per_head": True}, {"query_norm": "rms"}], ids=str)
+def test_neighbors_have_the_most_similar_keys(fields):
+    model = tiny_model(tiny_config("peer", **fields))
+    router = model.model.layers[0].mlp.router
+    keys = router.sub_keys if router.key_norm is None else router.key_norm(router.sub_keys)
+    first, second = (keys[:, half].transpose(0, 1).flatten(1) for half in (0, 1))
+    whole = torch.stack([torch.cat([one, other]) for one in first for other in second])
+    cosines = F.cosine_similarity(whole[:, None], whole[None], dim=-1).fill_diagonal_(-2)
+    for expert in (0, 17, 35):
+        best = cosines[expert].topk(5)
+        assert [index for index, _ in _neighbors(router, expert)] == best.indices.tolist()
+        assert [cosine for _, cosine in _neighbors(router, expert)] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_experts_know_when_they_were_added():
+    model = tiny_model(tiny_config("peer", "peer"))
+    add_experts(model, 13, mode="open")
+    add_experts(model, 16, mode="protected", layers=[1])
+    for layer, last in ((0, None), (1, "addition 2 (protected)")):
+        routers = [model.model.layers[layer].mlp.router, *model.model.layers[layer].mlp.added_routers]
+        said = [addition_of(router, layer, expert) for router in routers for expert in router.generation.experts]
+        assert said == [None] * 36 + ["addition 1 (open)"] * 13 + [last] * (16 if last else 0)
+
+
+def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, tokenizer):
+    (text,) = texts(tokenizer, 12)
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+    found = explore(model, tokenizer, text, num_switched_off=3)
+    json.dumps(found, allow_nan=False)
+    assert found["tokens"] == text.split()
+
+    def assert_predicted(said):
+        with torch.no_grad():
+            logits = model(tokens).logits[0]
+        expected = F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
+        assert said["losses"] == pytest.approx(expected.tolist(), abs=1e-3)
+        for own, shares in zip(said["predictions"], logits.softmax(-1), strict=True):
+            best = shares.topk(4)
+            assert [word for word, _ in own] == [f"w{index}" for index in best.indices.tolist()]
+            assert [share for _, share in own] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+    assert_predicted(found)
+    for layer, label in enumerate(found["experts"]):
+        switched = {expert: own for expert, own in found["experts"][label].items() if "without" in own}
+        assert 1 <= len(switched) <= 3
+        for expert, own in switched.items():
+            with masked_experts(model, int(expert), layers=layer):
+                assert_predicted(own["without"])
+
+
+def test_all_named_experts_are_described(model, tokenizer):
+    (text,) = texts(tokenizer, 30)
+    found = explore(model, tokenizer, text)
+    for label, tokens in found["layers"].items():
+        named = {str(expert) for uses in tokens for expert, *_ in uses}
+        assert named == set(found["experts"][label])
+        for own in found["experts"][label].values():
+            assert len(own["raises"]) == len(own["lowers"]) == 6 and own["raises"] != own["lowers"]
+            assert own["contexts"] == []
+
+
+def test_experts_of_a_description_are_off(model):
+    tokens = random_tokens(1, 5)
+    with torch.no_grad():
+        with experts_off(model, " 0: 3, 5; 1: 7"):
+            found = model(tokens).logits
+        with masked_experts(model, [3, 5], layers=0), masked_experts(model, 7, layers=1):
+            expected = model(tokens).logits
+        assert torch.equal(found, expected)
+        with experts_off(model, " "):
+            assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [("3, 5", "must be like .* got '3, 5'"), ("0: 1;1: x", "got '1: x'"), ("4: 1", r"some of \[0, 1\]")],
+)
+def test_other_descriptions_are_refused_and_nothing_stays_off(model, description, message):
+    with pytest.raises(ValueError, match=message), experts_off(model, description):
+        pass
+    assert all(router.expert_mask is None for router in (layer.mlp.router for layer in model.model.layers))

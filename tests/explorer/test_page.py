@@ -1,0 +1,108 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The page in a browser: what it shows, and what the keyboard does."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_peer.explorer import ExpertContexts, make_app, save_explorer_page
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ENDING = "</script><b>"  # a token that would end the script that holds the data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    words = {f"w{number}": number for number in range(VOCAB_SIZE - 1)} | {ENDING: VOCAB_SIZE - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    model = tiny_model(tiny_config("peer", "pkm"))
+    texts = [f"{ENDING} {tokenizer.decode(random_tokens(10))}", "w1 w2"]
+    contexts = ExpertContexts.measure(model, tokenizer, [tokenizer.decode(random_tokens(99))], progress_bar=False)
+    file = tmp_path_factory.mktemp("explorer") / "page.html"
+    save_explorer_page(model, tokenizer, texts, file, contexts=contexts, title="A < B")
+    return file
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page.read_text(), re.DOTALL)[1])
+
+
+def test_needs_nothing_else(page):
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=|url\(|@import|https?://", text)
+    assert "A &lt; B" in text and "{{" not in text
+    first, second = data_of(page)
+    assert first["tokens"][0] == ENDING and second["tokens"] == ["w1", "w2"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+class TestInABrowser:
+    def shown(self, page, script):
+        """The page after a script has used it."""
+        file = page.with_name("used.html")
+        file.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000"]
+        done = subprocess.run([BROWSER, *flags, file.as_uri()], capture_output=True, text=True, timeout=120)
+        return done.stdout
+
+    def test_tokens_experts_and_switches(self, page):
+        first, _ = data_of(page)
+        (expert, *_), *_ = first["layers"]["layer_0"][3]
+        neighbor = first["experts"]["layer_0"][str(expert)]["neighbors"][0][0]
+        key = 'document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "%s", bubbles: true}));'
+        presses = "".join(key % name for name in ("End", "Home", "ArrowRight", "ArrowRight", "ArrowRight"))
+        shown = self.shown(
+            page,
+            'document.querySelector("#tokens button").focus();'
+            + presses
+            + 'document.querySelector("#layers .expert").click();'
+            + 'const button = document.querySelector(".switch"); if (button) button.click();',
+        )
+        assert f"Token 3: {first['tokens'][3]}" in shown
+        tokens = re.findall(r'<button [^>]*aria-label="[^"]*: (?:the first token|loss [^"]*)"[^>]*>', shown)
+        assert len(tokens) == 11
+        assert ['aria-pressed="true"' in token for token in tokens].index(True) == 3
+        uses = [any(each == expert for each, *_ in own) for own in first["layers"]["layer_0"]]
+        assert ['class="uses"' in token for token in tokens] == uses
+        assert f"Expert {expert} of layer 0" in shown
+        assert str(neighbor) in shown
+        own = first["experts"]["layer_0"][str(expert)]
+        assert ("Switched off" in shown) == ("without" in own)
+        if "without" in own:
+            change = own["without"]["losses"][2] - first["losses"][2]
+            assert f"{abs(change):.2f} without the expert" in shown
+        assert '<div class="context"' in shown
+
+    def test_another_text(self, page):
+        shown = self.shown(
+            page, 'const s = document.querySelector("#text"); s.value = "1"; s.dispatchEvent(new Event("change"));'
+        )
+        assert "Token 0: w1" in shown and 'id="choice"' in shown
+
+
+def test_the_app_names_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match="install the extra `explorer`"):
+        make_app(None, None)
