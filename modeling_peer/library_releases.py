@@ -25,6 +25,7 @@ library's own models do: one that a later release does not read any more has no 
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -229,6 +230,18 @@ def _collective(name: str, name_before: str) -> Callable:
 # `(output, input, group=...)`. `None` where torch is built without `torch.distributed`.
 all_gather = _collective("all_gather_single", "all_gather_into_tensor")
 reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def timeout_of_default_group() -> timedelta | None:
+    """
+    How long collectives of the default process group may take. `None` if a release of torch no longer tells: groups
+    that are made with it have torch's default.
+    """
+    group: Any = torch.distributed.group.WORLD
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
 
 
 def is_flat_parameter(parameter: torch.Tensor) -> bool:

@@ -13,10 +13,13 @@
 # limitations under the License.
 """
 Process groups of all processes for one purpose each: collectives of one never queue behind those of another, as they
-would in the default group, which DistributedDataParallel, FSDP2 and meshes over all processes use.
+would in the default group, which DistributedDataParallel, FSDP2 and meshes over all processes use. They have its
+time-out.
 """
 
 import torch.distributed as dist
+
+from .library_releases import timeout_of_default_group
 
 
 # By purpose, the group and the default group in whose time it was made.
@@ -33,6 +36,6 @@ def group_of_all(purpose: str) -> dist.ProcessGroup:
     world = dist.group.WORLD
     group, made_in = _groups.get(purpose, (None, None))
     if group is None or made_in is not world:
-        group = dist.new_group(group_desc=purpose)
+        group = dist.new_group(timeout=timeout_of_default_group(), group_desc=purpose)
         _groups[purpose] = group, world
     return group

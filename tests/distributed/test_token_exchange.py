@@ -14,6 +14,7 @@
 """What a memory group does in one process, in a group of gloo that the tests join for their time."""
 
 import logging
+from datetime import timedelta
 
 import pytest
 import torch
@@ -24,9 +25,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from modeling_peer import shard_experts
 from modeling_peer.expert_table import ExpertDownProjection
 from modeling_peer.forward_pass import ForwardPass
-from modeling_peer.library_releases import is_at_least
+from modeling_peer.library_releases import is_at_least, timeout_of_default_group
 from modeling_peer.memory_group import ExpertValuesExchange
+from modeling_peer.process_groups import group_of_all
 from modeling_peer.token_exchange import exchange_tokens
+
+
+TIMEOUT = timedelta(hours=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,9 +39,16 @@ def group(tmp_path_factory):
     if not is_at_least("Transformers", "5.24"):
         pytest.skip("memory groups need Transformers 5.24")
     store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1, timeout=TIMEOUT)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_groups_of_all_ranks_have_the_time_out_of_the_default_group(group):
+    assert timeout_of_default_group() == TIMEOUT
+    own = group_of_all("a test")
+    assert own is not group and group_of_all("a test") is own
+    assert own._get_backend(torch.device("cpu")).options._timeout == TIMEOUT
 
 
 def test_in_one_process_a_model_stays_whole():
