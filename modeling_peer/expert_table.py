@@ -41,6 +41,8 @@ class ExpertTable(nn.Embedding):
         super().__init__(num_experts, config.hidden_size)
         self.config = config
         self.init_std = init_std
+        # How many of the last columns are biases, as in a graft.
+        self.num_biases = 0
 
     def reset_parameters(self) -> None:
         """Leave the rows as they were allocated: the model's `_init_weights` fills them, once."""

@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import check_expert_kernels
+from .expert_table import ExpertTable
 from .feed_forward_peer import PeerFeedForward
 from .forward_pass import ForwardPass
 from .gradient_exchange import ReplicatedTables, replicated_tables
@@ -173,6 +174,9 @@ class PeerGraft(PeerFeedForward):
         # For activation checkpointing, which runs a BatchNorm again when the decoder's forward pass is over.
         self.mask_to_recompute_with: torch.Tensor | dict | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
+        for module in self.modules():
+            if isinstance(module, ExpertTable):
+                module.num_biases = int(has_biases)
 
     def init_own_weights(self) -> None:
         """Initialize its own parameters alone, as every module of a PEER model does."""

@@ -49,6 +49,7 @@ from .graft_layer import (
     peer_config_of_base_model,
     watch_decoder,
 )
+from .split_checkpoints import state_dict_to_save
 
 
 MODEL_TYPE = "peer_grafted"
@@ -118,6 +119,9 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         _add_grafts(self)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
+        state_dict = state_dict_to_save(self, kwargs.get("state_dict"))
+        if state_dict is not None:
+            kwargs["state_dict"] = state_dict
         base_class.save_pretrained(self, save_directory, *args, **kwargs)
         write_card(save_directory, GRAFTED_MODEL, auto_class_name)
 

@@ -32,6 +32,7 @@ The styles are Transformers' expert-parallel ones, and the `ep_plan` of feed-for
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
@@ -94,17 +95,28 @@ class MemoryGroup:
     def size(self) -> int:
         return dist.get_world_size(self.columns)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryGroup":
+        return self  # a copy of a model is in the same processes, which torch cannot copy
+
 
 class ExpertColumns(ExpertParallelLayer):
     """A table of which each rank holds some columns. What runs on it is the pool's part."""
 
     def validate_param(self, module, param, mesh, parameter_name=None):
         require_transformers(FIRST_RELEASE, FEATURE)
-        width = module.embedding_dim
+        num_biases = getattr(module, "num_biases", 0)
+        width = module.embedding_dim - num_biases
         if width % mesh.size():
             raise ValueError(
                 f"`ep_size` = {mesh.size()} does not divide the width {width} of {parameter_name}: each rank of a "
                 "memory group owns equally many columns of an expert table."
+            )
+        # With biases, DTensor gives one column more to all processes but the last.
+        of_others = math.ceil(module.embedding_dim / mesh.size()) * (mesh.size() - 1)
+        if module.embedding_dim <= of_others:
+            raise ValueError(
+                f"`ep_size` = {mesh.size()} leaves the last process of a memory group no column of {parameter_name}: "
+                f"its {module.embedding_dim} columns, {num_biases} of them of biases, go to the others."
             )
 
     def shard_param(self, module, param, mesh):
@@ -122,7 +134,7 @@ class ExpertPoolExchange(ExpertParallelLayer):
             raise ValueError(
                 f"The activation of a pool in a memory group must have no parameters, got {module.act_fn}."
             )
-        group = _group_of(mesh)
+        group = MemoryGroup(_group_of(mesh), None)
         module.start_exchange = functools.partial(_start_exchange, group)
         module.forward = functools.partial(_run_pool, module, group)
         return module
@@ -132,7 +144,7 @@ class ExpertValuesExchange(ExpertColumns):
     """A table without neurons, PKM's: likewise, by itself."""
 
     def install_forward(self, module, mesh):
-        module.forward = functools.partial(_run_values, module, _group_of(mesh))
+        module.forward = functools.partial(_run_values, module, MemoryGroup(_group_of(mesh), None))
         return module
 
 
@@ -146,10 +158,10 @@ def _group_of(mesh):
 # A compiler knows neither how many tokens other ranks have, nor the collectives.
 @torch.compiler.disable
 def _start_exchange(
-    group: dist.ProcessGroup, hidden_states: torch.Tensor, forward_pass: ForwardPass | None = None
+    group: MemoryGroup, hidden_states: torch.Tensor, forward_pass: ForwardPass | None = None
 ) -> TokenExchange:
     """See [`ExpertPool.start_exchange`]."""
-    exchange = exchange_tokens(group, hidden_states, forward_pass)
+    exchange = exchange_tokens(group.columns, hidden_states, hidden_states.shape[1], forward_pass)
     exchange.start_to_columns(hidden_states.detach())
     return exchange
 
@@ -157,7 +169,7 @@ def _start_exchange(
 @torch.compiler.disable
 def _run_pool(
     pool: Any,
-    group: dist.ProcessGroup,
+    group: MemoryGroup,
     hidden_states: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
@@ -174,12 +186,10 @@ def _run_pool(
 
 
 @torch.compiler.disable
-def _run_values(
-    table: ExpertTable, group: dist.ProcessGroup, weights: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
+def _run_values(table: ExpertTable, group: MemoryGroup, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The forward of an [`ExpertDownProjection`] in a memory group, with the arguments and the result of its own."""
     down = _own_columns(table)
-    exchange = exchange_tokens(group, weights)
+    exchange = exchange_tokens(group.columns, weights, table.embedding_dim)
     kernels = _kernels(table, down)
     return run_expert_pool(None, indices.int(), weights, None, None, down, None, kernels, exchange)
 
@@ -311,8 +321,8 @@ def _split(model, plan, mesh_manager):
 def shard_experts(model: Any, ep_size: int) -> Any:
     """
     Split the expert tables of a model that is whole, in place, and nothing else: for a model whose other parameters
-    DistributedDataParallel replicates. The tables become those of rank 0, as DDP does with the others. Call it before
-    an optimizer gets the tables.
+    DistributedDataParallel replicates, or for grafts, whose base model may be FSDP2's. The tables become those of rank
+    0, as DDP does with the others. Call it before an optimizer gets the tables.
 
     A model that is too large to be whole in every rank is made by `from_pretrained` or `from_config` with a
     `distributed_config`, which also splits the rest by FSDP2.

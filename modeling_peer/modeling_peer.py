@@ -65,7 +65,7 @@ from .memory_group import (
     tables_left_out,
 )
 from .product_key_router import ProductKeyRouter
-from .split_checkpoints import gather_tables, in_its_own_class, load_parts, refuse_parts
+from .split_checkpoints import gather_tables, in_its_own_class, load_parts, state_dict_to_save
 from .split_initialization import initialized_whole, zero_padding
 from .table_memory import advise_tables, keep_in_host_memory
 from .tensor_parallel import register_parallel_styles
@@ -247,10 +247,9 @@ class PeerPreTrainedModel(PreTrainedModel):
         """
         check_configuration(self.config)
         check_built(self.base_model, self.config)
-        if kwargs.get("state_dict") is None and self.gathered_state_dict is not None:
-            kwargs["state_dict"] = self.gathered_state_dict
-        if kwargs.get("state_dict") is None:
-            refuse_parts(self)
+        state_dict = state_dict_to_save(self, kwargs.get("state_dict"))
+        if state_dict is not None:
+            kwargs["state_dict"] = state_dict
         self._save_directory = save_directory
         variants = custom_variants(self.config.feed_forward_types)
         advise_tables(self, advise_whole_access)

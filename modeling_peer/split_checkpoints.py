@@ -19,6 +19,7 @@ that saves a model never has a whole table in its own memory, and no other proce
 checkpoint is loaded into a split model by taking its own part of each tensor, without communication.
 """
 
+import math
 import mmap
 import os
 import tempfile
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from .expert_table import ExpertTable
 from .memory_group import is_split
@@ -62,8 +64,9 @@ def in_its_own_class(model: Any) -> Any:
 
 def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The state dict of a model whose tables alone are split, by [`shard_experts`], with whole tables. Call it on all
-    processes:
+    The state dict of a model whose tables are split by [`shard_experts`], with whole tables. Other parameters that are
+    trained may be split by FSDP2, and are gathered in memory; frozen ones, as of the base model of an adapter, stay
+    split. Call it on all processes:
 
     ```python
     >>> state_dict = whole_state_dict(model, "path/to/save")
@@ -80,8 +83,14 @@ def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str
         `dict[str, torch.Tensor]`: empty on all processes but the first.
     """
     state_dict = model.state_dict()
-    tables = gather_tables(state_dict, directory)
-    return {**state_dict, **tables} if dist.get_rank() == 0 else {}
+    gathered = gather_tables(state_dict, directory)
+    is_first = dist.get_rank() == 0
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor) and tensor.requires_grad and not is_split(tensor):
+            own: Any = tensor.detach()
+            whole = own.full_tensor()
+            gathered |= {name: whole} if is_first else {}
+    return {**state_dict, **gathered} if is_first else {}
 
 
 def gather_tables(state_dict: Mapping[str, torch.Tensor], directory: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -108,12 +117,15 @@ def _gather(table, directory):
         return None
     is_first = dist.get_rank() == 0
     whole = _mapped(table.shape, table.dtype, directory) if is_first else None
-    num_rows = max(CHUNK_ELEMENTS // table.shape[1], 1)
+    num_rows, width = max(CHUNK_ELEMENTS // table.shape[1], 1), math.ceil(table.shape[1] / len(ranks))
     for start, part in enumerate(table.to_local().split(num_rows)):
-        parts = [torch.empty_like(part) for _ in ranks] if is_first else None
-        dist.gather(part.contiguous(), parts, dst=0, group=group)
+        # Equal parts, also of a width that does not divide: the last process has fewer columns.
+        own = part.new_zeros(len(part), width)
+        own[:, : part.shape[1]] = part
+        parts = [torch.empty_like(own) for _ in ranks] if is_first else None
+        dist.gather(own, parts, dst=0, group=group)
         if whole is not None:
-            whole[start * num_rows :][: len(part)] = torch.cat(parts, dim=1)
+            whole[start * num_rows :][: len(part)] = torch.cat(parts, dim=1)[:, : table.shape[1]]
     return whole
 
 
@@ -127,21 +139,31 @@ def _mapped(shape, dtype, directory):
 
 def has_parts_alone(model: nn.Module) -> bool:
     """
-    Whether a model has parts of tables and Transformers does not know it, as after [`shard_experts`]. `Trainer` saves
-    such a model in one process, which cannot gather them.
+    Whether a model has parts of tables that are not gathered where it is saved, as after [`shard_experts`]: in one
+    process, or by PEFT, which saves an adapter as it is.
     """
     are_split = any(isinstance(each, ExpertTable) and is_split(each.weight) for each in model.modules())
-    return are_split and not getattr(model, "is_distributed_loading_by_transformers", False)
+    are_gathered = isinstance(model, PreTrainedModel) and getattr(
+        model, "is_distributed_loading_by_transformers", False
+    )
+    return are_split and not are_gathered
 
 
-def refuse_parts(model: Any) -> None:
-    """Raise `ValueError` if [`has_parts_alone`] is true of a model that is to be saved."""
-    if has_parts_alone(model):
+def state_dict_to_save(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor] | None:
+    """
+    What to save of a model: the `state_dict` that its `save_pretrained` was given, or what
+    [`SplitCheckpointCallback`] has gathered, or `None` if the model is to be saved as it is. Raises `ValueError` if
+    [`has_parts_alone`] is true of it.
+    """
+    if state_dict is None:
+        state_dict = getattr(model, "gathered_state_dict", None)
+    if state_dict is None and has_parts_alone(model):
         raise ValueError(
             "`shard_experts` split the expert tables of this model, so one process cannot save it. Call "
             "`state_dict = whole_state_dict(model, save_directory)` on all processes first, and pass "
             "`state_dict=state_dict` on the first; or give `Trainer` a `SplitCheckpointCallback`."
         )
+    return state_dict
 
 
 @torch.no_grad()

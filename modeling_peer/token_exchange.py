@@ -20,10 +20,12 @@ never travel. All collectives are those that NCCL and gloo have: all-to-all, all
 parts, so the tokens of all processes are padded to the largest number of them.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from .forward_pass import ForwardPass
 from .library_releases import all_gather, reduce_scatter
@@ -79,11 +81,12 @@ class TokenExchange(NoExchange):
         group (`dist.ProcessGroup`): Each of its processes holds a part of the columns, in the order of their ranks.
         num_tokens (`int`): Number of tokens of this process. May be 0, and differ between processes.
         most_tokens (`int`): The largest number of tokens of a process of the group.
+        width (`int`): Number of columns of whole tables. Where they do not divide, the last process has fewer.
     """
 
     keeps_coefficients = True
 
-    def __init__(self, group: dist.ProcessGroup, num_tokens: int, most_tokens: int):
+    def __init__(self, group: dist.ProcessGroup, num_tokens: int, most_tokens: int, width: int):
         if num_tokens > most_tokens:
             raise ValueError(
                 f"A layer runs {num_tokens} tokens, and an earlier one of the forward pass told a memory group of "
@@ -93,6 +96,11 @@ class TokenExchange(NoExchange):
         self.size = dist.get_world_size(group)
         self.num_tokens = num_tokens
         self.most_tokens = most_tokens
+        self.width = width
+        # Columns of a part, as DTensor splits a dimension, and those of this process. Parts are sent with the columns
+        # that the last one lacks, as all parts have to be equal.
+        self.part = math.ceil(width / self.size)
+        self.own_width = max(min(self.part, width - dist.get_rank(group) * self.part), 0)
         # Each process has the mean loss of its own tokens, and its columns get the gradients of all of them: as the
         # gradients of everything else, they are averaged.
         self.share = 1 / self.size
@@ -123,17 +131,21 @@ class TokenExchange(NoExchange):
             return self.to_columns(tokens)
         (received, _, work), self._started = self._started, None
         work.wait()
-        return received.flatten(0, 1)
+        return self._of_process(received)
 
     def to_columns(self, tokens):
-        return self._all_to_all(self._parts(tokens)).flatten(0, 1)
+        return self._of_process(self._all_to_all(self._parts(tokens)))
 
     def _parts(self, tokens):
-        return self._padded(tokens).unflatten(1, (self.size, -1)).transpose(0, 1)
+        tokens = _with_columns(self._padded(tokens), self.size * self.part)
+        return tokens.unflatten(1, (self.size, self.part)).transpose(0, 1)
+
+    def _of_process(self, parts):
+        return parts.flatten(0, 1)[:, : self.own_width].contiguous()
 
     def to_tokens(self, columns):
-        parts = columns.unflatten(0, (self.size, self.most_tokens))
-        return self._all_to_all(parts).transpose(0, 1).flatten(1)[: self.num_tokens]
+        parts = _with_columns(columns, self.part).unflatten(0, (self.size, self.most_tokens))
+        return self._all_to_all(parts).transpose(0, 1).flatten(1)[: self.num_tokens, : self.width]
 
     def _all_to_all(self, parts):
         """`(size, ...)`, a part for each process -> `(size, ...)`, a part of each process."""
@@ -152,8 +164,14 @@ class TokenExchange(NoExchange):
         return list(sums[: self.num_tokens].to(columns.dtype).chunk(len(tables), dim=1))
 
 
+def _with_columns(matrix, num_columns):
+    """A matrix with as many columns more, of zeros, as it takes to have so many."""
+    missing = num_columns - matrix.shape[1]
+    return F.pad(matrix, (0, missing)) if missing else matrix
+
+
 def exchange_tokens(
-    group: dist.ProcessGroup, tokens: torch.Tensor, forward_pass: ForwardPass | None = None
+    group: dist.ProcessGroup, tokens: torch.Tensor, width: int, forward_pass: ForwardPass | None = None
 ) -> TokenExchange:
     """
     Begin an exchange: in the first of a forward pass the processes tell each other how many tokens they have.
@@ -161,6 +179,7 @@ def exchange_tokens(
     Args:
         group (`dist.ProcessGroup`): See [`TokenExchange`].
         tokens (`torch.Tensor` of shape `(num_tokens, ...)`): Those of this process.
+        width (`int`): Number of columns of whole tables.
         forward_pass (`ForwardPass`, *optional*):
             The forward pass of the model, in all of whose layers there are equally many tokens. Without it, they are
             counted each time.
@@ -172,4 +191,4 @@ def exchange_tokens(
         most = int(count)
     if forward_pass is not None:
         forward_pass.most_tokens = most
-    return TokenExchange(group, len(tokens), most)
+    return TokenExchange(group, len(tokens), most, width)

@@ -13,14 +13,19 @@
 # limitations under the License.
 """The feed-forwards of base models that a graft recognizes, and their linear layers."""
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
 
 # Names of a feed-forward's linear layers: gate, if it has one, up- and down-projection.
 LINEAR_LAYERS = (
@@ -73,6 +78,23 @@ def weight_matrix(layer: Any) -> torch.Tensor:
 def _sizes(layer):
     """`(out_features, in_features)`, also of a layer whose quantized weights are packed."""
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def whole_feed_forward(feed_forward: nn.Module) -> nn.Module:
+    """
+    A feed-forward with whole weights: itself, or a copy with gathered ones if FSDP2 splits them over processes, all of
+    which then take part.
+    """
+    split: list[Any] = [
+        each for each in feed_forward.parameters() if dist.is_available() and isinstance(each, DTensor)
+    ]
+    if not split:
+        return feed_forward
+    # What a copy has in their place.
+    whole: dict[int, Any] = {
+        id(each): nn.Parameter(each.detach().full_tensor(), requires_grad=False) for each in split
+    }
+    return copy.deepcopy(feed_forward, whole)
 
 
 def recognize_feed_forward(module: nn.Module) -> FeedForwardParts | None:

@@ -37,7 +37,9 @@ from ..graft_layer import (
     watch_decoder,
 )
 from ..graft_merged import base_model_type, check_mergeable, merge_grafts
-from .base_feed_forward import FeedForwardParts, recognize_feed_forward
+from ..memory_group import is_split
+from ..split_checkpoints import state_dict_to_save
+from .base_feed_forward import FeedForwardParts, recognize_feed_forward, whole_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft
 from .peft_releases import asking_for_peft
@@ -222,10 +224,11 @@ class PeerGraftModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         layer = target if isinstance(target, PeerGraftLayer) else PeerGraftLayer(target)
-        parts = recognize_feed_forward(layer.base_layer)
+        starts_as_neurons = _starts_as_neurons(peft_config)
+        parts = recognize_feed_forward(whole_feed_forward(layer.base_layer) if starts_as_neurons else layer.base_layer)
         graft = _make_graft(peft_config, self.model.config, parts)
         if not graft.router.sub_keys.is_meta:
-            init_graft(graft, parts, peft_config.placement, _starts_as_neurons(peft_config))
+            init_graft(graft, parts, peft_config.placement, starts_as_neurons)
         layer.add_graft(adapter_name, graft, peft_config.placement)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -280,6 +283,15 @@ class PeerGraftModel(BaseTuner):
                 "adapters."
             )
         yield
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not any(is_split(tensor) for tensor in own.values()):
+            return own
+        # All that was gathered, in the first process.
+        whole = state_dict_to_save(model, None) or {}
+        return {name: whole[name] for name in own if name in whole}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
@@ -442,7 +454,9 @@ def _resolve(config, model, targets):
     activation, gated = "gelu", False
     for name, parts in targets.items() if _starts_as_neurons(config) else ():
         activation, gated = base_activation(model.config.get_text_config()), parts.gate is not None
-        _check_neurons(config, name, _feed_forward_of(model.get_submodule(name)), parts, activation)
+        _check_neurons(
+            config, name, whole_feed_forward(_feed_forward_of(model.get_submodule(name))), parts, activation
+        )
     found = {**_base_fields(model.config), **_feed_forward_fields(targets), **config.layer_fields(activation, gated)}
     for name, value in found.items():
         setattr(config, name, value)

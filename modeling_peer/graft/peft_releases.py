@@ -44,6 +44,7 @@ PRIVATE_METHODS = {
         "_create_and_replace",  # puts a graft at a feed-forward; without it nothing would be injected
         "_replace_module",  # PEFT's own assumes a linear layer
         "_unload_and_optionally_merge",  # merges grafts; without it they would be lost on saving
+        "_get_adapter_state_dict",  # puts gathered tables in the place of a process's columns
         "_remove_adapter_name_from_key",  # without it a saved adapter would have keys that no other name can load
     ),
     "BaseTunerLayer": (

@@ -34,10 +34,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import hand_over, tiny_config
+from cases import VOCAB_SIZE, hand_over, tiny_config
+from graft_models import base_model_of, grafted
+from memory_group import layout
 from safetensors.torch import load_file
 from train import RANK, ROWS, ROWS_PER_STEP, WORLD_SIZE, collate, whole
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import (
@@ -56,6 +58,10 @@ CONFIG = tiny_config("peer", "pkm", "dense")
 SAVED_AT = 3  # of eight steps, in the midst of an epoch
 ROUNDING_SEED = 7
 
+# The base model of a graft has biases, so that its tables have a width that does not divide.
+BASE_MODEL = {"vocab_size": VOCAB_SIZE, "mlp_bias": True}
+GRAFT = {"placement": "in_place", "num_experts": 10**2}
+
 # With tables of 52 MB in bfloat16, beside which all else is small.
 LARGE = tiny_config("peer", "dense", hidden_size=64, num_experts=640**2, query_size=16)
 
@@ -70,7 +76,7 @@ class Watch(TrainerCallback):
         tensors = {
             f"{name}.{key}": whole(value)
             for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items()
+            for key, value in optimizer.state.get(parameter, {}).items()
         }
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         hand_over(self.output, f"{self.name}-{event}-{RANK}", tensors, {"groups": groups})
@@ -97,13 +103,30 @@ def new_model(config, group_size: int, beside_replicas: bool = False, dtype=torc
     return shard_experts(model, group_size) if beside_replicas else model
 
 
-def stock_trainer(model: torch.nn.Module, output: Path, name: str, seed: int, callbacks: list) -> Trainer:
+def base_folder(output: Path) -> Path:
+    """Where this process keeps the base model that grafts are added to."""
+    return output / f"base-{WORLD_SIZE}-{RANK}"
+
+
+def new_graft(output: Path, group_size: int, beside_replicas: bool = False) -> torch.nn.Module:
+    """A graft with biases in a base model, which FSDP2 splits unless it is in replicas."""
+    arguments = {}
+    if WORLD_SIZE > 1 and not beside_replicas:
+        arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE)
+    base_model = LlamaForCausalLM.from_pretrained(base_folder(output), **arguments)
+    model = grafted(base_model, seed=torch.initial_seed(), **GRAFT).train()
+    return shard_experts(model, group_size) if WORLD_SIZE > 1 else model
+
+
+def stock_trainer(
+    model: torch.nn.Module, output: Path, name: str, seed: int, callbacks: list, max_grad_norm: float = 0.5
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=output / name,
         use_cpu=True,
         per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
         num_train_epochs=2,
-        max_grad_norm=0.5,
+        max_grad_norm=max_grad_norm,
         logging_steps=1,
         save_steps=SAVED_AT,
         save_only_model=True,
@@ -142,6 +165,7 @@ def train(
     resumes: str | None = None,
     continues: bool = False,
     killed: bool = False,
+    is_graft: bool = False,
 ) -> None:
     """
     Trains eight steps.
@@ -154,19 +178,25 @@ def train(
         resumes (`str`, *optional*): The training whose checkpoint to resume from.
         continues (`bool`): Whether to resume from the training's own last checkpoint, which has to be found.
         killed (`bool`): Whether the second process is killed before the second checkpoint.
+        is_graft (`bool`): Whether the model is a graft in another one.
     """
     checkpoint = last_complete_checkpoint(output / name) if continues else checkpoint_of(output, resumes)
     # What is resumed starts with other weights, and with another seed of the rounding.
     torch.manual_seed(4 if checkpoint is None else 5)
-    model = new_model(CONFIG, group_size, beside_replicas)
+    arguments = {}
+    if is_graft:
+        model, arguments = new_graft(output, group_size, beside_replicas), {"max_grad_norm": 0.1}
+    else:
+        model = new_model(CONFIG, group_size, beside_replicas)
     seed = ROUNDING_SEED if checkpoint is None else 0
     callbacks = [SplitCheckpointCallback(checkpoint_of(output, resumes)), Watch(output, name, killed)]
-    trainer = stock_trainer(model, output, name, seed, callbacks)
+    trainer = stock_trainer(model, output, name, seed, callbacks, **arguments)
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     facts = {
         "losses": [entry["loss"] for entry in steps],
         "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "layout": layout(trainer.model),
         "wrapper": type(trainer.model_wrapped).__name__,
         "resumed_from": checkpoint,
     }
@@ -222,6 +252,12 @@ def measure(output: Path, name: str, group_size: int) -> None:
             state_dict = whole_state_dict(model, output)
             if RANK == 0:
                 model.save_pretrained(folder, state_dict=state_dict)
+        del model
+        model = shard_experts(grafted(base_model_of("llama", hidden_size=64), num_experts=480**2), group_size)
+        with PeakMemory() as peaks["save_graft"]:
+            state_dict = whole_state_dict(model, output)
+            if RANK == 0:
+                model.save_pretrained(folder, state_dict=state_dict)
     facts = {"table": expected.nbytes, "is_same": is_same, **{key: each.peak for key, each in peaks.items()}}
     hand_over(output, f"{name}-{RANK}", {}, facts)
 
@@ -231,6 +267,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("jobs", type=json.loads, nargs="+")
     arguments = parser.parse_args()
+    if any(job.get("is_graft") for job in arguments.jobs):
+        # Before there is a process group: afterwards only the first process would write.
+        base_model_of("llama", **BASE_MODEL).save_pretrained(base_folder(arguments.output))
     for job in arguments.jobs:
         (measure if job["name"] == "memory" else train)(arguments.output, **job)
     if dist.is_initialized():

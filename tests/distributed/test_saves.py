@@ -31,13 +31,15 @@ from modeling_peer.library_releases import is_at_least
 SAVED_AT = 3
 
 # Of each launch, the number of processes and the trainings, one after the other. A training of "row" in its name has
-# one second moment for each row.
-UNBROKEN = {"whole": {}, "whole-row": {}}
+# one second moment for each row, one of "graft" in its name a graft in a base model.
+UNBROKEN = {"whole": {}, "whole-row": {}, "whole-graft": {"is_graft": True}}
 ON_TWO = {
     "split": {"group_size": 2},
     "split-again": {"group_size": 2, "resumes": "split"},
     "row-replicas": {"group_size": 2, "beside_replicas": True},
     "row-replicas-again": {"group_size": 2, "beside_replicas": True, "resumes": "row-replicas"},
+    "graft": {"group_size": 2, "is_graft": True},
+    "graft-replicas": {"group_size": 2, "is_graft": True, "beside_replicas": True, "resumes": "graft"},
     "from-whole": {"group_size": 2, "resumes": "whole"},
     "fsdp-alone": {"resumes": "split"},
     "memory": {"group_size": 2},
@@ -45,12 +47,14 @@ ON_TWO = {
 ON_FOUR = {
     "two-groups": {"group_size": 2},
     "groups": {"group_size": 2, "resumes": "split"},
+    "graft-groups": {"group_size": 2, "is_graft": True, "resumes": "graft"},
     "row-four": {"group_size": 4, "beside_replicas": True, "resumes": "row-replicas"},
 }
 ON_ONE = {
     "one": {"resumes": "split"},
     "row-one": {"resumes": "row-replicas"},
     "from-groups": {"resumes": "two-groups"},
+    "graft-one": {"is_graft": True, "resumes": "graft"},
 }
 LAUNCHES = [(1, UNBROKEN), (2, ON_TWO), (4, ON_FOUR), (1, ON_ONE)]
 TRAININGS = {
@@ -77,7 +81,8 @@ def output(tmp_path_factory):
 
 
 def unbroken(output, name):
-    return handed_over(output, f"{'whole-row' if 'row' in name else 'whole'}-0")
+    kind = next((f"-{kind}" for kind in ("row", "graft") if kind in name), "")
+    return handed_over(output, f"whole{kind}-0")
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -120,6 +125,28 @@ def test_trainings_are_split_as_they_say(output, name, wrapper):
     assert handed_over(output, f"{name}-1")[1]["wrapper"] == wrapper
 
 
+@pytest.mark.parametrize(
+    ("name", "others"), [("graft", {("fsdp",)}), ("graft-groups", {("fsdp",)}), ("graft-replicas", set())]
+)
+def test_of_a_graft_the_memory_group_splits_tables_and_fsdp_the_base_model(output, name, others):
+    _, facts = handed_over(output, f"{name}-0")
+    of_tables = {tuple(mesh) for key, (mesh, _) in facts["layout"].items() if "expert_pool" in key}
+    of_others = {tuple(mesh) for key, (mesh, _) in facts["layout"].items() if "expert_pool" not in key}
+    assert (of_tables, of_others) == ({("ep",)}, others)
+    assert not any("router" in key for key in facts["layout"])
+    assert max(facts["gradient_norms"]) > 0.1  # steps were clipped
+
+
+@pytest.mark.parametrize("name", ["graft", "graft-replicas", "graft-groups"])
+def test_checkpoints_of_split_grafts_are_ordinary_adapters(output, name):
+    expected, found = output / "whole-graft" / "checkpoint-6", output / name / "checkpoint-6"
+    adapter = "adapter_model.safetensors"
+    assert_same(load_file(found / adapter), load_file(expected / adapter))
+    of_rank = {f"rng_state_{rank}.pth" for rank in range(TRAININGS[name][0])}
+    files = {file.name for file in expected.iterdir()} - {"rng_state.pth"}
+    assert {file.name for file in found.iterdir()} == files | of_rank
+
+
 @pytest.mark.parametrize("name", ["split", "row-replicas", "groups"])
 def test_checkpoints_are_ordinary_ones(output, name):
     """With the whole model in safetensors, and nothing that was only on its way."""
@@ -143,6 +170,7 @@ def test_no_process_has_a_whole_table_in_memory(output):
         assert facts["is_same"]
         assert facts["save"] < table / 4
         assert facts["save_beside_replicas"] < table / 4
+        assert facts["save_graft"] < table / 4
         assert facts["resume"] < table / 4
         # The two tables, of which a process has half.
         assert table <= facts["load"] + table / 50 and facts["load"] < table * 5 / 4

@@ -68,11 +68,11 @@ def test_one_process_is_no_group_of_two():
 
 def test_a_forward_pass_is_of_one_number_of_tokens(group):
     forward_pass = ForwardPass(learns=True)
-    assert exchange_tokens(group, torch.zeros(3, 4), forward_pass).most_tokens == 3
-    assert exchange_tokens(group, torch.zeros(2, 4), forward_pass).most_tokens == 3  # another has more
+    assert exchange_tokens(group, torch.zeros(3, 4), 4, forward_pass).most_tokens == 3
+    assert exchange_tokens(group, torch.zeros(2, 4), 4, forward_pass).most_tokens == 3  # another has more
     message = "A layer runs 4 tokens, and an earlier one of the forward pass told a memory group of 3 at most: do not"
     with pytest.raises(ValueError, match=message):
-        exchange_tokens(group, torch.zeros(4, 4), forward_pass)
+        exchange_tokens(group, torch.zeros(4, 4), 4, forward_pass)
 
 
 def table_in_a_group(expert_kernels):
