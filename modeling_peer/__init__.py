@@ -46,6 +46,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .quantization import PeerQuantizationConfig, dequantize_experts, quantize_experts
 from .table_memory import host_table_device_map
 
 
@@ -156,12 +157,14 @@ __all__ = [
     "PeerGraftedConfig",
     "PeerModel",
     "PeerPreTrainedModel",
+    "PeerQuantizationConfig",
     "RowAdamW",
     "SparseFinetuningCallback",
     "SplitCheckpointCallback",
     "add_experts",
     "communication_costs",
     "configuration_path",
+    "dequantize_experts",
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
@@ -173,6 +176,7 @@ __all__ = [
     "measure_usage",
     "memory_group_bytes",
     "model_costs",
+    "quantize_experts",
     "shard_experts",
     "train_added_experts_only",
     "whole_state_dict",

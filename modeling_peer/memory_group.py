@@ -47,7 +47,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from .expert_operators import run_expert_pool
-from .expert_table import ExpertTable
+from .expert_table import ExpertTable, refuse_quantized
 from .factored_gradient import let_follow
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
@@ -313,6 +313,7 @@ def shard_experts(model: Any, ep_size: int) -> Any:
         `RuntimeError` or `ValueError`: as `from_pretrained` does for a `distributed_config` with this `ep_size`.
     """
     require_transformers(FIRST_RELEASE, FEATURE)
+    refuse_quantized(model, "`shard_experts`")
     ensure_process_group()
     config = check_processes(DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size))
     _refuse_differences("the model", _description(model))
