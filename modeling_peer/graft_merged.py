@@ -49,6 +49,7 @@ from .graft_layer import (
     peer_config_of_base_model,
     watch_decoder,
 )
+from .quantization import register_quantization
 
 
 MODEL_TYPE = "peer_grafted"
@@ -117,6 +118,10 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         base_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
+    def from_pretrained(cls, *args, **kwargs):
+        register_quantization()
+        return base_class.from_pretrained.__func__(cls, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         base_class.save_pretrained(self, save_directory, *args, **kwargs)
         write_card(save_directory, GRAFTED_MODEL, auto_class_name)
@@ -126,6 +131,8 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         "__module__": __name__,
         "config_class": config_class,
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
+        "saves_quantized_experts": True,
         "save_pretrained": save_pretrained,
     }
     model_class = type(name, (base_class,), namespace)
