@@ -195,7 +195,6 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
-    # That a checkpoint says how its tables are quantized, see `quantization.py`.
     saves_quantized_experts = True
     # Set while `Trainer` saves, in one process, what all of them have gathered.
     gathered_state_dict: dict[str, torch.Tensor] | None = None
@@ -285,7 +284,8 @@ class PeerPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
-        refuse_quantized(model, "A model with a `distributed_config`")
+        if distributed_config is not None:
+            refuse_quantized(model, "A model with a `distributed_config`")
         if (getattr(distributed_config, "ep_size", None) or 1) > 1 and mesh_manager is not None:
             form_memory_group(model, distributed_config, mesh_manager)
         with tables_left_out(model):

@@ -212,6 +212,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
             )
     for name in list(tables):
         model.set_submodule(name, quantize_table(tables.pop(name), bits, config.group_size))
+    # A class of models whose checkpoints say how their tables are quantized.
     if getattr(model, "saves_quantized_experts", False):
         _describe(model, config)
     return model

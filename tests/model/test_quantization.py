@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, QuantoConfig
+from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import validate_quantization_for_training
 
 from modeling_peer import (
@@ -290,7 +291,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`add_experts` needs expert tables in floating point.*is quantized"):
             add_experts(model, 25)
         with pytest.raises(ValueError, match="`distributed_config` needs expert tables in floating point"):
-            PeerForCausalLM.maybe_distribute_model(model, None, None)
+            PeerForCausalLM.maybe_distribute_model(model, DistributedConfig(), None)
         with pytest.raises(ValueError, match="Tensor parallelism needs"):
             shard_columns(model.model.layers[0].mlp.expert_pool.up_proj, "weight", None)
 
