@@ -20,6 +20,8 @@ from kernel_cases import experts
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels
+from modeling_peer.native_library import call
+from modeling_peer.quantized_kernels_cpu import SOURCE
 from modeling_peer.quantized_operators import quantized_down, quantized_up
 from modeling_peer.quantized_rows import dequantize, quantize
 
@@ -34,6 +36,8 @@ def quantized_experts(shape, bits, group_size, dtype=torch.float32):
     """hidden states, weights, indices, quantized table, and in float64 what it means"""
     hidden_states, weights, indices, table = experts(*shape, dtype)
     rows = quantize(table, bits, group_size)
+    if bits == 4 and shape[2] % 2:
+        rows.integers[:, -1] |= 0x70  # of no column: nobody reads it
     return hidden_states, weights, indices, rows, dequantize(rows, torch.float64)
 
 
@@ -109,6 +113,16 @@ class TestOperators:
         for operator, first in ((quantized_up, hidden_states), (quantized_down, weights)):
             with pytest.raises(IndexError, match=f"below the number of experts 20, got {index}"):
                 operator(first, indices, *rows, "cpu")
+
+
+def test_nothing_is_written_behind_an_odd_row():
+    """Where the upper half of the last byte is of no column."""
+    _, weights, indices, rows, table = quantized_experts((3, 4, 25, 20), 4, None)
+    output = torch.full((3 * 25 + 1,), 7.0)
+    sizes = 20, 3, 4, 25, 13, rows.bytes_per_scale
+    assert call(SOURCE, "down_4", weights, indices, rows.integers, rows.scales, output, *sizes) == 0
+    assert_near(output[:-1].view(3, 25), EagerKernels.down, weights, indices, table)
+    assert output[-1] == 7
 
 
 @pytest.mark.parametrize(
