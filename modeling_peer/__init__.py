@@ -46,6 +46,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .quantization import PeerQuantizationConfig, dequantize_experts, quantize_experts
 from .table_memory import host_table_device_map
 
 
@@ -159,6 +160,7 @@ __all__ = [
     "PeerGraftedConfig",
     "PeerModel",
     "PeerPreTrainedModel",
+    "PeerQuantizationConfig",
     "RowAdamW",
     "SparseFinetuningCallback",
     "SplitCheckpointCallback",
@@ -166,6 +168,7 @@ __all__ = [
     "add_experts",
     "communication_costs",
     "configuration_path",
+    "dequantize_experts",
     "expert_parameter_groups",
     "explain_tokens",
     "fit_gates",
@@ -178,6 +181,7 @@ __all__ = [
     "measure_usage",
     "memory_group_bytes",
     "model_costs",
+    "quantize_experts",
     "shard_experts",
     "train_added_experts_only",
     "whole_state_dict",

@@ -29,6 +29,7 @@ from .native_library import (
     refuse_index,
 )
 from .product_key_retrieval_cpu import retrieval_gradients, retrieve
+from .quantized_kernels_cpu import quantized_down, quantized_up
 
 
 SOURCE = (
@@ -126,6 +127,8 @@ class CpuKernels:
     and `IndexError` for an expert index that is out of range.
     """
 
+    quantized_up = staticmethod(quantized_up)
+    quantized_down = staticmethod(quantized_down)
     group = staticmethod(group)
     row_gradient = staticmethod(row_gradient)
     squared_norm = staticmethod(squared_norm)

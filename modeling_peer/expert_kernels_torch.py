@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
+from .quantized_rows import QuantizedRows, dequantize
+
 
 # Elements of a piece: 4 MB in float32, which a cache holds.
 PIECE_SIZE = 2**20
@@ -45,6 +47,16 @@ class EagerKernels:
     @staticmethod
     def down(weights: torch.Tensor, indices: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(indices, table).to(weights.dtype)
+        return torch.einsum("ta,tad->td", weights, rows)
+
+    @staticmethod
+    def quantized_up(hidden_states: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
+        rows = dequantize(table.select(indices), hidden_states.dtype)
+        return torch.einsum("td,tad->ta", hidden_states, rows)
+
+    @staticmethod
+    def quantized_down(weights: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
+        rows = dequantize(table.select(indices), weights.dtype)
         return torch.einsum("ta,tad->td", weights, rows)
 
 
@@ -77,6 +89,26 @@ class TorchKernels:
         for piece in _pieces(indices.shape[0], indices.shape[1] * table.shape[1]):
             rows = _accumulated(table[indices[piece]])
             output[piece] = torch.einsum("ta,tad->td", weights[piece].to(rows.dtype), rows)
+        return output
+
+    @staticmethod
+    def quantized_up(hidden_states: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
+        """As `up`, of a table whose rows are quantized. Sums are in float64 for tokens in float64."""
+        output = hidden_states.new_empty(indices.shape)
+        for piece in _pieces(indices.shape[0], indices.shape[1] * table.width):
+            tokens = _accumulated(hidden_states[piece])
+            rows = dequantize(table.select(indices[piece]), tokens.dtype)
+            output[piece] = torch.einsum("td,tad->ta", tokens, rows)
+        return output
+
+    @staticmethod
+    def quantized_down(weights: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
+        """As `down`, of a table whose rows are quantized. Sums are in float64 for weights in float64."""
+        output = weights.new_empty(weights.shape[0], table.width)
+        for piece in _pieces(indices.shape[0], indices.shape[1] * table.width):
+            factors = _accumulated(weights[piece])
+            rows = dequantize(table.select(indices[piece]), factors.dtype)
+            output[piece] = torch.einsum("ta,tad->td", factors, rows)
         return output
 
     @staticmethod

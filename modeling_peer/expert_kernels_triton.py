@@ -21,6 +21,7 @@ import torch
 
 from .factored_gradient_triton import group, row_gradient, squared_norm
 from .product_key_retrieval_triton import retrieval_gradients, retrieve
+from .quantized_kernels_triton import quantized_down, quantized_up
 from .triton_launch import DTYPES, can_run_on, check_indices, launch, row_blocks, tl, triton
 
 
@@ -93,6 +94,8 @@ class TritonKernels:
     out of range then raises `IndexError`.
     """
 
+    quantized_up = staticmethod(quantized_up)
+    quantized_down = staticmethod(quantized_down)
     group = staticmethod(group)
     row_gradient = staticmethod(row_gradient)
     squared_norm = staticmethod(squared_norm)

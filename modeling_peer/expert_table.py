@@ -16,11 +16,20 @@
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .configuration_peer import PeerConfig
 from .expert_kernels import ALL_EXPERT_KERNELS, PLAIN_TENSORS, needs_operator, resolve_kernels
 from .expert_operators import expert_down, expert_up, run_half
+from .library_releases import is_traceable_wrapper_subclass
 from .memory_advice import advise_huge_pages, advise_whole_access
+
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+
+logger = logging.get_logger(__name__)
 
 
 class ExpertTable(nn.Embedding):
@@ -36,6 +45,9 @@ class ExpertTable(nn.Embedding):
         num_experts (`int`): Number of rows.
         init_std (`float`): Standard deviation of the rows at initialization.
     """
+
+    # Whether its rows are integers, see `quantized_table.py`.
+    is_quantized = False
 
     def __init__(self, config: PeerConfig, num_experts: int, init_std: float):
         super().__init__(num_experts, config.hidden_size)
@@ -78,6 +90,13 @@ class ExpertTable(nn.Embedding):
 
     def kernels_on(self, weight: torch.Tensor) -> str:
         """Name of the implementation that runs on `weight`, a part of the table. Raises as [`ExpertTable.kernels`]."""
+        if self.config.expert_kernels == "auto" and is_of_another_library(weight):
+            logger.warning_once(
+                f"An expert table is a {type(weight).__name__}, which PyTorch operations alone can read: its experts "
+                'run on the literal algorithm, `expert_kernels="eager"`, slower than on kernels that read tables. '
+                "`quantize_experts` of modeling_peer makes tables of 8 or 4 bits that they read."
+            )
+            return "eager"
         return resolve_kernels(self.config.expert_kernels, weight)
 
     @property
@@ -131,3 +150,23 @@ class ExpertDownProjection(ExpertTable):
             `torch.Tensor` of shape `(num_tokens, hidden_size)`.
         """
         return self._run("down", expert_down, weights, indices)
+
+
+def is_of_another_library(weight: torch.Tensor) -> bool:
+    """
+    Whether a table is a tensor subclass that has its elements in other tensors, as those have that quantize it. One
+    that torch has split over processes is none.
+    """
+    if type(weight) in PLAIN_TENSORS or not is_traceable_wrapper_subclass(weight):
+        return False
+    return not (torch.distributed.is_available() and isinstance(weight, DTensor))
+
+
+def refuse_quantized(model: nn.Module, purpose: str) -> None:
+    """Raise `ValueError` if a model has expert tables that are quantized. `purpose` starts the message."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertTable) and module.is_quantized:
+            raise ValueError(
+                f"{purpose} needs expert tables in floating point, and {name or 'this one'} is quantized. "
+                "`dequantize_experts` of modeling_peer undoes it."
+            )

@@ -49,6 +49,7 @@ from .graft_layer import (
     peer_config_of_base_model,
     watch_decoder,
 )
+from .quantization import register_quantization
 from .split_checkpoints import state_dict_to_save
 
 
@@ -118,6 +119,10 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         base_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
+    def from_pretrained(cls, *args, **kwargs):
+        register_quantization()
+        return base_class.from_pretrained.__func__(cls, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         state_dict = state_dict_to_save(self, kwargs.get("state_dict"))
         if state_dict is not None:
@@ -130,6 +135,8 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         "__module__": __name__,
         "config_class": config_class,
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
+        "saves_quantized_experts": True,
         "save_pretrained": save_pretrained,
     }
     model_class = type(name, (base_class,), namespace)

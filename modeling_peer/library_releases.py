@@ -261,6 +261,15 @@ except ImportError:
         return None
 
 
+# Without it, experts whose tables are tensor subclasses fail on the kernels for plain tensors.
+try:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+except ImportError:
+
+    def is_traceable_wrapper_subclass(t: object) -> bool:  # type: ignore[misc]
+        return False
+
+
 def active_transforms() -> tuple[str, ...]:
     """The transforms of `torch.func` in which the caller runs, outermost first: `"Grad"`, `"Jvp"`, `"Vmap"`, …"""
     return tuple(each.key().name for each in _interpreter_stack() or ())

@@ -47,7 +47,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from .expert_operators import run_expert_pool
-from .expert_table import ExpertTable
+from .expert_table import ExpertTable, refuse_quantized
 from .factored_gradient import let_follow
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
@@ -339,6 +339,7 @@ def shard_experts(model: Any, ep_size: int) -> Any:
             if experts are frozen.
     """
     require_transformers(FIRST_RELEASE, FEATURE)
+    refuse_quantized(model, "`shard_experts`")
     ensure_process_group()
     _refuse_frozen_rows(model)
     config = check_processes(DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size))

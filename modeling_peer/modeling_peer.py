@@ -41,6 +41,7 @@ from .checkpoint_conversion import register_head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
+from .expert_table import refuse_quantized
 from .feed_forward import (
     ALL_FEED_FORWARDS,
     check_feed_forward_types,
@@ -65,6 +66,7 @@ from .memory_group import (
     tables_left_out,
 )
 from .product_key_router import ProductKeyRouter
+from .quantization import register_quantization
 from .split_checkpoints import gather_tables, in_its_own_class, load_parts, state_dict_to_save
 from .split_initialization import initialized_whole, zero_padding
 from .table_memory import advise_tables, keep_in_host_memory
@@ -193,6 +195,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
         "router_logits": OutputRecorder(MoeRouter, index=2),
     }
+    saves_quantized_experts = True
     # Set while `Trainer` saves, in one process, what all of them have gathered.
     gathered_state_dict: dict[str, torch.Tensor] | None = None
 
@@ -205,6 +208,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         """
         # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
         register_head_selection()
+        register_quantization()
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         keep_in_host_memory(model)
@@ -279,6 +283,8 @@ class PeerPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """As in Transformers, which calls it. With an `ep_size` the tables are split over a memory group first."""
+        if distributed_config is not None:
+            refuse_quantized(model, "A model with a `distributed_config`")
         if (getattr(distributed_config, "ep_size", None) or 1) > 1 and mesh_manager is not None:
             form_memory_group(model, distributed_config, mesh_manager)
         with tables_left_out(model):

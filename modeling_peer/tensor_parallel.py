@@ -20,6 +20,7 @@ import contextlib
 
 import torch
 
+from .expert_table import refuse_quantized
 from .factored_gradient import let_follow
 from .library_releases import PARALLEL_STYLES, TensorParallelLayer, require_transformers
 
@@ -31,6 +32,7 @@ if torch.distributed.is_available():
 
 def shard_columns(module: torch.nn.Module, param: str, mesh: "DeviceMesh") -> None:
     """Replace a parameter of a module, which is the same on all processes of a mesh, by this process's columns."""
+    refuse_quantized(module, "Tensor parallelism")
     weight = module._parameters[param]
     module._parameters[param] = torch.nn.Parameter(
         distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None), requires_grad=weight.requires_grad

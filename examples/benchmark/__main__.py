@@ -28,6 +28,7 @@ resumes, unless --overwrite is given.
 | `experts` | experts of this package without retrieval, in float32 and bfloat16, for even and uneven retrieval |
 | `scaling` | forward against the number of experts and of tokens |
 | `decode` | decoding of whole models, one token at a time |
+| `quantized` | experts in bfloat16, 8 and 4 bits: without retrieval, for many tokens and one, and in decoding |
 
 The floor of an operation is the best time of the machine, in the same benchmark, for the memory traffic of the
 distinct retrieved experts and for the products of queries and keys. A forward reads the row of each retrieved expert,
@@ -58,9 +59,10 @@ from common.text_data import standard_library
 
 TRAINED_INDICES = "trained_indices.pt"
 WORKER = "benchmark.worker"
-SECTIONS = ("forward", "training", "experts", "scaling", "decode")
+SECTIONS = ("forward", "training", "experts", "scaling", "decode", "quantized")
 PRODUCTS = ("query_product", "query_product_dx", "query_product_dw", "key_product")
 ROWS = ("row_read_bag", "row_read_select", "write", "copy")
+INTEGER_ROWS = ROWS[1:]  # torch sums no bags of integers
 VERSIONS = ("torch", "transformers", "PEER-pytorch")
 LAYERS = ("peer", "peer_eager", "peer_pytorch", "doge_cdmoe", "pkm", "pkm_embedding_bag", "dense", "dense_gated")
 
@@ -163,6 +165,18 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
         ),
         "decode": tasks(["peer-tiny", "dense-tiny"], ["decode"], [128**2], [1], hidden_size=128)
         + tasks(["peer-mid", "dense-mid"], ["decode"], largest, [1]),
+        "quantized": tasks(["machine"], ROWS, largest, dtype="bfloat16", **wide)
+        + tasks(["machine"], INTEGER_ROWS, largest, dtype="int8", **wide)
+        + tasks(
+            ["expert_part", "expert_part_int8", "expert_part_int4"],
+            ["forward"],
+            largest,
+            [args.num_tokens, 1],
+            dtype="bfloat16",
+            indices="uniform",
+            **wide,
+        )
+        + tasks(["peer-mid", "peer-mid_int8", "peer-mid_int4"], ["decode"], largest, [1], dtype="bfloat16", **wide),
     }
     order = ["machine", *CONTENDERS]
     wanted = {"machine", *args.contenders}

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path
+from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path, quantize_experts
 from modeling_peer.expert_generations import first_generation
 from modeling_peer.feed_forward_dense import DenseFeedForward
 from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
@@ -157,6 +157,11 @@ def mid_model(task: Task, **fields) -> nn.Module:
     )
 
 
+def expert_part(task: Task) -> nn.Module:
+    """The experts of a layer, without retrieval."""
+    return ExpertPool(peer_config(task), [first_generation(peer_config(task))])
+
+
 # Constructors of contenders by name, in the order of tables and plots.
 CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "peer": lambda task: PeerFeedForward(peer_config(task), 0),
@@ -167,14 +172,21 @@ CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "pkm_embedding_bag": EmbeddingBagMemory,
     "dense": dense,
     "dense_gated": lambda task: DenseFeedForward(peer_config(task), 0),
-    "expert_part": lambda task: ExpertPool(peer_config(task), [first_generation(peer_config(task))]),
+    "expert_part": expert_part,
+    "expert_part_int8": expert_part,
+    "expert_part_int4": expert_part,
     "peer-tiny": named_model("peer-tiny"),
     "dense-tiny": named_model("dense-tiny"),
     "peer-mid": mid_model,
+    "peer-mid_int8": mid_model,
+    "peer-mid_int4": mid_model,
     "dense-mid": lambda task: mid_model(task, feed_forward_types=["dense"] * 12),
 }
-OURS = ("peer", "pkm", "expert_part", "peer-mid", "peer-tiny")
+# Bits of the expert tables of contenders that are quantized when they have their weights.
+BITS = {"expert_part_int8": 8, "expert_part_int4": 4, "peer-mid_int8": 8, "peer-mid_int4": 4}
+OURS = ("peer", "pkm", "expert_part", "peer-mid", "peer-tiny", *BITS)
 NUM_TABLES = {"pkm": 1, "pkm_embedding_bag": 1, "dense": 0, "dense_gated": 0, "dense-tiny": 0, "dense-mid": 0}
+NUM_TABLES |= dict.fromkeys(BITS, 3)  # in bfloat16 first
 
 
 def build(task: Task, device: str) -> nn.Module:
@@ -193,4 +205,4 @@ def build(task: Task, device: str) -> nn.Module:
         values = torch.randn(min(parameter.numel(), 2**22), device=device) * 0.02
         for piece in parameter.data.view(-1).split(len(values)):
             piece.copy_(values[: len(piece)])
-    return module
+    return quantize_experts(module, BITS[task.contender]) if task.contender in BITS else module

@@ -22,6 +22,8 @@ from statistics import median
 import torch
 from matplotlib.figure import Figure
 
+from benchmark.contenders import BITS
+
 
 SIZE = ("hidden_size", "num_experts", "num_tokens", "dtype", "indices")
 LARGE, SMALL = 1024**2, 512**2
@@ -70,11 +72,12 @@ class Results:
 
     def floor(self, section: str, record: dict) -> float | None:
         """The floor of a record in seconds, see `python -m benchmark --help`. `None` if it was not measured."""
-        operation = record["operation"]
-        read = self.rate(section, record, "row_read_bag", "row_read_select")
+        operation, bits = record["operation"], BITS.get(record["contender"])
+        machine = record if bits is None else {**record, "dtype": "int8"}
+        read = self.rate(section, machine, "row_read_bag", "row_read_select")
         if record.get("unique_rows") is None or read is None:
             return None
-        row = record["hidden_size"] * getattr(torch, record["dtype"]).itemsize
+        row = record["hidden_size"] * (bits or 8 * getattr(torch, record["dtype"]).itemsize) / 8
         rows = (1 if record["contender"] == "pkm" else 2) * record["unique_rows"] * row
         reads, writes = {
             "forward": (1, 0),
@@ -89,9 +92,9 @@ class Results:
             min(r["seconds"])
             for name in products
             for r in self.records(section, contender="machine", operation=name, **size)
-            if record["contender"] != "expert_part"
+            if not record["contender"].startswith("expert_part")
         ]
-        return rows * (reads / read + writes / self.rate(section, record, "write")) + sum(times)
+        return rows * (reads / read + writes / self.rate(section, machine, "write")) + sum(times)
 
     def over_floor(self, section: str, **fields) -> float | None:
         """The time of a record divided by its floor."""
@@ -191,6 +194,22 @@ def _half_precision(results):
     return results.ratio("experts", {"dtype": "float32"}, {"dtype": "bfloat16"}, contender="expert_part", **fields)
 
 
+def _integer_gain(results):
+    """How much faster experts are with 8 bits than in bfloat16, over how much faster bare reads of rows are."""
+    ours = _quantized(8, operation="forward", num_tokens=1024)(results)
+    bare = results.ratio(
+        "quantized", {"dtype": "bfloat16"}, {"dtype": "int8"}, contender="machine", operation="row_read_select"
+    )
+    return _divide(_divide(1.0, ours), bare)
+
+
+def _quantized(bits, contender="expert_part", **fields):
+    """The time with quantized tables over that with tables in bfloat16."""
+    return lambda results: results.ratio(
+        "quantized", {"contender": f"{contender}_int{bits}"}, {"contender": contender}, **fields
+    )
+
+
 def _copy_bandwidth(results):
     fields = {"operation": "forward", "indices": "uniform", "num_experts": LARGE, "dtype": "float32"}
     found = [r for r in results.records("experts", contender="expert_part", **fields) if r["seconds"]]
@@ -224,6 +243,15 @@ TARGETS = (
     Target("experts alone: x bfloat16 over float32", _half_precision, 1.6),
     Target("decode, 12 layers, d = 512: time / dense twin", _decode("mid", num_experts=LARGE), 1.3, True),
     Target("decode, peer-tiny: time / dense twin", _decode("tiny"), 1.3, True),
+    Target("experts alone, d = 1024: gain by 8 bits / gain of bare reads", _integer_gain, 0.85),
+    Target(
+        "experts alone, d = 1024: time of 4 bits / bfloat16",
+        _quantized(4, operation="forward", num_tokens=1024),
+        1.0,
+        True,
+    ),
+    Target("decode, 12 layers, d = 1024: time of 8 bits / bfloat16", _quantized(8, "peer-mid"), 1.0, True),
+    Target("decode, 12 layers, d = 1024: time of 4 bits / bfloat16", _quantized(4, "peer-mid"), 1.0, True),
     Target("forward, N = 1024²: x PEER-pytorch", _against_pytorch("forward", "forward", LARGE), 3, device="cuda"),
     Target("step, N = 1024²: x PEER-pytorch", _against_pytorch("training", "step", LARGE), 3, device="cuda"),
     Target("experts alone: unique rows' bytes / copy bandwidth", _copy_bandwidth, 0.8, device="cuda"),

@@ -129,7 +129,7 @@ class LayerRun:
         task = self.task
         self.inputs = [torch.randn(1, task.num_tokens, task.hidden_size, device=self.device, dtype=task.torch_dtype)]
         self.gradient = torch.randn_like(self.inputs[0])
-        if task.contender == "expert_part":
+        if task.contender.startswith("expert_part"):
             indices = draw_indices(task, self.trained_indices).to(self.device)
             weights = torch.rand(indices.shape, device=self.device, dtype=task.torch_dtype)
             self.inputs, self.gradient = [self.inputs[0][0], indices, weights], self.gradient[0]
@@ -157,7 +157,7 @@ class LayerRun:
         if self.steps:
             states = [value for state in self.optimizer.state.values() for value in state.values()]
             facts["state_bytes"] = sum(s.numel() * s.element_size() for s in states if isinstance(s, torch.Tensor))
-        if self.task.contender == "expert_part":
+        if self.task.contender.startswith("expert_part"):
             facts["unique_rows"] = self.inputs[1].unique().numel()
         elif self.task.contender in OURS:
             with torch.no_grad():

@@ -29,7 +29,7 @@ from ..analysis.expert_sets import layer_indices
 from ..configuration_peer import PeerConfig
 from ..expert_additions import check_additions
 from ..expert_generations import generations_of
-from ..expert_table import ExpertTable
+from ..expert_table import ExpertTable, refuse_quantized
 from ..feed_forward_peer import ExpertPool, PeerFeedForward
 from ..key_grid import grid_size
 from ..modeling_peer import PeerPreTrainedModel
@@ -101,8 +101,8 @@ def add_experts(
         [`Addition`]: the indices of the new experts, and how much the outputs changed.
 
     Raises:
-        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or for arguments
-            of another type or out of range. The model is left as it was.
+        `ValueError`: for a model that is no PEER model, has no PEER layer, is quantized or is split over processes, or
+            for arguments of another type or out of range. The model is left as it was.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
@@ -116,6 +116,7 @@ def add_experts(
     """
     check_is_peer_model(model)
     refuse_split_model(model, "Experts are added")
+    refuse_quantized(model, "`add_experts`")
     grown = _peer_layers(model, layers)
     _check_inputs(model, inputs)
     if any(

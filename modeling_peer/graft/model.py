@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..expert_table import refuse_quantized
 from ..gradient_exchange import names_of_tables
 from ..graft_layer import (
     LAYER_FIELDS,
@@ -67,6 +68,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.peer_graft_layer = nn.ModuleDict()
         self.peer_graft_placement: dict[str, str] = {}
+        self.register_state_dict_pre_hook(_refuse_to_save_quantized)
 
     def add_graft(self, adapter_name: str, graft: PeerGraft, placement: str) -> None:
         """Add a graft, on the device of the feed-forward and with parameters of its dtype."""
@@ -139,6 +141,10 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{METHOD_NAME}.{super().__repr__()}"
+
+
+def _refuse_to_save_quantized(layer, prefix, keep_vars):
+    refuse_quantized(layer.peer_graft_layer, "The state dict of an adapter")
 
 
 class PeerGraftModel(BaseTuner):
@@ -265,6 +271,7 @@ class PeerGraftModel(BaseTuner):
             names = "the active adapters" if adapter_names is None else adapter_names
             raise ValueError(f"There is no graft of {names} to merge. `unload()` removes all adapters.")
         for name, layer in layers.items():
+            refuse_quantized(layer.peer_graft_layer, "`merge_and_unload`")
             layer.check_places(adapter_names, name)
             if safe_merge:
                 _check_finite(name, layer.active_grafts(adapter_names))

@@ -91,7 +91,9 @@ class TestContenders:
         ours.load_state_dict(weights)
         assert_close(ours(tokens), rival(tokens))
 
-    @pytest.mark.parametrize("name", [name for name in CONTENDERS if not name.endswith(("tiny", "mid", "part"))])
+    @pytest.mark.parametrize(
+        "name", [name for name in CONTENDERS if not name.endswith(("tiny", "mid", "part", "int8", "int4"))]
+    )
     def test_trains(self, name):
         module, tokens = self.contender(name)
         module(tokens).sum().backward()
@@ -251,6 +253,27 @@ class TestReport:
         rows = target_table(self.results(peer_seconds=[0.3])).splitlines()
         assert any(line.endswith("6.67  missed") for line in rows)
         assert "copy bandwidth" in target_table(self.results(device="NVIDIA H100"))
+
+    def test_of_quantized_tables(self):
+        """The gain by 8 bits is 3, that of bare reads 2."""
+        task = Task("expert_part", "forward", 1024, dtype="bfloat16", indices="uniform")
+        read = replace(task, contender="machine", operation="row_read_select", indices=None)
+        write = replace(read, operation="write")
+        records = [
+            {**asdict(each), "seconds": [seconds], "work": 1e9, "unique_rows": 10**5}
+            for each, seconds in (
+                *((task, 3.0), (replace(task, contender="expert_part_int8"), 1.0), (read, 0.4), (write, 0.1)),
+                *((replace(task, contender="expert_part_int4"), 4.0), (replace(read, dtype="int8"), 0.2)),
+                (replace(write, dtype="int8"), 0.1),
+            )
+        ]
+        results = Results({"quantized": {"settings": {"device": "cpu"}, "measurements": records}})
+        rows = {line[:62].strip(): line[62:].split()[2:] for line in target_table(results).splitlines()}
+        assert rows["experts alone, d = 1024: gain by 8 bits / gain of bare reads"] == ["1.50"]
+        assert rows["experts alone, d = 1024: time of 4 bits / bfloat16"] == ["1.33", "missed"]
+        floors = [results.floor("quantized", records[place]) for place in (0, 1, 4)]
+        elements = 2 * 10**5 * 1024  # at 2.5 GB/s in bfloat16, at 5 GB/s in integers
+        assert floors == pytest.approx([2 * elements / 2.5e9, elements / 5e9, elements / 2 / 5e9])
 
     def test_table(self):
         lines = benchmark.table(self.results(), "training").splitlines()

@@ -26,6 +26,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+import quantize
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
@@ -135,6 +136,22 @@ class TestLanguageModel:
         assert metrics["train_samples"] > 10 * metrics["eval_samples"] > 0
         assert 0 < metrics["eval_expert_usage/layer_1"] <= 1
         assert any("expert_unevenness/layer_1" in entry for entry in history if "loss" in entry)
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_quantized(self, checkpoint, text_file, bits, tmp_path, monkeypatch, capsys):
+        flags = ("--model_name_or_path", checkpoint, "--train_file", text_file, "--block_size", 32)
+        flags += ("--bits", bits, "--output_dir", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, flags)])
+        quantize.main()
+        figures = results(tmp_path, "quantization.json")
+        assert figures["perplexity_before"] == pytest.approx(results(checkpoint)["perplexity"], rel=1e-4)
+        assert figures["perplexity_after"] == pytest.approx(figures["perplexity_before"], rel=1e-2)
+        assert figures["perplexity_after"] != figures["perplexity_before"]
+        assert figures["table_bytes_before"] == 2 * 64 * 32 * 4
+        assert figures["table_bytes_after"] == 2 * 64 * (32 * bits // 8 + 2)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.quantization_config.bits == bits
+        assert f"{figures['table_bytes_after']:,} bytes" in capsys.readouterr().out
 
     def test_checkpoint_loads(self, checkpoint):
         model = AutoModelForCausalLM.from_pretrained(checkpoint)

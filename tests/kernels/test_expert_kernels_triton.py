@@ -28,11 +28,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_peer import expert_kernels_triton
+from modeling_peer import expert_kernels_triton, quantized_kernels_triton
 from modeling_peer.expert_kernels import resolve_kernels
 from modeling_peer.expert_kernels_torch import EagerKernels
 from modeling_peer.expert_kernels_triton import TritonKernels
 from modeling_peer.expert_operators import expert_down, expert_up, run_expert_pool
+from modeling_peer.quantized_rows import dequantize, quantize
 
 
 NUM_EXPERTS = 20
@@ -141,6 +142,42 @@ class TestHalves:
         expected = TritonKernels.up(hidden, indices, table)
         monkeypatch.setenv("MODELING_PEER_CHECK_INDICES", "1")
         assert TritonKernels.up(hidden, indices, table).equal(expected)
+
+
+# tokens, active experts, width: a block and a rest, one token, an odd width, and more columns than a program holds.
+QUANTIZED_SHAPES = [(9, 7, 130), (1, 7, 64), (2, 5, 25), (1, 2, 8200), (0, 7, 24)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shape", QUANTIZED_SHAPES, ids=str)
+@pytest.mark.parametrize("bits, group_size", [(8, None), (8, 24), (4, 16)])
+class TestQuantized:
+    @staticmethod
+    def inputs_of(shape, bits, group_size):
+        num_tokens, active, width = shape
+        generator = torch.Generator().manual_seed(0)
+        hidden, weights, table = (
+            torch.randn(each, generator=generator) / math.sqrt(width)
+            for each in ((num_tokens, width), (num_tokens, active), (NUM_EXPERTS, width))
+        )
+        rows = quantize(table, bits, group_size)
+        if bits == 4 and width % 2:
+            rows.integers[:, -1] |= 0x70  # of no column: nobody reads it
+        indices = torch.randint(NUM_EXPERTS, (num_tokens, active), generator=generator)
+        return hidden, weights, indices, rows, dequantize(rows, torch.float64)
+
+    def test_up(self, shape, bits, group_size):
+        hidden, _, indices, rows, table = self.inputs_of(shape, bits, group_size)
+        output = TritonKernels.quantized_up(hidden, indices, rows)
+        assert_rounded_once(output, EagerKernels.up(hidden.double(), indices, table))
+
+    @pytest.mark.parametrize("many", [False, True], ids=["few-tokens", "many-tokens"])
+    def test_down(self, shape, bits, group_size, many, monkeypatch):
+        monkeypatch.setattr(quantized_kernels_triton, "MANY_TOKENS", 0 if many else math.inf)
+        _, weights, indices, rows, table = self.inputs_of(shape, bits, group_size)
+        output = TritonKernels.quantized_down(weights.bfloat16(), indices, rows)
+        assert output.dtype == torch.bfloat16
+        assert_rounded_once(output, EagerKernels.down(weights.bfloat16().double(), indices, table))
 
 
 @pytest.mark.interpreted

@@ -20,11 +20,12 @@ import pytest
 import torch
 from triton_compiler import compile_launch, missing_target, recorded_launches
 
-from modeling_peer import expert_kernels_triton
+from modeling_peer import expert_kernels_triton, quantized_kernels_triton
 from modeling_peer.expert_kernels_triton import TritonKernels
 from modeling_peer.gradient_factors import Entries, EntryGroups, Factors
 from modeling_peer.optim import row_adamw_triton
 from modeling_peer.product_key_retrieval_triton import _select_pairs_of, score_halves, select
+from modeling_peer.quantized_rows import quantize
 
 
 # Where its wheels are, Triton is a part of the test environment, and its absence a failure.
@@ -96,6 +97,34 @@ def test_halves(target, many, monkeypatch, tmp_path):
         assert_wide_loads(code, options, target)
         # Interpreted, bfloat16 is truncated. Compiled, it is rounded.
         assert ("cvt.rn.bf16" in code.ptx) == (target.dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "target, bits, group_size, many",
+    [
+        (TARGETS[0], 8, None, True),
+        (TARGETS[0], 4, 64, False),
+        (TARGETS[2], 4, 64, True),
+        (TARGETS[5], 8, None, False),
+    ],
+    indirect=["target"],
+    ids=str,
+)
+def test_quantized_halves(target, bits, group_size, many, monkeypatch, tmp_path):
+    monkeypatch.setattr(quantized_kernels_triton, "MANY_TOKENS", 0 if many else 100)
+    hidden, weights = (torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32)))
+    rows = quantize(torch.zeros(4, target.width), bits, group_size)
+    indices = torch.zeros(2, 32, dtype=torch.int64)
+    launches = recorded_launches(
+        lambda: (
+            TritonKernels.quantized_up(hidden, indices, rows),
+            TritonKernels.quantized_down(weights, indices, rows),
+        )
+    )
+    codes = compiled(launches, target, tmp_path)
+    assert codes.keys() == {"_quantized_up", "_quantized_down"}
+    for code, _ in codes.values():
+        assert_small(code, 255)
 
 
 def factors_of(target):

@@ -250,6 +250,10 @@ again = AutoModelForCausalLM.from_pretrained(folder + "/again", trust_remote_cod
 assert torch.equal(again(tokens).logits, expected)
 fewer = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_retrieval_heads=1)
 assert fewer.config.num_experts_per_tok == 3
+quantization = sys.modules[type(model).__module__.rpartition(".")[0] + ".quantization"]
+quantization.quantize_experts(model, bits=4).save_pretrained(folder + "/quantized")
+quantized = AutoModelForCausalLM.from_pretrained(folder + "/quantized", trust_remote_code=True)
+assert torch.equal(quantized(tokens).logits, model(tokens).logits)
 assert "modeling_peer" not in sys.modules
 print("loaded", type(model).__module__)
 """
@@ -268,6 +272,12 @@ import modeling_peer
 package = AutoModelForCausalLM.from_pretrained(folder)
 assert type(package) is modeling_peer.PeerForCausalLM and type(copy) is not type(package)
 copy_again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_retrieval_heads=1)
+# Each quantizes tables of its own, whichever was loaded last.
+config = modeling_peer.PeerQuantizationConfig(bits=4)
+quantized = [type(each).from_pretrained(folder, quantization_config=config) for each in (copy, package, copy)]
+quantized[1].save_pretrained(folder + "/quantized")
+quantized.append(type(copy).from_pretrained(folder + "/quantized"))
+assert all(torch.equal(each(tokens).logits, quantized[0](tokens).logits) for each in quantized)
 for model in (copy, package):
     assert torch.equal(model(tokens).logits, expected)
     loss = model(tokens, labels=tokens, output_router_indices=True)

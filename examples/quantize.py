@@ -1,0 +1,111 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Quantizes the expert tables of a checkpoint, and compares its perplexity on held-out text before and after.
+
+    python examples/quantize.py --model_name_or_path runs/quickstart/peer-tiny --bits 4 --block_size 256 \
+        --output_dir runs/peer-tiny-4-bit
+
+The model is saved in --output_dir with its tokenizer, and loads as every other checkpoint; the figures are in
+`quantization.json` there. The text is the Python standard library unless --dataset_name or --train_file gives another.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from run_clm import evaluate_perplexity, load_text, make_trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from common.command_line import parse_arguments
+from common.model_arguments import ModelArguments, load_config
+from common.text_data import DataTrainingArguments
+from common.training import setup_logging
+from modeling_peer import ExpertUsageCallback, quantize_experts
+from modeling_peer.expert_table import ExpertTable
+
+
+@dataclass
+class QuantizationArguments:
+    """How tables are quantized, and where the result goes."""
+
+    output_dir: str = field(metadata={"help": "Folder of the quantized checkpoint."})
+    bits: int = field(default=8, metadata={"help": "Bits of an element, 8 or 4."})
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "Columns of a row that share a scale. The whole row with 8 bits, and 64 with 4 bits."},
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Sequences that are evaluated at a time."})
+
+
+@dataclass
+class Figures:
+    """Held-out perplexities, and bytes of all expert tables."""
+
+    perplexity_before: float
+    perplexity_after: float
+    table_bytes_before: int
+    table_bytes_after: int
+
+    def __str__(self) -> str:
+        change = self.perplexity_after / self.perplexity_before - 1
+        return (
+            f"perplexity    {self.perplexity_before:.4f} → {self.perplexity_after:.4f} ({change:+.3%})\n"
+            f"expert tables {self.table_bytes_before:,} → {self.table_bytes_after:,} bytes"
+        )
+
+
+def table_bytes(model: nn.Module) -> int:
+    """Bytes of all expert tables of a model, with their scales."""
+    tables = [module for module in model.modules() if isinstance(module, ExpertTable)]
+    return sum(parameter.nbytes for table in tables for parameter in table.parameters())
+
+
+def perplexity(trainer: Trainer) -> float:
+    """The perplexity of the model of a trainer on the held-out set."""
+    return evaluate_perplexity(trainer, ExpertUsageCallback())["perplexity"]
+
+
+def main():
+    args, model_args, data_args = parse_arguments(
+        (QuantizationArguments, ModelArguments, DataTrainingArguments), __doc__
+    )
+    if model_args.is_new:
+        raise ValueError("--model_name_or_path must name the checkpoint to quantize.")
+    training_args = TrainingArguments(
+        output_dir=args.output_dir,
+        do_eval=True,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        report_to="none",
+    )
+    setup_logging(training_args)
+    config = load_config(model_args)
+    tokenizer, blocks = load_text(model_args, data_args, training_args, config)
+    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks)
+    model = trainer.model
+    before = perplexity(trainer), table_bytes(model)
+    quantize_experts(model, args.bits, args.group_size)
+    after = perplexity(trainer), table_bytes(model)
+    figures = Figures(before[0], after[0], before[1], after[1])
+
+    folder = Path(args.output_dir)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "quantization.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    print(figures)
+
+
+if __name__ == "__main__":
+    main()
