@@ -23,20 +23,69 @@ from pathlib import Path
 from typing import Literal
 
 import datasets
+import torch
 import transformers
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 
+from common.command_line import UsageError
+from common.run_estimate import RunEstimateCallback
 from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
 
 
 logger = logging.getLogger(__name__)
+
+
+# The learning rate of the scaling study at its reference size, which was the best of three, times that size: wider
+# models need smaller ones. It was tried from 32 to 128, and at 768 gives what is usual there, 3.3e-4.
+RATE_TIMES_HIDDEN_SIZE = 4e-3 * 64
+MAX_LEARNING_RATE = 4e-3
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for a new model, and the learning rate by the size of the model."""
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate. Defaults to 5e-5 for a checkpoint, and to 0.256 / `hidden_size`, at most "
+            "4e-3, for a new model."
+        },
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Name of the learning rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+    eval_steps: float | None = field(
+        default=500, metadata={"help": "Steps between evaluations with --eval_strategy steps."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Whether batches are in pinned memory."}
+    )
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise UsageError("There is no folder to save to: --output_dir runs/NAME.")
+        super().__post_init__()
+
+    def set_learning_rate(self, config: PreTrainedConfig, is_new: bool) -> None:
+        """Sets the learning rate for a model with this configuration, new or a checkpoint, unless it is given."""
+        if self.learning_rate is None:
+            rate = min(MAX_LEARNING_RATE, RATE_TIMES_HIDDEN_SIZE / config.hidden_size) if is_new else 5e-5
+            self.learning_rate = float(f"{rate:.2g}")
 
 
 @dataclass
@@ -107,23 +156,24 @@ def make_optimizers(
 
 def setup_logging(training_args: TrainingArguments) -> None:
     """
-    Sets the log level of this process to `--log_level` or `--log_level_replica`; `info` on the main process by
-    default.
+    Makes the main process show what the examples say and warnings of libraries, and the other ones warnings alone.
+    `--log_level` and `--log_level_replica` set one level for all.
     """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
         handlers=[logging.StreamHandler(sys.stdout)],
     )
-    if training_args.should_log:
-        transformers.utils.logging.set_verbosity_info()
     log_level = training_args.get_process_log_level()
     logging.getLogger().setLevel(log_level)
+    if training_args.should_log and training_args.log_level == "passive":
+        logging.getLogger("common").setLevel(logging.INFO)
+        logging.getLogger("__main__").setLevel(logging.INFO)
     datasets.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.enable_default_handler()
     transformers.utils.logging.enable_explicit_format()
-    logger.info(f"Training/evaluation parameters {training_args}")
+    logger.debug(f"Training/evaluation parameters {training_args}")
 
 
 def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: TrainingArguments) -> list[str]:
@@ -131,10 +181,10 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     needed = {"train": training_args.do_train, "validation": training_args.do_eval}
     splits = [split for split, is_needed in needed.items() if is_needed]
     if not splits:
-        raise ValueError("There is nothing to do: add --do_train, --do_eval or both.")
+        raise UsageError("There is nothing to do: add --do_train, --do_eval or both.")
     for split in splits:
         if split not in datasets:
-            raise ValueError(
+            raise UsageError(
                 f"There is no {split!r} set, only {sorted(datasets)}: choose other data, or leave out "
                 f"{'--do_train' if split == 'train' else '--do_eval'}."
             )
@@ -178,6 +228,7 @@ def run(
     usage = ExpertUsageCallback()
     # Before the reporting integrations, so that they receive what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, usage)
+    trainer.add_callback(RunEstimateCallback())
     metrics = {}
     if trainer.args.do_train:
         train(trainer, checkpoint)
