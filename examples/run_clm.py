@@ -188,7 +188,14 @@ def main():
         training_args.set_learning_rate(config, model_args.is_new)
         tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
         trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
-        run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)
+        run(
+            trainer,
+            checkpoint,
+            evaluate_perplexity,
+            tasks="text-generation",
+            dataset=data_args.dataset_name,
+            data=data_args.description,
+        )
 
 
 if __name__ == "__main__":

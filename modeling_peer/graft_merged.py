@@ -119,7 +119,7 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         base_class.save_pretrained(self, save_directory, *args, **kwargs)
-        write_card(save_directory, GRAFTED_MODEL, auto_class_name)
+        write_card(save_directory, GRAFTED_MODEL, auto_class_name, self)
 
     name = f"{CLASS_PREFIX}{base_class.__name__}"
     namespace = {

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, make_dataclass
-from typing import NoReturn, get_type_hints
+from typing import get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -36,7 +36,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 def parse_arguments(dataclass_types: tuple[type, ...], description: str, main_flags: Sequence[str] = ()) -> tuple:
     """
     Parses the command line, or the JSON file that is its only argument, into one object of each dataclass. A
-    [`UsageError`] of a dataclass ends the program with its message.
+    `ValueError` of a dataclass ends the program with its message.
 
     Args:
         dataclass_types (`tuple[type]`): Dataclasses whose fields are the flags.
@@ -57,7 +57,7 @@ def parse_arguments(dataclass_types: tuple[type, ...], description: str, main_fl
         usage="%(prog)s [--flag value ...]",
         formatter_class=_HelpFormatter,
     )
-    with ends_on_usage_error():
+    with ends_on_usage_error(ValueError):
         if len(words) == 1 and words[0].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(words[0]))
         return parser.parse_args_into_dataclasses(words)
@@ -73,17 +73,13 @@ def _main_dataclass(dataclass_types, names):
 
 
 @contextmanager
-def ends_on_usage_error() -> Iterator[None]:
-    """Ends the program on a [`UsageError`] in this context, with one line and the exit code of wrong flags, 2."""
+def ends_on_usage_error(error_type: type[ValueError] = UsageError) -> Iterator[None]:
+    """Ends the program on an error of this type, with its message and the exit code of wrong flags, 2."""
     try:
         yield
-    except UsageError as error:
-        _exit(error)
-
-
-def _exit(error: UsageError) -> NoReturn:
-    print(f"{_program()}: error: {error}", file=sys.stderr)
-    sys.exit(2)
+    except error_type as error:
+        print(f"{_program()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _program():

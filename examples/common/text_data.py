@@ -98,6 +98,15 @@ class DatasetArguments:
         """The files, folders and patterns that are named."""
         return [*(self.train_file or []), *(self.validation_file or [])]
 
+    @property
+    def description(self) -> str:
+        """What the training set is, without where it is on this machine."""
+        if self.dataset_name is not None:
+            return " ".join(filter(None, [self.dataset_name, self.dataset_config_name]))
+        if self.train_file:
+            return "files of " + ", ".join(Path(name).name for name in self.train_file)
+        return f"the source code of the standard library of Python {sys.version_info[0]}.{sys.version_info[1]}"
+
 
 @dataclass
 class DataTrainingArguments(DatasetArguments):

@@ -19,12 +19,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
     PreTrainedConfig,
@@ -33,26 +35,48 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
+from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder
 from common.command_line import UsageError
 from common.run_estimate import RunEstimateCallback
 from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
+from modeling_peer.checkpoint_card import base_model_of, how_to_use
 
 
 logger = logging.getLogger(__name__)
 
 
-# The learning rate of the scaling study at its reference size, which was the best of three, times that size: wider
-# models need smaller ones. It was tried from 32 to 128, and at 768 gives what is usual there, 3.3e-4.
+# The learning rate of the scaling study at its reference size, the best of three, times that size: wider models need
+# smaller ones. At `hidden_size` 128 it is that of the quickstart, at 768 what is usual there, 3.3e-4.
 RATE_TIMES_HIDDEN_SIZE = 4e-3 * 64
 MAX_LEARNING_RATE = 4e-3
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for a new model, and the learning rate by the size of the model."""
+class ExampleTrainingArguments(TrainingArguments):
+    """`TrainingArguments` that need a folder to save to, with logs from the first step on."""
+
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+    eval_steps: float | None = field(
+        default=500, metadata={"help": "Steps between evaluations with --eval_strategy steps."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Whether batches are in pinned memory."}
+    )
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise UsageError("There is no folder to save to: --output_dir runs/NAME.")
+        super().__post_init__()
+
+
+@dataclass
+class PretrainingArguments(ExampleTrainingArguments):
+    """Training arguments with defaults for a new model, and the learning rate by the size of the model."""
 
     learning_rate: float | None = field(
         default=None,
@@ -67,19 +91,6 @@ class PretrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
     )
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between logs; below 1, a share of all steps."})
-    eval_steps: float | None = field(
-        default=500, metadata={"help": "Steps between evaluations with --eval_strategy steps."}
-    )
-    dataloader_pin_memory: bool = field(
-        default=torch.accelerator.is_available(), metadata={"help": "Whether batches are in pinned memory."}
-    )
-
-    def __post_init__(self):
-        if self.output_dir is None:
-            raise UsageError("There is no folder to save to: --output_dir runs/NAME.")
-        super().__post_init__()
 
     def set_learning_rate(self, config: PreTrainedConfig, is_new: bool) -> None:
         """Sets the learning rate for a model with this configuration, new or a checkpoint, unless it is given."""
@@ -209,6 +220,7 @@ def run(
     trainer: Trainer,
     checkpoint: str | None = None,
     evaluation: Callable[[Trainer, ExpertUsageCallback], dict[str, float]] | None = None,
+    data: str | None = None,
     **card: str | None,
 ) -> dict[str, float]:
     """
@@ -220,6 +232,7 @@ def run(
         evaluation (`Callable`, *optional*):
             Function that takes the trainer and a callback that measures expert usage, and returns metrics. Defaults to
             [`evaluate`].
+        data (`str`, *optional*): What the model is trained on, for its card.
         card: Contents of the card of a pushed model, see `Trainer.push_to_hub`.
 
     Returns:
@@ -232,13 +245,47 @@ def run(
     metrics = {}
     if trainer.args.do_train:
         train(trainer, checkpoint)
+        save_description(trainer, data)
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
+        if any("expert_usage" in name for name in metrics):
+            logger.info(USAGE_GUIDE)
     if trainer.args.push_to_hub:
+        trainer.create_model_card = partial(write_training_card, trainer)
         trainer.push_to_hub(**card)
     return metrics
+
+
+def save_description(trainer: Trainer, data: str | None) -> None:
+    """Saves what the card of a model says of its training."""
+    if trainer.is_world_process_zero():
+        description = {
+            "data": data,
+            "base_model": base_model_of(trainer.model),
+            "settings": extract_hyperparameters_from_trainer(trainer),
+        }
+        if isinstance(trainer.optimizer, AcceleratedOptimizer) and isinstance(trainer.optimizer.optimizer, RowAdamW):
+            description["settings"]["optimizer"] = "RowAdamW"
+        file = Path(trainer.args.output_dir, TRAINING_FILE)
+        file.write_text(json.dumps(description, indent=2, default=str), encoding="utf-8")
+
+
+def write_training_card(trainer: Trainer, **card: Any) -> None:
+    """
+    Writes the README.md of a model that its trainer pushes: for a language model as `push_to_hub.py` does, for others
+    that of `Trainer`, and how to load the model.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder, model = Path(trainer.args.output_dir), trainer.model
+    if type(model)._auto_class == "AutoModelForCausalLM":
+        text = str(card_of_folder(folder, trainer.hub_model_id, model.config, dataset_name=card.get("dataset")))
+    else:
+        Trainer.create_model_card(trainer, **card)
+        text = (folder / "README.md").read_text(encoding="utf-8") + "\n" + how_to_use(model)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def train(trainer: Trainer, checkpoint: str | None = None) -> None:

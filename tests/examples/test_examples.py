@@ -40,6 +40,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    Trainer,
     TrainingArguments,
 )
 
@@ -53,8 +54,14 @@ from common.text_data import (
     tokenize_into_blocks,
     train_tokenizer,
 )
-from common.training import OptimizerArguments, PretrainingArguments, make_optimizers
-from modeling_peer import PeerConfig, PeerForSequenceClassification, configuration_path, model_costs
+from common.training import (
+    OptimizerArguments,
+    PretrainingArguments,
+    make_optimizers,
+    save_description,
+    write_training_card,
+)
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, configuration_path, model_costs
 
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +154,7 @@ class TestLanguageModel:
         assert re.search(r"seconds per step: the remaining 1 steps take 0:00:0\d.*GB of memory were in use", printed)
         assert printed.index("'loss'") < printed.index("seconds per step") < printed.index("train metrics")
         assert "perplexity" in printed.split("eval metrics")[1]
+        assert "log N if one gets all" in printed.split("eval metrics")[1]  # what usage and unevenness are
         assert not re.search("deprecat|TrainingArguments|PeerConfig", printed)
 
     def test_new_models_train_at_the_rates_of_the_study(self, tmp_path):
@@ -456,6 +464,11 @@ def test_quickstart(run, tmp_path):
     assert set(compared["peer-tiny"]["expert_usage"]) == {
         f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
     }
+    assert "log N if one gets all" in " ".join(printed.split())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peer-tiny")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text = tokenizer.apply_chat_template([*chat, chat[0]], tokenize=False, add_generation_prompt=True)
+    assert text == "user: Hi\nassistant: Hello<|endoftext|>\nuser: Hi\nassistant:"
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "class LineReader" in printed
     assert "layer 1: " in printed
@@ -488,6 +501,33 @@ class TestHub:
         values = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
         assert 'from_pretrained("user/counting")' in card.text and "# counting\n" in card.text
+        assert 'from_pretrained("user/counting", trust_remote_code=False)' in card.text
+        assert "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text and "pip install .\n" in card.text
+        assert "Data: files of numbers.txt." in card.text and "| `learning_rate` | 0.01 |" in card.text
+        assert "| `optimizer` | RowAdamW |" in card.text and "## Limitations" in card.text
+        assert "](expert_usage.png)" in card.text and "log N if one gets all" in card.text
+        assert files["expert_usage.png"].startswith(b"\x89PNG")
+        assert "training.json" not in files and "chat_template.jinja" not in files
+
+    def test_cards_of_models_that_their_trainer_pushes(self, tmp_path):
+        """Of a language model as above, of others that of `Trainer` and how to load them. Nothing is known of usage."""
+        for model_class, said in (
+            (PeerForCausalLM, "# numbers\n"),
+            (PeerForSequenceClassification, "AutoModelForSequenceClassification.from_pretrained"),
+        ):
+            model = model_class(load_config(ModelArguments(config_overrides=SMALL)))
+            model.name_or_path = "user/before"
+            trainer = Trainer(
+                model, TrainingArguments(output_dir=str(tmp_path / model_class.__name__), report_to="none")
+            )
+            trainer.hub_model_id = "user/numbers"
+            (tmp_path / model_class.__name__).mkdir(exist_ok=True)
+            save_description(trainer, "numbers")
+            write_training_card(trainer, dataset="user/digits", finetuned_from="user/before")
+            card = ModelCard.load(tmp_path / model_class.__name__ / "README.md")
+            assert said in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
+            assert (card.data.base_model, card.data.library_name) == ("user/before", "transformers")
+            assert "trust_remote_code=False" in card.text and "expert_usage.png" not in card.text
 
     def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
         with HubServer() as hub:
