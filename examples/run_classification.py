@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
 from common.training import (
@@ -171,6 +171,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
+@ends_on_usage_error()
 def main():
     model_args, data_args, training_args, optimizer_args = parse_arguments(
         (ModelArguments, DataTrainingArguments, ExampleTrainingArguments, OptimizerArguments), __doc__

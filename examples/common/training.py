@@ -178,8 +178,8 @@ def setup_logging(training_args: TrainingArguments) -> None:
     log_level = training_args.get_process_log_level()
     logging.getLogger().setLevel(log_level)
     if training_args.should_log and training_args.log_level == "passive":
-        logging.getLogger("common").setLevel(logging.INFO)
-        logging.getLogger("__main__").setLevel(logging.INFO)
+        for name in ("common", "run_clm", "run_classification", "__main__"):
+            logging.getLogger(name).setLevel(logging.INFO)
     datasets.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.enable_default_handler()
