@@ -21,18 +21,18 @@ back.
 The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
 prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A
 README.md in the folder is pushed unchanged. Without one, or with the short one that is saved with every model, a
-model card is made from the configuration and `all_results.json`.
+model card is made from the configuration and from what the training left in the folder: results, settings, and logs of
+the usage of experts, of which it shows a picture.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.cards import make_card
+from common.cards import MAX_NEW_TOKENS, PROMPT, TRAINING_FILE, USAGE_PICTURE, card_of_folder
 from common.command_line import parse_arguments
 from modeling_peer.checkpoint_card import is_written_card
 
@@ -46,7 +46,7 @@ NEEDED = {
 }
 # Files that are pushed, and files among them that only describe the training.
 PUSHED = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.png", "README.md", "LICENSE")
-LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json")
+LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json", TRAINING_FILE)
 
 
 @dataclass
@@ -63,8 +63,8 @@ class PushArguments:
     )
     tags: list[str] = field(default_factory=list, metadata={"help": "Tags of the model card, in addition to `peer`."})
     commit_message: str = field(default="Upload model", metadata={"help": "Commit message."})
-    prompt: str = field(default="def main(", metadata={"help": "Prompt to test the model with."})
-    max_new_tokens: int = field(default=30, metadata={"help": "Maximum number of tokens to generate."})
+    prompt: str = field(default=PROMPT, metadata={"help": "Prompt to test the model with."})
+    max_new_tokens: int = field(default=MAX_NEW_TOKENS, metadata={"help": "Maximum number of tokens to generate."})
 
     def __post_init__(self):
         if self.model_name_or_path is None and not self.pull:
@@ -83,10 +83,21 @@ def push(args: PushArguments) -> str:
     )
     readme = folder / "README.md"
     has_own_card = readme.exists() and not is_written_card(readme.read_text(encoding="utf-8"))
-    operations = [CommitOperationAdd(file.name, file) for file in files if file != readme or has_own_card]
+    operations = []
     if not has_own_card:
-        card = model_card(args, config, repo_id)
+        card = card_of_folder(
+            folder,
+            repo_id,
+            config,
+            license=args.license,
+            dataset_name=args.dataset_name,
+            tags=args.tags,
+            prompt=args.prompt,
+            max_new_tokens=args.max_new_tokens,
+        )
+        files = sorted({*files, *folder.glob(USAGE_PICTURE)})
         operations.append(CommitOperationAdd("README.md", str(card).encode()))
+    operations += [CommitOperationAdd(file.name, file) for file in files if file != readme or has_own_card]
     try:
         api.create_repo(repo_id, private=args.private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=args.commit_message)
@@ -123,21 +134,6 @@ def _logged_in_user(api):
         raise SystemExit(
             f"{api.endpoint} does not accept your token: run `hf auth login`, or set HF_TOKEN to another. {error}"
         ) from error
-
-
-def model_card(args: PushArguments, config: PreTrainedConfig, repo_id: str) -> ModelCard:
-    """Makes the card of a checkpoint, with the results in its all_results.json, if any."""
-    results_file = Path(args.model_name_or_path, "all_results.json")
-    return make_card(
-        repo_id,
-        config,
-        json.loads(results_file.read_text()) if results_file.exists() else {},
-        license=args.license,
-        dataset_name=args.dataset_name,
-        tags=args.tags,
-        prompt=args.prompt,
-        max_new_tokens=args.max_new_tokens,
-    )
 
 
 def continuation(name_or_path: str, args: PushArguments) -> str:

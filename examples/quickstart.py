@@ -26,6 +26,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from datasets import Dataset
@@ -41,6 +42,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from common.cards import USAGE_GUIDE
 from common.command_line import parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments
@@ -49,6 +51,13 @@ from modeling_peer import model_costs
 
 
 PEER, DENSE = "peer-tiny", "dense-tiny"
+
+# So that chats can be tried, `transformers serve` and `transformers chat`: plain text, as the models know no roles.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 @dataclass
@@ -115,12 +124,13 @@ def train_model(
     args: QuickstartArguments,
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
+    data: str,
 ) -> Result:
-    """Trains, evaluates and saves a model of a named configuration."""
+    """Trains, evaluates and saves a model of a named configuration on data with this description."""
     model_args = ModelArguments(config_name=name)
     config = load_config(model_args)
     trainer = make_trainer(model_args, training_arguments(args, name), config, tokenizer, blocks)
-    metrics = run(trainer, evaluation=evaluate_perplexity)
+    metrics = run(trainer, evaluation=evaluate_perplexity, data=data)
     history = trainer.state.log_history
     eval_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     costs = model_costs(config)
@@ -184,7 +194,7 @@ def verdict(results: dict[str, Result]) -> str:
     usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
     return (
         f"{better} has the lower perplexity, by {gain:.1%}, in one short run of two tiny models with one seed.\n"
-        f"Expert usage of {PEER} on the held-out text: {usage}."
+        f"Expert usage of {PEER} on the held-out text: {usage}.\n{fill(USAGE_GUIDE, 119)}"
     )
 
 
@@ -205,10 +215,11 @@ def main():
     model_args = ModelArguments(config_name=PEER)
     print("Reading the text and training a tokenizer on it ...")
     tokenizer, blocks = load_text(model_args, data_args, training_arguments(args, PEER), load_config(model_args))
+    tokenizer.chat_template = CHAT_TEMPLATE
     results = {}
     for name in (PEER, DENSE):
         print(f"\nTraining {name} ...")
-        results[name] = train_model(name, args, tokenizer, blocks)
+        results[name] = train_model(name, args, tokenizer, blocks, data_args.description)
     plot_losses(results, folder / "losses.png")
     (folder / "results.json").write_text(
         json.dumps({name: vars(result) for name, result in results.items()}, indent=2)

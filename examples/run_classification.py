@@ -34,14 +34,14 @@ from transformers import (
     EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
 from common.training import (
+    ExampleTrainingArguments,
     OptimizerArguments,
     last_checkpoint,
     make_optimizers,
@@ -171,9 +171,10 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
+@ends_on_usage_error()
 def main():
     model_args, data_args, training_args, optimizer_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments), __doc__
+        (ModelArguments, DataTrainingArguments, ExampleTrainingArguments, OptimizerArguments), __doc__
     )
     setup_logging(training_args)
     set_seed(training_args.seed)
@@ -202,7 +203,7 @@ def main():
         compute_metrics=accuracy,
         optimizers=make_optimizers(optimizer_args, training_args, model, model_args.is_new),
     )
-    run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name)
+    run(trainer, checkpoint, tasks="text-classification", dataset=data_args.dataset_name, data=data_args.description)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ gives, expert tables are split over groups of processes.
 import logging
 import math
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -41,7 +41,7 @@ from transformers import (
     set_seed,
 )
 
-from common.command_line import parse_arguments
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import (
     DistributedArguments,
     ModelArguments,
@@ -51,8 +51,10 @@ from common.model_arguments import (
     num_held_parameters,
 )
 from common.text_data import DataTrainingArguments, load_datasets, take_samples, tokenize_into_blocks
+from common.text_files import errors_name_the_file
 from common.training import (
     OptimizerArguments,
+    PretrainingArguments,
     evaluate,
     last_checkpoint,
     make_optimizers,
@@ -64,6 +66,17 @@ from modeling_peer import ExpertUsageCallback, PeerConfig, PeerForCausalLM, Spli
 
 
 logger = logging.getLogger(__name__)
+
+# Blocks of a stream that are shuffled at a time.
+SHUFFLED_BLOCKS = 1000
+
+# What --help shows.
+MAIN_FLAGS = (
+    *("config_name", "config_overrides", "model_name_or_path", "tokenizer_name"),
+    *("train_file", "validation_file", "dataset_name", "text_column_name", "streaming", "block_size"),
+    *("do_train", "do_eval", "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("learning_rate", "logging_steps", "eval_strategy", "eval_steps", "save_steps", "bf16", "report_to"),
+)
 
 
 def load_text(
@@ -89,17 +102,22 @@ def load_text(
             )
             for split in splits
         }
+    if isinstance(blocks.get("train"), IterableDataset):
+        if training_args.max_steps <= 0:
+            raise UsageError("The length of a stream is not known: say how long to train, --max_steps.")
+        # A `Trainer` shuffles only what has a length.
+        blocks["train"] = blocks["train"].shuffle(seed=training_args.seed, buffer_size=SHUFFLED_BLOCKS)
     return tokenizer, blocks
 
 
 def choose_block_size(data_args: DataTrainingArguments, config: PreTrainedConfig) -> int:
     """
-    The requested block size, or a default. Raises `ValueError` if it exceeds `max_position_embeddings` of the model.
+    The requested block size, or a default. Raises `UsageError` if it exceeds `max_position_embeddings` of the model.
     """
     longest = config.max_position_embeddings
     block_size = data_args.block_size or min(longest, 1024)
     if block_size > longest:
-        raise ValueError(
+        raise UsageError(
             f"--block_size {block_size} exceeds `max_position_embeddings` of the model, {longest}: choose a smaller "
             f"one, or --config_overrides max_position_embeddings={block_size}."
         )
@@ -160,14 +178,25 @@ def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[st
 
 def main():
     model_args, data_args, training_args, optimizer_args, distributed_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, TrainingArguments, OptimizerArguments, DistributedArguments), __doc__
+        (ModelArguments, DataTrainingArguments, PretrainingArguments, OptimizerArguments, DistributedArguments),
+        __doc__,
+        MAIN_FLAGS,
     )
     setup_logging(training_args)
     checkpoint = last_checkpoint(training_args)
-    config = load_config(model_args)
-    tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
-    trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
-    run(trainer, checkpoint, evaluate_perplexity, tasks="text-generation", dataset=data_args.dataset_name)
+    with ends_on_usage_error(), errors_name_the_file(data_args.files, data_args.encoding):
+        config = load_config(model_args)
+        training_args.set_learning_rate(config, model_args.is_new)
+        tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
+        trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
+        run(
+            trainer,
+            checkpoint,
+            evaluate_perplexity,
+            tasks="text-generation",
+            dataset=data_args.dataset_name,
+            data=data_args.description,
+        )
 
 
 if __name__ == "__main__":

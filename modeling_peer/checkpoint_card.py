@@ -19,8 +19,15 @@ Transformers nor PEFT has entry points by which an installed package could annou
 reader learns that importing the package is enough.
 """
 
+import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .configuration_peer import PeerConfig
+from .expert_table import ExpertTable
 
 
 PACKAGE = "modeling-peer"
@@ -33,20 +40,27 @@ _MARK = "<!-- Written when the model was saved, as there was no README.md. Savin
 
 _CARD = """---
 library_name: transformers
----
+{metadata}---
 
 {mark}
 
 # {title}
 
-This {kind} needs the package `{package}` besides Transformers. It is installed from a clone of its repository:
+{use}
+
+## Limitations
+
+What it was trained on and for is not known to the code that wrote this card. As any language model it may state what
+is wrong, offensive or private; evaluate it for your use.
+"""
+
+_USE = """This {kind} needs the package {package} besides Transformers. It is installed from a clone of its repository:
 
 ```bash
 pip install .
 ```
 
-{how_to_load}
-"""
+{how_to_load}{facts}"""
 
 _LOAD = """Importing `modeling_peer` once is enough for the auto classes to find it:
 
@@ -57,8 +71,14 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("path/to/this/folder")
 ```
 
-Where the package is not installed, `from_pretrained("path/to/this/folder", trust_remote_code=True)` runs the code that
-the checkpoint carries."""
+Where the package is not installed, the model runs the code that the checkpoint carries, and a tokenizer needs none:
+
+```python
+from transformers import AutoTokenizer, {auto_class}
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)
+model = {auto_class}.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```"""
 
 # No remote code: what a checkpoint carries has a registry of its own, in which nobody can register a variant before.
 _LOAD_WITH_VARIANTS = """It has feed-forwards whose code no checkpoint carries, {classes}. Get that code from whoever
@@ -74,7 +94,11 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 
 
 def write_card(
-    save_directory: str | Path, kind: str, auto_class: str, variants: Mapping[str, type] | None = None
+    save_directory: str | Path,
+    kind: str,
+    auto_class: str,
+    model: PreTrainedModel,
+    variants: Mapping[str, type] | None = None,
 ) -> None:
     """
     Write a README.md beside a saved model, unless there is one.
@@ -83,15 +107,98 @@ def write_card(
         save_directory (`str` or `Path`): The folder. Nothing is written if this process saved no `config.json` there.
         kind (`str`): `PEER_MODEL` or `GRAFTED_MODEL`.
         auto_class (`str`): Name of the auto class that loads the model.
+        model (`PreTrainedModel`): The model. The card says its base model, if that is one of the Hub, and its sizes.
         variants (mapping of `str` to `type`, *optional*):
             Feed-forward variants whose code the checkpoint does not carry, by the names they are registered under.
     """
     folder = Path(save_directory)
     if (folder / "config.json").is_file() and not (folder / "README.md").exists():
-        title = kind[0].upper() + kind[1:]
-        how_to_load = _how_to_load(auto_class, variants or {})
-        card = _CARD.format(mark=_MARK, title=title, kind=kind, package=PACKAGE, how_to_load=how_to_load)
+        base_model = base_model_of(model)
+        card = _CARD.format(
+            metadata="" if base_model is None else f"base_model: {base_model}\n",
+            mark=_MARK,
+            title=kind[0].upper() + kind[1:],
+            use=_describe_use(kind, auto_class, model, variants or {}),
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def how_to_use(model: PreTrainedModel) -> str:
+    """A part of a card in Markdown: how a PEER model is loaded, and its sizes."""
+    return "## How to use it\n\n" + _describe_use(PEER_MODEL, type(model)._auto_class, model, {})
+
+
+def _describe_use(kind, auto_class, model, variants):
+    sizes = describe_sizes(model)
+    return _USE.format(
+        kind=kind,
+        package=package_link(),
+        how_to_load=_how_to_load(auto_class, variants),
+        facts=sizes and f"\n\n## Sizes\n\n{sizes}",
+    )
+
+
+def package_link() -> str:
+    """The package in Markdown, with a link to its repository if its metadata has one."""
+    try:
+        urls = metadata(PACKAGE).get_all("Project-URL") or []
+    except PackageNotFoundError:  # the code of a checkpoint, without the package
+        urls = []
+    links = dict(url.split(", ", 1) for url in urls)
+    return f"[`{PACKAGE}`]({links['Repository']})" if "Repository" in links else f"`{PACKAGE}`"
+
+
+def base_model_of(model: PreTrainedModel) -> str | None:
+    """The model of the Hub that a model was loaded from, if it is none of a folder."""
+    name = model.name_or_path
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def describe_sizes(model: PreTrainedModel) -> str:
+    """
+    Sentences on the experts and parameters of a PEER model: of its base configuration where experts were added, and
+    without the parameters where other processes have parts of them. Empty for other models.
+    """
+    config = model.config
+    if not isinstance(config, PeerConfig):
+        return ""
+    sentences = [describe_experts(config)]
+    if getattr(model.base_model, "memory_group", None) is None:
+        sentences.append(f"It has {model.num_parameters():,} parameters")
+        active = _num_active_parameters(model)
+        sentences[-1] += "." if active is None else f", of which a token reads {active:,}."
+    return " ".join(filter(None, sentences))
+
+
+def describe_experts(config: PeerConfig) -> str:
+    """A sentence on the experts of a PEER model and how many of them a token uses. Empty for a model without."""
+    layers = [index for index, name in enumerate(config.feed_forward_types) if name == "peer"]
+    if not layers:
+        return ""
+    h, k = config.num_retrieval_heads, config.num_experts_per_head
+    pool = " of one pool" if config.share_experts_across_layers else " each"
+    return (
+        f"PEER in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))} of "
+        f"{config.num_hidden_layers}, counted from 0: for every token h = {h} heads retrieve k = {k} of "
+        f"N = {config.num_experts:,} experts{pool if len(layers) > 1 else ''}, single neurons of width "
+        f"{config.hidden_size}."
+    )
+
+
+def _num_active_parameters(model):
+    """Parameters that a token reads: of the experts and the embeddings, only its own."""
+    config = model.config
+    if config.expert_additions or not {"dense", "peer", "pkm"}.issuperset(config.feed_forward_types):
+        return None
+    tables = [module for module in model.modules() if isinstance(module, ExpertTable)]
+    active = model.num_parameters() - sum(table.weight.numel() for table in tables)
+    read = config.num_retrieval_heads * config.num_experts_per_head * config.hidden_size
+    num_tables = {"dense": 0, "pkm": 1, "peer": 3 if config.gated_experts else 2}
+    active += read * sum(num_tables[name] for name in config.feed_forward_types)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        active -= embeddings.weight.numel() - config.hidden_size
+    return active
 
 
 def _how_to_load(auto_class, variants):

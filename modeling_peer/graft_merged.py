@@ -128,7 +128,7 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         if state_dict is not None:
             kwargs["state_dict"] = state_dict
         base_class.save_pretrained(self, save_directory, *args, **kwargs)
-        write_card(save_directory, GRAFTED_MODEL, auto_class_name)
+        write_card(save_directory, GRAFTED_MODEL, auto_class_name, self)
 
     name = f"{CLASS_PREFIX}{base_class.__name__}"
     namespace = {

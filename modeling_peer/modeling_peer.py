@@ -261,7 +261,7 @@ class PeerPreTrainedModel(PreTrainedModel):
             super(PeerPreTrainedModel, in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
             advise_tables(self, advise_random_access)
-        write_card(save_directory, PEER_MODEL, type(self)._auto_class, variants)
+        write_card(save_directory, PEER_MODEL, type(self)._auto_class, self, variants)
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
         """As in Transformers, which calls it. Gathers the tables of a memory group in files, and not in memory."""

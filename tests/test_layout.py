@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_config
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, __version__
 
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,10 @@ def test_tests_mirror_the_package():
 def test_no_file_is_longer_than_600_lines(folder):
     lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
     assert not {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 600}
+
+
+def test_citation_is_of_this_release():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_no_line_of_the_package_is_longer_than_119_columns():

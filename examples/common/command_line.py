@@ -16,22 +16,40 @@
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import fields, make_dataclass
+from typing import get_type_hints
 
 from transformers import HfArgumentParser
+
+
+class UsageError(ValueError):
+    """What users can mend, flags or files. The message is all that they need to read."""
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults of flags, and keeps the line breaks of the description."""
 
 
-def parse_arguments(dataclass_types: tuple[type, ...], description: str) -> tuple:
+def parse_arguments(dataclass_types: tuple[type, ...], description: str, main_flags: Sequence[str] = ()) -> tuple:
     """
-    Parses the command line, or the JSON file that is its only argument, into one object of each dataclass.
+    Parses the command line, or the JSON file that is its only argument, into one object of each dataclass. A
+    `ValueError` of a dataclass ends the program with its message.
 
     Args:
         dataclass_types (`tuple[type]`): Dataclasses whose fields are the flags.
         description (`str`): Description at the beginning of `--help`.
+        main_flags (`Sequence[str]`, *optional*):
+            Names of the flags that `--help` shows, in this order; `--help_all` then shows all of them.
     """
+    words = sys.argv[1:]
+    if main_flags and "--help_all" in words:
+        words = ["--help"]
+    elif main_flags and {"-h", "--help"}.intersection(words):
+        dataclass_types = (_main_dataclass(dataclass_types, main_flags),)
+        description += "\nThese are the main flags; --help_all shows all of them.\n"
     parser = HfArgumentParser(
         dataclass_types,
         prog=_program(),
@@ -39,9 +57,29 @@ def parse_arguments(dataclass_types: tuple[type, ...], description: str) -> tupl
         usage="%(prog)s [--flag value ...]",
         formatter_class=_HelpFormatter,
     )
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    with ends_on_usage_error(ValueError):
+        if len(words) == 1 and words[0].endswith(".json"):
+            return parser.parse_json_file(json_file=os.path.abspath(words[0]))
+        return parser.parse_args_into_dataclasses(words)
+
+
+def _main_dataclass(dataclass_types, names):
+    """A dataclass of the fields with these names."""
+    found = {}
+    for dataclass_type in dataclass_types:
+        types = get_type_hints(dataclass_type)
+        found |= {field.name: (types[field.name], copy(field)) for field in fields(dataclass_type)}
+    return make_dataclass("MainArguments", [(name, *found[name]) for name in names])
+
+
+@contextmanager
+def ends_on_usage_error(error_type: type[ValueError] = UsageError) -> Iterator[None]:
+    """Ends the program on an error of this type, with its message and the exit code of wrong flags, 2."""
+    try:
+        yield
+    except error_type as error:
+        print(f"{_program()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _program():

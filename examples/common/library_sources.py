@@ -13,6 +13,7 @@
 # limitations under the License.
 """Text that is on every machine, the source code of Python's standard library, and a tokenizer that is trained on it."""
 
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable
@@ -84,7 +85,10 @@ def byte_level_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=alphabet,
+        show_progress=sys.stdout.isatty(),  # its bars are empty lines in a file
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

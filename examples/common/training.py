@@ -19,24 +19,84 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
+import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerState,
     TrainingArguments,
 )
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 
+from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder
+from common.command_line import UsageError
+from common.run_estimate import RunEstimateCallback
 from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
+from modeling_peer.checkpoint_card import base_model_of, how_to_use
 
 
 logger = logging.getLogger(__name__)
+
+
+# The learning rate of the scaling study at its reference size, the best of three, times that size: wider models need
+# smaller ones. At `hidden_size` 128 it is that of the quickstart, at 768 what is usual there, 3.3e-4.
+RATE_TIMES_HIDDEN_SIZE = 4e-3 * 64
+MAX_LEARNING_RATE = 4e-3
+
+
+@dataclass
+class ExampleTrainingArguments(TrainingArguments):
+    """`TrainingArguments` that need a folder to save to, with logs from the first step on."""
+
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+    eval_steps: float | None = field(
+        default=500, metadata={"help": "Steps between evaluations with --eval_strategy steps."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Whether batches are in pinned memory."}
+    )
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise UsageError("There is no folder to save to: --output_dir runs/NAME.")
+        super().__post_init__()
+
+
+@dataclass
+class PretrainingArguments(ExampleTrainingArguments):
+    """Training arguments with defaults for a new model, and the learning rate by the size of the model."""
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate. Defaults to 5e-5 for a checkpoint, and to 0.256 / `hidden_size`, at most "
+            "4e-3, for a new model."
+        },
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Name of the learning rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+
+    def set_learning_rate(self, config: PreTrainedConfig, is_new: bool) -> None:
+        """Sets the learning rate for a model with this configuration, new or a checkpoint, unless it is given."""
+        if self.learning_rate is None:
+            rate = min(MAX_LEARNING_RATE, RATE_TIMES_HIDDEN_SIZE / config.hidden_size) if is_new else 5e-5
+            self.learning_rate = float(f"{rate:.2g}")
 
 
 @dataclass
@@ -107,23 +167,24 @@ def make_optimizers(
 
 def setup_logging(training_args: TrainingArguments) -> None:
     """
-    Sets the log level of this process to `--log_level` or `--log_level_replica`; `info` on the main process by
-    default.
+    Makes the main process show what the examples say and warnings of libraries, and the other ones warnings alone.
+    `--log_level` and `--log_level_replica` set one level for all.
     """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
         handlers=[logging.StreamHandler(sys.stdout)],
     )
-    if training_args.should_log:
-        transformers.utils.logging.set_verbosity_info()
     log_level = training_args.get_process_log_level()
     logging.getLogger().setLevel(log_level)
+    if training_args.should_log and training_args.log_level == "passive":
+        for name in ("common", "run_clm", "run_classification", "__main__"):
+            logging.getLogger(name).setLevel(logging.INFO)
     datasets.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.set_verbosity(log_level)
     transformers.utils.logging.enable_default_handler()
     transformers.utils.logging.enable_explicit_format()
-    logger.info(f"Training/evaluation parameters {training_args}")
+    logger.debug(f"Training/evaluation parameters {training_args}")
 
 
 def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: TrainingArguments) -> list[str]:
@@ -131,10 +192,10 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     needed = {"train": training_args.do_train, "validation": training_args.do_eval}
     splits = [split for split, is_needed in needed.items() if is_needed]
     if not splits:
-        raise ValueError("There is nothing to do: add --do_train, --do_eval or both.")
+        raise UsageError("There is nothing to do: add --do_train, --do_eval or both.")
     for split in splits:
         if split not in datasets:
-            raise ValueError(
+            raise UsageError(
                 f"There is no {split!r} set, only {sorted(datasets)}: choose other data, or leave out "
                 f"{'--do_train' if split == 'train' else '--do_eval'}."
             )
@@ -159,6 +220,7 @@ def run(
     trainer: Trainer,
     checkpoint: str | None = None,
     evaluation: Callable[[Trainer, ExpertUsageCallback], dict[str, float]] | None = None,
+    data: str | None = None,
     **card: str | None,
 ) -> dict[str, float]:
     """
@@ -170,6 +232,7 @@ def run(
         evaluation (`Callable`, *optional*):
             Function that takes the trainer and a callback that measures expert usage, and returns metrics. Defaults to
             [`evaluate`].
+        data (`str`, *optional*): What the model is trained on, for its card.
         card: Contents of the card of a pushed model, see `Trainer.push_to_hub`.
 
     Returns:
@@ -178,16 +241,51 @@ def run(
     usage = ExpertUsageCallback()
     # Before the reporting integrations, so that they receive what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, usage)
+    trainer.add_callback(RunEstimateCallback())
     metrics = {}
     if trainer.args.do_train:
         train(trainer, checkpoint)
+        save_description(trainer, data)
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
+        if any("expert_usage" in name for name in metrics):
+            logger.info(USAGE_GUIDE)
     if trainer.args.push_to_hub:
+        trainer.create_model_card = partial(write_training_card, trainer)
         trainer.push_to_hub(**card)
     return metrics
+
+
+def save_description(trainer: Trainer, data: str | None) -> None:
+    """Saves what the card of a model says of its training."""
+    if trainer.is_world_process_zero():
+        description = {
+            "data": data,
+            "base_model": base_model_of(trainer.model),
+            "settings": extract_hyperparameters_from_trainer(trainer),
+        }
+        if isinstance(trainer.optimizer, AcceleratedOptimizer) and isinstance(trainer.optimizer.optimizer, RowAdamW):
+            description["settings"]["optimizer"] = "RowAdamW"
+        file = Path(trainer.args.output_dir, TRAINING_FILE)
+        file.write_text(json.dumps(description, indent=2, default=str), encoding="utf-8")
+
+
+def write_training_card(trainer: Trainer, **card: Any) -> None:
+    """
+    Writes the README.md of a model that its trainer pushes: for a language model as `push_to_hub.py` does, for others
+    that of `Trainer`, and how to load the model.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder, model = Path(trainer.args.output_dir), trainer.model
+    if type(model)._auto_class == "AutoModelForCausalLM":
+        text = str(card_of_folder(folder, trainer.hub_model_id, model.config, dataset_name=card.get("dataset")))
+    else:
+        Trainer.create_model_card(trainer, **card)
+        text = (folder / "README.md").read_text(encoding="utf-8") + "\n" + how_to_use(model)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def train(trainer: Trainer, checkpoint: str | None = None) -> None:

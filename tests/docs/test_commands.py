@@ -53,7 +53,7 @@ class _ParsedError(Exception):
 def check_flags(module_name, flags, monkeypatch):
     """Parses flags with the parser that a script makes, and no more."""
 
-    def parse(dataclass_types, description):
+    def parse(dataclass_types, description, main_flags=()):
         parser = HfArgumentParser(dataclass_types)
         if flags != ["--help"]:
             parser.parse_args(flags)

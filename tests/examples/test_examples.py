@@ -15,6 +15,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import datasets
 import huggingface_hub
 import pytest
 import quantize
+import run_clm
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
@@ -39,10 +41,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    Trainer,
     TrainingArguments,
 )
 
 from common.model_arguments import DistributedArguments, ModelArguments, load_config
+from common.run_estimate import estimate
 from common.text_data import (
     DataTrainingArguments,
     load_datasets,
@@ -51,8 +55,14 @@ from common.text_data import (
     tokenize_into_blocks,
     train_tokenizer,
 )
-from common.training import OptimizerArguments, make_optimizers
-from modeling_peer import PeerForSequenceClassification, configuration_path, model_costs
+from common.training import (
+    OptimizerArguments,
+    PretrainingArguments,
+    make_optimizers,
+    save_description,
+    write_training_card,
+)
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, configuration_path, model_costs
 
 
 ROOT = Path(__file__).parents[2]
@@ -102,9 +112,9 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(run, text_file, tmp_path_factory):
-    """Folder of a model trained on numbers for twelve steps, with a checkpoint after six."""
+    """Folder of a model trained on numbers for twelve steps, with a checkpoint after six. `printed` is beside it."""
     folder = tmp_path_factory.mktemp("run_clm") / "model"
-    run("run_clm.py", *clm_flags(folder, text_file))
+    (folder.parent / "printed").write_text(run("run_clm.py", *clm_flags(folder, text_file)))
     return folder
 
 
@@ -152,6 +162,70 @@ class TestLanguageModel:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.quantization_config.bits == bits
         assert f"{figures['table_bytes_after']:,} bytes" in capsys.readouterr().out
+
+    def test_prints_what_a_user_needs(self, checkpoint):
+        """Progress, metrics, and when it will end; neither arguments nor configurations, and nothing deprecated."""
+        printed = (checkpoint.parent / "printed").read_text()
+        assert len(printed.splitlines()) < 130
+        assert len(re.findall("'loss': '", printed)) == 4  # of the first step too
+        assert re.search(r"seconds per step: the remaining 1 steps take 0:00:0\d.*GB of memory were in use", printed)
+        assert printed.index("'loss'") < printed.index("seconds per step") < printed.index("train metrics")
+        assert "perplexity" in printed.split("eval metrics")[1]
+        assert "log N if one gets all" in printed.split("eval metrics")[1]  # what usage and unevenness are
+        assert not re.search("deprecat|TrainingArguments|PeerConfig", printed)
+
+    def test_new_models_train_at_the_rates_of_the_study(self, tmp_path):
+        args = PretrainingArguments(output_dir=str(tmp_path))
+        assert (args.lr_scheduler_type, args.warmup_steps, args.logging_first_step) == ("cosine", 0.1, True)
+        for hidden_size, is_new, rate in ((64, True, 4e-3), (128, True, 2e-3), (32, True, 4e-3), (32, False, 5e-5)):
+            args.learning_rate = None
+            args.set_learning_rate(PeerConfig(hidden_size=hidden_size, num_attention_heads=4), is_new)
+            assert args.learning_rate == rate
+        args.learning_rate = 0.5
+        args.set_learning_rate(PeerConfig(), True)
+        assert args.learning_rate == 0.5
+
+    def test_estimate(self):
+        found = estimate(0.25, 14400, {"memory": 1_240_000_000, "GPU memory": 40_000_000_000})
+        assert found.startswith("0.25 seconds per step: the remaining 14,400 steps take 1:00:00 without evaluations")
+        assert found.endswith("At most 1.2 GB of memory, 40.0 GB of GPU memory were in use.")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--do_train"], "error: There is no folder to save to: --output_dir runs/NAME."),
+            (
+                ["--do_train", "--output_dir", "here", "--train_file", "no.md"],
+                "error: There is no file or folder no.md.",
+            ),
+            (
+                ["--output_dir", "here", "--train_file", "a.md"],
+                "There is nothing to do: add --do_train, --do_eval or both.",
+            ),
+            (["--do_train", "--output_dir", "here", "--train_file", "a.md", "--streaming"], "say how long to train"),
+        ],
+    )
+    def test_wrong_flags_end_with_one_line(self, flags, message, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / "a.md").write_text("".join(counting_lines(100)))
+        monkeypatch.setattr(run_clm, "setup_logging", lambda training_args: None)  # would outlast the test
+        monkeypatch.setattr(sys, "argv", ["run_clm.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            run_clm.main()
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+    def test_help_shows_the_main_flags_first(self, monkeypatch, capsys):
+        shown = {}
+        for flag in ("--help", "--help_all"):
+            monkeypatch.setattr(sys, "argv", ["run_clm.py", flag])
+            with pytest.raises(SystemExit):
+                run_clm.main()
+            shown[flag] = re.findall(r"^  --(\w+)", capsys.readouterr().out, flags=re.M)
+        assert shown["--help"] == list(run_clm.MAIN_FLAGS)
+        assert 15 < len(shown["--help"]) < 26
+        assert {*shown["--help"], "adam_beta2", "ep_size", "encoding"} < set(shown["--help_all"])
 
     def test_checkpoint_loads(self, checkpoint):
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -300,13 +374,6 @@ class TestText:
         assert "<|endoftext|>".join(dataset["body"]).startswith(text)
         assert len(blocks) == sum(len(ids) + 1 for ids in tokenizer(dataset["body"][:]).input_ids) // 16
 
-    def test_lines_of_a_file_go_on(self, text_file):
-        args = DataTrainingArguments(train_file=str(text_file))
-        splits = load_datasets(args)
-        tokenizer = train_tokenizer(splits["train"], "text", 300, 64)
-        blocks = tokenize_into_blocks(splits["validation"], tokenizer, 16, args)
-        assert text_file.read_text().startswith(tokenizer.decode(list(chain.from_iterable(blocks["input_ids"]))))
-
     def test_tokenizer_is_deterministic(self, text_file):
         dataset = load_datasets(DataTrainingArguments(train_file=str(text_file)))["train"]
         first, second = (train_tokenizer(dataset, "text", 280, 64) for _ in range(2))
@@ -317,7 +384,7 @@ class TestText:
         with pytest.raises(ValueError, match="Choose one source of data"):
             DataTrainingArguments(dataset_name="somewhere", train_file="here.txt")
         dataset = load_datasets(DataTrainingArguments(train_file=str(text_file)))["train"]
-        with pytest.raises(ValueError, match=r"another --text_column_name of \['text'\]"):
+        with pytest.raises(ValueError, match=r"'body' does not exist.*another --text_column_name of \['text'\]"):
             text_column(dataset, DataTrainingArguments(text_column_name="body"))
         with pytest.raises(ValueError, match="at least 258 tokens"):
             train_tokenizer(dataset, "text", 64, 64)
@@ -414,6 +481,11 @@ def test_quickstart(run, tmp_path):
     assert set(compared["peer-tiny"]["expert_usage"]) == {
         f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
     }
+    assert "log N if one gets all" in " ".join(printed.split())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peer-tiny")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text = tokenizer.apply_chat_template([*chat, chat[0]], tokenize=False, add_generation_prompt=True)
+    assert text == "user: Hi\nassistant: Hello<|endoftext|>\nuser: Hi\nassistant:"
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "class LineReader" in printed
     assert "layer 1: " in printed
@@ -446,6 +518,33 @@ class TestHub:
         values = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
         assert 'from_pretrained("user/counting")' in card.text and "# counting\n" in card.text
+        assert 'from_pretrained("user/counting", trust_remote_code=False)' in card.text
+        assert "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text and "pip install .\n" in card.text
+        assert "Data: files of numbers.txt." in card.text and "| `learning_rate` | 0.01 |" in card.text
+        assert "| `optimizer` | RowAdamW |" in card.text and "## Limitations" in card.text
+        assert "](expert_usage.png)" in card.text and "log N if one gets all" in card.text
+        assert files["expert_usage.png"].startswith(b"\x89PNG")
+        assert "training.json" not in files and "chat_template.jinja" not in files
+
+    def test_cards_of_models_that_their_trainer_pushes(self, tmp_path):
+        """Of a language model as above, of others that of `Trainer` and how to load them. Nothing is known of usage."""
+        for model_class, said in (
+            (PeerForCausalLM, "# numbers\n"),
+            (PeerForSequenceClassification, "AutoModelForSequenceClassification.from_pretrained"),
+        ):
+            model = model_class(load_config(ModelArguments(config_overrides=SMALL)))
+            model.name_or_path = "user/before"
+            trainer = Trainer(
+                model, TrainingArguments(output_dir=str(tmp_path / model_class.__name__), report_to="none")
+            )
+            trainer.hub_model_id = "user/numbers"
+            (tmp_path / model_class.__name__).mkdir(exist_ok=True)
+            save_description(trainer, "numbers")
+            write_training_card(trainer, dataset="user/digits", finetuned_from="user/before")
+            card = ModelCard.load(tmp_path / model_class.__name__ / "README.md")
+            assert said in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
+            assert (card.data.base_model, card.data.library_name) == ("user/before", "transformers")
+            assert "trust_remote_code=False" in card.text and "expert_usage.png" not in card.text
 
     def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
         with HubServer() as hub:

@@ -20,10 +20,12 @@ import sys
 import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, logits_of, trained
-from tiny_models import random_tokens, tiny_config
+from huggingface_hub import ModelCard
+from tiny_models import EXPERTS, VARIANTS, random_tokens, tiny_config
 
-from modeling_peer import PeerForCausalLM, PeerForTokenClassification
-from modeling_peer.checkpoint_card import is_written_card
+from common.library_sources import byte_level_tokenizer
+from modeling_peer import PeerForCausalLM, PeerForTokenClassification, model_costs
+from modeling_peer.checkpoint_card import describe_sizes, is_written_card
 
 
 def card_of(folder):
@@ -43,6 +45,7 @@ def saved(tmp_path):
     merged = adapter.merge_and_unload()
     for name, model in (("peer", peer), ("merged", merged)):
         model.save_pretrained(tmp_path / name)
+    byte_level_tokenizer(["text"], 280, 16).save_pretrained(tmp_path / "peer")
     torch.save((tokens, {**logits, "merged": logits["adapter"]}), tmp_path / "expected.pt")
     return tmp_path
 
@@ -55,10 +58,15 @@ def test_what_the_cards_say_is_so(saved):
     }
     code = {name: text.replace("path/to/this/folder", str(saved / name)) for name, text in code.items()}
     code["adapter"] = code["adapter"].replace("path/to/the/base/model", str(saved / "base"))
+    # Without the package, in the second code of the card: nothing asks whether to run code of the checkpoint.
+    tokenizer_line = re.search(r"^tokenizer = .*", card_of(saved / "peer"), re.M)[0]
+    tokenizer_line = tokenizer_line.replace("path/to/this/folder", str(saved / "peer"))
     script = f"""
 import sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+exec({tokenizer_line!r})
+assert tokenizer("text").input_ids
 tokens, expected = torch.load({str(saved / "expected.pt")!r})
 base_model = AutoModelForCausalLM.from_pretrained({str(saved / "base")!r})
 try:
@@ -76,7 +84,9 @@ for name, text in {code!r}.items():
     assert torch.equal(model.eval()(input_ids=tokens).logits, expected[name]), name
     print(name, type(model).__name__)
 """
-    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    completed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
     loaded = "peer PeerForCausalLM\nadapter PeftModelForCausalLM\nmerged PeerGraftedLlamaForCausalLM\n"
     assert completed.stdout == f"'PEER_GRAFT'\nTrue\nTrue\n{loaded}", completed.stderr
 
@@ -103,6 +113,29 @@ def test_adapters_by_name_have_cards_of_their_own(tmp_path):
     model.base_model.peft_config["default"].base_model_name_or_path = "some/base"
     model.base_model.peft_config["default"].save_pretrained(tmp_path / "config")
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card_of(tmp_path / "config")
+
+
+@pytest.mark.parametrize("name", sorted({*VARIANTS, *EXPERTS}))
+def test_sizes_in_the_card_are_those_that_costs_count(name):
+    config = (VARIANTS | EXPERTS)[name]
+    with torch.device("meta"):
+        said = describe_sizes(PeerForCausalLM(config))
+    costs = model_costs(config)
+    assert f"It has {costs.parameters:,} parameters" in said
+    if "moe" not in config.feed_forward_types:
+        assert f", of which a token reads {costs.active_parameters:,}." in said
+    h, k = config.num_retrieval_heads, config.num_experts_per_head
+    experts = f"h = {h} heads retrieve k = {k} of N = {config.num_experts:,} experts"
+    assert (experts in said) == ("peer" in config.feed_forward_types)
+
+
+def test_cards_name_a_base_model_of_the_hub(tmp_path):
+    for name, base_model in (("user/model", "user/model"), (str(tmp_path), None), ("", None)):
+        model = PeerForCausalLM(tiny_config())
+        model.name_or_path = name
+        model.save_pretrained(tmp_path / "saved")
+        assert ModelCard.load(tmp_path / "saved" / "README.md").data.base_model == base_model
+        (tmp_path / "saved" / "README.md").unlink()
 
 
 def test_an_existing_card_is_never_replaced(tmp_path):

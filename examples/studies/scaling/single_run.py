@@ -122,13 +122,14 @@ def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_learning_rates(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_study_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     """
-    Arguments of run_clm.py with the learning rates of tables that are meant where they are not given: that of all other
-    parameters. By itself run_clm.py takes those that this study found.
+    Arguments of run_clm.py with what is meant where it is not given, as the results in this repository were made: the
+    learning rate of all other parameters for the tables, and no log of the first step. By itself run_clm.py takes the
+    rates that this study found.
     """
     same = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} if arguments["row_adamw"] else {}
-    return {**same, **arguments}
+    return {"logging_first_step": False, **same, **arguments}
 
 
 def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -145,8 +146,8 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: if the training was started with other arguments.
     """
-    arguments = with_learning_rates(arguments)
-    if file.exists() and comparable(with_learning_rates(read_json(file))) != comparable(arguments):
+    arguments = with_study_defaults(arguments)
+    if file.exists() and comparable(with_study_defaults(read_json(file))) != comparable(arguments):
         raise ValueError(
             f"{arguments['output_dir']} was started with other arguments, which are in {file}: remove both to start "
             "again."

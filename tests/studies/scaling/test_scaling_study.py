@@ -49,7 +49,7 @@ from studies.scaling.report import (
     describe,
     read_results,
 )
-from studies.scaling.single_run import changes_to_measure, comparable, with_learning_rates
+from studies.scaling.single_run import changes_to_measure, comparable, with_study_defaults
 
 
 TEXTS = {
@@ -165,7 +165,7 @@ class TestStudy:
         assert saved["perplexity/new"] == pytest.approx(math.exp(result["losses"]["new"]))
         assert not saved.keys() & {"perplexity", "eval_loss"}  # of another sample of the corpus
         made_with = json.loads((folder / "work" / f"{run.name}.run_clm.json").read_text())
-        assert made_with == with_learning_rates(result["run_clm"])
+        assert made_with == with_study_defaults(result["run_clm"])
         assert not list((folder / "models" / run.name).glob("*run*")) + list(folder.glob("models/*/*.log"))
 
     def test_usage_counts_every_expert(self, small_study):
