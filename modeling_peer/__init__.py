@@ -46,6 +46,7 @@ from .modeling_peer import (
     PeerPreTrainedModel,
 )
 from .named_configurations import configuration_path, list_configurations
+from .query_norm import freeze_query_norm
 from .table_memory import host_table_device_map
 
 
@@ -165,6 +166,7 @@ __all__ = [
     "expert_parameter_groups",
     "fit_gates",
     "freeze_experts",
+    "freeze_query_norm",
     "host_table_device_map",
     "last_complete_checkpoint",
     "list_configurations",

@@ -71,6 +71,7 @@ def test_pages_say_what_they_print(results):
         ("docs/checkpoints.md", 1),
         ("docs/grafts.md", 2),
         ("docs/serving.md", 1),
+        ("docs/training.md", 1),
     ):
         assert outputs[page].count("True") == number, outputs[page]
         assert "False" not in outputs[page]

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-PEFT's adapters and TRL's `SFTTrainer` on PEER models: adapters of every part train, save, load and merge; batches
-without padding train as padded ones.
+PEFT's adapters and TRL's trainers on PEER models: adapters of every part train, save, load and merge; batches without
+padding train as padded ones; a policy starts as its reference.
 """
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from release_names import CHECKPOINTING
-from sft import save_tokenizer, sft_trainer
+from sft import TRL_OPTIONS, preferences, save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
     copy_of_state,
@@ -32,8 +32,9 @@ from trainer_worker import (
     train,
     trainer_of,
 )
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, freeze_query_norm
 
 
 # A table of experts is a parameter to PEFT, as its LoRA of an embedding looks rows up by the first argument.
@@ -200,3 +201,40 @@ class TestSupervisedFineTuning:
         trainer.save_model(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(PeerForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
         assert_close(logits_of(loaded), logits_of(trainer.model), rtol=0, atol=0)
+
+
+class TestPolicies:
+    """Before the first update a policy is its reference, although it is in training mode and has a query BatchNorm."""
+
+    @pytest.mark.parametrize("adapter", [None, "all"])
+    def test_direct_preference_optimization(self, tmp_path, checkpoint, adapter):
+        model = PeerForCausalLM.from_pretrained(checkpoint)
+        if adapter is None:
+            freeze_query_norm(model)  # PEFT freezes the norms with the rest of the base model
+        before = [copy_of_state(norm) for norm in query_batch_norms(model)]
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(str(tmp_path), max_steps=6, **TRL_OPTIONS),
+            train_dataset=preferences(80),
+            peft_config=adapter and LoraConfig(r=4, task_type="CAUSAL_LM", **ADAPTERS[adapter]),
+        )
+        trainer.train()
+        margins = logged(trainer, "rewards/margins")
+        assert margins[0] == logged(trainer, "rewards/chosen")[0] == 0.0
+        assert margins[-1] > 0.0
+        assert_close([norm.state_dict() for norm in query_batch_norms(trainer.model)], before, rtol=0, atol=0)
+
+    def test_group_relative_policy_optimization(self, tmp_path, checkpoint):
+        trainer = GRPOTrainer(
+            str(checkpoint),
+            reward_funcs=lambda completions, **_: [float(text.count("w1")) for text in completions],
+            args=GRPOConfig(
+                str(tmp_path), max_steps=2, num_generations=4, max_completion_length=6, beta=0.1, **TRL_OPTIONS
+            ),
+            train_dataset=preferences(8).select_columns("prompt"),
+        )
+        freeze_query_norm(trainer.model)
+        trainer.train()
+        divergences = logged(trainer, "kl")
+        assert divergences[0] == 0.0
+        assert divergences[1] > 0.0
