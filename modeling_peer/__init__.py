@@ -15,7 +15,8 @@
 PEER for Transformers: language models with a million experts of one neuron each.
 
 Importing the package registers PEER models and merged grafts with the auto classes of Transformers and, where PEFT is
-installed, grafts as a method of PEFT. Everything else is imported when it is first used.
+installed, grafts as a method of PEFT, and which modules of a PEER model its other methods adapt. Everything else is
+imported when it is first used.
 """
 
 import importlib
