@@ -194,8 +194,8 @@ def freeze_query_norm(model: nn.Module) -> None:
     nothing, because PEFT freezes the norms with the rest of the base model.
 
     Call it before the training starts, and again after loading or copying the model: which parameters are trained is
-    not saved. `requires_grad_(True)` of a norm undoes it, and so does `set_adapter` of PEFT for the norm of a graft: for
-    grafts with `query_norm="batch"`, call it on the `model` of a trainer that is made.
+    not saved. `requires_grad_(True)` of a norm undoes it, and so does `set_adapter` of PEFT for the norm of a graft:
+    for grafts with `query_norm="batch"`, call it on the `model` of a trainer that is made.
 
     Args:
         model (`nn.Module`):

@@ -212,10 +212,12 @@ class TestSupervisedFineTuning:
         assert logged(by_path) == logged(by_object)
 
     @pytest.mark.parametrize("query_norm", ["batch", "rms"])
-    def test_without_padding_as_with_it(self, tmp_path, checkpoint, query_norm):
+    def test_without_padding_as_with_it(self, tmp_path, query_norm):
         """A row of many documents: each attends to itself, and as many tokens make the statistics."""
+        small_model(query_norm=query_norm).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model")
         padded, padding_free = (
-            sft(PeerForCausalLM.from_pretrained(checkpoint, query_norm=query_norm), tmp_path, max_steps=5, **options)
+            sft(PeerForCausalLM.from_pretrained(tmp_path / "model"), tmp_path, max_steps=5, **options)
             for options in ({}, {"padding_free": True, "max_length": None})
         )
         assert logged(padding_free) == pytest.approx(logged(padded), rel=1e-5)
