@@ -15,7 +15,8 @@
 PEER for Transformers: language models with a million experts of one neuron each.
 
 Importing the package registers PEER models and merged grafts with the auto classes of Transformers and, where PEFT is
-installed, grafts as a method of PEFT. Everything else is imported when it is first used.
+installed, grafts as a method of PEFT, and which modules of a PEER model its other methods adapt. Everything else is
+imported when it is first used.
 """
 
 import importlib
@@ -47,6 +48,7 @@ from .modeling_peer import (
 )
 from .named_configurations import configuration_path, list_configurations
 from .quantization import PeerQuantizationConfig, dequantize_experts, quantize_experts
+from .query_norm import freeze_query_norm
 from .table_memory import host_table_device_map
 
 
@@ -173,6 +175,7 @@ __all__ = [
     "explain_tokens",
     "fit_gates",
     "freeze_experts",
+    "freeze_query_norm",
     "host_table_device_map",
     "last_complete_checkpoint",
     "list_configurations",

@@ -13,7 +13,12 @@
 # limitations under the License.
 """Loading a checkpoint with fewer retrieval heads than it was trained with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -46,10 +51,60 @@ class KeepLeadingHeads(ConversionOps):
         return self  # a model's own tensors have as many rows as the model
 
 
-def register_head_selection() -> None:
-    """Let `from_pretrained(..., num_retrieval_heads=fewer)` keep the first heads."""
-    register_checkpoint_conversion_mapping(
-        "peer",
-        [WeightConverter(name, name, operations=[KeepLeadingHeads()]) for name in PER_HEAD_TENSORS],
-        overwrite=True,
-    )
+# Arguments of `from_pretrained` that say where a file is.
+_PLACES = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "_commit_hash"
+)  # fmt: skip
+
+
+@contextmanager
+def head_selection(config_class: type[PreTrainedConfig], path: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """
+    Let `from_pretrained` keep the first heads of a checkpoint, inside of this context, if it has more than the model
+    is to have. Only then: a registered conversion of a tensor takes the place of those by which quantizers read what
+    they have saved, and Transformers first compiles the patterns of all its models, a third of a second.
+
+    Args:
+        config_class (`type`): Class of the configuration.
+        path (`str` or `os.PathLike`, *optional*): The checkpoint, as `from_pretrained` takes it.
+        arguments (`dict[str, Any]`): The other arguments of `from_pretrained`.
+
+    Raises:
+        `ValueError`: for fewer heads than those of a checkpoint that was saved quantized.
+    """
+    if not _drops_heads(config_class, path, arguments):
+        yield
+        return
+    converters: list[Any] = [WeightConverter(name, name, [KeepLeadingHeads()]) for name in PER_HEAD_TENSORS]
+    register_checkpoint_conversion_mapping("peer", converters, overwrite=True)
+    try:
+        yield
+    finally:
+        register_checkpoint_conversion_mapping("peer", [], overwrite=True)
+
+
+def _drops_heads(config_class, path, arguments):
+    """Whether the model is to have fewer heads than the checkpoint, or the checkpoint does not say how many it has."""
+    config, wanted = arguments.get("config"), arguments.get("num_retrieval_heads")
+    places = {name: arguments[name] for name in _PLACES if name in arguments}
+    if isinstance(config, PreTrainedConfig):
+        wanted = config.num_retrieval_heads
+    elif config is not None and wanted is None:
+        wanted = _saved_heads(config_class, config_class.get_config_dict(config, **places)[0])
+    if path is None or wanted is None:
+        return False
+    try:
+        saved = config_class.get_config_dict(path, **places)[0]
+    except OSError:  # weights without a configuration
+        return True
+    trained = _saved_heads(config_class, saved)
+    if wanted < trained and "quantization_config" in saved:
+        raise ValueError(
+            f"`num_retrieval_heads` of a quantized checkpoint cannot be lowered at load: it has {trained} heads, got "
+            f"{wanted}. Load the checkpoint that it was made of with fewer heads and quantize that."
+        )
+    return wanted < trained
+
+
+def _saved_heads(config_class, fields):
+    return fields.get("num_retrieval_heads", config_class.num_retrieval_heads)  # a default is not saved

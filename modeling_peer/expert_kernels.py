@@ -27,7 +27,7 @@ Activation, gating and router weights act on `[T, A]` in between, in plain PyTor
 | `"torch"` | PyTorch operations on any device, `[T, A, d]` in pieces | `expert_kernels_torch.py` |
 | `"cpu"` | C, compiled for this processor on first use | `expert_kernels_cpu.py` |
 | `"triton"` | Triton, on a GPU | `expert_kernels_triton.py` |
-| `"auto"` | the fastest of them that can run where the table is | |
+| `"auto"` | the fastest of them that can run where the table is; `"eager"` while `torch.export` traces a model | |
 
 A custom implementation is a subclass of [`TorchKernels`] with static methods of its own and, if it retrieves experts
 faster than a matrix product and top-k, `retrieve` and `retrieval_gradients` of [`CpuKernels`]. Register it before the
@@ -49,7 +49,7 @@ from transformers.utils.generic import GeneralInterface
 from .expert_kernels_cpu import CpuKernels
 from .expert_kernels_torch import EagerKernels, TorchKernels
 from .expert_kernels_triton import TritonKernels
-from .library_releases import active_transforms, in_forward_mode, num_dispatch_modes
+from .library_releases import active_transforms, in_forward_mode, is_exporting, num_dispatch_modes
 
 
 class ExpertKernelsInterface(GeneralInterface):
@@ -87,6 +87,9 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
     """
     Return the name of the implementation that runs on a table with `config.expert_kernels` = `name`.
 
+    Where `torch.export` traces a model, `"auto"` is the literal algorithm: its operations are torch's own, which ONNX,
+    ExecuTorch and any machine without this package know. A name keeps that implementation, behind an operator.
+
     Args:
         name (`str`): A name in the registry, or `"auto"`.
         table (`torch.Tensor`): Its device and dtype decide.
@@ -95,6 +98,8 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
         `RuntimeError`: if the named implementation cannot run here.
     """
     if name == "auto":
+        if is_exporting():
+            return "eager"
         fastest = FASTEST_KERNELS.get(table.device.type, "torch")
         return fastest if ALL_EXPERT_KERNELS[fastest].unavailable_reason(table) is None else "torch"
     reason = ALL_EXPERT_KERNELS[name].unavailable_reason(table)

@@ -24,6 +24,7 @@ of models declares what it can do by attributes such as `_no_split_modules`, `_t
 library's own models do: one that a later release does not read any more has no effect.
 """
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -98,6 +99,26 @@ def require_transformers(release: str, feature: str) -> None:
     """Raise `RuntimeError` if Transformers is older than the `release` that a `feature` needs."""
     if not is_at_least("Transformers", release):
         raise RuntimeError(f"{feature} needs Transformers {release} or later, found {FOUND_RELEASES['Transformers']}.")
+
+
+def put_first(callback: Any) -> None:
+    """
+    Put a callback before the others of the `Trainer` that calls it now, those of trackers among them, so that these
+    see what it adds to logs. An event hands on everything but the list of callbacks, so the caller is asked for it.
+    Without it, or if a release of Transformers calls events otherwise, the order stays as it is, and what is added
+    reaches the history of the training but no tracker.
+    """
+    from transformers.trainer_callback import CallbackHandler
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        # What is called in turn stays as it is: callbacks that come later keep their places.
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back
 
 
 def ensure_process_group() -> None:

@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .built_configuration import built_fields, check_built
 from .checkpoint_card import PEER_MODEL, write_card
-from .checkpoint_conversion import register_head_selection
+from .checkpoint_conversion import head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
@@ -206,10 +206,10 @@ class PeerPreTrainedModel(PreTrainedModel):
         than the rows that are asked for. Those that `device_map` puts on `"cpu"` are never copied to a GPU: their
         experts run on the CPU.
         """
-        # Here, not on import: Transformers first compiles the patterns of all its models, a third of a second.
-        register_head_selection()
         register_quantization()
-        loaded = super().from_pretrained(*args, **kwargs)
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with head_selection(cls.config_class, path, kwargs):
+            loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         keep_in_host_memory(model)
         advise_tables(model, advise_random_access)

@@ -64,7 +64,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Two cases use the running statistics in training mode too, and leave them unchanged:
 
-    - a frozen norm, whose `weight` requires no gradient: adapters train on the statistics they will be used with;
+    - a frozen norm, whose `weight` requires no gradient (see [`freeze_query_norm`]): adapters train on the statistics
+      they will be used with;
     - a forward pass without gradients, as when a policy generates between its updates.
 
     Moments are computed in float32 (float64 for float64 queries). Where `torch.distributed` is initialized they are
@@ -180,3 +181,33 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self.running_mean += momentum * (mean - self.running_mean)
         self.running_var += momentum * (unbiased_variance - self.running_var)
         self.num_batches_tracked += 1
+
+
+def freeze_query_norm(model: nn.Module) -> None:
+    """
+    Let a trained model train on the running statistics of its query BatchNorms, which keep these and their weights
+    from then on. Every token is then computed in training as in evaluation.
+
+    Trainers that compare a policy with a reference or with its own earlier outputs, such as `DPOTrainer` and
+    `GRPOTrainer` of TRL, need it when they train all parameters: otherwise only the policy normalizes queries by the
+    moments of its batch, and differs from its reference before the first update. An adapter of other modules needs
+    nothing, because PEFT freezes the norms with the rest of the base model.
+
+    Call it before the training starts, and again after loading or copying the model: which parameters are trained is
+    not saved. `requires_grad_(True)` of a norm undoes it, and so does `set_adapter` of PEFT for the norm of a graft:
+    for grafts with `query_norm="batch"`, call it on the `model` of a trainer that is made.
+
+    Args:
+        model (`nn.Module`):
+            Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted onto. One without
+            query BatchNorm stays as it is.
+
+    ```python
+    >>> model = PeerForCausalLM.from_pretrained(folder)
+    >>> freeze_query_norm(model)
+    >>> DPOTrainer(model, args=args, train_dataset=preferences).train()
+    ```
+    """
+    for module in model.modules():
+        if isinstance(module, QueryBatchNorm):
+            module.requires_grad_(False)

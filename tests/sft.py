@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""For tests with TRL: texts, their tokenizer, and `SFTTrainer` on them."""
+"""For tests with TRL: texts, their tokenizer, `SFTTrainer` on them, and pairs of answers to prefer one of."""
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,19 +34,32 @@ def texts(number, seed=1):
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in sequence.tolist()) for sequence in sequences]})
 
 
+def preferences(number):
+    """Prompts, an answer that counts on, and a shorter one of one word, of many lengths."""
+    columns = {"prompt": [], "chosen": [], "rejected": []}
+    for text in texts(number)["text"]:
+        words = text.split()
+        columns["prompt"].append(" ".join(words[:2]))
+        columns["chosen"].append(" " + " ".join(words[2:]))
+        columns["rejected"].append(f" {words[0]} {words[0]}")
+    return Dataset.from_dict(columns)
+
+
+# What trainers of TRL are given here, on a CPU.
+TRL_OPTIONS = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
 def sft_trainer(model, folder, peft_config=None, **options):
     """TRL's trainer as it is by default, on CPU."""
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 16,
-        "max_steps": 20,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
+    defaults = {**TRL_OPTIONS, "per_device_eval_batch_size": 16, "max_steps": 20}
     return SFTTrainer(
         model,
         SFTConfig(output_dir=str(folder), **{**defaults, **options}),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from ..library_releases import in_backward
+from ..library_releases import in_backward, put_first
 from ..product_key_router import ProductKeyRouter
 from .arguments import check_integer, shown
 from .evaluation import evaluation
@@ -179,9 +179,8 @@ class ExpertUsageCallback(TrainerCallback):
     prediction during training get the same of the forward passes in evaluation mode, with the prefix of the other
     metrics (`eval_`).
 
-    All of them are in `trainer.state.log_history`. A `Trainer` calls the reporting integrations of `report_to` before
-    the callbacks that it is given. For the integrations to report these values, this callback must come first:
-    `trainer.callback_handler.callbacks.insert(0, ExpertUsageCallback())` instead of the argument.
+    All of them are in `trainer.state.log_history`, and reach TensorBoard, trackio, Weights & Biases and the other
+    integrations of `report_to`: when a training begins, the callback puts itself before all others.
     """
 
     def __init__(self):
@@ -190,6 +189,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._meters = {True: [], False: []}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        put_first(self)
         self._detach()
         for name, router in model.named_modules():
             if isinstance(router, ProductKeyRouter):

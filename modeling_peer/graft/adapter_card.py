@@ -14,6 +14,7 @@
 """The card that is saved with an adapter: which package it needs, and how to load it."""
 
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint_card import PACKAGE
 from .peft_releases import CARD_PLACEHOLDER, PEFT_TYPE_NAME
@@ -79,3 +80,18 @@ def write_adapter_card(save_directory: str | Path, base_model: str | None, task_
     text = card.read_text(encoding="utf-8")
     if text.count(CARD_PLACEHOLDER) == 1:
         card.write_text(text.replace(CARD_PLACEHOLDER, usage), encoding="utf-8")
+
+
+def write_pushed_card(model: Any, folder: str) -> None:
+    """
+    Make the card that `push_to_hub` of PEFT is about to upload that of an adapter, if a graft is among its adapters:
+    as PEFT makes it, with what [`write_adapter_card`] says. A card that the repository has already says what it said.
+
+    Args:
+        model (`PeftModel`): The model that is pushed.
+        folder (`str`): The folder with the files to upload.
+    """
+    config = next((each for each in model.peft_config.values() if each.peft_type == PEFT_TYPE_NAME), None)
+    if config is not None:
+        model.create_or_update_model_card(folder)
+        write_adapter_card(folder, config.base_model_name_or_path, config.task_type)

@@ -40,11 +40,13 @@ from ..graft_layer import (
 from ..graft_merged import base_model_type, check_mergeable, merge_grafts
 from ..memory_group import is_split
 from ..split_checkpoints import state_dict_to_save
+from .adapter_card import write_pushed_card
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward, whole_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft
-from .peft_releases import asking_for_peft
+from .peft_releases import asking_for_peft, call_before_upload
 from .registration import register_peer_graft
+from .target_modules import register_target_modules
 
 
 with asking_for_peft():
@@ -521,5 +523,7 @@ def _check_finite(name, grafts):
 
 
 register_peer_graft(PeerGraftConfig, PeerGraftModel)
+register_target_modules()
+call_before_upload(write_pushed_card)
 
 __all__ = ["PeerGraftConfig", "PeerGraftModel"]

@@ -12,18 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What differs between releases of PEFT, and all that grafts use of it that is not public.
+What differs between releases of PEFT, and all that is used of it that is not public.
 
 PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new. What they rely on is
 checked when they are registered, so a release that lacks any of it is named in one warning, and the rest of the
 package works.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from packaging.version import Version
 
@@ -136,3 +138,62 @@ def check_registration(enumeration, registries, expected) -> None:
     found = PeftConfig.from_peft_type(**json.loads(written))
     if type(found) is not type(config) or found != config:
         raise RuntimeError(f"a configuration came back as {found} from {written}.")
+
+
+def set_default_targets(model_type: str, targets: dict[str, list[str]]) -> None:
+    """
+    Tell PEFT which modules of a type of model its methods adapt if a configuration names none. A table that a release
+    does not have is left out: users then have to name modules.
+
+    Args:
+        model_type (`str`): As in the configuration of the model.
+        targets (`dict[str, list[str]]`): Ends of names of modules, by the part of the name of PEFT's table.
+    """
+    from peft.utils import constants
+
+    for table, names in targets.items():
+        defaults = getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MAPPING", {})
+        defaults.setdefault(model_type, list(names))
+
+
+def call_before_injection(function: Callable[[Any, Any], None]) -> None:
+    """
+    Have PEFT call `function(config, model)` before any of its methods looks for the modules of a base model that an
+    adapter's configuration names. PEFT has no hook for that, so `BaseTuner.inject_adapter`, which all methods share,
+    is wrapped, once. If PEFT calls it otherwise, the function is not called, and expert tables that `target_modules`
+    match fail in the first forward.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    inject_adapter: Any = BaseTuner.inject_adapter
+    if getattr(inject_adapter, "is_wrapped_for_peer", False):
+        inject_adapter = inject_adapter.__wrapped__
+
+    @functools.wraps(inject_adapter)
+    def inject_after_call(self, model, adapter_name, *args, **kwargs):
+        function(self.peft_config[adapter_name], model)
+        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    wrapped: Any = inject_after_call
+    wrapped.is_wrapped_for_peer = True
+    BaseTuner.inject_adapter = wrapped  # type: ignore[method-assign]
+
+
+def call_before_upload(function: Callable[[Any, str], None]) -> None:
+    """
+    Have `push_to_hub` of PEFT call `function(model, folder)` on what it is about to upload. It saves an adapter, then
+    writes a card of Transformers over the one that was saved, and has no hook. If Transformers uploads otherwise, the
+    function is not called, and a pushed adapter does not say which package it needs.
+    """
+    from peft import PeftModel
+
+    inherited = getattr(super(PeftModel, PeftModel), "_upload_modified_files", None)
+    if inherited is None:
+        return
+
+    @functools.wraps(inherited)
+    def upload_after_call(self, working_dir, *args, **kwargs):
+        function(self, working_dir)
+        return inherited(self, working_dir, *args, **kwargs)
+
+    PeftModel._upload_modified_files = upload_after_call  # type: ignore[method-assign]

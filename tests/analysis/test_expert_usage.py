@@ -261,6 +261,48 @@ class TestCallback:
         )
         assert not summary
 
+    @pytest.mark.parametrize("added", ["argument", "class", "later", "training"])
+    def test_trackers_get_the_values(self, tmp_path, added):
+        """However the callback was added; every callback is told once that the training begins."""
+
+        class Tracker(TrainerCallback):  # as those of `report_to`, which come before all that a user adds
+            def __init__(self):
+                self.begun, self.seen = 0, []
+
+            def on_train_begin(self, args, state, control, **kwargs):
+                self.begun += 1
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                self.seen.append(dict(logs))
+
+        class Last(Tracker):
+            pass
+
+        class Adding(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                self.trainer.add_callback(ExpertUsageCallback())
+
+        tracker, last, adding = Tracker(), Last(), Adding()
+        callbacks = {"argument": [ExpertUsageCallback()], "class": [ExpertUsageCallback], "training": [adding]}
+        trainer = trainer_of(
+            tiny_model(),
+            tmp_path,
+            [tracker, *callbacks.get(added, []), last],
+            max_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        adding.trainer = trainer
+        if added == "later":
+            trainer.add_callback(ExpertUsageCallback())
+        trainer.train()
+        assert tracker.begun == last.begun == 1
+        for callback in (tracker, last):
+            training, evaluation, _ = callback.seen
+            assert 0 < measures_of(training, "layer_1")["usage"] <= 1
+            assert 0 < measures_of(evaluation, "layer_1", "eval_")["usage"] <= 1
+        assert tracker.seen == last.seen
+
     def test_other_logs_and_predictions_do_not_disturb(self, tmp_path):
         """A user's own log between two steps takes nothing away, nor does a prediction add to the next evaluation."""
 

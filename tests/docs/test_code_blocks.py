@@ -68,9 +68,10 @@ def test_pages_say_what_they_print(results):
     assert "deviation=0.0" in outputs["docs/continual-learning.md"]
     for page, number in (
         ("docs/continual-learning.md", 1),
-        ("docs/checkpoints.md", 1),
+        ("docs/checkpoints.md", 2),
         ("docs/grafts.md", 2),
-        ("docs/serving.md", 1),
+        ("docs/serving.md", 2),
+        ("docs/training.md", 1),
     ):
         assert outputs[page].count("True") == number, outputs[page]
         assert "False" not in outputs[page]

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 
 # Programs that no test starts: what follows them is not ours.
-FOREIGN = {"hf", "git", "cd"}
+FOREIGN = {"hf", "git", "cd", "lm_eval"}
 
 # Parts of `./run` that are a script or package of examples/.
 MODULES = {"quickstart": "quickstart", "benchmark": "benchmark.__main__", "gpu": "gpu.__main__"}

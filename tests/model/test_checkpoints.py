@@ -31,11 +31,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
     QuantoConfig,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer.checkpoint_conversion import PER_HEAD_TENSORS
 
 
 PACKAGE_ROOT = Path(__file__).parents[2]
@@ -94,6 +98,50 @@ def test_quantized_at_load(heads, tmp_path):
     )
     assert type(loaded.model.layers[0].mlp.router.query_proj).__name__ == "QLinear"
     assert 0 < (logits_of(loaded) - expected).abs().median() < 0.1 * expected.std()
+
+
+def test_tensors_are_converted_only_where_heads_are_dropped(tmp_path):
+    """Elsewhere a conversion would take the place of those by which quantizers read what they have saved."""
+    tiny_model(VARIANTS["peer"]).save_pretrained(tmp_path)
+
+    def converted(**arguments):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments)
+        applied = [each for each in model._weight_conversions if isinstance(each, WeightConverter)]
+        registered = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
+        assert not registered  # for whatever is loaded next
+        return model.config.num_retrieval_heads, len(applied)
+
+    fewer = AutoConfig.from_pretrained(tmp_path)
+    fewer.num_retrieval_heads = 1
+    assert converted() == converted(num_retrieval_heads=2) == converted(config=PeerConfig.from_pretrained(tmp_path))
+    assert converted() == (2, 0)
+    assert converted(num_retrieval_heads=1) == converted(config=fewer) == (1, len(PER_HEAD_TENSORS))
+    assert converted() == (2, 0)
+
+
+def test_heads_of_a_quantized_checkpoint_are_not_dropped(tmp_path):
+    tiny_model(VARIANTS["peer"]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "quanto", "weights": "int8"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="of a quantized checkpoint cannot be lowered at load: it has 2 heads, got 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_retrieval_heads=1)
+
+
+def test_saved_quantized(tmp_path):
+    """By bitsandbytes, where it is: it computes the same when it is loaded again."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is in no extra: it is large, and little of it is tested")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "query_size": 32}  # multiples of its blocks
+    tiny_model(tiny_config("peer", "dense", **sizes)).save_pretrained(tmp_path / "full")
+    for options in ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}):
+        quantized = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "full", quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+        )
+        assert type(quantized.model.layers[0].mlp.router.query_proj).__name__.startswith("Linear")
+        assert type(quantized.model.layers[0].mlp.router.query_proj) is not torch.nn.Linear
+        quantized.save_pretrained(tmp_path / "quantized")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cpu")
+        assert same(logits_of(loaded), logits_of(quantized))
 
 
 def test_shared_pool_is_stored_once(tmp_path):

@@ -31,8 +31,9 @@ PUSH = """
 import sys, torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from modeling_peer import PeerConfig, PeerForCausalLM
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerGraftConfig
 
 words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 32)}}, unk_token="[UNK]"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -46,6 +47,12 @@ for part in (model, tokenizer):
     part.push_to_hub("user/peer")
 ModelCard.from_template(ModelCardData(license="apache-2.0", library_name="transformers", tags=["peer"]),
                         model_id="user/peer").push_to_hub("user/peer")
+
+base = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                    num_attention_heads=2))
+base.name_or_path = base.config._name_or_path = "user/llama"
+graft = PeerGraftConfig(task_type="CAUSAL_LM", num_experts=16, num_experts_per_head=4, num_retrieval_heads=1)
+get_peft_model(base, graft).push_to_hub("user/graft")
 print("{}")
 """
 
@@ -62,12 +69,14 @@ else:
 model = AutoModelForCausalLM.from_pretrained("user/peer", trust_remote_code=remote).eval()
 tokenizer = AutoTokenizer.from_pretrained("user/peer", trust_remote_code=remote)
 inputs = tokenizer("w1 w2 w3", return_tensors="pt")
-card = ModelCard.load("user/peer")
+card, card_of_graft = ModelCard.load("user/peer"), ModelCard.load("user/graft")
 print(json.dumps({
     "equal logits": torch.equal(model(**inputs).logits, torch.load(sys.argv[1])),
     "generated": model.generate(**inputs, do_sample=False, eos_token_id=-1).shape[1],
     "module": type(model).__module__.split(".")[0],
     "license": card.data.license, "library": card.data.library_name,
+    "graft": [card_of_graft.data.library_name, card_of_graft.data.base_model],
+    "usage": [line for line in card_of_graft.text.splitlines() if "modeling_peer" in line or "pip install" in line],
 }))
 """
 
@@ -106,6 +115,13 @@ def test_pushed_and_pulled(hub, tmp_path):
     )
     assert {"modeling_peer.py", "configuration_peer.py", "feed_forward_peer.py"} <= set(hub.files("user/peer"))
     expected = {"equal logits": True, "generated": 10, "license": "apache-2.0", "library": "transformers"}
+    # The card of a pushed adapter is PEFT's, and names the package, how to install it, and its import.
+    expected["graft"] = ["peft", "user/llama"]
+    expected["usage"] = [
+        'pip install ".[graft]"',
+        "Import `modeling_peer` before PEFT loads the adapter, which otherwise fails with `KeyError: 'PEER_GRAFT'`:",
+        "import modeling_peer",
+    ]
     pulled = results(run(PULL, hub, tmp_path, str(tmp_path / "logits"), "package"))
     assert pulled == expected | {"module": "modeling_peer"}
     pulled = results(run(PULL, hub, tmp_path, str(tmp_path / "logits"), "remote code"))

@@ -12,15 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-PEFT's adapters and TRL's `SFTTrainer` on PEER models: adapters of every part train, save, load and merge; batches
-without padding train as padded ones.
+PEFT's adapters and TRL's trainers on PEER models: adapters of every part train, save, load and merge; batches without
+padding train as padded ones; a policy starts as its reference.
 """
+
+import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from release_names import CHECKPOINTING
-from sft import save_tokenizer, sft_trainer
+from sft import TRL_OPTIONS, preferences, save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
     copy_of_state,
@@ -32,12 +34,16 @@ from trainer_worker import (
     train,
     trainer_of,
 )
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, freeze_query_norm
 
 
 # A table of experts is a parameter to PEFT, as its LoRA of an embedding looks rows up by the first argument.
 TABLES = ["expert_pool.up_proj.weight", "expert_pool.down_proj.weight"]
+
+# What most recipes name.
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ADAPTERS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
@@ -114,12 +120,6 @@ class TestAdapters:
         assert any("expert_pool" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
         assert_learns(model, tmp_path)
 
-    def test_of_a_table_as_a_module_raises(self):
-        """Rather than computing something else."""
-        model = adapted({"target_modules": ["expert_pool.up_proj"]})
-        with pytest.raises(RuntimeError, match="indices"):
-            logits_of(model)
-
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_activation_checkpointing_changes_nothing(self, tmp_path, use_reentrant):
         plain, checkpointed = (
@@ -135,6 +135,55 @@ class TestAdapters:
         assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
         assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
         assert logged(plain)[-1] != logged(plain)[0]
+
+
+class TestTargetModules:
+    """Expert tables, whose names are those of linear layers, are left out of them."""
+
+    @pytest.mark.parametrize(
+        ("config", "adapted_of_dense", "adapted_of_attention"),
+        [
+            (LoraConfig(target_modules=USUAL), ["down_proj", "gate_proj", "up_proj"], 4),
+            (LoraConfig(target_modules=USUAL, target_parameters=TABLES), ["down_proj", "gate_proj", "up_proj"], 4),
+            (LoraConfig(target_modules=r".*\.(q_proj|up_proj)", exclude_modules=r".*\.1\..*q_proj"), ["up_proj"], 1),
+            (LoraConfig(), [], 2),
+            (IA3Config(), ["down_proj"], 2),
+            (
+                IA3Config(target_modules=USUAL, feedforward_modules=["down_proj"]),
+                ["down_proj", "gate_proj", "up_proj"],
+                4,
+            ),
+        ],
+        ids=["list", "list_and_tables", "pattern", "defaults", "defaults_of_ia3", "ia3"],
+    )
+    @pytest.mark.parametrize("fields", [{}, {"share_experts_across_layers": True, "gated_experts": True}], ids=str)
+    def test_of_linear_layers(self, tmp_path, config, adapted_of_dense, adapted_of_attention, fields):
+        model = get_peft_model(small_model(**fields), copy.deepcopy(config))
+        names = [name for name in model.targeted_module_names if ".self_attn." not in name]
+        assert sorted(names) == [f"model.layers.0.mlp.{name}" for name in adapted_of_dense]
+        assert len({name for name in model.targeted_module_names if ".0.self_attn." in name}) == adapted_of_attention
+        assert bool(model.targeted_parameter_names) == bool(getattr(config, "target_parameters", None))
+        logits = logits_of(model)
+        model.save_pretrained(tmp_path)
+        assert_close(logits_of(PeftModel.from_pretrained(small_model(**fields), tmp_path)), logits, rtol=0, atol=0)
+
+    def test_of_models_without_dense_feed_forwards(self):
+        model = small_model("peer", "peer")
+        inject_adapter_in_model(LoraConfig(target_modules=USUAL), model)
+        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * 4
+
+    @pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "expert_pool.up_proj"], r".*\.expert_pool\.up_proj"])
+    def test_that_are_tables_raise(self, targets):
+        """Rather than computing something else."""
+        with pytest.raises(ValueError, match=r"target_parameters=\['expert_pool.up_proj.weight'\]"):
+            get_peft_model(small_model("peer", "peer"), LoraConfig(target_modules=targets))
+
+    def test_beside_an_adapter_of_tables(self):
+        model = adapted(ADAPTERS["tables"])
+        model.add_adapter("second", LoraConfig(target_modules=USUAL))
+        assert not [name for name, _ in model.named_parameters() if "expert_pool" in name and ".second." in name]
+        model.set_adapter("second")
+        assert logits_of(model).isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +212,12 @@ class TestSupervisedFineTuning:
         assert logged(by_path) == logged(by_object)
 
     @pytest.mark.parametrize("query_norm", ["batch", "rms"])
-    def test_without_padding_as_with_it(self, tmp_path, checkpoint, query_norm):
+    def test_without_padding_as_with_it(self, tmp_path, query_norm):
         """A row of many documents: each attends to itself, and as many tokens make the statistics."""
+        small_model(query_norm=query_norm).save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model")
         padded, padding_free = (
-            sft(PeerForCausalLM.from_pretrained(checkpoint, query_norm=query_norm), tmp_path, max_steps=5, **options)
+            sft(PeerForCausalLM.from_pretrained(tmp_path / "model"), tmp_path, max_steps=5, **options)
             for options in ({}, {"padding_free": True, "max_length": None})
         )
         assert logged(padding_free) == pytest.approx(logged(padded), rel=1e-5)
@@ -200,3 +251,40 @@ class TestSupervisedFineTuning:
         trainer.save_model(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(PeerForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
         assert_close(logits_of(loaded), logits_of(trainer.model), rtol=0, atol=0)
+
+
+class TestPolicies:
+    """Before the first update a policy is its reference, although it is in training mode and has a query BatchNorm."""
+
+    @pytest.mark.parametrize("adapter", [None, "all"])
+    def test_direct_preference_optimization(self, tmp_path, checkpoint, adapter):
+        model = PeerForCausalLM.from_pretrained(checkpoint)
+        if adapter is None:
+            freeze_query_norm(model)  # PEFT freezes the norms with the rest of the base model
+        before = [copy_of_state(norm) for norm in query_batch_norms(model)]
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(str(tmp_path), max_steps=6, **TRL_OPTIONS),
+            train_dataset=preferences(80),
+            peft_config=adapter and LoraConfig(r=4, task_type="CAUSAL_LM", **ADAPTERS[adapter]),
+        )
+        trainer.train()
+        margins = logged(trainer, "rewards/margins")
+        assert margins[0] == logged(trainer, "rewards/chosen")[0] == 0.0
+        assert margins[-1] > 0.0
+        assert_close([norm.state_dict() for norm in query_batch_norms(trainer.model)], before, rtol=0, atol=0)
+
+    def test_group_relative_policy_optimization(self, tmp_path, checkpoint):
+        trainer = GRPOTrainer(
+            str(checkpoint),
+            reward_funcs=lambda completions, **_: [float(text.count("w1")) for text in completions],
+            args=GRPOConfig(
+                str(tmp_path), max_steps=2, num_generations=4, max_completion_length=6, beta=0.1, **TRL_OPTIONS
+            ),
+            train_dataset=preferences(8).select_columns("prompt"),
+        )
+        freeze_query_norm(trainer.model)
+        trainer.train()
+        divergences = logged(trainer, "kl")
+        assert divergences[0] == 0.0
+        assert divergences[1] > 0.0

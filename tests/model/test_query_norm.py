@@ -22,6 +22,7 @@ from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
 
+from modeling_peer import freeze_query_norm
 from modeling_peer.query_norm import QueryBatchNorm
 
 
@@ -167,6 +168,22 @@ def test_a_frozen_norm_keeps_what_it_had_when_it_was_frozen():
     norm.requires_grad_(False)
     model(tokens, labels=tokens).loss.backward()
     assert torch.equal(statistics(norm), after)
+
+
+@pytest.mark.parametrize("variant", ["peer", "pkm", "all_in_one"])
+def test_a_model_with_frozen_norms_trains_as_it_evaluates(variant):
+    """Outputs are the same, and all parameters learn but those of the norms."""
+    model = tiny_model(VARIANTS[variant])
+    freeze_query_norm(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tokens = random_tokens(3, 8, seed=2)
+    output = model.train()(tokens, labels=tokens)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, model.eval()(tokens).logits, rtol=0, atol=0)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    names = {name for name, _ in model.named_parameters()}
+    assert names - set(gradients(model)) == {name for name in names if "query_norm" in name} != set()
 
 
 @pytest.mark.parametrize("variant", ["peer", "moe_expert_choice"])
