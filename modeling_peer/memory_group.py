@@ -62,6 +62,7 @@ from .library_releases import (
     is_at_least,
     require_transformers,
     style_of_modules,
+    timeout_of_default_group,
 )
 from .process_groups import group_of_all
 from .tensor_parallel import shard_columns
@@ -380,7 +381,7 @@ def _group_of_replicas(mesh_manager):
     ranks = mesh_manager.get_mesh(("dp_replicate", "efsdp", "ep")).mesh.flatten(0, -2)
     if len(ranks) == 1:
         return None
-    own, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    own, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout_of_default_group())
     return own
 
 
@@ -405,8 +406,15 @@ def _own_release():
         return None
 
 
-def refuse_other_seeds() -> None:
-    """Raise `ValueError` on all ranks, if there are several, if they would not draw the same random values."""
+def refuse_other_seeds(distributed_config: Any) -> None:
+    """
+    Raise `ValueError` on all ranks that split a model if they would not draw the same random values.
+
+    Args:
+        distributed_config (`DistributedConfig` or `dict`, *optional*): See [`check_processes`], which is called first.
+    """
+    if not _has_several_processes(check_processes(distributed_config)):
+        return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         states = {"the CPU": torch.get_rng_state()}
         if torch.cuda.is_available():

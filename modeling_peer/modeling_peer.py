@@ -232,7 +232,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         >>> model = PeerForCausalLM.from_config(config, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
         ```
         """
-        refuse_other_seeds()
+        refuse_other_seeds(kwargs.get("distributed_config"))
         with initialized_whole():
             model = cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
         zero_padding(model)

@@ -17,7 +17,7 @@ Saves and resumes tiny models with the stock `Trainer` on however many processes
     python saves.py OUTPUT '{"name": …}' …                          one process
     torchrun --nproc_per_node 2 saves.py OUTPUT '{"name": …}' …     memory groups
 
-Each job is the arguments of `train`, or of `measure` if it has the name "memory".
+Each job is the arguments of `train`, or those of `measure` or `disagree` if it has the name "memory" or "seeds".
 """
 
 import argparse
@@ -204,6 +204,16 @@ def train(
     hand_over(output, f"{name}-{RANK}", tensors, facts)
 
 
+def disagree(output: Path, name: str, group_size: int) -> None:
+    """Hands over what is said to ranks with other seeds, whose first model is split before there is a process group."""
+    assert not dist.is_initialized()
+    torch.manual_seed(RANK)
+    try:
+        new_model(CONFIG, group_size)
+    except ValueError as error:
+        hand_over(output, f"{name}-{RANK}", {}, {"error": str(error)})
+
+
 class PeakMemory:
     """Samples the memory of this process that is not mapped from files; `peak` is in bytes, above that at the start."""
 
@@ -271,7 +281,7 @@ def main() -> None:
         # Before there is a process group: afterwards only the first process would write.
         base_model_of("llama", **BASE_MODEL).save_pretrained(base_folder(arguments.output))
     for job in arguments.jobs:
-        (measure if job["name"] == "memory" else train)(arguments.output, **job)
+        {"memory": measure, "seeds": disagree}.get(job["name"], train)(arguments.output, **job)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -34,6 +34,7 @@ SAVED_AT = 3
 # one second moment for each row, one of "graft" in its name a graft in a base model.
 UNBROKEN = {"whole": {}, "whole-row": {}, "whole-graft": {"is_graft": True}}
 ON_TWO = {
+    "seeds": {"group_size": 2},
     "split": {"group_size": 2},
     "split-again": {"group_size": 2, "resumes": "split"},
     "row-replicas": {"group_size": 2, "beside_replicas": True},
@@ -61,7 +62,7 @@ TRAININGS = {
     name: (processes, training)
     for processes, trainings in LAUNCHES
     for name, training in trainings.items()
-    if name != "memory"
+    if name not in ("memory", "seeds")
 }
 RESUMED = [name for name, (_, training) in TRAININGS.items() if "resumes" in training]
 
@@ -174,6 +175,13 @@ def test_no_process_has_a_whole_table_in_memory(output):
         assert facts["resume"] < table / 4
         # The two tables, of which a process has half.
         assert table <= facts["load"] + table / 50 and facts["load"] < table * 5 / 4
+
+
+def test_ranks_with_other_seeds_are_refused(output):
+    """Also by the first model of a process, which makes the process group."""
+    for rank in range(2):
+        _, facts = handed_over(output, f"seeds-{rank}")
+        assert "Ranks 0 and 1 disagree on what they draw new weights from, `torch.manual_seed`" in facts["error"]
 
 
 def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
