@@ -68,24 +68,37 @@ class ReplicatedTables:
     Args:
         tables (`list[nn.Parameter]`): In the same order on all processes.
         group (`dist.ProcessGroup`): The processes that have them, or the same columns of them.
-        are_reduced (`Callable`): Whether other gradients are reduced in a backward that follows.
+        are_reduced (`Callable`): Whether other gradients are reduced in a backward.
+        in_backward (`bool`, *optional*, defaults to `False`):
+            Whether to ask that in the backward, as FSDP2 does, and not in the forward, as DDP does.
     """
 
-    def __init__(self, tables: list[nn.Parameter], group: dist.ProcessGroup, are_reduced: Callable[[], bool]):
+    def __init__(
+        self,
+        tables: list[nn.Parameter],
+        group: dist.ProcessGroup,
+        are_reduced: Callable[[], bool],
+        in_backward: bool = False,
+    ):
         self.tables = tables
         self.group = group
         self.are_reduced = are_reduced
+        self.in_backward = in_backward
 
     def average_after_backward(self, output: torch.Tensor) -> None:
         """
         Have the gradients averaged when a backward through `output`, the output of the model, ends. Does nothing
         where other gradients are not reduced either, as in DDP's `no_sync`.
         """
-        if not self.are_reduced() or not output.requires_grad:
+        if not output.requires_grad or not (self.in_backward or self.are_reduced()):
             return
 
+        def average():
+            if not self.in_backward or self.are_reduced():
+                average_gradients(self.tables, self.group)
+
         def at_the_end(gradient):
-            call_after_backward(lambda: average_gradients(self.tables, self.group))
+            call_after_backward(average)
 
         output.register_hook(at_the_end)
 
@@ -111,11 +124,9 @@ def replicated_tables(module: nn.Module) -> ReplicatedTables | None:
 def _replicated_columns(module, group):
     tables = [each.weight for each in module.modules() if isinstance(each, ExpertTable)]
     replicas = replicas_in_forward()
-
-    def are_reduced():
-        return reduces_gradients(module) if replicas is None else replicas.require_backward_grad_sync
-
-    return ReplicatedTables(tables, group.replicas, are_reduced)
+    if replicas is None:
+        return ReplicatedTables(tables, group.replicas, lambda: reduces_gradients(module), in_backward=True)
+    return ReplicatedTables(tables, group.replicas, lambda: replicas.require_backward_grad_sync)
 
 
 # A compiler that traces the model does not get through the module that contains it.
@@ -155,20 +166,30 @@ def average_gradients(tables: Iterable[nn.Parameter], group: dist.ProcessGroup) 
         tables (`Iterable[nn.Parameter]`): The same tables, in the same order, on all processes.
         group (`dist.ProcessGroup`)
     """
-    gradients = [_local_gradient(table) for table in tables if table.requires_grad]
+    tables = [table for table in tables if table.requires_grad]
+    gradients = [_local_gradient(table) for table in tables]
+    widths = [_width_of_the_widest_part(table) for table in tables]
     own = [_sizes(gradient, gradients[:place]) for place, gradient in enumerate(gradients)]
     every = torch.tensor(own, dtype=torch.int64, device=gradients[0].device if gradients else None)
     sizes = _gather(every[None], group).tolist() if gradients else []
     for places in _places_that_share_entries(sizes):
         sharing = [gradients[place] for place in places]
         of_ranks = [_Sizes(*rank[places[0]]) for rank in sizes]
-        if not _factors_are_smaller(sharing, of_ranks):
+        if not _factors_are_smaller(sharing, [widths[place] for place in places], of_ranks):
             for gradient in sharing:
                 _average_rows(gradient, group)
             continue
         entries = None
         for gradient in sharing:
             entries = _average_factors(gradient, of_ranks, entries, group)
+
+
+def _width_of_the_widest_part(table):
+    """
+    How many columns of a table a process of its group has at most. The processes of a group decide by it, each with
+    its replicas, and have to decide alike: row by row, their gradients are one.
+    """
+    return -(-table.shape[1] // table.device_mesh.size()) if isinstance(table, DTensor) else table.shape[1]
 
 
 def _local_gradient(table):
@@ -217,7 +238,7 @@ def _places_that_share_entries(sizes):
     return sharing.values()
 
 
-def _factors_are_smaller(gradients, of_ranks):
+def _factors_are_smaller(gradients, widths, of_ranks):
     """
     Whether an all-gather of the factors of gradients with the same entries moves fewer bytes than dense sums of them.
 
@@ -229,9 +250,9 @@ def _factors_are_smaller(gradients, of_ranks):
         return False
     entries, tokens = (max(getattr(each, name) for each in of_ranks) for name in ("num_entries", "num_tokens"))
     factors, rows = entries * 2 * torch.int32.itemsize, 0
-    for gradient in gradients:
-        factors += (tokens * gradient.shape[1] + entries) * max(gradient.dtype.itemsize, torch.float32.itemsize)
-        rows += gradient.numel() * gradient.dtype.itemsize
+    for gradient, width in zip(gradients, widths, strict=True):
+        factors += (tokens * width + entries) * max(gradient.dtype.itemsize, torch.float32.itemsize)
+        rows += len(gradient) * width * gradient.dtype.itemsize
     return len(of_ranks) * factors < 2 * rows
 
 

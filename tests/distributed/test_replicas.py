@@ -26,9 +26,12 @@ from release_names import enable_checkpointing
 from table_gradients import dense, literal_rows, random_parts, tables_of
 from tiny_models import random_tokens, tiny_config
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, gradient_exchange
@@ -390,3 +393,34 @@ class TestAverages:
         assert first["kinds"] == ["FactoredGradient"] * 2 + ["Tensor"] + ["FactoredGradient"] * 2
         assert second["kinds"] == ["FactoredGradient"] * 5
         assert first["shared"] == second["shared"] == (num_rows == 1000)
+
+
+class TestDecisions:
+    """What has to be the same on processes that do not ask each other."""
+
+    def test_widths_are_those_of_the_widest_part(self):
+        found = []
+        for rank in range(2):
+            dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+            mesh = init_device_mesh("cpu", (2,))
+            part = torch.zeros(4, 3 - rank)  # of five columns
+            table = DTensor.from_local(part, mesh, [Shard(1)], run_check=False, shape=(4, 5), stride=(5, 1))
+            found.append(gradient_exchange._width_of_the_widest_part(table))
+            dist.destroy_process_group()
+        assert found == [3, 3]
+        assert gradient_exchange._width_of_the_widest_part(torch.zeros(4, 5)) == 5
+
+    @pytest.mark.parametrize("in_backward", [False, True])
+    def test_gradients_are_averaged_where_others_are(self, in_backward, monkeypatch):
+        """FSDP2 reads in the backward whether it reduces gradients, DistributedDataParallel in the forward."""
+        averaged = []
+        monkeypatch.setattr(gradient_exchange, "average_gradients", lambda *arguments: averaged.append(arguments))
+        for in_forward_now, in_backward_now in ((True, False), (False, True)):
+            now = [in_forward_now]
+            tables = gradient_exchange.ReplicatedTables([], None, lambda now=now: now[0], in_backward)
+            output = torch.ones(2, requires_grad=True) * 2
+            tables.average_after_backward(output)
+            now[0] = in_backward_now
+            averaged.clear()
+            output.sum().backward()
+            assert len(averaged) == (in_backward_now if in_backward else in_forward_now)
