@@ -69,9 +69,8 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, times):
         backward = _backwards.get(current_backward(), _Backward())
+        # The backward itself is dropped at its end: on a GPU, operators run in another thread than this.
         factors = backward.factors.pop(ctx.number, [])
-        if not backward.factors:
-            _backwards.pop(current_backward(), None)
         # A compiler may make one operator of several that do the same.
         if len(factors) == 1:
             factors = [factors[0].scaled(times)] if times != 1 else factors

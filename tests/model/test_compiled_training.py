@@ -90,6 +90,25 @@ def gradients_of(model, run):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_what_a_backward_has_handed_over_is_kept_to_its_end(monkeypatch):
+    """Graphs of one model hand over while another thread takes what the last one has: between two of them, nothing is
+    there to be taken."""
+    model = model_of("peer", "peer")
+    _optimizer = optimizer_of(model)
+    with_compiled_layers(model)
+    leave, kept = gradient_outlet._Leave.backward, []
+
+    def watched(ctx, times):
+        result = leave(ctx, times)
+        kept.append(gradient_outlet.current_backward() in gradient_outlet._backwards)
+        return result
+
+    monkeypatch.setattr(gradient_outlet._Leave, "backward", staticmethod(watched))
+    loss_of(model).backward()
+    assert len(kept) == 4 and all(kept)
+    assert not gradient_outlet._backwards
+
+
 def come_in_factors(model, run) -> set[bool]:
     """Of the gradients of the tables, which are in factors. They are those of a model that is not compiled."""
     with torch.compiler.set_stance("force_eager"):
