@@ -22,6 +22,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from .quantization import QUANT_METHOD
+
 
 # What a `ProductKeyRouter` holds per head, head by head along the first dimension.
 PER_HEAD_TENSORS = (
@@ -70,7 +72,7 @@ def head_selection(config_class: type[PreTrainedConfig], path: Any, arguments: d
         arguments (`dict[str, Any]`): The other arguments of `from_pretrained`.
 
     Raises:
-        `ValueError`: for fewer heads than those of a checkpoint that was saved quantized.
+        `ValueError`: for fewer heads than those of a checkpoint that a quantizer of Transformers has saved.
     """
     if not _drops_heads(config_class, path, arguments):
         yield
@@ -98,7 +100,8 @@ def _drops_heads(config_class, path, arguments):
     except OSError:  # weights without a configuration
         return True
     trained = _saved_heads(config_class, saved)
-    if wanted < trained and "quantization_config" in saved:
+    # Quantized tables of experts are not of heads.
+    if wanted < trained and saved.get("quantization_config", {}).get("quant_method", QUANT_METHOD) != QUANT_METHOD:
         raise ValueError(
             f"`num_retrieval_heads` of a quantized checkpoint cannot be lowered at load: it has {trained} heads, got "
             f"{wanted}. Load the checkpoint that it was made of with fewer heads and quantize that."

@@ -21,6 +21,7 @@ from torch import nn
 from ..analysis.arguments import check_integer, shown
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
+from ..expert_table import refuse_quantized
 from ..optim.frozen_rows import FrozenRows, freeze_rows
 
 
@@ -93,6 +94,7 @@ def freeze_experts(
     ```
     """
     _check_usage_options(model, used_in, min_documents)
+    refuse_quantized(model, "`freeze_experts`")
     indices = expert_indices(experts)
     sets = select_expert_sets(model, layers)
     masks = {

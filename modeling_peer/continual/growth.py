@@ -168,6 +168,7 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
         `ValueError`: if no experts were added, or if the last addition is an open one and the keys are split.
     """
     check_is_peer_model(model)
+    refuse_quantized(model, "`train_added_experts_only`")
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
     addition = model.config.expert_additions[-1]

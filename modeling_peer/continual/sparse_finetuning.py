@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..analysis.arguments import check_integer
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import ExpertSet, observe_retrievals, select_expert_sets
+from ..expert_table import refuse_quantized
 from ..memory_group import is_split
 from ..optim.frozen_rows import FrozenRows, check_can_freeze, freeze_rows, freezes_of, require_gradients
 from .freezing import check_background
@@ -131,6 +132,7 @@ class SparseFinetuningCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.remove()
         self.background.check(model)
+        refuse_quantized(model, "Sparse memory finetuning")
         modules = set(model.modules())
         tables = {name: _trained_tables(each, self.tables) for name, each in self.sets.items()}
         for name, pairs in tables.items():

@@ -33,9 +33,11 @@ from modeling_peer import (
     add_experts,
     dequantize_experts,
     expert_parameter_groups,
+    freeze_experts,
     host_table_device_map,
     masked_experts,
     quantize_experts,
+    train_added_experts_only,
 )
 from modeling_peer.expert_table import ExpertTable
 from modeling_peer.quantized_table import QuantizedExpertTable
@@ -290,6 +292,11 @@ class TestRefusals:
         model = quantize_experts(tiny_model(VARIANTS["peer"]))
         with pytest.raises(ValueError, match="`add_experts` needs expert tables in floating point.*is quantized"):
             add_experts(model, 25)
+        with pytest.raises(ValueError, match="`freeze_experts` needs expert tables in floating point"):
+            freeze_experts(model, [1])
+        with pytest.raises(ValueError, match="`train_added_experts_only` needs expert tables in floating point"):
+            train_added_experts_only(model)
+        assert any(parameter.requires_grad for parameter in model.parameters())
         with pytest.raises(ValueError, match="`distributed_config` needs expert tables in floating point"):
             PeerForCausalLM.maybe_distribute_model(model, DistributedConfig(), None)
         with pytest.raises(ValueError, match="Tensor parallelism needs"):
