@@ -133,7 +133,10 @@ def _mapped(shape, dtype, directory):
     """An empty tensor in a file, which the operating system removes when the tensor is gone."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as file:
-        file.truncate(shape.numel() * dtype.itemsize)
+        size = shape.numel() * dtype.itemsize
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process as it writes
         return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=dtype).view(shape)
 
 

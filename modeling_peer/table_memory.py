@@ -17,7 +17,8 @@ Where the expert tables of a model lie in memory: mapped from a file, and in hos
 accelerate copies what a `device_map` puts on `"cpu"` to the GPU whenever it runs, and a table is gigabytes of which a
 token needs a few rows. A table stays where it is instead, and its experts run there: for each token, its hidden state
 goes to the host and dot products come back, and likewise router weights and the sum, and the indices with either:
-2 · hidden_size + 4 · num_active numbers in all, where its rows would be 2 · hidden_size · num_active.
+2 · hidden_size + 4 · num_active elements in all, where its rows would be 2 · hidden_size · num_active. Gated experts
+have a third table, to which the hidden state goes once more.
 
 ```python
 >>> from modeling_peer import PeerConfig, PeerForCausalLM, host_table_device_map

@@ -16,6 +16,7 @@ Processes for a test that have imported the libraries before they start: they ar
 has run nothing. Importing takes seconds, of a test that may take less.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -67,6 +68,7 @@ def _run(arguments, environment, output, folder):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
+    faulthandler.enable()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

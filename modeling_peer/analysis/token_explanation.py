@@ -29,6 +29,10 @@ from .evaluation import evaluation
 from .expert_sets import graft_label, layer_index, select_expert_sets
 
 
+# What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
+LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+
+
 @dataclass(frozen=True)
 class ExpertUse:
     """
@@ -200,6 +204,7 @@ class ExpertReader:
             # By a call of the table, whatever an adapter, a quantizer or an offloader has put around it.
             one = torch.ones(len(chosen), 1, device=table.weight.device, dtype=self._dtype)
             rows = table(one, (experts[chosen] - first)[:, None].to(one.device)).to(self._device)
+            rows = rows[:, : self.model.get_output_embeddings().weight.shape[1]]  # a graft's may have one for biases
             vectors = rows.new_empty(len(experts), rows.shape[1]) if vectors is None else vectors
             vectors[chosen] = rows
         return vectors
@@ -220,7 +225,8 @@ class ExpertReader:
             lowered, the most first.
         """
         vectors = self.down_projections(label, experts)
-        norm = getattr(self.model.get_decoder(), "norm", None)
+        decoder = self.model.get_decoder()
+        norm = next((module for name in LAST_NORMS if (module := getattr(decoder, name, None)) is not None), None)
         logits = self.model.get_output_embeddings()(vectors if norm is None else norm(vectors)).float()
         number = min(number, logits.shape[1])
         return tuple(logits.topk(number, largest=largest).indices.cpu() for largest in (True, False))

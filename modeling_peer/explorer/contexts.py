@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.arguments import check_integer
-from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
+from ..analysis.token_explanation import ExpertReader, RetrievedExperts
 
 
 WINDOW = 8  # tokens on either side of the one that used an expert
@@ -118,9 +118,9 @@ class ExpertContexts:
             found._best[label] = _Best(size, num_contexts)
         device = next(model.parameters()).device
         for text in tqdm(texts, desc="Reading contexts", disable=not progress_bar):
-            if not text.strip():
+            tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()[:, :max_length]
+            if not tokens.numel():
                 continue
-            tokens = token_ids(tokenizer, text)[:, :max_length]
             read, _ = reader.read(input_ids=tokens.to(device))
             for label, retrieved in read.items():
                 found._best[label].update(len(found.texts), retrieved)

@@ -41,8 +41,8 @@ def explorer_page(
     Make the page of one or several texts, between which the reader chooses. See [`save_explorer_page`].
     """
     found = [{"text": text, **explore(model, tokenizer, text, contexts, num_switched_off)} for text in texts]
-    # Within a script element, "</" would end it.
-    data = json.dumps(found, ensure_ascii=False).replace("</", "<\\/")
+    # A script element ends at "</script", and not if "<!--" and "<script" come before.
+    data = json.dumps(found, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", escape(title)).replace("{{data}}", data)
 
 

@@ -95,6 +95,11 @@ class SplitCheckpointCallback(TrainerCallback):
                 )
             _load(folder, model, _bare(optimizer), lr_scheduler)
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        # Gathered for a save that another callback called off: later saves must not write it.
+        if getattr(model, "gathered_state_dict", None) is not None:
+            model.gathered_state_dict = None
+
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
             self._save(args, state, **kwargs)

@@ -15,6 +15,7 @@
 
 import pytest
 import torch
+from graft_models import grafted, grafts_of, trained
 from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -97,6 +98,32 @@ def test_tokens_are_explained_by_their_experts_and_these_by_the_vocabulary(name,
     assert any(use.coefficient < 0 for each in explained for uses in each.layers.values() for use in uses) == (
         name != "pkm"
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_grafts(family, tokenizer):
+    """Also of one whose tables have a column for biases, and whose base model calls its last norm otherwise."""
+    model = trained(grafted(family, placement="in_place", num_experts=100))
+    base_model = model.get_base_model()
+    norm = base_model.transformer.ln_f if family == "gpt2" else base_model.model.norm
+    torch.nn.init.normal_(norm.weight)
+    (graft,) = grafts_of(model)
+    seen = []
+    graft.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    reader = ExpertReader(model)
+    (label,) = reader.labels
+    assert label == "layer_1_default"
+    read, _ = reader.read(input_ids=random_tokens(1, 5))
+    retrieved = read[label]
+    vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
+    sums = (retrieved.coefficients[..., None] * vectors).sum(1)
+    bias = 0 if graft.output_bias is None else graft.output_bias
+    torch.testing.assert_close(sums, seen[0] - bias, rtol=1e-4, atol=1e-5)
+    for explanation in explain_tokens(model, tokenizer, "w1 w2 w3", num_words=2):
+        for use in explanation.layers[label]:
+            vector = reader.down_projections(label, torch.tensor([use.expert]))[0]
+            lens = base_model.lm_head(norm(vector)) * (1 if use.coefficient >= 0 else -1)
+            assert use.words == tuple(f"w{number}" for number in lens.topk(2).indices.tolist())
 
 
 def test_experts_of_several_heads_are_named_once(tokenizer):

@@ -28,7 +28,7 @@ from modeling_peer.explorer import ExpertContexts, make_app, save_explorer_page
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ENDING = "</script><b>"  # a token that would end the script that holds the data
+ENDING = "<!--<script></script><b>"  # a token that would change where the script ends that holds the data
 
 
 @pytest.fixture(scope="module")

@@ -86,3 +86,10 @@ def test_what_is_decided_late_is_saved_too(tmp_path):
     trainer.add_callback(DecidesLate())
     trainer.train()
     assert (tmp_path / "checkpoint-3" / "training_state" / ".metadata").exists()
+
+
+def test_what_was_gathered_for_a_save_that_was_called_off_is_not_saved_later():
+    model = small_model()
+    model.gathered_state_dict = {"old": torch.zeros(1)}
+    SplitCheckpointCallback().on_step_begin(None, None, None, model=model)
+    assert model.gathered_state_dict is None
