@@ -94,9 +94,9 @@ def freeze_experts(
     ```
     """
     _check_usage_options(model, used_in, min_documents)
-    refuse_quantized(model, "`freeze_experts`")
     indices = expert_indices(experts)
     sets = select_expert_sets(model, layers)
+    refuse_quantized(model, "`freeze_experts`")
     masks = {
         name: torch.ones(each.num_experts, dtype=torch.bool) if indices is None else mask_of_indices(each, indices)
         for name, each in sets.items()
