@@ -116,7 +116,7 @@ class ExpertColumns(ExpertParallelLayer):
         of_others = math.ceil(module.embedding_dim / mesh.size()) * (mesh.size() - 1)
         if module.embedding_dim <= of_others:
             raise ValueError(
-                f"`ep_size` = {mesh.size()} leaves the last process of a memory group no column of {parameter_name}: "
+                f"`ep_size` = {mesh.size()} leaves the last rank of a memory group no column of {parameter_name}: "
                 f"its {module.embedding_dim} columns, {num_biases} of them of biases, go to the others."
             )
 

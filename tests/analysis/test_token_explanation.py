@@ -16,9 +16,8 @@
 import pytest
 import torch
 from graft_models import grafted, grafts_of, trained
-from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import random_tokens, tiny_config, tiny_model
+from word_tokenizer import word_tokenizer
 
 from modeling_peer import explain_tokens, masked_experts
 from modeling_peer.analysis.token_explanation import ExpertReader
@@ -39,9 +38,7 @@ CONFIGURATIONS = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    return word_tokenizer()
 
 
 def model_of(name):

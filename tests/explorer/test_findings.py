@@ -17,10 +17,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from word_tokenizer import word_tokenizer
 
 from modeling_peer import add_experts, masked_experts
 from modeling_peer.analysis.token_explanation import ExpertReader
@@ -31,9 +30,7 @@ from modeling_peer.explorer.findings import _neighbors, addition_of, explore
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")

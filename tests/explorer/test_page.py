@@ -20,9 +20,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import VOCAB_SIZE, random_tokens, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import random_tokens, tiny_config, tiny_model
+from word_tokenizer import word_tokenizer
 
 from modeling_peer.explorer import ExpertContexts, make_app, save_explorer_page
 
@@ -33,10 +32,7 @@ ENDING = "<!--<script></script><b>"  # a token that would change where the scrip
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    words = {f"w{number}": number for number in range(VOCAB_SIZE - 1)} | {ENDING: VOCAB_SIZE - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    tokenizer = word_tokenizer(last=ENDING)
     model = tiny_model(tiny_config("peer", "pkm"))
     texts = [f"{ENDING} {tokenizer.decode(random_tokens(10))}", "w1 w2"]
     contexts = ExpertContexts.measure(model, tokenizer, [tokenizer.decode(random_tokens(99))], progress_bar=False)
@@ -57,7 +53,7 @@ def test_needs_nothing_else(page):
     assert first["tokens"][0] == ENDING and second["tokens"] == ["w1", "w2"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.skipif(BROWSER is None, reason="the page is used in Chromium or Chrome, which is not installed")
 class TestInABrowser:
     def shown(self, page, script):
         """The page after a script has used it."""

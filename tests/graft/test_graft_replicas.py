@@ -283,7 +283,7 @@ def test_a_copy_of_a_split_model_has_tables_of_its_own(folder, name):
     [
         (4, None),
         (5, "`ep_size` = 5 does not divide the width 24 of up_proj.weight"),
-        (6, "`ep_size` = 6 leaves the last process of a memory group no column of up_proj.weight: its 25 columns, 1"),
+        (6, "`ep_size` = 6 leaves the last rank of a memory group no column of up_proj.weight: its 25 columns, 1"),
     ],
 )
 def test_groups_that_tables_with_biases_fit(size, message):
