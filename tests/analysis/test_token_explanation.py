@@ -19,7 +19,7 @@ from graft_models import grafted, grafts_of, trained
 from tiny_models import random_tokens, tiny_config, tiny_model
 from word_tokenizer import word_tokenizer
 
-from modeling_peer import explain_tokens, masked_experts
+from modeling_peer import explain_tokens, masked_experts, quantize_experts
 from modeling_peer.analysis.token_explanation import ExpertReader
 
 
@@ -33,6 +33,7 @@ CONFIGURATIONS = {
     "shared pool": tiny_config("peer", "dense", "peer", share_experts_across_layers=True),
     "added": tiny_config("peer", "dense", expert_additions=ADDED),
     "one per head": tiny_config("peer", num_experts_per_head=1),
+    "quantized": tiny_config("peer", "pkm"),
 }
 
 
@@ -44,7 +45,7 @@ def tokenizer():
 def model_of(name):
     model = tiny_model(CONFIGURATIONS[name]).double()
     torch.nn.init.normal_(model.model.norm.weight)
-    return model
+    return quantize_experts(model) if name == "quantized" else model
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
