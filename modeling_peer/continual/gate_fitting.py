@@ -102,7 +102,8 @@ def fit_gates(
     for index, layer in layers.items():
         (new_held_out, new), (reference_held_out, reference) = (_split(text[index]) for text in texts)
         gate = cast("AddedRouter", layer.added_routers[-1]).gate
-        fitted = _fit(gate, new, reference, reference_weight, num_steps)
+        steps = tqdm(range(num_steps), desc=f"Gate of layer {index}", disable=not progress_bar)
+        fitted = _fit(gate, new, reference, reference_weight, steps)
         with torch.no_grad():
             for parameter, value in zip(gate.parameters(), fitted.parameters(), strict=True):
                 parameter.copy_(value)
@@ -163,7 +164,7 @@ def _hidden_states(model, layers, name, text, batch_size, progress_bar):
     sequences: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
     try:
         with evaluation(model):
-            for batch in tqdm(batches_of(text, batch_size), disable=not progress_bar, desc="Hidden states"):
+            for batch in tqdm(batches_of(text, batch_size), desc=f"Hidden states, {name}", disable=not progress_bar):
                 model.base_model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"})
                 present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
                 for index, states in seen.items():
@@ -185,7 +186,7 @@ def _split(sequences):
     return torch.cat(sequences[::10]), torch.cat([each for i, each in enumerate(sequences) if i % 10])
 
 
-def _fit(gate, new, reference, reference_weight, num_steps):
+def _fit(gate, new, reference, reference_weight, steps):
     """A gate in float32, newly initialized and fitted to tell new tokens from those of the reference."""
     device = gate.down_proj.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -205,7 +206,7 @@ def _fit(gate, new, reference, reference_weight, num_steps):
         return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
     with torch.enable_grad():
-        for _ in range(num_steps):
+        for _ in steps:
             optimizer.zero_grad()
             (loss_on(new, 1.0) + reference_weight * loss_on(reference, 0.0)).backward()
             optimizer.step()

@@ -128,6 +128,15 @@ def test_takes_any_iterable(model):
     assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
 
 
+def test_shows_progress_if_asked(model, capsys):
+    fit(model, new=NEW[:2], reference=REFERENCE[:2], num_steps=1)
+    assert not capsys.readouterr().err
+    fit_gates(model, NEW[:2], REFERENCE[:2], num_steps=1)
+    shown = capsys.readouterr().err
+    for label in ("Hidden states, new_text", "Hidden states, reference_text", "Gate of layer 0", "Gate of layer 2"):
+        assert f"{label}: 100%" in shown
+
+
 def test_experts_behind_a_shut_gate_are_not_used(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
