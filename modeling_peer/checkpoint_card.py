@@ -156,8 +156,8 @@ def base_model_of(model: PreTrainedModel) -> str | None:
 
 def describe_sizes(model: PreTrainedModel) -> str:
     """
-    Sentences on the experts and parameters of a PEER model: of its base configuration where experts were added, and
-    without the parameters where other processes have parts of them. Empty for other models.
+    Sentences on the experts and parameters of a PEER model, without the parameters where other processes have parts of
+    them. Empty for other models.
     """
     config = model.config
     if not isinstance(config, PeerConfig):
@@ -171,7 +171,7 @@ def describe_sizes(model: PreTrainedModel) -> str:
 
 
 def describe_experts(config: PeerConfig) -> str:
-    """A sentence on the experts of a PEER model and how many of them a token uses. Empty for a model without."""
+    """Sentences on the experts of a PEER model and how many of them a token uses. Empty for a model without."""
     layers = [index for index, name in enumerate(config.feed_forward_types) if name == "peer"]
     if not layers:
         return ""
@@ -181,8 +181,20 @@ def describe_experts(config: PeerConfig) -> str:
         f"PEER in {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))} of "
         f"{config.num_hidden_layers}, counted from 0: for every token h = {h} heads retrieve k = {k} of "
         f"N = {config.num_experts:,} experts{pool if len(layers) > 1 else ''}, single neurons of width "
-        f"{config.hidden_size}."
+        f"{config.hidden_size}.{_describe_additions(config.expert_additions)}"
     )
+
+
+def _describe_additions(additions):
+    """Sentences that go on from others. Empty if no experts were added."""
+    if not additions:
+        return ""
+    sentences = [
+        f" {each['num_experts']:,} experts were added to {'layer' if len(each['layers']) == 1 else 'layers'} "
+        f"{', '.join(map(str, each['layers']))} in {each['mode']} mode."
+        for each in additions
+    ]
+    return "".join(sentences) + " In `with modeling_peer.masked_experts(model):` it runs without them."
 
 
 def _num_active_parameters(model):
