@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
+from common.evaluation import held_out_loss
 from common.text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
 from modeling_peer import (
     PeerForCausalLM,
@@ -149,15 +150,9 @@ def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: 
     (folder / f"{name}-unfinished").rename(folder / name)
 
 
-@torch.no_grad()
 def losses(model: nn.Module, texts: Texts) -> list[float]:
     """Returns the held-out loss of each text, in nats per token."""
-    model.eval()
-    return [
-        sum(model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in held_out.split(16))
-        / len(held_out)
-        for held_out in texts.held_out
-    ]
+    return [held_out_loss(model, held_out, progress_bar=False) for held_out in texts.held_out]
 
 
 def run(
