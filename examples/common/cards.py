@@ -32,6 +32,12 @@ TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
 # `brown`.
 RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
 
+# … and of results of other models that it is compared with: what it was before it was taught a domain.
+COMPARED = {
+    "perplexity_before": "Held-out perplexity before experts were added",
+    "perplexity_masked": "Held-out perplexity with the added experts masked",
+}
+
 # Of the example code, unless another is given.
 PROMPT, MAX_NEW_TOKENS = "def main(", 30
 
@@ -73,7 +79,8 @@ def make_card(
     Args:
         repo_id (`str`): Repository of the model.
         config (`PreTrainedConfig`): Configuration of the model. A [`PeerConfig`] is described, with its costs.
-        results (`dict[str, float]`): Results as in all_results.json. Keys that are not in `RESULTS` are left out.
+        results (`dict[str, float]`):
+            Results as in all_results.json. Keys that are neither in `RESULTS` nor in `COMPARED` are left out.
         license, dataset_name (`str`, *optional*):
             License of the model, and the dataset of the Hub that it was trained on.
         tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
@@ -81,7 +88,8 @@ def make_card(
         prompt (`str`), max_new_tokens (`int`): Prompt of the example code, and number of tokens that it generates.
         sequence_length (`int`, *optional*): Sequence length at which FLOPs are counted, see [`model_costs`].
         training (`dict`, *optional*):
-            What is known of the training: `data` and `base_model` by their names, and `settings`.
+            What is known of the training: `data` and `base_model` by their names, and `settings`. Metadata name a base
+            model of the Hub only.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
     """
@@ -89,13 +97,13 @@ def make_card(
     model_name = repo_id.split("/")[-1]
     has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types
     found = [(*key.partition("/")[::2], value) for key, value in results.items()]
-    found = [each for each in found if each[0] in RESULTS]
+    base_model = training.get("base_model") or ""
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=license,
         datasets=dataset_name,
-        base_model=training.get("base_model"),
+        base_model=base_model if "/" in base_model else None,
         tags=[*(["peer"] if has_experts else []), *(tags or [])],
         model_name=model_name,
         eval_results=[
@@ -108,10 +116,14 @@ def make_card(
                 metric_value=value,
             )
             for metric, text, value in found
+            if metric in RESULTS
         ]
         or None,
     )
-    lines = [f"{RESULTS[metric]}{text and f', {text}'}: {value:.4g}." for metric, text, value in found]
+    labels = RESULTS | COMPARED
+    lines = [
+        f"{labels[metric]}{text and f', {text}'}: {value:.4g}." for metric, text, value in found if metric in labels
+    ]
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),

@@ -253,9 +253,14 @@ def run(
         if any("expert_usage" in name for name in metrics):
             logger.info(USAGE_GUIDE)
     if trainer.args.push_to_hub:
-        trainer.create_model_card = partial(write_training_card, trainer)
-        trainer.push_to_hub(**card)
+        push(trainer, **card)
     return metrics
+
+
+def push(trainer: Trainer, **card: str | None) -> None:
+    """Pushes a model with its card, for the contents of which see `Trainer.push_to_hub`."""
+    trainer.create_model_card = partial(write_training_card, trainer)
+    trainer.push_to_hub(**card)
 
 
 def save_description(trainer: Trainer, data: str | None) -> None:
@@ -263,7 +268,7 @@ def save_description(trainer: Trainer, data: str | None) -> None:
     if trainer.is_world_process_zero():
         description = {
             "data": data,
-            "base_model": base_model_of(trainer.model),
+            "base_model": base_model_of(trainer.model) or Path(trainer.model.name_or_path).name or None,
             "settings": extract_hyperparameters_from_trainer(trainer),
         }
         if isinstance(trainer.optimizer, AcceleratedOptimizer) and isinstance(trainer.optimizer.optimizer, RowAdamW):

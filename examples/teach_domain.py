@@ -1,0 +1,456 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+Teaches a trained PEER model the text of a domain, and keeps what it was: adds experts and trains these alone.
+
+    python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \
+        --output_dir runs/taught
+
+A gate decides by the hidden states of a token whether the added experts speak. It is fitted to open for the text of
+the domain and to stay shut for a sample of the text that the model is to go on predicting as it did, --kept_file.
+Without one, the model writes such a sample itself.
+
+The script prints the held-out perplexity of both texts before, after, and with the added experts masked, which is the
+model as it was, and saves these figures as `teaching.json` in --output_dir. An interrupted run resumes from the last
+checkpoint there. The defaults are the best of the study of streams, `examples/studies/stream/`.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from run_clm import choose_block_size, load_text
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType
+
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
+from common.evaluation import held_out_loss
+from common.machine import machine
+from common.model_arguments import ModelArguments, load_config, load_model
+from common.run_estimate import RunEstimateCallback
+from common.text_data import DataTrainingArguments, take_samples
+from common.text_files import errors_name_the_file
+from common.training import (
+    ExampleTrainingArguments,
+    OptimizerArguments,
+    last_checkpoint,
+    make_optimizers,
+    push,
+    save_description,
+    setup_logging,
+    train,
+)
+from modeling_peer import ExpertBackground, PeerConfig, PeerGraftedConfig, add_experts, fit_gates, masked_experts
+from modeling_peer.analysis.evaluation import evaluation
+
+
+DOMAIN, KEPT = "domain", "kept text"
+
+# Sequences that the model writes to be evaluated on, if there is no text to keep.
+NUM_WRITTEN_FOR_EVALUATION = 32
+
+# What --help shows.
+MAIN_FLAGS = (
+    *("model_name_or_path", "train_file", "validation_file", "dataset_name", "text_column_name", "block_size"),
+    *("kept_file", "kept_standard_library", "num_added_experts", "num_gate_sequences", "reference_weight"),
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate"),
+    *("eval_strategy", "eval_steps", "save_steps", "bf16", "push_to_hub", "hub_model_id"),
+)
+
+
+@dataclass
+class TeachingArguments:
+    """How many experts are added, and what the model is to go on predicting as it did."""
+
+    num_added_experts: int = field(
+        default=64**2, metadata={"help": "Experts to add to each PEER layer, a square number."}
+    )
+    kept_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the model is to go on predicting as it did: files, folders or patterns, as of "
+            "--train_file. Without any, the model writes it."
+        },
+    )
+    kept_standard_library: bool = field(
+        default=False,
+        metadata={
+            "help": "The text to keep is the source code of the Python standard library, on which the example scripts "
+            "train without data flags."
+        },
+    )
+    num_gate_sequences: int = field(
+        default=128, metadata={"help": "Sequences of either text that the gates are fitted to."}
+    )
+    reference_weight: float = field(
+        default=16.0, metadata={"help": "How much more it counts that gates stay shut for the text to keep."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.kept_file, str):  # a file of arguments in JSON may name a single file by a string
+            self.kept_file = [self.kept_file]
+        if self.kept_file and self.kept_standard_library:
+            raise UsageError("Choose one text to keep: --kept_file or --kept_standard_library.")
+
+    @property
+    def is_kept_text_given(self) -> bool:
+        """Whether there is text to keep, so that the model need not write it."""
+        return bool(self.kept_file) or self.kept_standard_library
+
+
+@dataclass
+class DomainArguments(DataTrainingArguments):
+    """The text of the domain."""
+
+    block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
+    max_eval_samples: int = field(
+        default=64, metadata={"help": "Number of held-out sequences of either text to evaluate on, evenly spaced."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset_name is None and not self.train_file:
+            raise UsageError("There is no text to teach: name it by --train_file or --dataset_name.")
+
+
+@dataclass
+class DomainTrainingArguments(ExampleTrainingArguments):
+    """Training arguments with the settings of the study of streams as defaults."""
+
+    do_train: bool = field(default=True, metadata={"help": "Always done."})
+    do_eval: bool = field(default=True, metadata={"help": "Always done."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the text of the domain."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate after the warm-up."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Name of the learning rate schedule."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences of a step, per device."})
+
+
+@dataclass
+class Figures:
+    """
+    What a teaching did.
+
+    Args:
+        before, after, masked (`dict[str, float]`):
+            Held-out perplexity of either text before the teaching, after it, and then without the added experts.
+        openness (`dict[str, float]`): Mean of the gates of all layers on either text, after they were fitted.
+        shared (`float`): Of the experts that the domain used before, the share that the kept text used too.
+    """
+
+    before: dict[str, float]
+    openness: dict[str, float]
+    shared: float
+    after: dict[str, float] = field(default_factory=dict)
+    masked: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the model without the added experts predicts as it did, to the bit."""
+        return self.masked == self.before
+
+    def __str__(self) -> str:
+        rows = {
+            "held-out perplexity": [DOMAIN, KEPT],
+            "before": [f"{self.before[name]:.2f}" for name in (DOMAIN, KEPT)],
+            "after": [f"{self.after[name]:.2f}" for name in (DOMAIN, KEPT)],
+            "after, added experts masked": [f"{self.masked[name]:.2f}" for name in (DOMAIN, KEPT)],
+            "mean of the gates": [f"{self.openness[name]:.1%}" for name in (DOMAIN, KEPT)],
+        }
+        return "\n".join(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items())
+
+
+def check_can_be_taught(config: PreTrainedConfig, num_added_experts: int) -> None:
+    """Raises `UsageError` if experts cannot be added to a model with this configuration."""
+    if config.model_type == PeerGraftedConfig.model_type:
+        raise UsageError(
+            "The model has a graft that was merged into it, to which no experts are added: teach the model that it "
+            "was grafted to with a further graft, see docs/grafts.md."
+        )
+    if not isinstance(config, PeerConfig):
+        raise UsageError(
+            f"Experts are added to PEER models, and this one has a {type(config).__name__}: give it experts by a "
+            "graft, see docs/grafts.md."
+        )
+    if "peer" not in config.feed_forward_types:
+        raise UsageError(
+            f"The model has no PEER layer to add experts to, only {sorted(set(config.feed_forward_types))}: choose "
+            "another checkpoint, --model_name_or_path."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            "The experts of the model are quantized, and none are added to such: teach the checkpoint that it was "
+            "quantized from, and quantize the result by examples/quantize.py."
+        )
+    smallest = config.num_experts_per_head**2
+    if num_added_experts < smallest or math.isqrt(num_added_experts) ** 2 != num_added_experts:
+        raise UsageError(
+            f"--num_added_experts must be a square number of at least {smallest}, the square of "
+            f"`num_experts_per_head`, got {num_added_experts}."
+        )
+
+
+def load_texts(
+    args: TeachingArguments,
+    model_args: ModelArguments,
+    data_args: DomainArguments,
+    training_args: DomainTrainingArguments,
+    config: PreTrainedConfig,
+) -> tuple[PreTrainedTokenizerBase, dict[str, dict[str, Dataset]]]:
+    """Loads the tokenizer and the sequences of either text: `"train"`, for the kept one a sample, and `"validation"`."""
+    tokenizer, blocks = load_text(model_args, data_args, training_args, config)
+    texts = {DOMAIN: blocks}
+    if args.is_kept_text_given:
+        kept_args = DataTrainingArguments(
+            train_file=args.kept_file,
+            encoding=data_args.encoding,
+            block_size=data_args.block_size,
+            max_train_samples=args.num_gate_sequences,
+            max_eval_samples=data_args.max_eval_samples,
+        )
+        _, texts[KEPT] = load_text(model_args, kept_args, training_args, config)
+    return tokenizer, texts
+
+
+def write_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    length: int,
+    training_args: DomainTrainingArguments,
+) -> Dataset:
+    """Lets a model write sequences of a length from the beginning of a text, sampled as it predicts them."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise UsageError("The tokenizer has no token with which a text begins: name text to keep, --kept_file.")
+    prompts = torch.full((number, 1), start, device=model.device).split(training_args.per_device_eval_batch_size)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sequences = []
+    with evaluation(model):
+        for prompt in tqdm(prompts, desc="Writing text to keep", disable=training_args.disable_tqdm):
+            sequences += model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                **sampling,
+            ).tolist()
+    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+
+
+def written_texts(model, tokenizer, args, block_size, training_args) -> dict[str, Dataset]:
+    """A sample that the model writes, for the gates and to evaluate on."""
+    number = args.num_gate_sequences
+    written = write_text(model, tokenizer, number + NUM_WRITTEN_FOR_EVALUATION, block_size, training_args)
+    return {"train": written.select(range(number)), "validation": written.select(range(number, len(written)))}
+
+
+def perplexities(
+    model: PreTrainedModel, texts: dict[str, dict[str, Dataset]], training_args: DomainTrainingArguments
+) -> dict[str, float]:
+    """The held-out perplexity of either text."""
+    return {
+        name: math.exp(
+            held_out_loss(
+                model,
+                torch.tensor(blocks["validation"]["input_ids"][:]),
+                training_args.per_device_eval_batch_size,
+                desc=f"Perplexity, {name}",
+                progress_bar=not training_args.disable_tqdm,
+            )
+        )
+        for name, blocks in texts.items()
+    }
+
+
+def share_of_shared_experts(
+    model: PreTrainedModel, samples: dict[str, Dataset], training_args: DomainTrainingArguments
+) -> float:
+    """Of the experts that the domain uses, the share that the kept text uses too."""
+    domain, kept = (
+        ExpertBackground.measure(
+            model,
+            samples[name],
+            training_args.per_device_eval_batch_size,
+            progress_bar=not training_args.disable_tqdm,
+        )
+        for name in (DOMAIN, KEPT)
+    )
+    used = {name: domain.used(name) for name in domain.sizes}
+    shared = sum(int((mask & kept.used(name)).sum()) for name, mask in used.items())
+    return shared / sum(int(mask.sum()) for mask in used.values())
+
+
+def grow(
+    model: PreTrainedModel,
+    texts: dict[str, dict[str, Dataset]],
+    args: TeachingArguments,
+    training_args: DomainTrainingArguments,
+) -> tuple[dict[int, range], Figures]:
+    """Adds experts and fits their gates. Returns the new experts of each layer, and what is known by then."""
+    samples = {name: take_samples(blocks["train"], args.num_gate_sequences) for name, blocks in texts.items()}
+    before = perplexities(model, texts, training_args)
+    shared = share_of_shared_experts(model, samples, training_args)
+    experts = add_experts(model, args.num_added_experts).experts
+    fits = fit_gates(
+        model,
+        samples[DOMAIN],
+        samples[KEPT],
+        reference_weight=args.reference_weight,
+        batch_size=training_args.per_device_eval_batch_size,
+        progress_bar=not training_args.disable_tqdm,
+    ).values()
+    openness = {
+        DOMAIN: sum(fit.open_for_new for fit in fits) / len(fits),
+        KEPT: sum(fit.open_for_reference for fit in fits) / len(fits),
+    }
+    return experts, Figures(before, openness, shared)
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    training_args: DomainTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, dict[str, Dataset]],
+) -> Trainer:
+    """Makes the `Trainer` of a grown model, of which only the added experts and their routers are trained."""
+    return Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=texts[DOMAIN]["train"],
+        eval_dataset={name.replace(" ", "_"): blocks["validation"] for name, blocks in texts.items()},
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[RunEstimateCallback()],
+        optimizers=make_optimizers(OptimizerArguments(), training_args, model, is_new=False),
+    )
+
+
+@contextmanager
+def without(model: PreTrainedModel, experts: dict[int, range]) -> Iterator[None]:
+    """Masks the experts of one addition. Those of earlier ones, if there are any, go on to speak."""
+    layers_of: dict[range, list[int]] = {}
+    for layer, added in experts.items():
+        layers_of.setdefault(added, []).append(layer)
+    with ExitStack() as stack:
+        for added, layers in layers_of.items():
+            stack.enter_context(masked_experts(model, added, layers=layers))
+        yield
+
+
+def save_figures(trainer: Trainer, figures: Figures, **run: Any) -> None:
+    """Saves the figures for the card of the model, and with all that is known of the run as `teaching.json`."""
+    found = {"perplexity_before": figures.before, "perplexity": figures.after, "perplexity_masked": figures.masked}
+    trainer.save_metrics("eval", {f"{key}/{name}": value for key, own in found.items() for name, value in own.items()})
+    if trainer.is_world_process_zero():
+        text = json.dumps({**asdict(figures), **run, "machine": machine()}, indent=2)
+        Path(trainer.args.output_dir, "teaching.json").write_text(text + "\n", encoding="utf-8")
+
+
+def describe(figures: Figures, model: PreTrainedModel, folder: str) -> str:
+    """What a teaching did, and what to do next."""
+    addition = model.config.expert_additions[-1]
+    restored = "what they were, to the bit" if figures.is_restored else "not quite what they were"
+    return f"""
+{figures}
+
+{addition["num_experts"]:,} experts were added to each of the layers {addition["layers"]}. With them masked, perplexities are {restored}.
+Of the experts that the domain used before, the kept text uses {figures.shared:.0%}: to train these would have changed it.
+
+In {folder}: the model with its tokenizer, and all figures in teaching.json.
+What to do next:
+  ./run python examples/run_generation.py --model_name_or_path {folder} --prompt "The " --do_sample
+  ./run python examples/push_to_hub.py --model_name_or_path {folder} --repo_id USER/taught
+  docs/teach-a-domain.md   what to do if a text is predicted worse than it should be, or for a further domain"""
+
+
+def prepare(
+    args: TeachingArguments,
+    model_args: ModelArguments,
+    data_args: DomainArguments,
+    training_args: DomainTrainingArguments,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, dict[str, Dataset]]]:
+    """Loads the model, its tokenizer and both texts. Raises `UsageError` if there is nothing that can be taught."""
+    if model_args.is_new:
+        raise UsageError("There is no model to teach: name a checkpoint by --model_name_or_path.")
+    config = load_config(model_args)
+    check_can_be_taught(config, args.num_added_experts)
+    tokenizer, texts = load_texts(args, model_args, data_args, training_args, config)
+    set_seed(training_args.seed)
+    model = load_model(AutoModelForCausalLM, model_args, config, tokenizer).to(training_args.device)
+    if KEPT not in texts:
+        texts[KEPT] = written_texts(model, tokenizer, args, choose_block_size(data_args, config), training_args)
+    return model, tokenizer, texts
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, dict[str, Dataset]],
+    args: TeachingArguments,
+    training_args: DomainTrainingArguments,
+) -> tuple[Trainer, Figures]:
+    """Grows a model, trains what was added, and measures what came of it."""
+    experts, figures = grow(model, texts, args, training_args)
+    trainer = make_trainer(model, training_args, tokenizer, texts)
+    train(trainer, last_checkpoint(training_args))
+    # Accelerate wraps the forward in autocast for bf16: unwrapped, the model is compared with what it was.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    figures.after = perplexities(model, texts, training_args)
+    with without(model, experts):
+        figures.masked = perplexities(model, texts, training_args)
+    return trainer, figures
+
+
+def main():
+    start = time.time()
+    args, data_args, training_args, model_args = parse_arguments(
+        (TeachingArguments, DomainArguments, DomainTrainingArguments, ModelArguments), __doc__, MAIN_FLAGS
+    )
+    setup_logging(training_args)
+    files = [*data_args.files, *(args.kept_file or [])]
+    with ends_on_usage_error(), errors_name_the_file(files, data_args.encoding):
+        model, tokenizer, texts = prepare(args, model_args, data_args, training_args)
+    trainer, figures = teach(model, tokenizer, texts, args, training_args)
+    save_description(trainer, data_args.description)
+    save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))
+    if training_args.push_to_hub:
+        push(trainer, dataset=data_args.dataset_name)
+    print(describe(figures, model, training_args.output_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A domain is taught from the command line: it is learned, and without the added experts the model is what it was."""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from functools import partial
+
+import datasets
+import pytest
+import teach_domain
+import torch
+from graft_models import grafted
+from safetensors.torch import load_file
+from tiny_models import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
+
+from common.cards import card_of_folder
+from common.library_sources import byte_level_tokenizer
+from modeling_peer import PeerForCausalLM, PeerQuantizationConfig, fit_gates
+
+
+DOMAIN = "".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(400))
+KEPT = "".join(f"the word {i % 7} follows the word {i % 5}\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model of random weights, `base`, and both texts."""
+    folder = tmp_path_factory.mktemp("teaching")
+    (folder / "domain.txt").write_text(DOMAIN)
+    (folder / "kept.txt").write_text(KEPT)
+    set_seed(0)
+    PeerForCausalLM(
+        tiny_config("peer", "dense", vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    ).save_pretrained(folder / "base")
+    byte_level_tokenizer([DOMAIN, KEPT], 300, 512).save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teach(folder):
+    """Teaches a model the domain from the command line, and returns the figures that were saved and what it printed."""
+
+    def main(base, output, *flags):
+        words = ("--model_name_or_path", folder / base, "--train_file", folder / "domain.txt", "--block_size", 16)
+        words += ("--output_dir", folder / output, "--num_added_experts", 25, "--learning_rate", 0.2)
+        words += ("--max_steps", 12, "--save_steps", 6, "--report_to", "none", "--disable_tqdm", "true")
+        words += ("--num_gate_sequences", 8, "--max_eval_samples", 8)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+            patch.setattr(teach_domain, "setup_logging", lambda training_args: None)  # would outlast the test
+            patch.setattr(teach_domain, "fit_gates", partial(fit_gates, num_steps=60))
+            patch.setattr(sys, "argv", ["teach_domain.py", *map(str, [*words, *flags])])
+            teach_domain.main()
+        return json.loads((folder / output / "teaching.json").read_text()), printed.getvalue()
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def taught(teach, folder):
+    """The figures of the model `taught`, and what was printed."""
+    return teach("base", "taught", "--kept_file", folder / "kept.txt")
+
+
+@pytest.fixture(scope="module")
+def figures(taught):
+    return taught[0]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_learns_the_domain_and_can_be_restored(figures):
+    assert figures["after"]["domain"] < 0.8 * figures["before"]["domain"]
+    assert figures["masked"] == figures["before"]  # exactly
+    assert figures["openness"]["domain"] > figures["openness"]["kept text"] + 0.2
+    assert 0 < figures["shared"] <= 1
+
+
+def test_trains_the_added_experts_alone(figures, folder):
+    before, after = weights(folder / "base"), weights(folder / "taught")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    added = after.keys() - before.keys()
+    assert added and all(".added" in name for name in added)
+    (rows,) = (after[name] for name in added if "down_proj" in name and "expert_pool" in name)
+    assert rows.shape == (25, 24) and rows.any()
+
+
+def test_says_what_it_did(taught):
+    figures, printed = taught
+    assert (
+        "25 experts were added to each of the layers [0]. With them masked, perplexities are what they were" in printed
+    )
+    row = "".join(f"{figures['after'][name]:12.2f}" for name in ("domain", "kept text"))
+    assert f"after                       {row}\n" in printed
+    assert len(printed.splitlines()) < 30
+
+
+def test_card(figures, folder):
+    card = card_of_folder(folder / "taught", "user/taught", AutoConfig.from_pretrained(folder / "taught"))
+    assert "Base model: base.\n" in card.text and "Data: files of domain.txt.\n" in card.text
+    assert "25 experts were added to layer 0 in protected mode." in card.text
+    for key, said in (
+        ("before", " before experts were added"),
+        ("after", ""),
+        ("masked", " with the added experts masked"),
+    ):
+        assert f"Held-out perplexity{said}, domain: {figures[key]['domain']:.4g}.\n" in card.text
+    assert card.data.base_model is None  # a folder is none of the Hub
+    values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert values == figures["after"]
+
+
+def test_resumes(figures, folder, teach):
+    shutil.copytree(folder / "taught" / "checkpoint-6", folder / "resumed" / "checkpoint-6")
+    again, _ = teach("base", "resumed", "--kept_file", folder / "kept.txt")
+    assert again["after"] == figures["after"]
+    assert all(
+        torch.equal(tensor, weights(folder / "taught")[name]) for name, tensor in weights(folder / "resumed").items()
+    )
+
+
+def test_a_further_domain_without_text_to_keep(figures, teach, folder):
+    """The model writes what it is to keep. Without the experts of the second domain, those of the first remain."""
+    again, _ = teach("taught", "again", "--num_gate_sequences", 2)
+    assert again["masked"] == again["before"]
+    assert again["before"]["domain"] == figures["after"]["domain"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "again")
+    assert [addition["num_experts"] for addition in model.config.expert_additions] == [25, 25]
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "message"),
+    [
+        (
+            lambda: tiny_config("dense", "pkm"),
+            25,
+            r"no PEER layer .* only \['dense', 'pkm'\]: choose another checkpoint",
+        ),
+        (LlamaConfig, 25, "this one has a LlamaConfig: give it experts by a graft, see docs/grafts.md"),
+        (lambda: grafted().merge_and_unload().config, 25, "a graft that was merged .* with a further graft"),
+        (
+            lambda: tiny_config(quantization_config=PeerQuantizationConfig(bits=8)),
+            25,
+            "are quantized, .* teach the checkpoint that it was quantized from",
+        ),
+        (tiny_config, 24, "--num_added_experts must be a square number of at least 9, .* got 24"),
+        (tiny_config, 4, "--num_added_experts must be a square number of at least 9, .* got 4"),
+    ],
+)
+def test_models_that_cannot_be_taught(config, number, message):
+    with pytest.raises(ValueError, match=message):
+        teach_domain.check_can_be_taught(config(), number)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_file", "a.md"], "error: There is no model to teach: name a checkpoint by --model_name_or_path."),
+        (
+            ["--model_name_or_path", "here"],
+            "error: There is no text to teach: name it by --train_file or --dataset_name.",
+        ),
+        (
+            ["--train_file", "a.md", "--kept_file", "b.md", "--kept_standard_library"],
+            "error: Choose one text to keep: --kept_file or --kept_standard_library.",
+        ),
+    ],
+)
+def test_wrong_flags_end_with_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teach_domain, "setup_logging", lambda training_args: None)
+    monkeypatch.setattr(sys, "argv", ["teach_domain.py", "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as end:
+        teach_domain.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
