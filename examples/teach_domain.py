@@ -75,8 +75,8 @@ from modeling_peer.analysis.evaluation import evaluation
 
 DOMAIN, KEPT = "domain", "kept text"
 
-# Sequences that the model writes to be evaluated on, if there is no text to keep.
-NUM_WRITTEN_FOR_EVALUATION = 32
+# Sequences that the model writes to be evaluated on, if there is no text to keep, and how many it writes at a time.
+NUM_WRITTEN_FOR_EVALUATION, WRITTEN_AT_A_TIME = 32, 32
 
 # What --help shows.
 MAIN_FLAGS = (
@@ -148,7 +148,6 @@ class DomainTrainingArguments(ExampleTrainingArguments):
 
     do_train: bool = field(default=True, metadata={"help": "Always done."})
     do_eval: bool = field(default=True, metadata={"help": "Always done."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the text of the domain."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate after the warm-up."})
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine", metadata={"help": "Name of the learning rate schedule."}
@@ -157,6 +156,7 @@ class DomainTrainingArguments(ExampleTrainingArguments):
         default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences of a step, per device."})
+    logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1, a share of all steps."})
 
 
 @dataclass
@@ -250,17 +250,17 @@ def write_text(
     tokenizer: PreTrainedTokenizerBase,
     number: int,
     length: int,
-    training_args: DomainTrainingArguments,
+    progress_bar: bool = True,
 ) -> Dataset:
     """Lets a model write sequences of a length from the beginning of a text, sampled as it predicts them."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise UsageError("The tokenizer has no token with which a text begins: name text to keep, --kept_file.")
-    prompts = torch.full((number, 1), start, device=model.device).split(training_args.per_device_eval_batch_size)
+    prompts = torch.full((number, 1), start, device=model.device).split(WRITTEN_AT_A_TIME)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     sequences = []
     with evaluation(model):
-        for prompt in tqdm(prompts, desc="Writing text to keep", disable=training_args.disable_tqdm):
+        for prompt in tqdm(prompts, desc="Writing text to keep", disable=not progress_bar):
             sequences += model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -271,10 +271,9 @@ def write_text(
     return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
 
 
-def written_texts(model, tokenizer, args, block_size, training_args) -> dict[str, Dataset]:
-    """A sample that the model writes, for the gates and to evaluate on."""
-    number = args.num_gate_sequences
-    written = write_text(model, tokenizer, number + NUM_WRITTEN_FOR_EVALUATION, block_size, training_args)
+def written_texts(model, tokenizer, number, length, progress_bar) -> dict[str, Dataset]:
+    """A number of sequences that the model writes for the gates, and some to evaluate on."""
+    written = write_text(model, tokenizer, number + NUM_WRITTEN_FOR_EVALUATION, length, progress_bar)
     return {"train": written.select(range(number)), "validation": written.select(range(number, len(written)))}
 
 
@@ -412,7 +411,8 @@ def prepare(
     set_seed(training_args.seed)
     model = load_model(AutoModelForCausalLM, model_args, config, tokenizer).to(training_args.device)
     if KEPT not in texts:
-        texts[KEPT] = written_texts(model, tokenizer, args, choose_block_size(data_args, config), training_args)
+        length = choose_block_size(data_args, config)
+        texts[KEPT] = written_texts(model, tokenizer, args.num_gate_sequences, length, not training_args.disable_tqdm)
     return model, tokenizer, texts
 
 

@@ -13,11 +13,11 @@
 # limitations under the License.
 """A domain is taught from the command line: it is learned, and without the added experts the model is what it was."""
 
-import contextlib
 import io
 import json
 import shutil
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
 import datasets
@@ -61,12 +61,15 @@ def teach(folder):
         words += ("--output_dir", folder / output, "--num_added_experts", 25, "--learning_rate", 0.2)
         words += ("--max_steps", 12, "--save_steps", 6, "--report_to", "none", "--disable_tqdm", "true")
         words += ("--num_gate_sequences", 8, "--max_eval_samples", 8)
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        shown = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed, redirect_stderr(shown):
             patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
             patch.setattr(teach_domain, "setup_logging", lambda training_args: None)  # would outlast the test
             patch.setattr(teach_domain, "fit_gates", partial(fit_gates, num_steps=60))
             patch.setattr(sys, "argv", ["teach_domain.py", *map(str, [*words, *flags])])
             teach_domain.main()
+        for bar in ("Perplexity", "Background", "Hidden states", "Gate of layer", "Writing text"):
+            assert bar not in shown.getvalue(), "--disable_tqdm is for all bars"
         return json.loads((folder / output / "teaching.json").read_text()), printed.getvalue()
 
     return main
@@ -110,7 +113,7 @@ def test_says_what_it_did(taught):
     )
     row = "".join(f"{figures['after'][name]:12.2f}" for name in ("domain", "kept text"))
     assert f"after                       {row}\n" in printed
-    assert len(printed.splitlines()) < 30
+    assert len(printed.splitlines()) < 35
 
 
 def test_card(figures, folder):
@@ -128,9 +131,10 @@ def test_card(figures, folder):
     assert values == figures["after"]
 
 
-def test_resumes(figures, folder, teach):
+def test_resumes(figures, folder, teach, caplog):
     shutil.copytree(folder / "taught" / "checkpoint-6", folder / "resumed" / "checkpoint-6")
     again, _ = teach("base", "resumed", "--kept_file", folder / "kept.txt")
+    assert "Resuming training from" in caplog.text
     assert again["after"] == figures["after"]
     assert all(
         torch.equal(tensor, weights(folder / "taught")[name]) for name, tensor in weights(folder / "resumed").items()
