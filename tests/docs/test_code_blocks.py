@@ -71,6 +71,7 @@ def test_pages_say_what_they_print(results):
         ("docs/checkpoints.md", 2),
         ("docs/grafts.md", 2),
         ("docs/serving.md", 2),
+        ("docs/teach-a-domain.md", 1),
         ("docs/training.md", 1),
     ):
         assert outputs[page].count("True") == number, outputs[page]
