@@ -16,7 +16,8 @@ C kernels that are compiled on the user's machine on first use, and kept in a ca
 
 A checkpoint that is loaded with `trust_remote_code=True` brings this file along. Compilation can be switched off for
 the whole process by the environment variable `MODELING_PEER_COMPILE_KERNELS=0`, and for one model by
-`expert_kernels="torch"` in its configuration; the notice that the first compilation prints names both.
+`expert_kernels="torch"` in its configuration; the notice that the first compilation prints names both. Where the user
+names a package of kernels that are compiled already, nothing is compiled (see `kernel_package.py`).
 """
 
 import ctypes
@@ -37,6 +38,8 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers.utils import logging
 
+from .kernel_package import PACKAGE_VARIABLE, packaged_library
+
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +56,8 @@ COMPILER_FLAGS = (*PORTABLE_FLAGS, "-march=native")
 @functools.cache
 def load_library(source: str) -> ctypes.CDLL | None:
     """
-    Return the compiled form of C source, compiling it unless this compiler has compiled it for this processor before.
+    Return the compiled form of C source: that of the package of kernels which the user named, see
+    [`packaged_library`]; without one, compile it unless this compiler has compiled it for this processor before.
 
     Compiled libraries are kept in `$HF_HOME/modeling_peer`, or in a folder of this user's own below the temporary
     directory where that one cannot be written or cannot hold code that runs.
@@ -61,7 +65,13 @@ def load_library(source: str) -> ctypes.CDLL | None:
     Returns:
         `ctypes.CDLL` or `None`: `None` if `MODELING_PEER_COMPILE_KERNELS=0` is set, and, after a notice, if there is
         no compiler that works.
+
+    Raises:
+        `ImportError`, `ValueError` or `RuntimeError`: if the user named a package that cannot be used here.
     """
+    packaged = packaged_library(source)
+    if packaged is not None:
+        return packaged
     if is_compilation_off():
         return None
     try:
@@ -75,7 +85,8 @@ def load_library(source: str) -> ctypes.CDLL | None:
         logger.warning(
             f"PEER runs on PyTorch operations, several times slower than with C kernels, which could not be compiled: "
             f"{reason[0] if reason else repr(error)}. Install gcc, or set the environment variable CC to a compiler "
-            f"that supports OpenMP. {COMPILE_VARIABLE}=0 switches compilation, and this notice, off."
+            f"that supports OpenMP, or {PACKAGE_VARIABLE} to a package of compiled kernels. {COMPILE_VARIABLE}=0 "
+            "switches compilation, and this notice, off."
         )
         return None
 
