@@ -14,6 +14,7 @@
 """Runs the Python blocks of pages that it reads as JSON from its input, and prints what came of them as JSON."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -43,12 +44,14 @@ def main():
     import torch  # noqa: F401
     import transformers.trainer  # noqa: F401
 
+    gc.freeze()  # `Trainer` collects garbage, which takes long where all libraries are looked through
     results = {}
     for page, blocks in pages.items():
         with tempfile.TemporaryDirectory() as folder:
             reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
+                gc.freeze()  # `Trainer` collects garbage, which takes long where all libraries are looked through
                 os.chdir(folder)
                 with os.fdopen(writer, "w") as pipe:
                     json.dump(run_page(page, blocks), pipe)

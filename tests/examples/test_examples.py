@@ -33,6 +33,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from preloaded import python
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
@@ -70,33 +71,24 @@ EXAMPLES = ROOT / "examples"
 STDLIB = sysconfig.get_paths()["stdlib"]
 
 
-OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 SMALL = "vocab_size=300,hidden_size=32,intermediate_size=48,num_experts=64,num_experts_per_head=4,query_size=16"
 RUN = ("--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--logging_steps", "4")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Where the caches of the examples are."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def run(home):
-    """Runs an example and returns what it printed; it must end with the given code."""
-
-    def run_example(script, *flags, environment=OFFLINE, code=0):
-        done = subprocess.run(
-            [sys.executable, EXAMPLES / script, *map(str, flags)],
-            env={**os.environ, "HF_HOME": str(home), **OFFLINE, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
-
-    return run_example
+def run(script, *flags, environment=None, code=0):
+    """
+    Runs an example and returns what it printed; it must end with the given code. With an environment, it is in a process
+    that imports the libraries itself.
+    """
+    done = subprocess.run(
+        [python() if environment is None else sys.executable, EXAMPLES / script, *map(str, flags)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def counting_lines(number):
@@ -111,10 +103,15 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(run, text_file, tmp_path_factory):
-    """Folder of a model trained on numbers for twelve steps, with a checkpoint after six. `printed` is beside it."""
+def checkpoint(text_file, tmp_path_factory):
+    """
+    Folder of a model trained on numbers for twelve steps, with a checkpoint after six. `printed` is beside it, with what
+    imports print.
+    """
     folder = tmp_path_factory.mktemp("run_clm") / "model"
-    (folder.parent / "printed").write_text(run("run_clm.py", *clm_flags(folder, text_file)))
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "cache")}
+    printed = run("run_clm.py", *clm_flags(folder, text_file), environment=environment)
+    (folder.parent / "printed").write_text(printed)
     return folder
 
 
@@ -238,7 +235,7 @@ class TestLanguageModel:
         text = "any text: \t\n  été 漢字"
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
-    def test_resumes_from_the_last_checkpoint(self, run, checkpoint, text_file, tmp_path):
+    def test_resumes_from_the_last_checkpoint(self, checkpoint, text_file, tmp_path):
         """Training resumed after the sixth step ends bit-identical."""
         shutil.copytree(checkpoint / "checkpoint-6", tmp_path / "checkpoint-6")
         assert f"Resuming training from {tmp_path / 'checkpoint-6'}" in run(
@@ -247,14 +244,14 @@ class TestLanguageModel:
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
 
-    def test_makes_no_step_after_the_last(self, run, checkpoint, text_file, tmp_path):
+    def test_makes_no_step_after_the_last(self, checkpoint, text_file, tmp_path):
         shutil.copytree(checkpoint / "checkpoint-12", tmp_path / "checkpoint-12")
         assert "is the end of this training" in run("run_clm.py", *clm_flags(tmp_path, text_file))
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
         assert not (tmp_path / "checkpoint-13").exists()
 
-    def test_goes_on_from_a_model_with_other_text(self, run, checkpoint, tmp_path):
+    def test_goes_on_from_a_model_with_other_text(self, checkpoint, tmp_path):
         """
         A stream of documents in JSON, by the name of their column, with fewer heads than the model was trained with.
         """
@@ -271,7 +268,7 @@ class TestLanguageModel:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_retrieval_heads == 2
         assert (tmp_path / "model/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
-    def test_row_adamw(self, run, checkpoint, text_file, tmp_path):
+    def test_row_adamw(self, checkpoint, text_file, tmp_path):
         """
         A table's state says which of its experts were trained, and its own learning rate is in the optimizer's. A
         command of an earlier release asks for sparse gradients, which is ignored.
@@ -415,7 +412,7 @@ class TestConfiguration:
 
 
 class TestGeneration:
-    def test_prints_text_and_experts(self, run, checkpoint):
+    def test_prints_text_and_experts(self, checkpoint):
         printed = run(
             *("run_generation.py", "--model_name_or_path", checkpoint, "--prompt", "7 and 8 are"),
             *("--do_sample", "--temperature", "0.7", "--max_new_tokens", "12", "--num_shown_experts", "3"),
@@ -425,7 +422,7 @@ class TestGeneration:
         assert "of 64 experts used over" in line
         assert line.count("%") == 3
 
-    def test_beams_of_a_model_without_experts(self, run, tmp_path, checkpoint):
+    def test_beams_of_a_model_without_experts(self, tmp_path, checkpoint):
         config = load_config(ModelArguments(config_name="dense-tiny", config_overrides="vocab_size=300"))
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
@@ -436,7 +433,7 @@ class TestGeneration:
 
 
 class TestClassification:
-    def test_learns_labels_of_a_csv(self, run, checkpoint, tmp_path):
+    def test_learns_labels_of_a_csv(self, checkpoint, tmp_path):
         for name, start in (("train", 0), ("held_out", 1000)):
             rows = [f"number {i},{'odd' if i % 2 else 'even'}" for i in range(start, start + 160)]
             (tmp_path / f"{name}.csv").write_text("\n".join(["content,parity", *rows]))
@@ -454,7 +451,7 @@ class TestClassification:
         assert isinstance(model, PeerForSequenceClassification)
         assert model.config.id2label == {0: "even", 1: "odd"}
 
-    def test_default_task(self, run, checkpoint, tmp_path):
+    def test_default_task(self, checkpoint, tmp_path):
         run(
             *("run_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path),
             *("--do_train", "--do_eval", "--max_steps", "2", "--max_eval_samples", "16", "--max_train_samples", "64"),
@@ -463,7 +460,7 @@ class TestClassification:
         assert set(results(tmp_path, "config.json")["label2id"]) >= {"asyncio", "email"}
 
 
-def test_quickstart(run, tmp_path):
+def test_quickstart(tmp_path):
     printed = run(
         *("quickstart.py", "--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64"),
         *("--max_eval_samples", "8"),
@@ -493,7 +490,7 @@ def test_quickstart(run, tmp_path):
 
 
 class TestHub:
-    def test_pushed_comes_back(self, run, checkpoint, tmp_path):
+    def test_pushed_comes_back(self, checkpoint, tmp_path):
         with HubServer() as hub:
             printed = run(
                 *("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting", "--pull"),
@@ -546,13 +543,13 @@ class TestHub:
             assert (card.data.base_model, card.data.library_name) == ("user/before", "transformers")
             assert "trust_remote_code=False" in card.text and "expert_usage.png" not in card.text
 
-    def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
+    def test_says_who_is_not_logged_in(self, checkpoint, tmp_path):
         with HubServer() as hub:
             environment = hub.environment(tmp_path) | {"HF_TOKEN": ""}
             flags = ("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting")
             assert "You are not logged in" in run(*flags, environment=environment, code=1)
 
-    def test_refuses_half_a_checkpoint(self, run, checkpoint, tmp_path):
+    def test_refuses_half_a_checkpoint(self, checkpoint, tmp_path):
         shutil.copy(checkpoint / "config.json", tmp_path)
         flags = ("push_to_hub.py", "--model_name_or_path", tmp_path, "--repo_id", "counting")
         assert "it lacks a generation configuration, a tokenizer, weights" in run(*flags, code=1)
