@@ -85,6 +85,7 @@ def test_found_in_a_wheel(tmp_path):
     subprocess.run(build, cwd=tmp_path, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert not [*tmp_path.rglob("*.safetensors")]  # the checkpoints of the repository stay there
     program = (
         "import modeling_peer\n"
         "from transformers import AutoConfig\n"
