@@ -66,6 +66,7 @@ def make_card(
     sequence_length: int | None = None,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
+    carries_code: bool = True,
 ) -> ModelCard:
     """
     Makes a model card from `model_cards/template.md`.
@@ -84,6 +85,7 @@ def make_card(
             What is known of the training: `data` and `base_model` by their names, and `settings`.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
+        carries_code (`bool`, *optional*, defaults to `True`): Whether the repository has the code of the model.
     """
     training = training or {}
     model_name = repo_id.split("/")[-1]
@@ -122,6 +124,7 @@ def make_card(
         usage=f"![Usage of the experts against the training step]({USAGE_PICTURE})\n\n{USAGE_GUIDE}"
         if usage_picture
         else "",
+        carries_code=carries_code,
         package=package_link(),
         repo_id=repo_id,
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),

@@ -20,7 +20,9 @@ import subprocess
 import sys
 
 import pytest
+from documentation import ROOT
 from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import word_tokenizer
 
 from modeling_peer.explorer import ExpertContexts, make_app, save_explorer_page
@@ -90,6 +92,19 @@ class TestInABrowser:
             change = own["without"]["losses"][2] - first["losses"][2]
             assert f"{abs(change):.2f} without the expert" in shown
         assert '<div class="context"' in shown
+
+    def test_code_keeps_its_lines(self, tmp_path):
+        """Of a trained model: a token may end a line and indent the next one, and a context may be of the end of a line."""
+        folder = ROOT / "examples" / "checkpoints" / "peer-nano"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        text, file = "try:\n    pass\n", tmp_path / "page.html"
+        contexts = ExpertContexts.measure(model, tokenizer, [text], progress_bar=False)
+        save_explorer_page(model, tokenizer, [text], file, contexts=contexts, num_switched_off=0)
+        assert data_of(file)[0]["tokens"] == ["try", ":", "\n   ", " pass", "\n"]
+        last = 'document.querySelectorAll("#tokens button")[4].click(); document.querySelector("#layers .expert").click();'
+        shown = self.shown(file, last)
+        assert re.search(r">⏎</button><br> {3}<button [^>]*> pass</button><button [^>]*>⏎</button><br></div>", shown)
+        assert "<b>⏎</b>\n" in shown
 
     def test_another_text(self, page):
         shown = self.shown(
