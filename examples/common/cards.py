@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from matplotlib.figure import Figure
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
+from common.pictures import new_figure, save_picture, shades
 from modeling_peer import PeerConfig, model_costs
 from modeling_peer.checkpoint_card import describe_experts, package_link
 
@@ -203,18 +203,22 @@ def plot_usage(history: list[dict[str, float]], file: Path) -> bool:
     """
     measures = {"expert_usage": "share of experts used", "expert_unevenness": "unevenness, nats"}
     logged = {
-        measure: sorted({key for entry in history for key in entry if key.startswith(f"{measure}/")})
+        measure: sorted(
+            {key for entry in history for key in entry if key.startswith(f"{measure}/")},
+            key=lambda key: (len(key), key),  # layer 2 before layer 10
+        )
         for measure in measures
     }
     if not any(logged.values()):
         return False
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(8, 3.2)
     for axes, (measure, label) in zip(figure.subplots(1, 2), measures.items(), strict=True):
-        for key in logged[measure]:
+        for key, color in zip(logged[measure], shades(len(logged[measure])), strict=True):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            axes.plot(*zip(*points, strict=True), marker=".", label=key.partition("/")[2].replace("_", " "))
+            name = key.partition("/")[2].replace("_", " ")
+            axes.plot(*zip(*points, strict=True), marker=".", color=color, label=name)
         axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(file, dpi=100)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    save_picture(figure, file)
     return True
