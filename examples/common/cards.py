@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from common.pictures import new_figure, save_picture, shades
 from modeling_peer import PeerConfig, model_costs
-from modeling_peer.checkpoint_card import describe_experts, package_link
+from modeling_peer.checkpoint_card import MARK, describe_experts, how_to_install, package_link
 
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
@@ -66,6 +66,7 @@ def make_card(
     sequence_length: int | None = None,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
+    name_or_path: str | None = None,
 ) -> ModelCard:
     """
     Makes a model card from `model_cards/template.md`.
@@ -84,6 +85,9 @@ def make_card(
             What is known of the training: `data` and `base_model` by their names, and `settings`.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
+        name_or_path (`str`, *optional*):
+            Where the example code loads the model from, if that is not `repo_id`. The card is then one that a push
+            replaces.
     """
     training = training or {}
     model_name = repo_id.split("/")[-1]
@@ -123,7 +127,9 @@ def make_card(
         if usage_picture
         else "",
         package=package_link(),
-        repo_id=repo_id,
+        how_to_install=how_to_install(),
+        name_or_path=name_or_path or repo_id,
+        mark="" if name_or_path is None else MARK,
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         max_new_tokens=max_new_tokens,
     )
@@ -139,6 +145,7 @@ def card_of_folder(
     tags: list[str] | None = None,
     prompt: str = PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    name_or_path: str | None = None,
 ) -> ModelCard:
     """
     Makes the card of a trained model and a picture of the usage of its experts, with what its training left in the
@@ -146,7 +153,7 @@ def card_of_folder(
 
     Args:
         folder (`Path`): Folder of the model. The picture is written into it.
-        repo_id, config, license, dataset_name, tags, prompt, max_new_tokens: See [`make_card`].
+        repo_id, config, license, dataset_name, tags, prompt, max_new_tokens, name_or_path: See [`make_card`].
     """
     history = _read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
     return make_card(
@@ -160,6 +167,7 @@ def card_of_folder(
         max_new_tokens=max_new_tokens,
         training=_read_json(folder / TRAINING_FILE),
         usage_picture=plot_usage(history, folder / USAGE_PICTURE),
+        name_or_path=name_or_path,
     )
 
 
