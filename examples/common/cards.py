@@ -225,7 +225,8 @@ def plot_usage(history: list[dict[str, float]], file: Path) -> bool:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             name = key.partition("/")[2].replace("_", " ")
             axes.plot(*zip(*points, strict=True), marker=".", color=color, label=name)
-        axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
+        highest = max((entry[key] for key in logged[measure] for entry in history if key in entry), default=0)
+        axes.set(xlabel="training step", ylabel=label, ylim=(0, 1.1 * highest or 1))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     save_picture(figure, file)

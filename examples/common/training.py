@@ -269,7 +269,7 @@ def run(
 
 
 def _is_language_model(trainer):
-    return type(trainer.model)._auto_class == "AutoModelForCausalLM"
+    return getattr(type(trainer.model), "_auto_class", None) == "AutoModelForCausalLM"
 
 
 def save_description(trainer: Trainer, data: str | None) -> None:
