@@ -25,6 +25,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -88,6 +89,7 @@ def main():
         output_dir=args.output_dir,
         do_eval=True,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
     setup_logging(training_args)

@@ -64,6 +64,7 @@ from common.training import (
     write_training_card,
 )
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, configuration_path, model_costs
+from modeling_peer.checkpoint_card import is_written_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,8 @@ class TestLanguageModel:
         assert figures["table_bytes_after"] == 2 * 64 * (32 * bits // 8 + 2)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.quantization_config.bits == bits
-        assert f"{figures['table_bytes_after']:,} bytes" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert f"{figures['table_bytes_after']:,} bytes" in printed.out and "Warning" not in printed.err
 
     def test_prints_what_a_user_needs(self, checkpoint):
         """Progress, metrics, and when it will end; neither arguments nor configurations, and nothing deprecated."""
@@ -169,7 +171,7 @@ class TestLanguageModel:
         assert printed.index("'loss'") < printed.index("seconds per step") < printed.index("train metrics")
         assert "perplexity" in printed.split("eval metrics")[1]
         assert "log N if one gets all" in printed.split("eval metrics")[1]  # what usage and unevenness are
-        assert not re.search("deprecat|TrainingArguments|PeerConfig", printed)
+        assert not re.search("deprecat|TrainingArguments|PeerConfig|Loading weights|Warning", printed)
 
     def test_new_models_train_at_the_rates_of_the_study(self, tmp_path):
         args = PretrainingArguments(output_dir=str(tmp_path))
@@ -523,25 +525,36 @@ class TestHub:
         assert files["expert_usage.png"].startswith(b"\x89PNG")
         assert "training.json" not in files and "chat_template.jinja" not in files
 
-    def test_cards_of_models_that_their_trainer_pushes(self, tmp_path):
-        """Of a language model as above, of others that of `Trainer` and how to load them. Nothing is known of usage."""
-        for model_class, said in (
-            (PeerForCausalLM, "# numbers\n"),
-            (PeerForSequenceClassification, "AutoModelForSequenceClassification.from_pretrained"),
+    def test_card_of_a_trained_model(self, checkpoint):
+        """In its folder, until somebody writes another or a push names the repository: what its training was."""
+        text = (checkpoint / "README.md").read_text()
+        assert is_written_card(text) and "# model\n" in text and "h = 4 heads retrieve k = 4 of N = 64" in text
+        for said in (
+            "Data: files of numbers.txt.",
+            "| `learning_rate` | 0.01 |",
+            "](expert_usage.png)",
+            "Limitations",
         ):
-            model = model_class(load_config(ModelArguments(config_overrides=SMALL)))
-            model.name_or_path = "user/before"
-            trainer = Trainer(
-                model, TrainingArguments(output_dir=str(tmp_path / model_class.__name__), report_to="none")
-            )
-            trainer.hub_model_id = "user/numbers"
-            (tmp_path / model_class.__name__).mkdir(exist_ok=True)
-            save_description(trainer, "numbers")
-            write_training_card(trainer, dataset="user/digits", finetuned_from="user/before")
-            card = ModelCard.load(tmp_path / model_class.__name__ / "README.md")
-            assert said in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
-            assert (card.data.base_model, card.data.library_name) == ("user/before", "transformers")
-            assert "trust_remote_code=False" in card.text and "expert_usage.png" not in card.text
+            assert said in text
+        assert 'from_pretrained("path/to/this/folder", trust_remote_code=False)' in text
+        assert (checkpoint / "expert_usage.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_card_of_a_model_that_its_trainer_pushes(self, tmp_path):
+        """Nothing is known of the usage of its experts."""
+        model = PeerForCausalLM(load_config(ModelArguments(config_overrides=SMALL)))
+        model.name_or_path = "user/before"
+        trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+        (tmp_path / "README.md").write_text("Mine.")
+        write_training_card(trainer)
+        assert (tmp_path / "README.md").read_text() == "Mine."
+        trainer.hub_model_id = "user/numbers"
+        save_description(trainer, "numbers")
+        write_training_card(trainer, dataset="user/digits", license="mit", finetuned_from="user/before")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "# numbers\n" in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
+        assert (card.data.base_model, card.data.license, card.data.datasets) == ("user/before", "mit", "user/digits")
+        assert 'from_pretrained("user/numbers", trust_remote_code=False)' in card.text
+        assert "expert_usage.png" not in card.text and not is_written_card(card.text)
 
     def test_says_who_is_not_logged_in(self, checkpoint, tmp_path):
         with HubServer() as hub:

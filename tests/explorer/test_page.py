@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from documentation import ROOT
@@ -117,3 +118,11 @@ def test_the_app_names_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match="install the extra `explorer`"):
         make_app(None, None)
+
+
+def test_the_space_asks_for_what_the_package_needs():
+    """Its requirements are those of the package, which lies beside it, and of the app."""
+    root = Path(__file__).parents[2]
+    lists = dict(re.findall(r"^(\w+) = (\[.*\])$", (root / "pyproject.toml").read_text(), re.M))
+    needed = json.loads(lists["dependencies"]) + json.loads(lists["explorer"])
+    assert (root / "examples/explorer_space/requirements.txt").read_text().split() == needed
