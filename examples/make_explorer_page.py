@@ -14,8 +14,8 @@
 """
 Makes a page on which to explore the experts of a model: those of each token of a text, and what they do.
 
-    ./run python examples/make_explorer_page.py --model_name_or_path runs/quickstart/peer-tiny --text "def main():" \
-        --corpus_file README.md --output_file experts.html
+    ./run python examples/make_explorer_page.py --model_name_or_path examples/checkpoints/peer-nano \
+        --text "raise ValueError" --corpus_file examples/quickstart.py --output_file experts.html
 """
 
 from dataclasses import dataclass, field

@@ -14,8 +14,8 @@
 """
 Quantizes the expert tables of a checkpoint, and compares its perplexity on held-out text before and after.
 
-    python examples/quantize.py --model_name_or_path runs/quickstart/peer-tiny --bits 4 --block_size 256 \
-        --output_dir runs/peer-tiny-4-bit
+    python examples/quantize.py --model_name_or_path examples/checkpoints/peer-nano --bits 4 \
+        --output_dir runs/peer-nano-4-bit
 
 The model is saved in --output_dir with its tokenizer, and loads as every other checkpoint; the figures are in
 `quantization.json` there. The text is the Python standard library unless --dataset_name or --train_file gives another.
@@ -25,6 +25,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -88,6 +89,7 @@ def main():
         output_dir=args.output_dir,
         do_eval=True,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
     setup_logging(training_args)

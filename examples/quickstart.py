@@ -30,7 +30,6 @@ from textwrap import fill
 
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from run_generation import describe_experts, generate
 from transformers import (
@@ -45,6 +44,7 @@ from transformers.utils import logging
 from common.cards import USAGE_GUIDE
 from common.command_line import parse_arguments
 from common.model_arguments import ModelArguments, load_config
+from common.pictures import add_legend, look_of, new_figure, save_picture
 from common.text_data import DataTrainingArguments
 from common.training import run
 from modeling_peer import model_costs
@@ -158,17 +158,17 @@ def _training_seconds(history):
 
 def plot_losses(results: dict[str, Result], file: Path) -> None:
     """Plots training loss and held-out loss of all models against the step."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    for color, (name, result) in zip(("tab:red", "tab:blue"), results.items(), strict=True):
-        axes.plot(*zip(*result.train_losses.items(), strict=True), color=color, alpha=0.45, label=f"{name}, training")
-        axes.plot(
-            *zip(*result.eval_losses.items(), strict=True), color=color, marker="o", label=f"{name}, held-out text"
-        )
+    for name, result in results.items():
+        look = look_of(name)
+        steps, losses = zip(*result.train_losses.items(), strict=True)
+        axes.plot(steps, losses, color=look.color, alpha=0.45, label=f"{name}, training")
+        steps, losses = zip(*result.eval_losses.items(), strict=True)
+        axes.plot(steps, losses, **look.style, label=f"{name}, held-out text")
     axes.set(xlabel="training step", ylabel="loss, nats per token", title="Two models of equal FLOPs per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)
+    add_legend(axes)
+    save_picture(figure, file)
 
 
 def table(results: dict[str, Result]) -> str:

@@ -14,7 +14,7 @@
 r"""
 Continues a prompt, streaming the text as it is generated, and prints which experts were used most.
 
-    python examples/run_generation.py --model_name_or_path runs/quickstart/peer-tiny --prompt "def main(" --do_sample
+    python examples/run_generation.py --model_name_or_path examples/checkpoints/peer-nano --prompt "def main(" --do_sample
 """
 
 from dataclasses import dataclass, field

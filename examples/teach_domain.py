@@ -64,7 +64,7 @@ from common.training import (
     OptimizerArguments,
     last_checkpoint,
     make_optimizers,
-    push,
+    save_card,
     save_description,
     setup_logging,
     train,
@@ -447,8 +447,7 @@ def main():
     trainer, figures = teach(model, tokenizer, texts, args, training_args)
     save_description(trainer, data_args.description)
     save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))
-    if training_args.push_to_hub:
-        push(trainer, dataset=data_args.dataset_name)
+    save_card(trainer, dataset=data_args.dataset_name)
     print(describe(figures, model, training_args.output_dir))
 
 

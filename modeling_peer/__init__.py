@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from .continual.sparse_finetuning import SparseFinetuningCallback
     from .graft.config import PeerGraftConfig as PeerGraftConfig
     from .graft.model import PeerGraftModel as PeerGraftModel
+    from .graft.trainer_card import complete_model_card
     from .optim.parameter_groups import expert_parameter_groups, make_optimizer
     from .optim.resuming import last_complete_checkpoint
     from .optim.row_adamw import RowAdamW
@@ -87,6 +88,7 @@ _LAZY_NAMES = {
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
+    "graft.trainer_card": ("complete_model_card",),
     "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW",),
@@ -169,6 +171,7 @@ __all__ = [
     "TokenExplanation",
     "add_experts",
     "communication_costs",
+    "complete_model_card",
     "configuration_path",
     "dequantize_experts",
     "expert_parameter_groups",

@@ -21,9 +21,9 @@ reader learns that importing the package is enough.
 
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from .configuration_peer import PeerConfig
@@ -32,11 +32,16 @@ from .expert_table import ExpertTable
 
 PACKAGE = "modeling-peer"
 
-# What the card calls the two kinds of models that are saved.
-PEER_MODEL = "PEER model"
-GRAFTED_MODEL = "model with PEER grafts"
+# The address of the package's repository, once it has one. It is set here and in pyproject.toml.
+REPOSITORY: str | None = None
 
-_MARK = "<!-- Written when the model was saved, as there was no README.md. Saving never replaces a README.md. -->"
+MARK = "<!-- Written when the model was saved, as there was no README.md. Saving never replaces a README.md. -->"
+
+# Where the code of a card loads the model from.
+FOLDER = "path/to/this/folder"
+
+# In what Transformers writes over the card of a model that it pushes to a repository without any.
+_CARD_OF_TRANSFORMERS = "This model card has been automatically generated."
 
 _CARD = """---
 library_name: transformers
@@ -47,20 +52,16 @@ library_name: transformers
 # {title}
 
 {use}
+"""
+
+_USE = """This {kind} needs the package {package} besides Transformers. {how_to_install}
+
+{how_to_load}{sizes}
 
 ## Limitations
 
-What it was trained on and for is not known to the code that wrote this card. As any language model it may state what
-is wrong, offensive or private; evaluate it for your use.
-"""
-
-_USE = """This {kind} needs the package {package} besides Transformers. It is installed from a clone of its repository:
-
-```bash
-pip install .
-```
-
-{how_to_load}{facts}"""
+What it was trained on and for is not known to the code that wrote this. As any language model it may state what is
+wrong, offensive or private; evaluate it for your use."""
 
 _LOAD = """Importing `modeling_peer` once is enough for the auto classes to find it:
 
@@ -93,59 +94,94 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 ```"""
 
 
-def write_card(
-    save_directory: str | Path,
-    kind: str,
-    auto_class: str,
-    model: PreTrainedModel,
-    variants: Mapping[str, type] | None = None,
-) -> None:
+def write_card(save_directory: str | Path, model: PreTrainedModel, variants: Mapping[str, type] | None = None) -> None:
     """
     Write a README.md beside a saved model, unless there is one.
 
     Args:
         save_directory (`str` or `Path`): The folder. Nothing is written if this process saved no `config.json` there.
-        kind (`str`): `PEER_MODEL` or `GRAFTED_MODEL`.
-        auto_class (`str`): Name of the auto class that loads the model.
-        model (`PreTrainedModel`): The model. The card says its base model, if that is one of the Hub, and its sizes.
+        model (`PreTrainedModel`):
+            A PEER model, or one with merged grafts. The card says its base model, if that is one of the Hub, and its
+            sizes.
         variants (mapping of `str` to `type`, *optional*):
             Feed-forward variants whose code the checkpoint does not carry, by the names they are registered under.
     """
     folder = Path(save_directory)
     if (folder / "config.json").is_file() and not (folder / "README.md").exists():
-        base_model = base_model_of(model)
+        base_model, kind = base_model_of(model), _kind_of(model)
         card = _CARD.format(
-            metadata="" if base_model is None else f"base_model: {base_model}\n",
-            mark=_MARK,
+            metadata=("" if base_model is None else f"base_model: {base_model}\n") + _tags_in_metadata(model),
+            mark=MARK,
             title=kind[0].upper() + kind[1:],
-            use=_describe_use(kind, auto_class, model, variants or {}),
+            use=_describe_use(model, variants or {}),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def replace_card_of_transformers(
+    folder: str | Path, model: PreTrainedModel, variants: Mapping[str, type] | None = None
+) -> None:
+    """
+    Write the card of a model that is about to be pushed anew, with its tags, if it is the one that `push_to_hub` of
+    Transformers has written over that of [`write_card`]. A card that the repository has already stays as it is.
+
+    Args:
+        folder (`str` or `Path`): The folder that is about to be uploaded.
+        model, variants: See [`write_card`].
+    """
+    file = Path(folder, "README.md")
+    pushed = ModelCard.load(file) if file.exists() else None
+    if pushed is not None and _CARD_OF_TRANSFORMERS in pushed.text:
+        file.unlink()
+        write_card(folder, model, variants)
+        card = ModelCard.load(file)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(pushed.data.tags or [])]))
+        card.save(file)
+
+
 def how_to_use(model: PreTrainedModel) -> str:
-    """A part of a card in Markdown: how a PEER model is loaded, and its sizes."""
-    return "## How to use it\n\n" + _describe_use(PEER_MODEL, type(model)._auto_class, model, {})
+    """A part of a card in Markdown: how such a model is loaded, its sizes and its limitations."""
+    return "## How to use it\n\n" + _describe_use(model, {})
 
 
-def _describe_use(kind, auto_class, model, variants):
+def _kind_of(model):
+    return "PEER model" if isinstance(model.config, PeerConfig) else "model with PEER grafts"
+
+
+def tags_of(model: PreTrainedModel) -> list[str]:
+    """The tag of models with experts, by which they are found on the Hub."""
+    config = model.config
+    return ["peer"] if not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types else []
+
+
+def _tags_in_metadata(model):
+    return "".join(f"tags:\n- {tag}\n" for tag in tags_of(model))
+
+
+def _describe_use(model, variants):
     sizes = describe_sizes(model)
     return _USE.format(
-        kind=kind,
+        kind=_kind_of(model),
         package=package_link(),
-        how_to_load=_how_to_load(auto_class, variants),
-        facts=sizes and f"\n\n## Sizes\n\n{sizes}",
+        how_to_install=how_to_install(),
+        how_to_load=_how_to_load(type(model)._auto_class, variants),
+        sizes=sizes and f"\n\n## Sizes\n\n{sizes}",
     )
 
 
 def package_link() -> str:
-    """The package in Markdown, with a link to its repository if its metadata has one."""
-    try:
-        urls = metadata(PACKAGE).get_all("Project-URL") or []
-    except PackageNotFoundError:  # the code of a checkpoint, without the package
-        urls = []
-    links = dict(url.split(", ", 1) for url in urls)
-    return f"[`{PACKAGE}`]({links['Repository']})" if "Repository" in links else f"`{PACKAGE}`"
+    """The package in Markdown, with a link to its repository, once it has one."""
+    return f"`{PACKAGE}`" if REPOSITORY is None else f"[`{PACKAGE}`]({REPOSITORY})"
+
+
+def how_to_install(extra: str | None = None) -> str:
+    """How to install the package, with an extra if it is named: a sentence, and a command, in Markdown."""
+    extra = "" if extra is None else f"[{extra}]"
+    if REPOSITORY is None:
+        sentence, package = "It is installed from a clone of its repository:", f'".{extra}"' if extra else "."
+    else:
+        sentence, package = "It is installed from its repository:", f'"{PACKAGE}{extra} @ git+{REPOSITORY}"'
+    return f"{sentence}\n\n```bash\npip install {package}\n```"
 
 
 def base_model_of(model: PreTrainedModel) -> str | None:
@@ -225,4 +261,4 @@ def _how_to_load(auto_class, variants):
 
 def is_written_card(text: str) -> bool:
     """Whether a README.md is the one that [`write_card`] wrote, edited or not, by its text."""
-    return _MARK in text
+    return MARK in text

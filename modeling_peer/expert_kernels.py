@@ -25,7 +25,7 @@ Activation, gating and router weights act on `[T, A]` in between, in plain PyTor
 |---|---|---|
 | `"eager"` | Algorithm 1 as printed, the reference | `expert_kernels_torch.py` |
 | `"torch"` | PyTorch operations on any device, `[T, A, d]` in pieces | `expert_kernels_torch.py` |
-| `"cpu"` | C, compiled for this processor on first use | `expert_kernels_cpu.py` |
+| `"cpu"` | C, compiled for this processor on first use, or taken from a package | `expert_kernels_cpu.py` |
 | `"triton"` | Triton, on a GPU | `expert_kernels_triton.py` |
 | `"auto"` | the fastest of them that can run where the table is; `"eager"` while `torch.export` traces a model | |
 

@@ -16,7 +16,7 @@
 import torch
 
 from .factored_gradient_cpu import group, row_gradient, squared_norm
-from .native_library import (
+from .native_calls import (
     DTYPES,
     PREAMBLE,
     call,
@@ -24,10 +24,9 @@ from .native_library import (
     check_shape,
     check_tensor,
     for_each_dtype,
-    load_library,
-    missing_library_reason,
     refuse_index,
 )
+from .native_library import load_library, missing_library_reason
 from .product_key_retrieval_cpu import retrieval_gradients, retrieve
 from .quantized_kernels_cpu import quantized_down, quantized_up
 

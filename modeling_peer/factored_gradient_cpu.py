@@ -15,7 +15,7 @@
 
 import torch
 
-from .native_library import (
+from .native_calls import (
     DTYPES,
     PREAMBLE,
     call,

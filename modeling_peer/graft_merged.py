@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .checkpoint_card import GRAFTED_MODEL, write_card
+from .checkpoint_card import replace_card_of_transformers, write_card
 from .graft_layer import (
     LAYER_FIELDS,
     GraftedFeedForward,
@@ -128,7 +128,11 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         if state_dict is not None:
             kwargs["state_dict"] = state_dict
         base_class.save_pretrained(self, save_directory, *args, **kwargs)
-        write_card(save_directory, GRAFTED_MODEL, auto_class_name, self)
+        write_card(save_directory, self)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        replace_card_of_transformers(working_dir, self)
+        return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
 
     name = f"{CLASS_PREFIX}{base_class.__name__}"
     namespace = {
@@ -136,6 +140,7 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
         "config_class": config_class,
         "__init__": __init__,
         "from_pretrained": classmethod(from_pretrained),
+        "_upload_modified_files": _upload_modified_files,
         "saves_quantized_experts": True,
         "save_pretrained": save_pretrained,
     }

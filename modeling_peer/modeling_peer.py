@@ -36,18 +36,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .built_configuration import built_fields, check_built
-from .checkpoint_card import PEER_MODEL, write_card
+from .checkpoint_card import replace_card_of_transformers, write_card
 from .checkpoint_conversion import head_selection
 from .configuration_peer import PeerConfig
 from .expert_generations import shared_generations
 from .expert_kernels import check_expert_kernels
 from .expert_table import refuse_quantized
-from .feed_forward import (
-    ALL_FEED_FORWARDS,
-    check_feed_forward_types,
-    custom_variants,
-    feed_forward_plan,
-)
+from .feed_forward import ALL_FEED_FORWARDS, check_feed_forward_types, custom_variants, feed_forward_plan
 from .feed_forward_moe import MoeRouter
 from .feed_forward_peer import ExpertPool
 from .forward_pass import ForwardPass
@@ -261,7 +256,12 @@ class PeerPreTrainedModel(PreTrainedModel):
             super(PeerPreTrainedModel, in_its_own_class(self)).save_pretrained(save_directory, *args, **kwargs)
         finally:
             advise_tables(self, advise_random_access)
-        write_card(save_directory, PEER_MODEL, type(self)._auto_class, self, variants)
+        write_card(save_directory, self, variants)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """As in Transformers, which calls it to push a model whose card it has written over."""
+        replace_card_of_transformers(working_dir, self, custom_variants(self.config.feed_forward_types))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
         """As in Transformers, which calls it. Gathers the tables of a memory group in files, and not in memory."""

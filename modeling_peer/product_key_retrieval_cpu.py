@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .native_library import PREAMBLE, call, check_shape, check_tensor, refuse_index
+from .native_calls import PREAMBLE, call, check_shape, check_tensor, refuse_index
 from .product_key_selection_cpu import SELECTION
 
 

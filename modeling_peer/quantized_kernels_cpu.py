@@ -19,7 +19,7 @@ down-projection vector.
 
 import torch
 
-from .native_library import PREAMBLE, call, check_in_memory, check_shape, check_tensor, refuse_index
+from .native_calls import PREAMBLE, call, check_in_memory, check_shape, check_tensor, refuse_index
 from .quantized_rows import INTEGER_DTYPES, SCALE_DTYPE, QuantizedRows
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .library_releases import is_about_a_checkpoint
 
@@ -106,15 +107,19 @@ def zero_padding(model: nn.Module) -> None:
 def initialized_whole() -> Iterator[None]:
     """
     Let `from_pretrained` initialize a model without a checkpoint: split tensors as whole ones, and without reports of
-    what a checkpoint should have.
+    what a checkpoint should have and how much of it is loaded.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_of_no_checkpoint)
+    shows_progress = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         with WholeDraws() if torch.distributed.is_available() else contextlib.nullcontext():
             yield
     finally:
         logger.removeFilter(_is_of_no_checkpoint)
+        if shows_progress:
+            enable_progress_bar()
 
 
 def _is_of_no_checkpoint(record):

@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from .native_library import refuse_index
+from .native_calls import refuse_index
 
 
 try:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Settings of the test run, made before torch is imported."""
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,42 @@ import pytest
 # Tests start processes of their own; several OpenMP pools on the same cores slow small tests a hundredfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Files that take longest. They begin first, or one of them would be the last of all, beside an idle worker. Those whose
+# processes wait for each other alternate with others: two at a time would come near to the time limit of a launch.
+FIRST = [
+    "distributed/test_memory_group.py",
+    "kernels/test_triton_interpreter.py",
+    "distributed/test_distributed.py",
+    "model/test_compiled_training.py",
+    "distributed/test_saves.py",
+    "model/test_library_suite.py",
+    "distributed/test_launch_files.py",
+    "studies/scaling/test_scaling_study.py",
+    "examples/test_examples.py",
+    "studies/stream/test_stream.py",
+]
+
+
+def pytest_configure(config):
+    if config.pluginmanager.has_plugin("xdist"):
+        config.option.loadscopereorder = False  # by the number of tests in a file, which says little
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"tests/{file}": place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(FIRST)))
+
+
+def pytest_collection_finish():
+    """`Trainer` collects garbage each time, which takes long where all that was imported is looked through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

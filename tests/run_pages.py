@@ -11,15 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Runs the Python blocks of pages that it reads as JSON from its input, and prints what came of them as JSON."""
+"""
+Runs the Python blocks of pages that it reads as JSON from its input, and prints what came of them as JSON. Each page runs in
+a folder of its own, in which there is nothing but the examples of the clone.
+"""
 
 import contextlib
+import gc
 import io
 import json
 import os
 import sys
 import tempfile
 import traceback
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_page(page: str, blocks: list) -> dict:
@@ -43,13 +51,16 @@ def main():
     import torch  # noqa: F401
     import transformers.trainer  # noqa: F401
 
+    gc.freeze()  # `Trainer` collects garbage, which takes long where all libraries are looked through
     results = {}
     for page, blocks in pages.items():
         with tempfile.TemporaryDirectory() as folder:
             reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
+                gc.freeze()  # `Trainer` collects garbage, which takes long where all libraries are looked through
                 os.chdir(folder)
+                os.symlink(EXAMPLES, EXAMPLES.name)
                 with os.fdopen(writer, "w") as pipe:
                     json.dump(run_page(page, blocks), pipe)
                 os._exit(0)

@@ -20,20 +20,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmark.contenders import BITS
+from common.pictures import VARIANTS, add_legend, look_of, new_figure, save_picture
 
 
 SIZE = ("hidden_size", "num_experts", "num_tokens", "dtype", "indices")
 LARGE, SMALL = 1024**2, 512**2
-COLORS = dict(
-    zip(
-        ("peer", "peer_eager", "peer_pytorch", "doge_cdmoe", "pkm", "pkm_embedding_bag", "dense", "dense_gated"),
-        ("tab:red", "tab:pink", "tab:purple", "tab:brown", "tab:orange", "tab:olive", "tab:blue", "tab:cyan"),
-        strict=True,
-    )
-)
 
 
 class Results:
@@ -274,16 +267,16 @@ def target_table(results: Results) -> str:
 
 def plot(results: Results, file: Path) -> None:
     """Plots bars of times with their floors, curves against N and T, and experts alone and decoding."""
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    figure = new_figure(15, 9)
     panels = figure.subplots(2, 3).flat
     for axes, (section, operation) in zip(
         panels, (("forward", "forward"), ("training", "forward_backward"), ("training", "step")), strict=False
     ):
-        records = [r for r in results.records(section, operation=operation) if r["contender"] in COLORS]
+        records = [r for r in results.records(section, operation=operation) if r["contender"] in VARIANTS]
         width = min((r["hidden_size"] for r in records), default=0)
         largest = max((r["num_experts"] for r in records), default=0)
         records = [r for r in records if r["hidden_size"] == width and r["num_experts"] == largest]
-        _bars(axes, results, section, records, [r["contender"] for r in records])
+        _bars(axes, results, section, records, [look_of(r["contender"]).label for r in records])
         axes.set_title(f"{operation.replace('_', ' + ')}, N = {largest:,}, d = {width}")
     scaling = results.records("scaling")
     panels = list(figure.axes)[3:]
@@ -298,19 +291,21 @@ def plot(results: Results, file: Path) -> None:
     labels = [f"experts, {r['indices']}, {r['dtype']}" for r in experts]
     labels += [f"token of {r['contender']}" for r in decode]
     _bars(panels[2], results, "experts", experts + decode, labels)
-    panels[2].set_title("experts alone, and a token of whole models")
-    figure.savefig(file, dpi=110)
+    panels[2].set_title("experts alone; a token of whole models")
+    save_picture(figure, file)
 
 
 def _bars(axes, results, section, records, labels):
     measured = [(r, label) for r, label in zip(records, labels, strict=True) if r["seconds"]]
     for place, (record, _) in enumerate(measured):
         time, floor = median(record["seconds"]) * 1e3, results.floor(section, record)
-        axes.barh(place, time, color=COLORS.get(record["contender"], "tab:gray"))
-        axes.text(time, place, f" {time:,.0f}" if time >= 100 else f" {time:.3g}", va="center")
+        contender = "peer" if record["contender"].startswith("expert_part") else record["contender"]
+        axes.barh(place, time, color=look_of(contender).color)
+        end = time if floor is None else max(time, floor * 1e3)
+        axes.text(end, place, f" {time:,.0f}" if time >= 100 else f" {time:.3g}", va="center")
         if floor is not None:
             axes.plot([floor * 1e3] * 2, [place - 0.4, place + 0.4], color="black")
-    axes.set(xlabel="ms; a black line is the floor", yticks=range(len(measured)))
+    axes.set(xlabel="ms; a black line is the floor of the machine", yticks=range(len(measured)))
     axes.set_yticklabels([label for _, label in measured])
     axes.invert_yaxis()
     axes.margins(x=0.25)
@@ -320,10 +315,9 @@ def _curves(axes, records, name, other):
     """Plots times against `name`, at the most frequent value of `other`."""
     values = [record[other] for record in records]
     records = [r for r in records if r["seconds"] and r[other] == max(values, key=values.count)]
-    for contender, color in COLORS.items():
+    for contender, look in VARIANTS.items():
         points = sorted((r[name], median(r["seconds"]) * 1e3) for r in records if r["contender"] == contender)
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=contender)
-    axes.grid(alpha=0.3)
+            axes.plot(*zip(*points, strict=True), **look.style, label=look.label)
     if records:
-        axes.legend()
+        add_legend(axes)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from matplotlib.figure import Figure
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
+from common.pictures import new_figure, save_picture, shades
 from modeling_peer import PeerConfig, model_costs
-from modeling_peer.checkpoint_card import describe_experts, package_link
+from modeling_peer.checkpoint_card import MARK, describe_experts, how_to_install, package_link
 
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
@@ -72,6 +72,8 @@ def make_card(
     sequence_length: int | None = None,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
+    carries_code: bool = True,
+    name_or_path: str | None = None,
 ) -> ModelCard:
     """
     Makes a model card from `model_cards/template.md`.
@@ -92,6 +94,10 @@ def make_card(
             model of the Hub only.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
+        carries_code (`bool`, *optional*, defaults to `True`): Whether the repository has the code of the model.
+        name_or_path (`str`, *optional*):
+            Where the example code loads the model from, if that is not `repo_id`. The card is then one that a push
+            replaces.
     """
     training = training or {}
     model_name = repo_id.split("/")[-1]
@@ -134,8 +140,11 @@ def make_card(
         usage=f"![Usage of the experts against the training step]({USAGE_PICTURE})\n\n{USAGE_GUIDE}"
         if usage_picture
         else "",
+        carries_code=carries_code,
         package=package_link(),
-        repo_id=repo_id,
+        how_to_install=how_to_install(),
+        name_or_path=name_or_path or repo_id,
+        mark="" if name_or_path is None else MARK,
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         max_new_tokens=max_new_tokens,
     )
@@ -151,6 +160,7 @@ def card_of_folder(
     tags: list[str] | None = None,
     prompt: str = PROMPT,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    name_or_path: str | None = None,
 ) -> ModelCard:
     """
     Makes the card of a trained model and a picture of the usage of its experts, with what its training left in the
@@ -158,7 +168,7 @@ def card_of_folder(
 
     Args:
         folder (`Path`): Folder of the model. The picture is written into it.
-        repo_id, config, license, dataset_name, tags, prompt, max_new_tokens: See [`make_card`].
+        repo_id, config, license, dataset_name, tags, prompt, max_new_tokens, name_or_path: See [`make_card`].
     """
     history = _read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
     return make_card(
@@ -172,6 +182,7 @@ def card_of_folder(
         max_new_tokens=max_new_tokens,
         training=_read_json(folder / TRAINING_FILE),
         usage_picture=plot_usage(history, folder / USAGE_PICTURE),
+        name_or_path=name_or_path,
     )
 
 
@@ -215,18 +226,23 @@ def plot_usage(history: list[dict[str, float]], file: Path) -> bool:
     """
     measures = {"expert_usage": "share of experts used", "expert_unevenness": "unevenness, nats"}
     logged = {
-        measure: sorted({key for entry in history for key in entry if key.startswith(f"{measure}/")})
+        measure: sorted(
+            {key for entry in history for key in entry if key.startswith(f"{measure}/")},
+            key=lambda key: (len(key), key),  # layer 2 before layer 10
+        )
         for measure in measures
     }
     if not any(logged.values()):
         return False
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(8, 3.2)
     for axes, (measure, label) in zip(figure.subplots(1, 2), measures.items(), strict=True):
-        for key in logged[measure]:
+        for key, color in zip(logged[measure], shades(len(logged[measure])), strict=True):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            axes.plot(*zip(*points, strict=True), marker=".", label=key.partition("/")[2].replace("_", " "))
-        axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
+            name = key.partition("/")[2].replace("_", " ")
+            axes.plot(*zip(*points, strict=True), marker=".", color=color, label=name)
+        highest = max((entry[key] for key in logged[measure] for entry in history if key in entry), default=0)
+        axes.set(xlabel="training step", ylabel=label, ylim=(0, 1.1 * highest or 1))
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(file, dpi=100)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    save_picture(figure, file)
     return True

@@ -42,8 +42,14 @@ from transformers.trainer_utils import SchedulerType
 from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder
 from common.command_line import UsageError
 from common.run_estimate import RunEstimateCallback
-from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
-from modeling_peer.checkpoint_card import base_model_of, how_to_use
+from modeling_peer import (
+    ExpertUsageCallback,
+    RowAdamW,
+    complete_model_card,
+    last_complete_checkpoint,
+    make_optimizer,
+)
+from modeling_peer.checkpoint_card import FOLDER, base_model_of, is_written_card
 
 
 logger = logging.getLogger(__name__)
@@ -224,7 +230,7 @@ def run(
     **card: str | None,
 ) -> dict[str, float]:
     """
-    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it.
+    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it, and writes its card.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -252,15 +258,26 @@ def run(
         trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
         if any("expert_usage" in name for name in metrics):
             logger.info(USAGE_GUIDE)
-    if trainer.args.push_to_hub:
-        push(trainer, **card)
+    save_card(trainer, **card)
     return metrics
 
 
-def push(trainer: Trainer, **card: str | None) -> None:
-    """Pushes a model with its card, for the contents of which see `Trainer.push_to_hub`."""
-    trainer.create_model_card = partial(write_training_card, trainer)
-    trainer.push_to_hub(**card)
+def save_card(trainer: Trainer, **card: str | None) -> None:
+    """
+    Saves the card of a trained model beside it, and pushes both if the arguments of its trainer request it. For its
+    contents see `Trainer.push_to_hub`.
+    """
+    if _is_language_model(trainer):
+        write_training_card(trainer)
+        trainer.create_model_card = partial(write_training_card, trainer)
+    else:
+        complete_model_card(trainer)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+
+
+def _is_language_model(trainer):
+    return getattr(type(trainer.model), "_auto_class", None) == "AutoModelForCausalLM"
 
 
 def save_description(trainer: Trainer, data: str | None) -> None:
@@ -279,18 +296,28 @@ def save_description(trainer: Trainer, data: str | None) -> None:
 
 def write_training_card(trainer: Trainer, **card: Any) -> None:
     """
-    Writes the README.md of a model that its trainer pushes: for a language model as `push_to_hub.py` does, for others
-    that of `Trainer`, and how to load the model.
+    Writes the README.md of a language model, as `push_to_hub.py` does. If the model is not pushed, only the one that
+    was saved with it is replaced.
+
+    Args:
+        trainer (`Trainer`): Trainer of the model.
+        card: Contents of the card of a model that is pushed, see `Trainer.create_model_card`.
     """
     if not trainer.is_world_process_zero():
         return
-    folder, model = Path(trainer.args.output_dir), trainer.model
-    if type(model)._auto_class == "AutoModelForCausalLM":
-        text = str(card_of_folder(folder, trainer.hub_model_id, model.config, dataset_name=card.get("dataset")))
-    else:
-        Trainer.create_model_card(trainer, **card)
-        text = (folder / "README.md").read_text(encoding="utf-8") + "\n" + how_to_use(model)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    folder = Path(trainer.args.output_dir)
+    readme = folder / "README.md"
+    if trainer.hub_model_id is None and not (readme.exists() and is_written_card(readme.read_text(encoding="utf-8"))):
+        return
+    text = card_of_folder(
+        folder,
+        trainer.hub_model_id or folder.name,
+        trainer.model.config,
+        license=card.get("license"),
+        dataset_name=card.get("dataset"),
+        name_or_path=FOLDER if trainer.hub_model_id is None else None,
+    )
+    readme.write_text(str(text), encoding="utf-8")
 
 
 def train(trainer: Trainer, checkpoint: str | None = None) -> None:

@@ -14,8 +14,9 @@
 """
 A Space of the Hugging Face Hub in which visitors explore the experts of a model.
 
-Set the variable `MODEL` of the Space to the name of the model on the Hub; `CORPUS`, if it is set, is a text file of
-the Space, of which each paragraph is a context in which experts may be used.
+Set the variable `MODEL` of the Space to the name of the model on the Hub, or copy `examples/checkpoints/peer-nano` into the
+folder of the Space; `CORPUS`, if it is set, is a text file of the Space, of which each paragraph is a context in which
+experts may be used.
 """
 
 import os
@@ -27,7 +28,7 @@ from modeling_peer.explorer import ExpertContexts, make_app
 
 
 def main() -> None:
-    name = os.environ["MODEL"]
+    name = os.environ.get("MODEL", "peer-nano")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     contexts = None
     if corpus := os.environ.get("CORPUS"):

@@ -17,13 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from common.pictures import NEUTRAL, add_legend, look_of, new_figure, save_picture
 from gpu.layer import CONTENDERS, OPERATIONS
 from gpu.report import copy_share, layer_floor
 
-
-COLORS = {"peer": "tab:red", "peer_pytorch": "tab:purple", "dense": "tab:blue"}
 
 Rows = dict[str, dict[str, Any]]
 
@@ -34,14 +31,17 @@ def draw_kernels(rows: Rows, file: Path) -> bool:
     shares = {name: share for name, share in shares.items() if share is not None}
     if not shares:
         return False
-    figure = Figure(figsize=(9, 1 + 0.25 * len(shares)), layout="constrained")
+    figure = new_figure(9, 1 + 0.25 * len(shares))
     axes = figure.add_subplot()
-    colors = ["tab:gray" if name.startswith("torch") else "tab:red" for name in shares]
-    axes.barh(list(shares), list(shares.values()), color=colors)
-    axes.axvline(0.8, color="black", linewidth=1)
+    for label, color, are_torch in (("this package", look_of("peer").color, False), ("torch", NEUTRAL, True)):
+        own = [name for name in shares if name.startswith("torch") == are_torch]
+        axes.barh([list(shares).index(name) for name in own], [shares[name] for name in own], color=color, label=label)
+    axes.axvline(0.8, color="black", linewidth=1, label="aim, on unique rows")
+    axes.set_yticks(range(len(shares)), shares)
     axes.invert_yaxis()
-    axes.set(xlabel="share of the bandwidth of a copy; a black line is the aim on unique rows")
-    figure.savefig(file, dpi=110)
+    axes.set(xlabel="share of the bandwidth of a copy")
+    add_legend(axes)
+    save_picture(figure, file)
     return True
 
 
@@ -51,20 +51,21 @@ def draw_layer(rows: Rows, file: Path) -> bool:
     if not timed:
         return False
     widths = sorted({row["width"] for row in timed})
-    figure = Figure(figsize=(6 * len(widths), 4.5), layout="constrained")
+    figure = new_figure(6 * len(widths), 4.5)
     for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         for row in timed:
             if row["width"] == width:
+                look = look_of(row["contender"])
                 place = OPERATIONS.index(row["operation"]) + 0.27 * (CONTENDERS.index(row["contender"]) - 1)
-                axes.bar(place, row["seconds"] * 1e3, 0.25, color=COLORS[row["contender"]], label=row["contender"])
+                axes.bar(place, row["seconds"] * 1e3, 0.25, color=look.color, label=look.label)
                 floor = layer_floor(rows, row)
                 if floor is not None:
-                    axes.plot([place - 0.13, place + 0.13], [floor * 1e3] * 2, color="black")
-        axes.set(yscale="log", ylabel="ms; a black line is the floor", title=f"d = {width}")
+                    axes.plot([place - 0.13, place + 0.13], [floor * 1e3] * 2, color="black", label="floor")
+        axes.set(yscale="log", ylabel="ms", title=f"d = {width}")
         axes.set_xticks(range(len(OPERATIONS)), [name.replace("_", " + ") for name in OPERATIONS])
         named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(named.values(), named.keys())
-    figure.savefig(file, dpi=110)
+        axes.legend(named.values(), named.keys(), fontsize=8)
+    save_picture(figure, file)
     return True
 
 
@@ -73,14 +74,13 @@ def draw_training(rows: Rows, file: Path) -> bool:
     trained = {name: row["losses"] for name, row in rows.items() if "losses" in row}
     if not trained:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     for name, losses in trained.items():
-        axes.plot(*zip(*losses, strict=True), marker="o", color=COLORS[name], label=name)
+        axes.plot(*zip(*losses, strict=True), **look_of(name).style, label=look_of(name).label)
     axes.set(xlabel="seconds of training", ylabel="loss on held-out text, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+    add_legend(axes)
+    save_picture(figure, file)
     return True
 
 

@@ -66,7 +66,7 @@ def make_app(
             with experts_off(model, switched_off):
                 page = explorer_page(model, tokenizer, [own_text], contexts, title)
         except ValueError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
         return FRAME.format(escape(page))
 
     with gradio.Blocks(title=title) as app:

@@ -85,7 +85,11 @@ class _Words:
     def __call__(self, tokens: torch.Tensor) -> list[str]:
         for token in tokens.tolist():
             if token not in self.known:
-                self.known[token] = self.tokenizer.decode([token])
+                word = self.tokenizer.decode([token])
+                # A part of a character or a control character, which only the tokenizer has a name for.
+                if "\ufffd" in word or not all(each.isprintable() or each.isspace() for each in word):
+                    word = self.tokenizer.convert_ids_to_tokens(token)
+                self.known[token] = word
         return [self.known[token] for token in tokens.tolist()]
 
 

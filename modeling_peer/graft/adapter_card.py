@@ -16,7 +16,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_card import PACKAGE
+from ..checkpoint_card import how_to_install, package_link
 from .peft_releases import CARD_PLACEHOLDER, PEFT_TYPE_NAME
 
 
@@ -28,12 +28,7 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USAGE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. It is installed from a
-clone of its repository:
-
-```bash
-pip install ".[graft]"
-```
+_USAGE = """This adapter is a PEER graft, a method of PEFT that the package {package} adds. {how_to_install}
 
 Import `modeling_peer` before PEFT loads the adapter, which otherwise fails with `KeyError: '{peft_type}'`:
 
@@ -67,12 +62,7 @@ def write_adapter_card(save_directory: str | Path, base_model: str | None, task_
         task_type (`str`, *optional*): Task type of the adapter.
     """
     card = Path(save_directory, "README.md")
-    usage = _USAGE.format(
-        package=PACKAGE,
-        peft_type=PEFT_TYPE_NAME,
-        auto_class=_AUTO_CLASSES.get(task_type or "", "AutoModel"),
-        base_model=base_model or "path/to/the/base/model",
-    )
+    usage = describe_adapter(base_model, task_type)
     if not card.exists():
         card.parent.mkdir(parents=True, exist_ok=True)
         card.write_text(_CARD.format(usage=usage), encoding="utf-8")
@@ -80,6 +70,17 @@ def write_adapter_card(save_directory: str | Path, base_model: str | None, task_
     text = card.read_text(encoding="utf-8")
     if text.count(CARD_PLACEHOLDER) == 1:
         card.write_text(text.replace(CARD_PLACEHOLDER, usage), encoding="utf-8")
+
+
+def describe_adapter(base_model: str | None, task_type: str | None) -> str:
+    """A part of a card in Markdown: how a graft is loaded. The arguments are those of [`write_adapter_card`]."""
+    return _USAGE.format(
+        package=package_link(),
+        how_to_install=how_to_install("graft"),
+        peft_type=PEFT_TYPE_NAME,
+        auto_class=_AUTO_CLASSES.get(task_type or "", "AutoModel"),
+        base_model=base_model or "path/to/the/base/model",
+    )
 
 
 def write_pushed_card(model: Any, folder: str) -> None:

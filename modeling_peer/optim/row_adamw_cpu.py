@@ -20,7 +20,8 @@ import torch
 
 from ..factored_gradient_cpu import SUM_OF_ENTRIES, SUM_OF_ENTRIES_BY_DTYPE
 from ..gradient_factors import Factors
-from ..native_library import DTYPES, PREAMBLE, call, for_each_dtype, load_library
+from ..native_calls import DTYPES, PREAMBLE, call, for_each_dtype
+from ..native_library import load_library
 
 
 SOURCE = (

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python
 from test_costs import VARIANTS, small_config
 from tiny_models import tiny_config
 
@@ -355,7 +356,7 @@ class TestModels:
         names = ["dense", "moe", "pkm", "gated", "shared expert", "shared pool grown"]
         script = Path(__file__).with_name("collectives_of_tensor_parallelism.py")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, script, tmp_path, *names], env=environment, check=True)
+        subprocess.run([python(), script, tmp_path, *names], env=environment, check=True)
         found = json.loads((tmp_path / "received.json").read_text())
         assert list(found) == names
         for name, sizes in found.items():

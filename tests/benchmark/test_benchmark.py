@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from convert_peer_pytorch import convert_layer
+from preloaded import python
 from torch.testing import assert_close
 
 from benchmark import __main__ as benchmark
@@ -186,7 +187,7 @@ class TestRun:
     def test_command(self, tmp_path):
         flags = (*SIZES, "--sections", "forward", "--contenders", "dense", "--rounds", "1", "--output_dir", tmp_path)
         done = subprocess.run(
-            [sys.executable, "-m", "benchmark", *map(str, flags)],
+            [python(), "-m", "benchmark", *map(str, flags)],
             capture_output=True,
             text=True,
             env=module_environment(),

@@ -18,28 +18,32 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
-from preloaded import start_python
+from preloaded import python, start_python
 from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent
+LAUNCH_FILES = ROOT / "configuration" / "launch"
 TIMEOUT = 150
-
-PYTHON = [sys.executable]
 
 
 def torchrun(num_processes: int) -> list[str]:
     """A command that launches a script in this many processes of this machine."""
-    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [python(), "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc_per_node", str(num_processes)]
+
+
+def accelerate_launch() -> list[str]:
+    """A command that launches a script in two processes of this machine, by the launch file for DDP."""
+    launcher = [python(), "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
 
 def _environment(changes):

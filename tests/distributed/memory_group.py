@@ -60,7 +60,7 @@ from modeling_peer.product_key_router import ProductKeyRouter
 
 
 ROWS_PER_STEP = 4
-STEPS = 10
+STEPS = 6
 
 # Of the pools: tokens of the joint batch, those of each process of several, and experts of a token.
 NUM_TOKENS, NUM_ACTIVE = 13, 5
@@ -68,7 +68,7 @@ UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
 
 OPEN_ADDITION = [{"layers": [1], "mode": "open", "num_experts": 17}]
 FROZEN = range(0, 64, 2)  # experts
-FROZEN_FROM = 5  # the step
+FROZEN_FROM = 3  # the step
 
 # What the plain loop trains; on four processes, those of these names alone.
 LOOPS = {
@@ -87,6 +87,9 @@ LOOPS = {
 }
 # How, if not as all of them; see `train_in_loop`.
 OPTIONS = {
+    # In which rounding without bias has to show.
+    "shared_pool": {"steps": 10},
+    "bfloat16": {"steps": 10},
     "gated_experts": {"second_moment": "row"},
     "grown": {"second_moment": "row"},
     "idle": {"idle": True},
@@ -145,6 +148,7 @@ def over_processes(value: torch.Tensor) -> float:
 
 def train_in_loop(
     model: torch.nn.Module,
+    steps: int = STEPS,
     second_moment: str = "full",
     optimizer_class: type[torch.optim.Optimizer] = RowAdamW,
     idle: bool = False,
@@ -157,6 +161,7 @@ def train_in_loop(
 
     Args:
         model (`torch.nn.Module`)
+        steps (`int`): Their number.
         second_moment (`str`): Of [`RowAdamW`].
         optimizer_class (`type`): [`RowAdamW`], or `torch.optim.AdamW`.
         idle (`bool`): Whether a process learns from none of a batch, see `own_batch`.
@@ -180,7 +185,7 @@ def train_in_loop(
         compile_layers(model)
     facts = {"losses": [], "gradient_norms": [], "in_factors": []}
     frozen = {}
-    for step in range(STEPS):
+    for step in range(steps):
         if freezes and step == FROZEN_FROM:
             freeze_experts(model, FROZEN)
             frozen = {f"frozen.{name}": tensor for name, tensor in rows_of(model, FROZEN).items()}

@@ -27,17 +27,21 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from kernels_used import INFERENCE, TRAINING
-from launches import PYTHON, ROOT, assert_same, assert_same_training, handed_over, launch, launch_ranks
+from launches import (
+    LAUNCH_FILES,
+    accelerate_launch,
+    assert_same,
+    assert_same_training,
+    handed_over,
+    launch,
+    launch_ranks,
+)
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.library_releases import is_at_least
 
-
-LAUNCH_FILES = ROOT / "configuration" / "launch"
-ACCELERATE_LAUNCH = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
-ACCELERATE_LAUNCH += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
 TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed", "moe", "rows"]
 MICRO_BATCHES = 8
@@ -72,7 +76,7 @@ def joint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    launch(ACCELERATE_LAUNCH, "train.py", folder)
+    launch(accelerate_launch(), "train.py", folder)
     return folder
 
 

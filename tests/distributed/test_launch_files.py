@@ -22,21 +22,18 @@ import random
 import re
 import socket
 import subprocess
-import sys
 
 import pytest
 import torch
-from launches import PYTHON, ROOT, handed_over, launch
+from launches import LAUNCH_FILES, accelerate_launch, handed_over, launch
+from preloaded import python
 from safetensors.torch import load_file
 
 from modeling_peer.library_releases import is_at_least
 
 
-LAUNCH_FILES = ROOT / "configuration" / "launch"
 LAUNCHER = ["sh", str(LAUNCH_FILES / "memory_group.sh")]
 SLURM = ["bash", str(LAUNCH_FILES / "memory_group.sbatch")]
-ACCELERATE = [*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "ddp.yaml")]
-ACCELERATE += ["--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
 
 HIDDEN_SIZE, ROWS_PER_STEP = 32, 4
 SMALL = f"vocab_size=300,hidden_size={HIDDEN_SIZE},intermediate_size=48,num_experts=64,num_experts_per_head=4"
@@ -46,8 +43,8 @@ FLAGS = (
 )
 
 # As the script of that name, which is not beside every Python.
-TORCHRUN = f"""#!/bin/sh
-exec {sys.executable} -m torch.distributed.run "$@"
+TORCHRUN = """#!/bin/sh
+exec {python} -m torch.distributed.run "$@"
 """
 # Stands for Slurm's: two nodes, both of them this machine.
 SRUN = """#!/bin/sh
@@ -68,7 +65,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launches")
     (folder / "bin").mkdir()
     (folder / "numbers.txt").write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(400)))
-    for name, text in (("torchrun", TORCHRUN), ("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("torchrun", TORCHRUN.format(python=python())), ("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     return folder
@@ -79,7 +76,7 @@ def run_clm(folder, name, command, num_processes, start, *flags, resumes=False, 
     path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
     batch = ("--per_device_train_batch_size", str(ROWS_PER_STEP // num_processes))
     data = ("--train_file", folder / "numbers.txt", "--output_dir", folder / name / "model")
-    environment |= {"PATH": path, "HF_HOME": str(folder / "home")}
+    environment |= {"PATH": path}
     saves = ("--save_strategy", "steps", "--save_steps", "2") if resumes else ("--save_strategy", "no")
     arguments = [folder / name, *(["--resumes"] if resumes else []), *start, *FLAGS, *saves, *batch, *data, *flags]
     output = launch(command, "watched_run_clm.py", *arguments, environment=environment)
@@ -89,13 +86,13 @@ def run_clm(folder, name, command, num_processes, start, *flags, resumes=False, 
 @pytest.fixture(scope="module")
 def joint(folder):
     """One process from scratch, on the joint batch."""
-    return run_clm(folder, "joint", PYTHON, 1, ("--config_name", "peer-tiny", "--config_overrides", SMALL))
+    return run_clm(folder, "joint", [python()], 1, ("--config_name", "peer-tiny", "--config_overrides", SMALL))
 
 
 @pytest.fixture(scope="module")
 def continued(folder, joint):
     """One process from the checkpoint of the first."""
-    return run_clm(folder, "continued", PYTHON, 1, ("--model_name_or_path", folder / "joint" / "model"))
+    return run_clm(folder, "continued", [python()], 1, ("--model_name_or_path", folder / "joint" / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +106,7 @@ def torchrun(folder):
 def accelerate(folder):
     """Two processes from scratch by the file for DDP of `accelerate launch`."""
     start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
-    return run_clm(folder, "accelerate", ACCELERATE, 2, start, "--ep_size", "2")
+    return run_clm(folder, "accelerate", accelerate_launch(), 2, start, "--ep_size", "2")
 
 
 def free_port(ports):

@@ -70,11 +70,11 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS + OTHER_CASES)
 def test_steps_are_those_of_one_process_on_the_joint_batch(launched, run, name):
-    """Losses, norms before clipping, and weights and statistics after ten clipped steps."""
+    """Losses, norms before clipping, and weights and statistics after some clipped steps."""
     expected, steps = handed_over(launched(1, 1), f"loop-{name}-0")
     for rank in range(run[0]):
         state, facts = handed_over(launched(*run), f"loop-{name}-{rank}")
-        assert len(facts["losses"]) == 10
+        assert len(facts["losses"]) == (10 if name == "shared_pool" else 6)
         assert min(facts["gradient_norms"]) > 0.5 or name in UNCLIPPED  # every step was clipped
         assert_same_training(facts, steps)
         assert_same(state, expected)
@@ -220,7 +220,7 @@ def test_replicas_of_columns_exchange_factors_or_rows(launched):
     _, few = handed_over(launched(4, 2), "loop-shared_pool-0")
     _, many = handed_over(launched(4, 2), "loop-many_experts-0")
     assert few["exchanges"] == {"average_gradients": 10, "_average_factors": 0, "_average_rows": 30}
-    assert many["exchanges"] == {"average_gradients": 10, "_average_factors": 30, "_average_rows": 0}
+    assert many["exchanges"] == {"average_gradients": 6, "_average_factors": 18, "_average_rows": 0}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -14,7 +14,7 @@
 """
 What the pages show works when pasted.
 
-The Python blocks of a page run in one process and namespace, from top to bottom in an empty folder: a page is read from the
+The Python blocks of a page run in one process and namespace, from top to bottom, as in a clone: a page is read from the
 top, and its later blocks go on with what earlier ones made. Pages do not depend on each other.
 """
 

@@ -66,8 +66,22 @@ def test_the_table_of_configurations():
         costs = named_costs(name)
         counted = (costs.flops / 1e6, costs.parameters / 1e6, costs.active_parameters / 1e6)
         assert figures == [f"{counted[0]:,.2f}", f"{counted[1]:,.1f}", f"{counted[2]:,.1f}"]
-        length = {"tiny": "512 tokens for `tiny`", "paper": "2,048 tokens for `paper`"}[name.partition("-")[2]]
+        length = "2,048 tokens for `paper`" if name.endswith("-paper") else "512 tokens for `nano` and `tiny`"
         assert length in text and f"{costs.sequence_length:,} tokens" in length
+
+
+def test_the_small_checkpoints():
+    text = " ".join(page("docs/checkpoints.md").split())
+    peer, dense = (
+        json.loads(page(f"examples/checkpoints/{name}/results.json")) for name in ("peer-nano", "dense-nano")
+    )
+    assert peer["tokens"] == dense["tokens"]
+    assert f"read {peer['tokens'] / 1e6:.1f} million tokens" in text
+    for name, result in (("peer-nano", peer), ("dense-nano", dense)):
+        assert re.search(rf"`{name}` \| [\d.]+ M \| 0.3 M \| {result['perplexity']['16 bits']:.2f} \|", text), name
+    whole, eight, four = (peer["perplexity"][f"{bits} bits"] for bits in (16, 8, 4))
+    said = [f"{each:.2f} ({each / whole - 1:+.3%})".replace("%", " %") for each in (eight, four)]
+    assert f"is {whole:.2f} in bf16, {said[0]} with tables in 8 bits and {said[1]} in 4 bits" in text
 
 
 class TestBenchmark:

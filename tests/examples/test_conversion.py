@@ -15,7 +15,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ import torch
 from convert_peer_pytorch import layer_fields, place_layer
 from huggingface_hub.errors import StrictDataclassError
 from PEER_pytorch import PEER, PEERLora
+from preloaded import python
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from torch.testing import assert_close
@@ -152,7 +152,7 @@ def test_script(tmp_path):
     host("dense", "dense").save_pretrained(tmp_path / "host")
     subprocess.run(
         [
-            *(sys.executable, EXAMPLES / "convert_peer_pytorch.py"),
+            *(python(), EXAMPLES / "convert_peer_pytorch.py"),
             *("--peer_pytorch_checkpoint", tmp_path / "layer.pt", "--prefix", "blocks.5.ff."),
             *("--model_name_or_path", tmp_path / "host", "--layer", "1", "--output_dir", tmp_path / "converted"),
             *("--num_experts_per_head", "4", "--non_competing_scores", "False"),

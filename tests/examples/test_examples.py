@@ -33,6 +33,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from preloaded import python
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
@@ -63,6 +64,7 @@ from common.training import (
     write_training_card,
 )
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, configuration_path, model_costs
+from modeling_peer.checkpoint_card import is_written_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -70,33 +72,24 @@ EXAMPLES = ROOT / "examples"
 STDLIB = sysconfig.get_paths()["stdlib"]
 
 
-OFFLINE = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 SMALL = "vocab_size=300,hidden_size=32,intermediate_size=48,num_experts=64,num_experts_per_head=4,query_size=16"
 RUN = ("--block_size", "32", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--logging_steps", "4")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Where the caches of the examples are."""
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def run(home):
-    """Runs an example and returns what it printed; it must end with the given code."""
-
-    def run_example(script, *flags, environment=OFFLINE, code=0):
-        done = subprocess.run(
-            [sys.executable, EXAMPLES / script, *map(str, flags)],
-            env={**os.environ, "HF_HOME": str(home), **OFFLINE, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == code, done.stdout
-        return done.stdout
-
-    return run_example
+def run(script, *flags, environment=None, code=0):
+    """
+    Runs an example and returns what it printed; it must end with the given code. With an environment, it is in a process
+    that imports the libraries itself.
+    """
+    done = subprocess.run(
+        [python() if environment is None else sys.executable, EXAMPLES / script, *map(str, flags)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def counting_lines(number):
@@ -111,10 +104,15 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(run, text_file, tmp_path_factory):
-    """Folder of a model trained on numbers for twelve steps, with a checkpoint after six. `printed` is beside it."""
+def checkpoint(text_file, tmp_path_factory):
+    """
+    Folder of a model trained on numbers for twelve steps, with a checkpoint after six. `printed` is beside it, with what
+    imports print.
+    """
     folder = tmp_path_factory.mktemp("run_clm") / "model"
-    (folder.parent / "printed").write_text(run("run_clm.py", *clm_flags(folder, text_file)))
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder.parent / "cache")}
+    printed = run("run_clm.py", *clm_flags(folder, text_file), environment=environment)
+    (folder.parent / "printed").write_text(printed)
     return folder
 
 
@@ -161,7 +159,8 @@ class TestLanguageModel:
         assert figures["table_bytes_after"] == 2 * 64 * (32 * bits // 8 + 2)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.config.quantization_config.bits == bits
-        assert f"{figures['table_bytes_after']:,} bytes" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert f"{figures['table_bytes_after']:,} bytes" in printed.out and "Warning" not in printed.err
 
     def test_prints_what_a_user_needs(self, checkpoint):
         """Progress, metrics, and when it will end; neither arguments nor configurations, and nothing deprecated."""
@@ -172,7 +171,7 @@ class TestLanguageModel:
         assert printed.index("'loss'") < printed.index("seconds per step") < printed.index("train metrics")
         assert "perplexity" in printed.split("eval metrics")[1]
         assert "log N if one gets all" in printed.split("eval metrics")[1]  # what usage and unevenness are
-        assert not re.search("deprecat|TrainingArguments|PeerConfig", printed)
+        assert not re.search("deprecat|TrainingArguments|PeerConfig|Loading weights|Warning", printed)
 
     def test_new_models_train_at_the_rates_of_the_study(self, tmp_path):
         args = PretrainingArguments(output_dir=str(tmp_path))
@@ -238,7 +237,7 @@ class TestLanguageModel:
         text = "any text: \t\n  été 漢字"
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
-    def test_resumes_from_the_last_checkpoint(self, run, checkpoint, text_file, tmp_path):
+    def test_resumes_from_the_last_checkpoint(self, checkpoint, text_file, tmp_path):
         """Training resumed after the sixth step ends bit-identical."""
         shutil.copytree(checkpoint / "checkpoint-6", tmp_path / "checkpoint-6")
         assert f"Resuming training from {tmp_path / 'checkpoint-6'}" in run(
@@ -247,14 +246,14 @@ class TestLanguageModel:
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
 
-    def test_makes_no_step_after_the_last(self, run, checkpoint, text_file, tmp_path):
+    def test_makes_no_step_after_the_last(self, checkpoint, text_file, tmp_path):
         shutil.copytree(checkpoint / "checkpoint-12", tmp_path / "checkpoint-12")
         assert "is the end of this training" in run("run_clm.py", *clm_flags(tmp_path, text_file))
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
         assert not (tmp_path / "checkpoint-13").exists()
 
-    def test_goes_on_from_a_model_with_other_text(self, run, checkpoint, tmp_path):
+    def test_goes_on_from_a_model_with_other_text(self, checkpoint, tmp_path):
         """
         A stream of documents in JSON, by the name of their column, with fewer heads than the model was trained with.
         """
@@ -271,7 +270,7 @@ class TestLanguageModel:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_retrieval_heads == 2
         assert (tmp_path / "model/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
-    def test_row_adamw(self, run, checkpoint, text_file, tmp_path):
+    def test_row_adamw(self, checkpoint, text_file, tmp_path):
         """
         A table's state says which of its experts were trained, and its own learning rate is in the optimizer's. A
         command of an earlier release asks for sparse gradients, which is ignored.
@@ -415,7 +414,7 @@ class TestConfiguration:
 
 
 class TestGeneration:
-    def test_prints_text_and_experts(self, run, checkpoint):
+    def test_prints_text_and_experts(self, checkpoint):
         printed = run(
             *("run_generation.py", "--model_name_or_path", checkpoint, "--prompt", "7 and 8 are"),
             *("--do_sample", "--temperature", "0.7", "--max_new_tokens", "12", "--num_shown_experts", "3"),
@@ -425,7 +424,7 @@ class TestGeneration:
         assert "of 64 experts used over" in line
         assert line.count("%") == 3
 
-    def test_beams_of_a_model_without_experts(self, run, tmp_path, checkpoint):
+    def test_beams_of_a_model_without_experts(self, tmp_path, checkpoint):
         config = load_config(ModelArguments(config_name="dense-tiny", config_overrides="vocab_size=300"))
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
@@ -436,7 +435,7 @@ class TestGeneration:
 
 
 class TestClassification:
-    def test_learns_labels_of_a_csv(self, run, checkpoint, tmp_path):
+    def test_learns_labels_of_a_csv(self, checkpoint, tmp_path):
         for name, start in (("train", 0), ("held_out", 1000)):
             rows = [f"number {i},{'odd' if i % 2 else 'even'}" for i in range(start, start + 160)]
             (tmp_path / f"{name}.csv").write_text("\n".join(["content,parity", *rows]))
@@ -454,7 +453,7 @@ class TestClassification:
         assert isinstance(model, PeerForSequenceClassification)
         assert model.config.id2label == {0: "even", 1: "odd"}
 
-    def test_default_task(self, run, checkpoint, tmp_path):
+    def test_default_task(self, checkpoint, tmp_path):
         run(
             *("run_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path),
             *("--do_train", "--do_eval", "--max_steps", "2", "--max_eval_samples", "16", "--max_train_samples", "64"),
@@ -463,7 +462,7 @@ class TestClassification:
         assert set(results(tmp_path, "config.json")["label2id"]) >= {"asyncio", "email"}
 
 
-def test_quickstart(run, tmp_path):
+def test_quickstart(tmp_path):
     printed = run(
         *("quickstart.py", "--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64"),
         *("--max_eval_samples", "8"),
@@ -493,7 +492,7 @@ def test_quickstart(run, tmp_path):
 
 
 class TestHub:
-    def test_pushed_comes_back(self, run, checkpoint, tmp_path):
+    def test_pushed_comes_back(self, checkpoint, tmp_path):
         with HubServer() as hub:
             printed = run(
                 *("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting", "--pull"),
@@ -526,33 +525,44 @@ class TestHub:
         assert files["expert_usage.png"].startswith(b"\x89PNG")
         assert "training.json" not in files and "chat_template.jinja" not in files
 
-    def test_cards_of_models_that_their_trainer_pushes(self, tmp_path):
-        """Of a language model as above, of others that of `Trainer` and how to load them. Nothing is known of usage."""
-        for model_class, said in (
-            (PeerForCausalLM, "# numbers\n"),
-            (PeerForSequenceClassification, "AutoModelForSequenceClassification.from_pretrained"),
+    def test_card_of_a_trained_model(self, checkpoint):
+        """In its folder, until somebody writes another or a push names the repository: what its training was."""
+        text = (checkpoint / "README.md").read_text()
+        assert is_written_card(text) and "# model\n" in text and "h = 4 heads retrieve k = 4 of N = 64" in text
+        for said in (
+            "Data: files of numbers.txt.",
+            "| `learning_rate` | 0.01 |",
+            "](expert_usage.png)",
+            "Limitations",
         ):
-            model = model_class(load_config(ModelArguments(config_overrides=SMALL)))
-            model.name_or_path = "user/before"
-            trainer = Trainer(
-                model, TrainingArguments(output_dir=str(tmp_path / model_class.__name__), report_to="none")
-            )
-            trainer.hub_model_id = "user/numbers"
-            (tmp_path / model_class.__name__).mkdir(exist_ok=True)
-            save_description(trainer, "numbers")
-            write_training_card(trainer, dataset="user/digits", finetuned_from="user/before")
-            card = ModelCard.load(tmp_path / model_class.__name__ / "README.md")
-            assert said in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
-            assert (card.data.base_model, card.data.library_name) == ("user/before", "transformers")
-            assert "trust_remote_code=False" in card.text and "expert_usage.png" not in card.text
+            assert said in text
+        assert 'from_pretrained("path/to/this/folder", trust_remote_code=False)' in text
+        assert (checkpoint / "expert_usage.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_says_who_is_not_logged_in(self, run, checkpoint, tmp_path):
+    def test_card_of_a_model_that_its_trainer_pushes(self, tmp_path):
+        """Nothing is known of the usage of its experts."""
+        model = PeerForCausalLM(load_config(ModelArguments(config_overrides=SMALL)))
+        model.name_or_path = "user/before"
+        trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+        (tmp_path / "README.md").write_text("Mine.")
+        write_training_card(trainer)
+        assert (tmp_path / "README.md").read_text() == "Mine."
+        trainer.hub_model_id = "user/numbers"
+        save_description(trainer, "numbers")
+        write_training_card(trainer, dataset="user/digits", license="mit", finetuned_from="user/before")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "# numbers\n" in card.text and "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text
+        assert (card.data.base_model, card.data.license, card.data.datasets) == ("user/before", "mit", "user/digits")
+        assert 'from_pretrained("user/numbers", trust_remote_code=False)' in card.text
+        assert "expert_usage.png" not in card.text and not is_written_card(card.text)
+
+    def test_says_who_is_not_logged_in(self, checkpoint, tmp_path):
         with HubServer() as hub:
             environment = hub.environment(tmp_path) | {"HF_TOKEN": ""}
             flags = ("push_to_hub.py", "--model_name_or_path", checkpoint, "--repo_id", "counting")
             assert "You are not logged in" in run(*flags, environment=environment, code=1)
 
-    def test_refuses_half_a_checkpoint(self, run, checkpoint, tmp_path):
+    def test_refuses_half_a_checkpoint(self, checkpoint, tmp_path):
         shutil.copy(checkpoint / "config.json", tmp_path)
         flags = ("push_to_hub.py", "--model_name_or_path", tmp_path, "--repo_id", "counting")
         assert "it lacks a generation configuration, a tokenizer, weights" in run(*flags, code=1)

@@ -127,6 +127,7 @@ def test_card(figures, folder):
     ):
         assert f"Held-out perplexity{said}, domain: {figures[key]['domain']:.4g}.\n" in card.text
     assert card.data.base_model is None  # a folder is none of the Hub
+    assert "Base model: base.\n" in (folder / "taught" / "README.md").read_text()
     values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
     assert values == figures["after"]
 

@@ -17,15 +17,17 @@ import json
 
 import pytest
 import torch
+from documentation import ROOT
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 from word_tokenizer import word_tokenizer
 
 from modeling_peer import add_experts, masked_experts
 from modeling_peer.analysis.token_explanation import ExpertReader
 from modeling_peer.explorer import ExpertContexts
 from modeling_peer.explorer.app import experts_off
-from modeling_peer.explorer.findings import _neighbors, addition_of, explore
+from modeling_peer.explorer.findings import _neighbors, _Words, addition_of, explore
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,12 @@ def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, to
         for expert, own in switched.items():
             with masked_experts(model, int(expert), layers=layer):
                 assert_predicted(own["without"])
+
+
+def test_tokens_that_are_no_text_have_the_name_that_the_tokenizer_gives_them():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "peer-nano")
+    tokens = torch.tensor(tokenizer("é").input_ids + tokenizer("\x00\n x").input_ids)
+    assert _Words(tokenizer)(tokens) == ["Ã", "©", "Ā", "\n", " x"]
 
 
 def test_all_named_experts_are_described(model, tokenizer):

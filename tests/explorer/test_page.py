@@ -18,9 +18,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from documentation import ROOT
 from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import word_tokenizer
 
 from modeling_peer.explorer import ExpertContexts, make_app, save_explorer_page
@@ -91,6 +94,19 @@ class TestInABrowser:
             assert f"{abs(change):.2f} without the expert" in shown
         assert '<div class="context"' in shown
 
+    def test_code_keeps_its_lines(self, tmp_path):
+        """Of a trained model: a token may end a line and indent the next one, and a context may be of the end of a line."""
+        folder = ROOT / "examples" / "checkpoints" / "peer-nano"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        text, file = "try:\n    pass\n", tmp_path / "page.html"
+        contexts = ExpertContexts.measure(model, tokenizer, [text], progress_bar=False)
+        save_explorer_page(model, tokenizer, [text], file, contexts=contexts, num_switched_off=0)
+        assert data_of(file)[0]["tokens"] == ["try", ":", "\n   ", " pass", "\n"]
+        last = 'document.querySelectorAll("#tokens button")[4].click(); document.querySelector("#layers .expert").click();'
+        shown = self.shown(file, last)
+        assert re.search(r">⏎</button><br> {3}<button [^>]*> pass</button><button [^>]*>⏎</button><br></div>", shown)
+        assert "<b>⏎</b>\n" in shown
+
     def test_another_text(self, page):
         shown = self.shown(
             page, 'const s = document.querySelector("#text"); s.value = "1"; s.dispatchEvent(new Event("change"));'
@@ -102,3 +118,11 @@ def test_the_app_names_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match="install the extra `explorer`"):
         make_app(None, None)
+
+
+def test_the_space_asks_for_what_the_package_needs():
+    """Its requirements are those of the package, which lies beside it, and of the app."""
+    root = Path(__file__).parents[2]
+    lists = dict(re.findall(r"^(\w+) = (\[.*\])$", (root / "pyproject.toml").read_text(), re.M))
+    needed = json.loads(lists["dependencies"]) + json.loads(lists["explorer"])
+    assert (root / "examples/explorer_space/requirements.txt").read_text().split() == needed

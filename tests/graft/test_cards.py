@@ -16,16 +16,26 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, logits_of, trained
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from sft import save_tokenizer, sft_trainer
 from tiny_models import EXPERTS, VARIANTS, random_tokens, tiny_config
+from transformers import Trainer, TrainingArguments
 
 from common.library_sources import byte_level_tokenizer
-from modeling_peer import PeerForCausalLM, PeerForTokenClassification, model_costs
-from modeling_peer.checkpoint_card import describe_sizes, is_written_card
+from modeling_peer import (
+    PeerForCausalLM,
+    PeerForTokenClassification,
+    checkpoint_card,
+    complete_model_card,
+    model_costs,
+)
+from modeling_peer.checkpoint_card import describe_sizes, is_written_card, replace_card_of_transformers
 
 
 def card_of(folder):
@@ -163,3 +173,65 @@ def test_an_existing_card_is_never_replaced(tmp_path):
 def test_a_process_that_saves_no_model_writes_no_card(tmp_path):
     PeerForCausalLM(tiny_config()).save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("kind", ["peer", "graft", "merged", "lora", "other"])
+def test_cards_of_trainers_keep_how_to_use_a_model(kind, tmp_path):
+    """Beside what `Trainer` says, license included, and once however often a card is written."""
+    models = {
+        "peer": lambda: PeerForCausalLM(tiny_config()),
+        "graft": grafted,
+        "merged": lambda: grafted().merge_and_unload(),
+        "lora": lambda: get_peft_model(PeerForCausalLM(tiny_config()), LoraConfig(task_type="CAUSAL_LM")),
+        "other": base_model_of,
+    }
+    trainer = Trainer(models[kind](), TrainingArguments(str(tmp_path), report_to="none"))
+    complete_model_card(trainer)
+    trainer.hub_model_id = "user/mine"
+    trainer.save_model()
+    for _ in range(2):
+        trainer.create_model_card(license="mit", model_name="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "\n# mine\n" in card.text and "learning_rate: 5e-05" in card.text
+    assert card.text.count("`modeling-peer`") == card.text.count("\npip install ") == (kind != "other")
+    assert ("peer" in (card.data.tags or [])) == (kind != "other")
+    assert "path/to/this/folder" not in card.text
+    assert ('AutoModelForCausalLM.from_pretrained("user/mine")' in card.text) == (kind in ("peer", "merged"))
+    assert ('PeftModel.from_pretrained(base_model, "user/mine")' in card.text) == (kind == "graft")
+    assert ("h = 2 heads retrieve k = 3 of N = 36 experts" in card.text) == (kind == "peer")
+
+
+def test_cards_of_trl_keep_how_to_use_a_model(tmp_path):
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    trainer = sft_trainer(str(tmp_path / "model"), tmp_path / "trained")
+    complete_model_card(trainer)
+    trainer.create_model_card("mine")
+    text = card_of(tmp_path / "trained")
+    assert "It has been trained using [TRL]" in text and text.count("import modeling_peer\n") == 1
+
+
+def test_a_pushed_card_of_transformers_is_replaced(tmp_path):
+    """That which it makes for a repository without a card, and no other; its tags are kept."""
+    model = PeerForCausalLM(tiny_config())
+    readme = tmp_path / "README.md"
+    for text, is_kept in (("This model card has been automatically generated.", False), ("Mine.", True)):
+        model.save_pretrained(tmp_path)
+        readme.write_text(f"---\ntags:\n- numbers\n---\n\n{text}\n")
+        replace_card_of_transformers(tmp_path, model)
+        card = ModelCard.load(readme)
+        assert (text in card.text) == is_kept != ("import modeling_peer\n" in card.text)
+        assert "numbers" in card.data.tags and is_kept != ("peer" in card.data.tags)
+
+
+def test_the_repository_is_that_of_the_package(monkeypatch, tmp_path):
+    """It is named in one constant and in pyproject.toml, and where it is known, cards link to it and install from it."""
+    urls = re.findall(r'^Repository = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
+    assert urls == ([] if checkpoint_card.REPOSITORY is None else [checkpoint_card.REPOSITORY])
+    monkeypatch.setattr(checkpoint_card, "REPOSITORY", "https://example.org/peer")
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    grafted().save_pretrained(tmp_path / "adapter")
+    for name, extra in (("model", ""), ("adapter", "[graft]")):
+        text = card_of(tmp_path / name)
+        assert "[`modeling-peer`](https://example.org/peer)" in text
+        assert f'\npip install "modeling-peer{extra} @ git+https://example.org/peer"\n' in text

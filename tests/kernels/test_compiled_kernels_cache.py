@@ -62,7 +62,7 @@ class TestKept:
         for name, value in (
             ("COMPILER_FLAGS", (*native_library.COMPILER_FLAGS, "-g")),
             ("_processor", lambda: "another processor"),
-            ("_compiler", lambda: ["gcc", "-DOTHER"]),
+            ("compiler_command", lambda: ["gcc", "-DOTHER"]),
         ):
             before = len(libraries(cache))
             with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ class TestKept:
             (path,) = cache.glob("*.so")
             damage(path, b"")
             load_library.cache_clear()
-        context, compile_ = multiprocessing.get_context("fork"), native_library._compile
+        context, compile_ = multiprocessing.get_context("fork"), native_library.compile_library
         reports, barrier = context.Queue(), context.Barrier(3)
 
         def slowly(*arguments):
@@ -93,7 +93,7 @@ class TestKept:
             barrier.wait()
             reports.put(load_library(SOURCE).answer())
 
-        monkeypatch.setattr(native_library, "_compile", slowly)
+        monkeypatch.setattr(native_library, "compile_library", slowly)
         processes = [context.Process(target=process) for _ in range(3)]
         for each in processes:
             each.start()
@@ -176,7 +176,7 @@ class TestDamaged:
 
 class TestKilled:
     def test_it_leaves_no_folder_for_long(self, cache, monkeypatch):
-        context, compile_ = multiprocessing.get_context("fork"), native_library._compile
+        context, compile_ = multiprocessing.get_context("fork"), native_library.compile_library
         started = context.Event()
 
         def for_ever(*arguments):
@@ -185,7 +185,7 @@ class TestKilled:
             time.sleep(600)
 
         with monkeypatch.context() as patch:
-            patch.setattr(native_library, "_compile", for_ever)
+            patch.setattr(native_library, "compile_library", for_ever)
             process = context.Process(target=load_library, args=(SOURCE,))
             process.start()
             assert started.wait(60)

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from build_kernels import build_triton_variant
+from kernels import get_local_kernel
 from torch.nn import functional as F
 
 from modeling_peer import expert_kernels_triton, quantized_kernels_triton
@@ -232,6 +234,17 @@ def test_unavailable_reason_of_dtype():
     assert TritonKernels.unavailable_reason(torch.empty(2, 2, dtype=torch.double)) == (
         "Triton kernels support ['torch.bfloat16', 'torch.float16', 'torch.float32'], the experts are torch.float64."
     )
+
+
+@pytest.mark.interpreted
+def test_from_a_package_of_kernels(tmp_path):
+    """What `examples/build_kernels.py` writes is loaded by Hugging Face's `kernels`, without this package's modules."""
+    build_triton_variant(tmp_path)
+    kernels = get_local_kernel(tmp_path / "build" / "torch-cuda").Kernels
+    assert kernels is not TritonKernels
+    hidden, weights, indices, table = inputs_of(CASES[2])
+    assert_rounded_once(kernels.up(hidden, indices, table), EagerKernels.up(*double(hidden, indices, table)))
+    assert_rounded_once(kernels.down(weights, indices, table), EagerKernels.down(*double(weights, indices, table)))
 
 
 # Where its wheels are, Triton is a part of the test environment, and its absence a failure.

@@ -197,7 +197,7 @@ print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self
 import os, torch
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 from modeling_peer.gradient_factors import Entries, Factors
-from modeling_peer.native_library import num_threads
+from modeling_peer.native_calls import num_threads
 torch.set_num_threads(2)
 kernels, literal = ALL_EXPERT_KERNELS["cpu"], ALL_EXPERT_KERNELS["eager"]
 generator = torch.Generator().manual_seed(0)

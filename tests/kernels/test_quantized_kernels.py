@@ -20,7 +20,7 @@ from kernel_cases import experts
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels
-from modeling_peer.native_library import call
+from modeling_peer.native_calls import call
 from modeling_peer.quantized_kernels_cpu import SOURCE
 from modeling_peer.quantized_operators import quantized_down, quantized_up
 from modeling_peer.quantized_rows import dequantize, quantize

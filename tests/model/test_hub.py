@@ -45,6 +45,7 @@ model.generation_config.max_new_tokens = 7
 torch.save(model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits, sys.argv[1])
 for part in (model, tokenizer):
     part.push_to_hub("user/peer")
+model.push_to_hub("user/short")
 ModelCard.from_template(ModelCardData(license="apache-2.0", library_name="transformers", tags=["peer"]),
                         model_id="user/peer").push_to_hub("user/peer")
 
@@ -114,6 +115,9 @@ def test_pushed_and_pulled(hub, tmp_path):
         hub.files("user/peer")
     )
     assert {"modeling_peer.py", "configuration_peer.py", "feed_forward_peer.py"} <= set(hub.files("user/peer"))
+    # Of a repository without a card, Transformers' own would say nothing of the package.
+    short = hub.files("user/short")["README.md"].decode()
+    assert "import modeling_peer\n" in short and "h = 2 heads retrieve k = 4 of N = 64 experts" in short
     expected = {"equal logits": True, "generated": 10, "license": "apache-2.0", "library": "transformers"}
     # The card of a pushed adapter is PEFT's, and names the package, how to install it, and its import.
     expected["graft"] = ["peft", "user/llama"]

@@ -18,9 +18,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from common.machine import machine
+from common.pictures import NEUTRAL, TRAININGS, add_legend, new_figure, save_picture
 from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
 
 
@@ -227,42 +227,48 @@ def _cells(spread, names):
 
 def plot(summary: dict[str, Any], file: Path) -> None:
     """Plots learning against forgetting of texts and of known facts, one curve per run, and the matches at the end."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = new_figure(15, 4.5)
     texts, known, recall = figure.subplots(1, 3)
     _plot_curves(texts, summary, "texts")
     _plot_curves(known, summary, "known_drop")
-    texts.set(ylabel="rise of loss, nats per token", title="Held-out general text")
-    known.set(ylabel="fewer matches, %", title="Facts that the model knew")
-    results = list(summary["arms"].values())
-    for i, (name, label) in enumerate({"new_matches": "new facts", "known_matches": "known facts"}.items()):
-        recall.bar(
+    texts.set(ylabel="rise of loss, nats per token", title="Held-out general text, a line for each seed")
+    known.set(ylabel="fewer matches, %", title="Facts that the model knew, a line for each seed")
+    _plot_recall(recall, summary)
+    save_picture(figure, file)
+
+
+def _plot_recall(axes: Axes, summary: dict[str, Any]) -> None:
+    results = summary["arms"]
+    for i, (name, label) in enumerate({"new_matches": "new facts", "known_matches": "known facts, hatched"}.items()):
+        axes.bar(
             [position + 0.4 * i for position in range(len(results))],
-            [result["end"]["mean"][name] for result in results],
+            [result["end"]["mean"][name] for result in results.values()],
             0.4,
-            yerr=[result["end"]["deviation"].get(name, 0.0) for result in results],
+            yerr=[result["end"]["deviation"].get(name, 0.0) for result in results.values()],
+            color=[TRAININGS[arm].color for arm in results],
+            alpha=1.0 if i == 0 else 0.5,
+            hatch=None if i == 0 else "//",
             label=label,
         )
-    recall.set_xticks([position + 0.2 for position in range(len(results))], [each["label"] for each in results])
-    recall.tick_params(axis="x", labelrotation=15)
-    recall.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
-    recall.legend(fontsize=8)
-    recall.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    names = [result["label"].replace(", ", ",\n") for result in results.values()]
+    axes.set_xticks([position + 0.2 for position in range(len(results))], names)
+    axes.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
+    add_legend(axes)
 
 
 def _plot_curves(axes: Axes, summary: dict[str, Any], name: str) -> None:
-    for i, (arm, result) in enumerate(summary["arms"].items()):
+    axes.plot([], [], color=NEUTRAL, alpha=0.3, label="pale: other hyperparameters")
+    for arm, result in summary["arms"].items():
         for run in (run for run in summary["runs"] if run["arm"] == arm):
             best = run["settings"] == result["settings"]
             axes.plot(
                 [point["learning"] for point in curve_of(run)],
                 [point[name] for point in curve_of(run)],
-                marker="o" if best else None,
-                color=f"C{i}",
+                marker=TRAININGS[arm].marker if best else None,
+                color=TRAININGS[arm].color,
                 alpha=1.0 if best else 0.3,
                 label=result["label"] if best and run["seed"] == 0 else None,
             )
     axes.axvline(summary["equal_learning"], color="gray", linestyle=":", label="equal learning")
     axes.set(xlabel="learning: nats per token below the base model")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    add_legend(axes)

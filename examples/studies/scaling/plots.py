@@ -19,8 +19,8 @@ from statistics import mean, stdev
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from common.pictures import add_legend, look_of, new_figure, save_picture, shades
 from studies.scaling.plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of, size_runs
 from studies.scaling.report import (
     Results,
@@ -34,29 +34,36 @@ from studies.scaling.report import (
 from studies.scaling.single_run import USAGE_BINS
 
 
-def _color(results: Results, variant: str) -> str:
-    return f"C{list(results.plan.variants).index(variant)}"
-
-
 def plot_sizes(results: Results, file: Path) -> None:
     """
-    Plots IsoFLOP curves, one panel per budget: held-out loss against FLOPs per token; and the margins below dense.
+    Plots IsoFLOP curves, one panel per budget: held-out loss against FLOPs per token, with the hidden sizes; and the
+    margins below dense.
     """
     budgets = results.plan.budgets
-    figure = Figure(figsize=(5 * len(budgets) + 5, 4.5), layout="constrained")
+    figure = new_figure(5 * len(budgets) + 5, 4.5)
     *panels, margins = figure.subplots(1, len(budgets) + 1)
     for axes, budget in zip(panels, budgets, strict=True):
         runs = size_runs(results.plan, results.rates, budget)
         for variant in results.plan.variants:
             own = [run for run in runs if run.variant == variant]
             flops = [costs_of(run, results.plan).flops / 1e6 for run in own]
-            axes.plot(flops, _corpus_losses(results, own), "o-", color=_color(results, variant), label=label(variant))
-        axes.set(xlabel="MFLOPs per token", ylabel="held-out loss, nats per token")
+            axes.plot(flops, _corpus_losses(results, own), **look_of(variant).style, label=label(variant))
+        _name_sizes(results, axes, runs)
+        axes.set(xlabel="MFLOPs per token; above, the hidden_size", ylabel="held-out loss, nats per token")
         axes.set_title(f"{budget_name(budget)} training FLOPs, one seed")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center")
+        add_legend(axes, loc="upper center")
     _plot_margins(results, margins)
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
+
+
+def _name_sizes(results: Results, axes: Axes, runs: list[Run]) -> None:
+    """Names each hidden size above the highest of its points, which variants have at about the same FLOPs."""
+    for hidden_size in dict.fromkeys(run.hidden_size for run in runs):
+        own = [run for run in runs if run.hidden_size == hidden_size]
+        place = mean(costs_of(run, results.plan).flops / 1e6 for run in own)
+        highest = max(_corpus_losses(results, own))
+        axes.annotate(str(hidden_size), (place, highest), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.margins(y=0.1)
 
 
 def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
@@ -78,25 +85,26 @@ def _plot_margins(results: Results, axes: Axes) -> None:
         places = [place + i * width for place, (_, found) in enumerate(groups) if variant in found]
         values = [100 * found[variant] for _, found in groups if variant in found]
         bars = [100 * found[variant] for found in deviations if variant in found]
-        axes.bar(places, values, width, yerr=bars, color=_color(results, variant), label=label(variant), capsize=2)
+        color = look_of(variant).color
+        axes.bar(places, values, width, yerr=bars, color=color, label=label(variant), capsize=2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(groups))], [name for name, _ in groups], fontsize=8
     )
-    axes.set(ylabel="mean perplexity below dense, %", title="Compute-optimal models, ± standard deviation over seeds")
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="training FLOPs", ylabel="mean perplexity below dense, %")
+    axes.set_title("Compute-optimal models,\n± standard deviation over seeds")
+    add_legend(axes)
 
 
 def plot_seconds(results: Results, file: Path) -> None:
     """Plots loss against seconds: during training at equal wall-clock time, and of all sizes at the end."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = new_figure(13, 4.5)
     curves, ends = figure.subplots(1, 2)
     for run in results.equal_seconds(results.plan.budgets[-1]):
         history = results.made(run)[0]["train_history"]
         seconds = [step * results.step_seconds(run) for step, _ in history]
         name = f"{label(run.variant)}, hidden_size {run.hidden_size}"
-        curves.plot(seconds, [loss for _, loss in history], color=_color(results, run.variant), label=name)
+        curves.plot(seconds, [loss for _, loss in history], color=look_of(run.variant).color, label=name)
     curves.set_xscale("log")
     curves.set_title("Training loss at equal wall-clock time, one seed")
     for variant in (DENSE, PEER):
@@ -107,55 +115,58 @@ def plot_seconds(results: Results, file: Path) -> None:
             if run.variant == variant
         ]
         places = [run.steps * results.step_seconds(run) for run in runs]
-        ends.scatter(places, _corpus_losses(results, runs), color=_color(results, variant), label=label(variant))
+        ends.scatter(places, _corpus_losses(results, runs), **look_of(variant).style, label=label(variant))
         for run, place, loss in zip(runs, places, _corpus_losses(results, runs), strict=True):
-            ends.annotate(str(run.hidden_size), (place, loss), fontsize=7)
-    ends.set_title("Held-out loss of every size and budget at the end, one seed")
+            ends.annotate(str(run.hidden_size), (place, loss), (6, 0), textcoords="offset points", fontsize=8)
+    ends.margins(x=0.1)
+    ends.set_title("Held-out loss of every hidden_size and budget at the end, one seed")
     for axes in (curves, ends):
         axes.set(xlabel="seconds, from measured step times", ylabel="loss, nats per token")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+        add_legend(axes, which="both")
+    save_picture(figure, file)
 
 
 def plot_ablations(results: Results, file: Path) -> None:
     """Plots perplexity against the number of experts and of active experts, in training and changed after training."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = new_figure(13, 4.5)
     pool, active = figure.subplots(1, 2)
     runs = norm_runs(results)
-    for norm in dict.fromkeys(norm for norm, _ in runs):
-        own = {num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm}
-        _plot_means(results, pool, own, "o-", f"query norm {norm or 'none'}")
+    _plot_means(
+        results,
+        pool,
+        {
+            f"query norm {norm or 'none'}": {
+                num_experts: results.with_seeds(run) for (each, num_experts), run in runs.items() if each == norm
+            }
+            for norm in dict.fromkeys(norm for norm, _ in runs)
+        },
+    )
     pool.set(
         xlabel="experts N, at a fixed number of active experts", title="More experts, ± standard deviation over seeds"
     )
-    trained = active_runs(results)
-    _plot_means(
-        results,
-        active,
-        {h_k: results.with_seeds(run) for h_k, run in trained.items()},
-        "o-",
-        "trained with this number",
-    )
-    for name, points in _changed_after_training(results).items():
-        _plot_means(results, active, points, "s--", f"{name} changed after training")
+    trained = {h_k: results.with_seeds(run) for h_k, run in active_runs(results).items()}
+    changed = {f"{name} changed after training": points for name, points in _changed_after_training(results).items()}
+    _plot_means(results, active, {"trained with this number": trained, **changed})
     active.set(xlabel="active experts h·k", title="More active experts; points without a bar are one seed")
     for axes in (pool, active):
         axes.set_xscale("log", base=2)
         axes.set_ylabel("perplexity, mean over evaluation texts")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+        add_legend(axes)
+    save_picture(figure, file)
 
 
-def _plot_means(results: Results, axes: Axes, losses: dict[int, list[dict[str, float]]], fmt: str, name: str) -> None:
+def _plot_means(results: Results, axes: Axes, curves: dict[str, dict[int, list[dict[str, float]]]]) -> None:
     """
-    Plots mean perplexity over seeds by the number of experts, with the standard deviation where there are several
-    seeds.
+    Plots a curve for each name: mean perplexity over seeds by the number of experts, with the standard deviation where
+    there are several seeds. Curves are shifted a little, so that no bar hides another.
     """
-    found = {place: mean_perplexities(each, results.plan) for place, each in sorted(losses.items())}
-    bars = [stdev(values) if len(values) > 1 else math.nan for values in found.values()]
-    axes.errorbar(list(found), list(map(mean, found.values())), bars, fmt=fmt, capsize=2, label=name)
+    options = zip(shades(len(curves)), ("o-", "s--", "^:"), strict=False)
+    for i, ((name, losses), (color, form)) in enumerate(zip(curves.items(), options, strict=True)):
+        found = {place: mean_perplexities(each, results.plan) for place, each in sorted(losses.items())}
+        places = [place * 2 ** (0.06 * (i - (len(curves) - 1) / 2)) for place in found]
+        bars = [stdev(values) if len(values) > 1 else math.nan for values in found.values()]
+        means = list(map(mean, found.values()))
+        axes.errorbar(places, means, bars, fmt=form, color=color, capsize=2, label=name)
 
 
 def _changed_after_training(results: Results) -> dict[str, dict[int, list[dict[str, float]]]]:
@@ -179,19 +190,21 @@ def plot_usage(results: Results, file: Path) -> None:
     """Plots histograms of router weight per expert on held-out text, by query norm and number of experts."""
     runs = norm_runs(results)
     norms = list(dict.fromkeys(norm for norm, _ in runs))
-    figure = Figure(figsize=(4.5 * len(norms), 4), layout="constrained")
+    figure = new_figure(4.5 * len(norms), 4)
+    pools = sorted({num_experts for _, num_experts in runs})
+    colors = dict(zip(pools, shades(len(pools)), strict=True))
     low, high, bins = USAGE_BINS
     edges = torch.linspace(low, high, bins + 1).tolist()
     for axes, norm in zip(figure.subplots(1, len(norms), sharey=True, squeeze=False)[0], norms, strict=True):
         for num_experts, run in ((num_experts, run) for (each, num_experts), run in runs.items() if each == norm):
             (usage,) = results.runs[run.name]["usage"].values()
             shares = [count / num_experts for count in usage["histogram"]]
-            axes.stairs(shares, edges, label=f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused")
+            name = f"N = {num_experts:,}, {usage['unused'] / num_experts:.0%} unused"
+            axes.stairs(shares, edges, color=colors[num_experts], linewidth=1.5, label=name)
         axes.set(xlabel="log10 of router weight relative to the mean", title=f"query norm {norm or 'none'}, one seed")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        add_legend(axes)
     figure.axes[0].set_ylabel("share of experts")
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 PLOTS = {"sizes": plot_sizes, "seconds": plot_seconds, "ablations": plot_ablations, "usage": plot_usage}

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
+from common.pictures import VARIANTS
 from studies.common.study_folder import read_json, write_text
 from studies.common.tables import markdown_table, spread_cell
 from studies.scaling.plan import (
@@ -45,14 +46,6 @@ from studies.scaling.plan import (
 )
 from studies.scaling.speed import WARM_UPS
 
-
-LABELS = {
-    "dense": "dense",
-    "moe-expert-choice": "MoE, expert choice",
-    "moe-token-choice": "MoE, token choice",
-    "pkm": "PKM",
-    "peer": "PEER",
-}
 
 # Table 1 of the paper: perplexity of compute-optimal models at two budgets.
 PAPER_TEXTS = ("Curation", "Lambada", "Pile", "Wikitext", "C4")
@@ -184,7 +177,7 @@ def below_cell(values: list[float], others: list[float]) -> str:
 
 def label(variant: str) -> str:
     """Label of a variant in tables and plots."""
-    return LABELS.get(variant, variant)
+    return VARIANTS[variant].label if variant in VARIANTS else variant
 
 
 def table_of_perplexities(results: Results, budget: float) -> str:

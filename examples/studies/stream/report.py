@@ -18,17 +18,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 
 from common.machine import machine
+from common.pictures import TRAININGS, add_legend, new_figure, save_picture
 from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
 from studies.stream.arms import ARMS
 
 
 # Relative distance from the level of learning within which a run counts as being at that level.
 TOLERANCE = 0.05
-
-COLORS = dict(zip(ARMS, [f"C{i}" for i in range(10)], strict=False))
 
 
 def learning_of(run: dict[str, Any]) -> float:
@@ -189,14 +188,14 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     Plots learning against forgetting, one curve per family of runs; the loss of the text of the pre-training along the
     stream; and, for each arm, the losses of all texts after each stage.
     """
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure = new_figure(14, 9.5)
     curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     trade_off, stream = curves.subplots(1, 2)
     best = {}
     for arm, result in summary["arms"].items():
         first_seed = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
         best[arm] = next(run for run in first_seed if run["settings"] == result["settings"])
-        style: dict[str, Any] = {"marker": "o", "color": COLORS[arm]}
+        style = TRAININGS[arm].style
         for i, (_, family) in enumerate(families_of(first_seed)):
             found = [measures(run) for run in family]
             points = [[each[name] for each in found] for name in ("learning", "forgetting")]
@@ -206,15 +205,15 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     trade_off.set(
         xlabel="learning: nats per token below the pre-trained model",
         ylabel="forgetting, nats per token",
-        title="What was learned, and what it cost",
+        title="What was learned, and what it cost, seed 0;\na line for each family of hyperparameters",
     )
     stream.set_xticks(range(len(summary["texts"])), summary["texts"])
-    stream.set(xlabel="after learning", ylabel="loss, nats per token", title="Held-out text of the pre-training")
+    stream.set(xlabel="after learning", ylabel="loss, nats per token")
+    stream.set_title("Held-out text of the pre-training, seed 0")
     for axes in (trade_off, stream):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        add_legend(axes)
     _plot_matrices(matrices, best, summary["texts"])
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
@@ -230,6 +229,6 @@ def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: li
             for column, loss in enumerate(losses):
                 color = "white" if loss < (low + high) / 2 else "black"
                 axes.text(column, row, f"{loss:.1f}", ha="center", va="center", color=color, fontsize=7)
-        axes.set_title(ARMS[arm].label, fontsize=8)
+        axes.set_title(ARMS[arm].label.replace(", ", ",\n"), fontsize=8)
         axes.set_xticks(range(len(texts)), texts, rotation=90, fontsize=7)
         axes.set_yticks(range(len(texts)), texts if i == 0 else [], fontsize=7)

@@ -35,7 +35,6 @@ from studies.scaling.plan import (
     size_runs,
     with_seeds,
 )
-from studies.scaling.plots import PLOTS
 from studies.scaling.report import (
     Results,
     describe,
@@ -220,11 +219,6 @@ class TestReport:
         assert describe(read_results(tmp_path / "results.json")) == describe(results)
         for line in (tmp_path / "results.json").read_text().split('"runs": {\n')[1].split("\n")[:-3]:
             assert line.startswith('  "') and "learning_rate" in line  # a run in each
-
-    @pytest.mark.parametrize("name", PLOTS)
-    def test_pictures(self, name, results, tmp_path):
-        PLOTS[name](results, tmp_path / "picture.png")
-        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 class TestCards:

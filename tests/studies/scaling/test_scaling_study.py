@@ -58,6 +58,15 @@ TEXTS = {
 }
 
 
+def run_preloaded(command, env, output, check=True):
+    """What `subprocess.run` does, in a process that need not import the libraries."""
+    process = start_python(command[1:], env, output)
+    process.join()
+    if check and process.exitcode:
+        raise subprocess.CalledProcessError(process.exitcode, command, output.read_text())
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """The study at its smallest, made once, and as a function that goes on with it."""
@@ -74,17 +83,13 @@ def small_study(tmp_path_factory):
             )
             scaling.main()
 
-    def run_preloaded(command, env, stdout=None, stderr=None, check=False):
-        output = folder / "speed.log" if stdout is None else Path(stdout.name)
-        process = start_python(command[1:], env, output)
-        process.join()
-        assert not (check and process.exitcode), output.read_text()
-        return subprocess.CompletedProcess(command, process.exitcode)
+    def run_here(command, env, stdout=None, stderr=None, check=False):
+        return run_preloaded(command, env, folder / "speed.log" if stdout is None else Path(stdout.name), check)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scaling_study, "subprocess", SimpleNamespace(run=run_preloaded))
+        patch.setattr(scaling_study, "subprocess", SimpleNamespace(run=run_here))
         main()
-    return folder, main
+        yield folder, main
 
 
 class TestStudy:
@@ -231,13 +236,8 @@ class TestStudy:
 
         def make():
             result_file.unlink(missing_ok=True)
-            subprocess.run(
-                module_command("studies.scaling.single_run", str(file)),
-                env=module_environment(),
-                check=True,
-                capture_output=True,
-                timeout=300,
-            )
+            command = module_command("studies.scaling.single_run", str(file))
+            run_preloaded(command, module_environment(), tmp_path / "printed")
             return json.loads(result_file.read_text())
 
         first = make()
@@ -258,7 +258,7 @@ class TestStudy:
         )
         with pytest.raises(subprocess.CalledProcessError) as error:
             make()
-        assert b"was started with other arguments" in error.value.stderr
+        assert "was started with other arguments" in error.value.output
 
     def test_a_run_that_fails_is_named_and_its_log(self, small_study, monkeypatch):
         folder, main = small_study
@@ -268,6 +268,7 @@ class TestStudy:
         lost.unlink()
         missing = [sys.executable, str(folder / "missing.py")]
         monkeypatch.setattr(scaling_study, "module_command", lambda *_: missing)
+        monkeypatch.setattr(scaling_study, "subprocess", subprocess)
         try:
             with pytest.raises(RuntimeError, match=re.escape(run.name) + r" failed with exit code 2: see .*\.log"):
                 main()
