@@ -21,7 +21,9 @@ Costs of a model: FLOPs, parameters and bytes, counted from its configuration al
 ```
 """
 
-from dataclasses import dataclass
+import math
+import operator
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -35,6 +37,8 @@ from ..feed_forward_peer import PeerFeedForward
 from ..feed_forward_pkm import PkmFeedForward
 from ..key_grid import grid_size
 from ..product_key_router import GATE_WIDTH
+from ..quantization import QUANT_METHOD, PeerQuantizationConfig
+from ..quantized_rows import INTEGER_DTYPES, SCALE_DTYPE, quantized_shapes
 from .arguments import check_integer
 
 
@@ -48,18 +52,18 @@ class PartCosts:
         parameters (`int`): Number of parameters.
         active_parameters (`int`): Parameters that the forward pass of a token reads, each counted once. An upper bound
             where heads or layers may retrieve the same expert.
+        table_rows (`int`): Rows of expert tables, of `hidden_size` of the parameters each.
+        active_table_rows (`int`): Those among them that the forward pass of a token reads.
     """
 
     flops: int = 0
     parameters: int = 0
     active_parameters: int = 0
+    table_rows: int = 0
+    active_table_rows: int = 0
 
     def __add__(self, other: "PartCosts") -> "PartCosts":
-        return PartCosts(
-            self.flops + other.flops,
-            self.parameters + other.parameters,
-            self.active_parameters + other.active_parameters,
-        )
+        return PartCosts(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class ModelCosts:
     Args:
         sequence_length (`int`): Sequence length that FLOPs of the attention are counted at.
         dtype (`torch.dtype`): Data type that bytes are counted in.
+        hidden_size (`int`): Width of the rows of expert tables.
+        quantization (`PeerQuantizationConfig`, *optional*): How expert tables are quantized, if they are.
         embedding, attention, norms, expert_pool, lm_head (`PartCosts`): Costs of each over all layers. `expert_pool`
             is the pool that PEER layers share, zero where each has its own; its FLOPs are counted as those of the
             layers.
@@ -79,6 +85,8 @@ class ModelCosts:
 
     sequence_length: int
     dtype: torch.dtype
+    hidden_size: int
+    quantization: PeerQuantizationConfig | None
     embedding: PartCosts
     attention: PartCosts
     norms: PartCosts
@@ -115,27 +123,39 @@ class ModelCosts:
     @property
     def weight_bytes_read(self) -> int:
         """Bytes of the weights that are read to generate one token, in a batch of one."""
-        return self.active_parameters * self.dtype.itemsize
+        return self._weight_bytes(self.active_parameters, self.total.active_table_rows)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights."""
-        return self.parameters * self.dtype.itemsize
+        """Bytes of the weights, those of quantized tables as they are stored."""
+        return self._weight_bytes(self.parameters, self.total.table_rows)
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of dense gradients, which `torch.autograd` keeps in the data type of the weights."""
-        return self.weight_bytes
+        """
+        Bytes of dense gradients, which `torch.autograd` keeps in the data type of the weights. Quantized tables have
+        none.
+        """
+        frozen = 0 if self.quantization is None else self.total.table_rows * self.hidden_size
+        return (self.parameters - frozen) * self.dtype.itemsize
 
     @property
     def optimizer_bytes(self) -> int:
         """Bytes of the two moments of AdamW, which `torch.optim` keeps in the data type of the weights."""
-        return 2 * self.weight_bytes
+        return 2 * self.gradient_bytes
 
     @property
     def training_bytes(self) -> int:
         """Bytes that training with AdamW takes without activations: weights, gradients and two moments."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    def _weight_bytes(self, num_parameters, num_rows):
+        if self.quantization is None:
+            return num_parameters * self.dtype.itemsize
+        bits, group_size = self.quantization.bits, self.quantization.group_size
+        integers, scales = map(math.prod, quantized_shapes(num_rows, self.hidden_size, bits, group_size))
+        rest = (num_parameters - num_rows * self.hidden_size) * self.dtype.itemsize
+        return rest + integers * INTEGER_DTYPES[bits].itemsize + scales * SCALE_DTYPE.itemsize
 
     def _parts(self) -> dict[str, PartCosts]:
         parts = {"embedding": self.embedding, "attention": self.attention, "norms": self.norms}
@@ -165,7 +185,8 @@ class ModelCosts:
             "training, before activations": self.training_bytes,
             "read per token": self.weight_bytes_read,
         }
-        lines += ["", f"in {str(self.dtype).split('.')[-1]}:"]
+        tables = "" if self.quantization is None else f", expert tables in {self.quantization.bits} bits"
+        lines += ["", f"in {str(self.dtype).split('.')[-1]}{tables}:"]
         width = max(map(len, memory))
         lines += [f"{name:<{width}}  {size / 2**30:>10.3f} GiB" for name, size in memory.items()]
         return "\n".join(lines)
@@ -180,6 +201,9 @@ def model_costs(
     FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward pass of `sequence_length`
     tokens with logits for each: attention scores of every pair of positions, masked or not, and no elementwise
     operations. The formulas of retrieval are in section 2 of the paper and its Algorithm 1.
+
+    Bytes of expert tables are those of 8 or 4 bits where `config.quantization_config` is a [`PeerQuantizationConfig`],
+    as it is of models that were loaded or made quantized. Other ways of quantization are not counted.
 
     A registered variant of your own counts itself, in a static method `count_costs(config, layer_idx) -> PartCosts`.
 
@@ -210,6 +234,8 @@ def model_costs(
     return ModelCosts(
         sequence_length=sequence_length,
         dtype=dtype or dtype_of(config),
+        hidden_size=config.hidden_size,
+        quantization=_quantization_of(config),
         # A tied row is among those that the LM head reads.
         embedding=PartCosts(0, num_embedding_parameters, 0 if tied else config.hidden_size),
         attention=_attention(config, sequence_length),
@@ -227,6 +253,13 @@ def dtype_of(config: PeerConfig) -> torch.dtype:
     """The data type that a configuration names, float32 if it names none. Saving a model makes it a string."""
     dtype = config.dtype or torch.float32
     return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
+def _quantization_of(config: PeerConfig):
+    """How expert tables are quantized, `None` if they are not. Configurations that were read have a dictionary."""
+    quantization = getattr(config, "quantization_config", None)
+    fields = quantization if isinstance(quantization, dict | None) else quantization.to_dict()
+    return PeerQuantizationConfig(**fields) if fields and fields["quant_method"] == QUANT_METHOD else None
 
 
 def _feed_forward(config: PeerConfig, layer_idx):
@@ -299,7 +332,14 @@ def _tables(config: PeerConfig, generation, num_tables, num_layers=1):
     num_experts = generation.num_experts
     num_retrieved = num_layers * generation.num_heads * generation.num_experts_per_head
     row = num_tables * config.hidden_size
-    return PartCosts(2 * num_retrieved * row, num_experts * row, min(num_retrieved, num_experts) * row)
+    num_active = min(num_retrieved, num_experts)
+    return PartCosts(
+        flops=2 * num_retrieved * row,
+        parameters=num_experts * row,
+        active_parameters=num_active * row,
+        table_rows=num_experts * num_tables,
+        active_table_rows=num_active * num_tables,
+    )
 
 
 def _num_pool_tables(config: PeerConfig):
@@ -326,7 +366,7 @@ def _shared_pool(config: PeerConfig):
     num_tables = _num_pool_tables(config)
     pools = [_tables(config, generation, num_tables, num_layers) for generation in shared_generations(config)]
     pool = sum(pools, PartCosts())
-    return PartCosts(0, pool.parameters, pool.active_parameters)
+    return replace(pool, flops=0)
 
 
 def _pkm(config: PeerConfig, layer_idx):

@@ -21,7 +21,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM
+from modeling_peer import (
+    FeedForwardInterface,
+    PeerConfig,
+    PeerForCausalLM,
+    PeerQuantizationConfig,
+    dequantize_experts,
+    quantize_experts,
+)
 from modeling_peer.analysis.costs import PartCosts, model_costs
 from modeling_peer.feed_forward_dense import DenseFeedForward
 from modeling_peer.named_configurations import configuration_path, list_configurations
@@ -195,6 +202,40 @@ class TestMemory:
         costs = model_costs(config)
         PeerForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
         assert model_costs(config) == costs
+
+
+class TestQuantizedTables:
+    @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group_size": 6}], ids=str)
+    @pytest.mark.parametrize("variant", ["gated", "pkm", "grown", "shared pool grown"])
+    def test_take_the_bytes_that_they_are_stored_in(self, variant, options):
+        model = PeerForCausalLM(small_config(**VARIANTS[variant]))
+        before = model_costs(model.config)
+        costs = model_costs(quantize_experts(model, **options).config)
+        assert costs.weight_bytes == sum(each.numel() * each.element_size() for each in model.parameters())
+        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        assert (costs.gradient_bytes, costs.optimizer_bytes) == (4 * trained, 8 * trained)
+        assert (costs.flops, costs.parameters) == (before.flops, before.parameters)
+        assert model_costs(dequantize_experts(model).config) == before
+
+    def test_are_read_row_by_row(self):
+        config = small_config(gated_experts=True, dtype=torch.bfloat16)
+        before = model_costs(config)
+        config.quantization_config = PeerQuantizationConfig(bits=4, group_size=16)
+        num_rows, row, quantized_row = 3 * 12, 56 * 2, 56 // 2 + 4 * 2  # four scales, the last of 8 columns
+        costs = model_costs(config)
+        assert costs.weight_bytes_read == before.weight_bytes_read - num_rows * (row - quantized_row)
+        assert "\nin bfloat16, expert tables in 4 bits:\n" in str(costs)
+
+    def test_of_a_saved_configuration(self, tmp_path):
+        model = quantize_experts(PeerForCausalLM(small_config()), bits=4, group_size=16)
+        model.config.save_pretrained(tmp_path)
+        assert model_costs(PeerConfig.from_pretrained(tmp_path)).weight_bytes == model_costs(model.config).weight_bytes
+
+    def test_other_quantization_is_not_counted(self):
+        config = small_config()
+        before = model_costs(config)
+        config.quantization_config = {"quant_method": "quanto", "weights": "int8"}
+        assert model_costs(config) == before
 
 
 class TestTable:

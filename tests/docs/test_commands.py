@@ -20,12 +20,14 @@ import shlex
 from importlib.metadata import requires
 
 import pytest
+import typer
 from documentation import PAGES, ROOT, STUDY_PAGES, code_blocks, name_of, prose
 from transformers import HfArgumentParser
+from transformers.cli.serve import Serve
 
 
 # Programs that no test starts: what follows them is not ours.
-FOREIGN = {"hf", "git", "cd", "lm_eval"}
+FOREIGN = {"hf", "git", "cd", "lm_eval", "transformers", "vllm"}
 
 # Parts of `./run` that are a script or package of examples/.
 MODULES = {"quickstart": "quickstart", "benchmark": "benchmark.__main__", "gpu": "gpu.__main__"}
@@ -70,6 +72,16 @@ def check_script(words, monkeypatch):
     script, *flags = words
     assert re.fullmatch(r"examples/\w+\.py", script) and (ROOT / script).exists(), script
     check_flags(script.removeprefix("examples/").removesuffix(".py"), flags, monkeypatch)
+
+
+def check_serving(words):
+    """Flags of `transformers serve`."""
+    app = typer.Typer()
+    app.command()(Serve)
+    try:
+        typer.main.get_command(app).make_context("serving", words)
+    except Exception as error:  # of click, which typer has a copy of or not
+        raise AssertionError(str(error)) from error
 
 
 def check_run(words, monkeypatch):
@@ -135,6 +147,10 @@ def test_command(words, monkeypatch):
     program, *rest = words
     if program == "./run":
         check_run(rest, monkeypatch)
+    elif rest[:2] == ["-m", "modeling_peer.serving"]:
+        check_serving(rest[2:])
+    elif rest[:1] == ["-m"] and rest[1].partition(".")[0] in FOREIGN:
+        pass
     elif program == "python":
         check_script(rest, monkeypatch)
     elif program == "pip":
@@ -159,6 +175,7 @@ def test_command(words, monkeypatch):
         ["./run", "study", "no_such_study"],
         ["./run", "no_such_part"],
         ["pip", "install", ".[no_such_extra]"],
+        ["python", "-m", "modeling_peer.serving", "runs/clm", "--no-such-flag"],
         ["pip", "download", "--dest", "wheels", "peer-pytorch", "einops"],
         ["configuration/launch/memory_group.sh", "examples/run_clm.py", "--no_such_flag"],
         ["configuration/launch/no_such_file.sh", "examples/run_clm.py"],

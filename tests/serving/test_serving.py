@@ -1,0 +1,127 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`python -m modeling_peer.serving` answers an OpenAI client with what `generate` generates."""
+
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from graft_models import PLACEMENTS, grafted
+from preloaded import start_python
+from tiny_models import tiny_config, tiny_model
+from word_tokenizer import word_tokenizer
+
+from modeling_peer.library_releases import is_at_least
+
+
+ROOT = Path(__file__).parents[2]
+
+PROMPT = "w5 w40 w17 w3 w22 w9"
+CHAT = [{"role": "user", "content": PROMPT}]
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+NEW_TOKENS = 8
+
+# The models that are asked for, by server. On a CPU, continuous batching of earlier releases takes all memory there is.
+SERVERS = {"any": ("peer", "graft")} | ({"batches": ("peer",)} if is_at_least("Transformers", "5.19") else {})
+
+
+class Server:
+    """The command with its arguments, in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        with socket.create_server(("localhost", 0)) as free:
+            self.address = f"http://localhost:{free.getsockname()[1]}"
+        port = self.address.rpartition(":")[2]
+        self.output = folder / f"{port}.txt"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = ["-m", "modeling_peer.serving", *arguments, "--port", port, "--device", "cpu"]
+        self.process = start_python(command, environment, self.output)
+
+    def client(self) -> openai.OpenAI:
+        """A client of the server, once it answers."""
+        while True:
+            assert self.process.is_alive(), self.output.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.address}/health")
+                return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+            except urllib.error.URLError:
+                time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folder of each model with its tokenizer, and the text with which it continues the prompt."""
+    tokenizer, found = word_tokenizer(), {}
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    models = {"peer": tiny_model(tiny_config()), "graft": grafted(**PLACEMENTS["in_place"]).merge_and_unload()}
+    for name, model in models.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        continued = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        found[name] = (str(folder), tokenizer.decode(continued[0, tokens.shape[1] :]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def clients(checkpoints, tmp_path_factory):
+    """Clients of a server of any model, and of one of a single model in continuous batches."""
+    folder = tmp_path_factory.mktemp("servers")
+    servers = {"any": Server(folder)}
+    if "batches" in SERVERS:
+        flags = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")
+        servers["batches"] = Server(folder, checkpoints["peer"][0], *flags)
+    yield {name: server.client() for name, server in servers.items()}
+    for server in servers.values():
+        server.process.terminate()
+        server.process.join()
+
+
+# What generates a text, and what each of the parts that are streamed adds to it.
+ENDPOINTS = {
+    "completions": (
+        lambda client, **options: client.completions.create(prompt=PROMPT, max_tokens=NEW_TOKENS, **options),
+        lambda answer: answer.choices[0].text,
+        lambda part: part.choices[0].text,
+    ),
+    "chat": (
+        lambda client, **options: client.chat.completions.create(messages=CHAT, max_tokens=NEW_TOKENS, **options),
+        lambda answer: answer.choices[0].message.content,
+        lambda part: part.choices[0].delta.content or "",
+    ),
+    "responses": (
+        lambda client, **options: client.responses.create(input=PROMPT, max_output_tokens=NEW_TOKENS, **options),
+        lambda answer: answer.output_text,
+        lambda part: part.delta if part.type == "response.output_text.delta" else "",
+    ),
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(("server", "model"), [(server, model) for server in SERVERS for model in SERVERS[server]])
+def test_it_answers_what_generate_generates(clients, checkpoints, server, model, endpoint):
+    ask, text_of, addition_of = ENDPOINTS[endpoint]
+    folder, expected = checkpoints[model]
+    options = {"model": folder, "temperature": 0}
+    assert text_of(ask(clients[server], stream=False, **options)) == expected
+    assert "".join(map(addition_of, ask(clients[server], stream=True, **options))) == expected
