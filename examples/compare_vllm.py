@@ -22,8 +22,11 @@ vLLM runs the code that the checkpoint carries. The results are saved in --outpu
 
 import gc
 import json
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from common.machine import machine
 PROMPTS = ["def main(", "import os\n", "class A:\n", "for i in", "return ", "# The ", "x = ", "if __name__"]
 NEW_TOKENS = 24
 BATCH = 32
+RUNS = 15
 
 
 @dataclass
@@ -47,6 +51,16 @@ class ComparisonArguments:
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint: a folder, or the id of a model of the Hub."})
     output_file: str = field(default="runs/compare_vllm.json", metadata={"help": "Where to save the results."})
+
+
+def tokens_per_second(generate_batch: Callable[[], Any]) -> float:
+    """Returns the speed of the median run, of those after the first."""
+    seconds = []
+    for _ in range(1 + RUNS):
+        start = time.perf_counter()
+        generate_batch()
+        seconds.append(time.perf_counter() - start)
+    return BATCH * NEW_TOKENS / statistics.median(seconds[1:])
 
 
 def of_generate(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], float]:
@@ -58,10 +72,7 @@ def of_generate(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[lis
         inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
         tokens.append(model.generate(inputs, **options)[0, inputs.shape[1] :].tolist())
     batch = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]] * BATCH)
-    model.generate(batch, **options)
-    start = time.perf_counter()
-    model.generate(batch, **options)
-    return tokens, BATCH * NEW_TOKENS / (time.perf_counter() - start)
+    return tokens, tokens_per_second(partial(model.generate, batch, **options))
 
 
 def of_vllm(name: str, eager: bool) -> tuple[list[list[int]], float]:
@@ -78,13 +89,10 @@ def of_vllm(name: str, eager: bool) -> tuple[list[list[int]], float]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
     tokens = [list(each.outputs[0].token_ids) for each in llm.generate(PROMPTS, sampling)]
-    llm.generate(PROMPTS[:1] * BATCH, sampling)
-    start = time.perf_counter()
-    llm.generate(PROMPTS[:1] * BATCH, sampling)
-    seconds = time.perf_counter() - start
+    speed = tokens_per_second(partial(llm.generate, PROMPTS[:1] * BATCH, sampling))
     del llm
     gc.collect()
-    return tokens, BATCH * NEW_TOKENS / seconds
+    return tokens, speed
 
 
 def main() -> None:

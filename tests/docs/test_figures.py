@@ -135,6 +135,14 @@ class TestBenchmark:
         assert f"take {large[0]:.1f} ms and {large[1]:.1f} ms" in text
 
 
+def test_vllm():
+    results, text = json.loads(page("examples/compare_vllm.json")), " ".join(page("docs/serving.md").split())
+    assert results["equal_prompts"] == {"eager": "8 of 8", "compiled": "8 of 8"}
+    speeds = results["tokens_per_second"]
+    eager, compiled = (speeds[mode] / speeds["generate"] for mode in ("eager", "compiled"))
+    assert f"at {eager:.1f} times the tokens per second of `generate` eager, at {compiled:.1f} times compiled" in text
+
+
 class TestScaling:
     """The headline of the README is the study's."""
 
