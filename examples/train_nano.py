@@ -35,7 +35,7 @@ from run_clm import evaluate_perplexity, load_text, make_trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 from common.cards import TRAINING_FILE, make_card
-from common.command_line import parse_arguments
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments
 from common.training import PretrainingArguments, last_checkpoint, run, setup_logging
@@ -50,13 +50,17 @@ DESCRIPTION = """\
 A small model to try things with. It read {tokens:.1f} million tokens, and writes text that looks like Python and means
 nothing. Its twin of equal FLOPs per token, `{twin}`, read the same text in the same order.
 
-The text, {data}, is copyrighted by the Python Software Foundation and has the
-[PSF License 2.0](https://docs.python.org/3/license.html). What the model repeats of it stays under that license.
-
-The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
+{license}The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
 tokens of files that were held out. `results.json` has all figures.
 
 This folder carries no code: the model is loaded with `modeling_peer`, and `save_pretrained` adds the code."""
+
+# Of the default text.
+LICENSE = """\
+The text, {data}, is copyrighted by the Python Software Foundation and has the
+[PSF License 2.0](https://docs.python.org/3/license.html). What the model repeats of it stays under that license.
+
+"""
 
 
 @dataclass
@@ -67,6 +71,10 @@ class NanoArguments:
     output_dir: str = field(default=str(CHECKPOINTS), metadata={"help": "Folder of the saved models."})
     training_dir: str = field(default="runs/nano", metadata={"help": "Folder of the logs, and of what is resumed."})
     max_steps: int = field(default=3000, metadata={"help": "Training steps of two sequences."})
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.models) - set(TWINS)):
+            raise UsageError(f"--models must be some of {list(TWINS)}, got {unknown}.")
 
 
 @dataclass
@@ -137,10 +145,11 @@ def checksum(sequences: list[list[int]]) -> int:
 def describe(name: str, trainer: Trainer, data_args: NanoDataArguments, results: dict[str, Any]) -> str:
     """The card of a saved model."""
     training = json.loads(Path(trainer.args.output_dir, TRAINING_FILE).read_text(encoding="utf-8"))
+    is_default_text = data_args.dataset_name is None and not data_args.files
     description = DESCRIPTION.format(
+        license=LICENSE.format(data=data_args.description) if is_default_text else "",
         tokens=results["tokens"] / 1e6,
         twin=TWINS[name],
-        data=data_args.description,
         num_sequences=results["held_out_sequences"],
         block_size=results["block_size"],
     )
@@ -158,6 +167,7 @@ def describe(name: str, trainer: Trainer, data_args: NanoDataArguments, results:
     return str(card)
 
 
+@ends_on_usage_error()
 def main():
     args, data_args = parse_arguments((NanoArguments, NanoDataArguments), __doc__)
     for name in args.models:

@@ -35,7 +35,7 @@ PACKAGE = "modeling-peer"
 # The address of the package's repository, once it has one. It is set here and in pyproject.toml.
 REPOSITORY: str | None = None
 
-MARK = "<!-- Written when the model was saved, as there was no README.md. Saving never replaces a README.md. -->"
+MARK = "<!-- Written for the saved model. To change this file, remove this line, or a training replaces it. -->"
 
 # Where the code of a card loads the model from.
 FOLDER = "path/to/this/folder"
@@ -122,8 +122,8 @@ def replace_card_of_transformers(
     folder: str | Path, model: PreTrainedModel, variants: Mapping[str, type] | None = None
 ) -> None:
     """
-    Write the card of a model that is about to be pushed anew, with its tags, if it is the one that `push_to_hub` of
-    Transformers has written over that of [`write_card`]. A card that the repository has already stays as it is.
+    Replace the card that `push_to_hub` of Transformers wrote over that of [`write_card`], and keep its tags. A card that
+    the repository has already stays as it is.
 
     Args:
         folder (`str` or `Path`): The folder that is about to be uploaded.
@@ -185,7 +185,7 @@ def how_to_install(extra: str | None = None) -> str:
 
 
 def base_model_of(model: PreTrainedModel) -> str | None:
-    """The model of the Hub that a model was loaded from, if it is none of a folder."""
+    """The model of the Hub that a model was loaded from, `None` if it was loaded from a folder."""
     name = model.name_or_path
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
 

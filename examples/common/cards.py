@@ -14,6 +14,7 @@
 """Model cards in the format of the Hub, generated from a configuration and from results."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,8 @@ def plot_usage(history: list[dict[str, float]], file: Path) -> bool:
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             name = key.partition("/")[2].replace("_", " ")
             axes.plot(*zip(*points, strict=True), marker=".", color=color, label=name)
-        highest = max((entry[key] for key in logged[measure] for entry in history if key in entry), default=0)
+        found = [entry[key] for key in logged[measure] for entry in history if key in entry]
+        highest = max(filter(math.isfinite, found), default=0)  # of a training that diverged
         axes.set(xlabel="training step", ylabel=label, ylim=(0, 1.1 * highest or 1))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)

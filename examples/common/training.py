@@ -26,7 +26,6 @@ from typing import Any, Literal
 import datasets
 import torch
 import transformers
-from accelerate.optimizer import AcceleratedOptimizer
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
     PreTrainedConfig,
@@ -285,13 +284,20 @@ def save_description(trainer: Trainer, data: str | None) -> None:
     if trainer.is_world_process_zero():
         description = {
             "data": data,
-            "base_model": base_model_of(trainer.model) or Path(trainer.model.name_or_path).name or None,
+            "base_model": base_model_of(trainer.model) or _name_of_base_folder(trainer.model),
             "settings": extract_hyperparameters_from_trainer(trainer),
         }
-        if isinstance(trainer.optimizer, AcceleratedOptimizer) and isinstance(trainer.optimizer.optimizer, RowAdamW):
+        # Wrapped by Accelerate, except where a finished training was not resumed.
+        if isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), RowAdamW):
             description["settings"]["optimizer"] = "RowAdamW"
         file = Path(trainer.args.output_dir, TRAINING_FILE)
         file.write_text(json.dumps(description, indent=2, default=str), encoding="utf-8")
+
+
+def _name_of_base_folder(model):
+    """That of the folder with the weights that a model began with, `None` without any: a new one has a name too."""
+    folder = Path(model.name_or_path)
+    return folder.name if any(folder.glob("*.safetensors")) else None
 
 
 def write_training_card(trainer: Trainer, **card: Any) -> None:

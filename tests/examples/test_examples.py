@@ -249,6 +249,7 @@ class TestLanguageModel:
     def test_makes_no_step_after_the_last(self, checkpoint, text_file, tmp_path):
         shutil.copytree(checkpoint / "checkpoint-12", tmp_path / "checkpoint-12")
         assert "is the end of this training" in run("run_clm.py", *clm_flags(tmp_path, text_file))
+        assert json.loads((tmp_path / "training.json").read_text())["settings"]["optimizer"] == "RowAdamW"
         assert_close(weights(tmp_path), weights(checkpoint), rtol=0, atol=0)
         assert results(tmp_path)["perplexity"] == results(checkpoint)["perplexity"]
         assert not (tmp_path / "checkpoint-13").exists()

@@ -27,9 +27,11 @@ from hatchling.builders.sdist import SdistBuilder
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.command_line import UsageError
 from common.library_sources import library_files, read_source
 from common.text_data import DataTrainingArguments, take_samples, tokenize_into_blocks
 from modeling_peer import PeerConfig, configuration_path, explain_tokens, quantize_experts
+from modeling_peer.checkpoint_card import how_to_install
 
 
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
@@ -114,6 +116,7 @@ class TestFolder:
         assert result.metric_value == results(name)["perplexity"]["16 bits"]
         text = " ".join(card.text.split())
         assert "PSF License 2.0" in text and "`learning_rate` | 0.004" in text and "## Limitations" in text
+        assert "`optimizer` | RowAdamW" in text and " ".join(how_to_install().split()) in text
         assert "trust_remote_code" not in text
 
     def test_carries_no_code(self, name):
@@ -151,6 +154,14 @@ def test_the_command(tmp_path, monkeypatch):
     assert (said["tokens"], said["held_out_sequences"], said["block_size"]) == (2 * 2 * 32, 4, 32)
     trained, *saved = said["perplexity"].values()
     assert saved == pytest.approx([trained] * 3, rel=2e-2) and len({trained, *saved}) == 4
-    assert "Data: files of numbers.txt." in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "Data: files of numbers.txt." in card and "PSF" not in card and "Base model" not in card
     train_nano.main()
-    assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder / "model.safetensors").read_bytes() == weights and (folder / "README.md").read_text() == card
+
+
+def test_other_names_are_refused_before_a_training():
+    with pytest.raises(
+        UsageError, match=r"--models must be some of \['peer-nano', 'dense-nano'\], got \['peer-tiny'\]"
+    ):
+        train_nano.NanoArguments(models=["dense-nano", "peer-tiny"])
