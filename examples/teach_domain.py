@@ -17,7 +17,7 @@ Teaches a trained PEER model the text of a domain, and keeps what it was: adds e
     python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \
         --output_dir runs/taught
 
-A gate decides by the hidden states of a token whether the added experts speak. It is fitted to open for the text of
+A gate decides by the hidden states of a token whether it uses the added experts. It is fitted to open for the text of
 the domain and to stay shut for a sample of the text that the model is to go on predicting as it did, --kept_file.
 Without one, the model writes such a sample itself.
 
@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,21 @@ class DomainArguments(DataTrainingArguments):
 
     block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
     max_eval_samples: int = field(
-        default=64, metadata={"help": "Number of held-out sequences of either text to evaluate on, evenly spaced."}
+        default=64,
+        metadata={"help": "Number of held-out sequences of either text that is given to evaluate on, evenly spaced."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.dataset_name is None and not self.train_file:
             raise UsageError("There is no text to teach: name it by --train_file or --dataset_name.")
+        if self.streaming:
+            raise UsageError("--streaming is for longer texts than this script takes, which holds them in memory.")
+        if self.train_file and not self.validation_file and not self.validation_split_percentage:
+            raise UsageError(
+                "There is no text of the domain to evaluate on: name it by --validation_file, or leave out "
+                "--validation_split_percentage 0."
+            )
 
 
 @dataclass
@@ -157,6 +165,10 @@ class DomainTrainingArguments(ExampleTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences of a step, per device."})
     logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+
+    def __post_init__(self):
+        self.do_train = self.do_eval = True
+        super().__post_init__()
 
 
 @dataclass
@@ -234,14 +246,13 @@ def load_texts(
     tokenizer, blocks = load_text(model_args, data_args, training_args, config)
     texts = {DOMAIN: blocks}
     if args.is_kept_text_given:
-        kept_args = DataTrainingArguments(
-            train_file=args.kept_file,
-            encoding=data_args.encoding,
-            block_size=data_args.block_size,
-            max_train_samples=args.num_gate_sequences,
-            max_eval_samples=data_args.max_eval_samples,
-        )
-        _, texts[KEPT] = load_text(model_args, kept_args, training_args, config)
+        own = {"train_file": args.kept_file, "validation_file": None, "max_train_samples": args.num_gate_sequences}
+        shared = {each.name: getattr(data_args, each.name) for each in fields(DataTrainingArguments)}
+        kept_args = DataTrainingArguments(**shared | own | {"dataset_name": None, "dataset_config_name": None})
+        try:
+            _, texts[KEPT] = load_text(model_args, kept_args, training_args, config)
+        except UsageError as error:
+            raise UsageError(f"The text to keep cannot be used: {error}") from error
     return tokenizer, texts
 
 
@@ -360,7 +371,7 @@ def make_trainer(
 
 @contextmanager
 def without(model: PreTrainedModel, experts: dict[int, range]) -> Iterator[None]:
-    """Masks the experts of one addition. Those of earlier ones, if there are any, go on to speak."""
+    """Masks the experts of one addition. Those of earlier ones, if there are any, stay in use."""
     layers_of: dict[range, list[int]] = {}
     for layer, added in experts.items():
         layers_of.setdefault(added, []).append(layer)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """A domain is taught from the command line: it is learned, and without the added experts the model is what it was."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -116,6 +117,26 @@ def test_says_what_it_did(taught):
     assert len(printed.splitlines()) < 35
 
 
+def test_text_to_keep_is_read_as_that_of_the_domain(folder, tmp_path):
+    rows = "".join(json.dumps({"id": "x", "body": KEPT[i : i + 200]}) + "\n" for i in range(0, 4000, 200))
+    (tmp_path / "kept.jsonl").write_text(rows)
+    (tmp_path / "short.jsonl").write_text('{"body": "the"}\n')
+    for file, message in (("kept.jsonl", None), ("short.jsonl", "The text to keep cannot be used: ")):
+        args = teach_domain.TeachingArguments(kept_file=[str(tmp_path / file)], num_gate_sequences=8)
+        data_args = teach_domain.DomainArguments(
+            train_file=[str(tmp_path / "kept.jsonl")], text_column_name="body", block_size=16, overwrite_cache=True
+        )
+        training_args = teach_domain.DomainTrainingArguments(
+            output_dir=str(tmp_path), do_train=False, do_eval=False, report_to="none"
+        )
+        model_args = teach_domain.ModelArguments(model_name_or_path=str(folder / "base"))
+        config = AutoConfig.from_pretrained(folder / "base")
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            tokenizer, texts = teach_domain.load_texts(args, model_args, data_args, training_args, config)
+    assert len(texts["kept text"]["train"]) == 8
+    assert "follows" in tokenizer.decode(texts["kept text"]["train"][0]["input_ids"])  # and not the column before
+
+
 def test_card(figures, folder):
     card = card_of_folder(folder / "taught", "user/taught", AutoConfig.from_pretrained(folder / "taught"))
     assert "Base model: base.\n" in card.text and "Data: files of domain.txt.\n" in card.text
@@ -186,6 +207,11 @@ def test_models_that_cannot_be_taught(config, number, message):
         (
             ["--train_file", "a.md", "--kept_file", "b.md", "--kept_standard_library"],
             "error: Choose one text to keep: --kept_file or --kept_standard_library.",
+        ),
+        (["--train_file", "a.md", "--streaming"], "error: --streaming is for longer texts than this script takes"),
+        (
+            ["--train_file", "a.md", "--validation_split_percentage", "0"],
+            "error: There is no text of the domain to evaluate on: name it by --validation_file",
         ),
     ],
 )
