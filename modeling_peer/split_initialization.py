@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils.logging import set_tqdm_hook
 
 from .library_releases import is_about_a_checkpoint
 
@@ -111,15 +111,17 @@ def initialized_whole() -> Iterator[None]:
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_of_no_checkpoint)
-    shows_progress = is_progress_bar_enabled()
-    disable_progress_bar()
+    hook = set_tqdm_hook(_without_bar)
     try:
         with WholeDraws() if torch.distributed.is_available() else contextlib.nullcontext():
             yield
     finally:
         logger.removeFilter(_is_of_no_checkpoint)
-        if shows_progress:
-            enable_progress_bar()
+        set_tqdm_hook(hook)
+
+
+def _without_bar(make_bar, arguments, options):
+    return make_bar(*arguments, **{**options, "disable": True})
 
 
 def _is_of_no_checkpoint(record):

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from kernels_used import INFERENCE
 from safetensors import safe_open
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
@@ -459,6 +460,18 @@ def test_a_sharded_model_saves_the_code_of_its_own_class(tmp_path, monkeypatch):
     assert [file.name for file in sharded] == [file.name for file in whole]
     for file, other in zip(whole, sharded, strict=True):
         assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def test_a_new_model_leaves_progress_bars_as_they_are(capfd):
+    are_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        AutoModel.from_config(tiny_config("peer"))
+        assert are_progress_bars_disabled()
+    finally:
+        if not are_disabled:
+            enable_progress_bars()
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 def test_auto_classes_know_every_head(tmp_path):
