@@ -18,10 +18,11 @@ compiler.
     python examples/build_kernels.py --output_dir runs/peer-kernels
 
 The folder gets a build for the operating system and processor at hand, with libraries for each set of instructions that
-torch distinguishes, beside those of other machines that it has; a build in Triton for GPUs; and a card.
+torch distinguishes; a build in Triton for GPUs; and a card.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import platform
@@ -103,18 +104,19 @@ def build_cpu_variant(folder: Path) -> None:
     if system != "linux" or machine not in CAPABILITIES:
         raise UsageError(f"Kernels are built on Linux on {', '.join(CAPABILITIES)}, this is {system} on {machine}.")
     lowest_torch = SUPPORTED_RELEASES["torch"][0].replace(".", "")
-    variant = _empty(folder / "build" / f"torch-stable-abi{lowest_torch}-cpu-{machine}-{system}")
-    for capability, flags in CAPABILITIES[machine].items():
-        libraries = _empty(variant / "libraries" / capability)
-        for source in SOURCES:
-            _compile(source, flags, libraries / library_name(source))
-    _write_code(variant, "cpu", "expert_kernels_cpu")
+    with _replacing(folder / "build" / f"torch-stable-abi{lowest_torch}-cpu-{machine}-{system}") as variant:
+        for capability, flags in CAPABILITIES[machine].items():
+            libraries = variant / "libraries" / capability
+            libraries.mkdir(parents=True)
+            for source in SOURCES:
+                _compile(source, flags, libraries / library_name(source))
+        _write_code(variant, "cpu", "expert_kernels_cpu")
 
 
 def build_triton_variant(folder: Path) -> None:
     """Write the build in Triton, which compiles it where it runs."""
-    variant = _empty(folder / "build" / "torch-cuda")
-    _write_code(variant, "cuda", "expert_kernels_triton")
+    with _replacing(folder / "build" / "torch-cuda") as variant:
+        _write_code(variant, "cuda", "expert_kernels_triton")
 
 
 def _compile(source, flags, path):
@@ -127,10 +129,16 @@ def _compile(source, flags, path):
         raise UsageError(f"`{shlex.join(compiler)}` cannot compile the kernels: {reason}") from error
 
 
-def _empty(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+@contextlib.contextmanager
+def _replacing(folder):
+    """A new folder, which takes the place of another one once it is filled."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent.parent) as workplace:
+        new = Path(workplace, folder.name)
+        new.mkdir()
+        yield new
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
 
 
 def _write_code(variant, backend, module):

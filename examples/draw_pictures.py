@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Draws the pictures of the repository anew, from the results that are saved beside them.
+Draws the pictures of the repository again, from the results that are saved beside them.
 
     ./run python examples/draw_pictures.py                          # in their places
     ./run python examples/draw_pictures.py --output_dir pictures    # in a folder of their own, to compare them

@@ -15,6 +15,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,8 @@ FIRST = [
 
 
 def pytest_configure(config):
+    if missing := [file for file in FIRST if not (Path(__file__).parent / file).is_file()]:
+        raise pytest.UsageError(f"FIRST in {__file__} names files that there are not: {missing}.")
     if config.pluginmanager.has_plugin("xdist"):
         config.option.loadscopereorder = False  # by the number of tests in a file, which says little
 

@@ -28,13 +28,15 @@ from modeling_peer.explorer import ExpertContexts, make_app
 
 
 def main() -> None:
-    name = os.environ.get("MODEL", "peer-nano")
+    name = os.environ.get("MODEL") or str(Path(__file__).with_name("peer-nano"))
+    if not os.environ.get("MODEL") and not Path(name).is_dir():
+        raise SystemExit("There is no model: set the variable MODEL of the Space, or upload a model as `peer-nano`.")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     contexts = None
     if corpus := os.environ.get("CORPUS"):
         paragraphs = Path(corpus).read_text(encoding="utf-8").split("\n\n")
         contexts = ExpertContexts.measure(model, tokenizer, paragraphs)
-    make_app(model, tokenizer, contexts=contexts, title=f"Experts of {name}").launch()
+    make_app(model, tokenizer, contexts=contexts, title=f"Experts of {Path(name).name}").launch()
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def _quantization_of(config: PeerConfig):
     """How expert tables are quantized, `None` if they are not. Configurations that were read have a dictionary."""
     quantization = getattr(config, "quantization_config", None)
     fields = quantization if isinstance(quantization, dict | None) else quantization.to_dict()
-    return PeerQuantizationConfig(**fields) if fields and fields["quant_method"] == QUANT_METHOD else None
+    return PeerQuantizationConfig(**fields) if fields and fields.get("quant_method") == QUANT_METHOD else None
 
 
 def _feed_forward(config: PeerConfig, layer_idx):

@@ -74,4 +74,5 @@ def save_explorer_page(
         `ValueError`: if the model has no experts, or a text no tokens.
     """
     page = explorer_page(model, tokenizer, texts, contexts, title, num_switched_off)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(page, encoding="utf-8")

@@ -68,7 +68,7 @@ def test_pages_say_what_they_print(results):
     assert "deviation=0.0" in outputs["docs/continual-learning.md"]
     for page, number in (
         ("docs/continual-learning.md", 1),
-        ("docs/checkpoints.md", 2),
+        ("docs/checkpoints.md", 3),
         ("docs/grafts.md", 2),
         ("docs/serving.md", 2),
         ("docs/teach-a-domain.md", 1),
