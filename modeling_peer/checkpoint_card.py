@@ -122,8 +122,8 @@ def replace_card_of_transformers(
     folder: str | Path, model: PreTrainedModel, variants: Mapping[str, type] | None = None
 ) -> None:
     """
-    Replace the card that `push_to_hub` of Transformers wrote over that of [`write_card`], and keep its tags. A card that
-    the repository has already stays as it is.
+    Replace the card that `push_to_hub` of Transformers wrote over that of [`write_card`], and keep its tags. A card
+    that the repository has already stays as it is.
 
     Args:
         folder (`str` or `Path`): The folder that is about to be uploaded.

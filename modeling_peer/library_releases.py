@@ -21,8 +21,8 @@ Two kinds of names with an underscore are used where they are needed, and not th
 `_disabled_torch_function_impl`, of which torch has its tensor subclasses made, are in every supported release. A class
 of models declares what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
 `_can_set_experts_implementation`, `_ddp_params_and_buffers_to_ignore` and the `_global_mapping` of a registry, as the
-models of Transformers do: one that a later release does not read any more has no effect. And classes of models override
-`_upload_modified_files`: where a release does not call it, `push_to_hub` pushes a card without the package.
+models of Transformers do: one that a later release does not read any more has no effect. And classes of models
+override `_upload_modified_files`: where a release does not call it, `push_to_hub` pushes a card without the package.
 """
 
 import inspect
