@@ -53,7 +53,7 @@ class TestFiles:
     def test_folder_gives_its_text(self, notes, caplog):
         (notes / "empty.md").touch()
         assert names(find_files([str(notes)]), notes) == ["b.md", "c.MD", "more/a.txt"]
-        assert f"left out is {notes}/settings.json" in caplog.text
+        assert f"Left out: {notes}/settings.json" in caplog.text
         assert f"as they are empty: {notes}/empty.md" in caplog.text
 
     def test_data_in_a_folder_comes_before_its_description(self, tmp_path):
