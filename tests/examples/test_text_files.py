@@ -185,3 +185,8 @@ def test_tokenizers_without_an_end_of_text_are_told(caplog):
     with caplog.at_level(logging.WARNING):
         tokenize_into_blocks(dataset, tokenizer, 1, DataTrainingArguments())
     assert "the model cannot learn where texts end" in caplog.text
+
+
+def test_cards_say_from_where_a_pattern_begins():
+    arguments = DataTrainingArguments(train_file=["/home/me/notes", "/srv/licenses/*", "a/b/**/*.md", "/*.txt"])
+    assert arguments.description == "files of notes, `licenses/*`, `b/**/*.md`, `*.txt`"
