@@ -230,6 +230,7 @@ class PeerPreTrainedModel(PreTrainedModel):
         refuse_other_seeds(kwargs.get("distributed_config"))
         with initialized_whole():
             model = cls.from_pretrained(None, config=config, state_dict={}, **kwargs)
+        model.name_or_path = model.config.name_or_path = ""  # not "None", which cards would name as its base model
         zero_padding(model)
         return model.train()
 

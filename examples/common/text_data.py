@@ -23,6 +23,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,8 +105,17 @@ class DatasetArguments:
         if self.dataset_name is not None:
             return " ".join(filter(None, [self.dataset_name, self.dataset_config_name]))
         if self.train_file:
-            return "files of " + ", ".join(Path(name).name for name in self.train_file)
+            return "files of " + ", ".join(map(_without_place, self.train_file))
         return f"the source code of the standard library of Python {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def _without_place(name):
+    """The name of a file or folder; a pattern from the folder on in which it begins, as code in Markdown."""
+    parts = Path(name).parts
+    first = next((index for index, part in enumerate(parts) if has_magic(part)), None)
+    if first is None or Path(name).exists():
+        return Path(name).name
+    return f"`{'/'.join(part for part in parts[max(first - 1, 0) :] if part != '/')}`"
 
 
 @dataclass

@@ -91,7 +91,10 @@ def _files_of(name):
         found = [str(file) for file in found if loader_of(file) != "text" or _suffix(file) in TEXT_SUFFIXES]
         files = _most_frequent_kind(name, found)
         expected = " ".join(sorted([*LOADERS, *TEXT_SUFFIXES]))
-        missing = f"There is no text in the folder {name}, only other files than {expected}: name files by a pattern."
+        missing = (
+            f"There is no text in the folder {name}, only other files than {expected}: name them by a pattern, for "
+            f"example '{name}/*'."
+        )
     elif has_magic(name):
         files = [file for file in glob(str(path), recursive=True) if Path(file).is_file()]
         missing = f"No file matches {name}: two asterisks, as in 'folder/**/*.md', stand for folders in folders."
@@ -110,7 +113,7 @@ def _most_frequent_kind(folder, files):
     kind = max(kinds, key=lambda loader: (len(kinds[loader]), loader != "text"))
     left_out = [file for file in files if file not in kinds[kind]]
     if left_out:
-        logger.warning(f"Only files of {kind} in {folder} are read, left out is {_shortened(sorted(left_out))}")
+        logger.warning(f"Only files of {kind} in {folder} are read. Left out: {_shortened(sorted(left_out))}.")
     return kinds[kind]
 
 

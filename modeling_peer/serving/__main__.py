@@ -20,6 +20,9 @@ The server of Transformers looks up the class that a checkpoint names in `archit
 else, `--trust-remote-code` or not.
 """
 
+import sys
+from importlib.util import find_spec
+
 import transformers
 import typer
 from transformers import AutoModelForCausalLM
@@ -39,6 +42,19 @@ def name_models_in_transformers() -> None:
         setattr(transformers, name, AutoModelForCausalLM)
 
 
+def missing_packages() -> str | None:
+    """What to do if packages that the server needs are not installed. Transformers names an extra of its own."""
+    missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"The server needs packages of the extra `serving`: {', '.join(missing)}. In the folder of modeling-peer:\n"
+        f"    {sys.executable} -m pip install --editable '.[serving]'"
+    )
+
+
 if __name__ == "__main__":
+    if not {"--help", "-h"} & set(sys.argv) and (message := missing_packages()):
+        sys.exit(message)
     name_models_in_transformers()
     typer.run(Serve)

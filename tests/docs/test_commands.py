@@ -88,7 +88,11 @@ def check_run(words, monkeypatch):
     """A part of `./run` and what follows it."""
     part, *rest = words
     assert re.search(rf"^ +{part}\)", (ROOT / "run").read_text(), flags=re.M), part
-    if part == "python":
+    if rest[:2] == ["-m", "pip"]:
+        check_pip([word for word in rest[2:] if word != "--editable"])
+    elif rest[:2] == ["-m", "modeling_peer.serving"]:
+        check_serving(rest[2:])
+    elif part == "python":
         check_script(rest, monkeypatch)
     elif part == "study":
         name, *flags = rest

@@ -53,7 +53,7 @@ class TestFiles:
     def test_folder_gives_its_text(self, notes, caplog):
         (notes / "empty.md").touch()
         assert names(find_files([str(notes)]), notes) == ["b.md", "c.MD", "more/a.txt"]
-        assert f"left out is {notes}/settings.json" in caplog.text
+        assert f"Left out: {notes}/settings.json" in caplog.text
         assert f"as they are empty: {notes}/empty.md" in caplog.text
 
     def test_data_in_a_folder_comes_before_its_description(self, tmp_path):
@@ -185,3 +185,8 @@ def test_tokenizers_without_an_end_of_text_are_told(caplog):
     with caplog.at_level(logging.WARNING):
         tokenize_into_blocks(dataset, tokenizer, 1, DataTrainingArguments())
     assert "the model cannot learn where texts end" in caplog.text
+
+
+def test_cards_say_from_where_a_pattern_begins():
+    arguments = DataTrainingArguments(train_file=["/home/me/notes", "/srv/licenses/*", "a/b/**/*.md", "/*.txt"])
+    assert arguments.description == "files of notes, `licenses/*`, `b/**/*.md`, `*.txt`"

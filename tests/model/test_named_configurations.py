@@ -70,6 +70,12 @@ def test_small_ones_build(name):
     assert type(model) is PeerForCausalLM
 
 
+def test_new_models_name_no_base_model():
+    config = PeerConfig.from_pretrained(configuration_path("peer-nano"))
+    model = PeerForCausalLM.from_config(config)
+    assert (model.name_or_path, model.config.name_or_path) == ("", "")
+
+
 def test_paper_sizes():
     """Set-up of the paper's section 3.1; a PKM head takes twice as many, of which each costs half."""
     peer, pkm, moe = (AutoConfig.from_pretrained(configuration_path(f"{v}-paper")) for v in ("peer", "pkm", "moe"))

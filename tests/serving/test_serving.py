@@ -29,6 +29,7 @@ from tiny_models import tiny_config, tiny_model
 from word_tokenizer import word_tokenizer
 
 from modeling_peer.library_releases import is_at_least
+from modeling_peer.serving import __main__ as command
 
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,8 @@ class Server:
         port = self.address.rpartition(":")[2]
         self.output = folder / f"{port}.txt"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = ["-m", "modeling_peer.serving", *arguments, "--port", port, "--device", "cpu"]
-        self.process = start_python(command, environment, self.output)
+        arguments = ["-m", "modeling_peer.serving", *arguments, "--port", port, "--device", "cpu"]
+        self.process = start_python(arguments, environment, self.output)
 
     def client(self) -> openai.OpenAI:
         """A client of the server, once it answers."""
@@ -125,3 +126,9 @@ def test_it_answers_what_generate_generates(clients, checkpoints, server, model,
     options = {"model": folder, "temperature": 0}
     assert text_of(ask(clients[server], stream=False, **options)) == expected
     assert "".join(map(addition_of, ask(clients[server], stream=True, **options))) == expected
+
+
+def test_it_names_the_extra_whose_packages_are_missing(monkeypatch):
+    assert command.missing_packages() is None
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "fastapi" else name)
+    assert "`serving`: fastapi." in command.missing_packages()
