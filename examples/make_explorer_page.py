@@ -14,7 +14,7 @@
 """
 Makes a page on which to explore the experts of a model: those of each token of a text, and what they do.
 
-    ./run python examples/make_explorer_page.py --model_name_or_path examples/checkpoints/peer-nano \
+    ./run python examples/make_explorer_page.py --model_name_or_path examples/checkpoints/peer-nano \\
         --text "raise ValueError" --corpus_file examples/quickstart.py --output_file experts.html
 """
 
@@ -38,11 +38,18 @@ class Arguments:
         metadata={"help": "Text files in which to look for the contexts that use each expert most, by paragraphs."},
     )
     output_file: str = field(default="experts.html", metadata={"help": "Where to save the page."})
-    num_switched_off: int = field(default=8, metadata={"help": "How many experts of each layer it can switch off."})
+    num_switched_off: int = field(
+        default=8,
+        metadata={
+            "help": "How many experts of each layer it can switch off, those that the text uses most; each takes a "
+            "forward pass."
+        },
+    )
 
 
 def main() -> None:
     (arguments,) = parse_arguments((Arguments,), __doc__)
+    folder = Path(arguments.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     contexts = None
@@ -55,7 +62,7 @@ def main() -> None:
         arguments.text,
         arguments.output_file,
         contexts=contexts,
-        title=f"Experts of {arguments.model_name_or_path}",
+        title=f"Experts of {folder.resolve().name if folder.is_dir() else folder}",
         num_switched_off=arguments.num_switched_off,
     )
     print(f"The page is in {arguments.output_file}.")

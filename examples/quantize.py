@@ -14,7 +14,7 @@
 """
 Quantizes the expert tables of a checkpoint, and compares its perplexity on held-out text before and after.
 
-    python examples/quantize.py --model_name_or_path examples/checkpoints/peer-nano --bits 4 \
+    python examples/quantize.py --model_name_or_path examples/checkpoints/peer-nano --bits 4 \\
         --output_dir runs/peer-nano-4-bit
 
 The model is saved in --output_dir with its tokenizer, and loads as every other checkpoint; the figures are in

@@ -107,6 +107,14 @@ class TestInABrowser:
         assert re.search(r">⏎</button><br> {3}<button [^>]*> pass</button><button [^>]*>⏎</button><br></div>", shown)
         assert "<b>⏎</b>\n" in shown
 
+    def test_offers_the_experts_that_it_can_switch_off(self, page):
+        first, _ = data_of(page)
+        expert = next(expert for expert, own in first["experts"]["layer_0"].items() if "without" in own)
+        offered = re.search(r"Experts that this page can switch off</h3>(.*?)</ul>", self.shown(page, ""))[1]
+        assert f">{expert}</button>" in offered
+        shown = self.shown(page, 'document.querySelector("#expert .link").click();')
+        assert f"Expert {expert} of layer 0" in shown and "Switch it off" in shown
+
     def test_another_text(self, page):
         shown = self.shown(
             page, 'const s = document.querySelector("#text"); s.value = "1"; s.dispatchEvent(new Event("change"));'
