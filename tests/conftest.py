@@ -14,6 +14,7 @@
 """Settings of the test run, made before torch is imported."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+ROOT_LOGGER = logging.getLogger()
+ROOT_LEVEL = ROOT_LOGGER.level
 
 # Files that take longest. They begin first, or one of them would be the last of all, beside an idle worker. Those whose
 # processes wait for each other alternate with others: two at a time would come near to the time limit of a launch.
@@ -66,12 +70,14 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def library_logging():
     """Transformers' logging as the test found it: example scripts run in the process of the tests, and quiet it."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library_logs
 
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, progress_bar = library_logs.get_verbosity(), library_logs.is_progress_bar_enabled()
+    ROOT_LOGGER.setLevel(ROOT_LEVEL)  # also where a fixture of several tests has run a script
     yield
-    logging.set_verbosity(verbosity)
-    (logging.enable_progress_bar if progress_bar else logging.disable_progress_bar)()
+    ROOT_LOGGER.setLevel(ROOT_LEVEL)
+    library_logs.set_verbosity(verbosity)
+    (library_logs.enable_progress_bar if progress_bar else library_logs.disable_progress_bar)()
 
 
 @pytest.fixture

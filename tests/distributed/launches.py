@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,9 +35,12 @@ LAUNCH_FILES = ROOT / "configuration" / "launch"
 TIMEOUT = 150
 
 
-def torchrun(num_processes: int) -> list[str]:
-    """A command that launches a script in this many processes of this machine."""
-    launcher = [python(), "-m", "torch.distributed.run", "--standalone"]
+def torchrun(num_processes: int, forks: bool = True) -> list[str]:
+    """
+    A command that launches a script in this many processes of this machine. Those that are not forked are reported in
+    the order in which they end, to the millisecond.
+    """
+    launcher = [python() if forks else sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc_per_node", str(num_processes)]
 
 

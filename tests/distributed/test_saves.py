@@ -186,7 +186,7 @@ def test_ranks_with_other_seeds_are_refused(output):
 
 def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
     job = {"name": "killed", "group_size": 2}
-    code, printed = run(torchrun(2), "saves.py", output, json.dumps({**job, "killed": True}))
+    code, printed = run(torchrun(2, forks=False), "saves.py", output, json.dumps({**job, "killed": True}))
     assert code != 0
     assert time.time() - float((output / "killed_at").read_text()) < 30
     report = printed[printed.index("Root Cause") :]
