@@ -67,15 +67,24 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+def _show_all_logs():
+    """Undoes what a script, or a library that configures logs, has quieted in the process of the tests."""
+    logging.disable(logging.NOTSET)
+    ROOT_LOGGER.setLevel(ROOT_LEVEL)
+    for name, logger in ROOT_LOGGER.manager.loggerDict.items():
+        if name.startswith("modeling_peer") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+
+
 @pytest.fixture(autouse=True)
 def library_logging():
     """Transformers' logging as the test found it: example scripts run in the process of the tests, and quiet it."""
     from transformers.utils import logging as library_logs
 
     verbosity, progress_bar = library_logs.get_verbosity(), library_logs.is_progress_bar_enabled()
-    ROOT_LOGGER.setLevel(ROOT_LEVEL)  # also where a fixture of several tests has run a script
+    _show_all_logs()
     yield
-    ROOT_LOGGER.setLevel(ROOT_LEVEL)
     library_logs.set_verbosity(verbosity)
     (library_logs.enable_progress_bar if progress_bar else library_logs.disable_progress_bar)()
 
