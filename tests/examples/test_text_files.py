@@ -187,6 +187,7 @@ def test_tokenizers_without_an_end_of_text_are_told(caplog):
     assert "the model cannot learn where texts end" in caplog.text
 
 
-def test_cards_say_from_where_a_pattern_begins():
-    arguments = DataTrainingArguments(train_file=["/home/me/notes", "/srv/licenses/*", "a/b/**/*.md", "/*.txt"])
+def test_cards_say_from_where_a_pattern_begins(tmp_path):
+    named = [str(tmp_path / "notes"), str(tmp_path / "licenses" / "*"), "a/b/**/*.md", f"{tmp_path.anchor}*.txt"]
+    arguments = DataTrainingArguments(train_file=named)
     assert arguments.description == "files of notes, `licenses/*`, `b/**/*.md`, `*.txt`"
