@@ -52,13 +52,6 @@ from modeling_peer import model_costs
 
 PEER, DENSE = "peer-tiny", "dense-tiny"
 
-# So that chats can be tried, `transformers serve` and `transformers chat`: plain text, as the models know no roles.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
 
 @dataclass
 class QuickstartArguments:
@@ -215,7 +208,6 @@ def main():
     model_args = ModelArguments(config_name=PEER)
     print("Reading the text and training a tokenizer on it ...")
     tokenizer, blocks = load_text(model_args, data_args, training_arguments(args, PEER), load_config(model_args))
-    tokenizer.chat_template = CHAT_TEMPLATE
     results = {}
     for name in (PEER, DENSE):
         print(f"\nTraining {name} ...")

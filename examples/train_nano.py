@@ -30,7 +30,6 @@ from zlib import crc32
 
 import torch
 from quantize import perplexity
-from quickstart import CHAT_TEMPLATE
 from run_clm import evaluate_perplexity, load_text, make_trainer
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -105,7 +104,6 @@ def train(name: str, args: NanoArguments, data_args: NanoDataArguments) -> tuple
     training_args.set_learning_rate(config, is_new=True)
     checkpoint = last_checkpoint(training_args)
     tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
-    tokenizer.chat_template = CHAT_TEMPLATE
     trainer = make_trainer(model_args, training_args, config, tokenizer, blocks)
     return trainer, run(trainer, checkpoint, evaluate_perplexity, data=data_args.description)
 

@@ -30,6 +30,13 @@ SKIPPED_FILES = "_sysconfigdata"
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
+# So that chats can be tried, `transformers serve` and `transformers chat`: plain text, as new models know no roles.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
 
 def library_files(validation_split_percentage: int = 5) -> tuple[Path, dict[str, list[str]]]:
     """
@@ -66,7 +73,7 @@ def byte_level_tokenizer(
     texts: Iterable[str] | Iterable[list[str]], vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
     """
-    Trains a byte-level BPE tokenizer, which can encode any text. Training is deterministic.
+    Trains a byte-level BPE tokenizer, which can encode any text, and chats as plain text. Training is deterministic.
 
     Args:
         texts (`Iterable`): Texts to train on, or batches of them.
@@ -96,6 +103,7 @@ def byte_level_tokenizer(
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
+        chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )

@@ -85,21 +85,21 @@ def expert_parameter_groups(
 def make_optimizer(
     model: nn.Module,
     args: "TrainingArguments",
-    expert_lr_multiplier: float = EXPERT_LR_MULTIPLIER,
-    down_proj_lr_multiplier: float = DOWN_PROJ_LR_MULTIPLIER,
+    expert_lr_multiplier: float | None = None,
+    down_proj_lr_multiplier: float | None = None,
     second_moment: str = "full",
 ) -> RowAdamW:
     """
     Make the optimizer for a `Trainer` that trains expert tables: [`RowAdamW`] with the learning rate, weight decay and
     betas of the training arguments, and with rates of their own for the tables.
 
-    The rates are those that the scaling study found for experts that are trained from scratch on a small budget. A
-    model that is trained further may need none: pass 1.0 for both.
-
     Args:
         model (`nn.Module`): The model that is given to `Trainer`.
         args (`TrainingArguments`): Those that are given to `Trainer`.
-        expert_lr_multiplier, down_proj_lr_multiplier (`float`, *optional*): See [`expert_parameter_groups`].
+        expert_lr_multiplier, down_proj_lr_multiplier (`float`, *optional*):
+            See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models that
+            are trained from scratch on a small budget, and to 1.0 where a part of the model is frozen, as beside a
+            graft or added experts. A whole model that is trained further may need none either: pass 1.0 for both.
         second_moment (`str`, *optional*, defaults to `"full"`): See [`RowAdamW`].
 
     Returns:
@@ -111,6 +111,11 @@ def make_optimizer(
     >>> trainer = Trainer(model, args, train_dataset=dataset, optimizers=(make_optimizer(model, args), None))
     ```
     """
+    is_whole = all(parameter.requires_grad for parameter in model.parameters())
+    if expert_lr_multiplier is None:
+        expert_lr_multiplier = EXPERT_LR_MULTIPLIER if is_whole else 1.0
+    if down_proj_lr_multiplier is None:
+        down_proj_lr_multiplier = DOWN_PROJ_LR_MULTIPLIER if is_whole else 1.0
     groups = expert_parameter_groups(
         model, args.learning_rate, args.weight_decay, expert_lr_multiplier, down_proj_lr_multiplier
     )

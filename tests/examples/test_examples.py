@@ -524,7 +524,7 @@ class TestHub:
         assert "| `optimizer` | RowAdamW |" in card.text and "## Limitations" in card.text
         assert "](expert_usage.png)" in card.text and "log N if one gets all" in card.text
         assert files["expert_usage.png"].startswith(b"\x89PNG")
-        assert "training.json" not in files and "chat_template.jinja" not in files
+        assert "training.json" not in files and "chat_template.jinja" in files
 
     def test_card_of_a_trained_model(self, checkpoint):
         """In its folder, until somebody writes another or a push names the repository: what its training was."""

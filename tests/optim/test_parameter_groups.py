@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from trainer_worker import small_model
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from modeling_peer import RowAdamW, expert_parameter_groups
+from modeling_peer import RowAdamW, add_experts, expert_parameter_groups, make_optimizer
 from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 
 
@@ -69,6 +69,19 @@ class TestGroups:
         model.model.embed_tokens.weight.requires_grad_(False)
         found = [p for group in expert_parameter_groups(model, learning_rate=0.1) for p in group["params"]]
         assert len(found) == len(list(model.parameters())) - 1
+
+    @pytest.mark.parametrize("part", ["whole", "added"])
+    def test_rates_of_an_optimizer_for_all_and_for_a_part_of_the_model(self, part):
+        model, args = small_model("dense", "peer"), TrainingArguments("unused", learning_rate=0.1)
+        if part == "added":
+            add_experts(model, 16)
+        rates = {p: group["lr"] for group in make_optimizer(model, args).param_groups for p in group["params"]}
+        expected = {"whole": (0.025, 4.8), "added": (0.1, 0.1)}[part]
+        for module in model.modules():
+            if isinstance(module, ExpertTable):
+                assert rates[module.weight] == pytest.approx(expected[isinstance(module, ExpertDownProjection)])
+        own = make_optimizer(model, args, expert_lr_multiplier=2.0, down_proj_lr_multiplier=3.0)
+        assert max(group["lr"] for group in own.param_groups) == pytest.approx(0.6)
 
     def test_multiplier_lasts_through_a_schedule(self):
         model, references = small_model(), []
