@@ -125,6 +125,24 @@ class TestBenchmark:
             )
             assert f"{rows:,}" in text and f"{seconds * 1e3:.1f} ms" in text
 
+    def test_quantized_tables(self):
+        results, text = benchmark_results(), " ".join(page("docs/performance.md").split())
+
+        def ratio(ours, theirs, **fields):
+            times = (results.value("quantized", "seconds", **fields, **each) for each in (ours, theirs))
+            return next(times) / next(times)
+
+        forward = {"operation": "forward", "num_tokens": 1024}
+        experts, tokens = (
+            {bits: ratio({"contender": f"{name}_int{bits}"}, {"contender": name}, **fields) for bits in (8, 4)}
+            for name, fields in (("expert_part", forward), ("peer-mid", {}))
+        )
+        reads = {"contender": "machine", "operation": "row_read_select"}
+        bare = ratio({"dtype": "int8"}, {"dtype": "bfloat16"}, **reads)
+        assert f"take {experts[4]:.2f} times the time of bf16 in 4 bits and {experts[8]:.2f} times in 8 bits" in text
+        assert f"by torch, take {bare:.2f} times in 8 bits" in text
+        assert f"takes {tokens[8]:.2f} times the time in 8 bits and {tokens[4]:.2f} times in 4 bits" in text
+
     def test_times_of_a_token(self):
         results, text = benchmark_results(), " ".join(page("docs/serving.md").split())
         small, large = (
