@@ -114,7 +114,7 @@ KILLED_AFTER = 11
 
 def resumable_trainer(folder, seed=0, callbacks=None):
     """Its attention drops out: a resumed training must go on with the same random numbers."""
-    model = small_model(attention_dropout=0.1, seed=seed)
+    model = small_model("dense", "peer", "pkm", attention_dropout=0.1, seed=seed)
     return trainer_of(model, folder, counting_sequences(40), callbacks=callbacks, **RESUMED_OPTIONS)
 
 

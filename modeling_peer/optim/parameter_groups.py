@@ -97,9 +97,9 @@ def make_optimizer(
         model (`nn.Module`): The model that is given to `Trainer`.
         args (`TrainingArguments`): Those that are given to `Trainer`.
         expert_lr_multiplier, down_proj_lr_multiplier (`float`, *optional*):
-            See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models that
-            are trained from scratch on a small budget, and to 1.0 where a part of the model is frozen, as beside a
-            graft or added experts. A whole model that is trained further may need none either: pass 1.0 for both.
+            See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models
+            that are trained from scratch on a small budget, and to 1.0 where a part of the model is frozen, as beside
+            a graft or added experts. A whole model that is trained further may need none either: pass 1.0 for both.
         second_moment (`str`, *optional*, defaults to `"full"`): See [`RowAdamW`].
 
     Returns:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from release_names import CHECKPOINTING
+from slow_tests import slow
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -393,6 +394,7 @@ class TestCallback:
         measures = measures_of(trainer.state.log_history[0], "layer_1")
         assert 0 < measures["usage"] <= 1
 
+    @slow
     def test_compiled(self, tmp_path):
         logs = []
         for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):

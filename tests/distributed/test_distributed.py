@@ -55,6 +55,7 @@ MODELS = [
     "shared_expert",
     "shared_pool",
     "tied_embeddings",
+    "grown",
     "odd_width",
 ]
 WITH_EXPERT_TABLES = [name for name in MODELS if name not in ("dense", "moe")]

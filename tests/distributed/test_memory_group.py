@@ -26,6 +26,7 @@ import torch
 from kernels_used import TRAINING
 from launches import assert_same, assert_same_training, handed_over, launch_ranks
 from safetensors.torch import load_file
+from slow_tests import REASON, RUN_SLOW
 
 from modeling_peer.analysis.collectives import GROUP_COLLECTIVES, memory_group_bytes
 from modeling_peer.library_releases import is_at_least
@@ -59,6 +60,8 @@ def launched(tmp_path_factory):
     folders: dict[tuple[int, int], Path] = {}
 
     def folder(num_processes: int, group_size: int) -> Path:
+        if group_size == 4 and not RUN_SLOW:
+            pytest.skip(REASON)
         key = num_processes, group_size
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("{}-{}".format(*key))

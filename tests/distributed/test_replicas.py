@@ -23,6 +23,7 @@ import torch.distributed as dist
 from graft_models import grafted
 from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
+from slow_tests import slow
 from table_gradients import dense, literal_rows, random_parts, tables_of
 from tiny_models import random_tokens, tiny_config
 from torch import nn
@@ -366,7 +367,7 @@ def test_keep_their_tables_where_torch_does_not_tell_of_them(monkeypatch):
             assert model._ddp_params_and_buffers_to_ignore == []
 
 
-@pytest.mark.parametrize("part", [compiled_before, compiled_after], ids=["before", "after"])
+@pytest.mark.parametrize("part", [pytest.param(compiled_before, marks=slow), compiled_after], ids=["before", "after"])
 def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
     run_on_two_processes(save_parts, str(tmp_path), (part,))
     expected = gradients_of()

@@ -28,6 +28,7 @@ from unittest import mock
 
 import pytest
 import torch
+from slow_tests import slow
 
 from common.subprocesses import module_environment
 from gpu import __main__ as command
@@ -133,6 +134,7 @@ def test_all_parts(run, project, settings):
 
 
 class TestResumption:
+    @slow
     def test_after_a_kill(self, run, settings, tmp_path):
         file = tmp_path / "out/kernels.json"
         flags = ["--device", "cpu", "--tiny", "--parts", "kernels", "--output_dir", str(tmp_path / "out")]
@@ -264,6 +266,7 @@ class TestWhatIsMissing:
 
 
 class TestSanitizer:
+    @slow
     def test_tool(self, run, tmp_path, monkeypatch):
         tool = tmp_path / "cuda/bin" / sanitizer.TOOL
         tool.parent.mkdir(parents=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from slow_tests import slow
 from triton_compiler import compile_launch, missing_target, recorded_launches
 
 from modeling_peer import expert_kernels_triton, quantized_kernels_triton
@@ -164,7 +165,12 @@ def test_steps(target, second_moment, tmp_path):
 
 @pytest.mark.parametrize(
     "target, size, k",
-    [(TARGETS[0], 1024, 16), (TARGETS[2], 1024, 16), (TARGETS[-1], 1024, 16), (TARGETS[2], 1000, 32)],
+    [
+        (TARGETS[0], 1024, 16),
+        (TARGETS[2], 1024, 16),
+        (TARGETS[-1], 1024, 16),
+        pytest.param(TARGETS[2], 1000, 32, marks=slow),
+    ],
     indirect=["target"],
     ids=str,
 )

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.interpreted
 
 def trained(kernels):
     """Loss, norm of the gradient and norm of the experts' alone of two steps, and the model after them."""
-    model = tiny_model(tiny_config(expert_kernels="torch", num_retrieval_heads=1)).train()
+    model = tiny_model(tiny_config("peer", "pkm", expert_kernels="torch", num_retrieval_heads=1)).train()
     model.config.expert_kernels = kernels
     optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=0.02, weight_decay=0.1))
     history = []

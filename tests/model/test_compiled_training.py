@@ -24,6 +24,7 @@ import torch
 from graft_models import base_model_of, grafted
 from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
+from slow_tests import slow
 from table_gradients import DenseRowAdamW, dense, tables_of
 from tiny_models import GROWN, random_tokens, tiny_config, tiny_model
 from torch import nn
@@ -125,8 +126,9 @@ def come_in_factors(model, run) -> set[bool]:
     "config",
     [
         pytest.param(tiny_config("peer", "pkm", gated_experts=True), id="peer and pkm"),
-        pytest.param(tiny_config("peer", "peer", share_experts_across_layers=True), id="one pool"),
-        *(pytest.param(config, id=name) for name, config in GROWN.items()),
+        pytest.param(tiny_config("peer", "peer", share_experts_across_layers=True), id="one pool", marks=slow),
+        pytest.param(GROWN["grown"], id="grown"),
+        pytest.param(GROWN["grown_one_pool"], id="grown_one_pool", marks=slow),
     ],
 )
 def test_one_graph_and_nothing_anew_for_further_steps(config):
@@ -142,7 +144,7 @@ def test_one_graph_and_nothing_anew_for_further_steps(config):
 @pytest.mark.parametrize(
     "backend, tolerance",
     [
-        ("aot_eager", 1e-6),
+        pytest.param("aot_eager", 1e-6, marks=slow),
         pytest.param(
             "inductor",
             1e-4,
@@ -211,6 +213,7 @@ def test_nothing_is_kept_of_a_model():
     assert table() is None
 
 
+@slow
 def test_a_model_that_is_cast_with_its_optimizer():
     model = tiny_model(tiny_config("peer", "pkm")).train()
     optimizer = optimizer_of(model)
@@ -224,7 +227,9 @@ def test_a_model_that_is_cast_with_its_optimizer():
     assert optimizer.param_groups
 
 
-@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"use_reentrant": False}, pytest.param({"use_reentrant": True}, marks=slow)], ids=str
+)
 def test_activation_checkpointing(options):
     model = model_of("peer", "pkm", "peer", share_experts_across_layers=True, query_norm="rms")
     optimizer = optimizer_of(model)
@@ -264,6 +269,7 @@ def test_autocast():
 class TestTables:
     """Some of which are frozen, adapted or grafted, or have hooks."""
 
+    @slow
     @changes_of_tables_are_seen
     def test_that_are_not_trained(self):
         model = model_of("peer", "pkm", gated_experts=True)
@@ -299,6 +305,7 @@ class TestTables:
         assert not gradient[::2].any() and gradient[1::2].any()
         assert optimizer.param_groups
 
+    @slow
     def test_with_hooks(self):
         model = model_of("peer", "peer", gated_experts=True)
         optimizer = optimizer_of(model)
@@ -326,6 +333,7 @@ class TestTables:
         assert come_in_factors(model, with_compiled_layers(model, fullgraph=False)) == ({True} if trained else set())
         assert optimizer.param_groups
 
+    @slow
     def test_of_grafts(self):
         model = grafted(base_model_of("llama", dtype=torch.float64)).double().train()
         optimizer = optimizer_of(model)

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
+from slow_tests import slow
 
 
 REPO = "user/repo"
@@ -216,6 +217,7 @@ def filled_hub(hub: HubServer, folder: Path, tmp_path: Path) -> HubServer:
     return hub
 
 
+@slow
 def test_a_pulled_model_is_the_pushed_one(hub: HubServer, tmp_path: Path):
     saved = tmp_path / "saved"
     run_client(hub, tmp_path / "pusher", PUSH, saved)

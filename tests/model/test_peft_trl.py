@@ -274,7 +274,8 @@ class TestPolicies:
         assert margins[-1] > 0.0
         assert_close([norm.state_dict() for norm in query_batch_norms(trainer.model)], before, rtol=0, atol=0)
 
-    def test_group_relative_policy_optimization(self, tmp_path, checkpoint):
+    @pytest.mark.parametrize("adapter", [None, "all"])
+    def test_group_relative_policy_optimization(self, tmp_path, checkpoint, adapter):
         trainer = GRPOTrainer(
             str(checkpoint),
             reward_funcs=lambda completions, **_: [float(text.count("w1")) for text in completions],
@@ -282,8 +283,10 @@ class TestPolicies:
                 str(tmp_path), max_steps=2, num_generations=4, max_completion_length=6, beta=0.1, **TRL_OPTIONS
             ),
             train_dataset=preferences(8).select_columns("prompt"),
+            peft_config=adapter and LoraConfig(r=4, task_type="CAUSAL_LM", **ADAPTERS[adapter]),
         )
-        freeze_query_norm(trainer.model)
+        if adapter is None:
+            freeze_query_norm(trainer.model)
         trainer.train()
         divergences = logged(trainer, "kl")
         assert divergences[0] == 0.0

@@ -160,8 +160,9 @@ class TestTraining:
         assert "model.layers.0.mlp.router.query_proj.weight" in changed
         assert not any("expert_pool" in key for key in changed)
 
-    def test_lora_elsewhere(self):
-        model = quantize_experts(tiny_model(VARIANTS["peer"]))
+    @pytest.mark.parametrize("variant", ["peer", "pkm"])
+    def test_lora_elsewhere(self, variant):
+        model = quantize_experts(tiny_model(VARIANTS[variant]))
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "query_proj"], init_lora_weights=False))
         adapted(random_tokens(2, 9), labels=random_tokens(2, 9)).loss.backward()
         gradients = [each.grad for name, each in adapted.named_parameters() if "lora" in name]

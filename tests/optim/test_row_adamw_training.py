@@ -39,7 +39,7 @@ def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optim
     """The stock trainer of a tiny model, as `examples/common/training.py` makes it."""
     model = small_model(
         "peer",
-        "dense",
+        "pkm",
         "peer",
         share_experts_across_layers=True,
         attention_dropout=0.1,
@@ -112,7 +112,7 @@ class TestTrainer:
 
 
 # What is split over two processes: half of the rows of each batch to each.
-CONFIG = tiny_config("peer", "dense", "peer", share_experts_across_layers=True)
+CONFIG = tiny_config("peer", "pkm", "peer", share_experts_across_layers=True)
 BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(3)]
 # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
 JOINT_OPTIONS = {"eps": 1e-3, "weight_decay": 0.1}

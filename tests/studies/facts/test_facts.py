@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from slow_tests import slow
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -345,6 +346,7 @@ def study_here(countries, model, tokenizer, tmp_path, monkeypatch):
 
 
 class TestStudy:
+    @slow
     def test_goes_on_where_it_was_stopped(self, study_here, tmp_path):
         folder = tmp_path / "study"
         assert len(study_here()) == 2 * len(ARMS)
