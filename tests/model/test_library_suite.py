@@ -17,6 +17,7 @@ import unittest
 
 import library_suite
 import torch
+from slow_tests import slow
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
