@@ -38,7 +38,7 @@ LOOPS = [
 ]
 TRAINERS = ["right", "left", "accumulated", "shared_pool", "checkpointed", "rows"]
 ON_FOUR = {
-    "loops": ["pkm", "rms_norm", "shared_pool", "grown", "many_experts", "idle", "frozen"],
+    "loops": ["pkm", "shared_pool", "grown", "many_experts", "idle", *(RUN_SLOW * ["rms_norm", "frozen"])],
     "trainers": ["accumulated", "rows"],
 }
 # Of which only added experts are trained, whose gradients are small.

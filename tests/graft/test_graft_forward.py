@@ -22,6 +22,7 @@ import torch
 from graft_models import graft_config, grafted, grafts_of, logits_of, trained
 from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
+from slow_tests import slow
 from tiny_models import random_tokens
 from torch import nn
 from transformers import DynamicCache
@@ -243,6 +244,7 @@ class TestDecoderForward:
         assert graft.decoder_forward.attention_mask is None and graft.decoder_forward.learns is None
         assert graft(torch.randn(1, 20, 24)).isfinite().all()
 
+    @slow
     def test_is_read_where_the_model_is_compiled(self):
         tokens = random_tokens(2, 9)
         mask = torch.ones_like(tokens)

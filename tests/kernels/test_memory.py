@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_tests import slow
 from tiny_models import tiny_config
 from transformers import AutoConfig
 
@@ -159,7 +160,7 @@ print(json.dumps(facts))
     assert facts["advised"]  # files on a disk are read ahead, those with holes are not
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("kernels", ["cpu", pytest.param("torch", marks=slow)])
 def test_no_gathered_rows_are_held(kernels):
     """Of 2,048 tokens and 128 experts each, `[T, A, d]` is 512 MB, twice."""
     script = """

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cache import SOURCE
+from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 
 from modeling_peer import native_library
@@ -190,6 +191,7 @@ print("added", sorted(runtimes() - before), "threads", len(list(Path("/proc/self
             torch.set_num_threads(before)
         assert asked == [1, 2]
 
+    @slow
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, so no child inherits threads")
     def test_a_fork_after_use(self, tmp_path):
         """The child has none of its parent's threads, and would wait for them for ever."""

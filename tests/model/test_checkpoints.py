@@ -25,6 +25,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from kernels_used import INFERENCE
 from safetensors import safe_open
+from slow_tests import slow
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -308,6 +309,7 @@ print("loaded", type(model).__module__)
 """
         assert "loaded transformers_modules" in self.run(script, folder, tmp_path)
 
+    @slow
     def test_the_package_and_a_copy_live_in_one_process(self, tmp_path):
         folder = tmp_path / "checkpoint"
         self.save(folder)

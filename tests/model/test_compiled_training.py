@@ -127,7 +127,7 @@ def come_in_factors(model, run) -> set[bool]:
     [
         pytest.param(tiny_config("peer", "pkm", gated_experts=True), id="peer and pkm"),
         pytest.param(tiny_config("peer", "peer", share_experts_across_layers=True), id="one pool", marks=slow),
-        pytest.param(GROWN["grown"], id="grown"),
+        pytest.param(GROWN["grown"], id="grown", marks=slow),
         pytest.param(GROWN["grown_one_pool"], id="grown_one_pool", marks=slow),
     ],
 )
@@ -250,6 +250,7 @@ def test_layers_that_are_compiled_one_by_one():
     assert optimizer.param_groups
 
 
+@slow
 def test_autocast():
     found = []
     for compiles in (False, True):
@@ -282,6 +283,7 @@ class TestTables:
                 assert (table.grad is not None) == requires_grad
         assert optimizer.param_groups
 
+    @slow
     @changes_of_tables_are_seen
     def test_of_a_pool_that_is_trained_anew(self):
         """Frozen when the optimizer was made."""
@@ -320,7 +322,7 @@ class TestTables:
     @pytest.mark.parametrize(
         "targets",
         [
-            {"target_modules": ["query_proj"], "modules_to_save": ["expert_pool"]},
+            pytest.param({"target_modules": ["query_proj"], "modules_to_save": ["expert_pool"]}, marks=slow),
             {"target_modules": ["q_proj"], "target_parameters": ["expert_pool.down_proj.weight"]},
         ],
         ids=["pool saved", "one table"],

@@ -23,6 +23,7 @@ import huggingface_hub
 import pytest
 from hub_server import HubServer
 from packaging.version import Version
+from slow_tests import slow
 
 
 PACKAGE_ROOT = Path(__file__).parents[2]
@@ -132,6 +133,7 @@ def test_pushed_and_pulled(hub, tmp_path):
     assert pulled == expected | {"module": "transformers_modules"}
 
 
+@slow
 def test_without_a_token_nothing_is_pushed(hub, tmp_path):
     process = run(PUSH, hub, tmp_path, str(tmp_path / "logits"), HF_TOKEN="")
     assert process.returncode != 0
