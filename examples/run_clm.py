@@ -29,6 +29,7 @@ gives, expert tables are split over groups of processes.
 
 import logging
 import math
+from collections.abc import Callable
 
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -176,7 +177,11 @@ def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[st
     return metrics
 
 
-def main():
+def main(change: Callable[[Trainer], None] | None = None):
+    """
+    Args:
+        change (`Callable`, *optional*): Called with the trainer before it trains, for what no flag changes.
+    """
     model_args, data_args, training_args, optimizer_args, distributed_args = parse_arguments(
         (ModelArguments, DataTrainingArguments, PretrainingArguments, OptimizerArguments, DistributedArguments),
         __doc__,
@@ -189,6 +194,8 @@ def main():
         training_args.set_learning_rate(config, model_args.is_new)
         tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
         trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
+        if change is not None:
+            change(trainer)
         run(
             trainer,
             checkpoint,

@@ -69,6 +69,13 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+def write_runs(file: Path, head: dict[str, Any], runs: dict[str, dict[str, Any]]) -> None:
+    """Writes the results of all runs to a JSON file with one line per run, `runs`, after what they share."""
+    shared = json.dumps(head, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
+    write_text(file, f'{shared},\n "runs": {{\n{lines}\n }}\n}}\n')
+
+
 def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """
     The result of a run: read from its file, or made and saved.

@@ -32,9 +32,9 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from studies.common.study_folder import write_text
+from studies.common.training_plan import budget_name
 from studies.scaling.cards import write_cards
 from studies.scaling.plan import (
-    budget_name,
     choose_rates,
     choose_sizes,
     rate_runs,

@@ -21,15 +21,8 @@ from huggingface_hub import ModelCard
 from common.cards import make_card
 from studies.common.corpora import CORPORA
 from studies.common.study_folder import write_text
-from studies.scaling.plan import (
-    CORPUS,
-    PEER,
-    Run,
-    ablation_runs,
-    budget_name,
-    configuration_of,
-    training_flops,
-)
+from studies.common.training_plan import CORPUS, PEER, Run, budget_name, configuration_of, training_flops
+from studies.scaling.plan import ablation_runs
 from studies.scaling.report import Results, in_words, label, mean_perplexities, own_training, perplexities, spread
 
 

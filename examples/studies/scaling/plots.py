@@ -21,7 +21,9 @@ import torch
 from matplotlib.axes import Axes
 
 from common.pictures import add_legend, look_of, new_figure, save_picture, shades
-from studies.scaling.plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of, size_runs
+from studies.common.single_run import USAGE_BINS
+from studies.common.training_plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of
+from studies.scaling.plan import size_runs
 from studies.scaling.report import (
     Results,
     active_runs,
@@ -31,7 +33,6 @@ from studies.scaling.report import (
     norm_runs,
     paper_margins,
 )
-from studies.scaling.single_run import USAGE_BINS
 
 
 def plot_sizes(results: Results, file: Path) -> None:

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Results of the scaling study: lookups, and tables beside those of the paper."""
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -21,30 +20,32 @@ from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
 from common.pictures import VARIANTS
-from studies.common.study_folder import read_json, write_text
+from studies.common.step_seconds import WARM_UPS
+from studies.common.study_folder import read_json, write_runs
 from studies.common.tables import markdown_table, spread_cell
-from studies.scaling.plan import (
+from studies.common.training_plan import (
     CORPUS,
     DENSE,
     PEER,
-    Plan,
     Run,
-    ablation_runs,
     budget_name,
     changed_fields,
-    choose_rates,
-    choose_sizes,
     configuration_of,
     costs_of,
-    rate_runs,
-    reference_run,
     run_of_seconds,
-    size_runs,
     training_arguments,
     trains_by_rows,
+)
+from studies.scaling.plan import (
+    Plan,
+    ablation_runs,
+    choose_rates,
+    choose_sizes,
+    rate_runs,
+    reference_run,
+    size_runs,
     with_seeds,
 )
-from studies.scaling.speed import WARM_UPS
 
 
 # Table 1 of the paper: perplexity of compute-optimal models at two budgets.
@@ -509,9 +510,7 @@ def describe(results: Results) -> str:
 
 def write_results(file: Path, results: Results) -> None:
     """Writes the results to a JSON file, with one line per run."""
-    head = json.dumps({"plan": asdict(results.plan), "seconds": results.seconds}, indent=1).removesuffix("\n}")
-    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(results.runs.items()))
-    write_text(file, f'{head},\n "runs": {{\n{runs}\n }}\n}}\n')
+    write_runs(file, {"plan": asdict(results.plan), "seconds": results.seconds}, results.runs)
 
 
 def read_results(file: Path) -> Results:

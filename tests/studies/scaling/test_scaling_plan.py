@@ -19,23 +19,17 @@ import pytest
 from scaling_plans import PLAN, SCALING, SMALL
 
 from modeling_peer import PeerConfig, configuration_path
-from studies.scaling.plan import (
+from studies.common.training_plan import (
     PEER,
-    Plan,
     Run,
-    ablation_runs,
     changed_fields,
     configuration_of,
     costs_of,
-    rate_runs,
-    read_plan,
-    reference_run,
     run_of_budget,
     run_of_seconds,
-    size_runs,
     training_flops,
-    with_seeds,
 )
+from studies.scaling.plan import Plan, ablation_runs, rate_runs, read_plan, reference_run, size_runs, with_seeds
 
 
 PLANS = [file for file in sorted(SCALING.glob("*.json")) if file.name != "results.json"]

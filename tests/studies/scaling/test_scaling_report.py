@@ -22,16 +22,14 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from scaling_plans import PLAN
 
+from studies.common.training_plan import CORPUS, PEER, run_of_budget
 from studies.scaling.cards import make_cards, write_cards
 from studies.scaling.plan import (
-    CORPUS,
-    PEER,
     choose_rates,
     choose_sizes,
     rate_runs,
     reference_run,
     repeated_ablation_runs,
-    run_of_budget,
     size_runs,
     with_seeds,
 )

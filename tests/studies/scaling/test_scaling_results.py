@@ -22,17 +22,10 @@ from huggingface_hub import ModelCard
 from scaling_plans import ROOT, SCALING
 
 import studies.scaling.__main__ as scaling
-from studies.scaling import study as scaling_study
+from studies.common.single_run import comparable
+from studies.common.training_plan import CORPUS, PEER, Run, budget_name, training_flops
 from studies.scaling.cards import make_cards
-from studies.scaling.plan import (
-    CORPUS,
-    PEER,
-    Run,
-    budget_name,
-    read_plan,
-    training_flops,
-    with_seeds,
-)
+from studies.scaling.plan import read_plan, with_seeds
 from studies.scaling.plots import PLOTS
 from studies.scaling.report import (
     describe,
@@ -40,7 +33,7 @@ from studies.scaling.report import (
     table_of_perplexities,
     table_of_seconds,
 )
-from studies.scaling.single_run import comparable
+from studies.scaling.study import Study
 
 
 class Recorded:
@@ -73,14 +66,14 @@ class TestCommittedResults:
 
     def test_every_run_was_made_as_planned(self, committed, tmp_path):
         """The arguments of its training are those that the plan makes today."""
-        study = scaling_study.Study(committed.plan, tmp_path, 1)
+        study = Study(committed.plan, tmp_path, 1)
         for name, result in committed.runs.items():
             ablation = None if result["ablation"] is None else tuple(result["ablation"])
             run = Run(
                 *(result[each] for each in ("variant", "hidden_size", "steps", "learning_rate", "seed")), ablation
             )
             assert run.name == name
-            assert comparable(result["run_clm"]) == comparable(study._arguments(run))
+            assert comparable(result["run_clm"]) == comparable(study.arguments(run))
             assert result["training_flops"] == training_flops(run, committed.plan)
             every = result["run_clm"]["logging_steps"]
             assert [step for step, _ in result["train_history"]] == list(range(every, run.steps + 1, every))

@@ -24,47 +24,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import load_from_disk
 from filelock import FileLock
-from preloaded import start_python
 from scaling_plans import PEER_FIELDS, SMALL
+from study_runs import TEXTS, run_preloaded
 from transformers import AutoModelForCausalLM
 
 import studies.scaling.__main__ as scaling
 from common.model_arguments import RETIRED_FIELDS
 from common.subprocesses import module_command, module_environment
 from modeling_peer import PeerConfig
-from studies.scaling import study as scaling_study
+from studies.common import training_study
+from studies.common.single_run import changes_to_measure, comparable, with_study_defaults
+from studies.common.training_plan import CORPUS, PEER
 from studies.scaling.cards import make_cards
-from studies.scaling.plan import (
-    CORPUS,
-    PEER,
-    rate_runs,
-    read_plan,
-    with_seeds,
-)
+from studies.scaling.plan import rate_runs, read_plan, with_seeds
 from studies.scaling.plots import PLOTS
 from studies.scaling.report import (
     Results,
     describe,
     read_results,
 )
-from studies.scaling.single_run import changes_to_measure, comparable, with_study_defaults
-
-
-TEXTS = {
-    name: DatasetDict({split: Dataset.from_list([{"text": words * 300}] * 4) for split in ("train", "validation")})
-    for name, words in {"old": "one two three ", "new": "four five six "}.items()
-}
-
-
-def run_preloaded(command, env, output, check=True):
-    """What `subprocess.run` does, in a process that need not import the libraries."""
-    process = start_python(command[1:], env, output)
-    process.join()
-    if check and process.exitcode:
-        raise subprocess.CalledProcessError(process.exitcode, command, output.read_text())
-    return subprocess.CompletedProcess(command, process.exitcode)
+from studies.scaling.study import Study
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +56,7 @@ def small_study(tmp_path_factory):
 
     def main(*flags):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scaling_study, "load_corpus", TEXTS.get)
+            patch.setattr(training_study, "load_corpus", TEXTS.get)
             patch.setattr(
                 sys,
                 "argv",
@@ -87,7 +68,7 @@ def small_study(tmp_path_factory):
         return run_preloaded(command, env, folder / "speed.log" if stdout is None else Path(stdout.name), check)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scaling_study, "subprocess", SimpleNamespace(run=run_here))
+        patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
         main()
         yield folder, main
 
@@ -193,7 +174,7 @@ class TestStudy:
             raise AssertionError
 
         before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
-        monkeypatch.setattr(scaling_study.subprocess, "run", fails)
+        monkeypatch.setattr(training_study.subprocess, "run", fails)
         main()
         assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
 
@@ -236,7 +217,7 @@ class TestStudy:
 
         def make():
             result_file.unlink(missing_ok=True)
-            command = module_command("studies.scaling.single_run", str(file))
+            command = module_command("studies.common.single_run", str(file))
             run_preloaded(command, module_environment(), tmp_path / "printed")
             return json.loads(result_file.read_text())
 
@@ -267,8 +248,8 @@ class TestStudy:
         kept = lost.read_bytes()
         lost.unlink()
         missing = [sys.executable, str(folder / "missing.py")]
-        monkeypatch.setattr(scaling_study, "module_command", lambda *_: missing)
-        monkeypatch.setattr(scaling_study, "subprocess", subprocess)
+        monkeypatch.setattr(training_study, "module_command", lambda *_: missing)
+        monkeypatch.setattr(training_study, "subprocess", subprocess)
         try:
             with pytest.raises(RuntimeError, match=re.escape(run.name) + r" failed with exit code 2: see .*\.log"):
                 main()
@@ -293,7 +274,7 @@ class TestStudy:
     )
     def test_refuses_results_of_another_study(self, small_study, monkeypatch, changed, message):
         folder, main = small_study
-        monkeypatch.setattr(scaling_study.subprocess, "run", lambda *_, **__: pytest.fail("trains before it refuses"))
+        monkeypatch.setattr(training_study.subprocess, "run", lambda *_, **__: pytest.fail("trains before it refuses"))
         (folder / "plan.json").write_text(json.dumps(SMALL | changed))
         try:
             with pytest.raises(ValueError, match=message):
@@ -319,7 +300,7 @@ class TestStudy:
     def test_goes_on_from_results_made_elsewhere(self, small_study, tmp_path, monkeypatch):
         """Without texts and models, to the same tables and cards."""
         folder, main = small_study
-        for module, name in ((scaling_study.subprocess, "run"), (scaling_study, "train_tokenizer")):
+        for module, name in ((training_study.subprocess, "run"), (training_study, "train_tokenizer")):
             monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("makes what is there"))
         flags = ("--output_dir", str(tmp_path), "--results", str(folder / "results.json"))
         main(*flags)
@@ -339,7 +320,7 @@ class TestStudy:
         (tmp_path / "results").mkdir()
         (tmp_path / "results" / f"{here}.json").write_text("{}")
         times = Results(results.plan, results.runs, {})  # of no size
-        scaling_study.Study(results.plan, tmp_path, 1, times)
+        Study(results.plan, tmp_path, 1, times)
         assert (tmp_path / "results" / f"{here}.json").read_text() == "{}"
         assert {file.stem for file in (tmp_path / "results").iterdir()} == {here, *others}
         assert not (tmp_path / "seconds").exists()
@@ -348,7 +329,7 @@ class TestStudy:
         """A seed that the plan no longer asks for may be of a model that it no longer describes."""
         folder, _ = small_study
         results = read_results(folder / "results.json")
-        study = scaling_study.Study(results.plan, tmp_path, 1, results)
+        study = Study(results.plan, tmp_path, 1, results)
         runs = rate_runs(results.plan)
         assert study.make(runs, "").keys() == {run.name for run in runs}
 
@@ -366,7 +347,7 @@ class TestStudy:
         results = read_results(folder / "results.json")
         run, *others = rate_runs(results.plan)
         made = results.runs.pop(run.name)
-        study = scaling_study.Study(results.plan, tmp_path, 1, results)
+        study = Study(results.plan, tmp_path, 1, results)
         (tmp_path / "held_out").symlink_to(folder / "held_out")
         change(made)
         monkeypatch.setattr(study, "prepare", lambda: None)
@@ -379,7 +360,7 @@ class TestStudy:
         results = read_results(folder / "results.json")
         run, *_ = rate_runs(results.plan)
         del results.runs[run.name]
-        study = scaling_study.Study(results.plan, tmp_path, 1, results)
+        study = Study(results.plan, tmp_path, 1, results)
         shutil.copytree(folder / "held_out", tmp_path / "held_out")
         shutil.rmtree(tmp_path / "held_out" / "new")
         shutil.copytree(folder / "held_out" / CORPUS, tmp_path / "held_out" / "new")  # a package in another version
@@ -393,7 +374,7 @@ class TestStudy:
             ({"block_size": 16}, "a study whose `block_size` was 32, but got 16"),
             (
                 {"after_training": {"never measured": {"num_experts_per_head": 1}}},  # by no test of the same study
-                "lacks some of the changes in `after_training`, and its model is not in",
+                "lacks some of the changes after training, and its model is not in",
             ),
         ],
     )

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures the seconds of a training step of models of the scaling study, in a process of its own that, like that of a
-run, keeps the memory it frees.
+Measures the seconds of a training step of models of a study, in a process of its own that, like that of a run, keeps
+the memory it frees.
 
-    python -m studies.scaling.speed MODELS.json
+    python -m studies.common.step_seconds MODELS.json
 
 The study writes the file.
 """
@@ -34,21 +34,21 @@ from transformers import AutoModelForCausalLM
 from common.machine import machine
 from modeling_peer import RowAdamW, expert_parameter_groups
 from studies.common.study_folder import read_json, write_json
-from studies.scaling.plan import Plan, Run, configuration_of, training_arguments, trains_by_rows
+from studies.common.training_plan import Run, TrainingPlan, configuration_of, training_arguments, trains_by_rows
 
 
 # New models spread tokens over experts at random; models that were trained for some steps reuse the same experts more.
 WARM_UPS, REPETITIONS = 200, 100
 
 
-def step_seconds(runs: list[Run], plan: Plan, text: torch.Tensor) -> dict[str, list[float]]:
+def step_seconds(runs: list[Run], plan: TrainingPlan, text: torch.Tensor) -> dict[str, list[float]]:
     """
     Measures the seconds of training steps of several models in turns, on all cores or on one accelerator. A step
     consists of forward, backward and the optimizer that the study uses for the model.
 
     Args:
-        runs (`list[Run]`): Runs of one size and of different variants.
-        plan (`Plan`): Plan of the study.
+        runs (`list[Run]`): Runs of different variants.
+        plan (`TrainingPlan`): Plan of the study.
         text (`torch.Tensor` of shape `(num_sequences, block_size)`): Text to train on. Real text reuses experts.
 
     Returns:
@@ -64,7 +64,7 @@ def step_seconds(runs: list[Run], plan: Plan, text: torch.Tensor) -> dict[str, l
     return {variant: times[WARM_UPS:] for variant, times in seconds.items()}
 
 
-def _training_step(run: Run, plan: Plan, text: torch.Tensor) -> Callable[[], None]:
+def _training_step(run: Run, plan: TrainingPlan, text: torch.Tensor) -> Callable[[], None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     config = configuration_of(run, plan)
@@ -102,7 +102,7 @@ def _time(step):
 def main():
     work = read_json(Path(sys.argv[1]))
     text = torch.tensor(load_from_disk(work["text"])["input_ids"])
-    seconds = step_seconds([Run(**run) for run in work["runs"]], Plan(**work["plan"]), text)
+    seconds = step_seconds([Run(**run) for run in work["runs"]], TrainingPlan(**work["plan"]), text)
     write_json(Path(work["result_file"]), {"fields": work["fields"], "machine": machine(), "seconds": seconds})
 
 

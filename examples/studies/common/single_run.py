@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes one run of the scaling study, in a process of its own: trains a model with run_clm.py, and measures it.
+Makes one run of a study, in a process of its own: trains a model with run_clm.py, and measures it.
 
-    python -m studies.scaling.single_run RUN.json
+    python -m studies.common.single_run RUN.json
 
 The study writes the file. Its entry `run_clm` is saved beside it as RUN.run_clm.json, which run_clm.py accepts as its
 only argument to train the same model without the study.
@@ -24,22 +24,24 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import run_clm
 import torch
 from datasets import load_from_disk
 from filelock import FileLock
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from common.cards import RESULTS
 from common.machine import machine
 from modeling_peer import measure_usage
 from modeling_peer.analysis.evaluation import evaluation
 from studies.common.study_folder import read_json, write_json
-from studies.scaling.plan import CORPUS
+from studies.common.training_plan import CORPUS
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,28 +49,35 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sequences per forward in evaluation.
 EVAL_BATCH_SIZE = 16
 
+# What a study changes in the trainer of a run, before it trains: what is in RUN.json, and the trainer.
+Change: TypeAlias = Callable[[dict[str, Any], Trainer], None]
+
 # Lower end, upper end and number of bins of the histogram of router weight per expert, in powers of ten of the mean.
 USAGE_BINS = (-4.0, 3.0, 28)
 
 
 def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
+    """The loss of each text in nats per token, see [`sequence_losses`]."""
+    return {name: sequence_losses(model, text, batch_size).mean().item() for name, text in texts.items()}
+
+
+def sequence_losses(model: PreTrainedModel, text: torch.Tensor, batch_size: int) -> torch.Tensor:
     """
-    Returns the loss of each text in nats per token, without the balance loss of a MoE.
+    Returns the loss of each sequence of a text in nats per token, without the balance loss of a MoE.
 
     Args:
         model (`PreTrainedModel`): Model to evaluate, in the mode it is in.
-        texts (`dict[str, torch.Tensor]`): Tokens of each text, of shape `(num_sequences, block_size)`.
+        text (`torch.Tensor` of shape `(num_sequences, block_size)`): Tokens.
         batch_size (`int`): Number of sequences per forward.
+
+    Returns:
+        `torch.Tensor` of shape `(num_sequences,)`, float64.
     """
-    return {
-        name: sum(_summed_loss(model, batch) for batch in text.split(batch_size)) / text[:, 1:].numel()
-        for name, text in texts.items()
-    }
-
-
-def _summed_loss(model, tokens):
-    logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits.float(), tokens[:, 1:].flatten(), reduction="sum").item()
+    found = []
+    for tokens in text.split(batch_size):
+        logits = model(input_ids=tokens).logits[:, :-1].transpose(1, 2)
+        found.append(F.cross_entropy(logits.float(), tokens[:, 1:], reduction="none").double().mean(1).cpu())
+    return torch.cat(found)
 
 
 def losses_as_trained(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
@@ -132,13 +141,14 @@ def with_study_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"logging_first_step": False, **same, **arguments}
 
 
-def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
+def train(arguments: dict[str, Any], file: Path, change: Callable[[Trainer], None] | None = None) -> dict[str, Any]:
     """
     Trains a model with run_clm.py, or resumes its training.
 
     Args:
         arguments (`dict`): Arguments of run_clm.py.
         file (`Path`): File in which the arguments are saved.
+        change (`Callable`, *optional*): Called with the trainer before it trains.
 
     Returns:
         `dict`: the results of run_clm.py, and the training loss by step.
@@ -154,7 +164,7 @@ def train(arguments: dict[str, Any], file: Path) -> dict[str, Any]:
         )
     write_json(file, arguments)
     sys.argv = [run_clm.__file__, str(file)]
-    run_clm.main()
+    run_clm.main(change)
     folder = Path(arguments["output_dir"])
     history = read_json(folder / "trainer_state.json")["log_history"]
     return {
@@ -183,10 +193,19 @@ def load(folder: Path, **fields: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
-    """Returns held-out losses and expert usage of a trained model. `batch_size` is that of its training."""
+    """
+    Returns held-out losses, of texts and of each of their sequences, and the expert usage of a trained model.
+    `batch_size` is that of its training.
+    """
     model = load(folder)
     with evaluation(model):
-        result: dict[str, Any] = {"losses": losses(model, texts, EVAL_BATCH_SIZE)}
+        of_sequences = {name: sequence_losses(model, text, EVAL_BATCH_SIZE) for name, text in texts.items()}
+        result: dict[str, Any] = {
+            "losses": {name: each.mean().item() for name, each in of_sequences.items()},
+            "sequence_losses": {
+                name: [round(loss, 4) for loss in each.tolist()] for name, each in of_sequences.items()
+            },
+        }
         if {"peer", "pkm"}.intersection(model.config.feed_forward_types):
             result["usage"] = usage(model, texts[CORPUS])
     if model.config.moe_routing == "expert_choice":
@@ -211,11 +230,11 @@ def changes_to_measure(result: dict[str, Any], planned: dict[str, dict[str, Any]
     return {name: fields for name, fields in planned.items() if measured.get(name) != fields}
 
 
-def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
+def make(work: dict[str, Any], file: Path, change: Change | None = None) -> dict[str, Any]:
     """Trains the model of a run, measures it, and returns the result."""
     arguments = work["run_clm"]
     folder = Path(arguments["output_dir"])
-    trained = train(arguments, file.with_suffix(".run_clm.json"))
+    trained = train(arguments, file.with_suffix(".run_clm.json"), None if change is None else partial(change, work))
     texts = read_texts(Path(work["held_out"]), DEVICE)
     measured = measure(folder, texts, arguments["per_device_train_batch_size"])
     # push_to_hub.py makes the card of the model from these, in place of what run_clm.py measured on another sample.
@@ -226,13 +245,13 @@ def make(work: dict[str, Any], file: Path) -> dict[str, Any]:
     return {**work["run"], **trained, **measured, **about}
 
 
-def main():
+def main(change: Change | None = None):
     file = Path(sys.argv[1])
     work = read_json(file)
     result_file = Path(work["result_file"])
     with FileLock(file.with_suffix(".lock")):  # wait for a run that outlived its killed study
         if not result_file.exists():
-            write_json(result_file, make(work, file))
+            write_json(result_file, make(work, file, change))
         result = read_json(result_file)
         if changes := changes_to_measure(result, work["after_training"]):
             texts = read_texts(Path(work["held_out"]), DEVICE)

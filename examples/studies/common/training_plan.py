@@ -1,0 +1,215 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the studies that train many models share: which model a run trains, for how long, and what that costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.model_arguments import ModelArguments, load_config
+from modeling_peer import ModelCosts, PeerConfig, configuration_path, model_costs
+
+
+# Variants that every plan has: the layer of interest, and the layer that it replaces.
+PEER, DENSE = "peer", "dense"
+
+# Fields that scale with `hidden_size`. In a plan they hold for the `hidden_size` of the named configuration.
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "query_size")
+
+# Name of the held-out part of the training texts, by which learning rates and sizes are chosen.
+CORPUS = "corpus"
+
+
+@dataclass
+class TrainingPlan:
+    """
+    What all runs of a study share, and the models that they may train.
+
+    Args:
+        training_texts, evaluation_texts (`list[str]`):
+            Texts by their names in studies/common/corpora.py or ids of the Hub. A part of the training texts is held
+            out; the evaluation texts come from other sources.
+        block_size, batch_size (`int`): Tokens per sequence, and sequences per step.
+        eval_sequences (`int`): Sequences per held-out text.
+        training (`dict`):
+            Further `TrainingArguments` of every run. Its `gradient_accumulation_steps` must divide the `batch_size`.
+        fields (`dict`): Fields in which all models differ from the named configurations.
+        variants (`dict[str, dict]`):
+            For each variant its named `configuration`, its own `training` arguments, and the fields that differ.
+    """
+
+    training_texts: list[str]
+    evaluation_texts: list[str]
+    block_size: int
+    batch_size: int
+    eval_sequences: int
+    training: dict[str, Any]
+    fields: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+
+    def __post_init__(self):
+        for name in (PEER, DENSE):
+            if name not in self.variants:
+                raise ValueError(
+                    f"`variants` must contain {PEER!r} and {DENSE!r}, which are compared, but got "
+                    f"{list(self.variants)}."
+                )
+        for name in ("training_texts", "evaluation_texts"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must have at least one element.")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `gradient_accumulation_steps` = {self.accumulation_steps}, but "
+                f"got {self.batch_size}."
+            )
+
+    @property
+    def tokens_of_step(self) -> int:
+        """Tokens per training step."""
+        return self.block_size * self.batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Number of forwards per training step."""
+        return self.training.get("gradient_accumulation_steps", 1)
+
+    def own_changes(self, run: "Run") -> dict[str, Any]:
+        """What a run has beside what all runs have: a named `configuration`, `training` arguments, and fields."""
+        return self.variants[run.variant]
+
+
+def merge_changes(*changes: dict[str, Any]) -> dict[str, Any]:
+    """Several of them in one: later ones hold where earlier ones say otherwise."""
+    merged: dict[str, Any] = {}
+    for each in changes:
+        merged |= each | {"training": merged.get("training", {}) | each.get("training", {})}
+    return merged
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to train. `ablation` is a group of changes of its variant that the plan has, and a name in it."""
+
+    variant: str
+    hidden_size: int
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    ablation: tuple[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """A name that tells the run from all others, for its files."""
+        ablation = "" if self.ablation is None else f"{self.ablation[0]}={self.ablation[1]}-".replace(" ", "_")
+        return (
+            f"{self.variant}-{ablation}hidden_size={self.hidden_size}-steps={self.steps}"
+            f"-learning_rate={self.learning_rate:g}-seed={self.seed}"
+        )
+
+
+def budget_name(budget: float) -> str:
+    """The budget in short form, such as `"8e12"`."""
+    return f"{budget:g}".replace("e+", "e")
+
+
+def training_arguments(run: Run, plan: TrainingPlan) -> dict[str, Any]:
+    """The `TrainingArguments` of a run: those of all runs, and its own."""
+    return plan.training | plan.own_changes(run).get("training", {})
+
+
+def base_configuration(run: Run, plan: TrainingPlan) -> str:
+    """The named configuration of the variant of a run."""
+    return plan.own_changes(run)["configuration"]
+
+
+def changed_fields(run: Run, plan: TrainingPlan) -> dict[str, Any]:
+    """
+    The fields in which the configuration of a run differs from the named one: those of its size and its own.
+
+    Raises:
+        `ValueError`: if the size is not a multiple of the head size.
+    """
+    base = PeerConfig.from_pretrained(configuration_path(base_configuration(run, plan)))
+    fields = {"head_dim": base.head_dim, **plan.fields, **plan.own_changes(run)}
+    heads, rest = divmod(run.hidden_size, fields["head_dim"])
+    if rest:
+        raise ValueError(
+            f"`hidden_sizes` must be multiples of the head size {fields['head_dim']} of {run.variant}, but got "
+            f"{run.hidden_size}."
+        )
+    for name in ("configuration", "training"):
+        fields.pop(name, None)
+    widths = {name: fields.get(name, getattr(base, name)) for name in WIDTHS}
+    return {
+        **fields,
+        **{name: width * run.hidden_size // base.hidden_size for name, width in widths.items() if width is not None},
+        "hidden_size": run.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,  # a fraction of the heads need not be a whole number
+    }
+
+
+def trains_by_rows(run: Run, plan: TrainingPlan) -> bool:
+    """
+    Whether [`RowAdamW`] trains a run. Plans say it by `sparse_expert_gradients`, once a field of configurations.
+    """
+    return changed_fields(run, plan).get("sparse_expert_gradients", False)
+
+
+def configuration_of(run: Run, plan: TrainingPlan) -> PeerConfig:
+    """The configuration of the model of a run, as run_clm.py makes it."""
+    return load_config(ModelArguments(config_name=base_configuration(run, plan)), **changed_fields(run, plan))
+
+
+def costs_of(run: Run, plan: TrainingPlan) -> ModelCosts:
+    """The costs of the model of a run, at the sequence length of its training."""
+    return model_costs(configuration_of(run, plan), plan.block_size)
+
+
+def training_flops(run: Run, plan: TrainingPlan) -> int:
+    """FLOPs of forward and backward of all training steps."""
+    return 3 * costs_of(run, plan).flops * run.steps * plan.tokens_of_step
+
+
+def run_of_budget(
+    variant: str,
+    hidden_size: int,
+    budget: float,
+    learning_rate: float,
+    plan: TrainingPlan,
+    ablation: tuple[str, str] | None = None,
+) -> Run:
+    """The run of as many steps as fit into a budget. Raises `ValueError` if not even one does."""
+    step = Run(variant, hidden_size, 1, learning_rate, ablation=ablation)
+    return run_of_steps(step, budget / training_flops(step, plan))
+
+
+def run_of_steps(run: Run, steps: float) -> Run:
+    """The run with another number of steps, rounded. Raises `ValueError` if it is not even one."""
+    if steps < 0.5:
+        raise ValueError(
+            f"{run.variant} of hidden_size {run.hidden_size} must be trained for at least one step, but got "
+            f"{steps:.2g}: raise `budgets`."
+        )
+    return replace(run, steps=round(steps))
+
+
+def run_of_seconds(run: Run, other: Run, step_seconds: Callable[[Run], float]) -> Run:
+    """The run with as many steps as take the seconds of another run."""
+    return run_of_steps(run, other.steps * step_seconds(other) / step_seconds(run))
+
+
+def corpus_loss(result: dict[str, Any]) -> float:
+    """Loss on the held-out part of the training texts."""
+    return result["losses"][CORPUS]

@@ -1,0 +1,378 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The folder of a study that trains models: its texts, its runs, several of which are made at once, and their results."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from common.subprocesses import module_command, module_environment
+from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
+from modeling_peer import PeerConfig, configuration_path
+from studies.common.corpora import load_corpus
+from studies.common.single_run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
+from studies.common.study_folder import claim_folder, read_json, write_json
+from studies.common.training_plan import (
+    CORPUS,
+    DENSE,
+    Run,
+    TrainingPlan,
+    base_configuration,
+    changed_fields,
+    costs_of,
+    training_arguments,
+    training_flops,
+    trains_by_rows,
+)
+
+
+# Makes the C library keep freed memory, such as the logits of a step, for the next step. Otherwise it is returned to
+# the system and mapped again page by page, which takes a quarter of the time of a step of a small model.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+# Parts of the plan that all runs share. The rest is checked for each run: lists of sizes, budgets and ablations may
+# grow.
+COMMON = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eval_sequences", "training")
+
+# Per run: points of its training loss, and checkpoints.
+LOGS, CHECKPOINTS = 40, 4
+
+
+class SavedResults(Protocol):
+    """What a study may go on from."""
+
+    plan: TrainingPlan
+    runs: dict[str, dict[str, Any]]
+    seconds: dict[str, Any]
+
+
+class TimeIsUp(Exception):
+    """Runs of a study are left at the end of the time that it was given."""
+
+
+class TrainingStudy:
+    """
+    A folder with the texts, the tokenizer and the result of each run.
+
+    Args:
+        plan (`TrainingPlan`): Plan of the study.
+        folder (`Path`): Folder of the study.
+        processes (`int`): Number of runs at once.
+        made_elsewhere ([`SavedResults`], *optional*):
+            Runs and step times to reuse where they have not been started here.
+        until (`float`, *optional*): Time, as `time.time()` gives it, from which on no run is begun.
+
+    Raises:
+        `ValueError`: if the folder or the reused results belong to a study that differs in `COMMON`.
+    """
+
+    # The module that makes a run in a process of its own.
+    single_run = "studies.common.single_run"
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        folder: Path,
+        processes: int,
+        made_elsewhere: SavedResults | None = None,
+        until: float | None = None,
+    ):
+        self.plan = plan
+        self.folder = folder
+        self.processes = processes
+        self.until = until
+        self.asked: set[str] = set()  # names of all runs that were asked for
+        common = {name: getattr(plan, name) for name in COMMON}
+        for name, expected in common.items() if made_elsewhere is not None else ():
+            if (found := getattr(made_elsewhere.plan, name)) != expected:
+                raise ValueError(f"The results belong to a study whose `{name}` was {found}, but got {expected}.")
+        claim_folder(folder, common)
+        if made_elsewhere is not None:
+            self._adopt(made_elsewhere)
+
+    def _adopt(self, results):
+        for name, result in results.runs.items():
+            file = self.folder / "results" / f"{name}.json"
+            if not file.exists() and not (self.folder / "models" / name).exists():
+                write_json(file, result)
+        # Step times are compared with each other, so all of them must come from one machine.
+        if not (self.folder / "seconds").exists() and results.seconds.keys() >= self.timed_runs().keys():
+            for size, measured in results.seconds.items():
+                write_json(self._seconds_file(size), measured)
+
+    def prepare(self) -> None:
+        """Downloads the texts, trains the tokenizer and cuts the held-out texts into blocks, once."""
+        if (self.folder / "held_out" / "texts.json").exists():
+            return
+        print("Reading the texts ...")
+        parts = [self._read(name) for name in self.plan.training_texts]
+        corpus = {split: concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation")}
+        for split, texts in corpus.items():
+            texts.to_parquet(self.folder / "text" / f"{split}.parquet")
+        base = PeerConfig.from_pretrained(configuration_path(self.plan.variants[DENSE]["configuration"]))
+        tokenizer = train_tokenizer(
+            corpus["train"].shuffle(seed=0), "text", base.vocab_size, base.max_position_embeddings
+        )
+        tokenizer.save_pretrained(self.folder / "tokenizer")
+        held_out = {CORPUS: corpus["validation"]}
+        for name in self.plan.evaluation_texts:
+            held_out[name] = concatenate_datasets(list(self._read(name).values()))
+        for name, texts in held_out.items():
+            self.held_out_blocks(texts).save_to_disk(self.folder / "held_out" / name)
+        write_json(self.folder / "held_out" / "texts.json", list(held_out))
+
+    def _read(self, name: str) -> DatasetDict:
+        datasets = load_corpus(name)
+        column = text_column(next(iter(datasets.values())), DataTrainingArguments())
+        return datasets.select_columns(column).rename_columns({} if column == "text" else {column: "text"})
+
+    def held_out_blocks(self, texts: Dataset) -> Dataset:
+        """The sequences on which models are evaluated, of a text with one row per document."""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        blocks = tokenize_into_blocks(texts, tokenizer, self.plan.block_size, DataTrainingArguments())
+        return blocks.shuffle(seed=0).select(range(min(self.plan.eval_sequences, len(blocks))))
+
+    def result_file(self, run: Run) -> Path:
+        """The file with the result of a run."""
+        return self.folder / "results" / f"{run.name}.json"
+
+    def _work_file(self, run):
+        return self.folder / "work" / f"{run.name}.json"
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The results of all runs that were asked for, by their names."""
+        files = sorted((self.folder / "results").glob("*.json"))
+        return {file.stem: read_json(file) for file in files if file.stem in self.asked}
+
+    def timed_runs(self) -> dict[str, list[Run]]:
+        """Runs of different variants whose steps are timed in turns, by names for their sets."""
+        return {}
+
+    def changes_after_training(self, run: Run) -> dict[str, dict[str, Any]]:
+        """The changes of fields to measure in the model of a run after its training, by their names."""
+        return {}
+
+    def beside_arguments(self, run: Run) -> dict[str, Any]:
+        """What a run is besides its arguments of run_clm.py; a change of it makes it another run."""
+        return {}
+
+    def seconds(self) -> dict[str, Any]:
+        """Seconds of a training step of the models of `timed_runs`, see `step_seconds`. They are measured once."""
+        found = {}
+        for name, runs in self.timed_runs().items():
+            fields = {run.variant: changed_fields(run, self.plan) for run in runs}
+            file = self._seconds_file(name)
+            if not file.exists() or read_json(file)["fields"] != fields:
+                self._measure_seconds(runs, fields, file)
+            found[name] = read_json(file)
+        return found
+
+    def _seconds_file(self, name):
+        return self.folder / "seconds" / f"{name}.json"
+
+    def _measure_seconds(self, runs, fields, result_file):
+        self.prepare()
+        file = self.folder / "work" / f"seconds-{result_file.name}"
+        shared = {each.name: getattr(self.plan, each.name) for each in dataclasses.fields(TrainingPlan)}
+        own = {run.variant: self.plan.own_changes(run) for run in runs}
+        work = {
+            "plan": shared | {"variants": self.plan.variants | own},
+            "runs": [asdict(run) for run in runs],
+            "fields": fields,
+            "text": str(self.folder / "held_out" / CORPUS),
+            "result_file": str(result_file),
+        }
+        write_json(file, work)
+        environment = module_environment() | ({} if torch.cuda.is_available() else KEEP_MEMORY)
+        subprocess.run(module_command("studies.common.step_seconds", str(file)), env=environment, check=True)
+
+    def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
+        """
+        Makes the runs that have no result yet, several at once, and returns the results of all runs asked for so far.
+
+        Raises:
+            `RuntimeError`: if a run fails, after the runs in progress have ended.
+            [`TimeIsUp`]: if runs are left at the end of the time, after the runs in progress have ended.
+            `ValueError`:
+                if an existing result belongs to a model with other fields, has to be measured again without its model,
+                or was trained on other texts.
+        """
+        runs = list(dict.fromkeys(runs))
+        self.asked |= {run.name for run in runs}
+        for run in runs:
+            self._check(run)
+        missing = [run for run in runs if not self._is_whole(run)]
+        for run in set(runs).difference(missing):
+            self._remove_checkpoints(run)  # a killed study leaves them behind
+        if missing:
+            self.prepare()
+            self._check_texts()
+        devices: SimpleQueue[int] = SimpleQueue()
+        for i in range(self.processes):
+            devices.put(i)
+        with ThreadPoolExecutor(self.processes) as pool:
+            futures = [pool.submit(self._make, run, devices) for run in missing]
+            try:
+                bar = tqdm(as_completed(futures), desc=description, total=len(missing), disable=not missing)
+                for future in bar:
+                    future.result()
+                    self._check_texts()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return self.results()
+
+    def _check(self, run):
+        """Raises `ValueError` if the existing result of a run belongs to another model or another training."""
+        file = self.result_file(run)
+        if not file.exists():
+            return
+        result, more = read_json(file), self.beside_arguments(run)
+        found = comparable(result["run_clm"]) | {name: result[name] for name in more if name in result}
+        expected = comparable(self.arguments(run)) | more
+        if found != expected:
+            pairs = {name: (found.get(name, "absent"), expected.get(name, "absent")) for name in found | expected}
+            raise ValueError(
+                f"{file} was made with other arguments: "
+                + ", ".join(f"{name} was {was}, got {got}" for name, (was, got) in sorted(pairs.items()) if was != got)
+                + f". Remove it, {self.folder / 'models' / run.name} and {self._work_file(run)} and resume without "
+                "--results, or choose another --output_dir."
+            )
+
+        if not self._is_whole(run) and not (self.folder / "models" / run.name).exists():
+            raise ValueError(
+                f"{file} lacks some of the changes after training, and its model is not in "
+                f"{self.folder / 'models'}: remove the file and resume without --results to train the model again."
+            )
+
+    def _check_texts(self):
+        """
+        Raises `ValueError` if results come from different texts: a package may have been released in another version.
+        """
+        here = digests(read_texts(self.folder / "held_out", "cpu"))  # accelerators are left to the runs
+        first = {
+            text: (str(self.folder), digest) for text, digest in here.items()
+        }  # where a text was seen first, and its digest
+        for file in sorted((self.folder / "results").glob("*.json")):
+            result = read_json(file)
+            found = {"the number of training sequences": result["all_results"]["train_samples"]}
+            for text, value in (found | result.get("texts", {})).items():
+                other, expected = first.setdefault(text, (file.stem, value))
+                if value != expected:
+                    raise ValueError(
+                        f"The texts are no longer the same: for {text}, {other} has {expected}, but {file.stem} has "
+                        f"{value}. Choose another --output_dir and make all runs again."
+                    )
+
+    def _is_whole(self, run):
+        file = self.result_file(run)
+        return file.exists() and not changes_to_measure(read_json(file), self.changes_after_training(run))
+
+    def _make(self, run, devices):
+        if self.until is not None and time.time() >= self.until:
+            raise TimeIsUp(f"The time is up: {run.name} and what follows it are left. The same command goes on.")
+        file = self._work_file(run)
+        write_json(file, self.work(run))
+        device = devices.get()
+        try:
+            with open(file.with_suffix(".log"), "a") as log:
+                command, environment = (
+                    module_command(self.single_run, str(file)),
+                    self._environment(device),
+                )
+                status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        finally:
+            devices.put(device)
+        if status:
+            raise RuntimeError(f"{run.name} failed with exit code {status}: see {file.with_suffix('.log')}.")
+        self._remove_checkpoints(run)
+
+    def _remove_checkpoints(self, run):
+        """Removes the checkpoints of a finished run. The trained model is kept."""
+        for checkpoint in (self.folder / "models" / run.name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def _environment(self, device):
+        """The environment of a run, which gets one accelerator or its share of the cores to itself."""
+        environment = module_environment() | {"TOKENIZERS_PARALLELISM": "false"}
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+            names = visible.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = names[device % len(names)]
+        else:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
+            environment |= KEEP_MEMORY
+        return environment
+
+    def work(self, run: Run) -> dict[str, Any]:
+        """What the process that makes a run is told."""
+        costs = costs_of(run, self.plan)
+        description = {
+            **asdict(run),
+            **self.beside_arguments(run),
+            "fields": changed_fields(run, self.plan),
+            "flops_per_token": costs.flops,
+            "training_flops": training_flops(run, self.plan),
+            "parameters": costs.parameters,
+            "active_parameters": costs.active_parameters,
+        }
+        return {
+            "run": description,
+            "run_clm": self.arguments(run),
+            "result_file": str(self.result_file(run)),
+            "held_out": str(self.folder / "held_out"),
+            "after_training": self.changes_after_training(run),
+        }
+
+    def arguments(self, run: Run) -> dict[str, Any]:
+        """The arguments of run_clm.py for a run."""
+        fields = changed_fields(run, self.plan)
+        return {
+            "config_name": base_configuration(run, self.plan),
+            "config_overrides": json.dumps(fields),
+            "tokenizer_name": str(self.folder / "tokenizer"),
+            "train_file": str(self.folder / "text" / "train.parquet"),
+            "validation_file": str(self.folder / "text" / "validation.parquet"),
+            "do_train": True,
+            "do_eval": True,
+            "output_dir": str(self.folder / "models" / run.name),
+            "block_size": self.plan.block_size,
+            "per_device_train_batch_size": self.plan.batch_size // self.plan.accumulation_steps,
+            "per_device_eval_batch_size": EVAL_BATCH_SIZE,
+            "max_eval_samples": self.plan.eval_sequences,
+            "max_steps": run.steps,
+            "learning_rate": run.learning_rate,
+            "row_adamw": trains_by_rows(run, self.plan),
+            "seed": run.seed,
+            "logging_steps": max(1, run.steps // LOGS),
+            "save_steps": max(1, run.steps // CHECKPOINTS),
+            "save_total_limit": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **training_arguments(run, self.plan),
+        }
