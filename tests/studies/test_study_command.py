@@ -26,4 +26,4 @@ ROOT = Path(__file__).parents[2]
 def test_lists_the_studies(name):
     done = subprocess.run([ROOT / "run", "study", *name], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[1:] == ["facts", "graft_starts", "scaling", "stream"]
+    assert done.stderr.splitlines()[1:] == ["facts", "graft_starts", "recipe", "scaling", "stream"]

@@ -1,0 +1,1 @@
+"""The paper's comparison at equal compute, and its ablations."""

@@ -1,0 +1,105 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Finds a recipe for PEER, and compares it with PEER as in the paper, a dense feed-forward, a mixture of experts and
+product-key memories, at equal compute and at equal time.
+
+    ./run study recipe                       # the plan plans/two-cores.json, twenty-four hours
+    ./run study recipe --hours 2.5           # as much of it as two and a half hours allow
+    ./run study recipe --results examples/studies/recipe/results.json    # goes on from these runs
+
+run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
+file in --output_dir; `results.json` there sums them up, and tables and plots are made from it.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from common.command_line import parse_arguments
+from studies.common.study_folder import write_text
+from studies.common.training_study import TimeIsUp
+from studies.recipe.plan import read_plan, search_runs
+from studies.recipe.report import Results, describe, read_results, write_results
+from studies.recipe.study import Study
+
+
+PLAN = Path(__file__).parent / "plans" / "two-cores.json"
+
+
+@dataclass
+class RecipeArguments:
+    """Which plan to run, for how long, where to save the results, and which results to reuse."""
+
+    plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
+    output_dir: str = field(default="runs/recipe", metadata={"help": "Output folder."})
+    results: str | None = field(
+        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
+    )
+    hours: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hours after which no further run is begun; the same command goes on. Runs in progress end."
+        },
+    )
+    processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
+        },
+    )
+
+
+def run_study(study: Study) -> None:
+    """Makes all runs that have no result yet: first the search, with one seed after the other."""
+    search = search_runs(study.plan)
+    for seed in range(study.plan.search_seeds):
+        study.make([runs[seed] for runs in search.values()], f"Search, seed {seed}")
+
+
+def report(results: Results, folder: Path) -> None:
+    """Writes results and tables."""
+    write_results(folder / "results.json", results)
+    write_text(folder / "tables.md", describe(results))
+    print(f"\n{describe(results)}\nIn {folder}: results.json, tables.md")
+
+
+def main():
+    (args,) = parse_arguments((RecipeArguments,), __doc__)
+    logging.set_verbosity_error()
+    folder = Path(args.output_dir)
+    plan = read_plan(Path(args.plan))
+    folder.mkdir(parents=True, exist_ok=True)
+    until = None if args.hours is None else time.time() + 3600 * args.hours
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            made_elsewhere = None if args.results is None else read_results(Path(args.results))
+            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere, until)
+            try:
+                run_study(study)
+            except TimeIsUp as message:
+                print(message)
+            report(Results(plan, study.results(), {}), folder)
+    except Timeout:
+        raise SystemExit(
+            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

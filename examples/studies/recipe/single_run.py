@@ -1,0 +1,36 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Makes one run of the recipe study, in a process of its own: see studies/common/single_run.py.
+
+    python -m studies.recipe.single_run RUN.json
+"""
+
+from typing import Any
+
+from transformers import Trainer
+
+import studies.recipe.variants  # noqa: F401 registers them
+from studies.common.single_run import main
+from studies.recipe.trials import apply_trial, share_initialization
+
+
+def change(work: dict[str, Any], trainer: Trainer) -> None:
+    """Gives the model the initialization that runs of a seed share, and its trainer what is tried."""
+    share_initialization(trainer.model, work["run"]["seed"])
+    apply_trial(trainer, **work["run"]["trial"])
+
+
+if __name__ == "__main__":
+    main(change)

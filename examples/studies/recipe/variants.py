@@ -1,0 +1,95 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Feed-forwards of the recipe study that are no variants of the package: Memory+, and PEER with rows narrower than the
+model. Importing this module registers them.
+"""
+
+from copy import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling_peer import FeedForwardInterface, PartCosts, PeerConfig
+from modeling_peer.analysis.costs import model_costs
+from modeling_peer.expert_generations import first_generation
+from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
+from modeling_peer.feed_forward_pkm import PkmFeedForward
+
+
+def _costs_of(config, variant):
+    """Costs of one layer of a variant of the package."""
+    alone = copy(config)
+    alone.feed_forward_types = [variant] * config.num_hidden_layers
+    return model_costs(alone, 1).feed_forwards[0]
+
+
+class MemoryPlusFeedForward(PkmFeedForward):
+    """
+    A product-key memory with the output gate of Memory+ (Berges et al., "Memory Layers at Scale", arXiv 2412.09764,
+    section 3.2): `(y ⊙ silu(x W_1)) W_2` of the memory's output y.
+    """
+
+    def __init__(self, config: PeerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        memory = super().forward(hidden_states, padding_mask, **kwargs)
+        return self.output_proj(memory * F.silu(self.gate_proj(hidden_states)))
+
+    @staticmethod
+    def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
+        size = 2 * config.hidden_size**2
+        return _costs_of(config, "pkm") + PartCosts(2 * size, size, size)
+
+
+class NarrowPeerFeedForward(PeerFeedForward):
+    """
+    PEER whose experts have rows of half the width of the model, with a projection in and one out (as the values of
+    UltraMem, arXiv 2411.12364), and twice as many per head: the same rows in bytes.
+    """
+
+    def __init__(self, config: PeerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        narrow = self._narrow(config)
+        self.expert_pool = ExpertPool(narrow, [first_generation(narrow)])
+        self.in_proj = nn.Linear(config.hidden_size, narrow.hidden_size, bias=False)
+        self.out_proj = nn.Linear(narrow.hidden_size, config.hidden_size, bias=False)
+
+    @staticmethod
+    def _narrow(config):
+        narrow = copy(config)
+        narrow.hidden_size = config.hidden_size // 2
+        return narrow
+
+    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask, forward_pass):
+        indices, weights = router(hidden_states, padding_mask, forward_pass)
+        tokens = self.in_proj(hidden_states).flatten(0, -2)
+        output = pool(tokens, indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2))
+        return self.out_proj(output).view_as(hidden_states)
+
+    @staticmethod
+    def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
+        whole, active = _costs_of(config, "peer"), config.num_experts_per_tok
+        columns = 2 * (config.hidden_size // 2)  # fewer, of the rows of both tables
+        rows = PartCosts(-2 * active * columns, -config.num_experts * columns, -active * columns)
+        size = 2 * config.hidden_size * (config.hidden_size // 2)
+        return whole + rows + PartCosts(2 * size, size, size)
+
+
+FeedForwardInterface.register("memory_plus", MemoryPlusFeedForward)
+FeedForwardInterface.register("narrow_peer", NarrowPeerFeedForward)

@@ -1,0 +1,54 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Plans of the recipe study for its tests."""
+
+from pathlib import Path
+
+
+PLANS = Path(__file__).parents[3] / "examples" / "studies" / "recipe" / "plans"
+
+SMALL = {
+    "training_texts": ["old"],
+    "evaluation_texts": ["new"],
+    "block_size": 32,
+    "batch_size": 4,
+    "eval_sequences": 8,
+    "training": {"lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "fields": {"initializer_range": 0.08},
+    "budgets": [6e8],
+    "hidden_size": 32,
+    "learning_rate": 0.01,
+    "search_seeds": 2,
+    "variants": {
+        "dense": {"configuration": "dense-tiny"},
+        "peer": {
+            "configuration": "peer-tiny",
+            "training": {"down_proj_lr_multiplier": 4},
+            "sparse_expert_gradients": True,
+            "num_experts": 64,
+            "num_retrieval_heads": 2,
+            "num_experts_per_head": 4,
+            "query_size": 64,
+        },
+        "gated": {"parent": "peer", "gated_experts": True, "training": {"expert_lr_multiplier": 0.5}},
+        "apart": {"parent": "gated", "trial": {"apart": True}},
+    },
+    "searched": ["gated", "apart"],
+    "trials": {},
+    "hidden_sizes": [[32]],
+    "seeds": {},
+    "dense_sizes": [32],
+    "nums_experts": [64],
+    "ingredients": [],
+}

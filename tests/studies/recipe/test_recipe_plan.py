@@ -1,0 +1,143 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which runs the recipe study makes of its plan."""
+
+import pytest
+from recipe_plans import PLANS, SMALL
+
+from modeling_peer import PeerConfig
+from studies.common.training_plan import (
+    Run,
+    changed_fields,
+    configuration_of,
+    training_arguments,
+    training_flops,
+)
+from studies.recipe.plan import (
+    RecipePlan,
+    compared_runs,
+    dense_runs,
+    expert_runs,
+    read_plan,
+    run_of_size,
+    search_runs,
+    size_runs,
+    tuned,
+    tuning_runs,
+)
+
+
+TRIALS = {
+    "dense": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
+    "peer": [{"learning_rate": 0.01, "num_experts_per_head": 2}, {"learning_rate": 0.02, "training": {"seed": 3}}],
+}
+
+
+def plan_of(**fields):
+    return RecipePlan(**SMALL | fields)
+
+
+def test_a_variant_has_what_its_parents_have_and_it_does_not_change():
+    run = Run("apart", 32, 1, 0.01)
+    plan = plan_of()
+    assert training_arguments(run, plan) == {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "down_proj_lr_multiplier": 4,
+        "expert_lr_multiplier": 0.5,
+    }
+    config = configuration_of(run, plan)
+    assert config.gated_experts and config.num_experts == 64
+    assert plan.trial_of(run) == {"apart": True} and plan.trial_of(Run("gated", 32, 1, 0.01)) == {}
+    assert not changed_fields(run, plan).keys() & {"parent", "trial", "training", "configuration"}
+
+
+def test_the_search_compares_each_with_its_parent_at_one_budget():
+    plan = plan_of(budgets=[6e11])
+    search = search_runs(plan)
+    assert list(search) == ["dense", "peer", "gated", "apart"]
+    for name, runs in search.items():
+        assert [(run.variant, run.seed) for run in runs] == [(name, 0), (name, 1)]
+        assert training_flops(runs[0], plan) == pytest.approx(6e11, rel=0.01)
+    assert search["gated"][0].steps < search["peer"][0].steps
+
+
+def test_tuning_gives_each_variant_its_best_trial():
+    plan = plan_of(trials=TRIALS)
+    runs = tuning_runs(plan)
+    assert [run.learning_rate for run in runs["peer"]] == [0.01, 0.02]
+    few, other = (configuration_of(run, plan).num_experts_per_head for run in runs["peer"])
+    assert (few, other) == (2, 4) and training_arguments(runs["peer"][1], plan)["seed"] == 3
+    losses = {"dense": [1.0, 2.0], "peer": [2.0, 1.0]}
+    results = {
+        run.name: {"losses": {"corpus": loss}}
+        for name in runs
+        for run, loss in zip(runs[name], losses[name], strict=True)
+    }
+    best = tuned(plan, results)
+    assert (best["dense"], best["peer"]) == (runs["dense"][0], runs["peer"][1])
+    wide = run_of_size(best["peer"], 64, 6e8, plan)
+    assert wide.learning_rate == 0.01 and wide.ablation == best["peer"].ablation
+    assert training_arguments(wide, plan)["seed"] == 3 and wide.steps < best["peer"].steps
+
+
+def test_what_is_compared_was_not_chosen_by_its_seed():
+    plan = plan_of(trials=TRIALS, seeds={"dense": [3], "peer": [1]}, hidden_sizes=[[32, 64]])
+    best = tuning_runs(plan)["dense"][0]
+    assert [(run.hidden_size, run.seed) for run in size_runs(plan, best, 6e8)] == [(32, 0), (64, 0)]
+    assert [run.seed for run in compared_runs(plan, best, 6e8)] == [2, 3, 4]
+
+
+def test_runs_that_differ_in_one_thing():
+    variants = SMALL["variants"] | {"recipe": {"parent": "gated"}}
+    trials = TRIALS | {"recipe": TRIALS["peer"]}
+    plan = plan_of(
+        variants=variants, trials=trials, seeds={"recipe": [1]}, nums_experts=[16, 64], dense_sizes=[32, 64]
+    )
+    best = tuning_runs(plan)["recipe"][0]
+    few, many = (configuration_of(run, plan) for run in expert_runs(plan, best))
+    assert (few.num_experts, many.num_experts) == (16, 64)
+    different = {name for name, value in few.to_dict().items() if value != many.to_dict()[name]}
+    assert different == {"num_experts"} and few.num_experts_per_head == 2 and few.gated_experts
+    assert {run.steps for run in dense_runs(plan, tuning_runs(plan)["dense"][0], best)} == {best.steps}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variants": SMALL["variants"] | {"other": {"parent": "none"}}}, "parents of 'other' must be other .*'none'"),
+        (
+            {"variants": SMALL["variants"] | {"one": {"parent": "two"}, "two": {"parent": "one"}}},
+            "parents of 'one' must be other `variants`, but got \\['one'",
+        ),
+        ({"searched": ["dense"]}, "`searched` must name variants that have a `parent`, but 'dense' has none"),
+        ({"searched": ["missing"]}, "`searched` must name some of `variants`, but got \\['missing'\\]"),
+        ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
+        ({"hidden_sizes": []}, "`hidden_sizes` must have one entry per budget, 1, but got \\[\\]"),
+        ({"seeds": {"dense": [1, 2]}}, "`seeds of dense` must have one entry per budget"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(**fields)
+
+
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_plans_make_models(file):
+    import studies.recipe.variants  # noqa: F401 registers what they name
+
+    plan = read_plan(file)
+    for runs in search_runs(plan).values():
+        assert isinstance(configuration_of(runs[0], plan), PeerConfig)
+        assert training_flops(runs[0], plan) == pytest.approx(plan.budgets[0], rel=0.01)

@@ -1,0 +1,144 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The recipe study as a user runs it: pairs, time limits, and what it refuses."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from recipe_plans import SMALL
+from study_runs import TEXTS, run_preloaded
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import studies.recipe.__main__ as recipe
+from studies.common import training_study
+from studies.recipe.plan import RecipePlan, search_runs
+from studies.recipe.report import below, describe, read_results
+from studies.recipe.study import Study
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
+    """The study at its smallest, made once, and as a function that goes on with it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "plan.json").write_text(json.dumps(SMALL))
+
+    def main(*flags, output_dir=folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_study, "load_corpus", TEXTS.get)
+            named = ["--plan", str(folder / "plan.json"), "--output_dir", str(output_dir)]
+            patch.setattr(sys, "argv", ["studies.recipe", *named, *flags])
+            recipe.main()
+
+    def run_here(command, env, stdout, stderr, check=False):
+        return run_preloaded(command, env, Path(stdout.name), check)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
+        main()
+        yield folder, main
+
+
+def test_comes_to_its_end(small_study):
+    folder, _ = small_study
+    results = read_results(folder / "results.json")
+    assert results.plan == RecipePlan(**SMALL)
+    assert results.runs.keys() == {run.name for runs in search_runs(results.plan).values() for run in runs}
+    assert (folder / "tables.md").read_text() == describe(results)
+    gated = results.corpus_losses(search_runs(results.plan)["gated"])
+    assert f"{math.exp(sum(gated) / 2):.2f}" in describe(results)
+
+
+def test_pairs_start_alike_and_see_the_same(small_study):
+    folder, _ = small_study
+    results = read_results(folder / "results.json")
+    for result in results.runs.values():
+        assert (result["run_clm"]["seed"], result["run_clm"]["data_seed"]) == (result["seed"], result["seed"])
+    first = {
+        name: [results.runs[run.name]["train_history"][0][1] for run in runs]
+        for name, runs in search_runs(results.plan).items()
+    }
+    # The first loss of PEER, with and without a trial: the same model on the same sequences.
+    assert first["apart"] == first["gated"] and first["apart"][0] != first["apart"][1]
+
+
+def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
+    folder, _ = small_study
+    results = read_results(folder / "results.json")
+    tokens = torch.tensor(load_from_disk(folder / "held_out" / "new")["input_ids"])
+    run = search_runs(results.plan)["apart"][1]
+    model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.name).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=each[None], labels=each[None]).loss.item() for each in tokens]
+    result = results.runs[run.name]
+    assert result["sequence_losses"]["new"] == pytest.approx(expected, abs=1e-4)
+    assert result["losses"]["new"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert result["trial"] == {"apart": True}
+
+
+def test_sequences_lie_in_one_document(small_study, tmp_path):
+    folder, _ = small_study
+    study = Study(RecipePlan(**SMALL | {"eval_sequences": 1000}), tmp_path, 1)
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    texts = ["one two three " * 100, "short", "four five six " * 100]
+    blocks = study.held_out_blocks(Dataset.from_dict({"text": texts}))
+    assert set(blocks["document"]) == {0, 2}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for block in blocks:
+        assert len(block["input_ids"]) == 32
+        assert tokenizer.decode(block["input_ids"]).strip() in texts[block["document"]]
+
+
+def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
+    folder, main = small_study
+    before = read_results(folder / "results.json")
+    run = search_runs(before.plan)["gated"][1]
+    lost = folder / "results" / f"{run.name}.json"
+    kept = lost.read_bytes()
+    lost.unlink()
+    try:
+        main("--hours", "0")
+        assert f"The time is up: {run.name}" in capsys.readouterr().out
+        part = read_results(folder / "results.json")
+        assert part.runs.keys() == before.runs.keys() - {run.name}
+        assert not any(line.startswith("| gated") for line in describe(part).splitlines())
+    finally:
+        lost.write_bytes(kept)
+    main("--results", str(folder / "results.json"), "--hours", "0")
+    assert read_results(folder / "results.json").runs.keys() == before.runs.keys()
+
+
+def test_refuses_results_of_another_trial(small_study, monkeypatch):
+    folder, main = small_study
+    monkeypatch.setattr(training_study.subprocess, "run", lambda *_, **__: pytest.fail("trains before it refuses"))
+    variants = SMALL["variants"] | {"apart": SMALL["variants"]["apart"] | {"trial": {"apart": False}}}
+    (folder / "plan.json").write_text(json.dumps(SMALL | {"variants": variants}))
+    try:
+        with pytest.raises(ValueError, match=r"trial was \{'apart': True\}, got \{'apart': False\}"):
+            main()
+    finally:
+        (folder / "plan.json").write_text(json.dumps(SMALL))
+
+
+def test_differences_are_taken_within_a_seed():
+    share, error = below([1.0, 3.0], [1.1, 3.1])
+    assert share == pytest.approx(1 - math.exp(-0.1)) and error == pytest.approx(0.0, abs=1e-12)
+    share, error = below([1.0, 1.0], [1.1, 1.3])
+    assert share == pytest.approx(1 - math.exp(-0.2)) and error == pytest.approx(0.1)
+    assert math.isnan(below([1.0], [2.0])[1])

@@ -1,0 +1,137 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the recipe study tries beside flags: shared initialization, changes of the training, other feed-forwards."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_config, tiny_model
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from trainer_worker import counting_sequences, small_model, trainer_of
+
+import studies.recipe.variants  # noqa: F401 registers them
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, model_costs
+from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
+from studies.recipe.trials import DecayMoments, apply_trial, share_initialization
+
+
+def test_runs_of_a_seed_share_what_they_have_in_common():
+    models = [small_model(*types, seed=seed) for seed, types in enumerate([("dense", "dense"), ("dense", "peer")])]
+    for model in models:
+        share_initialization(model, 5)
+    dense, peer = (model.state_dict() for model in models)
+    shared = dense.keys() & peer.keys()
+    assert "model.layers.1.self_attn.q_proj.weight" in shared and "model.layers.0.mlp.up_proj.weight" in shared
+    for name in shared:
+        assert torch.equal(dense[name], peer[name]), name
+    share_initialization(models[1], 6)
+    assert not torch.equal(dense["model.embed_tokens.weight"], models[1].state_dict()["model.embed_tokens.weight"])
+
+
+def trained(folder, trial, steps=6, **options):
+    """The trainer of a tiny model, and the rates of its groups and the norms of its gradients in each step."""
+    model = small_model("dense", "peer")
+    trainer = trainer_of(model, folder, counting_sequences(40), max_steps=steps, warmup_steps=2, **options)
+    trainer.optimizer = RowAdamW(expert_parameter_groups(model, 1e-2, 0.0, 0.5, 8.0))
+    apply_trial(trainer, **trial)
+    seen = []
+    step = trainer.optimizer.step
+
+    def observed(*args, **kwargs):
+        tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+        others = [each.grad for each in model.parameters() if not any(each is table for table in tables)]
+        norms = [*(table.grad.norm() for table in tables), torch.cat([each.flatten() for each in others]).norm()]
+        seen.append(([group["lr"] for group in trainer.optimizer.param_groups], torch.stack(norms)))
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = observed
+    trainer.train()
+    return trainer, seen
+
+
+def test_the_rate_of_down_projections_falls_against_the_others(tmp_path):
+    _, usual = trained(tmp_path / "usual", {})
+    trainer, falling = trained(tmp_path / "falling", {"down_rate": [10.0, 1.0]})
+    down = {module.weight for module in trainer.model.modules() if isinstance(module, ExpertDownProjection)}
+    for step, ((before, _), (after, _)) in enumerate(zip(usual, falling, strict=True)):
+        for group, one, other in zip(trainer.optimizer.param_groups, before, after, strict=True):
+            factor = 10.0 * 0.1 ** (step / 6) if down.issuperset(group["params"]) else 1.0
+            assert other == pytest.approx(factor * one)
+
+
+def test_tables_are_clipped_apart(tmp_path):
+    _, together = trained(tmp_path / "together", {}, max_grad_norm=0.01)
+    _, apart = trained(tmp_path / "apart", {"apart": True}, max_grad_norm=0.01)
+    for _, norms in together:
+        assert norms.norm() == pytest.approx(0.01, rel=1e-3)
+    for _, norms in apart:
+        torch.testing.assert_close(norms, torch.full_like(norms, 0.01), rtol=1e-3, atol=0.0)
+
+
+def test_moments_decay_in_steps_that_do_not_touch_a_row():
+    model = small_model("dense", "peer")
+    optimizer = RowAdamW(expert_parameter_groups(model, 0.0))
+    table = next(module.weight for module in model.modules() if isinstance(module, ExpertDownProjection))
+    reference = torch.zeros_like(table), torch.zeros_like(table)
+    callback = DecayMoments()
+    for step in range(4):
+        optimizer.zero_grad()
+        tokens = random_tokens(1, 3, seed=step)
+        model(tokens, labels=tokens).loss.backward()
+        gradient = table.grad.to_rows() if hasattr(table.grad, "to_rows") else table.grad
+        touched = gradient.ne(0).any(1)
+        for moment, beta, new in zip(reference, (0.9, 0.999), (gradient, gradient**2), strict=True):
+            moment.mul_(beta).add_(new, alpha=1 - beta)
+        callback.on_pre_optimizer_step(None, SimpleNamespace(global_step=step), None, model, optimizer)
+        optimizer.step()
+        for name, moment in zip(("exp_avg", "exp_avg_sq"), reference, strict=True):
+            torch.testing.assert_close(optimizer.state[table][name][touched], moment[touched], rtol=1e-4, atol=1e-10)
+        assert (optimizer.state[table]["row_steps"][touched] == step + 1).all()
+
+
+def test_the_gate_of_memory_plus():
+    layer = tiny_model(tiny_config("memory_plus")).model.layers[0].mlp
+    hidden_states = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        memory = super(type(layer), layer).forward(hidden_states)
+        gate = F.silu(hidden_states @ layer.gate_proj.weight.T)
+        torch.testing.assert_close(layer(hidden_states), (memory * gate) @ layer.output_proj.weight.T)
+
+
+def test_narrow_experts():
+    layer = tiny_model(tiny_config("narrow_peer")).model.layers[0].mlp
+    hidden_states = torch.randn(1, 5, 24)
+    with torch.no_grad():
+        indices, weights = layer.router(hidden_states)
+        up, down = (
+            table.weight[indices.flatten(-2)[0]] for table in (layer.expert_pool.up_proj, layer.expert_pool.down_proj)
+        )
+        narrow = hidden_states[0] @ layer.in_proj.weight.T
+        neurons = F.gelu((up * narrow[:, None]).sum(-1)) * weights.flatten(-2)[0]
+        expected = (neurons[..., None] * down).sum(1) @ layer.out_proj.weight.T
+        torch.testing.assert_close(layer(hidden_states)[0], expected)
+    assert layer.expert_pool.up_proj.weight.shape[1] == 12
+
+
+@pytest.mark.parametrize("variant", ["memory_plus", "narrow_peer"])
+def test_costs_are_those_of_the_model(variant):
+    config = tiny_config("dense", variant, expert_kernels="eager")  # torch counts nothing inside an operator
+    model, costs = PeerForCausalLM(config).eval(), model_costs(config, 6)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(random_tokens(1, 6), use_cache=False)
+    counted = counter.get_flop_counts()["PeerForCausalLM.model.layers.1.mlp"]
+    assert sum(counted.values()) == 6 * costs.feed_forward_flops[1]
+    assert sum(each.numel() for each in model.parameters()) == costs.total.parameters
