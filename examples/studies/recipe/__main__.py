@@ -33,8 +33,21 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from studies.common.study_folder import write_text
+from studies.common.training_plan import DENSE, Run, budget_name
 from studies.common.training_study import TimeIsUp
-from studies.recipe.plan import read_plan, search_runs
+from studies.recipe.plan import (
+    RECIPE,
+    choose_size,
+    compared_runs,
+    dense_runs,
+    expert_runs,
+    ingredient_runs,
+    read_plan,
+    search_runs,
+    size_runs,
+    tuned,
+    tuning_runs,
+)
 from studies.recipe.report import Results, describe, read_results, write_results
 from studies.recipe.study import Study
 
@@ -66,10 +79,37 @@ class RecipeArguments:
 
 
 def run_study(study: Study) -> None:
-    """Makes all runs that have no result yet: first the search, with one seed after the other."""
-    search = search_runs(study.plan)
-    for seed in range(study.plan.search_seeds):
+    """Makes all runs that have no result yet, as far as the plan has what was found: first the search."""
+    plan, search = study.plan, search_runs(study.plan)
+    for seed in range(plan.search_seeds):
         study.make([runs[seed] for runs in search.values()], f"Search, seed {seed}")
+    if RECIPE not in plan.trials:
+        return
+    best = tuned(plan, study.make(_together(tuning_runs(plan).values()), "Tuning"))
+    chosen = {budget: compare(study, best, budget) for budget in plan.budgets}
+    study.make(_together(ingredient_runs(plan, best[RECIPE]).values()), "Ingredients")
+    study.make(_together(expert_runs(plan, best[RECIPE]).values()), "Numbers of experts")
+    last = compared_runs(plan, chosen[plan.budgets[-1]][RECIPE], plan.budgets[-1])[0]
+    study.make(dense_runs(plan, best[DENSE], last), "Dense sizes")
+    study.seconds()
+    for budget in plan.budgets:
+        study.make(study.all_results().seconds_runs(budget), f"Sizes at the seconds of {budget_name(budget)} FLOPs")
+        study.make(compared_runs(plan, study.all_results().fastest(budget), budget), "Equal seconds")
+
+
+def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]:
+    """Makes the runs of all sizes at a budget, and the chosen ones with their seeds. Returns the chosen ones."""
+    plan, name = study.plan, budget_name(budget)
+    sizes = {variant: size_runs(plan, run, budget) for variant, run in best.items()}
+    made = study.make(_together(sizes.values()), f"Sizes at {name} FLOPs")
+    chosen = {variant: choose_size(runs, made) for variant, runs in sizes.items()}
+    compared = [compared_runs(plan, run, budget) for run in chosen.values()]
+    study.make(_together(compared), f"Comparison at {name} FLOPs")
+    return chosen
+
+
+def _together(lists):
+    return [run for runs in lists for run in runs]
 
 
 def report(results: Results, folder: Path) -> None:
@@ -89,12 +129,12 @@ def main():
     try:
         with FileLock(folder / ".lock", timeout=0):
             made_elsewhere = None if args.results is None else read_results(Path(args.results))
-            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere, until)
+            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere, until=until)
             try:
                 run_study(study)
             except TimeIsUp as message:
                 print(message)
-            report(Results(plan, study.results(), {}), folder)
+            report(study.all_results(), folder)
     except Timeout:
         raise SystemExit(
             f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."

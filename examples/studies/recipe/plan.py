@@ -13,7 +13,7 @@
 # limitations under the License.
 """The plan of the recipe study: what is searched, tuned and compared, and which runs that takes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from studies.common.training_plan import (
     corpus_loss,
     merge_changes,
     run_of_budget,
+    run_of_seconds,
     run_of_steps,
 )
 
@@ -110,11 +111,11 @@ class RecipePlan(TrainingPlan):
         return {name: value for name, value in changes.items() if name not in ("parent", "trial", "learning_rate")}
 
     def _tuned(self, run):
-        group, name = run.ablation or (None, "")
-        if group == NUM_EXPERTS:
-            trial, _, number = name.partition(", ")
-            return self.trials[run.variant][int(trial)] | {"num_experts": int(number)}
-        return self.trials[run.variant][int(name)] if group == TUNING else {}
+        if run.ablation is None:
+            return {}
+        trials = self.trials[RECIPE if run.variant in self.ingredients else run.variant]
+        trial, _, num_experts = run.ablation[1].partition(", ")
+        return trials[int(trial)] | ({"num_experts": int(num_experts)} if num_experts else {})
 
     def trial_of(self, run: Run) -> dict[str, Any]:
         """What is tried in the training of a run that no flag gives."""
@@ -187,14 +188,39 @@ def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
     return with_seeds([chosen], range(plan.search_seeds, plan.search_seeds + number))
 
 
-def expert_runs(plan: RecipePlan, best: Run) -> list[Run]:
-    """The recipe with each number of experts, for as many steps, with the seeds of the comparison."""
-    runs = [replace(best, ablation=(NUM_EXPERTS, f"{best.ablation[1]}, {number}")) for number in plan.nums_experts]
-    return with_seeds(runs, range(plan.search_seeds, plan.search_seeds + plan.seeds[RECIPE][0]))
+def all_sizes(plan: RecipePlan) -> list[int]:
+    """Sizes of all budgets, in ascending order."""
+    return sorted({size for sizes in plan.hidden_sizes for size in sizes})
+
+
+def seconds_runs(
+    plan: RecipePlan, best: Run, dense: Run, budget: float, step_seconds: Callable[[Run], float]
+) -> list[Run]:
+    """The runs of a variant at each size of a budget, for as many steps as take the seconds of a dense run."""
+    return [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best, budget)]
+
+
+def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
+    """The recipe, and without each of its ingredients, at the rate of the recipe, the first budget and two seeds."""
+    rate, seeds = best.learning_rate, range(plan.search_seeds, plan.search_seeds + 2)
+    return {
+        name: with_seeds([run_of_budget(name, plan.hidden_size, plan.budgets[0], rate, plan, best.ablation)], seeds)
+        for name in [RECIPE, *plan.ingredients]
+    }
+
+
+def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
+    """The recipe by its number of experts, for as many steps, with the seeds of the comparison."""
+    seeds = range(plan.search_seeds, plan.search_seeds + plan.seeds[RECIPE][0])
+    return {
+        number: with_seeds([replace(best, ablation=(NUM_EXPERTS, f"{best.ablation[1]}, {number}"))], seeds)
+        for number in plan.nums_experts
+    }
 
 
 def dense_runs(plan: RecipePlan, best: Run, tokens_of: Run) -> list[Run]:
-    """Dense models of several sizes that are trained on the tokens of another run."""
+    """Dense models of several sizes on the tokens of another run, with its seed."""
     return [
-        run_of_steps(run_of_size(best, size, plan.budgets[-1], plan), tokens_of.steps) for size in plan.dense_sizes
+        replace(run_of_steps(run_of_size(best, size, plan.budgets[-1], plan), tokens_of.steps), seed=tokens_of.seed)
+        for size in plan.dense_sizes
     ]

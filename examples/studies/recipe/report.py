@@ -14,15 +14,30 @@
 """Tables of the recipe study from its raw results."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median
 from typing import Any
 
 from studies.common.study_folder import read_json, write_runs
 from studies.common.tables import markdown_table
-from studies.common.training_plan import CORPUS, Run, costs_of
-from studies.recipe.plan import RecipePlan, search_runs
+from studies.common.training_plan import CORPUS, DENSE, Run, budget_name, costs_of
+from studies.recipe.differences import Difference, below, fit_sizes
+from studies.recipe.plan import (
+    RECIPE,
+    RecipePlan,
+    choose_size,
+    compared_runs,
+    dense_runs,
+    expert_runs,
+    ingredient_runs,
+    search_runs,
+    seconds_runs,
+    size_runs,
+    tuned,
+    tuning_runs,
+)
 
 
 class Results:
@@ -33,70 +48,284 @@ class Results:
         plan (`RecipePlan`): Plan of the study.
         runs (`dict[str, dict]`): Results of single_run.py by the names of runs.
         seconds (`dict`): Step times from `Study.seconds`.
+        documents (`dict[str, list[int]]`): For each evaluation text, the document of each of its sequences.
     """
 
-    def __init__(self, plan: RecipePlan, runs: dict[str, dict[str, Any]], seconds: dict[str, Any]):
+    def __init__(
+        self,
+        plan: RecipePlan,
+        runs: dict[str, dict[str, Any]],
+        seconds: dict[str, Any],
+        documents: dict[str, list[int]],
+    ):
         self.plan = plan
         self.runs = runs
         self.seconds = seconds
+        self.documents = documents
 
-    def are_made(self, runs: list[Run]) -> bool:
+    def are_made(self, runs: Iterable[Run]) -> bool:
         """Whether all of these runs have a result."""
         return all(run.name in self.runs for run in runs)
 
-    def corpus_losses(self, runs: list[Run]) -> list[float]:
-        """Loss of each run on the held-out part of the training texts, in nats per token."""
-        return [self.runs[run.name]["losses"][CORPUS] for run in runs]
+    @property
+    def best(self) -> dict[str, Run]:
+        """The run of each variant with the best trial of the tuning; empty before that has ended."""
+        runs = tuning_runs(self.plan)
+        is_tuned = RECIPE in runs and self.are_made(run for own in runs.values() for run in own)
+        return tuned(self.plan, self.runs) if is_tuned else {}
 
-    def text_losses(self, runs: list[Run]) -> list[float]:
+    def chosen(self, budget: float) -> dict[str, Run]:
+        """The run of each variant with the best size of a budget; empty before that is known."""
+        sizes = {variant: size_runs(self.plan, run, budget) for variant, run in self.best.items()}
+        if not sizes or not self.are_made(run for runs in sizes.values() for run in runs):
+            return {}
+        return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
+
+    def step_seconds(self, run: Run) -> float:
+        """Median seconds of a training step of the model of a run."""
+        return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
+
+    def seconds_runs(self, budget: float) -> list[Run]:
+        """The recipe at each size of a budget, for the seconds of the dense run that was chosen."""
+        dense = self.chosen(budget)[DENSE]
+        return seconds_runs(self.plan, self.best[RECIPE], dense, budget, self.step_seconds)
+
+    def fastest(self, budget: float) -> Run:
+        """The best of these."""
+        return choose_size(self.seconds_runs(budget), self.runs)
+
+    def corpus_perplexity(self, runs: list[Run]) -> float:
+        """Geometric mean over runs of the perplexity on the held-out part of the training texts."""
+        return math.exp(mean(self.runs[run.name]["losses"][CORPUS] for run in runs))
+
+    def losses(self, runs: list[Run]) -> list[float]:
         """Mean loss of each run over the evaluation texts, in nats per token."""
         return [mean(self.runs[run.name]["losses"][text] for text in self.plan.evaluation_texts) for run in runs]
 
+    def perplexity(self, runs: list[Run]) -> float:
+        """Geometric mean of perplexity over runs and evaluation texts."""
+        return math.exp(mean(self.losses(runs)))
 
-def below(losses: list[float], others: list[float]) -> tuple[float, float]:
-    """
-    By which share the perplexity of runs is below that of others with the same seeds, and the standard error of that:
-    both of the mean difference of the losses of each pair.
-    """
-    differences = [loss - other for loss, other in zip(losses, others, strict=True)]
-    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return 1 - math.exp(mean(differences)), error
+    def below(self, runs: list[Run], others: list[Run]) -> Difference:
+        """By which share the perplexity of runs is below that of others with the same seeds."""
+        pairs = [(run, other) for run in runs for other in others if run.seed == other.seed]
+        own, theirs = (
+            [self.runs[each.name]["sequence_losses"] for each in column] for column in zip(*pairs, strict=True)
+        )
+        return below(own, theirs, self.documents)
 
-
-def below_cell(losses: list[float], others: list[float]) -> str:
-    """The same as a cell of a table."""
-    share, error = below(losses, others)
-    return f"{share:+.1%}" + ("" if math.isnan(error) else f" ± {error:.1%}")
+    def below_on_the_corpus(self, runs: list[Run], others: list[Run]) -> list[float]:
+        """For each seed, by which share the perplexity on the corpus is below that of the other run."""
+        return [
+            1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
+            for run, other in zip(runs, others, strict=True)
+        ]
 
 
 def table_of_the_search(results: Results) -> str:
     """Table of variants that were searched, each against its parent with the same seeds."""
     plan, search = results.plan, search_runs(results.plan)
-    rows = [["", "parent", "MFLOPs per token", "steps", CORPUS, "below parent", "five texts", "below parent"]]
+    rows = [
+        ["", "parent", "MFLOPs per token", "steps", CORPUS, "below parent, per seed", "five texts", "below parent"]
+    ]
     for name, runs in search.items():
         if not results.are_made(runs):
             continue
-        parent = plan.variants[name].get("parent", "") if name in plan.searched else ""
-        cells = []
-        for losses in (results.corpus_losses, results.text_losses):
-            is_compared = parent and results.are_made(search[parent])
-            own = losses(runs)
-            cells += [f"{math.exp(mean(own)):.2f}", below_cell(own, losses(search[parent])) if is_compared else ""]
-        rows.append([name, parent, f"{costs_of(runs[0], plan).flops / 1e6:.2f}", f"{runs[0].steps:,}", *cells])
+        parent, cells = plan.variants[name].get("parent", "") if name in plan.searched else "", ["", ""]
+        if parent and results.are_made(search[parent]):
+            shares = results.below_on_the_corpus(runs, search[parent])
+            cells = [", ".join(f"{share:+.1%}" for share in shares), str(results.below(runs, search[parent]))]
+        rows.append(
+            [
+                name,
+                parent,
+                f"{costs_of(runs[0], plan).flops / 1e6:.2f}",
+                f"{runs[0].steps:,}",
+                f"{results.corpus_perplexity(runs):.2f}",
+                cells[0],
+                f"{results.perplexity(runs):.2f}",
+                cells[1],
+            ]
+        )
     return markdown_table(rows)
 
 
+def table_of_trials(results: Results) -> str:
+    """Table of the held-out losses of all trials."""
+    runs = tuning_runs(results.plan)
+    if not results.best:
+        return ""
+    number = max(map(len, runs.values()))
+    rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "chosen"]]
+    for variant, own in runs.items():
+        best = results.best[variant]
+        trial = results.plan.trials[variant][int(best.ablation[1])]
+        said = ", ".join(f"{name} {value}" for name, value in _flat(trial).items())
+        cells = [f"{results.corpus_perplexity([run]):.2f}" for run in own]
+        rows.append([variant, *(f"**{c}**" if run == best else c for c, run in zip(cells, own, strict=True)), said])
+    return markdown_table(rows)
+
+
+def _flat(trial):
+    return {key: value for key, value in {**trial, **trial.get("training", {})}.items() if key != "training"}
+
+
+def table_of_sizes(results: Results, budget: float) -> str:
+    """Table of the held-out losses of all sizes at a budget."""
+    chosen = results.chosen(budget)
+    if not chosen:
+        return ""
+    sizes = results.plan.hidden_sizes[results.plan.budgets.index(budget)]
+    rows = [[f"corpus perplexity, {budget_name(budget)} FLOPs", *(f"d = {size}" for size in sizes)]]
+    for variant, best in results.best.items():
+        runs = size_runs(results.plan, best, budget)
+        cells = [f"{results.corpus_perplexity([run]):.2f}" for run in runs]
+        rows.append(
+            [variant, *(f"**{c}**" if run == chosen[variant] else c for c, run in zip(cells, runs, strict=True))]
+        )
+    return markdown_table(rows)
+
+
+def table_of_the_comparison(results: Results, budget: float) -> str:
+    """Table of the compared runs at a budget, against dense, and the recipe against each."""
+    plan, chosen = results.plan, results.chosen(budget)
+    runs = {variant: compared_runs(plan, run, budget) for variant, run in chosen.items()}
+    if not runs or not results.are_made(run for own in runs.values() for run in own):
+        return ""
+    head = [
+        "d",
+        "seeds",
+        "parameters, M",
+        "active, M",
+        CORPUS,
+        "five texts",
+        "below dense",
+        "recipe below it",
+        "by errors",
+    ]
+    rows = [[f"{budget_name(budget)} FLOPs", *head]]
+    for variant, own in runs.items():
+        costs = costs_of(own[0], plan)
+        ahead = results.below(runs[RECIPE], own) if variant != RECIPE else None
+        rows.append(
+            [
+                variant,
+                str(own[0].hidden_size),
+                str(len(own)),
+                f"{costs.parameters / 1e6:.1f}",
+                f"{costs.active_parameters / 1e6:.1f}",
+                f"{results.corpus_perplexity(own):.2f}",
+                f"{results.perplexity(own):.2f}",
+                "" if variant == DENSE else str(results.below(own, runs[DENSE])),
+                "" if ahead is None else str(ahead),
+                "" if ahead is None else f"{-math.log(1 - ahead.share) / ahead.error:.1f}",
+            ]
+        )
+    return markdown_table(rows)
+
+
+def table_of_seconds(results: Results, budget: float) -> str:
+    """Table of the recipe at each size, for the seconds of the dense run that was chosen, against that run."""
+    plan, chosen = results.plan, results.chosen(budget)
+    if not chosen or not results.seconds or not results.are_made(results.seconds_runs(budget)):
+        return ""
+    fastest, dense = results.fastest(budget), chosen[DENSE]
+    rows = [["", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
+    for run in [dense, *results.seconds_runs(budget)]:
+        seeds = compared_runs(plan, run, budget) if run in (dense, fastest) else [run]
+        if not results.are_made(seeds):
+            continue
+        seconds = results.step_seconds(run)
+        against = compared_runs(plan, dense, budget) if len(seeds) > 1 else [dense]
+        rows.append(
+            [
+                run.variant,
+                str(run.hidden_size),
+                f"{run.steps:,}",
+                f"{seconds * 1e3:.1f}",
+                f"{seconds * run.steps:.0f}",
+                f"{results.corpus_perplexity(seeds):.2f}",
+                f"{results.perplexity(seeds):.2f}",
+                "" if run == dense else str(results.below(seeds, against)),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def table_of_differences(results: Results, runs: dict[Any, list[Run]], label: str) -> str:
+    """Table of groups of runs with the same seeds, each against the first."""
+    if not results.are_made(run for own in runs.values() for run in own):
+        return ""
+    first, *_ = runs.values()
+    rows = [[label, "MFLOPs per token", "steps", CORPUS, "five texts", "below the first"]]
+    for name, own in runs.items():
+        costs = costs_of(own[0], results.plan)
+        rows.append(
+            [
+                f"{name:,}" if isinstance(name, int) else name,
+                f"{costs.flops / 1e6:.2f}",
+                f"{own[0].steps:,}",
+                f"{results.corpus_perplexity(own):.2f}",
+                f"{results.perplexity(own):.2f}",
+                "" if own is first else str(results.below(own, first)),
+            ]
+        )
+    return markdown_table(rows)
+
+
+def table_of_dense_sizes(results: Results) -> str:
+    """Table of dense models on the tokens of the recipe, and the size on their curve that predicts as well."""
+    plan, budget = results.plan, results.plan.budgets[-1]
+    chosen = results.chosen(budget)
+    if not chosen:
+        return ""
+    recipe = compared_runs(plan, chosen[RECIPE], budget)[0]
+    runs = dense_runs(plan, results.best[DENSE], recipe)
+    if not results.are_made([recipe, *runs]):
+        return ""
+    rows = [["", "d", "active parameters, M", "five texts, nats"]]
+    active = {run: costs_of(run, plan).active_parameters for run in [*runs, recipe]}
+    rows += [
+        [run.variant, str(run.hidden_size), f"{active[run] / 1e6:.2f}", f"{results.losses([run])[0]:.3f}"]
+        for run in [*runs, recipe]
+    ]
+    try:
+        curve = fit_sizes([active[run] for run in runs], results.losses(runs))
+    except ValueError as error:
+        return f"{markdown_table(rows)}\n\nNo curve goes through the dense models: {error}"
+    size = curve.size_of(results.losses([recipe])[0])
+    said = f"The recipe reads like a dense model of {size / active[recipe]:.2f} times its active parameters"
+    law = f"{curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}"
+    return f"{markdown_table(rows)}\n\n{said}, {size / 1e6:.2f} M, by the curve {law}."
+
+
 def describe(results: Results) -> str:
-    """All tables, under headings."""
-    return f"## Search\n\n{table_of_the_search(results)}\n"
+    """The tables of what has been made, under headings."""
+    plan, best = results.plan, results.best
+    tables = {
+        "Search": [table_of_the_search(results)],
+        "Tuning": [table_of_trials(results)],
+        "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
+        "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],
+        "Equal seconds": [table_of_seconds(results, budget) for budget in plan.budgets],
+    }
+    if best:
+        tables |= {
+            "Ingredients": [table_of_differences(results, ingredient_runs(plan, best[RECIPE]), "2e13 FLOPs")],
+            "Number of experts": [table_of_differences(results, expert_runs(plan, best[RECIPE]), "N")],
+            "Dense-equivalent size": [table_of_dense_sizes(results)],
+        }
+    found = {heading: "\n\n".join(filter(None, each)) for heading, each in tables.items()}
+    return "\n".join(f"## {heading}\n\n{text}\n" for heading, text in found.items() if text)
 
 
 def write_results(file: Path, results: Results) -> None:
     """Writes the results to a JSON file, with one line per run."""
-    write_runs(file, {"plan": asdict(results.plan), "seconds": results.seconds}, results.runs)
+    head = {"plan": asdict(results.plan), "seconds": results.seconds, "documents": results.documents}
+    write_runs(file, head, results.runs)
 
 
 def read_results(file: Path) -> Results:
     """Reads a file of [`write_results`]."""
     parts = read_json(file)
-    return Results(RecipePlan(**parts["plan"]), parts["runs"], parts["seconds"])
+    return Results(RecipePlan(**parts["plan"]), parts["runs"], parts["seconds"], parts["documents"])

@@ -13,21 +13,56 @@
 # limitations under the License.
 """The folder of the recipe study: what its runs have beside those of other studies."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
 import studies.recipe.variants  # noqa: F401 registers them, for their costs
-from studies.common.training_plan import Run
+from studies.common.study_folder import read_json
+from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
+from studies.recipe.plan import RECIPE, RecipePlan, all_sizes
+from studies.recipe.report import Results
 
 
 class Study(TrainingStudy):
     """See [`TrainingStudy`]; its plan is a [`RecipePlan`]."""
 
     single_run = "studies.recipe.single_run"
+
+    def __init__(
+        self, plan: RecipePlan, folder: Path, processes: int, made_elsewhere: Results | None = None, **options
+    ):
+        super().__init__(plan, folder, processes, made_elsewhere, **options)
+        self.made_elsewhere = made_elsewhere
+
+    def timed_runs(self) -> dict[str, list[Run]]:
+        """Dense and the recipe at all sizes, once there is a recipe."""
+        variants = [DENSE, RECIPE] if RECIPE in self.plan.variants else []
+        rate = self.plan.learning_rate
+        return {
+            str(size): [Run(variant, size, 1, rate) for variant in variants]
+            for size in (all_sizes(self.plan) if variants else [])
+        }
+
+    def documents(self) -> dict[str, list[int]]:
+        """For each evaluation text, the number of the document in which each sequence lies."""
+        if not (self.folder / "held_out" / "texts.json").exists():
+            return {} if self.made_elsewhere is None else self.made_elsewhere.documents
+        return {
+            text: load_from_disk(self.folder / "held_out" / text)["document"][:] for text in self.plan.evaluation_texts
+        }
+
+    def all_results(self) -> Results:
+        """All that there is in the folder, also of steps that the time did not suffice to come to again."""
+        parts = [
+            {file.stem: read_json(file) for file in sorted((self.folder / name).glob("*.json"))}
+            for name in ("results", "seconds")
+        ]
+        return Results(self.plan, *parts, self.documents())
 
     def beside_arguments(self, run: Run) -> dict[str, Any]:
         return {"trial": self.plan.trial_of(run)}

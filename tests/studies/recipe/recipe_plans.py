@@ -52,3 +52,16 @@ SMALL = {
     "nums_experts": [64],
     "ingredients": [],
 }
+
+# With a recipe, and all that is made of it.
+WHOLE = SMALL | {
+    "search_seeds": 1,
+    "variants": SMALL["variants"] | {"recipe": {"parent": "apart"}},
+    "searched": ["gated", "apart"],
+    "trials": {"dense": [{"learning_rate": 0.01}], "recipe": [{"learning_rate": 0.02}]},
+    "hidden_sizes": [[32, 64]],
+    "seeds": {"dense": [2], "recipe": [2]},
+    "dense_sizes": [32, 64],
+    "nums_experts": [16, 64],
+    "ingredients": ["gated"],
+}

@@ -106,7 +106,7 @@ def test_runs_that_differ_in_one_thing():
         variants=variants, trials=trials, seeds={"recipe": [1]}, nums_experts=[16, 64], dense_sizes=[32, 64]
     )
     best = tuning_runs(plan)["recipe"][0]
-    few, many = (configuration_of(run, plan) for run in expert_runs(plan, best))
+    few, many = (configuration_of(runs[0], plan) for runs in expert_runs(plan, best).values())
     assert (few.num_experts, many.num_experts) == (16, 64)
     different = {name for name, value in few.to_dict().items() if value != many.to_dict()[name]}
     assert different == {"num_experts"} and few.num_experts_per_head == 2 and few.gated_experts

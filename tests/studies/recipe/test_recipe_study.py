@@ -22,22 +22,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from recipe_plans import SMALL
+from recipe_plans import SMALL, WHOLE
+from slow_tests import slow
 from study_runs import TEXTS, run_preloaded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import studies.recipe.__main__ as recipe
 from studies.common import training_study
-from studies.recipe.plan import RecipePlan, search_runs
-from studies.recipe.report import below, describe, read_results
+from studies.recipe.plan import RecipePlan, compared_runs, search_runs
+from studies.recipe.report import describe, read_results
 from studies.recipe.study import Study
 
 
-@pytest.fixture(scope="module")
-def small_study(tmp_path_factory):
-    """The study at its smallest, made once, and as a function that goes on with it."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "plan.json").write_text(json.dumps(SMALL))
+def make_study(folder, plan):
+    """Makes a study, and yields its folder and a function that goes on with it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan))
 
     def main(*flags, output_dir=folder):
         with pytest.MonkeyPatch.context() as patch:
@@ -46,13 +46,39 @@ def small_study(tmp_path_factory):
             patch.setattr(sys, "argv", ["studies.recipe", *named, *flags])
             recipe.main()
 
-    def run_here(command, env, stdout, stderr, check=False):
-        return run_preloaded(command, env, Path(stdout.name), check)
+    def run_here(command, env, stdout=None, stderr=None, check=False):
+        return run_preloaded(command, env, folder / "seconds.log" if stdout is None else Path(stdout.name), check)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
         main()
         yield folder, main
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
+    """The search at its smallest, made once."""
+    yield from make_study(tmp_path_factory.mktemp("recipe"), SMALL)
+
+
+@slow
+def test_of_a_recipe(tmp_path):
+    """All that is made once there is one, also from the results alone."""
+    for folder, main in make_study(tmp_path / "whole", WHOLE):
+        results = read_results(folder / "results.json")
+        printed = describe(results)
+        for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
+            assert f"## {heading}\n" in printed
+        assert "## Dense-equivalent size\n" in printed and "## Number of experts\n" in printed
+        dense, recipe_runs = (compared_runs(results.plan, run, 6e8) for run in results.chosen(6e8).values())
+        assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [1, 2]
+        ratio = math.exp(sum(results.losses(recipe_runs)) / 2 - sum(results.losses(dense)) / 2)
+        assert f"{1 - ratio:+.1%} (" in printed
+        for run in results.seconds_runs(6e8):
+            expected = dense[0].steps * results.step_seconds(dense[0]) / results.step_seconds(run)
+            assert run.steps == round(expected)
+        main("--results", str(folder / "results.json"), "--hours", "0", output_dir=tmp_path / "again")
+        assert (tmp_path / "again" / "tables.md").read_text() == printed
 
 
 def test_comes_to_its_end(small_study):
@@ -61,8 +87,15 @@ def test_comes_to_its_end(small_study):
     assert results.plan == RecipePlan(**SMALL)
     assert results.runs.keys() == {run.name for runs in search_runs(results.plan).values() for run in runs}
     assert (folder / "tables.md").read_text() == describe(results)
-    gated = results.corpus_losses(search_runs(results.plan)["gated"])
-    assert f"{math.exp(sum(gated) / 2):.2f}" in describe(results)
+    losses = {
+        name: [results.runs[run.name]["losses"]["corpus"] for run in runs]
+        for name, runs in search_runs(results.plan).items()
+    }
+    (row,) = [line for line in describe(results).splitlines() if line.startswith("| gated")]
+    assert f"{math.exp(sum(losses['gated']) / 2):.2f}" in row
+    for own, other in zip(losses["gated"], losses["peer"], strict=True):
+        assert f"{1 - math.exp(own - other):+.1%}" in row
+    assert set(results.documents) == {"new"} and len(results.documents["new"]) == 8
 
 
 def test_pairs_start_alike_and_see_the_same(small_study):
@@ -134,11 +167,3 @@ def test_refuses_results_of_another_trial(small_study, monkeypatch):
             main()
     finally:
         (folder / "plan.json").write_text(json.dumps(SMALL))
-
-
-def test_differences_are_taken_within_a_seed():
-    share, error = below([1.0, 3.0], [1.1, 3.1])
-    assert share == pytest.approx(1 - math.exp(-0.1)) and error == pytest.approx(0.0, abs=1e-12)
-    share, error = below([1.0, 1.0], [1.1, 1.3])
-    assert share == pytest.approx(1 - math.exp(-0.2)) and error == pytest.approx(0.1)
-    assert math.isnan(below([1.0], [2.0])[1])

@@ -1,0 +1,78 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Paired differences, their intervals, and the size of a dense model that predicts as well."""
+
+import math
+
+import numpy as np
+import pytest
+
+from studies.recipe.differences import below, fit_sizes
+
+
+DOCUMENTS = {"one": [0, 0, 1, 2], "two": [0, 1, 1, 1]}
+
+
+def losses_of(shift, noise=0.0, seeds=3):
+    generator = np.random.default_rng(1)
+    return [
+        {text: [5.0 + seed + shift + noise * x for x in generator.standard_normal(4)] for text in DOCUMENTS}
+        for seed in range(seeds)
+    ]
+
+
+def test_what_seeds_and_sequences_have_in_common_does_not_count():
+    """Seeds that differ by whole nats, and a difference that is the same everywhere: an interval of no width."""
+    found = below(losses_of(-0.1), losses_of(0.0), DOCUMENTS)
+    for share in (found.share, found.low, found.high):
+        assert share == pytest.approx(1 - math.exp(-0.1))
+    assert found.error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_texts_count_equally_and_documents_by_their_sequences():
+    others = losses_of(0.0, seeds=1)
+    own = [{"one": [5.0, 5.0, 5.0, 5.4], "two": [5.2, 5.0, 5.0, 5.0]}]
+    found = below(own, others, DOCUMENTS)
+    assert found.share == pytest.approx(1 - math.exp((0.1 + 0.05) / 2))
+    assert math.isnan(found.error)
+    # At worst each draw takes the document of the difference: 0.4 and 0.2 nats.
+    assert 1 - math.exp(0.3) - 1e-9 <= found.low < found.share < found.high <= 1e-9
+
+
+def test_the_interval_holds_what_is_true_nineteen_times_of_twenty():
+    """Differences that are drawn for each document and seed; with forty documents 93 to 94 in a hundred."""
+    generator = np.random.default_rng(0)
+    documents = {"text": np.repeat(np.arange(40), 2).tolist()}
+    hits = 0
+    for _ in range(200):
+        of_documents = np.repeat(generator.normal(-0.1, 0.2, 40), 2)
+        own = [{"text": of_documents + generator.normal(0, 0.02)} for _ in range(10)]
+        found = below(own, [{"text": np.zeros(80)}] * 10, documents, draws=400)
+        hits += found.low <= 1 - math.exp(-0.1) <= found.high
+    assert 175 <= hits <= 197
+
+
+def test_pairs_are_those_of_a_seed():
+    own, others = losses_of(-0.1), losses_of(0.0)
+    assert below(own[::-1], others[::-1], DOCUMENTS).error == pytest.approx(0.0, abs=1e-12)
+    assert below(own[::-1], others, DOCUMENTS).error > 0.5
+
+
+def test_a_curve_through_sizes():
+    sizes = [4e5, 8e5, 1.6e6, 3.2e6]
+    curve = fit_sizes(sizes, [3.0 + 40 * size**-0.3 for size in sizes])
+    assert curve.size_of(3.0 + 40 * 1e6**-0.3) == pytest.approx(1e6, rel=0.01)
+    assert curve.size_of(curve.a) == math.inf
+    with pytest.raises(ValueError, match="larger models must be lower"):
+        fit_sizes(sizes, [3.0, 3.1, 3.2, 3.3])
