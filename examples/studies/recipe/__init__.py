@@ -1,1 +1,1 @@
-"""The paper's comparison at equal compute, and its ablations."""
+"""A recipe for PEER, found and compared at equal compute and at equal time."""

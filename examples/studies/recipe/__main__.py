@@ -87,14 +87,11 @@ def run_study(study: Study) -> None:
         return
     best = tuned(plan, study.make(_together(tuning_runs(plan).values()), "Tuning"))
     chosen = {budget: compare(study, best, budget) for budget in plan.budgets}
+    compare_at_equal_seconds(study, plan.budgets[-1])
     study.make(_together(ingredient_runs(plan, best[RECIPE]).values()), "Ingredients")
     study.make(_together(expert_runs(plan, best[RECIPE]).values()), "Numbers of experts")
     last = compared_runs(plan, chosen[plan.budgets[-1]][RECIPE], plan.budgets[-1])[0]
     study.make(dense_runs(plan, best[DENSE], last), "Dense sizes")
-    study.seconds()
-    for budget in plan.budgets:
-        study.make(study.all_results().seconds_runs(budget), f"Sizes at the seconds of {budget_name(budget)} FLOPs")
-        study.make(compared_runs(plan, study.all_results().fastest(budget), budget), "Equal seconds")
 
 
 def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]:
@@ -106,6 +103,15 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
     compared = [compared_runs(plan, run, budget) for run in chosen.values()]
     study.make(_together(compared), f"Comparison at {name} FLOPs")
     return chosen
+
+
+def compare_at_equal_seconds(study: Study, budget: float) -> None:
+    """Makes the runs of dense and of the recipe at all sizes for the seconds of a budget, and those chosen."""
+    study.seconds()
+    runs = study.all_results().seconds_runs(budget)
+    study.make(_together(runs.values()), f"Sizes at the seconds of {budget_name(budget)} FLOPs")
+    fastest = study.all_results().fastest(budget)
+    study.make(_together(compared_runs(study.plan, run, budget) for run in fastest.values()), "Equal seconds")
 
 
 def _together(lists):
@@ -134,7 +140,8 @@ def main():
                 run_study(study)
             except TimeIsUp as message:
                 print(message)
-            report(study.all_results(), folder)
+            finally:  # also of a study that fails or is stopped
+                report(study.all_results(), folder)
     except Timeout:
         raise SystemExit(
             f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."

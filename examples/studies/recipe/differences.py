@@ -11,18 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The statistics of the recipe study: paired differences with intervals by bootstrap, and the size that a dense model
+"""The statistics of the recipe study: paired differences with their intervals, and the size that a dense model
 would need."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 
 import numpy as np
 
 
 DRAWS = 10_000
+
+# The 97.5 % points of Student's t by degrees of freedom: of so few seeds a bootstrap would give intervals too narrow.
+T_QUANTILES = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass
@@ -32,17 +34,18 @@ class Difference:
 
     Args:
         share (`float`): That share, of the geometric means over texts.
-        low, high (`float`): Ends of its 95 % interval, see [`below`].
-        error (`float`): Standard error of the mean difference of the losses over seeds; NaN with one seed.
+        error (`float`): Standard error of the mean difference of the losses, over seeds and documents; NaN with one seed.
+        low, high (`float`): Ends of its 95 % interval; NaN with fewer than three seeds.
     """
 
     share: float
+    error: float
     low: float
     high: float
-    error: float
 
     def __str__(self) -> str:
-        return f"{self.share:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
+        interval = "" if math.isnan(self.low) else f" ({self.low:+.1%} to {self.high:+.1%})"
+        return f"{self.share:+.1%}{interval}"
 
 
 def below(
@@ -54,9 +57,9 @@ def below(
     """
     Compares runs with others, seed by seed and sequence by sequence.
 
-    The interval is that of a bootstrap over seeds and documents: each draw takes as many seeds as there are, with
-    replacement, and in each text as many documents as there are, with all of their sequences; both runs of a pair have
-    the same.
+    The variance of the mean difference is that over seeds, plus that over documents by bootstrap: each draw takes in
+    each text as many documents as there are, with replacement and with all of their sequences. The interval has the
+    quantiles of Student's t for the number of seeds. The texts are those that they are.
 
     Args:
         losses, others (`list[dict]`): For each seed, the losses of all sequences of each text, in nats per token.
@@ -65,25 +68,35 @@ def below(
 
     Returns:
         [`Difference`]
+
+    Raises:
+        `ValueError`: if there are more seeds than `T_QUANTILES` has.
     """
-    generator = np.random.default_rng(0)
-    num_seeds = len(losses)
-    of_seeds = np.zeros((num_seeds, len(documents)))
-    drawn = np.zeros((draws, num_seeds))
-    for column, (text, of_sequences) in enumerate(documents.items()):
+    generator, num_seeds = np.random.default_rng(0), len(losses)
+    of_seeds, of_draws = np.zeros(num_seeds), np.zeros(draws)
+    for text, of_sequences in documents.items():
         differences = np.array(
             [np.subtract(own[text], other[text]) for own, other in zip(losses, others, strict=True)]
         )
-        of_seeds[:, column] = differences.mean(1)
-        _, places, counts = np.unique(np.asarray(of_sequences), return_inverse=True, return_counts=True)
-        sums = np.stack([np.bincount(places, each) for each in differences])
-        times = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
-        drawn += times @ sums.T / (times @ counts)[:, None] / len(documents)
-    of_seeds = of_seeds.mean(1)
-    seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=draws)
-    low, high = np.quantile(1 - np.exp((drawn * seeds).sum(1) / num_seeds), (0.025, 0.975))
-    error = stdev(of_seeds) / math.sqrt(num_seeds) if num_seeds > 1 else math.nan
-    return Difference(1 - math.exp(mean(of_seeds)), float(low), float(high), error)
+        of_seeds += differences.mean(1) / len(documents)
+        of_draws += _means_over_documents(differences.mean(0), of_sequences, draws, generator) / len(documents)
+    share = 1 - math.exp(of_seeds.mean())
+    if num_seeds == 1:
+        return Difference(share, math.nan, math.nan, math.nan)
+    error = math.hypot(of_seeds.std(ddof=1) / math.sqrt(num_seeds), of_draws.std(ddof=1))
+    if num_seeds == 2:
+        return Difference(share, error, math.nan, math.nan)
+    if num_seeds - 1 not in T_QUANTILES:
+        raise ValueError(f"Intervals are known for up to {max(T_QUANTILES) + 1} seeds, but got {num_seeds}.")
+    margin = T_QUANTILES[num_seeds - 1] * error
+    return Difference(share, error, *(1 - math.exp(of_seeds.mean() + sign * margin) for sign in (1, -1)))
+
+
+def _means_over_documents(values, documents, draws, generator):
+    """Means of the values of sequences, of documents that are drawn with replacement, `[draws]`."""
+    _, places, counts = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
+    times = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
+    return times @ np.bincount(places, values) / (times @ counts)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from studies.common.training_plan import (
     PEER,
     Run,
     TrainingPlan,
+    changed_fields,
     corpus_loss,
     merge_changes,
     run_of_budget,
@@ -58,7 +59,7 @@ class RecipePlan(TrainingPlan):
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by.
-        hidden_sizes (`list[list[int]]`): For each budget, sizes to choose from.
+        hidden_sizes (`dict[str, list[list[int]]]`): For each variant and budget, sizes to choose from.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
@@ -71,7 +72,7 @@ class RecipePlan(TrainingPlan):
     search_seeds: int
     searched: list[str]
     trials: dict[str, list[dict[str, Any]]]
-    hidden_sizes: list[list[int]]
+    hidden_sizes: dict[str, list[list[int]]]
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
     nums_experts: list[int]
@@ -81,7 +82,7 @@ class RecipePlan(TrainingPlan):
         super().__post_init__()
         for name in self.variants:
             self.lineage(name)
-        for field in ("searched", "trials", "seeds", "ingredients"):
+        for field in ("searched", "trials", "seeds", "hidden_sizes", "ingredients"):
             if unknown := set(getattr(self, field)) - self.variants.keys():
                 raise ValueError(f"`{field}` must name some of `variants`, but got {sorted(unknown)} among them.")
         for name in self.searched:
@@ -90,10 +91,12 @@ class RecipePlan(TrainingPlan):
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
-        per_budget = {"hidden_sizes": self.hidden_sizes} | {f"seeds of {name}": n for name, n in self.seeds.items()}
-        for name, values in per_budget.items():
-            if len(values) != len(self.budgets):
-                raise ValueError(f"`{name}` must have one entry per budget, {len(self.budgets)}, but got {values}.")
+        for field in ("seeds", "hidden_sizes"):
+            for name, values in getattr(self, field).items():
+                if len(values) != len(self.budgets):
+                    raise ValueError(
+                        f"`{field}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
+                    )
 
     def lineage(self, variant: str) -> list[dict[str, Any]]:
         """What each of the parents of a variant has, the first of them first, and the variant itself."""
@@ -174,7 +177,9 @@ def run_of_size(best: Run, hidden_size: int, budget: float, plan: RecipePlan) ->
 
 def size_runs(plan: RecipePlan, best: Run, budget: float) -> list[Run]:
     """The runs of a variant at each size of a budget, with the first seed."""
-    return [run_of_size(best, size, budget, plan) for size in plan.hidden_sizes[plan.budgets.index(budget)]]
+    return [
+        run_of_size(best, size, budget, plan) for size in plan.hidden_sizes[best.variant][plan.budgets.index(budget)]
+    ]
 
 
 def choose_size(runs: list[Run], results: dict[str, dict]) -> Run:
@@ -188,33 +193,45 @@ def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
     return with_seeds([chosen], range(plan.search_seeds, plan.search_seeds + number))
 
 
-def all_sizes(plan: RecipePlan) -> list[int]:
-    """Sizes of all budgets, in ascending order."""
-    return sorted({size for sizes in plan.hidden_sizes for size in sizes})
-
-
 def seconds_runs(
-    plan: RecipePlan, best: Run, dense: Run, budget: float, step_seconds: Callable[[Run], float]
-) -> list[Run]:
-    """The runs of a variant at each size of a budget, for as many steps as take the seconds of a dense run."""
-    return [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best, budget)]
+    plan: RecipePlan, best: dict[str, Run], dense: Run, budget: float, step_seconds: Callable[[Run], float]
+) -> dict[str, list[Run]]:
+    """Dense and the recipe at each size of a budget, for as many steps as take the seconds of a dense run."""
+    return {
+        variant: [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best[variant], budget)]
+        for variant in (DENSE, RECIPE)
+    }
 
 
 def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
-    """The recipe, and without each of its ingredients, at the rate of the recipe, the first budget and two seeds."""
-    rate, seeds = best.learning_rate, range(plan.search_seeds, plan.search_seeds + 2)
-    return {
+    """
+    The recipe, and without each of its ingredients, at the rate of the recipe, the first budget and the seeds of the
+    comparison. Raises `ValueError` if what remains is the recipe itself.
+    """
+    rate, seeds = best.learning_rate, _seeds_of_the_comparison(plan)
+    runs = {
         name: with_seeds([run_of_budget(name, plan.hidden_size, plan.budgets[0], rate, plan, best.ablation)], seeds)
         for name in [RECIPE, *plan.ingredients]
     }
+    whole, *others = (((plan.own_changes(own[0]), plan.trial_of(own[0])), name) for name, own in runs.items())
+    if same := [name for changes, name in others if changes == whole[0]]:
+        raise ValueError(f"`ingredients` must lack something of the recipe as it was tuned, but {same} are the same.")
+    return runs
+
+
+def _seeds_of_the_comparison(plan):
+    return range(plan.search_seeds, plan.search_seeds + plan.seeds[RECIPE][0])
 
 
 def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
     """The recipe by its number of experts, for as many steps, with the seeds of the comparison."""
-    seeds = range(plan.search_seeds, plan.search_seeds + plan.seeds[RECIPE][0])
+    own = changed_fields(best, plan)["num_experts"]
+    changed = {
+        number: replace(best, ablation=(NUM_EXPERTS, f"{best.ablation[1]}, {number}")) for number in plan.nums_experts
+    }
     return {
-        number: with_seeds([replace(best, ablation=(NUM_EXPERTS, f"{best.ablation[1]}, {number}"))], seeds)
-        for number in plan.nums_experts
+        number: with_seeds([best if number == own else run], _seeds_of_the_comparison(plan))
+        for number, run in changed.items()
     }
 
 

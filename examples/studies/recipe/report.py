@@ -85,14 +85,13 @@ class Results:
         """Median seconds of a training step of the model of a run."""
         return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
 
-    def seconds_runs(self, budget: float) -> list[Run]:
-        """The recipe at each size of a budget, for the seconds of the dense run that was chosen."""
-        dense = self.chosen(budget)[DENSE]
-        return seconds_runs(self.plan, self.best[RECIPE], dense, budget, self.step_seconds)
+    def seconds_runs(self, budget: float) -> dict[str, list[Run]]:
+        """Dense and the recipe at each size of a budget, for the seconds of the dense run that was chosen."""
+        return seconds_runs(self.plan, self.best, self.chosen(budget)[DENSE], budget, self.step_seconds)
 
-    def fastest(self, budget: float) -> Run:
-        """The best of these."""
-        return choose_size(self.seconds_runs(budget), self.runs)
+    def fastest(self, budget: float) -> dict[str, Run]:
+        """The best size of both for these seconds."""
+        return {variant: choose_size(runs, self.runs) for variant, runs in self.seconds_runs(budget).items()}
 
     def corpus_perplexity(self, runs: list[Run]) -> float:
         """Geometric mean over runs of the perplexity on the held-out part of the training texts."""
@@ -125,16 +124,16 @@ class Results:
 def table_of_the_search(results: Results) -> str:
     """Table of variants that were searched, each against its parent with the same seeds."""
     plan, search = results.plan, search_runs(results.plan)
-    rows = [
-        ["", "parent", "MFLOPs per token", "steps", CORPUS, "below parent, per seed", "five texts", "below parent"]
-    ]
+    columns = ["below parent, per seed", "five texts", "below parent", "adopted"]
+    rows = [["", "parent", "MFLOPs per token", "steps", CORPUS, *columns]]
     for name, runs in search.items():
         if not results.are_made(runs):
             continue
-        parent, cells = plan.variants[name].get("parent", "") if name in plan.searched else "", ["", ""]
+        parent, cells = plan.variants[name].get("parent", "") if name in plan.searched else "", ["", "", ""]
         if parent and results.are_made(search[parent]):
             shares = results.below_on_the_corpus(runs, search[parent])
-            cells = [", ".join(f"{share:+.1%}" for share in shares), str(results.below(runs, search[parent]))]
+            below_parent = results.below(runs, search[parent])
+            cells = [", ".join(f"{share:+.1%}" for share in shares), str(below_parent), _adopted(shares)]
         rows.append(
             [
                 name,
@@ -144,10 +143,15 @@ def table_of_the_search(results: Results) -> str:
                 f"{results.corpus_perplexity(runs):.2f}",
                 cells[0],
                 f"{results.perplexity(runs):.2f}",
-                cells[1],
+                *cells[1:],
             ]
         )
     return markdown_table(rows)
+
+
+def _adopted(shares):
+    """By the rule of the page: below the parent with all seeds, and by half a percent in the mean."""
+    return "yes" if min(shares) > 0 and mean(shares) >= 0.005 else "no"
 
 
 def table_of_trials(results: Results) -> str:
@@ -175,14 +179,16 @@ def table_of_sizes(results: Results, budget: float) -> str:
     chosen = results.chosen(budget)
     if not chosen:
         return ""
-    sizes = results.plan.hidden_sizes[results.plan.budgets.index(budget)]
+    runs = {
+        variant: {run.hidden_size: run for run in size_runs(results.plan, best, budget)}
+        for variant, best in results.best.items()
+    }
+    sizes = sorted({size for own in runs.values() for size in own})
     rows = [[f"corpus perplexity, {budget_name(budget)} FLOPs", *(f"d = {size}" for size in sizes)]]
-    for variant, best in results.best.items():
-        runs = size_runs(results.plan, best, budget)
-        cells = [f"{results.corpus_perplexity([run]):.2f}" for run in runs]
-        rows.append(
-            [variant, *(f"**{c}**" if run == chosen[variant] else c for c, run in zip(cells, runs, strict=True))]
-        )
+    for variant, own in runs.items():
+        cells = {size: f"{results.corpus_perplexity([run]):.2f}" for size, run in own.items()}
+        cells[chosen[variant].hidden_size] = f"**{cells[chosen[variant].hidden_size]}**"
+        rows.append([variant, *(cells.get(size, "") for size in sizes)])
     return markdown_table(rows)
 
 
@@ -225,31 +231,31 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
 
 
 def table_of_seconds(results: Results, budget: float) -> str:
-    """Table of the recipe at each size, for the seconds of the dense run that was chosen, against that run."""
-    plan, chosen = results.plan, results.chosen(budget)
-    if not chosen or not results.seconds or not results.are_made(results.seconds_runs(budget)):
+    """Tables of dense and the recipe for equal seconds: at each width with one seed, and at the best width of each."""
+    plan = results.plan
+    if not results.chosen(budget) or not results.seconds:
         return ""
-    fastest, dense = results.fastest(budget), chosen[DENSE]
-    rows = [["", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
-    for run in [dense, *results.seconds_runs(budget)]:
-        seeds = compared_runs(plan, run, budget) if run in (dense, fastest) else [run]
-        if not results.are_made(seeds):
-            continue
-        seconds = results.step_seconds(run)
-        against = compared_runs(plan, dense, budget) if len(seeds) > 1 else [dense]
-        rows.append(
-            [
-                run.variant,
-                str(run.hidden_size),
-                f"{run.steps:,}",
-                f"{seconds * 1e3:.1f}",
-                f"{seconds * run.steps:.0f}",
-                f"{results.corpus_perplexity(seeds):.2f}",
-                f"{results.perplexity(seeds):.2f}",
-                "" if run == dense else str(results.below(seeds, against)),
-            ]
-        )
-    return markdown_table(rows)
+    runs = results.seconds_runs(budget)
+    if not results.are_made(run for own in runs.values() for run in own):
+        return ""
+    rows = [["seed 0", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
+    for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True):
+        rows += [_row_of_seconds(results, [dense], ""), _row_of_seconds(results, [own], results.below([own], [dense]))]
+    tables = [markdown_table(rows)]
+    compared = {variant: compared_runs(plan, run, budget) for variant, run in results.fastest(budget).items()}
+    if results.are_made(run for own in compared.values() for run in own):
+        ahead = results.below(compared[RECIPE], compared[DENSE])
+        rows = [[f"{len(compared[DENSE])} seeds", *rows[0][1:]]]
+        rows += [_row_of_seconds(results, compared[DENSE], ""), _row_of_seconds(results, compared[RECIPE], ahead)]
+        tables.append(markdown_table(rows))
+    return "\n\n".join(tables)
+
+
+def _row_of_seconds(results, runs, ahead):
+    run, seconds = runs[0], results.step_seconds(runs[0])
+    times = [f"{run.steps:,}", f"{seconds * 1e3:.1f}", f"{seconds * run.steps:.0f}"]
+    perplexities = [f"{value(runs):.2f}" for value in (results.corpus_perplexity, results.perplexity)]
+    return [run.variant, str(run.hidden_size), *times, *perplexities, str(ahead)]
 
 
 def table_of_differences(results: Results, runs: dict[Any, list[Run]], label: str) -> str:
@@ -307,11 +313,11 @@ def describe(results: Results) -> str:
         "Tuning": [table_of_trials(results)],
         "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
         "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],
-        "Equal seconds": [table_of_seconds(results, budget) for budget in plan.budgets],
+        "Equal seconds": [table_of_seconds(results, plan.budgets[-1])],
     }
     if best:
         tables |= {
-            "Ingredients": [table_of_differences(results, ingredient_runs(plan, best[RECIPE]), "2e13 FLOPs")],
+            "Ingredients": [table_of_differences(results, ingredient_runs(plan, best[RECIPE]), "without")],
             "Number of experts": [table_of_differences(results, expert_runs(plan, best[RECIPE]), "N")],
             "Dense-equivalent size": [table_of_dense_sizes(results)],
         }

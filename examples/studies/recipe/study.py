@@ -13,6 +13,7 @@
 # limitations under the License.
 """The folder of the recipe study: what its runs have beside those of other studies."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import studies.recipe.variants  # noqa: F401 registers them, for their costs
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
-from studies.recipe.plan import RECIPE, RecipePlan, all_sizes
+from studies.recipe.plan import RECIPE, RecipePlan
 from studies.recipe.report import Results
 
 
@@ -40,12 +41,20 @@ class Study(TrainingStudy):
         self.made_elsewhere = made_elsewhere
 
     def timed_runs(self) -> dict[str, list[Run]]:
-        """Dense and the recipe at all sizes, once there is a recipe."""
-        variants = [DENSE, RECIPE] if RECIPE in self.plan.variants else []
-        rate = self.plan.learning_rate
+        """
+        Dense and the recipe as they were tuned, at all sizes of the last budget.
+
+        Raises:
+            `ValueError`: if the recipe has a `trial`, which is not timed: what a recipe has must have been built.
+        """
+        best = self.all_results().best
+        if not best:
+            return {}
+        if trial := self.plan.trial_of(best[RECIPE]):
+            raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
         return {
-            str(size): [Run(variant, size, 1, rate) for variant in variants]
-            for size in (all_sizes(self.plan) if variants else [])
+            str(size): [replace(best[variant], hidden_size=size, steps=1) for variant in (DENSE, RECIPE)]
+            for size in self.plan.hidden_sizes[DENSE][-1]
         }
 
     def documents(self) -> dict[str, list[int]]:

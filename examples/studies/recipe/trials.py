@@ -16,10 +16,12 @@ What the recipe study tries in the training of a run that no flag of run_clm.py 
 share.
 """
 
+from zlib import crc32
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
 from modeling_peer import PeerForCausalLM
@@ -28,17 +30,16 @@ from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 
 def share_initialization(model: PeerForCausalLM, seed: int) -> None:
     """
-    Gives a new model the weights of a dense one of the same size and seed, wherever they have a parameter of the same
-    name and shape: in all but the feed-forwards in which they differ.
+    Initializes a new model again, each module by random numbers that depend on the seed, its name and its shapes alone:
+    models of a seed share all that they have in common.
     """
-    config = type(model.config)(**model.config.to_dict() | {"feed_forward_types": ["dense"] * len(model.model.layers)})
-    set_seed(seed)
-    dense = PeerForCausalLM(config).state_dict()
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, value in dense.items():
-            if name in own and own[name].shape == value.shape:
-                own[name].copy_(value)
+    with torch.random.fork_rng(devices=[]):
+        for name, module in model.named_modules():
+            parameters = [*module.parameters(recurse=False)]
+            for parameter in parameters:
+                parameter._is_hf_initialized = False  # Transformers initializes once
+            torch.manual_seed(crc32(f"{seed} {name} {[tuple(each.shape) for each in parameters]}".encode()))
+            model._init_weights(module)
 
 
 def apply_trial(
@@ -103,22 +104,17 @@ class ClipTablesApart(TrainerCallback):
 class DecayMoments(TrainerCallback):
     """Lets the moments of the rows that a step touches be those that AdamW has, which moves rows without a gradient."""
 
-    def __init__(self):
-        self.last_steps: dict[nn.Parameter, torch.Tensor] = {}
-
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
         for table in _tables(model):
-            if table.grad is None or table.grad.factors is None:
+            own = optimizer.state[table]
+            if not own or table.grad is None or table.grad.factors is None:
                 continue
             factors = table.grad.factors
             rows = factors.entries.groups.rows.long()[factors.sums().ne(0).any(1)]
-            last = self.last_steps.setdefault(table, torch.zeros(len(table), dtype=torch.long))
-            missed = (state.global_step - last[rows]).clamp(min=0)[:, None]
-            last[rows] = state.global_step + 1
-            if not (own := optimizer.state[table]):
-                continue
+            # A row's number of steps is that of all steps, up to its last: so m and v are corrected for bias.
+            missed = (state.global_step - own["row_steps"][rows]).clamp(min=0)[:, None]
             for name, beta in zip(("exp_avg", "exp_avg_sq"), groups[id(table)]["betas"], strict=True):
                 own[name][rows] *= beta**missed
-            own["row_steps"][rows] = state.global_step  # which corrects for the zeros that moments begin with
+            own["row_steps"][rows] = state.global_step

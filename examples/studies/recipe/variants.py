@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Feed-forwards of the recipe study that are no variants of the package: Memory+, and PEER with rows narrower than the
-model. Importing this module registers them.
+Feed-forwards of the recipe study that are no variants of the package: a product-key memory with an output gate, and
+PEER with rows narrower than the model. Importing this module registers them.
 """
 
 from copy import copy
@@ -36,7 +36,7 @@ def _costs_of(config, variant):
     return model_costs(alone, 1).feed_forwards[0]
 
 
-class MemoryPlusFeedForward(PkmFeedForward):
+class GatedPkmFeedForward(PkmFeedForward):
     """
     A product-key memory with the output gate of Memory+ (Berges et al., "Memory Layers at Scale", arXiv 2412.09764,
     section 3.2): `(y ⊙ silu(x W_1)) W_2` of the memory's output y.
@@ -59,8 +59,8 @@ class MemoryPlusFeedForward(PkmFeedForward):
 
 class NarrowPeerFeedForward(PeerFeedForward):
     """
-    PEER whose experts have rows of half the width of the model, with a projection in and one out (as the values of
-    UltraMem, arXiv 2411.12364), and twice as many per head: the same rows in bytes.
+    PEER whose experts have rows of half the width of the model, with a projection in and one out, as the values of
+    UltraMem (arXiv 2411.12364). With twice as many experts per head a token reads as many bytes of rows.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
@@ -91,5 +91,5 @@ class NarrowPeerFeedForward(PeerFeedForward):
         return whole + rows + PartCosts(2 * size, size, size)
 
 
-FeedForwardInterface.register("memory_plus", MemoryPlusFeedForward)
+FeedForwardInterface.register("gated_pkm", GatedPkmFeedForward)
 FeedForwardInterface.register("narrow_peer", NarrowPeerFeedForward)

@@ -46,7 +46,7 @@ SMALL = {
     },
     "searched": ["gated", "apart"],
     "trials": {},
-    "hidden_sizes": [[32]],
+    "hidden_sizes": {},
     "seeds": {},
     "dense_sizes": [32],
     "nums_experts": [64],
@@ -56,10 +56,10 @@ SMALL = {
 # With a recipe, and all that is made of it.
 WHOLE = SMALL | {
     "search_seeds": 1,
-    "variants": SMALL["variants"] | {"recipe": {"parent": "apart"}},
+    "variants": SMALL["variants"] | {"recipe": {"parent": "gated", "query_norm": "rms"}},
     "searched": ["gated", "apart"],
     "trials": {"dense": [{"learning_rate": 0.01}], "recipe": [{"learning_rate": 0.02}]},
-    "hidden_sizes": [[32, 64]],
+    "hidden_sizes": {"dense": [[32, 64]], "recipe": [[32, 64]]},
     "seeds": {"dense": [2], "recipe": [2]},
     "dense_sizes": [32, 64],
     "nums_experts": [16, 64],

@@ -93,7 +93,7 @@ def test_tuning_gives_each_variant_its_best_trial():
 
 
 def test_what_is_compared_was_not_chosen_by_its_seed():
-    plan = plan_of(trials=TRIALS, seeds={"dense": [3], "peer": [1]}, hidden_sizes=[[32, 64]])
+    plan = plan_of(trials=TRIALS, seeds={"dense": [3], "peer": [1]}, hidden_sizes={"dense": [[32, 64]]})
     best = tuning_runs(plan)["dense"][0]
     assert [(run.hidden_size, run.seed) for run in size_runs(plan, best, 6e8)] == [(32, 0), (64, 0)]
     assert [run.seed for run in compared_runs(plan, best, 6e8)] == [2, 3, 4]
@@ -124,8 +124,11 @@ def test_runs_that_differ_in_one_thing():
         ({"searched": ["dense"]}, "`searched` must name variants that have a `parent`, but 'dense' has none"),
         ({"searched": ["missing"]}, "`searched` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
-        ({"hidden_sizes": []}, "`hidden_sizes` must have one entry per budget, 1, but got \\[\\]"),
-        ({"seeds": {"dense": [1, 2]}}, "`seeds of dense` must have one entry per budget"),
+        (
+            {"hidden_sizes": {"dense": []}},
+            "`hidden_sizes` of 'dense' must have one entry per budget, 1, but got \\[\\]",
+        ),
+        ({"seeds": {"dense": [1, 2]}}, "`seeds` of 'dense' must have one entry per budget"),
     ],
 )
 def test_refuses(fields, message):

@@ -28,17 +28,38 @@ from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 from studies.recipe.trials import DecayMoments, apply_trial, share_initialization
 
 
-def test_runs_of_a_seed_share_what_they_have_in_common():
-    models = [small_model(*types, seed=seed) for seed, types in enumerate([("dense", "dense"), ("dense", "peer")])]
+def test_models_of_a_seed_share_what_they_have_in_common():
+    """Made with other seeds: tables and keys too, if those are what two variants have in common."""
+    kinds = [("dense", "dense"), ("dense", "peer"), ("dense", "peer")]
+    models = [
+        small_model(*kind, seed=seed, num_retrieval_heads=1 + seed % 2, expert_initializer_range=0.1)
+        for seed, kind in enumerate(kinds)
+    ]
     for model in models:
         share_initialization(model, 5)
-    dense, peer = (model.state_dict() for model in models)
-    shared = dense.keys() & peer.keys()
-    assert "model.layers.1.self_attn.q_proj.weight" in shared and "model.layers.0.mlp.up_proj.weight" in shared
-    for name in shared:
-        assert torch.equal(dense[name], peer[name]), name
-    share_initialization(models[1], 6)
-    assert not torch.equal(dense["model.embed_tokens.weight"], models[1].state_dict()["model.embed_tokens.weight"])
+    dense, one_head, two_heads = (model.state_dict() for model in models)
+    for own, other, there in (
+        (dense, one_head, "model.layers.1.self_attn.q_proj.weight"),
+        (one_head, two_heads, "model.layers.1.mlp.expert_pool.down_proj.weight"),
+        (one_head, two_heads, "model.layers.1.mlp.router.sub_keys"),
+    ):
+        shared = [name for name in own.keys() & other.keys() if own[name].shape == other[name].shape]
+        assert there in shared and all(torch.equal(own[name], other[name]) for name in shared)
+    assert len({float(value[0, 0]) for value in dense.values() if value.ndim == 2}) > 10
+    before = dense["model.embed_tokens.weight"].clone()
+    share_initialization(models[0], 6)
+    assert not torch.equal(before, models[0].state_dict()["model.embed_tokens.weight"])
+    assert before.std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_runs_of_a_seed_see_the_same_in_the_same_order(tmp_path):
+    """Though their models draw different numbers before."""
+    seen = []
+    for kind in (("dense", "dense"), ("dense", "peer")):
+        arguments = {"data_seed": 3, "seed": 3, "max_steps": 3}
+        trainer = trainer_of(small_model(*kind), tmp_path, counting_sequences(40), **arguments)
+        seen.append([batch["input_ids"] for batch in trainer.get_train_dataloader()])
+    assert len(seen[0]) == 10 and all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
 
 def trained(folder, trial, steps=6, **options):
@@ -102,8 +123,8 @@ def test_moments_decay_in_steps_that_do_not_touch_a_row():
         assert (optimizer.state[table]["row_steps"][touched] == step + 1).all()
 
 
-def test_the_gate_of_memory_plus():
-    layer = tiny_model(tiny_config("memory_plus")).model.layers[0].mlp
+def test_the_gate_of_a_product_key_memory():
+    layer = tiny_model(tiny_config("gated_pkm")).model.layers[0].mlp
     hidden_states = torch.randn(2, 5, 24)
     with torch.no_grad():
         memory = super(type(layer), layer).forward(hidden_states)
@@ -126,7 +147,7 @@ def test_narrow_experts():
     assert layer.expert_pool.up_proj.weight.shape[1] == 12
 
 
-@pytest.mark.parametrize("variant", ["memory_plus", "narrow_peer"])
+@pytest.mark.parametrize("variant", ["gated_pkm", "narrow_peer"])
 def test_costs_are_those_of_the_model(variant):
     config = tiny_config("dense", variant, expert_kernels="eager")  # torch counts nothing inside an operator
     model, costs = PeerForCausalLM(config).eval(), model_costs(config, 6)
