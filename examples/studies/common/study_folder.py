@@ -16,9 +16,12 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 # Arguments that may differ between calls: they select which runs are made and do not change their results.
@@ -49,6 +52,19 @@ def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
             )
         return
     write_json(file, arguments)
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Holds the folder of a study, which is created if need be. Ends the process if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SystemExit(
+            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
+        ) from None
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -60,6 +60,28 @@ COMMON = ("training_texts", "evaluation_texts", "block_size", "batch_size", "eva
 
 # Per run: points of its training loss, and checkpoints.
 LOGS, CHECKPOINTS = 40, 4
+
+
+@dataclass
+class TrainingStudyArguments:
+    """Which plan to run, where to save the results, which results to reuse, and how many runs to make at once."""
+
+    plan: str = field(metadata={"help": "Plan of the study, a JSON file."})
+    output_dir: str = field(metadata={"help": "Output folder."})
+    results: str | None = field(
+        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
+    )
+    processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
+        },
+    )
+
+    @property
+    def num_processes(self) -> int:
+        """Number of runs at once."""
+        return self.processes or torch.cuda.device_count() or 2
 
 
 class SavedResults(Protocol):

@@ -27,14 +27,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
-from studies.common.study_folder import write_text
+from studies.common.study_folder import sole_use, write_text
 from studies.common.training_plan import DENSE, Run, budget_name
-from studies.common.training_study import TimeIsUp
+from studies.common.training_study import TimeIsUp, TrainingStudyArguments
 from studies.recipe.plan import (
     RECIPE,
     choose_size,
@@ -56,24 +54,15 @@ PLAN = Path(__file__).parent / "plans" / "two-cores.json"
 
 
 @dataclass
-class RecipeArguments:
-    """Which plan to run, for how long, where to save the results, and which results to reuse."""
+class RecipeArguments(TrainingStudyArguments):
+    """See [`TrainingStudyArguments`], and for how long."""
 
     plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
     output_dir: str = field(default="runs/recipe", metadata={"help": "Output folder."})
-    results: str | None = field(
-        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
-    )
     hours: float | None = field(
         default=None,
         metadata={
             "help": "Hours after which no further run is begun; the same command goes on. Runs in progress end."
-        },
-    )
-    processes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
         },
     )
 
@@ -130,22 +119,16 @@ def main():
     logging.set_verbosity_error()
     folder = Path(args.output_dir)
     plan = read_plan(Path(args.plan))
-    folder.mkdir(parents=True, exist_ok=True)
     until = None if args.hours is None else time.time() + 3600 * args.hours
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            made_elsewhere = None if args.results is None else read_results(Path(args.results))
-            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere, until=until)
-            try:
-                run_study(study)
-            except TimeIsUp as message:
-                print(message)
-            finally:  # also of a study that fails or is stopped
-                report(study.all_results(), folder)
-    except Timeout:
-        raise SystemExit(
-            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
-        ) from None
+    with sole_use(folder):
+        made_elsewhere = None if args.results is None else read_results(Path(args.results))
+        study = Study(plan, folder, args.num_processes, made_elsewhere, until=until)
+        try:
+            run_study(study)
+        except TimeIsUp as message:
+            print(message)
+        finally:  # also of a study that fails or is stopped
+            report(study.all_results(), folder)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ file in --output_dir; `results.json` there sums them up, and tables, plots and m
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
-from studies.common.study_folder import write_text
+from studies.common.study_folder import sole_use, write_text
 from studies.common.training_plan import budget_name
+from studies.common.training_study import TrainingStudyArguments
 from studies.scaling.cards import write_cards
 from studies.scaling.plan import (
     choose_rates,
@@ -53,20 +52,11 @@ PLAN = Path(__file__).parent / "plans" / "two-cores.json"
 
 
 @dataclass
-class ScalingArguments:
-    """Which plan to run, where to save the results, which results to reuse, and how many runs to make at once."""
+class ScalingArguments(TrainingStudyArguments):
+    """See [`TrainingStudyArguments`]."""
 
     plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
     output_dir: str = field(default="runs/scaling", metadata={"help": "Output folder."})
-    results: str | None = field(
-        default=None, metadata={"help": "A results.json of the same study, whose runs are reused."}
-    )
-    processes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of runs at once. Defaults to one per accelerator, or to two that share the cores of a CPU."
-        },
-    )
 
 
 def run_study(study: Study) -> Results:
@@ -98,16 +88,10 @@ def main():
     logging.set_verbosity_error()
     folder = Path(args.output_dir)
     plan = read_plan(Path(args.plan))
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            made_elsewhere = None if args.results is None else read_results(Path(args.results))
-            study = Study(plan, folder, args.processes or torch.cuda.device_count() or 2, made_elsewhere)
-            report(run_study(study), folder)
-    except Timeout:
-        raise SystemExit(
-            f"Another process is running the study in {folder}: wait for it, or choose another --output_dir."
-        ) from None
+    with sole_use(folder):
+        made_elsewhere = None if args.results is None else read_results(Path(args.results))
+        study = Study(plan, folder, args.num_processes, made_elsewhere)
+        report(run_study(study), folder)
 
 
 if __name__ == "__main__":

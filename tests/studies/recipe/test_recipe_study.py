@@ -15,16 +15,13 @@
 
 import json
 import math
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from recipe_plans import SMALL, WHOLE
 from slow_tests import slow
-from study_runs import TEXTS, run_preloaded
+from study_runs import make_study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import studies.recipe.__main__ as recipe
@@ -34,37 +31,16 @@ from studies.recipe.report import describe, read_results
 from studies.recipe.study import Study
 
 
-def make_study(folder, plan):
-    """Makes a study, and yields its folder and a function that goes on with it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan))
-
-    def main(*flags, output_dir=folder):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_study, "load_corpus", TEXTS.get)
-            named = ["--plan", str(folder / "plan.json"), "--output_dir", str(output_dir)]
-            patch.setattr(sys, "argv", ["studies.recipe", *named, *flags])
-            recipe.main()
-
-    def run_here(command, env, stdout=None, stderr=None, check=False):
-        return run_preloaded(command, env, folder / "seconds.log" if stdout is None else Path(stdout.name), check)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
-        main()
-        yield folder, main
-
-
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """The search at its smallest, made once."""
-    yield from make_study(tmp_path_factory.mktemp("recipe"), SMALL)
+    yield from make_study(recipe, tmp_path_factory.mktemp("recipe"), SMALL)
 
 
 @slow
 def test_of_a_recipe(tmp_path):
     """All that is made once there is one, also from the results alone."""
-    for folder, main in make_study(tmp_path / "whole", WHOLE):
+    for folder, main in make_study(recipe, tmp_path / "whole", WHOLE):
         results = read_results(folder / "results.json")
         printed = describe(results)
         for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
@@ -78,7 +54,7 @@ def test_of_a_recipe(tmp_path):
             for run in runs:
                 expected = dense[0].steps * results.step_seconds(dense[0]) / results.step_seconds(run)
                 assert run.steps == round(expected)
-        main("--results", str(folder / "results.json"), "--hours", "0", output_dir=tmp_path / "again")
+        main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
         assert (tmp_path / "again" / "tables.md").read_text() == printed
 
 

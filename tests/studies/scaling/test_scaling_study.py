@@ -19,15 +19,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import load_from_disk
 from filelock import FileLock
 from scaling_plans import PEER_FIELDS, SMALL
-from study_runs import TEXTS, run_preloaded
+from study_runs import make_study, run_preloaded
 from transformers import AutoModelForCausalLM
 
 import studies.scaling.__main__ as scaling
@@ -51,26 +49,7 @@ from studies.scaling.study import Study
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """The study at its smallest, made once, and as a function that goes on with it."""
-    folder = tmp_path_factory.mktemp("scaling")
-    (folder / "plan.json").write_text(json.dumps(SMALL))
-
-    def main(*flags):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_study, "load_corpus", TEXTS.get)
-            patch.setattr(
-                sys,
-                "argv",
-                ["studies.scaling", "--plan", str(folder / "plan.json"), "--output_dir", str(folder), *flags],
-            )
-            scaling.main()
-
-    def run_here(command, env, stdout=None, stderr=None, check=False):
-        return run_preloaded(command, env, folder / "speed.log" if stdout is None else Path(stdout.name), check)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
-        main()
-        yield folder, main
+    yield from make_study(scaling, tmp_path_factory.mktemp("scaling"), SMALL)
 
 
 class TestStudy:
