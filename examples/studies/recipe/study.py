@@ -37,8 +37,8 @@ class Study(TrainingStudy):
     def __init__(
         self, plan: RecipePlan, folder: Path, processes: int, made_elsewhere: Results | None = None, **options
     ):
-        super().__init__(plan, folder, processes, made_elsewhere, **options)
         self.made_elsewhere = made_elsewhere
+        super().__init__(plan, folder, processes, made_elsewhere, **options)
 
     def timed_runs(self) -> dict[str, list[Run]]:
         """
