@@ -21,9 +21,9 @@ from typing import Any
 
 from transformers import Trainer
 
-import studies.recipe.variants  # noqa: F401 registers them
 from studies.common.single_run import main
 from studies.recipe.trials import apply_trial, share_initialization
+from studies.recipe.variants import register_variants
 
 
 def change(work: dict[str, Any], trainer: Trainer) -> None:
@@ -33,4 +33,5 @@ def change(work: dict[str, Any], trainer: Trainer) -> None:
 
 
 if __name__ == "__main__":
+    register_variants()
     main(change)

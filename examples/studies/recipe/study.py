@@ -21,12 +21,12 @@ import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
-import studies.recipe.variants  # noqa: F401 registers them, for their costs
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
 from studies.recipe.plan import RECIPE, RecipePlan
 from studies.recipe.report import Results
+from studies.recipe.variants import register_variants
 
 
 class Study(TrainingStudy):
@@ -37,6 +37,7 @@ class Study(TrainingStudy):
     def __init__(
         self, plan: RecipePlan, folder: Path, processes: int, made_elsewhere: Results | None = None, **options
     ):
+        register_variants()  # for their costs
         self.made_elsewhere = made_elsewhere
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 

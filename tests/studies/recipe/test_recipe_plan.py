@@ -138,8 +138,6 @@ def test_refuses(fields, message):
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_plans_make_models(file):
-    import studies.recipe.variants  # noqa: F401 registers what they name
-
     plan = read_plan(file)
     for runs in search_runs(plan).values():
         assert isinstance(configuration_of(runs[0], plan), PeerConfig)

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_worker import counting_sequences, small_model, trainer_of
 
-import studies.recipe.variants  # noqa: F401 registers them
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, model_costs
 from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
 from studies.recipe.trials import DecayMoments, apply_trial, share_initialization
