@@ -49,6 +49,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sequences per forward in evaluation.
 EVAL_BATCH_SIZE = 16
 
+# Arguments of run_clm.py that are paths of the machine.
+PLACES = ("tokenizer_name", "train_file", "validation_file", "output_dir")
+
 # What a study changes in the trainer of a run, before it trains: what is in RUN.json, and the trainer.
 Change: TypeAlias = Callable[[dict[str, Any], Trainer], None]
 
@@ -112,19 +115,17 @@ def usage(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
     return found
 
 
+def without_places(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of run_clm.py without the paths of the machine, which are no part of a result."""
+    return {name: value for name, value in arguments.items() if name not in PLACES}
+
+
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     Arguments of run_clm.py that determine the result: without paths and machine, and with fields of the configuration
     apart.
     """
-    apart = (
-        "tokenizer_name",
-        "train_file",
-        "validation_file",
-        "output_dir",
-        "dataloader_pin_memory",
-        "config_overrides",
-    )
+    apart = (*PLACES, "dataloader_pin_memory", "config_overrides")
     return {
         **{name: value for name, value in arguments.items() if name not in apart},
         **json.loads(arguments["config_overrides"]),
@@ -241,7 +242,7 @@ def make(work: dict[str, Any], file: Path, change: Change | None = None) -> dict
     others = {name: value for name, value in trained["all_results"].items() if name not in RESULTS}
     perplexities = {f"perplexity/{text}": math.exp(loss) for text, loss in measured["losses"].items()}
     write_json(folder / "all_results.json", {**others, **perplexities})
-    about = {"run_clm": arguments, "texts": digests(texts), "machine": machine(), "after_training": {}}
+    about = {"run_clm": without_places(arguments), "texts": digests(texts), "machine": machine(), "after_training": {}}
     return {**work["run"], **trained, **measured, **about}
 
 
