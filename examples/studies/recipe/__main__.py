@@ -36,13 +36,16 @@ from studies.common.training_study import TimeIsUp, TrainingStudyArguments
 from studies.recipe.plan import (
     RECIPE,
     choose_size,
+    combination_runs,
     compared_runs,
     dense_runs,
     expert_runs,
     ingredient_runs,
     read_plan,
+    runs_beyond,
+    runs_by_size,
     search_runs,
-    size_runs,
+    second_round_runs,
     tuned,
     tuning_runs,
 )
@@ -69,12 +72,14 @@ class RecipeArguments(TrainingStudyArguments):
 
 def run_study(study: Study) -> None:
     """Makes all runs that have no result yet, as far as the plan has what was found: first the search."""
-    plan, search = study.plan, search_runs(study.plan)
-    for seed in range(plan.search_seeds):
-        study.make([runs[seed] for runs in search.values()], f"Search, seed {seed}")
+    plan = study.plan
+    made = study.make(_seed_by_seed(search_runs(plan)), "Search, first round")
+    study.make(_seed_by_seed(second_round_runs(plan, made)), "Search, second round")
+    study.make(_seed_by_seed(combination_runs(plan)), "Combinations")
     if RECIPE not in plan.trials:
         return
-    best = tuned(plan, study.make(_together(tuning_runs(plan).values()), "Tuning"))
+    made = study.make(_together(tuning_runs(plan).values()), "Tuning")
+    best = tuned(plan, study.make(list(runs_beyond(plan, made).values()), "Tuning beyond the ends"))
     chosen = {budget: compare(study, best, budget) for budget in plan.budgets}
     compare_at_equal_seconds(study, plan.budgets[-1])
     study.make(_together(ingredient_runs(plan, best[RECIPE]).values()), "Ingredients")
@@ -86,8 +91,8 @@ def run_study(study: Study) -> None:
 def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]:
     """Makes the runs of all sizes at a budget, and the chosen ones with their seeds. Returns the chosen ones."""
     plan, name = study.plan, budget_name(budget)
-    sizes = {variant: size_runs(plan, run, budget) for variant, run in best.items()}
-    made = study.make(_together(sizes.values()), f"Sizes at {name} FLOPs")
+    sizes = runs_by_size(plan, best, budget)
+    made = study.make(_together(runs for runs in sizes.values() if len(runs) > 1), f"Sizes at {name} FLOPs")
     chosen = {variant: choose_size(runs, made) for variant, runs in sizes.items()}
     compared = [compared_runs(plan, run, budget) for run in chosen.values()]
     study.make(_together(compared), f"Comparison at {name} FLOPs")
@@ -105,6 +110,11 @@ def compare_at_equal_seconds(study: Study, budget: float) -> None:
 
 def _together(lists):
     return [run for runs in lists for run in runs]
+
+
+def _seed_by_seed(runs):
+    """All variants with the first seed, then with the next, so that what there is can be compared at any time."""
+    return sorted(_together(runs.values()), key=lambda run: run.seed)
 
 
 def report(results: Results, folder: Path) -> None:

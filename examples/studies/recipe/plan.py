@@ -54,12 +54,17 @@ class RecipePlan(TrainingPlan):
         budgets (`list[float]`): Training FLOPs of a model, in ascending order. Search and tuning are at the first.
         hidden_size (`int`): Size of the models of search and tuning.
         learning_rate (`float`): Learning rate of the search.
-        search_seeds (`int`): Number of seeds of the search. A variant and its parent are paired by them.
+        search_seeds (`list[int]`):
+            Number of seeds of the first round of the search, and of how many more the second round has. A variant and
+            its parent are paired by them.
         searched (`list[str]`): Variants that are compared with their parents.
+        finalists (`int`): How many of them come to the second round.
+        combined (`list[str]`): Combinations of what was adopted, which are compared with their parents in both rounds.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by.
-        hidden_sizes (`dict[str, list[list[int]]]`): For each variant and budget, sizes to choose from.
+        hidden_sizes (`dict[str, list[list[int]]]`):
+            For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
@@ -69,8 +74,10 @@ class RecipePlan(TrainingPlan):
     budgets: list[float]
     hidden_size: int
     learning_rate: float
-    search_seeds: int
+    search_seeds: list[int]
     searched: list[str]
+    finalists: int
+    combined: list[str]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
     seeds: dict[str, list[int]]
@@ -82,12 +89,13 @@ class RecipePlan(TrainingPlan):
         super().__post_init__()
         for name in self.variants:
             self.lineage(name)
-        for field in ("searched", "trials", "seeds", "hidden_sizes", "ingredients"):
+        for field in ("searched", "combined", "trials", "seeds", "hidden_sizes", "ingredients"):
             if unknown := set(getattr(self, field)) - self.variants.keys():
                 raise ValueError(f"`{field}` must name some of `variants`, but got {sorted(unknown)} among them.")
-        for name in self.searched:
-            if "parent" not in self.variants[name]:
-                raise ValueError(f"`searched` must name variants that have a `parent`, but {name!r} has none.")
+        for field in ("searched", "combined"):
+            for name in getattr(self, field):
+                if "parent" not in self.variants[name]:
+                    raise ValueError(f"`{field}` must name variants that have a `parent`, but {name!r} has none.")
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
@@ -110,15 +118,25 @@ class RecipePlan(TrainingPlan):
 
     def own_changes(self, run: Run) -> dict[str, Any]:
         """What its variant and its parents have, and what is tuned."""
-        changes = merge_changes(*self.lineage(run.variant), self._tuned(run))
-        return {name: value for name, value in changes.items() if name not in ("parent", "trial", "learning_rate")}
+        changes = merge_changes(*self.lineage(run.variant), self.tuned_changes(run))
+        return {name: value for name, value in changes.items() if name not in ("parent", "trial")}
 
-    def _tuned(self, run):
+    def tuned_changes(self, run: Run) -> dict[str, Any]:
+        """What the trial of a run changes, and its number of experts if that is varied, but for the learning rate."""
         if run.ablation is None:
             return {}
         trials = self.trials[RECIPE if run.variant in self.ingredients else run.variant]
-        trial, _, num_experts = run.ablation[1].partition(", ")
-        return trials[int(trial)] | ({"num_experts": int(num_experts)} if num_experts else {})
+        group, trial = run.ablation
+        num_experts, _, trial = trial.partition(", ") if group == NUM_EXPERTS else ("", "", trial)
+        changes = (
+            {name: value for name, value in trials[int(trial)].items() if name != "learning_rate"} if trial else {}
+        )
+        return changes | ({"num_experts": int(num_experts)} if num_experts else {})
+
+    @property
+    def all_search_seeds(self) -> range:
+        """The seeds of both rounds of the search. Those of the comparison follow them."""
+        return range(sum(self.search_seeds))
 
     def trial_of(self, run: Run) -> dict[str, Any]:
         """What is tried in the training of a run that no flag gives."""
@@ -137,60 +155,128 @@ def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
 
 
 def search_runs(plan: RecipePlan) -> dict[str, list[Run]]:
-    """The runs of the search by variant: those that are searched, their parents, and dense."""
-    parents = [plan.variants[name]["parent"] for name in plan.searched]
+    """The runs of the first round of the search by variant: dense, those that are searched, and their parents."""
     return {
-        name: with_seeds(
-            [run_of_budget(name, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan)],
-            range(plan.search_seeds),
-        )
-        for name in dict.fromkeys([DENSE, PEER, *parents, *plan.searched])
+        name: with_seeds([run_of_the_search(plan, name)], range(plan.search_seeds[0]))
+        for name in _with_parents(plan, [DENSE, PEER], plan.searched)
     }
 
 
-def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:
-    """The runs of the tuning by variant, one for each trial, with the first seed."""
+def second_round_runs(plan: RecipePlan, results: dict[str, dict]) -> dict[str, list[Run]]:
+    """
+    The runs of both rounds by variant, of those that were furthest below their parents in the first and of their
+    parents.
+    """
+    first = search_runs(plan)
+
+    def loss_over_parent(name):
+        pairs = zip(first[name], first[plan.variants[name]["parent"]], strict=True)
+        return sum(corpus_loss(results[own.name]) - corpus_loss(results[other.name]) for own, other in pairs)
+
+    finalists = sorted(plan.searched, key=loss_over_parent)[: plan.finalists]
     return {
-        variant: [
-            run_of_budget(
-                variant, plan.hidden_size, plan.budgets[0], trial["learning_rate"], plan, (TUNING, str(index))
-            )
-            for index, trial in enumerate(trials)
-        ]
+        name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds)
+        for name in _with_parents(plan, [PEER], finalists)
+    }
+
+
+def combination_runs(plan: RecipePlan) -> dict[str, list[Run]]:
+    """The runs of combinations by variant, and of their parents."""
+    return {
+        name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds)
+        for name in _with_parents(plan, [], plan.combined)
+    }
+
+
+def _with_parents(plan, first, names):
+    return dict.fromkeys([*first, *(plan.variants[name]["parent"] for name in names), *names])
+
+
+def run_of_the_search(plan: RecipePlan, variant: str) -> Run:
+    """The run of a variant in the search, with the first seed."""
+    return run_of_budget(variant, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan)
+
+
+def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:
+    """
+    The runs of the tuning by variant, one for each trial, with the first seed. A trial that has a learning rate alone
+    is a run of the search, if it has the rate of the search.
+    """
+    return {
+        variant: [_run_of_trial(plan, variant, index) for index in range(len(trials))]
         for variant, trials in plan.trials.items()
     }
 
 
+def _run_of_trial(plan, variant, index):
+    trial = plan.trials[variant][index]
+    ablation = None if trial.keys() == {"learning_rate"} else (TUNING, str(index))
+    return run_of_budget(variant, plan.hidden_size, plan.budgets[0], trial["learning_rate"], plan, ablation)
+
+
+def runs_beyond(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
+    """
+    For each variant whose best trial has the lowest or the highest of the learning rates, a run beyond it: with this
+    rate divided or multiplied by the square root of two.
+    """
+    found = {}
+    for variant, runs in tuning_runs(plan).items():
+        best, rates = _lowest(runs, results), [run.learning_rate for run in runs]
+        factor = {min(rates): 0.5**0.5, max(rates): 2**0.5}.get(best.learning_rate)
+        if factor is not None:
+            found[variant] = replace(best, learning_rate=_rounded(best.learning_rate * factor))
+    return found
+
+
+def _rounded(rate):
+    return float(f"{rate:.3g}")
+
+
+def _lowest(runs, results):
+    return min(runs, key=lambda run: corpus_loss(results[run.name]))
+
+
 def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
-    """The run of each variant whose trial has the lowest loss on the held-out part of the training texts."""
+    """The run of each variant that has the lowest loss on the held-out part of the training texts, of all trials."""
+    beyond = runs_beyond(plan, results)
     return {
-        variant: min(runs, key=lambda run: corpus_loss(results[run.name]))
+        variant: _lowest([*runs, *([beyond[variant]] if variant in beyond else [])], results)
         for variant, runs in tuning_runs(plan).items()
     }
 
 
 def run_of_size(best: Run, hidden_size: int, budget: float, plan: RecipePlan) -> Run:
     """A run of another size with the trial that a variant was tuned to, and its learning rate by the rule."""
-    rate = float(f"{best.learning_rate * best.hidden_size / hidden_size:.3g}")
+    rate = _rounded(best.learning_rate * best.hidden_size / hidden_size)
     return run_of_budget(best.variant, hidden_size, budget, rate, plan, best.ablation)
 
 
 def size_runs(plan: RecipePlan, best: Run, budget: float) -> list[Run]:
-    """The runs of a variant at each size of a budget, with the first seed."""
+    """The runs of a variant at each size of a budget, with the first seed. A size without others need not be made."""
     return [
         run_of_size(best, size, budget, plan) for size in plan.hidden_sizes[best.variant][plan.budgets.index(budget)]
     ]
 
 
+def runs_by_size(plan: RecipePlan, best: dict[str, Run], budget: float) -> dict[str, list[Run]]:
+    """[`size_runs`] of each variant that a budget is spent on."""
+    sizes = {variant: size_runs(plan, run, budget) for variant, run in best.items()}
+    return {variant: runs for variant, runs in sizes.items() if runs}
+
+
 def choose_size(runs: list[Run], results: dict[str, dict]) -> Run:
     """The run with the lowest loss on the held-out part of the training texts."""
-    return min(runs, key=lambda run: corpus_loss(results[run.name]))
+    return runs[0] if len(runs) == 1 else _lowest(runs, results)
 
 
 def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
     """The run of the size that was chosen, with seeds that nothing was chosen with."""
-    number = plan.seeds[chosen.variant][plan.budgets.index(budget)]
-    return with_seeds([chosen], range(plan.search_seeds, plan.search_seeds + number))
+    return with_seeds([chosen], _seeds_of_the_comparison(plan, chosen.variant, budget))
+
+
+def _seeds_of_the_comparison(plan, variant, budget):
+    first = len(plan.all_search_seeds)
+    return range(first, first + plan.seeds[variant][plan.budgets.index(budget)])
 
 
 def seconds_runs(
@@ -208,7 +294,7 @@ def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
     The recipe, and without each of its ingredients, at the rate of the recipe, the first budget and the seeds of the
     comparison. Raises `ValueError` if what remains is the recipe itself.
     """
-    rate, seeds = best.learning_rate, _seeds_of_the_comparison(plan)
+    rate, seeds = best.learning_rate, _seeds_of_the_comparison(plan, RECIPE, plan.budgets[0])
     runs = {
         name: with_seeds([run_of_budget(name, plan.hidden_size, plan.budgets[0], rate, plan, best.ablation)], seeds)
         for name in [RECIPE, *plan.ingredients]
@@ -219,20 +305,12 @@ def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
     return runs
 
 
-def _seeds_of_the_comparison(plan):
-    return range(plan.search_seeds, plan.search_seeds + plan.seeds[RECIPE][0])
-
-
 def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
     """The recipe by its number of experts, for as many steps, with the seeds of the comparison."""
-    own = changed_fields(best, plan)["num_experts"]
-    changed = {
-        number: replace(best, ablation=(NUM_EXPERTS, f"{best.ablation[1]}, {number}")) for number in plan.nums_experts
-    }
-    return {
-        number: with_seeds([best if number == own else run], _seeds_of_the_comparison(plan))
-        for number, run in changed.items()
-    }
+    own, trial = changed_fields(best, plan)["num_experts"], "" if best.ablation is None else f", {best.ablation[1]}"
+    seeds = _seeds_of_the_comparison(plan, RECIPE, plan.budgets[0])
+    changed = {number: replace(best, ablation=(NUM_EXPERTS, f"{number}{trial}")) for number in plan.nums_experts}
+    return {number: with_seeds([best if number == own else run], seeds) for number, run in changed.items()}
 
 
 def dense_runs(plan: RecipePlan, best: Run, tokens_of: Run) -> list[Run]:

@@ -28,15 +28,20 @@ from studies.recipe.plan import (
     RECIPE,
     RecipePlan,
     choose_size,
+    combination_runs,
     compared_runs,
     dense_runs,
     expert_runs,
     ingredient_runs,
+    run_of_the_search,
+    runs_beyond,
+    runs_by_size,
     search_runs,
+    second_round_runs,
     seconds_runs,
-    size_runs,
     tuned,
     tuning_runs,
+    with_seeds,
 )
 
 
@@ -71,13 +76,17 @@ class Results:
     def best(self) -> dict[str, Run]:
         """The run of each variant with the best trial of the tuning; empty before that has ended."""
         runs = tuning_runs(self.plan)
-        is_tuned = RECIPE in runs and self.are_made(run for own in runs.values() for run in own)
+        is_tuned = (
+            RECIPE in runs
+            and self.are_made(run for own in runs.values() for run in own)
+            and self.are_made(runs_beyond(self.plan, self.runs).values())
+        )
         return tuned(self.plan, self.runs) if is_tuned else {}
 
     def chosen(self, budget: float) -> dict[str, Run]:
         """The run of each variant with the best size of a budget; empty before that is known."""
-        sizes = {variant: size_runs(self.plan, run, budget) for variant, run in self.best.items()}
-        if not sizes or not self.are_made(run for runs in sizes.values() for run in runs):
+        sizes = runs_by_size(self.plan, self.best, budget)
+        if not sizes or not self.are_made(run for runs in sizes.values() if len(runs) > 1 for run in runs):
             return {}
         return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
 
@@ -121,57 +130,82 @@ class Results:
         ]
 
 
+def runs_of_the_search(results: Results) -> dict[str, list[Run]]:
+    """The runs of search and combinations that were made, by variant."""
+    plan = results.plan
+    names = dict.fromkeys([*search_runs(plan), *combination_runs(plan)])
+    every = {name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds) for name in names}
+    return {name: [run for run in runs if run.name in results.runs] for name, runs in every.items()}
+
+
 def table_of_the_search(results: Results) -> str:
-    """Table of variants that were searched, each against its parent with the same seeds."""
-    plan, search = results.plan, search_runs(results.plan)
-    columns = ["below parent, per seed", "five texts", "below parent", "adopted"]
-    rows = [["", "parent", "MFLOPs per token", "steps", CORPUS, *columns]]
+    """Table of variants that were searched, each against its parent with the seeds that both were trained with."""
+    plan, search = results.plan, runs_of_the_search(results)
+    columns = ["parent", "MFLOPs per token", "steps", "seeds", CORPUS, "below parent, per seed", "mean", "five texts"]
+    rows = [["", *columns, "below parent", "adopted"]]
     for name, runs in search.items():
-        if not results.are_made(runs):
+        if not runs:
             continue
-        parent, cells = plan.variants[name].get("parent", "") if name in plan.searched else "", ["", "", ""]
-        if parent and results.are_made(search[parent]):
-            shares = results.below_on_the_corpus(runs, search[parent])
-            below_parent = results.below(runs, search[parent])
-            cells = [", ".join(f"{share:+.1%}" for share in shares), str(below_parent), _adopted(shares)]
+        parent = plan.variants[name].get("parent", "") if name in (*plan.searched, *plan.combined) else ""
+        pairs = [(own, other) for own in runs for other in search.get(parent, ()) if own.seed == other.seed]
         rows.append(
             [
                 name,
                 parent,
                 f"{costs_of(runs[0], plan).flops / 1e6:.2f}",
                 f"{runs[0].steps:,}",
+                str(len(runs)),
                 f"{results.corpus_perplexity(runs):.2f}",
-                cells[0],
-                f"{results.perplexity(runs):.2f}",
-                *cells[1:],
+                *_against_parent(results, name, pairs),
             ]
         )
     return markdown_table(rows)
 
 
-def _adopted(shares):
-    """By the rule of the page: below the parent with all seeds, and by half a percent in the mean."""
-    return "yes" if min(shares) > 0 and mean(shares) >= 0.005 else "no"
+def _against_parent(results, name, pairs):
+    """Cells: below the parent per seed and in the mean, the five texts, below the parent there, and if adopted."""
+    if not pairs:
+        return [""] * 5
+    runs, others = map(list, zip(*pairs, strict=True))
+    shares = results.below_on_the_corpus(runs, others)
+    per_seed = ", ".join(f"{share:+.1%}" for share in shares)
+    cells = [per_seed, f"{mean(shares):+.1%}", f"{results.perplexity(runs):.2f}", str(results.below(runs, others))]
+    return [*cells, _adopted(results, name, shares)]
+
+
+def _adopted(results, name, shares):
+    """By the rule of the page: below the parent by one percent in the mean, and with all seeds but one at the most."""
+    plan, first = results.plan, [run for runs in search_runs(results.plan).values() for run in runs]
+    if not results.are_made(first):
+        return ""
+    if name not in plan.combined and name not in second_round_runs(plan, results.runs):
+        return "no, after the first round"
+    if len(shares) < len(plan.all_search_seeds):
+        return ""
+    return "yes" if mean(shares) >= 0.01 and sum(share > 0 for share in shares) >= len(shares) - 1 else "no"
 
 
 def table_of_trials(results: Results) -> str:
     """Table of the held-out losses of all trials."""
-    runs = tuning_runs(results.plan)
+    plan, runs = results.plan, tuning_runs(results.plan)
     if not results.best:
         return ""
-    number = max(map(len, runs.values()))
-    rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "chosen"]]
+    beyond, number = runs_beyond(plan, results.runs), max(map(len, runs.values()))
+    rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "beyond", "chosen"]]
     for variant, own in runs.items():
         best = results.best[variant]
-        trial = results.plan.trials[variant][int(best.ablation[1])]
-        said = ", ".join(f"{name} {value}" for name, value in _flat(trial).items())
-        cells = [f"{results.corpus_perplexity([run]):.2f}" for run in own]
-        rows.append([variant, *(f"**{c}**" if run == best else c for c, run in zip(cells, own, strict=True)), said])
+        tried = [*own, beyond.get(variant)]
+        cells = ["" if run is None else f"{results.corpus_perplexity([run]):.2f}" for run in tried]
+        changes = plan.tuned_changes(best)
+        chosen = {"learning_rate": best.learning_rate} | changes.pop("training", {}) | changes
+        rows.append(
+            [
+                variant,
+                *(f"**{cell}**" if run == best else cell for cell, run in zip(cells, tried, strict=True)),
+                ", ".join(f"{name} {value}" for name, value in chosen.items()),
+            ]
+        )
     return markdown_table(rows)
-
-
-def _flat(trial):
-    return {key: value for key, value in {**trial, **trial.get("training", {})}.items() if key != "training"}
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
@@ -180,8 +214,9 @@ def table_of_sizes(results: Results, budget: float) -> str:
     if not chosen:
         return ""
     runs = {
-        variant: {run.hidden_size: run for run in size_runs(results.plan, best, budget)}
-        for variant, best in results.best.items()
+        variant: {run.hidden_size: run for run in runs}
+        for variant, runs in runs_by_size(results.plan, results.best, budget).items()
+        if len(runs) > 1
     }
     sizes = sorted({size for own in runs.values() for size in own})
     rows = [[f"corpus perplexity, {budget_name(budget)} FLOPs", *(f"d = {size}" for size in sizes)]]

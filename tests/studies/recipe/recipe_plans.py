@@ -29,7 +29,7 @@ SMALL = {
     "budgets": [6e8],
     "hidden_size": 32,
     "learning_rate": 0.01,
-    "search_seeds": 2,
+    "search_seeds": [1, 1],
     "variants": {
         "dense": {"configuration": "dense-tiny"},
         "peer": {
@@ -45,6 +45,8 @@ SMALL = {
         "apart": {"parent": "gated", "trial": {"apart": True}},
     },
     "searched": ["gated", "apart"],
+    "finalists": 2,
+    "combined": [],
     "trials": {},
     "hidden_sizes": {},
     "seeds": {},
@@ -55,12 +57,17 @@ SMALL = {
 
 # With a recipe, and all that is made of it.
 WHOLE = SMALL | {
-    "search_seeds": 1,
+    "search_seeds": [1, 0],
     "variants": SMALL["variants"] | {"recipe": {"parent": "gated", "query_norm": "rms"}},
-    "searched": ["gated", "apart"],
-    "trials": {"dense": [{"learning_rate": 0.01}], "recipe": [{"learning_rate": 0.02}]},
-    "hidden_sizes": {"dense": [[32, 64]], "recipe": [[32, 64]]},
-    "seeds": {"dense": [2], "recipe": [2]},
+    "searched": ["gated"],
+    "combined": ["recipe"],
+    "trials": {
+        "dense": [{"learning_rate": 0.01}],
+        "peer": [{"learning_rate": 0.01}],
+        "recipe": [{"learning_rate": 0.02, "training": {"down_proj_lr_multiplier": 8}}],
+    },
+    "hidden_sizes": {"dense": [[32, 64]], "peer": [[64]], "recipe": [[32, 64]]},
+    "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
     "dense_sizes": [32, 64],
     "nums_experts": [16, 64],
     "ingredients": ["gated"],

@@ -26,12 +26,17 @@ from studies.common.training_plan import (
 )
 from studies.recipe.plan import (
     RecipePlan,
+    choose_size,
+    combination_runs,
     compared_runs,
     dense_runs,
     expert_runs,
     read_plan,
     run_of_size,
+    runs_beyond,
+    runs_by_size,
     search_runs,
+    second_round_runs,
     size_runs,
     tuned,
     tuning_runs,
@@ -44,8 +49,17 @@ TRIALS = {
 }
 
 
+SEARCHED = ("peer", "gated", "apart")
+
+
 def plan_of(**fields):
-    return RecipePlan(**SMALL | fields)
+    return RecipePlan(**SMALL | {"search_seeds": [2, 0]} | fields)
+
+
+def with_losses(losses, runs):
+    """Results of runs whose losses on the corpus are these, by variant."""
+    pairs = [pair for name, own in losses.items() for pair in zip(runs[name], own, strict=True)]
+    return {run.name: {"losses": {"corpus": loss}} for run, loss in pairs}
 
 
 def test_a_variant_has_what_its_parents_have_and_it_does_not_change():
@@ -73,23 +87,57 @@ def test_the_search_compares_each_with_its_parent_at_one_budget():
     assert search["gated"][0].steps < search["peer"][0].steps
 
 
+@pytest.mark.parametrize(("losses", "best"), [([3.0, 2.9, 2.7], "apart"), ([3.0, 2.7, 2.6], "gated")])
+def test_the_second_round_is_of_those_furthest_below_their_parents(losses, best):
+    """`apart` is a change of `gated`, so its loss counts against that of `gated`."""
+    plan = plan_of(search_seeds=[2, 1], finalists=1)
+    results = with_losses(
+        {"dense": [4.0] * 2} | {name: [loss, loss + 1] for name, loss in zip(SEARCHED, losses, strict=True)},
+        search_runs(plan),
+    )
+    second = second_round_runs(plan, results)
+    assert list(second) == (["peer", "gated", "apart"] if best == "apart" else ["peer", "gated"])
+    for name, runs in second.items():
+        assert [(run.variant, run.seed) for run in runs] == [(name, 0), (name, 1), (name, 2)]
+
+
+def test_combinations_have_the_seeds_of_both_rounds():
+    plan = plan_of(search_seeds=[1, 1], combined=["apart"])
+    seeds = {name: [run.seed for run in runs] for name, runs in combination_runs(plan).items()}
+    assert seeds == {"gated": [0, 1], "apart": [0, 1]}
+
+
 def test_tuning_gives_each_variant_its_best_trial():
     plan = plan_of(trials=TRIALS)
     runs = tuning_runs(plan)
     assert [run.learning_rate for run in runs["peer"]] == [0.01, 0.02]
     few, other = (configuration_of(run, plan).num_experts_per_head for run in runs["peer"])
     assert (few, other) == (2, 4) and training_arguments(runs["peer"][1], plan)["seed"] == 3
-    losses = {"dense": [1.0, 2.0], "peer": [2.0, 1.0]}
-    results = {
-        run.name: {"losses": {"corpus": loss}}
-        for name in runs
-        for run, loss in zip(runs[name], losses[name], strict=True)
-    }
+    results = with_losses({"dense": [1.0, 2.0], "peer": [2.0, 1.0]}, runs)
+    beyond = runs_beyond(plan, results)
+    assert {name: run.learning_rate for name, run in beyond.items()} == {"dense": 0.00707, "peer": 0.0283}
+    results |= with_losses({"dense": [1.5], "peer": [1.5]}, {name: [run] for name, run in beyond.items()})
     best = tuned(plan, results)
     assert (best["dense"], best["peer"]) == (runs["dense"][0], runs["peer"][1])
     wide = run_of_size(best["peer"], 64, 6e8, plan)
     assert wide.learning_rate == 0.01 and wide.ablation == best["peer"].ablation
     assert training_arguments(wide, plan)["seed"] == 3 and wide.steps < best["peer"].steps
+
+
+def test_tuning_goes_beyond_the_best_rate_where_it_is_an_end():
+    plan = plan_of(trials={"dense": [{"learning_rate": rate} for rate in (0.01, 0.02, 0.04)]})
+    runs = tuning_runs(plan)
+    assert runs_beyond(plan, with_losses({"dense": [2.0, 1.0, 2.0]}, runs)) == {}
+    results = with_losses({"dense": [2.0, 2.0, 1.0]}, runs)
+    beyond = runs_beyond(plan, results)["dense"]
+    assert beyond.learning_rate == 0.0566
+    assert tuned(plan, results | with_losses({"dense": [0.9]}, {"dense": [beyond]}))["dense"] == beyond
+
+
+def test_a_trial_without_changes_is_the_run_of_the_search():
+    plan = plan_of(trials={"peer": [{"learning_rate": 0.01}, {"learning_rate": 0.01, "num_experts_per_head": 2}]})
+    same, other = tuning_runs(plan)["peer"]
+    assert same == search_runs(plan)["peer"][0] and other.name != same.name
 
 
 def test_what_is_compared_was_not_chosen_by_its_seed():
@@ -99,17 +147,26 @@ def test_what_is_compared_was_not_chosen_by_its_seed():
     assert [run.seed for run in compared_runs(plan, best, 6e8)] == [2, 3, 4]
 
 
-def test_runs_that_differ_in_one_thing():
+def test_a_budget_is_not_spent_on_variants_without_sizes():
+    plan = plan_of(trials=TRIALS, hidden_sizes={"dense": [[32]], "peer": [[]]})
+    best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
+    assert list(runs_by_size(plan, best, 6e8)) == ["dense"]
+    (only,) = runs_by_size(plan, best, 6e8)["dense"]
+    assert choose_size([only], {}) == only  # needs no result
+
+
+@pytest.mark.parametrize(("trial", "num_experts_per_head"), [(0, 4), (1, 2)])
+def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
     variants = SMALL["variants"] | {"recipe": {"parent": "gated"}}
-    trials = TRIALS | {"recipe": TRIALS["peer"]}
+    trials = TRIALS | {"recipe": [{"learning_rate": 0.01}, TRIALS["peer"][0]]}
     plan = plan_of(
         variants=variants, trials=trials, seeds={"recipe": [1]}, nums_experts=[16, 64], dense_sizes=[32, 64]
     )
-    best = tuning_runs(plan)["recipe"][0]
+    best = tuning_runs(plan)["recipe"][trial]
     few, many = (configuration_of(runs[0], plan) for runs in expert_runs(plan, best).values())
     assert (few.num_experts, many.num_experts) == (16, 64)
     different = {name for name, value in few.to_dict().items() if value != many.to_dict()[name]}
-    assert different == {"num_experts"} and few.num_experts_per_head == 2 and few.gated_experts
+    assert different == {"num_experts"} and few.num_experts_per_head == num_experts_per_head and few.gated_experts
     assert {run.steps for run in dense_runs(plan, tuning_runs(plan)["dense"][0], best)} == {best.steps}
 
 
@@ -122,6 +179,7 @@ def test_runs_that_differ_in_one_thing():
             "parents of 'one' must be other `variants`, but got \\['one'",
         ),
         ({"searched": ["dense"]}, "`searched` must name variants that have a `parent`, but 'dense' has none"),
+        ({"combined": ["peer"]}, "`combined` must name variants that have a `parent`, but 'peer' has none"),
         ({"searched": ["missing"]}, "`searched` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
         (

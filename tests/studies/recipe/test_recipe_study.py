@@ -15,6 +15,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import studies.recipe.__main__ as recipe
 from studies.common import training_study
-from studies.recipe.plan import RecipePlan, compared_runs, search_runs
-from studies.recipe.report import describe, read_results
+from studies.recipe.plan import RecipePlan, compared_runs
+from studies.recipe.report import describe, read_results, runs_of_the_search
 from studies.recipe.study import Study
 
 
@@ -46,7 +47,12 @@ def test_of_a_recipe(tmp_path):
         for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
             assert f"## {heading}\n" in printed
         assert "## Dense-equivalent size\n" in printed and "## Number of experts\n" in printed
-        dense, recipe_runs = (compared_runs(results.plan, run, 6e8) for run in results.chosen(6e8).values())
+        chosen = results.chosen(6e8)
+        dense, peer, recipe_runs = (
+            compared_runs(results.plan, chosen[name], 6e8) for name in ("dense", "peer", "recipe")
+        )
+        assert (peer[0].hidden_size, [run.seed for run in peer]) == (64, [1])
+        assert replace(peer[0], seed=0).name not in results.runs  # its size was not chosen
         assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [1, 2]
         ratio = math.exp(sum(results.losses(recipe_runs)) / 2 - sum(results.losses(dense)) / 2)
         assert f" {1 - ratio:+.1%} |" in printed
@@ -62,11 +68,11 @@ def test_comes_to_its_end(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     assert results.plan == RecipePlan(**SMALL)
-    assert results.runs.keys() == {run.name for runs in search_runs(results.plan).values() for run in runs}
+    assert results.runs.keys() == {run.name for runs in runs_of_the_search(results).values() for run in runs}
     assert (folder / "tables.md").read_text() == describe(results)
     losses = {
         name: [results.runs[run.name]["losses"]["corpus"] for run in runs]
-        for name, runs in search_runs(results.plan).items()
+        for name, runs in runs_of_the_search(results).items()
     }
     (row,) = [line for line in describe(results).splitlines() if line.startswith("| gated")]
     assert f"{math.exp(sum(losses['gated']) / 2):.2f}" in row
@@ -83,7 +89,7 @@ def test_runs_are_paired_by_their_seeds(small_study):
         assert (result["run_clm"]["seed"], result["run_clm"]["data_seed"]) == (result["seed"], result["seed"])
     first = {
         name: [results.runs[run.name]["train_history"][0][1] for run in runs]
-        for name, runs in search_runs(results.plan).items()
+        for name, runs in runs_of_the_search(results).items()
     }
     assert first["apart"] == first["gated"] and first["apart"][0] != first["apart"][1]
 
@@ -92,7 +98,7 @@ def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     tokens = torch.tensor(load_from_disk(folder / "held_out" / "new")["input_ids"])
-    run = search_runs(results.plan)["apart"][1]
+    run = runs_of_the_search(results)["apart"][1]
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.name).eval()
     with torch.no_grad():
         expected = [model(input_ids=each[None], labels=each[None]).loss.item() for each in tokens]
@@ -118,7 +124,7 @@ def test_sequences_lie_in_one_document(small_study, tmp_path):
 def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
     folder, main = small_study
     before = read_results(folder / "results.json")
-    run = search_runs(before.plan)["gated"][1]
+    run = runs_of_the_search(before)["gated"][1]
     lost = folder / "results" / f"{run.name}.json"
     kept = lost.read_bytes()
     lost.unlink()
@@ -127,7 +133,8 @@ def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
         assert f"The time is up: {run.name}" in capsys.readouterr().out
         part = read_results(folder / "results.json")
         assert part.runs.keys() == before.runs.keys() - {run.name}
-        assert not any(line.startswith("| gated") for line in describe(part).splitlines())
+        (row,) = [line for line in describe(part).splitlines() if line.startswith("| gated")]
+        assert [cell.strip() for cell in row.split("|")][5] == "1"  # seed
     finally:
         lost.write_bytes(kept)
     main("--results", str(folder / "results.json"), "--hours", "0")
