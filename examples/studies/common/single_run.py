@@ -40,6 +40,8 @@ from common.cards import RESULTS
 from common.machine import machine
 from modeling_peer import measure_usage
 from modeling_peer.analysis.evaluation import evaluation
+from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.feed_forward_pkm import PkmFeedForward
 from studies.common.study_folder import read_json, write_json
 from studies.common.training_plan import CORPUS
 
@@ -207,7 +209,7 @@ def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> di
                 name: [round(loss, 4) for loss in each.tolist()] for name, each in of_sequences.items()
             },
         }
-        if {"peer", "pkm"}.intersection(model.config.feed_forward_types):
+        if any(isinstance(module, (PeerFeedForward, PkmFeedForward)) for module in model.modules()):
             result["usage"] = usage(model, texts[CORPUS])
     if model.config.moe_routing == "expert_choice":
         result["losses_as_trained"] = losses_as_trained(model, texts, batch_size)

@@ -203,15 +203,19 @@ class TrainingStudy:
         return {}
 
     def seconds(self) -> dict[str, Any]:
-        """Seconds of a training step of the models of `timed_runs`, see `step_seconds`. They are measured once."""
-        found = {}
-        for name, runs in self.timed_runs().items():
-            fields = {run.variant: changed_fields(run, self.plan) for run in runs}
-            file = self._seconds_file(name)
-            if not file.exists() or read_json(file)["fields"] != fields:
-                self._measure_seconds(runs, fields, file)
-            found[name] = read_json(file)
-        return found
+        """
+        Seconds of a training step of the models of `timed_runs`, see `step_seconds`. They are measured once, all of them
+        together, as they are compared with each other.
+        """
+        timed = self.timed_runs()
+        fields = {name: {run.variant: changed_fields(run, self.plan) for run in runs} for name, runs in timed.items()}
+        files = {name: self._seconds_file(name) for name in timed}
+        if not all(file.exists() and read_json(file)["fields"] == fields[name] for name, file in files.items()):
+            for file in files.values():
+                file.unlink(missing_ok=True)
+            for name, runs in timed.items():
+                self._measure_seconds(runs, fields[name], files[name])
+        return {name: read_json(file) for name, file in files.items()}
 
     def _seconds_file(self, name):
         return self.folder / "seconds" / f"{name}.json"

@@ -49,7 +49,9 @@ from studies.recipe.plan import (
     tuned,
     tuning_runs,
 )
-from studies.recipe.report import Results, describe, read_results, write_results
+from studies.recipe.plots import PLOTS
+from studies.recipe.report import describe
+from studies.recipe.results import Results, read_results, write_results
 from studies.recipe.study import Study
 
 
@@ -118,10 +120,11 @@ def _seed_by_seed(runs):
 
 
 def report(results: Results, folder: Path) -> None:
-    """Writes results and tables."""
+    """Writes results, tables and pictures."""
     write_results(folder / "results.json", results)
     write_text(folder / "tables.md", describe(results))
-    print(f"\n{describe(results)}\nIn {folder}: results.json, tables.md")
+    pictures = [f"{name}.png" for name, plot in PLOTS.items() if plot(results, folder / f"{name}.png")]
+    print(f"\n{describe(results)}\nIn {folder}: {', '.join(['results.json', 'tables.md', *pictures])}")
 
 
 def main():

@@ -107,6 +107,10 @@ class SizeCurve:
     b: float
     c: float
 
+    def loss_of(self, parameters: np.ndarray) -> np.ndarray:
+        """The loss of dense models with these numbers of parameters."""
+        return self.a + self.b * parameters**-self.c
+
     def size_of(self, loss: float) -> float:
         """Parameters of the dense model that has a loss; infinite at or below the limit of the curve."""
         return math.inf if loss <= self.a else ((loss - self.a) / self.b) ** (-1 / self.c)

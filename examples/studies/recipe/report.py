@@ -14,140 +14,34 @@
 """Tables of the recipe study from its raw results."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-from studies.common.study_folder import read_json, write_runs
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS, DENSE, Run, budget_name, costs_of
-from studies.recipe.differences import Difference, below, fit_sizes
 from studies.recipe.plan import (
     RECIPE,
-    RecipePlan,
-    choose_size,
-    combination_runs,
     compared_runs,
-    dense_runs,
     expert_runs,
     ingredient_runs,
-    run_of_the_search,
     runs_beyond,
     runs_by_size,
     search_runs,
     second_round_runs,
-    seconds_runs,
-    tuned,
     tuning_runs,
-    with_seeds,
 )
-
-
-class Results:
-    """
-    Results of the runs that were made, with lookups.
-
-    Args:
-        plan (`RecipePlan`): Plan of the study.
-        runs (`dict[str, dict]`): Results of single_run.py by the names of runs.
-        seconds (`dict`): Step times from `Study.seconds`.
-        documents (`dict[str, list[int]]`): For each evaluation text, the document of each of its sequences.
-    """
-
-    def __init__(
-        self,
-        plan: RecipePlan,
-        runs: dict[str, dict[str, Any]],
-        seconds: dict[str, Any],
-        documents: dict[str, list[int]],
-    ):
-        self.plan = plan
-        self.runs = runs
-        self.seconds = seconds
-        self.documents = documents
-
-    def are_made(self, runs: Iterable[Run]) -> bool:
-        """Whether all of these runs have a result."""
-        return all(run.name in self.runs for run in runs)
-
-    @property
-    def best(self) -> dict[str, Run]:
-        """The run of each variant with the best trial of the tuning; empty before that has ended."""
-        runs = tuning_runs(self.plan)
-        is_tuned = (
-            RECIPE in runs
-            and self.are_made(run for own in runs.values() for run in own)
-            and self.are_made(runs_beyond(self.plan, self.runs).values())
-        )
-        return tuned(self.plan, self.runs) if is_tuned else {}
-
-    def chosen(self, budget: float) -> dict[str, Run]:
-        """The run of each variant with the best size of a budget; empty before that is known."""
-        sizes = runs_by_size(self.plan, self.best, budget)
-        if not sizes or not self.are_made(run for runs in sizes.values() if len(runs) > 1 for run in runs):
-            return {}
-        return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
-
-    def step_seconds(self, run: Run) -> float:
-        """Median seconds of a training step of the model of a run."""
-        return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
-
-    def seconds_runs(self, budget: float) -> dict[str, list[Run]]:
-        """Dense and the recipe at each size of a budget, for the seconds of the dense run that was chosen."""
-        return seconds_runs(self.plan, self.best, self.chosen(budget)[DENSE], budget, self.step_seconds)
-
-    def fastest(self, budget: float) -> dict[str, Run]:
-        """The best size of both for these seconds."""
-        return {variant: choose_size(runs, self.runs) for variant, runs in self.seconds_runs(budget).items()}
-
-    def corpus_perplexity(self, runs: list[Run]) -> float:
-        """Geometric mean over runs of the perplexity on the held-out part of the training texts."""
-        return math.exp(mean(self.runs[run.name]["losses"][CORPUS] for run in runs))
-
-    def losses(self, runs: list[Run]) -> list[float]:
-        """Mean loss of each run over the evaluation texts, in nats per token."""
-        return [mean(self.runs[run.name]["losses"][text] for text in self.plan.evaluation_texts) for run in runs]
-
-    def perplexity(self, runs: list[Run]) -> float:
-        """Geometric mean of perplexity over runs and evaluation texts."""
-        return math.exp(mean(self.losses(runs)))
-
-    def below(self, runs: list[Run], others: list[Run]) -> Difference:
-        """By which share the perplexity of runs is below that of others with the same seeds."""
-        pairs = [(run, other) for run in runs for other in others if run.seed == other.seed]
-        own, theirs = (
-            [self.runs[each.name]["sequence_losses"] for each in column] for column in zip(*pairs, strict=True)
-        )
-        return below(own, theirs, self.documents)
-
-    def below_on_the_corpus(self, runs: list[Run], others: list[Run]) -> list[float]:
-        """For each seed, by which share the perplexity on the corpus is below that of the other run."""
-        return [
-            1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
-            for run, other in zip(runs, others, strict=True)
-        ]
-
-
-def runs_of_the_search(results: Results) -> dict[str, list[Run]]:
-    """The runs of search and combinations that were made, by variant."""
-    plan = results.plan
-    names = dict.fromkeys([*search_runs(plan), *combination_runs(plan)])
-    every = {name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds) for name in names}
-    return {name: [run for run in runs if run.name in results.runs] for name, runs in every.items()}
+from studies.recipe.results import Results
 
 
 def table_of_the_search(results: Results) -> str:
     """Table of variants that were searched, each against its parent with the seeds that both were trained with."""
-    plan, search = results.plan, runs_of_the_search(results)
+    plan, search = results.plan, results.runs_of_the_search()
     columns = ["parent", "MFLOPs per token", "steps", "seeds", CORPUS, "below parent, per seed", "mean", "five texts"]
     rows = [["", *columns, "below parent", "adopted"]]
     for name, runs in search.items():
         if not runs:
             continue
         parent = plan.variants[name].get("parent", "") if name in (*plan.searched, *plan.combined) else ""
-        pairs = [(own, other) for own in runs for other in search.get(parent, ()) if own.seed == other.seed]
         rows.append(
             [
                 name,
@@ -156,17 +50,17 @@ def table_of_the_search(results: Results) -> str:
                 f"{runs[0].steps:,}",
                 str(len(runs)),
                 f"{results.corpus_perplexity(runs):.2f}",
-                *_against_parent(results, name, pairs),
+                *_against_parent(results, name),
             ]
         )
     return markdown_table(rows)
 
 
-def _against_parent(results, name, pairs):
+def _against_parent(results, name):
     """Cells: below the parent per seed and in the mean, the five texts, below the parent there, and if adopted."""
-    if not pairs:
+    if (pairs := results.pairs_with_parent(name)) is None:
         return [""] * 5
-    runs, others = map(list, zip(*pairs, strict=True))
+    runs, others = pairs
     shares = results.below_on_the_corpus(runs, others)
     per_seed = ", ".join(f"{share:+.1%}" for share in shares)
     cells = [per_seed, f"{mean(shares):+.1%}", f"{results.perplexity(runs):.2f}", str(results.below(runs, others))]
@@ -229,9 +123,8 @@ def table_of_sizes(results: Results, budget: float) -> str:
 
 def table_of_the_comparison(results: Results, budget: float) -> str:
     """Table of the compared runs at a budget, against dense, and the recipe against each."""
-    plan, chosen = results.plan, results.chosen(budget)
-    runs = {variant: compared_runs(plan, run, budget) for variant, run in chosen.items()}
-    if not runs or not results.are_made(run for own in runs.values() for run in own):
+    plan, runs = results.plan, results.compared(budget)
+    if not runs:
         return ""
     head = [
         "d",
@@ -268,10 +161,7 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
 def table_of_seconds(results: Results, budget: float) -> str:
     """Tables of dense and the recipe for equal seconds: at each width with one seed, and at the best width of each."""
     plan = results.plan
-    if not results.chosen(budget) or not results.seconds:
-        return ""
-    runs = results.seconds_runs(budget)
-    if not results.are_made(run for own in runs.values() for run in own):
+    if not (runs := results.seconds_by_width(budget)):
         return ""
     rows = [["seed 0", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
     for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True):
@@ -316,28 +206,25 @@ def table_of_differences(results: Results, runs: dict[Any, list[Run]], label: st
 
 def table_of_dense_sizes(results: Results) -> str:
     """Table of dense models on the tokens of the recipe, and the size on their curve that predicts as well."""
-    plan, budget = results.plan, results.plan.budgets[-1]
-    chosen = results.chosen(budget)
-    if not chosen:
+    if (found := results.dense_sizes()) is None:
         return ""
-    recipe = compared_runs(plan, chosen[RECIPE], budget)[0]
-    runs = dense_runs(plan, results.best[DENSE], recipe)
-    if not results.are_made([recipe, *runs]):
-        return ""
+    recipe, runs = found
     rows = [["", "d", "active parameters, M", "five texts, nats"]]
-    active = {run: costs_of(run, plan).active_parameters for run in [*runs, recipe]}
-    rows += [
-        [run.variant, str(run.hidden_size), f"{active[run] / 1e6:.2f}", f"{results.losses([run])[0]:.3f}"]
-        for run in [*runs, recipe]
-    ]
+    for run in (*runs, recipe):
+        active = f"{results.active_parameters(run) / 1e6:.2f}"
+        rows.append([run.variant, str(run.hidden_size), active, f"{results.losses([run])[0]:.3f}"])
+    return f"{markdown_table(rows)}\n\n{_size_of_the_recipe(results, recipe)}"
+
+
+def _size_of_the_recipe(results, recipe):
     try:
-        curve = fit_sizes([active[run] for run in runs], results.losses(runs))
+        curve = results.dense_curve()
     except ValueError as error:
-        return f"{markdown_table(rows)}\n\nNo curve goes through the dense models: {error}"
+        return f"No curve goes through the dense models: {error}"
     size = curve.size_of(results.losses([recipe])[0])
-    said = f"The recipe reads like a dense model of {size / active[recipe]:.2f} times its active parameters"
-    law = f"{curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}"
-    return f"{markdown_table(rows)}\n\n{said}, {size / 1e6:.2f} M, by the curve {law}."
+    times = size / results.active_parameters(recipe)
+    said = f"The recipe reads like a dense model of {times:.2f} times its active parameters"
+    return f"{said}, {size / 1e6:.2f} M, by the curve {curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}."
 
 
 def describe(results: Results) -> str:
@@ -358,15 +245,3 @@ def describe(results: Results) -> str:
         }
     found = {heading: "\n\n".join(filter(None, each)) for heading, each in tables.items()}
     return "\n".join(f"## {heading}\n\n{text}\n" for heading, text in found.items() if text)
-
-
-def write_results(file: Path, results: Results) -> None:
-    """Writes the results to a JSON file, with one line per run."""
-    head = {"plan": asdict(results.plan), "seconds": results.seconds, "documents": results.documents}
-    write_runs(file, head, results.runs)
-
-
-def read_results(file: Path) -> Results:
-    """Reads a file of [`write_results`]."""
-    parts = read_json(file)
-    return Results(RecipePlan(**parts["plan"]), parts["runs"], parts["seconds"], parts["documents"])

@@ -25,7 +25,7 @@ from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
 from studies.recipe.plan import RECIPE, RecipePlan
-from studies.recipe.report import Results
+from studies.recipe.results import Results
 from studies.recipe.variants import register_variants
 
 

@@ -18,7 +18,8 @@ from recipe_plans import PLANS
 from studies.common.single_run import comparable
 from studies.common.training_plan import CORPUS
 from studies.recipe.plan import read_plan, search_runs
-from studies.recipe.report import describe, read_results
+from studies.recipe.report import describe
+from studies.recipe.results import read_results
 from studies.recipe.study import Study
 
 

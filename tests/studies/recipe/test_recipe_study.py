@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import studies.recipe.__main__ as recipe
 from studies.common import training_study
 from studies.recipe.plan import RecipePlan, compared_runs
-from studies.recipe.report import describe, read_results, runs_of_the_search
+from studies.recipe.plots import PLOTS
+from studies.recipe.report import describe
+from studies.recipe.results import read_results
 from studies.recipe.study import Study
 
 
@@ -46,6 +48,7 @@ def test_of_a_recipe(tmp_path):
         printed = describe(results)
         for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
             assert f"## {heading}\n" in printed
+        assert {file.stem for file in folder.glob("*.png")} == set(PLOTS)
         assert "## Dense-equivalent size\n" in printed and "## Number of experts\n" in printed
         chosen = results.chosen(6e8)
         dense, peer, recipe_runs = (
@@ -68,11 +71,12 @@ def test_comes_to_its_end(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     assert results.plan == RecipePlan(**SMALL)
-    assert results.runs.keys() == {run.name for runs in runs_of_the_search(results).values() for run in runs}
+    assert results.runs.keys() == {run.name for runs in results.runs_of_the_search().values() for run in runs}
     assert (folder / "tables.md").read_text() == describe(results)
+    assert [file.name for file in folder.glob("*.png")] == ["search.png"]  # there is no more yet
     losses = {
         name: [results.runs[run.name]["losses"]["corpus"] for run in runs]
-        for name, runs in runs_of_the_search(results).items()
+        for name, runs in results.runs_of_the_search().items()
     }
     (row,) = [line for line in describe(results).splitlines() if line.startswith("| gated")]
     assert f"{math.exp(sum(losses['gated']) / 2):.2f}" in row
@@ -89,7 +93,7 @@ def test_runs_are_paired_by_their_seeds(small_study):
         assert (result["run_clm"]["seed"], result["run_clm"]["data_seed"]) == (result["seed"], result["seed"])
     first = {
         name: [results.runs[run.name]["train_history"][0][1] for run in runs]
-        for name, runs in runs_of_the_search(results).items()
+        for name, runs in results.runs_of_the_search().items()
     }
     assert first["apart"] == first["gated"] and first["apart"][0] != first["apart"][1]
 
@@ -98,7 +102,7 @@ def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     tokens = torch.tensor(load_from_disk(folder / "held_out" / "new")["input_ids"])
-    run = runs_of_the_search(results)["apart"][1]
+    run = results.runs_of_the_search()["apart"][1]
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.name).eval()
     with torch.no_grad():
         expected = [model(input_ids=each[None], labels=each[None]).loss.item() for each in tokens]
@@ -124,7 +128,7 @@ def test_sequences_lie_in_one_document(small_study, tmp_path):
 def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
     folder, main = small_study
     before = read_results(folder / "results.json")
-    run = runs_of_the_search(before)["gated"][1]
+    run = before.runs_of_the_search()["gated"][1]
     lost = folder / "results" / f"{run.name}.json"
     kept = lost.read_bytes()
     lost.unlink()

@@ -24,6 +24,8 @@ from trainer_worker import counting_sequences, small_model, trainer_of
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, model_costs
 from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
+from studies.common import single_run
+from studies.common.training_plan import CORPUS
 from studies.recipe.trials import DecayMoments, apply_trial, share_initialization
 
 
@@ -155,3 +157,12 @@ def test_costs_are_those_of_the_model(variant):
     counted = counter.get_flop_counts()["PeerForCausalLM.model.layers.1.mlp"]
     assert sum(counted.values()) == 6 * costs.feed_forward_flops[1]
     assert sum(each.numel() for each in model.parameters()) == costs.total.parameters
+
+
+@pytest.mark.parametrize("variant", ["narrow_peer", "gated_pkm"])
+def test_usage_of_variants_of_the_study_is_measured(tmp_path, variant):
+    model = tiny_model(tiny_config("dense", variant))
+    model.save_pretrained(tmp_path)
+    measured = single_run.measure(tmp_path, {CORPUS: random_tokens(8, 16)}, 4)
+    (of_layer,) = measured["usage"].values()
+    assert sum(of_layer["histogram"]) + of_layer["unused"] == model.config.num_experts

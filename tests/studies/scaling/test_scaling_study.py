@@ -24,7 +24,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from filelock import FileLock
-from scaling_plans import PEER_FIELDS, SMALL
+from scaling_plans import PEER_FIELDS, PLAN, SMALL
 from study_runs import make_study, run_preloaded
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,8 @@ from common.subprocesses import module_command, module_environment
 from modeling_peer import PeerConfig
 from studies.common import training_study
 from studies.common.single_run import changes_to_measure, comparable, with_study_defaults, without_places
-from studies.common.training_plan import CORPUS, PEER
+from studies.common.study_folder import write_json
+from studies.common.training_plan import CORPUS, DENSE, PEER, Run
 from studies.scaling.cards import make_cards
 from studies.scaling.plan import rate_runs, read_plan, with_seeds
 from studies.scaling.plots import PLOTS
@@ -305,6 +306,24 @@ class TestStudy:
         assert (tmp_path / "results" / f"{here}.json").read_text() == "{}"
         assert {file.stem for file in (tmp_path / "results").iterdir()} == {here, *others}
         assert not (tmp_path / "seconds").exists()
+
+    def test_steps_of_all_sizes_are_timed_together(self, tmp_path, monkeypatch):
+        """Those of two days could not be compared."""
+        study = Study(PLAN, tmp_path, 1)
+        sizes = {str(size): [Run(DENSE, size, 1, 0.004), Run(PEER, size, 1, 0.004)] for size in (32, 64)}
+        measured: list[str] = []
+
+        def measure(runs, fields, file):
+            measured.append(file.stem)
+            write_json(file, {"fields": fields})
+
+        monkeypatch.setattr(study, "timed_runs", lambda: sizes)
+        monkeypatch.setattr(study, "_measure_seconds", measure)
+        assert list(study.seconds()) == ["32", "64"] and study.seconds() == study.seconds()
+        assert measured == ["32", "64"]
+        write_json(tmp_path / "seconds" / "64.json", {"fields": {}})
+        study.seconds()
+        assert measured == ["32", "64"] * 2
 
     def test_only_what_is_asked_for_is_told_of(self, small_study, tmp_path):
         """A seed that the plan no longer asks for may be of a model that it no longer describes."""

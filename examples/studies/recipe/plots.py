@@ -1,0 +1,172 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Pictures of the recipe study. Each function saves one in a file, and returns whether there was anything to draw yet.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from common.pictures import add_legend, look_of, new_figure, save_picture, shades
+from studies.common.training_plan import DENSE, PEER, budget_name
+from studies.recipe.plan import RECIPE, expert_runs, ingredient_runs
+from studies.recipe.results import Results
+
+
+def plot_search(results: Results, file: Path) -> bool:
+    """By how much each candidate is below its parent, on the corpus: a point per seed, and the mean."""
+    shares = {
+        name: results.below_on_the_corpus(*pairs)
+        for name in results.runs_of_the_search()
+        if (pairs := results.pairs_with_parent(name)) is not None
+    }
+    if not shares:
+        return False
+    shares = dict(sorted(shares.items(), key=lambda item: mean(item[1])))
+    figure = new_figure(8, 1.5 + 0.3 * len(shares))
+    axes = figure.add_subplot()
+    for place, (name, own) in enumerate(shares.items()):
+        color = look_of(RECIPE if name in results.plan.combined else PEER).color
+        axes.barh(place, 100 * mean(own), color=color, alpha=0.4)
+        axes.plot([100 * share for share in own], [place] * len(own), "o", color=color, markersize=4)
+    axes.set_yticks(range(len(shares)), [f"{name} ({len(own)})" for name, own in shares.items()])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("perplexity below the parent, %; dotted, what is adopted")
+    axes.set_title("Candidates of the search: a point per seed and the mean; in brackets, the seeds")
+    axes.grid(alpha=0.3, axis="x")
+    save_picture(figure, file)
+    return True
+
+
+def plot_comparison(results: Results, file: Path) -> bool:
+    """Below dense at equal compute with intervals, at each budget; and at equal seconds, at each width."""
+    budgets = [budget for budget in results.plan.budgets if results.compared(budget)]
+    if not budgets:
+        return False
+    by_width = results.seconds_by_width(results.plan.budgets[-1])
+    figure = new_figure(11 if by_width else 7, 4.5)
+    panels = figure.subplots(1, 2 if by_width else 1, squeeze=False)[0]
+    _draw_equal_compute(results, budgets, panels[0])
+    if by_width:
+        _draw_equal_seconds(results, by_width, panels[1])
+    save_picture(figure, file)
+    return True
+
+
+def _draw_equal_compute(results: Results, budgets: list[float], axes: Axes) -> None:
+    compared = {budget: results.compared(budget) for budget in budgets}
+    variants = [name for name in compared[budgets[0]] if name != DENSE]
+    width = 0.8 / len(variants)
+    for i, variant in enumerate(variants):
+        for place, runs in enumerate(compared.values()):
+            if variant not in runs:
+                continue
+            found = results.below(runs[variant], runs[DENSE])
+            label = look_of(variant).label or variant
+            ends = np.array([[found.share - found.low], [found.high - found.share]]) * 100
+            axes.bar(
+                place + i * width,
+                100 * found.share,
+                width,
+                yerr=None if np.isnan(ends).any() else ends,
+                capsize=3,
+                color=look_of(variant).color,
+                label=None if place else label,
+            )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(budgets))], [f"{budget_name(b)}" for b in budgets])
+    axes.set(xlabel="training FLOPs", ylabel="perplexity below dense, %", title="Equal compute, 95 % intervals")
+    add_legend(axes)
+
+
+def _draw_equal_seconds(results, by_width, axes):
+    for variant in (DENSE, RECIPE):
+        runs = by_width[variant]
+        perplexities = [results.perplexity([run]) for run in runs]
+        look = look_of(variant)
+        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=look.label)
+    axes.set(xlabel="hidden_size", ylabel="perplexity, five texts", title="Equal seconds, one seed")
+    axes.set_xticks([run.hidden_size for run in by_width[DENSE]])
+    add_legend(axes)
+
+
+def plot_ingredients(results: Results, file: Path) -> bool:
+    """What the recipe loses without each ingredient, and its perplexity by the number of experts."""
+    if not results.best:
+        return False
+    parts = ingredient_runs(results.plan, results.best[RECIPE])
+    numbers = expert_runs(results.plan, results.best[RECIPE])
+    if not results.are_made(run for own in (*parts.values(), *numbers.values()) for run in own):
+        return False
+    figure = new_figure(11, 4)
+    losses, experts = figure.subplots(1, 2)
+    whole, *others = parts
+    found = [results.below(parts[name], parts[whole]) for name in others]
+    ends = np.array([[-each.share + each.high, each.share - each.low] for each in found]).T.reshape(2, -1)
+    losses.barh(
+        range(len(others)),
+        [-100 * each.share for each in found],
+        xerr=100 * ends,
+        color=look_of(RECIPE).color,
+        capsize=3,
+    )
+    losses.set_yticks(range(len(others)), others)
+    losses.axvline(0, color="black", linewidth=0.8)
+    losses.set(xlabel="perplexity above the recipe, %", title="The recipe without an ingredient, 95 % intervals")
+    losses.grid(alpha=0.3, axis="x")
+    of_seeds = list(zip(*numbers.values(), strict=True))
+    for runs, color in zip(of_seeds, shades(len(of_seeds)), strict=True):
+        perplexities = [results.perplexity([run]) for run in runs]
+        experts.plot(list(numbers), perplexities, "-o", color=color, label=f"seed {runs[0].seed}")
+    experts.set_xscale("log", base=2)
+    experts.set_xticks(list(numbers), [f"{number:,}" for number in numbers])
+    experts.set(xlabel="number of experts", ylabel="perplexity, five texts", title="Equal steps")
+    add_legend(experts)
+    save_picture(figure, file)
+    return True
+
+
+def plot_dense_sizes(results: Results, file: Path) -> bool:
+    """Loss of dense models by their size, the curve through them, and the recipe on the same tokens."""
+    if (found := results.dense_sizes()) is None:
+        return False
+    recipe, runs = found
+    figure = new_figure(6.5, 4.5)
+    axes = figure.add_subplot()
+    for variant, own in ((DENSE, runs), (RECIPE, [recipe])):
+        sizes = [results.active_parameters(run) / 1e6 for run in own]
+        look = look_of(variant)
+        axes.plot(sizes, results.losses(own), look.marker, color=look.color, label=look.label)
+    sizes = np.geomspace(*(results.active_parameters(run) for run in (runs[0], runs[-1])), 100)
+    with suppress(ValueError):  # the points tell why there is no curve
+        axes.plot(sizes / 1e6, results.dense_curve().loss_of(sizes), color=look_of(DENSE).color, linewidth=1)
+    axes.set_xscale("log")
+    axes.set(xlabel="active parameters, million", ylabel="loss, five texts, nats per token")
+    axes.set_title(f"Equal tokens: {recipe.steps * results.plan.tokens_of_step / 1e6:.1f} million")
+    add_legend(axes)
+    save_picture(figure, file)
+    return True
+
+
+PLOTS = {
+    "search": plot_search,
+    "comparison": plot_comparison,
+    "ingredients": plot_ingredients,
+    "dense-sizes": plot_dense_sizes,
+}

@@ -1,0 +1,186 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The results of the recipe study, with lookups, and the file that they are in."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from studies.common.study_folder import read_json, write_runs
+from studies.common.training_plan import CORPUS, DENSE, Run, costs_of
+from studies.recipe.differences import Difference, SizeCurve, below, fit_sizes
+from studies.recipe.plan import (
+    RECIPE,
+    RecipePlan,
+    choose_size,
+    combination_runs,
+    compared_runs,
+    dense_runs,
+    run_of_the_search,
+    runs_beyond,
+    runs_by_size,
+    search_runs,
+    seconds_runs,
+    tuned,
+    tuning_runs,
+    with_seeds,
+)
+
+
+class Results:
+    """
+    Results of the runs that were made, with lookups.
+
+    Args:
+        plan (`RecipePlan`): Plan of the study.
+        runs (`dict[str, dict]`): Results of single_run.py by the names of runs.
+        seconds (`dict`): Step times from `Study.seconds`.
+        documents (`dict[str, list[int]]`): For each evaluation text, the document of each of its sequences.
+    """
+
+    def __init__(
+        self,
+        plan: RecipePlan,
+        runs: dict[str, dict[str, Any]],
+        seconds: dict[str, Any],
+        documents: dict[str, list[int]],
+    ):
+        self.plan = plan
+        self.runs = runs
+        self.seconds = seconds
+        self.documents = documents
+
+    def are_made(self, runs: Iterable[Run]) -> bool:
+        """Whether all of these runs have a result."""
+        return all(run.name in self.runs for run in runs)
+
+    @property
+    def best(self) -> dict[str, Run]:
+        """The run of each variant with the best trial of the tuning; empty before that has ended."""
+        runs = tuning_runs(self.plan)
+        is_tuned = (
+            RECIPE in runs
+            and self.are_made(run for own in runs.values() for run in own)
+            and self.are_made(runs_beyond(self.plan, self.runs).values())
+        )
+        return tuned(self.plan, self.runs) if is_tuned else {}
+
+    def chosen(self, budget: float) -> dict[str, Run]:
+        """The run of each variant with the best size of a budget; empty before that is known."""
+        sizes = runs_by_size(self.plan, self.best, budget)
+        if not sizes or not self.are_made(run for runs in sizes.values() if len(runs) > 1 for run in runs):
+            return {}
+        return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
+
+    def compared(self, budget: float) -> dict[str, list[Run]]:
+        """The runs of each variant that are compared at a budget; empty before all of them are made."""
+        runs = {variant: compared_runs(self.plan, run, budget) for variant, run in self.chosen(budget).items()}
+        return runs if self.are_made(run for own in runs.values() for run in own) else {}
+
+    def step_seconds(self, run: Run) -> float:
+        """Median seconds of a training step of the model of a run."""
+        return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
+
+    def seconds_runs(self, budget: float) -> dict[str, list[Run]]:
+        """Dense and the recipe at each size of a budget, for the seconds of the dense run that was chosen."""
+        return seconds_runs(self.plan, self.best, self.chosen(budget)[DENSE], budget, self.step_seconds)
+
+    def seconds_by_width(self, budget: float) -> dict[str, list[Run]]:
+        """The same; empty before all of them are made."""
+        if not self.chosen(budget) or not self.seconds:
+            return {}
+        runs = self.seconds_runs(budget)
+        return runs if self.are_made(run for own in runs.values() for run in own) else {}
+
+    def fastest(self, budget: float) -> dict[str, Run]:
+        """The best size of both for these seconds."""
+        return {variant: choose_size(runs, self.runs) for variant, runs in self.seconds_runs(budget).items()}
+
+    def corpus_perplexity(self, runs: list[Run]) -> float:
+        """Geometric mean over runs of the perplexity on the held-out part of the training texts."""
+        return math.exp(mean(self.runs[run.name]["losses"][CORPUS] for run in runs))
+
+    def losses(self, runs: list[Run]) -> list[float]:
+        """Mean loss of each run over the evaluation texts, in nats per token."""
+        return [mean(self.runs[run.name]["losses"][text] for text in self.plan.evaluation_texts) for run in runs]
+
+    def perplexity(self, runs: list[Run]) -> float:
+        """Geometric mean of perplexity over runs and evaluation texts."""
+        return math.exp(mean(self.losses(runs)))
+
+    def below(self, runs: list[Run], others: list[Run]) -> Difference:
+        """By which share the perplexity of runs is below that of others with the same seeds."""
+        pairs = [(run, other) for run in runs for other in others if run.seed == other.seed]
+        own, theirs = (
+            [self.runs[each.name]["sequence_losses"] for each in column] for column in zip(*pairs, strict=True)
+        )
+        return below(own, theirs, self.documents)
+
+    def below_on_the_corpus(self, runs: list[Run], others: list[Run]) -> list[float]:
+        """For each seed, by which share the perplexity on the corpus is below that of the other run."""
+        return [
+            1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
+            for run, other in zip(runs, others, strict=True)
+        ]
+
+    def runs_of_the_search(self) -> dict[str, list[Run]]:
+        """The runs of search and combinations that were made, by variant."""
+        plan = self.plan
+        names = dict.fromkeys([*search_runs(plan), *combination_runs(plan)])
+        every = {name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds) for name in names}
+        return {name: [run for run in runs if run.name in self.runs] for name, runs in every.items()}
+
+    def pairs_with_parent(self, variant: str) -> tuple[list[Run], list[Run]] | None:
+        """Runs of the search of a variant and of its parent, with the seeds that both were trained with, if any."""
+        plan, search = self.plan, self.runs_of_the_search()
+        if variant not in (*plan.searched, *plan.combined):
+            return None
+        others = {run.seed: run for run in search[plan.variants[variant]["parent"]]}
+        runs = [run for run in search[variant] if run.seed in others]
+        return (runs, [others[run.seed] for run in runs]) if runs else None
+
+    def dense_sizes(self) -> tuple[Run, list[Run]] | None:
+        """The run of the recipe at the last budget, and dense models on its tokens; `None` before they are made."""
+        budget = self.plan.budgets[-1]
+        if not (chosen := self.chosen(budget)):
+            return None
+        recipe = compared_runs(self.plan, chosen[RECIPE], budget)[0]
+        runs = dense_runs(self.plan, self.best[DENSE], recipe)
+        return (recipe, runs) if self.are_made([recipe, *runs]) else None
+
+    def active_parameters(self, run: Run) -> int:
+        """Parameters of the model of a run that a token uses."""
+        return costs_of(run, self.plan).active_parameters
+
+    def dense_curve(self) -> SizeCurve:
+        """
+        The curve through the dense models of `dense_sizes`. Raises `ValueError` if larger ones have no lower loss.
+        """
+        _, runs = self.dense_sizes()
+        return fit_sizes([self.active_parameters(run) for run in runs], self.losses(runs))
+
+
+def write_results(file: Path, results: Results) -> None:
+    """Writes the results to a JSON file, with one line per run."""
+    head = {"plan": asdict(results.plan), "seconds": results.seconds, "documents": results.documents}
+    write_runs(file, head, results.runs)
+
+
+def read_results(file: Path) -> Results:
+    """Reads a file of [`write_results`]."""
+    parts = read_json(file)
+    return Results(RecipePlan(**parts["plan"]), parts["runs"], parts["seconds"], parts["documents"])
