@@ -33,6 +33,7 @@ from common.command_line import parse_arguments
 from studies.common.study_folder import sole_use, write_text
 from studies.common.training_plan import DENSE, Run, budget_name
 from studies.common.training_study import TimeIsUp, TrainingStudyArguments
+from studies.recipe.cards import write_cards
 from studies.recipe.plan import (
     RECIPE,
     choose_size,
@@ -120,11 +121,12 @@ def _seed_by_seed(runs):
 
 
 def report(results: Results, folder: Path) -> None:
-    """Writes results, tables and pictures."""
+    """Writes results, tables, pictures and model cards."""
     write_results(folder / "results.json", results)
     write_text(folder / "tables.md", describe(results))
     pictures = [f"{name}.png" for name, plot in PLOTS.items() if plot(results, folder / f"{name}.png")]
-    print(f"\n{describe(results)}\nIn {folder}: {', '.join(['results.json', 'tables.md', *pictures])}")
+    write_cards(results, folder / "model_cards")
+    print(f"\n{describe(results)}\nIn {folder}: {', '.join(['results.json', 'tables.md', *pictures, 'model_cards'])}")
 
 
 def main():

@@ -21,7 +21,6 @@ from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS, DENSE, Run, budget_name, costs_of
 from studies.recipe.plan import (
     RECIPE,
-    compared_runs,
     expert_runs,
     ingredient_runs,
     runs_beyond,
@@ -160,15 +159,13 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
 
 def table_of_seconds(results: Results, budget: float) -> str:
     """Tables of dense and the recipe for equal seconds: at each width with one seed, and at the best width of each."""
-    plan = results.plan
     if not (runs := results.seconds_by_width(budget)):
         return ""
     rows = [["seed 0", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
     for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True):
         rows += [_row_of_seconds(results, [dense], ""), _row_of_seconds(results, [own], results.below([own], [dense]))]
     tables = [markdown_table(rows)]
-    compared = {variant: compared_runs(plan, run, budget) for variant, run in results.fastest(budget).items()}
-    if results.are_made(run for own in compared.values() for run in own):
+    if compared := results.compared_at_equal_seconds(budget):
         ahead = results.below(compared[RECIPE], compared[DENSE])
         rows = [[f"{len(compared[DENSE])} seeds", *rows[0][1:]]]
         rows += [_row_of_seconds(results, compared[DENSE], ""), _row_of_seconds(results, compared[RECIPE], ahead)]

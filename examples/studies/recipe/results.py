@@ -110,6 +110,13 @@ class Results:
         """The best size of both for these seconds."""
         return {variant: choose_size(runs, self.runs) for variant, runs in self.seconds_runs(budget).items()}
 
+    def compared_at_equal_seconds(self, budget: float) -> dict[str, list[Run]]:
+        """Their runs with the seeds of the comparison; empty before all of them are made."""
+        if not self.seconds_by_width(budget):
+            return {}
+        runs = {variant: compared_runs(self.plan, run, budget) for variant, run in self.fastest(budget).items()}
+        return runs if self.are_made(run for own in runs.values() for run in own) else {}
+
     def corpus_perplexity(self, runs: list[Run]) -> float:
         """Geometric mean over runs of the perplexity on the held-out part of the training texts."""
         return math.exp(mean(self.runs[run.name]["losses"][CORPUS] for run in runs))

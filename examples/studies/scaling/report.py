@@ -22,19 +22,17 @@ from typing import Any
 from common.pictures import VARIANTS
 from studies.common.step_seconds import WARM_UPS
 from studies.common.study_folder import read_json, write_runs
-from studies.common.tables import markdown_table, spread_cell
+from studies.common.tables import markdown_table
+from studies.common.trained_models import in_words, mean_perplexities, own_training, perplexities, spread
 from studies.common.training_plan import (
     CORPUS,
     DENSE,
     PEER,
     Run,
     budget_name,
-    changed_fields,
     configuration_of,
     costs_of,
     run_of_seconds,
-    training_arguments,
-    trains_by_rows,
 )
 from studies.scaling.plan import (
     Plan,
@@ -142,21 +140,6 @@ class Results:
         return optimal[DENSE], run_of_seconds(optimal[PEER], optimal[DENSE], self.step_seconds)
 
 
-def perplexities(losses: list[dict[str, float]], text: str) -> list[float]:
-    """Perplexity of a text, with each seed."""
-    return [math.exp(each[text]) for each in losses]
-
-
-def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]:
-    """Geometric mean of perplexity over the evaluation texts, with each seed."""
-    return [math.exp(mean(each[name] for name in plan.evaluation_texts)) for each in losses]
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds; of one seed, the value."""
-    return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
-
-
 def _ratio_deviation(values, others):
     """Standard deviation of the ratio of two means, to first order. NaN if one of them is of one seed."""
     if min(len(values), len(others)) == 1:
@@ -213,23 +196,6 @@ def note_on_models(results: Results) -> str:
         "size is `hidden_size`. All models are evaluated as they generate: by token choice, also where they were "
         f"trained with expert choice. All are trained alike{f', except {differ}' if differ else ''}."
     )
-
-
-def own_training(run: Run, plan: Plan) -> dict[str, Any]:
-    """
-    How the training of a run differs from that of the plan: optimizer, `TrainingArguments`, initialization of experts.
-    """
-    fields, arguments = changed_fields(run, plan), training_arguments(run, plan)
-    own = {"row_adamw": True} if trains_by_rows(run, plan) else {}
-    own |= {name: value for name, value in arguments.items() if plan.training.get(name) != value}
-    if "expert_initializer_range" in fields:
-        own["expert_initializer_range"] = fields["expert_initializer_range"]
-    return own
-
-
-def in_words(values: dict[str, Any]) -> str:
-    """Names and values, in words."""
-    return ", ".join(f"`{name}` {value}" for name, value in values.items())
 
 
 def paper_margins() -> dict[str, dict[str, float]]:

@@ -49,6 +49,9 @@ def test_of_a_recipe(tmp_path):
         for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
             assert f"## {heading}\n" in printed
         assert {file.stem for file in folder.glob("*.png")} == set(PLOTS)
+        cards = {file.stem: file.read_text() for file in (folder / "model_cards").iterdir()}
+        names = [f"{variant}-6e08-flops" for variant in ("dense", "peer", "recipe")]
+        assert set(cards) == {*names, "dense-seconds-of-6e08-flops", "recipe-seconds-of-6e08-flops"}
         assert "## Dense-equivalent size\n" in printed and "## Number of experts\n" in printed
         chosen = results.chosen(6e8)
         dense, peer, recipe_runs = (
@@ -57,6 +60,8 @@ def test_of_a_recipe(tmp_path):
         assert (peer[0].hidden_size, [run.seed for run in peer]) == (64, [1])
         assert replace(peer[0], seed=0).name not in results.runs  # its size was not chosen
         assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [1, 2]
+        perplexity = sum(math.exp(results.runs[run.name]["losses"]["new"]) for run in recipe_runs) / 2
+        assert f"evaluation texts is {perplexity:.2f} ±" in cards["recipe-6e08-flops"]
         ratio = math.exp(sum(results.losses(recipe_runs)) / 2 - sum(results.losses(dense)) / 2)
         assert f" {1 - ratio:+.1%} |" in printed
         for runs in results.seconds_runs(6e8).values():

@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from scaling_plans import PLAN
 
+from studies.common.trained_models import mean_perplexities
 from studies.common.training_plan import CORPUS, PEER, run_of_budget
 from studies.scaling.cards import make_cards, write_cards
 from studies.scaling.plan import (
@@ -37,7 +38,6 @@ from studies.scaling.report import (
     Results,
     describe,
     edges,
-    mean_perplexities,
     paper_margins,
     read_results,
     table_after_training,

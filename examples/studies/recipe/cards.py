@@ -1,0 +1,56 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model cards of what the recipe study compares."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from common.pictures import look_of
+from studies.common.study_folder import write_text
+from studies.common.trained_models import card_of_run
+from studies.common.training_plan import budget_name
+from studies.recipe.results import Results
+
+
+def make_cards(results: Results) -> dict[str, ModelCard]:
+    """
+    Makes the card of each model that is compared at equal FLOPs or at equal seconds, by a name for its repository. Its
+    figures are means over the seeds of the comparison.
+    """
+    runs = {
+        f"{variant}-{budget_name(budget)}-flops": own
+        for budget in results.plan.budgets
+        for variant, own in results.compared(budget).items()
+    }
+    last = results.plan.budgets[-1]
+    for variant, own in results.compared_at_equal_seconds(last).items():
+        runs.setdefault(f"{variant}-seconds-of-{budget_name(last)}-flops", own)
+    return {
+        name: card_of_run(
+            name,
+            own[0],
+            [results.runs[run.name]["losses"] for run in own],
+            results.plan,
+            look_of(own[0].variant).label or own[0].variant,
+            "recipe",
+        )
+        for name, own in runs.items()
+    }
+
+
+def write_cards(results: Results, folder: Path) -> None:
+    """Writes the cards as files into a folder."""
+    for name, card in make_cards(results).items():
+        write_text(folder / f"{name}.md", str(card))
