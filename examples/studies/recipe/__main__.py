@@ -45,10 +45,10 @@ from studies.recipe.plan import (
     read_plan,
     runs_beyond,
     runs_by_size,
+    runs_to_tune,
     search_runs,
     second_round_runs,
     tuned,
-    tuning_runs,
 )
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe
@@ -81,7 +81,7 @@ def run_study(study: Study) -> None:
     study.make(_seed_by_seed(combination_runs(plan)), "Combinations")
     if RECIPE not in plan.trials:
         return
-    made = study.make(_together(tuning_runs(plan).values()), "Tuning")
+    made = study.make(_together(runs_to_tune(plan).values()), "Tuning")
     best = tuned(plan, study.make(list(runs_beyond(plan, made).values()), "Tuning beyond the ends"))
     chosen = {budget: compare(study, best, budget) for budget in plan.budgets}
     compare_at_equal_seconds(study, plan.budgets[-1])

@@ -200,7 +200,7 @@ def run_of_the_search(plan: RecipePlan, variant: str) -> Run:
 def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:
     """
     The runs of the tuning by variant, one for each trial, with the first seed. A trial that has a learning rate alone
-    is a run of the search, if it has the rate of the search.
+    is a run of the search, if it has the rate of the search. A trial without others need not be made.
     """
     return {
         variant: [_run_of_trial(plan, variant, index) for index in range(len(trials))]
@@ -214,13 +214,18 @@ def _run_of_trial(plan, variant, index):
     return run_of_budget(variant, plan.hidden_size, plan.budgets[0], trial["learning_rate"], plan, ablation)
 
 
+def runs_to_tune(plan: RecipePlan) -> dict[str, list[Run]]:
+    """[`tuning_runs`] of each variant that has a choice."""
+    return {variant: runs for variant, runs in tuning_runs(plan).items() if len(runs) > 1}
+
+
 def runs_beyond(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
     """
     For each variant whose best trial has the lowest or the highest of the learning rates, a run beyond it: with this
     rate divided or multiplied by the square root of two.
     """
     found = {}
-    for variant, runs in tuning_runs(plan).items():
+    for variant, runs in runs_to_tune(plan).items():
         best, rates = _lowest(runs, results), [run.learning_rate for run in runs]
         factor = {min(rates): 0.5**0.5, max(rates): 2**0.5}.get(best.learning_rate)
         if factor is not None:
@@ -233,7 +238,7 @@ def _rounded(rate):
 
 
 def _lowest(runs, results):
-    return min(runs, key=lambda run: corpus_loss(results[run.name]))
+    return runs[0] if len(runs) == 1 else min(runs, key=lambda run: corpus_loss(results[run.name]))
 
 
 def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
@@ -266,7 +271,7 @@ def runs_by_size(plan: RecipePlan, best: dict[str, Run], budget: float) -> dict[
 
 def choose_size(runs: list[Run], results: dict[str, dict]) -> Run:
     """The run with the lowest loss on the held-out part of the training texts."""
-    return runs[0] if len(runs) == 1 else _lowest(runs, results)
+    return _lowest(runs, results)
 
 
 def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:

@@ -25,9 +25,9 @@ from studies.recipe.plan import (
     ingredient_runs,
     runs_beyond,
     runs_by_size,
+    runs_to_tune,
     search_runs,
     second_round_runs,
-    tuning_runs,
 )
 from studies.recipe.results import Results
 
@@ -80,8 +80,8 @@ def _adopted(results, name, shares):
 
 def table_of_trials(results: Results) -> str:
     """Table of the held-out losses of all trials."""
-    plan, runs = results.plan, tuning_runs(results.plan)
-    if not results.best:
+    plan, runs = results.plan, runs_to_tune(results.plan)
+    if not results.best or not runs:
         return ""
     beyond, number = runs_beyond(plan, results.runs), max(map(len, runs.values()))
     rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "beyond", "chosen"]]

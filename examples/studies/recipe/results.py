@@ -33,10 +33,10 @@ from studies.recipe.plan import (
     run_of_the_search,
     runs_beyond,
     runs_by_size,
+    runs_to_tune,
     search_runs,
     seconds_runs,
     tuned,
-    tuning_runs,
     with_seeds,
 )
 
@@ -71,9 +71,9 @@ class Results:
     @property
     def best(self) -> dict[str, Run]:
         """The run of each variant with the best trial of the tuning; empty before that has ended."""
-        runs = tuning_runs(self.plan)
+        runs = runs_to_tune(self.plan)
         is_tuned = (
-            RECIPE in runs
+            RECIPE in self.plan.trials
             and self.are_made(run for own in runs.values() for run in own)
             and self.are_made(runs_beyond(self.plan, self.runs).values())
         )

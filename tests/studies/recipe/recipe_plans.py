@@ -62,9 +62,9 @@ WHOLE = SMALL | {
     "searched": ["gated"],
     "combined": ["recipe"],
     "trials": {
-        "dense": [{"learning_rate": 0.01}],
-        "peer": [{"learning_rate": 0.01}],
-        "recipe": [{"learning_rate": 0.02, "training": {"down_proj_lr_multiplier": 8}}],
+        "dense": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
+        "peer": [{"learning_rate": 0.01}, {"learning_rate": 0.01, "query_norm": "rms"}],
+        "recipe": [{"learning_rate": 0.02, "training": {"down_proj_lr_multiplier": 8}}, {"learning_rate": 0.01}],
     },
     "hidden_sizes": {"dense": [[32, 64]], "peer": [[64]], "recipe": [[32, 64]]},
     "seeds": {"dense": [2], "peer": [1], "recipe": [2]},

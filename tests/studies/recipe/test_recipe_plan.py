@@ -35,6 +35,7 @@ from studies.recipe.plan import (
     run_of_size,
     runs_beyond,
     runs_by_size,
+    runs_to_tune,
     search_runs,
     second_round_runs,
     size_runs,
@@ -132,6 +133,12 @@ def test_tuning_goes_beyond_the_best_rate_where_it_is_an_end():
     beyond = runs_beyond(plan, results)["dense"]
     assert beyond.learning_rate == 0.0566
     assert tuned(plan, results | with_losses({"dense": [0.9]}, {"dense": [beyond]}))["dense"] == beyond
+
+
+def test_a_variant_with_one_trial_is_not_tuned():
+    plan = plan_of(trials={"dense": [{"learning_rate": 0.01}]})
+    assert runs_to_tune(plan) == runs_beyond(plan, {}) == {}
+    assert tuned(plan, {}) == {"dense": tuning_runs(plan)["dense"][0]}
 
 
 def test_a_trial_without_changes_is_the_run_of_the_search():
