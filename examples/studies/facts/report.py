@@ -33,11 +33,21 @@ PUBLISHED_DROPS = {"full": 89, "lora": 71, "sparse": 11}
 # Aims: the forgetting of a graft as a share of that of another arm, at most.
 AIMS = {"full": 1 / 10, "lora": 1 / 3}
 
-FORGETTING = {
-    "texts": "texts, nats",
-    "known_loss": "known, nats",
-    "known_drop": "known, % of matches",
-}
+# Kinds of known facts in tables: those of relations that are taught, and of relations that a study does not teach.
+KNOWN = {"known": "known", "known_elsewhere": "known elsewhere"}
+
+
+def known_kinds(run: dict[str, Any]) -> dict[str, str]:
+    """The kinds of known facts that a run was asked, and their labels; without `--untaught_relations` it is one."""
+    return {kind: label for kind, label in KNOWN.items() if kind in run["points"][0]}
+
+
+def forgetting_labels(run: dict[str, Any]) -> dict[str, str]:
+    """The measures of forgetting of a run, and their labels."""
+    labels = {"texts": "texts, nats"}
+    for kind, label in known_kinds(run).items():
+        labels |= {f"{kind}_loss": f"{label}, nats", f"{kind}_drop": f"{label}, % of matches"}
+    return labels
 
 
 def curve_of(run: dict[str, Any]) -> list[dict[str, float]]:
@@ -45,20 +55,22 @@ def curve_of(run: dict[str, Any]) -> list[dict[str, float]]:
     Learning and forgetting at each measured point of a run; the first point is the base model.
 
     `learning` is how far the loss of the new answers, in sentences that were not trained on, is below that of the base
-    model. Forgetting is the rise of the mean loss of the `texts`, the rise of the loss of the known answers
-    (`known_loss`), and by
-    how many percent fewer of these are matched (`known_drop`). Losses are in nats per token.
+    model. Forgetting is the rise of the mean loss of the `texts` and, for each kind of known facts, the rise of the loss
+    of their answers (`known_loss`, `known_elsewhere_loss`), and by how many percent fewer of these are matched
+    (`known_drop`, `known_elsewhere_drop`). Losses are in nats per token.
     """
     first = run["points"][0]
-    return [
-        {
+    curve = []
+    for point in run["points"]:
+        measures = {
             "learning": first["new"]["loss"] - point["new"]["loss"],
             "texts": mean(point["texts"][name] - first["texts"][name] for name in first["texts"]),
-            "known_loss": point["known"]["loss"] - first["known"]["loss"],
-            "known_drop": 100 * (1 - point["known"]["matches"] / first["known"]["matches"]),
         }
-        for point in run["points"]
-    ]
+        for kind in known_kinds(run):
+            measures[f"{kind}_loss"] = point[kind]["loss"] - first[kind]["loss"]
+            measures[f"{kind}_drop"] = 100 * (1 - point[kind]["matches"] / first[kind]["matches"])
+        curve.append(measures)
+    return curve
 
 
 def most_learned(run: dict[str, Any]) -> float:
@@ -77,7 +89,7 @@ def forgetting_at(level: float, run: dict[str, Any]) -> dict[str, float] | None:
     before, after = curve[max(reached - 1, 0)], curve[reached]
     distance = after["learning"] - before["learning"]
     share = (level - before["learning"]) / distance if distance else 1.0
-    return {name: before[name] + share * (after[name] - before[name]) for name in FORGETTING}
+    return {name: before[name] + share * (after[name] - before[name]) for name in forgetting_labels(run)}
 
 
 def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
@@ -86,6 +98,7 @@ def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str,
 
     The level is `LEVEL_SHARE` of the highest that every arm reached with some hyperparameters. The chosen
     hyperparameters have the smallest sum of the two rises of loss there, that of known answers and that of texts.
+    Facts that are known elsewhere have no part in the choice.
     """
     arms = dict.fromkeys(run["arm"] for run in runs)
     of_arm = {arm: [run for run in runs if run["arm"] == arm and run["seed"] == 0] for arm in arms}
@@ -108,11 +121,10 @@ def _spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def _end_of(run):
     last = run["points"][-1]
     return {
-        "learning": curve_of(run)[-1]["learning"],
         "new_loss": last["new"]["loss"],
         "new_matches": 100 * last["new"]["matches"],
-        "known_matches": 100 * last["known"]["matches"],
-        **{name: curve_of(run)[-1][name] for name in FORGETTING},
+        **{f"{kind}_matches": 100 * last[kind]["matches"] for kind in known_kinds(run)},
+        **curve_of(run)[-1],
     }
 
 
@@ -158,7 +170,7 @@ def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     means = {arm: result["at_equal_learning"]["mean"] for arm, result in summary["arms"].items()}
     return {
         arm: {
-            other: {name: means[arm][name] / means[other][name] for name in FORGETTING if means[other][name] > 0}
+            other: {name: means[arm][name] / value for name, value in means[other].items() if value > 0}
             for other in AIMS
             if other in means
         }
@@ -167,19 +179,26 @@ def shares(summary: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-AT_THE_END = {
-    "new_loss": "new, nats",
-    "new_matches": "new matches, %",
-    "known_matches": "known matches, %",
-    **FORGETTING,
-}
-
-
 def describe(summary: dict[str, Any]) -> str:
     """All tables, each after a sentence that introduces it."""
+    some_run = summary["runs"][0]
+    at_the_end = {
+        "new_loss": "new, nats",
+        "new_matches": "new matches, %",
+        **{f"{kind}_matches": f"{label} matches, %" for kind, label in known_kinds(some_run).items()},
+        **forgetting_labels(some_run),
+    }
     arms = summary["arms"].values()
+    kinds = []
+    if "known_elsewhere" in known_kinds(some_run):
+        untaught = ", ".join(summary["arguments"]["untaught_relations"])
+        kinds = [
+            "Known facts are of relations that are taught, those known elsewhere of relations that are not; held out: "
+            f"{untaught}."
+        ]
     return "\n\n".join(
         [
+            *kinds,
             f"Forgetting at equal learning, {summary['equal_learning']:.2f} nats per token, as mean ± standard "
             "deviation over seeds, beside the published drop of a question answering score (arXiv 2510.15103):",
             table_at_equal_learning(summary),
@@ -187,7 +206,7 @@ def describe(summary: dict[str, Any]) -> str:
             _table_of_shares(summary),
             "At the end of training:",
             markdown_table(
-                [["", *AT_THE_END.values()], *([each["label"], *_cells(each["end"], AT_THE_END)] for each in arms)]
+                [["", *at_the_end.values()], *([each["label"], *_cells(each["end"], at_the_end)] for each in arms)]
             ),
         ]
     )
@@ -195,14 +214,15 @@ def describe(summary: dict[str, Any]) -> str:
 
 def table_at_equal_learning(summary: dict[str, Any]) -> str:
     """The table of forgetting at equal learning, by each measure."""
-    rows = [["", *FORGETTING.values(), "published, %", "seeds", "hyperparameters"]]
+    forgetting = forgetting_labels(summary["runs"][0])
+    rows = [["", *forgetting.values(), "published, %", "seeds", "hyperparameters"]]
     for arm, result in summary["arms"].items():
         seeds = f"{result['seeds_that_learned_as_much']} of {len(result['seeds'])}"
         published = str(PUBLISHED_DROPS.get(arm, ""))
         rows.append(
             [
                 result["label"],
-                *_cells(result["at_equal_learning"], FORGETTING),
+                *_cells(result["at_equal_learning"], forgetting),
                 published,
                 seeds,
                 hyperparameters_cell(result["settings"]),
@@ -212,10 +232,11 @@ def table_at_equal_learning(summary: dict[str, Any]) -> str:
 
 
 def _table_of_shares(summary):
-    rows = [["", *FORGETTING.values(), "aim, at most"]]
+    forgetting = forgetting_labels(summary["runs"][0])
+    rows = [["", *forgetting.values(), "aim, at most"]]
     for arm, others in summary["shares"].items():
         for other, values in others.items():
-            cells = [f"{values[name]:.0%}" if name in values else "" for name in FORGETTING]
+            cells = [f"{values[name]:.0%}" if name in values else "" for name in forgetting]
             labels = (summary["arms"][each]["label"] for each in (arm, other))
             rows.append([" / ".join(labels), *cells, f"{AIMS[other]:.0%}"])
     return markdown_table(rows)
@@ -226,38 +247,56 @@ def _cells(spread, names):
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
-    """Plots learning against forgetting of texts and of known facts, one curve per run, and the matches at the end."""
-    figure = new_figure(15, 4.5)
-    texts, known, recall = figure.subplots(1, 3)
+    """
+    Plots learning against forgetting of texts and of each kind of known facts, one curve per run, and the matches at the
+    end.
+    """
+    kinds = list(known_kinds(summary["runs"][0]))
+    figure = new_figure(10 + 5 * len(kinds), 4.5)
+    texts, *known, recall = figure.subplots(1, 2 + len(kinds))
     _plot_curves(texts, summary, "texts")
-    _plot_curves(known, summary, "known_drop")
     texts.set(ylabel="rise of loss, nats per token", title="Held-out general text, a line for each seed")
-    known.set(ylabel="fewer matches, %", title="Facts that the model knew, a line for each seed")
+    titles = ["Facts that the model knew, a line for each seed"]
+    if len(kinds) > 1:
+        titles = ["Known facts of relations that are taught", "Known facts of relations that are not taught"]
+    for axes, kind, title in zip(known, kinds, titles, strict=True):
+        _plot_curves(axes, summary, f"{kind}_drop")
+        axes.set(ylabel="fewer matches, %", title=title)
     _plot_recall(recall, summary)
     save_picture(figure, file)
 
 
 def _plot_recall(axes: Axes, summary: dict[str, Any]) -> None:
     results = summary["arms"]
-    for i, (name, label) in enumerate({"new_matches": "new facts", "known_matches": "known facts, hatched"}.items()):
+    looks = {
+        "new": (None, 1.0, "new facts"),
+        "known": ("//", 0.5, "known facts, hatched"),
+        "known_elsewhere": ("..", 0.3, "known elsewhere, dotted"),
+    }
+    kinds = ["new", *known_kinds(summary["runs"][0])]
+    width = 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        hatch, alpha, label = looks[kind]
+        name = f"{kind}_matches"
         axes.bar(
-            [position + 0.4 * i for position in range(len(results))],
+            [position + width * i for position in range(len(results))],
             [result["end"]["mean"][name] for result in results.values()],
-            0.4,
+            width,
             yerr=[result["end"]["deviation"].get(name, 0.0) for result in results.values()],
             color=[TRAININGS[arm].color for arm in results],
-            alpha=1.0 if i == 0 else 0.5,
-            hatch=None if i == 0 else "//",
+            alpha=alpha,
+            hatch=hatch,
             label=label,
         )
     names = [result["label"].replace(", ", ",\n") for result in results.values()]
-    axes.set_xticks([position + 0.2 for position in range(len(results))], names)
+    axes.set_xticks([position + 0.4 - width / 2 for position in range(len(results))], names)
     axes.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
     add_legend(axes)
 
 
 def _plot_curves(axes: Axes, summary: dict[str, Any], name: str) -> None:
-    axes.plot([], [], color=NEUTRAL, alpha=0.3, label="pale: other hyperparameters")
+    if any(run["settings"] != summary["arms"][run["arm"]]["settings"] for run in summary["runs"]):
+        axes.plot([], [], color=NEUTRAL, alpha=0.3, label="pale: other hyperparameters")
     for arm, result in summary["arms"].items():
         for run in (run for run in summary["runs"] if run["arm"] == arm):
             best = run["settings"] == result["settings"]

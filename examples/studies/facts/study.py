@@ -14,7 +14,7 @@
 """What all runs of the study of facts share: the facts, the texts and the base model, and how a model is measured."""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.base_model import MODEL_PACKAGE, save_base
 from studies.common.corpora import load_corpus
 from studies.common.study_folder import read_json, write_json
-from studies.facts.factbook import Fact, load_facts
+from studies.facts.factbook import RELATIONS, Fact, load_facts
 from studies.facts.sentences import Sentence, ask, make_sentence
 
 
@@ -56,7 +56,16 @@ class FactsArguments:
     num_new: int = field(
         default=240, metadata={"help": "Maximum number of facts to learn, the same number of each relation."}
     )
-    num_known: int = field(default=100, metadata={"help": "Maximum number of known facts to measure forgetting on."})
+    num_known: int = field(
+        default=100, metadata={"help": "Maximum number of known facts of each kind to measure forgetting on."}
+    )
+    untaught_relations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Relations of which no fact is taught, by their names in studies/facts/factbook.py: known facts of "
+            "these are asked apart from those of the other relations."
+        },
+    )
     min_loss: float = field(
         default=2.0,
         metadata={"help": "Minimum loss, in nats per token, of the answer to a fact that counts as unknown."},
@@ -73,6 +82,12 @@ class FactsArguments:
     graft_layers: list[int] = field(default_factory=lambda: [3, 7, 11], metadata={"help": "Layers that get a graft."})
     num_experts: int = field(default=256**2, metadata={"help": "Number of experts of each graft."})
 
+    def __post_init__(self):
+        if unknown := set(self.untaught_relations) - set(RELATIONS):
+            raise ValueError(
+                f"--untaught_relations must be some of {list(RELATIONS)}, got {sorted(unknown)} among them."
+            )
+
 
 @dataclass
 class Study:
@@ -85,7 +100,7 @@ class Study:
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the base model.
         taught (`list[Sentence]`): Sentences that teach the new facts.
         asked (`dict[str, list[Sentence]]`):
-            Sentences that test facts: `"new"` ones, in other words than taught, and `"known"` ones.
+            Sentences that test facts of each kind of [`choose_facts`], `"new"` ones in other words than taught.
         texts (`dict[str, torch.Tensor]`): Held-out blocks of each text, of shape `(num_blocks, 256)`.
         background (`Dataset`): Blocks of general text.
     """
@@ -107,9 +122,9 @@ class Study:
 
 def choose_facts(
     facts: list[Fact], losses: torch.Tensor, matches: torch.Tensor, args: FactsArguments
-) -> tuple[list[Fact], list[Fact]]:
+) -> dict[str, list[Fact]]:
     """
-    Chooses facts that a model does not know, and facts that it knows.
+    Chooses facts that a model does not know, and facts that it knows, those of relations that are not taught apart.
 
     Args:
         facts (`list[Fact]`): All facts.
@@ -117,12 +132,19 @@ def choose_facts(
             Losses of the sentences of each fact, from [`ask`].
         matches (`torch.Tensor` of shape `(num_facts, num_sentences)`):
             Matches of the sentences of each fact, from [`ask`].
-        args (`FactsArguments`): Arguments with `min_loss`, `num_new` and `num_known`.
+        args (`FactsArguments`): Arguments with `min_loss`, `num_new`, `num_known` and `untaught_relations`.
 
     Returns:
-        `tuple(list[Fact])`: at most `num_new` facts of which no sentence was matched and each had a loss of at least
-        `min_loss`, spread over the relations as evenly as possible; and at most `num_known` facts of which every
-        sentence was matched.
+        `dict[str, list[Fact]]`: Facts of each kind.
+
+        - `"new"`: at most `num_new` facts of which no sentence was matched and each had a loss of at least `min_loss`,
+          spread as evenly as possible over the relations that are not in `untaught_relations`.
+        - `"known"`: at most `num_known` facts of which every sentence was matched. If there are `untaught_relations`,
+          their relation is that of a new fact.
+        - `"known_elsewhere"`, if there are `untaught_relations`: at most `num_known` such facts of other relations.
+
+    Raises:
+        `ValueError`: if there is no fact of one of these kinds.
     """
     is_new = ~matches.any(1) & (losses.min(1).values >= args.min_loss)
     is_known = matches.all(1)
@@ -130,14 +152,31 @@ def choose_facts(
     new = defaultdict(list)
     known = []
     for i in generator.sample(range(len(facts)), len(facts)):
-        if is_new[i]:
+        if is_new[i] and facts[i].relation not in args.untaught_relations:
             new[facts[i].relation].append(facts[i])
         elif is_known[i]:
             known.append(facts[i])
-    chosen = []
-    while len(chosen) < args.num_new and any(new.values()):
-        chosen += [of_relation.pop() for of_relation in new.values() if of_relation]
-    return chosen[: args.num_new], known[: args.num_known]
+    taught = []
+    while len(taught) < args.num_new and any(new.values()):
+        taught += [of_relation.pop() for of_relation in new.values() if of_relation]
+    chosen = {"new": taught[: args.num_new], "known": known}
+    if args.untaught_relations:
+        relations = {fact.relation for fact in chosen["new"]}
+        chosen["known"] = [fact for fact in known if fact.relation in relations]
+        chosen["known_elsewhere"] = [fact for fact in known if fact.relation not in relations]
+    chosen |= {kind: found[: args.num_known] for kind, found in chosen.items() if kind != "new"}
+    if empty := [kind for kind, found in chosen.items() if not found]:
+        unknown_of, known_of = (
+            dict(Counter(fact.relation for fact, found in zip(facts, which, strict=True) if found))
+            for which in (is_new, is_known)
+        )
+        raise ValueError(
+            f"The study needs facts of each kind, found none that are {empty}. New to the model, at --min_loss "
+            f"{args.min_loss}, are {unknown_of}; known to it are {known_of}. Choose --untaught_relations, now "
+            f"{args.untaught_relations}, so that it knows facts of these (known_elsewhere), and both has new facts and "
+            "knows some of other relations (new, known); or change --min_loss, --num_new or --num_known."
+        )
+    return chosen
 
 
 def load_study(args: FactsArguments, folder: Path) -> Study:
@@ -159,8 +198,8 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
         sentences = [make_sentence(tokenizer, text, fact.answer) for fact in facts for text in fact.asked]
         with study.autocast():
             losses, matches = ask(study.load_model(), tokenizer, sentences)
-        new, known = choose_facts(facts, losses.view(len(facts), -1), matches.view(len(facts), -1), args)
-        write_json(file, {"new": [asdict(fact) for fact in new], "known": [asdict(fact) for fact in known]})
+        chosen = choose_facts(facts, losses.view(len(facts), -1), matches.view(len(facts), -1), args)
+        write_json(file, {kind: [asdict(fact) for fact in found] for kind, found in chosen.items()})
     chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in read_json(file).items()}
     study.taught = [make_sentence(tokenizer, text, fact.answer) for fact in chosen["new"] for text in fact.taught]
     for kind, facts in chosen.items():
@@ -171,8 +210,8 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
 @torch.no_grad()
 def measure(model: nn.Module, study: Study) -> dict[str, Any]:
     """
-    Returns loss and share of matches of new and of known facts, and the loss of each text. Losses are in nats per
-    token.
+    Returns loss and share of matches of each kind of facts of [`choose_facts`], and the loss of each text. Losses are
+    in nats per token.
     """
     was_training = model.training
     model.eval()

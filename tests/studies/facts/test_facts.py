@@ -16,11 +16,13 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from matplotlib.figure import Figure
 from slow_tests import slow
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,6 +38,7 @@ from studies.facts.report import (
     curve_of,
     describe,
     forgetting_at,
+    plot,
     summarize,
     table_at_equal_learning,
 )
@@ -62,9 +65,9 @@ def country(name, **answers):
 COUNTRIES = {
     "africa/aa": country("Aland", capital="Bree (Bri)", highest_point="Mount Tor 1,234 m", calling_code="cable; country code - 41"),
     "africa/bb": country("Borduria", capital="Szohod", highest_point="sea level 0 m", internet_code=".bo"),
-    "europe/cc": country("Korea, North", capital="NA", currency="Northern won (KPW) per US dollar - ++ 98.1 (2014 est.)"),
+    "europe/cc": country("Korea, North", capital="NA", highest_point="Paektu-san 2,744 m", currency="Northern won (KPW) per US dollar - ++ 98.1 (2014 est.)"),
     "europe/dd": country("none", capital="Nowhere"),
-    "europe/ee": country("Singapura", capital="Singapura", nationality="Singapuran", anthem='"Onward," (Maju)'),
+    "europe/ee": country("Singapura", capital="Singapura", calling_code="country code - 65", nationality="Singapuran", anthem='"Onward," (Maju)'),
 }  # fmt: skip
 
 
@@ -138,7 +141,9 @@ class TestFacts:
             ("calling code", "Aland"): "41",
             ("capital", "Borduria"): "Szohod",
             ("internet code", "Borduria"): ".bo",
+            ("highest point", "North Korea"): "Paektu-san",
             ("currency", "North Korea"): "Northern won",
+            ("calling code", "Singapura"): "65",
             ("nationality", "Singapura"): "Singapuran",
             ("anthem", "Singapura"): "Onward",
         }
@@ -236,20 +241,57 @@ class TestAsking:
         losses[0, 1] = 1.0  # half known by its loss
         matches[1, 0] = True  # half known by what is said
         matches[8:] = True
-        new, known = choose_facts(made, losses, matches, args)
-        assert len(new) == 5 and len(known) == 2
-        assert sorted(fact.relation for fact in new) == ["capital"] * 3 + ["symbol"] * 2  # as evenly as can be
-        assert (new, known) == choose_facts(made, losses, matches, args)
-        new, known = choose_facts(made, losses, matches, replace(args, num_new=99, num_known=99))
-        assert set(new) == set(made[2:8]) and set(known) == set(made[8:])
+        chosen = choose_facts(made, losses, matches, args)
+        assert {kind: len(found) for kind, found in chosen.items()} == {"new": 5, "known": 2}
+        # as evenly as can be
+        assert sorted(fact.relation for fact in chosen["new"]) == ["capital"] * 3 + ["symbol"] * 2
+        assert chosen == choose_facts(made, losses, matches, args)
+        chosen = choose_facts(made, losses, matches, replace(args, num_new=99, num_known=99))
+        assert set(chosen["new"]) == set(made[2:8]) and set(chosen["known"]) == set(made[8:])
+
+    def test_facts_of_untaught_relations(self):
+        args = FactsArguments(num_new=99, num_known=99, untaught_relations=["capital"])
+        of_relation = {"capital": 6, "symbol": 4, "anthem": 3, "language": 1}
+        made = [Fact(relation, str(i), "x") for relation, number in of_relation.items() for i in range(number)]
+        losses = torch.full((len(made), 2), 3.0)
+        matches = torch.zeros(len(made), 2, dtype=torch.bool)
+        matches[3:7] = True  # three capitals and a symbol
+        matches[13] = True  # the only language, so that none is taught
+        chosen = choose_facts(made, losses, matches, args)
+        assert set(chosen["new"]) == set(made[7:13]) and chosen["known"] == [made[6]]
+        assert set(chosen["known_elsewhere"]) == {*made[3:6], made[13]}
+        fewer = choose_facts(made, losses, matches, replace(args, num_known=2))
+        assert fewer == {**chosen, "known_elsewhere": chosen["known_elsewhere"][:2]}
+
+    @pytest.mark.parametrize(
+        "changed, empty",
+        [
+            ({"untaught_relations": ["symbol"]}, ["known_elsewhere"]),
+            ({"untaught_relations": ["capital"]}, ["known"]),
+            ({"untaught_relations": ["capital", "symbol"]}, ["new", "known"]),
+            ({"min_loss": 9.0}, ["new"]),
+            ({"num_known": 0}, ["known"]),
+        ],
+    )
+    def test_kind_without_facts(self, changed, empty):
+        made = [Fact(relation, str(i), "x") for relation in ("capital", "symbol") for i in range(3)]
+        matches = torch.zeros(6, 2, dtype=torch.bool)
+        matches[0] = True
+        with pytest.raises(ValueError, match="found none that are") as found:
+            choose_facts(made, torch.full((6, 2), 3.0), matches, FactsArguments(**changed))
+        assert f"found none that are {empty}" in str(found.value)
+        assert "known to it are {'capital': 1}. Choose --untaught_relations" in str(found.value)
+        assert ("are {'capital': 2, 'symbol': 3};" in str(found.value)) == ("min_loss" not in changed)
 
 
-def point(new, text, known, matches):
-    return {"new": {"loss": new, "matches": 0.5}, "texts": {"a": text, "b": 1.0}, "known": {"loss": known, "matches": matches}}  # fmt: skip
+def point(new, text, known, matches, elsewhere=None):
+    kinds = {"new": (new, 0.5), "known": (known, matches), **({"known_elsewhere": elsewhere} if elsewhere else {})}
+    asked = {kind: {"loss": loss, "matches": matched} for kind, (loss, matched) in kinds.items()}
+    return {"texts": {"a": text, "b": 1.0}, **asked}
 
 
 def make_run(arm, *points, seed=0, rate=1.0):
-    first = point(5.0, 3.0, 1.0, 0.8)
+    first = point(5.0, 3.0, 1.0, 0.8, (2.0, 0.5) if "known_elsewhere" in points[0] else None)
     hyperparameters = {"learning_rate": rate}
     rest = {"seconds": 1.0, "without_adapter_as_before": None}
     return {"arm": arm, "settings": hyperparameters, "seed": seed, "points": [first, *points], **rest}
@@ -259,6 +301,12 @@ class TestComparison:
     def test_curve(self):
         last = curve_of(make_run("full", point(4.0, 3.4, 1.5, 0.6)))[-1]
         assert last == pytest.approx({"learning": 1.0, "texts": 0.2, "known_loss": 0.5, "known_drop": 25.0})
+
+    def test_kinds_of_known_facts_are_apart(self):
+        run = make_run("full", point(4.0, 3.4, 1.5, 0.6, (2.2, 0.4)))
+        both = {"known_loss": 0.5, "known_drop": 25.0, "known_elsewhere_loss": 0.2, "known_elsewhere_drop": 20.0}
+        assert curve_of(run)[-1] == pytest.approx({"learning": 1.0, "texts": 0.2, **both})
+        assert forgetting_at(0.5, run) == pytest.approx({"texts": 0.1, **{name: both[name] / 2 for name in both}})
 
     def test_forgetting_between_points(self):
         run = make_run("full", point(4.0, 3.2, 1.0, 0.8), point(2.0, 4.2, 3.0, 0.4), point(3.0, 9.0, 9.0, 0.0))
@@ -278,6 +326,51 @@ class TestComparison:
         level, chosen = choose_hyperparameters(runs)
         assert level == pytest.approx(0.95)  # a little less than LoRA's 1
         assert chosen == {"full": {"learning_rate": 2}, "lora": {"learning_rate": 4}}
+
+    def test_facts_known_elsewhere_choose_nothing(self):
+        runs = [
+            make_run("full", point(3.0, 3.0, 1.1, 0.8, (9.0, 0.1)), rate=1),
+            make_run("full", point(3.0, 3.0, 1.2, 0.8, (0.0, 0.5)), rate=2),
+        ]
+        assert choose_hyperparameters(runs)[1] == {"full": {"learning_rate": 1}}
+
+    def test_summary_with_facts_known_elsewhere(self, tmp_path, monkeypatch):
+        runs = [
+            make_run("full", point(3.0, 3.4, 1.0, 0.4, (3.0, 0.25))),
+            make_run("sparse", point(3.0, 3.0, 1.0, 0.6, (2.1, 0.45))),
+        ]
+        arguments = {"untaught_relations": ["capital", "language"]}
+        summary = summarize(runs, {"full": "all", "sparse": "few"}, 2.0, {arm: {"learning_rate": 1.0} for arm in ("full", "sparse")}, arguments)  # fmt: skip
+        shares = summary["shares"]["sparse"]["full"]
+        assert shares == pytest.approx(
+            {"texts": 0.0, "known_drop": 0.5, "known_elsewhere_loss": 0.1, "known_elsewhere_drop": 0.2}
+        )
+        text = describe(summary)
+        assert text.startswith(
+            "Known facts are of relations that are taught, those known elsewhere of relations that are not; held out: "
+            "capital, language.\n"
+        )
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line[:1] == "|"]
+        tables = [dict(zip(rows[i], rows[i + distance], strict=True)) for i, distance in ((0, 2), (4, 2), (7, 3))]
+        at_equal_learning, of_shares, at_the_end = tables
+        assert at_equal_learning["known, % of matches"] == "50.000"
+        assert at_equal_learning["known elsewhere, nats"] == "1.000"
+        assert at_equal_learning["known elsewhere, % of matches"] == "50.000"
+        assert of_shares["known elsewhere, nats"] == "10%" and of_shares["known elsewhere, % of matches"] == "20%"
+        assert at_the_end[""] == "few"
+        assert at_the_end["known matches, %"] == "60.000" and at_the_end["known elsewhere matches, %"] == "45.000"
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figures.append(figure))
+        plot(summary, tmp_path / "results.png")
+        _, known, elsewhere, recall = figures[0].axes
+        assert known.get_title() == "Known facts of relations that are taught"
+        assert elsewhere.get_title() == "Known facts of relations that are not taught"
+        assert known.lines[0].get_ydata() == pytest.approx([0.0, 50.0])
+        assert elsewhere.lines[1].get_ydata() == pytest.approx([0.0, 10.0])
+        heights = [bar.get_height() for bar in recall.patches]
+        assert heights == pytest.approx([50.0, 50.0, 40.0, 60.0, 25.0, 45.0])
+        edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in recall.patches)
+        assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges))
 
     def test_summary(self):
         runs = [
@@ -384,6 +477,24 @@ class TestStudy:
         }
         assert {name.split(".")[-2] for name in moved} == {"down_proj"}
         assert all("peer_graft_layer" in name for name in moved)
+
+    def test_untaught_relations(self, study_here, tmp_path):
+        study_here("--arms", "full", "--seeds", "1", "--untaught_relations", "capital")
+        folder = tmp_path / "study"
+        chosen = json.loads((folder / "facts.json").read_text())
+        relations = {kind: {fact["relation"] for fact in facts} for kind, facts in chosen.items()}
+        assert "capital" in relations["known_elsewhere"] - relations["new"]
+        assert not relations["known_elsewhere"] & relations["new"] and relations["known"] <= relations["new"]
+        (run,) = json.loads((folder / "results.json").read_text())["runs"]
+        assert all({"new", "known", "known_elsewhere"} < point.keys() for point in run["points"])
+
+    def test_wrong_arguments_are_refused_before_anything_is_read(self, study_here, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            study_here("--untaught_relations", "capital", "capitol")
+        message = capsys.readouterr().err
+        assert "--untaught_relations must be some of ['capital', 'highest point'" in message
+        assert "got ['capitol'] among them" in message
+        assert not (tmp_path / "study").exists()
 
     def test_unknown_arm(self, study_here):
         with pytest.raises(ValueError, match=r"--arms must be some of .* got \['none'\] among them"):
