@@ -13,7 +13,7 @@
 # limitations under the License.
 """The arms of a study: which of them are run, with which hyperparameters and seeds, and how a model is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,17 @@ def run_all(
         runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen hyperparameters")]
         tried = tried + untried
         level, chosen = choose(runs)
-    repeated = [(name, chosen[name], seed) for seed in range(1, seeds) for name in arms]
-    runs += [run(*each) for each in tqdm(repeated, desc="Seeds")]
-    return runs, level, chosen
+    return runs + run_chosen(chosen, range(1, seeds), run), level, chosen
+
+
+def run_chosen(
+    chosen: dict[str, dict[str, float]],
+    seeds: Iterable[int],
+    run: Callable[[str, dict[str, float], int], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Runs the chosen hyperparameters of each arm with each of the seeds, see [`run_all`]."""
+    repeated = [(name, hyperparameters, seed) for seed in seeds for name, hyperparameters in chosen.items()]
+    return [run(*each) for each in tqdm(repeated, desc="Seeds")]
 
 
 def with_rates(*rates: float, **hyperparameters: float) -> tuple[dict[str, float], ...]:

@@ -23,6 +23,7 @@ model needs the package `gguf`.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,25 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
-from studies.common.arms import named_arms, run_all
+from studies.common.arms import named_arms, run_all, run_chosen
 from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
 from studies.facts.arms import ARMS, Arm, train_facts
-from studies.facts.report import choose_hyperparameters, describe, plot, summarize
+from studies.facts.report import choose_hyperparameters, describe, level_of_all, plot, read_chosen, summarize
 from studies.facts.study import FactsArguments, Study, load_study, measure
 
 
 @dataclass
 class RunArguments(FactsArguments):
-    """Which arms are run."""
+    """Which arms are run, with which hyperparameters."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
+    chosen: str | None = field(
+        default=None,
+        metadata={
+            "help": "A results.json of this study: the hyperparameters that it chose are run with all seeds, and none "
+            "are swept."
+        },
+    )
 
 
 @torch.no_grad()
@@ -87,13 +95,19 @@ def teach(arm: Arm, hyperparameters: dict[str, float], seed: int, study: Study) 
 def main():
     (args,) = parse_arguments((RunArguments,), __doc__)
     arms = named_arms(args.arms, ARMS)
+    chosen = read_chosen(Path(args.chosen), arms) if args.chosen else None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
     claim_folder(folder, vars(args))
     print("Reading model, facts and texts ...")
     study = load_study(args, folder)
-    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, study), choose_hyperparameters)
+    run_in_study = partial(run, study=study)
+    if chosen:
+        runs = run_chosen(chosen, range(args.seeds), run_in_study)
+        level = level_of_all(runs)
+    else:
+        runs, level, chosen = run_all(arms, args.seeds, run_in_study, choose_hyperparameters)
     summary = summarize(runs, {name: arm.label for name, arm in arms.items()}, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 
 from common.machine import machine
 from common.pictures import NEUTRAL, TRAININGS, add_legend, new_figure, save_picture
+from studies.common.study_folder import read_json
 from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
 
 
@@ -108,6 +109,37 @@ def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str,
         reached = [(forgetting, run) for run in swept if (forgetting := forgetting_at(level, run)) is not None]
         chosen[arm] = min(reached, key=lambda pair: pair[0]["known_loss"] + pair[0]["texts"])[1]["settings"]
     return level, chosen
+
+
+def read_chosen(file: Path, arms: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """
+    Reads the hyperparameters that an earlier study of facts chose for each arm.
+
+    Args:
+        file (`Path`): The `results.json` of that study.
+        arms (`dict[str, Any]`): Arms by name. The attribute `sweep` of an arm shows which hyperparameters it has.
+
+    Raises:
+        `ValueError`: if the file is no such results, or has no hyperparameters of one of the arms.
+    """
+    try:
+        found = {arm: result["settings"] for arm, result in read_json(file)["arms"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--chosen must be a results.json of this study, got {file}: {error!r}.") from error
+    if missing := [arm for arm in arms if arm not in found]:
+        raise ValueError(f"--chosen must have all --arms, got {file} without {missing}: it has {list(found)}.")
+    for name, arm in arms.items():
+        if found[name].keys() != arm.sweep[0].keys():
+            raise ValueError(
+                f"--chosen must have the hyperparameters {list(arm.sweep[0])} of the arm {name!r}, got "
+                f"{list(found[name])} in {file}: choose a results.json of this study."
+            )
+    return {name: found[name] for name in arms}
+
+
+def level_of_all(runs: list[dict[str, Any]]) -> float:
+    """The highest level of learning that all runs reached: where to compare arms that were not swept."""
+    return min(map(most_learned, runs))
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -38,7 +38,9 @@ from studies.facts.report import (
     curve_of,
     describe,
     forgetting_at,
+    level_of_all,
     plot,
+    read_chosen,
     summarize,
     table_at_equal_learning,
 )
@@ -334,6 +336,16 @@ class TestComparison:
         ]
         assert choose_hyperparameters(runs)[1] == {"full": {"learning_rate": 1}}
 
+    def test_level_that_all_runs_reached(self):
+        runs = [
+            make_run("full", point(1.0, 3.0, 1.0, 0.8), point(2.0, 3.0, 1.0, 0.8)),
+            make_run("lora", point(3.0, 3.0, 1.0, 0.8)),
+            make_run("lora", point(2.5, 3.0, 1.0, 0.8), point(3.1, 3.0, 1.0, 0.8), seed=1),
+        ]
+        assert level_of_all(runs) == 2.0
+        summary = summarize(runs, {"full": "all", "lora": "few"}, 2.0, {arm: {"learning_rate": 1.0} for arm in ("full", "lora")}, {})  # fmt: skip
+        assert summary["arms"]["lora"]["seeds_that_learned_as_much"] == 2
+
     def test_summary_with_facts_known_elsewhere(self, tmp_path, monkeypatch):
         runs = [
             make_run("full", point(3.0, 3.4, 1.0, 0.4, (3.0, 0.25))),
@@ -389,6 +401,43 @@ class TestComparison:
         assert "0.300 ± 0.141" in describe(summary)
         (row,) = (line for line in describe(summary).split("\n") if line.startswith("| few / all"))
         assert [cell.strip() for cell in row.split("|")[2:-1]] == ["3%", "", "0%", "10%"]
+
+
+class TestChosen:
+    ARMS = {name: ARMS[name] for name in ("full", "sparse")}
+
+    def write(self, folder, **settings):
+        file = folder / "results.json"
+        file.write_text(json.dumps({"arms": {name: {"settings": values} for name, values in settings.items()}}))
+        return file
+
+    def test_reads_committed_results(self):
+        assert read_chosen(FACTS / "results.json", self.ARMS) == {
+            "full": {"learning_rate": 3e-5},
+            "sparse": {"learning_rate": 3.0, "num_trained_experts": 4096, "train_u": 0},
+        }
+
+    @pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"arms": {"full": {}}}'])
+    def test_other_file(self, tmp_path, content):
+        file = tmp_path / "results.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(ValueError, match=r"--chosen must be a results.json of this study, got .*results\.json: "):
+            read_chosen(file, self.ARMS)
+
+    def test_arm_that_was_not_chosen(self, tmp_path):
+        file = self.write(tmp_path, full={"learning_rate": 1.0}, lora={"learning_rate": 1.0})
+        with pytest.raises(
+            ValueError, match=r"must have all --arms, got .* without \['sparse'\]: it has \['full', 'l"
+        ):
+            read_chosen(file, self.ARMS)
+
+    def test_hyperparameters_of_another_study(self, tmp_path):
+        file = self.write(tmp_path, full={"learning_rate": 1.0}, sparse={"learning_rate": 1.0, "num_tables": 1})
+        with pytest.raises(
+            ValueError, match=r"'train_u'\] of the arm 'sparse', got \['learning_rate', 'num_tables'\]"
+        ):
+            read_chosen(file, self.ARMS)
 
 
 @pytest.fixture
@@ -478,15 +527,28 @@ class TestStudy:
         assert {name.split(".")[-2] for name in moved} == {"down_proj"}
         assert all("peer_graft_layer" in name for name in moved)
 
-    def test_untaught_relations(self, study_here, tmp_path):
-        study_here("--arms", "full", "--seeds", "1", "--untaught_relations", "capital")
-        folder = tmp_path / "study"
+    def test_chosen_hyperparameters_on_other_facts(self, study_here, tmp_path):
+        study_here("--arms", "full", "lora", "--seeds", "1")
+        results = json.loads((tmp_path / "study" / "results.json").read_text())
+        for rate, result in zip((2e-3, 5e-3), results["arms"].values(), strict=True):
+            result["settings"] = {"learning_rate": rate}  # none of those that are swept
+        file, folder = tmp_path / "chosen.json", tmp_path / "apart"
+        file.write_text(json.dumps(results))
+        apart = ("--output_dir", str(folder), "--untaught_relations", "capital", "--chosen", str(file))
+        made = study_here("--arms", "lora", "full", *apart)
+        assert [(each["learning_rate"], seed) for each, seed in made] == [(5e-3, 0), (2e-3, 0), (5e-3, 1), (2e-3, 1)]
+        results = json.loads((folder / "results.json").read_text())
+        assert results["equal_learning"] == min(
+            max(each["learning"] for each in curve_of(run)) for run in results["runs"]
+        )
+        assert len(results["runs"]) == 4
+        for rate, result in zip((5e-3, 2e-3), results["arms"].values(), strict=True):
+            assert result["settings"] == {"learning_rate": rate} and result["seeds_that_learned_as_much"] == 2
         chosen = json.loads((folder / "facts.json").read_text())
         relations = {kind: {fact["relation"] for fact in facts} for kind, facts in chosen.items()}
         assert "capital" in relations["known_elsewhere"] - relations["new"]
         assert not relations["known_elsewhere"] & relations["new"] and relations["known"] <= relations["new"]
-        (run,) = json.loads((folder / "results.json").read_text())["runs"]
-        assert all({"new", "known", "known_elsewhere"} < point.keys() for point in run["points"])
+        assert all({"new", "known", "known_elsewhere"} < point.keys() for point in results["runs"][0]["points"])
 
     def test_wrong_arguments_are_refused_before_anything_is_read(self, study_here, tmp_path, capsys):
         with pytest.raises(SystemExit):
@@ -494,6 +556,8 @@ class TestStudy:
         message = capsys.readouterr().err
         assert "--untaught_relations must be some of ['capital', 'highest point'" in message
         assert "got ['capitol'] among them" in message
+        with pytest.raises(ValueError, match=r"--chosen must be a results.json of this study, got .*absent"):
+            study_here("--chosen", str(tmp_path / "absent"))
         assert not (tmp_path / "study").exists()
 
     def test_unknown_arm(self, study_here):
