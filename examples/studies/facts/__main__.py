@@ -42,16 +42,9 @@ from studies.facts.study import FactsArguments, Study, load_study, measure
 
 @dataclass
 class RunArguments(FactsArguments):
-    """Which arms are run, with which hyperparameters."""
+    """Which arms are run."""
 
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
-    chosen: str | None = field(
-        default=None,
-        metadata={
-            "help": "A results.json of this study: the hyperparameters that it chose are run with all seeds, and none "
-            "are swept."
-        },
-    )
 
 
 @torch.no_grad()

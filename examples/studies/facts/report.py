@@ -123,9 +123,13 @@ def read_chosen(file: Path, arms: dict[str, Any]) -> dict[str, dict[str, float]]
         `ValueError`: if the file is no such results, or has no hyperparameters of one of the arms.
     """
     try:
-        found = {arm: result["settings"] for arm, result in read_json(file)["arms"].items()}
+        results = read_json(file)
+        found = {arm: result["settings"] for arm, result in results["arms"].items()}
+        earlier = results["arguments"].get("chosen")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"--chosen must be a results.json of this study, got {file}: {error!r}.") from error
+    if earlier:
+        raise ValueError(f"--chosen must be of a study that chose, got {file}, whose choice is that of {earlier}.")
     if missing := [arm for arm in arms if arm not in found]:
         raise ValueError(f"--chosen must have all --arms, got {file} without {missing}: it has {list(found)}.")
     for name, arm in arms.items():

@@ -15,8 +15,9 @@
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ class FactsArguments:
         metadata={
             "help": "Relations of which no fact is taught, by their names in studies/facts/factbook.py: known facts of "
             "these are asked apart from those of the other relations."
+        },
+    )
+    chosen: str | None = field(
+        default=None,
+        metadata={
+            "help": "A results.json of this study: the hyperparameters that it chose are run with all seeds, none are "
+            "swept, and none of the facts that it taught are taught."
         },
     )
     min_loss: float = field(
@@ -121,7 +129,11 @@ class Study:
 
 
 def choose_facts(
-    facts: list[Fact], losses: torch.Tensor, matches: torch.Tensor, args: FactsArguments
+    facts: list[Fact],
+    losses: torch.Tensor,
+    matches: torch.Tensor,
+    args: FactsArguments,
+    without: Collection[Fact] = (),
 ) -> dict[str, list[Fact]]:
     """
     Chooses facts that a model does not know, and facts that it knows, those of relations that are not taught apart.
@@ -133,6 +145,7 @@ def choose_facts(
         matches (`torch.Tensor` of shape `(num_facts, num_sentences)`):
             Matches of the sentences of each fact, from [`ask`].
         args (`FactsArguments`): Arguments with `min_loss`, `num_new`, `num_known` and `untaught_relations`.
+        without (`Collection[Fact]`, *optional*): Facts that are not to be taught.
 
     Returns:
         `dict[str, list[Fact]]`: Facts of each kind.
@@ -152,7 +165,7 @@ def choose_facts(
     new = defaultdict(list)
     known = []
     for i in generator.sample(range(len(facts)), len(facts)):
-        if is_new[i] and facts[i].relation not in args.untaught_relations:
+        if is_new[i] and facts[i].relation not in args.untaught_relations and facts[i] not in without:
             new[facts[i].relation].append(facts[i])
         elif is_known[i]:
             known.append(facts[i])
@@ -179,6 +192,12 @@ def choose_facts(
     return chosen
 
 
+def arguments_of(results: Path) -> FactsArguments:
+    """The arguments of an earlier study, from its `results.json`. Those that it did not have yet are the defaults."""
+    saved = read_json(results)["arguments"]
+    return FactsArguments(**{each.name: saved[each.name] for each in fields(FactsArguments) if each.name in saved})
+
+
 def load_study(args: FactsArguments, folder: Path) -> Study:
     """Loads what all runs share. The choice of facts is saved in `facts.json`."""
     save_base(args.model_name_or_path, folder)
@@ -198,7 +217,10 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
         sentences = [make_sentence(tokenizer, text, fact.answer) for fact in facts for text in fact.asked]
         with study.autocast():
             losses, matches = ask(study.load_model(), tokenizer, sentences)
-        chosen = choose_facts(facts, losses.view(len(facts), -1), matches.view(len(facts), -1), args)
+        asked = facts, losses.view(len(facts), -1), matches.view(len(facts), -1)
+        # The choice is deterministic: that of the earlier study is made again.
+        earlier = choose_facts(*asked, arguments_of(Path(args.chosen)))["new"] if args.chosen else ()
+        chosen = choose_facts(*asked, args, earlier)
         write_json(file, {kind: [asdict(fact) for fact in found] for kind, found in chosen.items()})
     chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in read_json(file).items()}
     study.taught = [make_sentence(tokenizer, text, fact.answer) for fact in chosen["new"] for text in fact.taught]

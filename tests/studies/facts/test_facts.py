@@ -264,6 +264,8 @@ class TestAsking:
         assert set(chosen["known_elsewhere"]) == {*made[3:6], made[13]}
         fewer = choose_facts(made, losses, matches, replace(args, num_known=2))
         assert fewer == {**chosen, "known_elsewhere": chosen["known_elsewhere"][:2]}
+        others = choose_facts(made, losses, matches, args, without=made[7:9])
+        assert set(others["new"]) == set(made[9:13]) and others["known"] == chosen["known"]
 
     @pytest.mark.parametrize(
         "changed, empty",
@@ -406,9 +408,10 @@ class TestComparison:
 class TestChosen:
     ARMS = {name: ARMS[name] for name in ("full", "sparse")}
 
-    def write(self, folder, **settings):
+    def write(self, folder, chosen=None, **settings):
         file = folder / "results.json"
-        file.write_text(json.dumps({"arms": {name: {"settings": values} for name, values in settings.items()}}))
+        arms = {name: {"settings": values} for name, values in settings.items()}
+        file.write_text(json.dumps({"arguments": {"chosen": chosen}, "arms": arms}))
         return file
 
     def test_reads_committed_results(self):
@@ -417,7 +420,7 @@ class TestChosen:
             "sparse": {"learning_rate": 3.0, "num_trained_experts": 4096, "train_u": 0},
         }
 
-    @pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"arms": {"full": {}}}'])
+    @pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"arms": {"full": {}}}', '{"arms": {}}'])
     def test_other_file(self, tmp_path, content):
         file = tmp_path / "results.json"
         if content is not None:
@@ -431,6 +434,11 @@ class TestChosen:
             ValueError, match=r"must have all --arms, got .* without \['sparse'\]: it has \['full', 'l"
         ):
             read_chosen(file, self.ARMS)
+
+    def test_results_that_chose_nothing(self, tmp_path):
+        file = self.write(tmp_path, chosen="first.json", full={"learning_rate": 1.0})
+        with pytest.raises(ValueError, match=r"of a study that chose, got .*json, whose choice is that of first.json"):
+            read_chosen(file, {"full": ARMS["full"]})
 
     def test_hyperparameters_of_another_study(self, tmp_path):
         file = self.write(tmp_path, full={"learning_rate": 1.0}, sparse={"learning_rate": 1.0, "num_tables": 1})
@@ -528,7 +536,8 @@ class TestStudy:
         assert all("peer_graft_layer" in name for name in moved)
 
     def test_chosen_hyperparameters_on_other_facts(self, study_here, tmp_path):
-        study_here("--arms", "full", "lora", "--seeds", "1")
+        study_here("--arms", "full", "lora", "--seeds", "1", "--num_new", "1")
+        (earlier,) = json.loads((tmp_path / "study" / "facts.json").read_text())["new"]
         results = json.loads((tmp_path / "study" / "results.json").read_text())
         for rate, result in zip((2e-3, 5e-3), results["arms"].values(), strict=True):
             result["settings"] = {"learning_rate": rate}  # none of those that are swept
@@ -545,6 +554,7 @@ class TestStudy:
         for rate, result in zip((5e-3, 2e-3), results["arms"].values(), strict=True):
             assert result["settings"] == {"learning_rate": rate} and result["seeds_that_learned_as_much"] == 2
         chosen = json.loads((folder / "facts.json").read_text())
+        assert len(chosen["new"]) == 4 and earlier not in chosen["new"]
         relations = {kind: {fact["relation"] for fact in facts} for kind, facts in chosen.items()}
         assert "capital" in relations["known_elsewhere"] - relations["new"]
         assert not relations["known_elsewhere"] & relations["new"] and relations["known"] <= relations["new"]
