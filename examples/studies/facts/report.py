@@ -295,6 +295,8 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     titles = ["Facts that the model knew, a line for each seed"]
     if len(kinds) > 1:
         titles = ["Known facts of relations that are taught", "Known facts of relations that are not taught"]
+    for axes in known[1:]:
+        axes.sharey(known[0])
     for axes, kind, title in zip(known, kinds, titles, strict=True):
         _plot_curves(axes, summary, f"{kind}_drop")
         axes.set(ylabel="fewer matches, %", title=title)

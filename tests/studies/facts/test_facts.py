@@ -350,14 +350,14 @@ class TestComparison:
 
     def test_summary_with_facts_known_elsewhere(self, tmp_path, monkeypatch):
         runs = [
-            make_run("full", point(3.0, 3.4, 1.0, 0.4, (3.0, 0.25))),
+            make_run("full", point(3.0, 3.4, 1.0, 0.2, (3.0, 0.25))),
             make_run("sparse", point(3.0, 3.0, 1.0, 0.6, (2.1, 0.45))),
         ]
         arguments = {"untaught_relations": ["capital", "language"]}
         summary = summarize(runs, {"full": "all", "sparse": "few"}, 2.0, {arm: {"learning_rate": 1.0} for arm in ("full", "sparse")}, arguments)  # fmt: skip
         shares = summary["shares"]["sparse"]["full"]
         assert shares == pytest.approx(
-            {"texts": 0.0, "known_drop": 0.5, "known_elsewhere_loss": 0.1, "known_elsewhere_drop": 0.2}
+            {"texts": 0.0, "known_drop": 1 / 3, "known_elsewhere_loss": 0.1, "known_elsewhere_drop": 0.2}
         )
         text = describe(summary)
         assert text.startswith(
@@ -367,7 +367,7 @@ class TestComparison:
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line[:1] == "|"]
         tables = [dict(zip(rows[i], rows[i + distance], strict=True)) for i, distance in ((0, 2), (4, 2), (7, 3))]
         at_equal_learning, of_shares, at_the_end = tables
-        assert at_equal_learning["known, % of matches"] == "50.000"
+        assert at_equal_learning["known, % of matches"] == "75.000"
         assert at_equal_learning["known elsewhere, nats"] == "1.000"
         assert at_equal_learning["known elsewhere, % of matches"] == "50.000"
         assert of_shares["known elsewhere, nats"] == "10%" and of_shares["known elsewhere, % of matches"] == "20%"
@@ -379,10 +379,11 @@ class TestComparison:
         _, known, elsewhere, recall = figures[0].axes
         assert known.get_title() == "Known facts of relations that are taught"
         assert elsewhere.get_title() == "Known facts of relations that are not taught"
-        assert known.lines[0].get_ydata() == pytest.approx([0.0, 50.0])
+        assert known.lines[0].get_ydata() == pytest.approx([0.0, 75.0])
         assert elsewhere.lines[1].get_ydata() == pytest.approx([0.0, 10.0])
+        assert known.get_ylim() == elsewhere.get_ylim()  # to be compared
         heights = [bar.get_height() for bar in recall.patches]
-        assert heights == pytest.approx([50.0, 50.0, 40.0, 60.0, 25.0, 45.0])
+        assert heights == pytest.approx([50.0, 50.0, 20.0, 60.0, 25.0, 45.0])
         edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in recall.patches)
         assert all(left[1] <= right[0] + 1e-9 for left, right in pairwise(edges))
 
