@@ -40,7 +40,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from run_clm import choose_block_size, load_text
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -69,14 +68,21 @@ from common.training import (
     setup_logging,
     train,
 )
-from modeling_peer import ExpertBackground, PeerConfig, PeerGraftedConfig, add_experts, fit_gates, masked_experts
-from modeling_peer.analysis.evaluation import evaluation
+from modeling_peer import (
+    ExpertBackground,
+    PeerConfig,
+    PeerGraftedConfig,
+    add_experts,
+    fit_gates,
+    generate_text,
+    masked_experts,
+)
 
 
 DOMAIN, KEPT = "domain", "kept text"
 
-# Sequences that the model writes to be evaluated on, if there is no text to keep, and how many it writes at a time.
-NUM_WRITTEN_FOR_EVALUATION, WRITTEN_AT_A_TIME = 32, 32
+# Sequences that the model writes to be evaluated on, if there is no text to keep.
+NUM_WRITTEN_FOR_EVALUATION = 32
 
 # What --help shows.
 MAIN_FLAGS = (
@@ -256,36 +262,16 @@ def load_texts(
     return tokenizer, texts
 
 
-def write_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    number: int,
-    length: int,
-    progress_bar: bool = True,
-) -> Dataset:
-    """Lets a model write sequences of a length from the beginning of a text, sampled as it predicts them."""
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
+def written_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: int, length: int, progress_bar: bool
+) -> dict[str, Dataset]:
+    """A number of sequences of a length that the model writes for the gates, and some to evaluate on."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UsageError("The tokenizer has no token with which a text begins: name text to keep, --kept_file.")
-    prompts = torch.full((number, 1), start, device=model.device).split(WRITTEN_AT_A_TIME)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    sequences = []
-    with evaluation(model):
-        for prompt in tqdm(prompts, desc="Writing text to keep", disable=not progress_bar):
-            sequences += model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                **sampling,
-            ).tolist()
-    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
-
-
-def written_texts(model, tokenizer, number, length, progress_bar) -> dict[str, Dataset]:
-    """A number of sequences that the model writes for the gates, and some to evaluate on."""
-    written = write_text(model, tokenizer, number + NUM_WRITTEN_FOR_EVALUATION, length, progress_bar)
-    return {"train": written.select(range(number)), "validation": written.select(range(number, len(written)))}
+    written = generate_text(model, number + NUM_WRITTEN_FOR_EVALUATION, length, progress_bar=progress_bar)
+    sequences = [each["input_ids"].tolist() for each in written]
+    blocks = Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+    return {"train": blocks.select(range(number)), "validation": blocks.select(range(number, len(blocks)))}
 
 
 def perplexities(

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .analysis.token_explanation import ExpertUse, TokenExplanation, explain_tokens
     from .continual.freezing import FrozenExperts, freeze_experts
     from .continual.gate_fitting import GateFit, fit_gates
+    from .continual.generated_text import generate_text
     from .continual.growth import Addition, add_experts, train_added_experts_only
     from .continual.sparse_finetuning import SparseFinetuningCallback
     from .graft.config import PeerGraftConfig as PeerGraftConfig
@@ -85,6 +86,7 @@ _LAZY_NAMES = {
     "analysis.token_explanation": ("ExpertUse", "TokenExplanation", "explain_tokens"),
     "continual.freezing": ("FrozenExperts", "freeze_experts"),
     "continual.gate_fitting": ("GateFit", "fit_gates"),
+    "continual.generated_text": ("generate_text",),
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
@@ -179,6 +181,7 @@ __all__ = [
     "fit_gates",
     "freeze_experts",
     "freeze_query_norm",
+    "generate_text",
     "host_table_device_map",
     "last_complete_checkpoint",
     "list_configurations",

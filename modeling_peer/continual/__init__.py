@@ -15,6 +15,7 @@
 
 from .freezing import FrozenExperts, freeze_experts
 from .gate_fitting import GateFit, fit_gates
+from .generated_text import generate_text
 from .growth import Addition, add_experts, train_added_experts_only
 from .sparse_finetuning import SparseFinetuningCallback, tf_idf
 
@@ -27,6 +28,7 @@ __all__ = [
     "add_experts",
     "fit_gates",
     "freeze_experts",
+    "generate_text",
     "tf_idf",
     "train_added_experts_only",
 ]

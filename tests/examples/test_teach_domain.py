@@ -69,7 +69,7 @@ def teach(folder):
             patch.setattr(teach_domain, "fit_gates", partial(fit_gates, num_steps=60))
             patch.setattr(sys, "argv", ["teach_domain.py", *map(str, [*words, *flags])])
             teach_domain.main()
-        for bar in ("Perplexity", "Background", "Hidden states", "Gate of layer", "Writing text"):
+        for bar in ("Perplexity", "Background", "Hidden states", "Gate of layer", "Generated text"):
             assert bar not in shown.getvalue(), "--disable_tqdm is for all bars"
         return json.loads((folder / output / "teaching.json").read_text()), printed.getvalue()
 
