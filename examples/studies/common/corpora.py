@@ -188,3 +188,22 @@ def load_corpus(name: str) -> DatasetDict:
         split = "validation" if crc32(file.encode()) % 100 < HELD_OUT_PERCENTAGE else "train"
         splits[split].append({"file": file, "text": corpus.read(paths[file])})
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+def split_documents(dataset: Dataset, column: str) -> tuple[Dataset, Dataset]:
+    """
+    Divides a text with one row per document into two parts of about equal length that share no document. The longest
+    document is in the first part. A single document is divided into its halves.
+    """
+    lengths = [len(text or "") for text in dataset[column]]
+    if len(lengths) == 1:
+        row, middle = dataset[0], lengths[0] // 2
+        return tuple(
+            Dataset.from_list([{**row, column: half}]) for half in (row[column][:middle], row[column][middle:])
+        )
+    parts, sizes = ([], []), [0, 0]
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
+        shorter = sizes.index(min(sizes))
+        parts[shorter].append(row)
+        sizes[shorter] += lengths[row]
+    return tuple(dataset.select(sorted(part)) for part in parts)
