@@ -64,6 +64,8 @@ TRAININGS = {
     "experts": Look("#CC79A7", "v"),
     "sparse": Look("#009E73", "^"),
     "protected": Look("#332288", "p"),
+    "protected-generated": Look("#7F6FC4", "h"),
+    "protected-ungated": Look("#B8AEE2", "*"),
     "open": Look("#7A7A1F", "X"),
     "graft": Look("#882255", "<"),
     "dense": VARIANTS["dense"],

@@ -18,7 +18,7 @@ An arm is a function `(model, stage, hyperparameters) -> model`. State that it n
 `stage.memory`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from modeling_peer import (
     SparseFinetuningCallback,
     add_experts,
     fit_gates,
+    generate_text,
 )
 from modeling_peer.expert_table import ExpertTable
 from studies.common.arms import train, with_rates
@@ -159,14 +160,46 @@ def sparse_finetuning(model: PreTrainedModel, stage: Stage, hyperparameters: dic
 
 def grown_protected(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
     """Adds experts in protected mode for each text, with gates that distinguish it from the earlier texts."""
+    return grow_gated(model, stage, hyperparameters, stage.reference(REFERENCE_SEQUENCES))
+
+
+def grown_protected_generated(
+    model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]
+) -> PreTrainedModel:
+    """
+    Adds experts in protected mode for each text, with gates that distinguish it from text that the model generates
+    before. No earlier text is used.
+    """
+    length = len(stage.blocks[0]["input_ids"])
+    generated = generate_text(model, REFERENCE_SEQUENCES, length, progress_bar=False)
+    return grow_gated(model, stage, hyperparameters, generated)
+
+
+def grow_gated(
+    model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float], reference: Sequence[dict[str, Any]]
+) -> PreTrainedModel:
+    """Adds protected experts with gates that distinguish the text of a stage from a reference, and trains them."""
     add_experts(model, ADDED_SIDE**2)
     fit_gates(
         model,
         stage.sequences(stage.blocks, REFERENCE_SEQUENCES),
-        stage.reference(REFERENCE_SEQUENCES),
+        reference,
         reference_weight=hyperparameters["reference_weight"],
         progress_bar=False,
     )
+    train_stage(model, stage, hyperparameters["learning_rate"])
+    return model
+
+
+def grown_protected_ungated(
+    model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]
+) -> PreTrainedModel:
+    """
+    Adds experts in protected mode for each text and fits no gates, for which there would be no text but the new one.
+    Gates stay as they start, 1 for every token, so that the added experts are used for all texts. No earlier text is
+    used.
+    """
+    add_experts(model, ADDED_SIDE**2)
     train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 
@@ -197,6 +230,13 @@ class Arm:
     base: str = "peer"
 
 
+# What is tried for arms with gates that are fitted.
+GATED = (
+    with_rates(1e-2, reference_weight=1)
+    + with_rates(3e-3, 1e-2, reference_weight=4)
+    + with_rates(3e-3, 1e-2, reference_weight=16)
+)
+
 ARMS = {
     "full": Arm("full finetuning", full_finetuning, with_rates(1e-4, 3e-4, 1e-3, 2e-3)),
     "lora": Arm("LoRA", lora, with_rates(1e-3, 3e-3, 1e-2)),
@@ -209,13 +249,9 @@ ARMS = {
         + with_rates(1e-2, 3e-2, num_trained_experts=256)
         + with_rates(1e-2, 3e-2, num_trained_experts=1024, num_tables=1),
     ),
-    "protected": Arm(
-        "grown, protected",
-        grown_protected,
-        with_rates(1e-2, reference_weight=1)
-        + with_rates(3e-3, 1e-2, reference_weight=4)
-        + with_rates(3e-3, 1e-2, reference_weight=16),
-    ),
+    "protected": Arm("grown, protected", grown_protected, GATED),
+    "protected-generated": Arm("grown, protected, generated text", grown_protected_generated, GATED),
+    "protected-ungated": Arm("grown, protected, ungated", grown_protected_ungated, with_rates(1e-3, 3e-3, 1e-2)),
     "open": Arm("grown, open", grown_open, with_rates(3e-3, 1e-2, 3e-2)),
     "dense": Arm("dense twin, full finetuning", full_finetuning, with_rates(1e-4, 3e-4, 1e-3, 2e-3), base="dense"),
 }

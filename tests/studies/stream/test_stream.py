@@ -19,11 +19,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
+from tiny_models import random_tokens, tiny_config, tiny_model
 
+from modeling_peer import fit_gates, generate_text, masked_experts
 from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
-from studies.stream.arms import Arm
+from studies.stream import arms as stream_arms
+from studies.stream.arms import Arm, Stage
 from studies.stream.report import choose_hyperparameters, describe, describe_shares, measures, summarize
 
 
@@ -163,7 +167,7 @@ class TestStudy:
         for run in results["runs"]:
             first, last = run["losses"]
             assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
-            if run["arm"] in ("protected", "open"):
+            if run["arm"].startswith("protected") or run["arm"] == "open":
                 assert run["masked"] == [first]  # without what it added it is the model it was
             else:
                 assert not run["masked"]
@@ -198,6 +202,53 @@ class TestStudy:
     def test_refuses_an_arm_that_is_not_there(self, study):
         with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
             study("--arms", "half")
+
+
+class TestGrowthWithoutOldText:
+    """A stage whose earlier texts cannot be read."""
+
+    @pytest.fixture
+    def stage(self, tmp_path):
+        text = [{"input_ids": tokens, "labels": tokens} for tokens in random_tokens(20, 8).tolist()]
+        return Stage(Dataset.from_list(text), None, steps=2, batch_size=4, folder=tmp_path, seed=0)
+
+    @pytest.fixture
+    def model(self):
+        return tiny_model(tiny_config("peer", "dense", bos_token_id=3))
+
+    @staticmethod
+    def gate_of(model):
+        return model.model.layers[0].mlp.added_routers[0].gate(torch.randn(1000, 24))
+
+    def test_gates_that_are_not_fitted_are_open_for_every_token(self, model, stage):
+        model = stream_arms.grown_protected_ungated(model, stage, {"learning_rate": 0.1})
+        assert (self.gate_of(model) == 1).all()
+        tokens = random_tokens(4, 8)
+        logits = model(tokens).logits
+        with masked_experts(model):
+            assert not torch.allclose(model(tokens).logits, logits)  # the added experts were trained and are used
+
+    def test_gates_are_fitted_to_what_the_model_generated_before(self, model, stage, monkeypatch):
+        additions, fitted = [], []
+
+        def generate(model, *args, **options):
+            additions.append(model.config.expert_additions)
+            return generate_text(model, *args, **options)
+
+        def fit(model, new_text, reference_text, **options):
+            fitted.append((new_text, reference_text, options))
+            return fit_gates(model, new_text, reference_text, **options, num_steps=20)
+
+        monkeypatch.setattr(stream_arms, "generate_text", generate)
+        monkeypatch.setattr(stream_arms, "fit_gates", fit)
+        hyperparameters = {"learning_rate": 0.1, "reference_weight": 7}
+        model = stream_arms.grown_protected_generated(model, stage, hyperparameters)
+        ((new_text, reference_text, options),) = fitted
+        assert not additions[0] and new_text["input_ids"] == stage.blocks["input_ids"]
+        assert options["reference_weight"] == 7
+        tokens = torch.stack([each["input_ids"] for each in reference_text])
+        assert tokens.shape == (128, 8) and (tokens[:, 0] == 3).all()
+        assert self.gate_of(model).min() < 1
 
 
 def test_committed_tables_are_those_of_the_raw_results():
