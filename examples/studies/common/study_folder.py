@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 
 # Arguments that may differ between calls: they select which runs are made and do not change their results.
-FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
+FREE_ARGUMENTS = ("output_dir", "arms", "seeds", "orders")
 
 
 def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
@@ -99,12 +99,13 @@ def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, 
     Args:
         folder (`Path`): Folder with one file per run.
         label (`dict[str, Any]`):
-            The `arm`, the hyperparameters (`settings`) and the `seed` of the run. They name its file and are saved in
-            it.
+            The `arm`, the hyperparameters (`settings`), the `seed` and what else tells the run from others. They name
+            its file and are saved in it.
         make (`Callable`): Makes the run and returns what else to save.
     """
-    hyperparameters = (f"{key}={value:g}" for key, value in label["settings"].items())
-    file = folder / ("-".join([label["arm"], *hyperparameters, f"seed={label['seed']}"]) + ".json")
+    hyperparameters = [f"{key}={value:g}" for key, value in label["settings"].items()]
+    others = [f"{key}={value}" for key, value in label.items() if key not in ("arm", "settings")]
+    file = folder / ("-".join([label["arm"], *hyperparameters, *others]) + ".json")
     if not file.exists():
         start = time.time()
         write_json(file, {**label, **make(), "seconds": time.time() - start})

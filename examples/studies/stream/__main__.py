@@ -13,20 +13,22 @@
 # limitations under the License.
 """
 Measures continual learning of a stream of texts: a small PEER model and its dense twin learn four texts one after the
-other, in eight ways, and forgetting is compared at equal learning.
+other, in ten ways, and forgetting is compared at equal learning.
 
     ./run study stream
 
-Both models are pre-trained first, on technical documentation. Killed at any point, the same command resumes. Each run
-is a file in --output_dir; `results.json` and `results.png` there sum them up.
+Both models are pre-trained first, on technical documentation. Hyperparameters are chosen by the losses of a part of the
+held-out text, and the losses of the other part are reported. Killed at any point, the same command resumes. Each run is
+a file in --output_dir; `results.json` and `results.png` there sum them up.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -39,7 +41,7 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from common.evaluation import held_out_loss
-from common.text_data import DataTrainingArguments, tokenize_into_blocks, train_tokenizer
+from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from modeling_peer import (
     PeerForCausalLM,
     RowAdamW,
@@ -49,10 +51,10 @@ from modeling_peer import (
     masked_experts,
 )
 from studies.common.arms import named_arms, run_all
-from studies.common.corpora import load_corpus
+from studies.common.corpora import load_corpus, split_documents
 from studies.common.study_folder import claim_folder, saved_run, write_json
 from studies.stream.arms import ARMS, Arm, Stage
-from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, summarize
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, shown_orders, summarize
 
 
 FEED_FORWARDS = {"peer": ["dense", "dense", "peer", "peer"], "dense": ["dense"] * 4}
@@ -77,39 +79,74 @@ class StreamArguments:
         default=100, metadata={"help": "Training steps on each text of the stream, of 2,048 tokens each."}
     )
     block_size: int = field(default=256, metadata={"help": "Tokens per sequence."})
-    eval_sequences: int = field(default=40, metadata={"help": "Held-out sequences per text."})
+    eval_sequences: int = field(default=40, metadata={"help": "Held-out sequences per text, of each part."})
     seeds: int = field(
         default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
     )
+    orders: int = field(
+        default=1,
+        metadata={
+            "help": "Number of orders of the stream in which the chosen hyperparameters of each arm are run: 1, or 2 to "
+            "run them on the reversed stream as well."
+        },
+    )
+
+    def __post_init__(self):
+        if self.orders not in (1, 2):
+            raise ValueError(f"--orders must be 1 or 2, got {self.orders}.")
 
 
 @dataclass
 class Texts:
-    """The texts of the study in blocks of tokens; the first text is that of the pre-training."""
+    """
+    The texts of the study in blocks of tokens; the first text is that of the pre-training.
+
+    Args:
+        names (`list[str]`)
+        train (`list[Dataset]`)
+        held_out (`list[torch.Tensor]`): Held-out sequences of each text, whose losses are reported.
+        to_choose_by (`list[torch.Tensor]`): Those of other documents, by whose losses hyperparameters are chosen.
+    """
 
     names: list[str]
     train: list[Dataset]
     held_out: list[torch.Tensor]
+    to_choose_by: list[torch.Tensor]
+
+    def in_order(self, order: int) -> "Texts":
+        """The texts in the order of the stream, 1, or with the stream reversed, 2."""
+        if order == 1:
+            return self
+        return Texts(*([first, *reversed(rest)] for first, *rest in vars(self).values()))
+
+
+def load_divided(name: str) -> dict[str, Dataset]:
+    """Loads a text by name, with its held-out documents divided into those `to_choose_by` and those `held_out`."""
+    corpus = load_corpus(name)
+    column = text_column(corpus["validation"], DataTrainingArguments())
+    to_choose_by, held_out = split_documents(corpus["validation"], column)
+    return {"train": corpus["train"], "to_choose_by": to_choose_by, "held_out": held_out}
 
 
 def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Texts]:
     """Loads all texts, and trains the tokenizer on the text of the pre-training."""
-    parts = [load_corpus(name) for name in args.pretraining_texts]
-    base = DatasetDict({split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]})
+    parts = [load_divided(name) for name in args.pretraining_texts]
+    base = {split: concatenate_datasets([part[split] for part in parts]) for split in parts[0]}
     if not (folder / "tokenizer").exists():
         train_tokenizer(base["train"], "text", 4096, 512).save_pretrained(folder / "tokenizer-unfinished")
         (folder / "tokenizer-unfinished").rename(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    texts = Texts(["pre-training", *args.stream], [], [])
+    texts = Texts(["pre-training", *args.stream], [], [], [])
     options = DataTrainingArguments()
-    for corpus in [base, *(load_corpus(name) for name in args.stream)]:
+    for corpus in [base, *map(load_divided, args.stream)]:
         blocks = {
-            split: tokenize_into_blocks(corpus[split], tokenizer, args.block_size, options).shuffle(seed=0)
-            for split in ("train", "validation")
+            split: tokenize_into_blocks(documents, tokenizer, args.block_size, options).shuffle(seed=0)
+            for split, documents in corpus.items()
         }
         texts.train.append(blocks["train"])
-        held_out = blocks["validation"].select(range(min(args.eval_sequences, len(blocks["validation"]))))
-        texts.held_out.append(torch.tensor(held_out["input_ids"]))
+        for held_out, split in ((texts.held_out, "held_out"), (texts.to_choose_by, "to_choose_by")):
+            sequences = blocks[split].select(range(min(args.eval_sequences, len(blocks[split]))))
+            held_out.append(torch.tensor(sequences["input_ids"]))
     return tokenizer, texts
 
 
@@ -150,18 +187,26 @@ def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: 
     (folder / f"{name}-unfinished").rename(folder / name)
 
 
-def losses(model: nn.Module, texts: Texts) -> list[float]:
-    """Returns the held-out loss of each text, in nats per token."""
-    return [held_out_loss(model, held_out, progress_bar=False) for held_out in texts.held_out]
+def losses(model: nn.Module, held_out: list[torch.Tensor]) -> list[float]:
+    """Returns the loss of the held-out sequences of each text, in nats per token."""
+    return [held_out_loss(model, sequences, progress_bar=False) for sequences in held_out]
 
 
 def run(
-    name: str, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
+    name: str,
+    hyperparameters: dict[str, float],
+    seed: int,
+    order: int,
+    args: StreamArguments,
+    texts: Texts,
+    folder: Path,
 ) -> dict:
-    """Runs one arm through the stream, or reads the result of an earlier run."""
-    label = {"arm": name, "settings": hyperparameters, "seed": seed}
+    """Runs one arm through the stream in one of its orders, or reads the result of an earlier run."""
+    label = {"arm": name, "settings": hyperparameters, "seed": seed, "order": order}
     return saved_run(
-        folder / "stages", label, lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder)
+        folder / "stages",
+        label,
+        lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts.in_order(order), folder),
     )
 
 
@@ -169,12 +214,19 @@ def take_through_stream(
     arm: Arm, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
 ) -> dict:
     """
-    Returns the `losses` of all texts before and after each stage, and the losses with the added experts `masked`.
+    Returns the `losses` of all texts before and after each stage, the same for the sequences by which hyperparameters
+    are chosen (`losses_to_choose_by`), and the `losses` with the added experts `masked`.
     """
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)
-    result: dict[str, list] = {"losses": [losses(model, texts)], "masked": []}
+    result: dict[str, list] = {"losses": [], "losses_to_choose_by": [], "masked": []}
     memory: dict = {}
+
+    def measure():
+        result["losses"].append(losses(model, texts.held_out))
+        result["losses_to_choose_by"].append(losses(model, texts.to_choose_by))
+
+    measure()
     for i in range(1, len(texts.names)):
         stage = Stage(
             texts.train[i].shuffle(seed=seed),
@@ -186,10 +238,10 @@ def take_through_stream(
             memory,
         )
         model = arm.learn(model, stage, hyperparameters)
-        result["losses"].append(losses(model, texts))
+        measure()
         if getattr(model.config, "expert_additions", None):
             with masked_experts(model):
-                result["masked"].append(losses(model, texts))
+                result["masked"].append(losses(model, texts.held_out))
     return result
 
 
@@ -206,12 +258,16 @@ def main():
         print(f"Pre-training the {name} model ...")
         pretrain(name, args, tokenizer, texts, folder)
     runs, level, chosen = run_all(
-        arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_hyperparameters
+        arms, args.seeds, lambda *each: run(*each, 1, args, texts, folder), choose_hyperparameters
     )
+    if args.orders == 2:
+        repeated = [(name, chosen[name], seed) for seed in range(args.seeds) for name in arms]
+        runs += [run(*each, 2, args, texts, folder) for each in tqdm(repeated, desc="Reversed order")]
     summary = summarize(runs, texts.names, level, chosen, vars(args))
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
-    print(f"\n{describe_shares(summary)}\n\n{describe(summary)}\n\nIn {folder}: results.json, results.png")
+    tables = [describe_shares(summary), *(describe(summary, order) for order in shown_orders(summary))]
+    print("", *tables, f"In {folder}: results.json, results.png", sep="\n\n")
 
 
 if __name__ == "__main__":

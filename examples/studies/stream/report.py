@@ -30,12 +30,30 @@ from studies.stream.arms import ARMS
 TOLERANCE = 0.05
 
 
-def learning_of(run: dict[str, Any]) -> float:
+def losses_to_choose_by(run: dict[str, Any]) -> list[list[float]]:
+    """
+    The losses of a run by which hyperparameters are chosen, of other held-out documents than those that are reported.
+    Runs from before the held-out text was divided have one kind of losses, for both.
+    """
+    return run.get("losses_to_choose_by", run["losses"])
+
+
+def order_of(run: dict[str, Any]) -> int:
+    """1 if a run learned the texts in the order of the stream, 2 in the reversed order. Runs that do not say it are of 1."""
+    return run.get("order", 1)
+
+
+def learning_of(losses: list[list[float]]) -> float:
     """
     Mean over texts of how much lower the loss is right after learning the text than in the pre-trained model, in nats.
     """
-    losses = run["losses"]
     return mean(losses[0][i] - losses[i][i] for i in range(1, len(losses)))
+
+
+def forgetting_of(losses: list[list[float]]) -> float:
+    """Mean over all texts but the last of how much the loss has risen since the text was learned, in nats."""
+    last = len(losses) - 1
+    return mean(losses[last][i] - losses[i][i] for i in range(last))
 
 
 def measures(run: dict[str, Any]) -> dict[str, float]:
@@ -46,8 +64,8 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
     losses = run["losses"]
     last = len(losses) - 1
     result = {
-        "learning": learning_of(run),
-        "forgetting": mean(losses[last][i] - losses[i][i] for i in range(last)),
+        "learning": learning_of(losses),
+        "forgetting": forgetting_of(losses),
         "forgetting_of_pretraining": losses[last][0] - losses[0][0],
         "final_mean": mean(losses[last]),
     }
@@ -61,14 +79,15 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
 
 def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str, dict[str, float]]]:
     """
-    Chooses the level of learning at which arms are compared, and the hyperparameters with which each arm reaches it.
+    Chooses the level of learning at which arms are compared, and the hyperparameters with which each arm reaches it,
+    all by the losses of [`losses_to_choose_by`].
 
     The level is the highest that every arm reached with some hyperparameters. Runs of an arm whose hyperparameters
     differ only in the learning rate form a family. The family that would forget least at the level is chosen, with the
     learning rate, interpolated between its runs, that leads to the level.
     """
     of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
-    level = min(max(map(learning_of, own)) for own in of_arm.values())
+    level = min(max(learning_of(losses_to_choose_by(run)) for run in own) for own in of_arm.values())
     chosen = {}
     for arm, own in of_arm.items():
         found = [(_at_level(level, family), rest) for rest, family in families_of(own)]
@@ -103,10 +122,12 @@ def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float]
     to two digits. Forgetting is interpolated in the same way; below all runs, from the point of no learning and no
     forgetting. Rates above the one that learns most are left out. Returns `None` if no run learned as much.
     """
-    most = max(range(len(family)), key=lambda i: learning_of(family[i]))
-    points = sorted(
-        (learning_of(run), run["settings"]["learning_rate"], measures(run)["forgetting"]) for run in family[: most + 1]
-    )
+    found = []
+    for run in family:
+        losses = losses_to_choose_by(run)
+        found.append((learning_of(losses), run["settings"]["learning_rate"], forgetting_of(losses)))
+    most = max(range(len(found)), key=lambda i: found[i][0])
+    points = sorted(found[: most + 1])
     nearest = min(points, key=lambda point: abs(point[0] - level))
     if abs(nearest[0] - level) <= TOLERANCE * level:
         return nearest[1:]
@@ -127,7 +148,10 @@ def summarize(
     chosen: dict[str, dict[str, float]],
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
-    """Sums up all figures of the study, together with the runs and arguments that they come from."""
+    """
+    Sums up all figures of the study, together with the runs and arguments that they come from. With runs in two
+    orders, the figures of an arm are those of the mean over both, seed by seed, beside those of each (`orders`).
+    """
     summary: dict[str, Any] = {
         "command": "./run study stream",
         "seconds": sum(run["seconds"] for run in runs),
@@ -139,14 +163,28 @@ def summarize(
         "runs": runs,
     }
     for arm, hyperparameters in chosen.items():
-        found = [measures(run) for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
-        summary["arms"][arm] = {
-            "settings": hyperparameters,
-            "seeds": len(found),
-            "mean": {name: mean(each[name] for each in found) for name in found[0]},
-            "deviation": {name: stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else {},
-        }
+        own = [run for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
+        orders = [
+            [measures(run) for run in own if order_of(run) == order]
+            for order in sorted({order_of(run) for run in own})
+        ]
+        of_seeds = [
+            {name: mean(found[name] for found in of_seed) for name in of_seed[0]}
+            for of_seed in zip(*orders, strict=True)
+        ]
+        summary["arms"][arm] = {"settings": hyperparameters, **_spread(of_seeds)}
+        if len(orders) > 1:
+            summary["arms"][arm]["orders"] = [_spread(found) for found in orders]
     return summary
+
+
+def _spread(found):
+    """The mean of each measure over seeds, and its standard deviation if there are several."""
+    return {
+        "seeds": len(found),
+        "mean": {name: mean(each[name] for each in found) for name in found[0]},
+        "deviation": {name: stdev(each[name] for each in found) for name in found[0]} if len(found) > 1 else {},
+    }
 
 
 COLUMNS = {
@@ -159,41 +197,62 @@ COLUMNS = {
 }
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """The table of all measures."""
-    rows = [["nats per token", *COLUMNS.values(), "hyperparameters"]]
+# The orders of the texts, by their numbers in runs; `None` is the mean over both.
+ORDERS = {1: "first order", 2: "reversed order", None: "mean of both"}
+
+
+def shown_orders(summary: dict[str, Any]) -> list[int | None]:
+    """The orders that tables show apart: both and their mean, or what there is if all runs are in one."""
+    return list(ORDERS) if any("orders" in result for result in summary["arms"].values()) else [None]
+
+
+def describe(summary: dict[str, Any], order: int | None = None) -> str:
+    """The table of all measures, in one of the [`shown_orders`]."""
+    rows = [[_with_order("nats per token", summary, order), *COLUMNS.values(), "hyperparameters"]]
     for arm, result in summary["arms"].items():
-        cells = [_cell(result, name) for name in COLUMNS]
+        cells = [_cell(result, name, order) for name in COLUMNS]
         rows.append([ARMS[arm].label, *cells, hyperparameters_cell(result["settings"])])
     return markdown_table(rows)
 
 
 def describe_shares(summary: dict[str, Any]) -> str:
-    """The table of forgetting, also as a share of the forgetting of full finetuning and of LoRA."""
+    """
+    The table of learning and forgetting, of each order and of their mean if there are two. Forgetting is also shown as
+    a share of that of full finetuning and of LoRA.
+    """
     references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
     forgetting = {arm: result["mean"]["forgetting"] for arm, result in summary["arms"].items()}
-    rows = [["", "learning", "forgetting", *(f"relative to {ARMS[arm].label}" for arm in references)]]
+    shown = [(name, order) for name in ("learning", "forgetting") for order in shown_orders(summary)]
+    columns = [_with_order(name, summary, order) for name, order in shown]
+    rows = [["", *columns, *(f"relative to {ARMS[arm].label}" for arm in references)]]
     for arm, result in summary["arms"].items():
         shares = [f"{forgetting[arm] / forgetting[other]:.0%}" for other in references]
-        rows.append([ARMS[arm].label, _cell(result, "learning"), _cell(result, "forgetting"), *shares])
+        rows.append([ARMS[arm].label, *(_cell(result, *each) for each in shown), *shares])
     return markdown_table(rows)
 
 
-def _cell(result, name):
-    return spread_cell(result["mean"].get(name), result["deviation"].get(name))
+def _with_order(text, summary, order):
+    """The head of a column, with the order that it is of if there are two."""
+    return text if len(shown_orders(summary)) == 1 else f"{text}, {ORDERS[order]}"
+
+
+def _cell(result, name, order):
+    found = result if order is None else result["orders"][order - 1]
+    return spread_cell(found["mean"].get(name), found["deviation"].get(name))
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
     """
     Plots learning against forgetting, one curve per family of runs; the loss of the text of the pre-training along the
-    stream; and, for each arm, the losses of all texts after each stage.
+    stream; and, for each arm, the losses of all texts after each stage. All are of the first order of the texts.
     """
     figure = new_figure(14, 9.5)
     curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     trade_off, stream = curves.subplots(1, 2)
+    runs = "seed 0" if len(shown_orders(summary)) == 1 else f"seed 0, {ORDERS[1]}"
     best = {}
     for arm, result in summary["arms"].items():
-        first_seed = [run for run in summary["runs"] if run["arm"] == arm and run["seed"] == 0]
+        first_seed = [run for run in summary["runs"] if (run["arm"], run["seed"], order_of(run)) == (arm, 0, 1)]
         best[arm] = next(run for run in first_seed if run["settings"] == result["settings"])
         style = TRAININGS[arm].style
         for i, (_, family) in enumerate(families_of(first_seed)):
@@ -205,22 +264,22 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     trade_off.set(
         xlabel="learning: nats per token below the pre-trained model",
         ylabel="forgetting, nats per token",
-        title="What was learned, and what it cost, seed 0;\na line for each family of hyperparameters",
+        title=f"What was learned, and what it cost, {runs};\na line for each family of hyperparameters",
     )
     stream.set_xticks(range(len(summary["texts"])), summary["texts"])
     stream.set(xlabel="after learning", ylabel="loss, nats per token")
-    stream.set_title("Held-out text of the pre-training, seed 0")
+    stream.set_title(f"Held-out text of the pre-training, {runs}")
     for axes in (trade_off, stream):
         add_legend(axes)
-    _plot_matrices(matrices, best, summary["texts"])
+    _plot_matrices(matrices, best, summary["texts"], runs)
     save_picture(figure, file)
 
 
-def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
+def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str], runs: str) -> None:
     """Plots one matrix of losses per arm: rows are stages, columns are texts."""
     low = min(loss for run in best.values() for row in run["losses"] for loss in row)
     high = max(loss for run in best.values() for row in run["losses"] for loss in row)
-    figure.suptitle("Loss of each text (columns) after learning each (rows), seed 0")
+    figure.suptitle(f"Loss of each text (columns) after learning each (rows), {runs}")
     for i, (axes, (arm, run)) in enumerate(
         zip(figure.subplots(1, len(best), squeeze=False)[0], best.items(), strict=True)
     ):

@@ -15,27 +15,39 @@
 
 import json
 import math
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoTokenizer
 
 from modeling_peer import fit_gates, generate_text, masked_experts
 from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
 from studies.stream import arms as stream_arms
+from studies.stream import report
 from studies.stream.arms import Arm, Stage
-from studies.stream.report import choose_hyperparameters, describe, describe_shares, measures, summarize
+from studies.stream.report import (
+    choose_hyperparameters,
+    describe,
+    describe_shares,
+    measures,
+    order_of,
+    shown_orders,
+    summarize,
+)
 
 
 ROOT = Path(__file__).parents[3]
 STREAM = ROOT / "examples" / "studies" / "stream"
 
 
-def run_of(arm, losses, seed=0, rate=1.0, masked=()):
+def run_of(arm, losses, seed=0, rate=1.0, masked=(), **others):
     hyperparameters = {"learning_rate": rate}
     return {
         "arm": arm,
@@ -44,7 +56,13 @@ def run_of(arm, losses, seed=0, rate=1.0, masked=()):
         "losses": losses,
         "masked": list(masked),
         "seconds": 1.0,
+        **others,
     }
+
+
+def cells_of(table):
+    """The cells of a table, row by row."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
 
 
 # Two texts after the pre-training: rows are stages, columns texts.
@@ -93,6 +111,27 @@ class TestReport:
         # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
         assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
 
+    def test_hyperparameters_are_chosen_by_other_losses_than_are_reported(self):
+        def swept(arm, rate, learned, forgotten, reported):
+            """A run that learned and forgot by the text to choose by, and `reported` by the text that is reported."""
+            losses = [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]]
+            return run_of(arm, [[3.0, 6.0], [3.0 + reported, 6.0 - reported]], rate=rate, losses_to_choose_by=losses)
+
+        runs = [
+            swept("full", 1, 1.0, 0.5, reported=7.0),
+            swept("full", 10, 2.0, 0.7, reported=0.1),
+            swept("lora", 3, 2.0, 0.5, reported=9.0),
+        ]
+        level, chosen = choose_hyperparameters(runs)
+        assert level == 2.0 and chosen == {"full": {"learning_rate": 10}, "lora": {"learning_rate": 3}}
+        summary = summarize(runs, ["a", "b"], level, chosen, {})
+        found = {arm: result["mean"] for arm, result in summary["arms"].items()}
+        for arm, reported in (("full", 0.1), ("lora", 9.0)):
+            assert [found[arm][name] for name in ("learning", "forgetting")] == pytest.approx([reported, reported])
+        # Of two families at the level the one is chosen that forgets less of the text to choose by.
+        family = {**swept("full", 20, 2.0, 0.6, reported=8.0), "settings": {"learning_rate": 20, "t": 1}}
+        assert choose_hyperparameters([*runs, family])[1]["full"] == {"learning_rate": 20, "t": 1}
+
     def test_what_is_chosen_is_tried_and_chosen_again(self):
         """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
         made = []
@@ -126,10 +165,66 @@ class TestReport:
             (row,) = (" ".join(line.split()) for line in table(summary).split("\n") if "grown, open" in line)
             assert "0.040 ± 0.014" in row and row.endswith(cell)
 
+    def test_two_orders_and_their_mean(self, tmp_path):
+        def learned(arm, order, seed, learned, forgotten):
+            losses = [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]]
+            return run_of(arm, losses, seed=seed, **({} if order is None else {"order": order}))
 
+        runs = [
+            *(learned("full", None, 0, 1.0, 0.2), learned("full", 1, 1, 1.2, 0.4)),  # without an order it is the first
+            *(learned("full", 2, 0, 2.0, 0.8), learned("full", 2, 1, 2.2, 0.6)),
+            *(learned("open", order, seed, 2.0, 0.1) for order in (1, 2) for seed in (0, 1)),
+        ]
+        chosen = {"full": {"learning_rate": 1.0}, "open": {"learning_rate": 1.0}}
+        summary = json.loads(json.dumps(summarize(runs, ["a", "b"], 1.0, chosen, {})))
+        assert summary["arms"]["full"]["seeds"] == 2
+        head, _, full, grown = cells_of(describe_shares(summary))
+        assert head == [
+            "",
+            *("learning, first order", "learning, reversed order", "learning, mean of both"),
+            *("forgetting, first order", "forgetting, reversed order", "forgetting, mean of both"),
+            "relative to full finetuning",
+        ]
+        # Seed by seed both orders have a mean: 1.5 and 1.7 were learned, 0.5 was forgotten with either seed.
+        assert full[1:] == [
+            *("1.100 ± 0.141", "2.100 ± 0.141", "1.600 ± 0.141"),
+            *("0.300 ± 0.141", "0.700 ± 0.141", "0.500 ± 0.000"),
+            "100%",
+        ]
+        assert grown[-2:] == ["0.100 ± 0.000", "20%"]
+        assert shown_orders(summary) == [1, 2, None]
+        for order, name, forgotten in (
+            (1, "first order", "0.300"),
+            (2, "reversed order", "0.700"),
+            (None, "mean of both", "0.500"),
+        ):
+            head, _, full, _ = cells_of(describe(summary, order))
+            assert head[0] == f"nats per token, {name}"
+            assert full[head.index("forgetting")].startswith(forgotten)
+
+    def test_pictures_are_of_the_first_order(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(report, "save_picture", lambda figure, file: drawn.append(figure))
+        losses = {1: [[3.0, 6.0], [3.2, 5.0]], 2: [[3.0, 6.0], [7.7, 5.0]]}
+        for orders in ((1,), (2, 1)):
+            runs = [run_of("full", losses[order], order=order) for order in orders]
+            summary = summarize(runs, ["a", "b"], 1.0, {"full": runs[0]["settings"]}, {})
+            report.plot(summary, tmp_path / "x.png")
+            trade_off, stream, *_ = drawn[-1].axes
+            assert trade_off.lines[0].get_ydata() == pytest.approx([0.2])
+            assert list(stream.lines[0].get_ydata()) == [3.0, 3.2]
+            assert ("first order" in stream.get_title()) is (len(orders) == 2)
+
+
+# Each held-out document has a word of its own.
 TEXTS = {
-    name: DatasetDict({split: Dataset.from_list([{"text": words * 400}] * 4) for split in ("train", "validation")})
-    for name, words in {"old": "one two three ", "new": "four five six "}.items()
+    name: DatasetDict(
+        {
+            "train": Dataset.from_list([{"text": words * 400}] * 4),
+            "validation": Dataset.from_list([{"text": f"{words}{name}{i} " * 100} for i in range(4)]),
+        }
+    )
+    for name, words in {"old": "one two three ", "new": "four five six ", "newer": "seven eight nine "}.items()
 }
 
 
@@ -159,6 +254,7 @@ def study(monkeypatch, tmp_path):
 
 class TestStudy:
     def test_all_arms_come_to_their_end(self, study, tmp_path, monkeypatch):
+        monkeypatch.setattr(stream_arms, "fit_gates", partial(fit_gates, num_steps=20))
         arms = dict(stream_study.ARMS)
         for name, arm in arms.items():
             monkeypatch.setitem(stream_study.ARMS, name, arm.__class__(arm.label, arm.learn, arm.sweep[:1], arm.base))
@@ -167,6 +263,7 @@ class TestStudy:
         for run in results["runs"]:
             first, last = run["losses"]
             assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
+            assert len(run["losses_to_choose_by"]) == 2 and run["losses_to_choose_by"] != run["losses"]
             if run["arm"].startswith("protected") or run["arm"] == "open":
                 assert run["masked"] == [first]  # without what it added it is the model it was
             else:
@@ -198,6 +295,54 @@ class TestStudy:
         (tmp_path / "arguments.json").write_text('{"pretraining_steps": 7}')
         with pytest.raises(ValueError, match="pretraining_steps was 7, got 1"):
             study()
+
+    def test_parts_of_the_held_out_text_share_no_document(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(stream_study, "load_corpus", TEXTS.get)
+        args = stream_study.StreamArguments(
+            pretraining_texts=["old", "newer"], stream=["new"], block_size=32, eval_sequences=1000
+        )
+        tokenizer, texts = stream_study.load_texts(args, tmp_path)
+        for i, names in enumerate((("old", "newer"), ("new",))):
+            found = [
+                set(re.findall(r"[a-z]+\d", " ".join(tokenizer.batch_decode(part[i]))))
+                for part in (texts.held_out, texts.to_choose_by)
+            ]
+            whole = {f"{name}{number}" for name in names for number in range(4)}
+            assert whole <= found[0] | found[1] and not whole & found[0] & found[1]
+            assert len(whole & found[0]) == len(whole & found[1])
+
+    def test_the_stream_is_also_learned_in_reverse(self, study, tmp_path, monkeypatch):
+        seen = []
+
+        def learn(model, stage, hyperparameters):
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+            texts = [tokenizer.decode(text[0]["input_ids"]) for text in (*stage.earlier, stage.blocks)]
+            seen.append((stage.seed, ["".join(re.findall("two|five|eight", text))[:3] for text in texts]))
+            return stream_arms.full_finetuning(model, stage, hyperparameters)
+
+        arm = Arm("full finetuning", learn, with_rates(1e-3, 2e-3))
+        monkeypatch.setitem(stream_study.ARMS, "full", arm)
+        flags = ("--arms", "full", "--stream", "new", "newer")
+        first = study(*flags)
+        assert {run["order"] for run in first["runs"]} == {1} and "orders" not in first["arms"]["full"]
+        seen.clear()
+        both = study(*flags, "--orders", "2")  # resumes, with what is new
+        stages = [["two", "eig"], ["two", "eig", "fiv"]]
+        assert seen == [(seed, texts) for seed in range(2) for texts in stages]
+        assert both["runs"][: len(first["runs"])] == first["runs"]
+        added = both["runs"][len(first["runs"]) :]
+        assert [(run["order"], run["seed"], run["settings"]) for run in added] == [
+            (2, seed, both["arms"]["full"]["settings"]) for seed in range(2)
+        ]
+        (old, new, newer), reversed_losses = first["runs"][0]["losses"][0], added[0]["losses"][0]
+        assert reversed_losses == [old, newer, new]
+        assert len(both["arms"]["full"]["orders"]) == 2
+        assert not (tmp_path / "dense").exists()  # its arm was not asked for
+
+    def test_refuses_other_numbers_of_orders(self, study, capsys):
+        with pytest.raises(SystemExit):
+            study("--orders", "3")
+        assert "--orders must be 1 or 2, got 3" in capsys.readouterr().err
 
     def test_refuses_an_arm_that_is_not_there(self, study):
         with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
@@ -253,7 +398,8 @@ class TestGrowthWithoutOldText:
 
 def test_committed_tables_are_those_of_the_raw_results():
     results = json.loads((STREAM / "results.json").read_text())
-    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
+    swept = [run for run in results["runs"] if run["seed"] == 0 and order_of(run) == 1]
+    level, chosen = choose_hyperparameters(swept)
     rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     assert all(result["seeds"] == 3 for result in results["arms"].values())
