@@ -24,14 +24,15 @@ a file in --output_dir; `results.json` and `results.png` there sum them up.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
+    HfArgumentParser,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -41,23 +42,33 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from common.evaluation import held_out_loss
+from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
-from modeling_peer import (
-    PeerForCausalLM,
-    RowAdamW,
-    configuration_path,
-    expert_parameter_groups,
-    last_complete_checkpoint,
-    masked_experts,
-)
+from common.training import OptimizerArguments, make_optimizers
+from modeling_peer import PeerForCausalLM, last_complete_checkpoint, masked_experts
 from studies.common.arms import named_arms, run_all
 from studies.common.corpora import load_corpus, split_documents
-from studies.common.study_folder import claim_folder, saved_run, write_json
+from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
 from studies.stream.arms import ARMS, Arm, Stage
 from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, shown_orders, summarize
 
 
-FEED_FORWARDS = {"peer": ["dense", "dense", "peer", "peer"], "dense": ["dense"] * 4}
+# The models that are pre-trained, by the `base` of arms: a named configuration, fields of it that are changed, and
+# arguments of the training beside those of `PRETRAINING`.
+BASES = {
+    name: {"configuration": "peer-tiny", "fields": {"feed_forward_types": feed_forward_types}, "training": {}}
+    for name, feed_forward_types in (("peer", ["dense", "dense", "peer", "peer"]), ("dense", ["dense"] * 4))
+}
+
+PRETRAINING = {
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "expert_lr_multiplier": 1.0,
+    "down_proj_lr_multiplier": 1.0,
+}
 
 
 @dataclass
@@ -72,6 +83,13 @@ class StreamArguments:
     stream: list[str] = field(
         default_factory=lambda: ["handbook-german", "perl-docs", "prose", "brown"],
         metadata={"help": "Texts to learn after the pre-training, in this order."},
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with the PEER model to pre-train: the name of its `configuration`, `fields` of it to "
+            "change, and arguments of its `training`, as those of run_clm.py. The dense twin stays as it is."
+        },
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "Arms to run."})
     pretraining_steps: int = field(default=1500, metadata={"help": "Pre-training steps, of 4,096 tokens each."})
@@ -150,37 +168,53 @@ def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Text
     return tokenizer, texts
 
 
-def pretrain(name: str, args: StreamArguments, tokenizer: AutoTokenizer, texts: Texts, folder: Path) -> None:
-    """Pre-trains the PEER model or its dense twin, once. An interrupted pre-training is resumed."""
+def load_base(file: str | None) -> dict[str, Any]:
+    """
+    The PEER model to pre-train, as of [`BASES`], from a file or the default one. Raises `ValueError` if the file has
+    other keys.
+    """
+    if file is None:
+        return BASES["peer"]
+    base = {"fields": {}, "training": {}, **read_json(Path(file))}
+    if base.keys() != BASES["peer"].keys():
+        raise ValueError(
+            f"--base {file} must have a `configuration`, and may have `fields` and `training`, got {sorted(base)}."
+        )
+    return base
+
+
+def pretrain(
+    name: str, base: dict[str, Any], args: StreamArguments, tokenizer: AutoTokenizer, texts: Texts, folder: Path
+) -> None:
+    """Pre-trains the model of a base, see [`BASES`], once. An interrupted pre-training is resumed."""
     if (folder / name / "config.json").exists():
         return
-    config = AutoConfig.from_pretrained(configuration_path("peer-tiny"))
-    config.feed_forward_types = FEED_FORWARDS[name]
+    config = load_config(ModelArguments(config_name=base["configuration"]), **base["fields"])
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     set_seed(0)
     model = PeerForCausalLM(config)
-    arguments = TrainingArguments(
-        output_dir=str(folder / f"{name}-training"),
-        max_steps=args.pretraining_steps,
-        per_device_train_batch_size=16,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        save_steps=200,
-        save_total_limit=1,
-        logging_steps=50,
-        report_to=[],
-        log_level="error",
-        dataloader_pin_memory=False,
+    arguments, optimizer = HfArgumentParser((TrainingArguments, OptimizerArguments)).parse_dict(
+        {
+            "output_dir": str(folder / f"{name}-training"),
+            "max_steps": args.pretraining_steps,
+            "save_steps": 200,
+            "save_total_limit": 1,
+            "logging_steps": 50,
+            "report_to": [],
+            "log_level": "error",
+            "dataloader_pin_memory": False,
+            **PRETRAINING,
+            **base["training"],
+        }
     )
-    groups = expert_parameter_groups(model, arguments.learning_rate, weight_decay=0.01)
     trainer = Trainer(
         model,
         arguments,
         train_dataset=texts.train[0],
         data_collator=default_data_collator,
-        optimizers=(RowAdamW(groups), None),
+        optimizers=make_optimizers(optimizer, arguments, model, is_new=True),
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     trainer.save_model(str(folder / f"{name}-unfinished"))
@@ -251,19 +285,21 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
-    claim_folder(folder, vars(args))
+    bases = {**BASES, "peer": load_base(args.base)}
+    arguments = {**vars(args), "base": bases["peer"]}
+    claim_folder(folder, arguments)
     print("Reading the texts ...")
     tokenizer, texts = load_texts(args, folder)
     for name in dict.fromkeys(arm.base for arm in arms.values()):
         print(f"Pre-training the {name} model ...")
-        pretrain(name, args, tokenizer, texts, folder)
+        pretrain(name, bases[name], args, tokenizer, texts, folder)
     runs, level, chosen = run_all(
         arms, args.seeds, lambda *each: run(*each, 1, args, texts, folder), choose_hyperparameters
     )
     if args.orders == 2:
         repeated = [(name, chosen[name], seed) for seed in range(args.seeds) for name in arms]
         runs += [run(*each, 2, args, texts, folder) for each in tqdm(repeated, desc="Reversed order")]
-    summary = summarize(runs, texts.names, level, chosen, vars(args))
+    summary = summarize(runs, texts.names, level, chosen, arguments)
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
     tables = [describe_shares(summary), *(describe(summary, order) for order in shown_orders(summary))]

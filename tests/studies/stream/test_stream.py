@@ -344,6 +344,63 @@ class TestStudy:
             study("--orders", "3")
         assert "--orders must be 1 or 2, got 3" in capsys.readouterr().err
 
+    def test_another_base_model(self, study, tmp_path, monkeypatch):
+        trained = {}
+
+        class Spy(stream_study.Trainer):
+            def __init__(self, model, args, optimizers, **options):
+                super().__init__(model, args, optimizers=optimizers, **options)
+                trained["peer" if "peer" in model.config.feed_forward_types else "dense"] = (model.config, self)
+
+        monkeypatch.setattr(stream_study, "Trainer", Spy)
+        for name in ("full", "dense"):
+            arm = stream_study.ARMS[name]
+            monkeypatch.setitem(stream_study.ARMS, name, Arm(arm.label, arm.learn, arm.sweep[:1], arm.base))
+        base = {
+            "configuration": "peer-nano",
+            "fields": {"num_experts": 1600},
+            "training": {"learning_rate": 3e-3, "down_proj_lr_multiplier": 8, "per_device_train_batch_size": 2},
+        }
+        file = tmp_path / "base.json"
+        file.write_text(json.dumps(base))
+        results = study("--arms", "full", "dense", "--base", str(file))
+        assert results["arguments"]["base"] == base
+
+        config, trainer = trained["peer"]
+        assert (config.num_experts, config.hidden_size) == (1600, 64)
+        assert config.feed_forward_types == ["dense", "peer", "dense", "dense"]
+        assert trainer.args.per_device_train_batch_size == 2 and trainer.args.lr_scheduler_type == "cosine"
+        rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {3e-3, 8 * 3e-3}
+        config, trainer = trained["dense"]
+        assert config.hidden_size == 128 and config.feed_forward_types == ["dense"] * 4
+        assert trainer.args.per_device_train_batch_size == 16
+        groups = trainer.optimizer.param_groups
+        assert {(group["initial_lr"], group["weight_decay"]) for group in groups} == {(2e-3, 0.01), (2e-3, 0.0)}
+
+        trained.clear()
+        moved = file.rename(tmp_path / "moved.json")
+        assert study("--arms", "full", "dense", "--base", str(moved))["runs"] == results["runs"] and not trained
+        base["fields"]["num_experts"] = 2500
+        moved.write_text(json.dumps(base))
+        with pytest.raises(ValueError, match="base was .*'num_experts': 1600.* got .*'num_experts': 2500"):
+            study("--arms", "full", "--base", str(moved))
+
+    @pytest.mark.parametrize("base", [{"fields": {}}, {"configuration": "peer-tiny", "rate": 1}])
+    def test_refuses_a_base_of_another_form(self, base, study, tmp_path):
+        (tmp_path / "base.json").write_text(json.dumps(base))
+        with pytest.raises(ValueError, match=r"base.json must have a `configuration`, and may have .*, got \['"):
+            study("--base", str(tmp_path / "base.json"))
+
+    def test_refuses_the_folder_of_a_study_whose_held_out_text_was_not_divided(self, study, tmp_path):
+        """Such a study knew no other base, and said none."""
+        study("--arms", "full", "--seeds", "1")
+        arguments = json.loads((tmp_path / "arguments.json").read_text())
+        del arguments["base"]
+        (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+        with pytest.raises(ValueError, match="base was None, got {'configuration': 'peer-tiny'"):
+            study("--arms", "full", "--seeds", "1")
+
     def test_refuses_an_arm_that_is_not_there(self, study):
         with pytest.raises(ValueError, match=r"--arms must be some of \['full', .*got \['half'\]"):
             study("--arms", "half")
