@@ -83,12 +83,16 @@ def run_study(study: Study) -> None:
         return
     made = study.make(_together(runs_to_tune(plan).values()), "Tuning")
     best = tuned(plan, study.make(list(runs_beyond(plan, made).values()), "Tuning beyond the ends"))
-    chosen = {budget: compare(study, best, budget) for budget in plan.budgets}
-    compare_at_equal_seconds(study, plan.budgets[-1])
-    study.make(_together(ingredient_runs(plan, best[RECIPE]).values()), "Ingredients")
-    study.make(_together(expert_runs(plan, best[RECIPE]).values()), "Numbers of experts")
-    last = compared_runs(plan, chosen[plan.budgets[-1]][RECIPE], plan.budgets[-1])[0]
-    study.make(dense_runs(plan, best[DENSE], last), "Dense sizes")
+    for budget in plan.budgets:
+        chosen = compare(study, {variant: best[variant] for variant in (DENSE, RECIPE)}, budget)
+        if budget == plan.budgets[0]:
+            compare(study, best, budget)
+            dense_sizes = dense_runs(plan, best[DENSE], compared_runs(plan, chosen[RECIPE], budget)[0])
+    compare_at_equal_seconds(study)
+    study.make(_seed_by_seed(ingredient_runs(plan, best[RECIPE])), "Ingredients")
+    study.make(_seed_by_seed(expert_runs(plan, best[RECIPE])), "Numbers of experts")
+    study.make(dense_sizes, "Dense sizes")
+    compare(study, best, plan.budgets[-1])
 
 
 def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]:
@@ -97,18 +101,16 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
     sizes = runs_by_size(plan, best, budget)
     made = study.make(_together(runs for runs in sizes.values() if len(runs) > 1), f"Sizes at {name} FLOPs")
     chosen = {variant: choose_size(runs, made) for variant, runs in sizes.items()}
-    compared = [compared_runs(plan, run, budget) for run in chosen.values()]
-    study.make(_together(compared), f"Comparison at {name} FLOPs")
+    compared = {variant: compared_runs(plan, run, budget) for variant, run in chosen.items()}
+    study.make(_seed_by_seed(compared), f"Comparison at {name} FLOPs")
     return chosen
 
 
-def compare_at_equal_seconds(study: Study, budget: float) -> None:
-    """Makes the runs of dense and of the recipe at all sizes for the seconds of a budget, and those chosen."""
+def compare_at_equal_seconds(study: Study) -> None:
+    """Makes the runs of the recipe at all sizes for the seconds of dense at the last budget, and of the best one."""
     study.seconds()
-    runs = study.all_results().seconds_runs(budget)
-    study.make(_together(runs.values()), f"Sizes at the seconds of {budget_name(budget)} FLOPs")
-    fastest = study.all_results().fastest(budget)
-    study.make(_together(compared_runs(study.plan, run, budget) for run in fastest.values()), "Equal seconds")
+    study.make(study.all_results().runs_of_widths()[RECIPE], "Widths at equal seconds")
+    study.make(_seed_by_seed(study.all_results().runs_of_seconds()), "Equal seconds")
 
 
 def _together(lists):

@@ -35,8 +35,9 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
         for variant, own in results.compared(budget).items()
     }
     last = results.plan.budgets[-1]
-    for variant, own in results.compared_at_equal_seconds(last).items():
-        runs.setdefault(f"{variant}-seconds-of-{budget_name(last)}-flops", own)
+    for variant, own in results.compared_at_equal_seconds().items():
+        if own not in runs.values():
+            runs[f"{variant}-seconds-of-{budget_name(last)}-flops"] = own
     return {
         name: card_of_run(
             name,

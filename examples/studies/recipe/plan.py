@@ -13,6 +13,7 @@
 # limitations under the License.
 """The plan of the recipe study: what is searched, tuned and compared, and which runs that takes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,8 @@ class RecipePlan(TrainingPlan):
             its parent are paired by them.
         searched (`list[str]`): Variants that are compared with their parents.
         finalists (`int`): How many of them come to the second round.
+        alternatives (`list[list[str]]`):
+            Groups of these that are values of one setting: at most two of a group are finalists, at most one is adopted.
         combined (`list[str]`): Combinations of what was adopted, which are compared with their parents in both rounds.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
@@ -77,6 +80,7 @@ class RecipePlan(TrainingPlan):
     search_seeds: list[int]
     searched: list[str]
     finalists: int
+    alternatives: list[list[str]]
     combined: list[str]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
@@ -99,12 +103,35 @@ class RecipePlan(TrainingPlan):
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
+        for group in self.alternatives:
+            if not set(self.searched).issuperset(group):
+                raise ValueError(f"`alternatives` must name some of `searched`, but got {group}.")
         for field in ("seeds", "hidden_sizes"):
             for name, values in getattr(self, field).items():
                 if len(values) != len(self.budgets):
                     raise ValueError(
                         f"`{field}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
                     )
+        self._check_the_recipe()
+
+    def _check_the_recipe(self):
+        """What would otherwise fail after hours, once there is a recipe."""
+        if RECIPE not in self.trials:
+            return
+        for field in ("seeds", "hidden_sizes"):
+            if missing := self.trials.keys() - getattr(self, field).keys():
+                raise ValueError(f"`{field}` must have all variants of `trials`, but lacks {sorted(missing)}.")
+        if trial := self.trial_of(Run(RECIPE, self.hidden_size, 1, self.learning_rate)):
+            raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
+        if self.hidden_sizes[RECIPE][-1] != self.hidden_sizes[DENSE][-1]:
+            raise ValueError(
+                f"The last `hidden_sizes` of the recipe must be those of dense, {self.hidden_sizes[DENSE][-1]}, as they "
+                f"are compared at equal seconds, but got {self.hidden_sizes[RECIPE][-1]}."
+            )
+        if both := set(self.ingredients) & self.trials.keys():
+            raise ValueError(
+                f"`ingredients` must not be in `trials`, as they have the trial of the recipe, but {sorted(both)} are."
+            )
 
     def lineage(self, variant: str) -> list[dict[str, Any]]:
         """What each of the parents of a variant has, the first of them first, and the variant itself."""
@@ -171,9 +198,13 @@ def second_round_runs(plan: RecipePlan, results: dict[str, dict]) -> dict[str, l
 
     def loss_over_parent(name):
         pairs = zip(first[name], first[plan.variants[name]["parent"]], strict=True)
-        return sum(corpus_loss(results[own.name]) - corpus_loss(results[other.name]) for own, other in pairs)
+        return sum(_loss(results[own.name]) - _loss(results[other.name]) for own, other in pairs)
 
-    finalists = sorted(plan.searched, key=loss_over_parent)[: plan.finalists]
+    finalists: list[str] = []
+    for name in sorted(plan.searched, key=loss_over_parent):
+        better = [other for group in plan.alternatives if name in group for other in group if other in finalists]
+        if len(finalists) < plan.finalists and len(better) < 2:
+            finalists.append(name)
     return {
         name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds)
         for name in _with_parents(plan, [PEER], finalists)
@@ -238,7 +269,13 @@ def _rounded(rate):
 
 
 def _lowest(runs, results):
-    return runs[0] if len(runs) == 1 else min(runs, key=lambda run: corpus_loss(results[run.name]))
+    return runs[0] if len(runs) == 1 else min(runs, key=lambda run: _loss(results[run.name]))
+
+
+def _loss(result):
+    """Infinite if the run diverged: comparisons with NaN are false, whatever is compared."""
+    loss = corpus_loss(result)
+    return math.inf if math.isnan(loss) else loss
 
 
 def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
@@ -284,14 +321,12 @@ def _seeds_of_the_comparison(plan, variant, budget):
     return range(first, first + plan.seeds[variant][plan.budgets.index(budget)])
 
 
-def seconds_runs(
-    plan: RecipePlan, best: dict[str, Run], dense: Run, budget: float, step_seconds: Callable[[Run], float]
+def runs_of_widths(
+    plan: RecipePlan, best: dict[str, Run], budget: float, step_seconds: Callable[[Run], float]
 ) -> dict[str, list[Run]]:
-    """Dense and the recipe at each size of a budget, for as many steps as take the seconds of a dense run."""
-    return {
-        variant: [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best[variant], budget)]
-        for variant in (DENSE, RECIPE)
-    }
+    """Dense at each size of a budget, and the recipe at the same sizes, for as many steps as take the same seconds."""
+    dense, recipe = (size_runs(plan, best[variant], budget) for variant in (DENSE, RECIPE))
+    return {DENSE: dense, RECIPE: [run_of_seconds(*pair, step_seconds) for pair in zip(recipe, dense, strict=True)]}
 
 
 def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
@@ -321,6 +356,6 @@ def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
 def dense_runs(plan: RecipePlan, best: Run, tokens_of: Run) -> list[Run]:
     """Dense models of several sizes on the tokens of another run, with its seed."""
     return [
-        replace(run_of_steps(run_of_size(best, size, plan.budgets[-1], plan), tokens_of.steps), seed=tokens_of.seed)
+        replace(run_of_steps(run_of_size(best, size, plan.budgets[0], plan), tokens_of.steps), seed=tokens_of.seed)
         for size in plan.dense_sizes
     ]

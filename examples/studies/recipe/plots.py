@@ -56,10 +56,10 @@ def plot_search(results: Results, file: Path) -> bool:
 
 def plot_comparison(results: Results, file: Path) -> bool:
     """Below dense at equal compute with intervals, at each budget; and at equal seconds, at each width."""
-    budgets = [budget for budget in results.plan.budgets if results.compared(budget)]
+    budgets = [budget for budget in results.plan.budgets if {DENSE, RECIPE} <= results.compared(budget).keys()]
     if not budgets:
         return False
-    by_width = results.seconds_by_width(results.plan.budgets[-1])
+    by_width = results.compared_at_widths()
     figure = new_figure(11 if by_width else 7, 4.5)
     panels = figure.subplots(1, 2 if by_width else 1, squeeze=False)[0]
     _draw_equal_compute(results, budgets, panels[0])

@@ -21,7 +21,7 @@ from statistics import mean, median
 from typing import Any
 
 from studies.common.study_folder import read_json, write_runs
-from studies.common.training_plan import CORPUS, DENSE, Run, costs_of
+from studies.common.training_plan import CORPUS, DENSE, Run, costs_of, run_of_seconds
 from studies.recipe.differences import Difference, SizeCurve, below, fit_sizes
 from studies.recipe.plan import (
     RECIPE,
@@ -33,9 +33,9 @@ from studies.recipe.plan import (
     run_of_the_search,
     runs_beyond,
     runs_by_size,
+    runs_of_widths,
     runs_to_tune,
     search_runs,
-    seconds_runs,
     tuned,
     with_seeds,
 )
@@ -87,34 +87,37 @@ class Results:
         return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
 
     def compared(self, budget: float) -> dict[str, list[Run]]:
-        """The runs of each variant that are compared at a budget; empty before all of them are made."""
+        """The runs of each variant whose runs that are compared at a budget have all been made."""
         runs = {variant: compared_runs(self.plan, run, budget) for variant, run in self.chosen(budget).items()}
-        return runs if self.are_made(run for own in runs.values() for run in own) else {}
+        return {variant: own for variant, own in runs.items() if self.are_made(own)}
 
     def step_seconds(self, run: Run) -> float:
         """Median seconds of a training step of the model of a run."""
         return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
 
-    def seconds_runs(self, budget: float) -> dict[str, list[Run]]:
-        """Dense and the recipe at each size of a budget, for the seconds of the dense run that was chosen."""
-        return seconds_runs(self.plan, self.best, self.chosen(budget)[DENSE], budget, self.step_seconds)
+    def runs_of_widths(self) -> dict[str, list[Run]]:
+        """Dense and the recipe at each size of the last budget, for equal seconds."""
+        return runs_of_widths(self.plan, self.best, self.plan.budgets[-1], self.step_seconds)
 
-    def seconds_by_width(self, budget: float) -> dict[str, list[Run]]:
+    def compared_at_widths(self) -> dict[str, list[Run]]:
         """The same; empty before all of them are made."""
-        if not self.chosen(budget) or not self.seconds:
+        if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
             return {}
-        runs = self.seconds_runs(budget)
+        runs = self.runs_of_widths()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
 
-    def fastest(self, budget: float) -> dict[str, Run]:
-        """The best size of both for these seconds."""
-        return {variant: choose_size(runs, self.runs) for variant, runs in self.seconds_runs(budget).items()}
+    def runs_of_seconds(self) -> dict[str, list[Run]]:
+        """Dense as it is compared at the last budget, and the best size of the recipe for the same seconds."""
+        budget = self.plan.budgets[-1]
+        dense = self.chosen(budget)[DENSE]
+        recipe = run_of_seconds(choose_size(self.runs_of_widths()[RECIPE], self.runs), dense, self.step_seconds)
+        return {run.variant: compared_runs(self.plan, run, budget) for run in (dense, recipe)}
 
-    def compared_at_equal_seconds(self, budget: float) -> dict[str, list[Run]]:
-        """Their runs with the seeds of the comparison; empty before all of them are made."""
-        if not self.seconds_by_width(budget):
+    def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
+        """The same; empty before all of them are made."""
+        if not self.compared_at_widths():
             return {}
-        runs = {variant: compared_runs(self.plan, run, budget) for variant, run in self.fastest(budget).items()}
+        runs = self.runs_of_seconds()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
 
     def corpus_perplexity(self, runs: list[Run]) -> float:
@@ -161,8 +164,8 @@ class Results:
         return (runs, [others[run.seed] for run in runs]) if runs else None
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
-        """The run of the recipe at the last budget, and dense models on its tokens; `None` before they are made."""
-        budget = self.plan.budgets[-1]
+        """A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made."""
+        budget = self.plan.budgets[0]
         if not (chosen := self.chosen(budget)):
             return None
         recipe = compared_runs(self.plan, chosen[RECIPE], budget)[0]

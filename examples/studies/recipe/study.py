@@ -42,17 +42,9 @@ class Study(TrainingStudy):
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 
     def timed_runs(self) -> dict[str, list[Run]]:
-        """
-        Dense and the recipe as they were tuned, at all sizes of the last budget.
-
-        Raises:
-            `ValueError`: if the recipe has a `trial`, which is not timed: what a recipe has must have been built.
-        """
-        best = self.all_results().best
-        if not best:
+        """Dense and the recipe as they were tuned, at all sizes of the last budget."""
+        if not (best := self.all_results().best):
             return {}
-        if trial := self.plan.trial_of(best[RECIPE]):
-            raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
         return {
             str(size): [replace(best[variant], hidden_size=size, steps=1) for variant in (DENSE, RECIPE)]
             for size in self.plan.hidden_sizes[DENSE][-1]

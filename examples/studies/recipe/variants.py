@@ -64,6 +64,8 @@ class NarrowPeerFeedForward(PeerFeedForward):
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
+        if config.share_experts_across_layers:
+            raise ValueError("`narrow_peer` must not have `share_experts_across_layers`: each layer has its own pool.")
         super().__init__(config, layer_idx)
         narrow = self._narrow(config)
         self.expert_pool = ExpertPool(narrow, [first_generation(narrow)])
@@ -85,7 +87,7 @@ class NarrowPeerFeedForward(PeerFeedForward):
     @staticmethod
     def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
         whole, active = _costs_of(config, "peer"), config.num_experts_per_tok
-        columns = 2 * (config.hidden_size // 2)  # fewer, of the rows of both tables
+        columns = (3 if config.gated_experts else 2) * (config.hidden_size // 2)  # fewer, of the rows of all tables
         rows = PartCosts(-2 * active * columns, -config.num_experts * columns, -active * columns)
         size = 2 * config.hidden_size * (config.hidden_size // 2)
         return whole + rows + PartCosts(2 * size, size, size)

@@ -46,6 +46,7 @@ SMALL = {
     },
     "searched": ["gated", "apart"],
     "finalists": 2,
+    "alternatives": [],
     "combined": [],
     "trials": {},
     "hidden_sizes": {},

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Which runs the recipe study makes of its plan."""
 
+import math
+
 import pytest
 from recipe_plans import PLANS, SMALL
 
@@ -35,6 +37,7 @@ from studies.recipe.plan import (
     run_of_size,
     runs_beyond,
     runs_by_size,
+    runs_of_widths,
     runs_to_tune,
     search_runs,
     second_round_runs,
@@ -42,6 +45,7 @@ from studies.recipe.plan import (
     tuned,
     tuning_runs,
 )
+from studies.recipe.report import is_adopted
 
 
 TRIALS = {
@@ -49,6 +53,15 @@ TRIALS = {
     "peer": [{"learning_rate": 0.01, "num_experts_per_head": 2}, {"learning_rate": 0.02, "training": {"seed": 3}}],
 }
 
+
+RECIPE = SMALL["variants"] | {"recipe": {"parent": "gated"}}
+SIZES = {"dense": [[32, 64]], "peer": [[32]], "recipe": [[32, 64]]}
+WITH_RECIPE = {
+    "variants": RECIPE,
+    "trials": TRIALS | {"recipe": TRIALS["peer"]},
+    "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
+    "hidden_sizes": SIZES,
+}
 
 SEARCHED = ("peer", "gated", "apart")
 
@@ -100,6 +113,39 @@ def test_the_second_round_is_of_those_furthest_below_their_parents(losses, best)
     assert list(second) == (["peer", "gated", "apart"] if best == "apart" else ["peer", "gated"])
     for name, runs in second.items():
         assert [(run.variant, run.seed) for run in runs] == [(name, 0), (name, 1), (name, 2)]
+
+
+def test_at_most_two_of_a_setting_come_to_the_second_round():
+    names = ["one", "two", "three", "four"]
+    changed = {name: {"parent": "peer", "num_experts_per_head": place} for place, name in enumerate(names, 1)}
+    fields = {"variants": SMALL["variants"] | changed, "searched": names, "alternatives": [names[:3]]}
+    plan = plan_of(search_seeds=[1, 1], finalists=3, **fields)
+    losses = {"dense": [4.0], "peer": [3.0]} | {name: [2.0 + place] for place, name in enumerate(names)}
+    assert list(second_round_runs(plan, with_losses(losses, search_runs(plan)))) == ["peer", "one", "two", "four"]
+
+
+def test_what_diverged_is_not_chosen():
+    plan = plan_of(trials=TRIALS)
+    runs = tuning_runs(plan)
+    results = with_losses({"dense": [math.nan, 2.0], "peer": [2.0, math.nan]}, runs)
+    for run in runs_beyond(plan, results).values():
+        results[run.name] = {"losses": {"corpus": 3.0}}
+    best = tuned(plan, results)
+    assert (best["dense"], best["peer"]) == (runs["dense"][1], runs["peer"][0])
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((0.02, 0.02, 0.01, 0.01), True),
+        ((0.04, 0.04, 0.0, 0.005), False),  # not with the seeds that did not choose
+        ((0.02, 0.02, 0.005, -0.006), False),  # not by one percent in the mean
+        ((0.01, 0.02, 0.03, -0.01), True),
+        ((-0.001, 0.04, 0.04, -0.01), False),  # with two of four
+    ],
+)
+def test_what_is_adopted(shares, expected):
+    assert is_adopted(list(shares), 2) == expected
 
 
 def test_combinations_have_the_seeds_of_both_rounds():
@@ -154,6 +200,15 @@ def test_what_is_compared_was_not_chosen_by_its_seed():
     assert [run.seed for run in compared_runs(plan, best, 6e8)] == [2, 3, 4]
 
 
+def test_at_equal_seconds_the_recipe_has_the_time_of_dense_at_each_width():
+    plan = plan_of(**WITH_RECIPE | {"trials": TRIALS | {"recipe": [{"learning_rate": 0.01}] * 2}}, budgets=[6e11])
+    best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
+    runs = runs_of_widths(plan, best, 6e11, lambda run: {"dense": 1.0, "recipe": 1.25}[run.variant] * run.hidden_size)
+    assert runs["dense"] == size_runs(plan, best["dense"], 6e11)
+    for dense, recipe in zip(*runs.values(), strict=True):
+        assert dense.hidden_size == recipe.hidden_size and recipe.steps == round(dense.steps / 1.25)
+
+
 def test_a_budget_is_not_spent_on_variants_without_sizes():
     plan = plan_of(trials=TRIALS, hidden_sizes={"dense": [[32]], "peer": [[]]})
     best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
@@ -164,11 +219,8 @@ def test_a_budget_is_not_spent_on_variants_without_sizes():
 
 @pytest.mark.parametrize(("trial", "num_experts_per_head"), [(0, 4), (1, 2)])
 def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
-    variants = SMALL["variants"] | {"recipe": {"parent": "gated"}}
     trials = TRIALS | {"recipe": [{"learning_rate": 0.01}, TRIALS["peer"][0]]}
-    plan = plan_of(
-        variants=variants, trials=trials, seeds={"recipe": [1]}, nums_experts=[16, 64], dense_sizes=[32, 64]
-    )
+    plan = plan_of(**WITH_RECIPE | {"trials": trials}, nums_experts=[16, 64], dense_sizes=[32, 64])
     best = tuning_runs(plan)["recipe"][trial]
     few, many = (configuration_of(runs[0], plan) for runs in expert_runs(plan, best).values())
     assert (few.num_experts, many.num_experts) == (16, 64)
@@ -187,6 +239,17 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
         ),
         ({"searched": ["dense"]}, "`searched` must name variants that have a `parent`, but 'dense' has none"),
         ({"combined": ["peer"]}, "`combined` must name variants that have a `parent`, but 'peer' has none"),
+        ({"alternatives": [["peer"]]}, "`alternatives` must name some of `searched`, but got \\['peer'\\]"),
+        ({"variants": RECIPE, "trials": TRIALS | {"recipe": TRIALS["peer"]}}, "`seeds` must have all .* lacks"),
+        (
+            WITH_RECIPE | {"hidden_sizes": SIZES | {"recipe": [[32]]}},
+            "last `hidden_sizes` of the recipe must be those",
+        ),
+        (WITH_RECIPE | {"ingredients": ["peer"]}, "`ingredients` must not be in `trials`.*'peer'"),
+        (
+            WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
+            "recipe must have no `trial`, .* but has {'apart': True}",
+        ),
         ({"searched": ["missing"]}, "`searched` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
         (
