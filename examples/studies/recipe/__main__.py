@@ -37,17 +37,15 @@ from studies.recipe.cards import write_cards
 from studies.recipe.plan import (
     RECIPE,
     choose_size,
-    combination_runs,
     compared_runs,
     dense_runs,
     expert_runs,
-    ingredient_runs,
     read_plan,
     runs_beyond,
     runs_by_size,
     runs_to_tune,
+    screening_runs,
     search_runs,
-    second_round_runs,
     tuned,
 )
 from studies.recipe.plots import PLOTS
@@ -76,9 +74,8 @@ class RecipeArguments(TrainingStudyArguments):
 def run_study(study: Study) -> None:
     """Makes all runs that have no result yet, as far as the plan has what was found: first the search."""
     plan = study.plan
-    made = study.make(_seed_by_seed(search_runs(plan)), "Search, first round")
-    study.make(_seed_by_seed(second_round_runs(plan, made)), "Search, second round")
-    study.make(_seed_by_seed(combination_runs(plan)), "Combinations")
+    study.make(list(screening_runs(plan).values()), "Screening")
+    study.make(search_runs(plan), "Search")
     if RECIPE not in plan.trials:
         return
     made = study.make(_together(runs_to_tune(plan).values()), "Tuning")
@@ -89,7 +86,6 @@ def run_study(study: Study) -> None:
             compare(study, best, budget)
             dense_sizes = dense_runs(plan, best[DENSE], compared_runs(plan, chosen[RECIPE], budget)[0])
     compare_at_equal_seconds(study)
-    study.make(_seed_by_seed(ingredient_runs(plan, best[RECIPE])), "Ingredients")
     study.make(_seed_by_seed(expert_runs(plan, best[RECIPE])), "Numbers of experts")
     study.make(dense_sizes, "Dense sizes")
     compare(study, best, plan.budgets[-1])

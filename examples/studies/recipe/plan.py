@@ -16,11 +16,13 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from modeling_peer import PeerConfig, configuration_path
 from studies.common.training_plan import (
     DENSE,
     PEER,
@@ -38,8 +40,14 @@ from studies.common.training_plan import (
 # The variant that the search ends with.
 RECIPE = "recipe"
 
-# Groups of changes of a variant, see `Run.ablation`: the trial of the tuning, and the number of experts.
-TUNING, NUM_EXPERTS = "tuning", "num_experts"
+# Groups of changes of a variant, see `Run.ablation`: the trial of the tuning, the number of experts, what is searched.
+TUNING, NUM_EXPERTS, FACTORS = "tuning", "num_experts", "factors"
+
+# The factor of a design that tells its two seeds apart, and how many others it has room for.
+BLOCK, MOST_FACTORS = "seed", 15
+
+# The first seed of the comparison: nothing was chosen with it or those after it.
+FIRST_SEED = 3
 
 
 @dataclass
@@ -55,14 +63,10 @@ class RecipePlan(TrainingPlan):
         budgets (`list[float]`): Training FLOPs of a model, in ascending order. Search and tuning are at the first.
         hidden_size (`int`): Size of the models of search and tuning.
         learning_rate (`float`): Learning rate of the search.
-        search_seeds (`list[int]`):
-            Number of seeds of the first round of the search, and of how many more the second round has. A variant and
-            its parent are paired by them.
-        searched (`list[str]`): Variants that are compared with their parents.
-        finalists (`int`): How many of them come to the second round.
-        alternatives (`list[list[str]]`):
-            Groups of these that are values of one setting: at most two of a group are finalists, at most one is adopted.
-        combined (`list[str]`): Combinations of what was adopted, which are compared with their parents in both rounds.
+        screened (`list[str]`): Variants that are compared with their parents with one seed.
+        factors (`dict[str, dict]`):
+            What may be added to `peer`, by names: see [`with_factors`]. All are tried together, each present in half of
+            the runs.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by.
@@ -71,41 +75,34 @@ class RecipePlan(TrainingPlan):
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
-        ingredients (`list[str]`): Variants that lack one ingredient of the recipe each.
     """
 
     budgets: list[float]
     hidden_size: int
     learning_rate: float
-    search_seeds: list[int]
-    searched: list[str]
-    finalists: int
-    alternatives: list[list[str]]
-    combined: list[str]
+    screened: list[str]
+    factors: dict[str, dict[str, Any]]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
     nums_experts: list[int]
-    ingredients: list[str]
 
     def __post_init__(self):
         super().__post_init__()
         for name in self.variants:
             self.lineage(name)
-        for field in ("searched", "combined", "trials", "seeds", "hidden_sizes", "ingredients"):
+        for field in ("screened", "trials", "seeds", "hidden_sizes"):
             if unknown := set(getattr(self, field)) - self.variants.keys():
                 raise ValueError(f"`{field}` must name some of `variants`, but got {sorted(unknown)} among them.")
-        for field in ("searched", "combined"):
-            for name in getattr(self, field):
-                if "parent" not in self.variants[name]:
-                    raise ValueError(f"`{field}` must name variants that have a `parent`, but {name!r} has none.")
+        for name in self.screened:
+            if "parent" not in self.variants[name]:
+                raise ValueError(f"`screened` must name variants that have a `parent`, but {name!r} has none.")
+        if len(self.factors) > MOST_FACTORS:
+            raise ValueError(f"`factors` must be at most {MOST_FACTORS}, but got {len(self.factors)}.")
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
-        for group in self.alternatives:
-            if not set(self.searched).issuperset(group):
-                raise ValueError(f"`alternatives` must name some of `searched`, but got {group}.")
         for field in ("seeds", "hidden_sizes"):
             for name, values in getattr(self, field).items():
                 if len(values) != len(self.budgets):
@@ -128,10 +125,6 @@ class RecipePlan(TrainingPlan):
                 f"The last `hidden_sizes` of the recipe must be those of dense, {self.hidden_sizes[DENSE][-1]}, as they "
                 f"are compared at equal seconds, but got {self.hidden_sizes[RECIPE][-1]}."
             )
-        if both := set(self.ingredients) & self.trials.keys():
-            raise ValueError(
-                f"`ingredients` must not be in `trials`, as they have the trial of the recipe, but {sorted(both)} are."
-            )
 
     def lineage(self, variant: str) -> list[dict[str, Any]]:
         """What each of the parents of a variant has, the first of them first, and the variant itself."""
@@ -144,15 +137,16 @@ class RecipePlan(TrainingPlan):
         return [self.variants[name] for name in names]
 
     def own_changes(self, run: Run) -> dict[str, Any]:
-        """What its variant and its parents have, and what is tuned."""
+        """What its variant and its parents have, its factors, and what is tuned."""
         changes = merge_changes(*self.lineage(run.variant), self.tuned_changes(run))
+        changes = with_factors(changes, [self.factors[name] for name in factors_of(run)])
         return {name: value for name, value in changes.items() if name not in ("parent", "trial")}
 
     def tuned_changes(self, run: Run) -> dict[str, Any]:
         """What the trial of a run changes, and its number of experts if that is varied, but for the learning rate."""
-        if run.ablation is None:
+        if run.ablation is None or run.ablation[0] == FACTORS:
             return {}
-        trials = self.trials[RECIPE if run.variant in self.ingredients else run.variant]
+        trials = self.trials[run.variant]
         group, trial = run.ablation
         num_experts, _, trial = trial.partition(", ") if group == NUM_EXPERTS else ("", "", trial)
         changes = (
@@ -160,14 +154,33 @@ class RecipePlan(TrainingPlan):
         )
         return changes | ({"num_experts": int(num_experts)} if num_experts else {})
 
-    @property
-    def all_search_seeds(self) -> range:
-        """The seeds of both rounds of the search. Those of the comparison follow them."""
-        return range(sum(self.search_seeds))
-
     def trial_of(self, run: Run) -> dict[str, Any]:
         """What is tried in the training of a run that no flag gives."""
-        return {name: value for each in self.lineage(run.variant) for name, value in each.get("trial", {}).items()}
+        parts = [*self.lineage(run.variant), *(self.factors[name] for name in factors_of(run))]
+        return {name: value for each in parts for name, value in each.get("trial", {}).items()}
+
+
+def factors_of(run: Run) -> list[str]:
+    """The factors that a run of the search has."""
+    is_of_the_search = run.ablation is not None and run.ablation[0] == FACTORS
+    return run.ablation[1].split("+") if is_of_the_search else []
+
+
+def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Changes of a named configuration with those of several factors, which do not replace each other: fields in `times`
+    are multiplied, and `feed_forward` replaces "peer" in `feed_forward_types`, wherever these are.
+    """
+    if not factors:
+        return changes
+    merged = merge_changes(changes, *factors)
+    base = PeerConfig.from_pretrained(configuration_path(merged["configuration"]))
+    for name, times in (item for factor in factors for item in factor.get("times", {}).items()):
+        merged[name] = int(merged.get(name, getattr(base, name)) * times)
+    if feed_forward := merged.pop("feed_forward", None):
+        types = merged.get("feed_forward_types", base.feed_forward_types)
+        merged["feed_forward_types"] = [feed_forward if name == PEER else name for name in types]
+    return {name: value for name, value in merged.items() if name != "times"}
 
 
 def read_plan(file: Path) -> RecipePlan:
@@ -181,51 +194,40 @@ def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
     return [replace(run, seed=seed) for run in runs for seed in seeds]
 
 
-def search_runs(plan: RecipePlan) -> dict[str, list[Run]]:
-    """The runs of the first round of the search by variant: dense, those that are searched, and their parents."""
+def screening_runs(plan: RecipePlan) -> dict[str, Run]:
+    """The run of each variant that is screened, of its parent, and of dense."""
+    parents = [plan.variants[name]["parent"] for name in plan.screened]
     return {
-        name: with_seeds([run_of_the_search(plan, name)], range(plan.search_seeds[0]))
-        for name in _with_parents(plan, [DENSE, PEER], plan.searched)
+        name: run_of_budget(name, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan)
+        for name in dict.fromkeys([DENSE, PEER, *parents, *plan.screened])
     }
 
 
-def second_round_runs(plan: RecipePlan, results: dict[str, dict]) -> dict[str, list[Run]]:
+def factor_levels(names: Iterable[str]) -> list[dict[str, bool]]:
     """
-    The runs of both rounds by variant, of those that were furthest below their parents in the first and of their
-    parents.
+    A two-level design of resolution IV in 32 runs, halved by `BLOCK`: no effect of a factor is mixed up with that of
+    another or of two others together. The levels of five factors are all that there are; those of each further one are
+    the products of three or of all five (Box, Hunter & Hunter, "Statistics for Experimenters", chapter 6).
     """
-    first = search_runs(plan)
-
-    def loss_over_parent(name):
-        pairs = zip(first[name], first[plan.variants[name]["parent"]], strict=True)
-        return sum(_loss(results[own.name]) - _loss(results[other.name]) for own, other in pairs)
-
-    finalists: list[str] = []
-    for name in sorted(plan.searched, key=loss_over_parent):
-        better = [other for group in plan.alternatives if name in group for other in group if other in finalists]
-        if len(finalists) < plan.finalists and len(better) < 2:
-            finalists.append(name)
-    return {
-        name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds)
-        for name in _with_parents(plan, [PEER], finalists)
-    }
+    words = [word for size in (1, 5, 3) for word in combinations(range(5), size)]
+    names = list(names)
+    columns = dict(zip([*names[:5], BLOCK, *names[5:]] if len(names) >= 5 else [*names, BLOCK], words, strict=False))
+    return [
+        {name: math.prod(signs[place] for place in word) > 0 for name, word in columns.items()}
+        for signs in product((-1, 1), repeat=5)
+    ]
 
 
-def combination_runs(plan: RecipePlan) -> dict[str, list[Run]]:
-    """The runs of combinations by variant, and of their parents."""
-    return {
-        name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds)
-        for name in _with_parents(plan, [], plan.combined)
-    }
-
-
-def _with_parents(plan, first, names):
-    return dict.fromkeys([*first, *(plan.variants[name]["parent"] for name in names), *names])
-
-
-def run_of_the_search(plan: RecipePlan, variant: str) -> Run:
-    """The run of a variant in the search, with the first seed."""
-    return run_of_budget(variant, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan)
+def search_runs(plan: RecipePlan) -> list[Run]:
+    """The runs of the design, with seed 1 in one half and 2 in the other."""
+    runs = []
+    for levels in factor_levels(plan.factors):
+        seed = 2 if levels.pop(BLOCK) else 1
+        present = "+".join(name for name, is_there in levels.items() if is_there)
+        ablation = (FACTORS, present) if present else None
+        run = run_of_budget(PEER, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan, ablation)
+        runs.append(replace(run, seed=seed))
+    return sorted(dict.fromkeys(runs), key=lambda run: run.seed) if plan.factors else []
 
 
 def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:
@@ -317,8 +319,7 @@ def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
 
 
 def _seeds_of_the_comparison(plan, variant, budget):
-    first = len(plan.all_search_seeds)
-    return range(first, first + plan.seeds[variant][plan.budgets.index(budget)])
+    return range(FIRST_SEED, FIRST_SEED + plan.seeds[variant][plan.budgets.index(budget)])
 
 
 def runs_of_widths(
@@ -327,22 +328,6 @@ def runs_of_widths(
     """Dense at each size of a budget, and the recipe at the same sizes, for as many steps as take the same seconds."""
     dense, recipe = (size_runs(plan, best[variant], budget) for variant in (DENSE, RECIPE))
     return {DENSE: dense, RECIPE: [run_of_seconds(*pair, step_seconds) for pair in zip(recipe, dense, strict=True)]}
-
-
-def ingredient_runs(plan: RecipePlan, best: Run) -> dict[str, list[Run]]:
-    """
-    The recipe, and without each of its ingredients, at the rate of the recipe, the first budget and the seeds of the
-    comparison. Raises `ValueError` if what remains is the recipe itself.
-    """
-    rate, seeds = best.learning_rate, _seeds_of_the_comparison(plan, RECIPE, plan.budgets[0])
-    runs = {
-        name: with_seeds([run_of_budget(name, plan.hidden_size, plan.budgets[0], rate, plan, best.ablation)], seeds)
-        for name in [RECIPE, *plan.ingredients]
-    }
-    whole, *others = (((plan.own_changes(own[0]), plan.trial_of(own[0])), name) for name, own in runs.items())
-    if same := [name for changes, name in others if changes == whole[0]]:
-        raise ValueError(f"`ingredients` must lack something of the recipe as it was tuned, but {same} are the same.")
-    return runs
 
 
 def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:

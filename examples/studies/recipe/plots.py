@@ -17,38 +17,33 @@ Pictures of the recipe study. Each function saves one in a file, and returns whe
 
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from common.pictures import add_legend, look_of, new_figure, save_picture, shades
-from studies.common.training_plan import DENSE, PEER, budget_name
-from studies.recipe.plan import RECIPE, expert_runs, ingredient_runs
+from studies.common.training_plan import DENSE, PEER, Run, budget_name
+from studies.recipe.plan import BLOCK, RECIPE, expert_runs
+from studies.recipe.report import is_adopted
 from studies.recipe.results import Results
 
 
 def plot_search(results: Results, file: Path) -> bool:
-    """By how much each candidate is below its parent, on the corpus: a point per seed, and the mean."""
-    shares = {
-        name: results.below_on_the_corpus(*pairs)
-        for name in results.runs_of_the_search()
-        if (pairs := results.pairs_with_parent(name)) is not None
-    }
-    if not shares:
+    """By how much perplexity on the corpus is below with each factor of the search."""
+    effects = {name: effect for name, effect in results.effects().items() if name != BLOCK}
+    if not effects:
         return False
-    shares = dict(sorted(shares.items(), key=lambda item: mean(item[1])))
-    figure = new_figure(8, 1.5 + 0.3 * len(shares))
+    effects = dict(sorted(effects.items(), key=lambda item: item[1].share))
+    figure = new_figure(8, 1.5 + 0.3 * len(effects))
     axes = figure.add_subplot()
-    for place, (name, own) in enumerate(shares.items()):
-        color = look_of(RECIPE if name in results.plan.combined else PEER).color
-        axes.barh(place, 100 * mean(own), color=color, alpha=0.4)
-        axes.plot([100 * share for share in own], [place] * len(own), "o", color=color, markersize=4)
-    axes.set_yticks(range(len(shares)), [f"{name} ({len(own)})" for name, own in shares.items()])
+    for place, effect in enumerate(effects.values()):
+        look = look_of(RECIPE if is_adopted(effect) else PEER)
+        ends = [[100 * (effect.share - effect.low)], [100 * (effect.high - effect.share)]]
+        axes.errorbar(100 * effect.share, place, xerr=ends, color=look.color, marker=look.marker, capsize=3)
+    axes.set_yticks(range(len(effects)), list(effects))
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("perplexity below the parent, %; dotted, what is adopted")
-    axes.set_title("Candidates of the search: a point per seed and the mean; in brackets, the seeds")
+    axes.set_xlabel("perplexity on the corpus below without it, %, and 95 % intervals")
+    axes.set_title("What each change of PEER is worth; dark, what is adopted")
     axes.grid(alpha=0.3, axis="x")
     save_picture(figure, file)
     return True
@@ -106,49 +101,30 @@ def _draw_equal_seconds(results, by_width, axes):
     add_legend(axes)
 
 
-def plot_ingredients(results: Results, file: Path) -> bool:
-    """What the recipe loses without each ingredient, and its perplexity by the number of experts."""
-    if not results.best:
+def plot_capacity(results: Results, file: Path) -> bool:
+    """The recipe by its number of experts, and beside dense models by their size, on the same tokens."""
+    found = results.dense_sizes()
+    if not results.best or found is None:
         return False
-    parts = ingredient_runs(results.plan, results.best[RECIPE])
     numbers = expert_runs(results.plan, results.best[RECIPE])
-    if not results.are_made(run for own in (*parts.values(), *numbers.values()) for run in own):
+    if not results.are_made(run for own in numbers.values() for run in own):
         return False
-    figure = new_figure(11, 4)
-    losses, experts = figure.subplots(1, 2)
-    whole, *others = parts
-    found = [results.below(parts[name], parts[whole]) for name in others]
-    ends = np.array([[-each.share + each.high, each.share - each.low] for each in found]).T.reshape(2, -1)
-    losses.barh(
-        range(len(others)),
-        [-100 * each.share for each in found],
-        xerr=100 * ends,
-        color=look_of(RECIPE).color,
-        capsize=3,
-    )
-    losses.set_yticks(range(len(others)), others)
-    losses.axvline(0, color="black", linewidth=0.8)
-    losses.set(xlabel="perplexity above the recipe, %", title="The recipe without an ingredient, 95 % intervals")
-    losses.grid(alpha=0.3, axis="x")
+    figure = new_figure(11, 4.5)
+    experts, sizes = figure.subplots(1, 2)
     of_seeds = list(zip(*numbers.values(), strict=True))
     for runs, color in zip(of_seeds, shades(len(of_seeds)), strict=True):
         perplexities = [results.perplexity([run]) for run in runs]
         experts.plot(list(numbers), perplexities, "-o", color=color, label=f"seed {runs[0].seed}")
     experts.set_xscale("log", base=2)
     experts.set_xticks(list(numbers), [f"{number:,}" for number in numbers])
-    experts.set(xlabel="number of experts", ylabel="perplexity, five texts", title="Equal steps")
+    experts.set(xlabel="number of experts", ylabel="perplexity, five texts", title="The recipe, equal steps")
     add_legend(experts)
+    _draw_sizes(results, *found, sizes)
     save_picture(figure, file)
     return True
 
 
-def plot_dense_sizes(results: Results, file: Path) -> bool:
-    """Loss of dense models by their size, the curve through them, and the recipe on the same tokens."""
-    if (found := results.dense_sizes()) is None:
-        return False
-    recipe, runs = found
-    figure = new_figure(6.5, 4.5)
-    axes = figure.add_subplot()
+def _draw_sizes(results: Results, recipe: Run, runs: list[Run], axes: Axes) -> None:
     for variant, own in ((DENSE, runs), (RECIPE, [recipe])):
         sizes = [results.active_parameters(run) / 1e6 for run in own]
         look = look_of(variant)
@@ -158,15 +134,8 @@ def plot_dense_sizes(results: Results, file: Path) -> bool:
         axes.plot(sizes / 1e6, results.dense_curve().loss_of(sizes), color=look_of(DENSE).color, linewidth=1)
     axes.set_xscale("log")
     axes.set(xlabel="active parameters, million", ylabel="loss, five texts, nats per token")
-    axes.set_title(f"Equal tokens: {recipe.steps * results.plan.tokens_of_step / 1e6:.1f} million")
+    axes.set_title(f"Equal tokens: {recipe.steps * results.plan.tokens_of_step / 1e6:.1f} million, one seed")
     add_legend(axes)
-    save_picture(figure, file)
-    return True
 
 
-PLOTS = {
-    "search": plot_search,
-    "comparison": plot_comparison,
-    "ingredients": plot_ingredients,
-    "dense-sizes": plot_dense_sizes,
-}
+PLOTS = {"search": plot_search, "comparison": plot_comparison, "capacity": plot_capacity}

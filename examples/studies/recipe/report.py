@@ -14,83 +14,58 @@
 """Tables of the recipe study from its raw results."""
 
 import math
-from statistics import mean
-from typing import Any
 
 from studies.common.tables import markdown_table
-from studies.common.training_plan import CORPUS, DENSE, Run, budget_name, costs_of
+from studies.common.training_plan import CORPUS, DENSE, budget_name, costs_of
+from studies.recipe.differences import Difference
 from studies.recipe.plan import (
+    BLOCK,
     RECIPE,
     expert_runs,
-    ingredient_runs,
     runs_beyond,
     runs_by_size,
     runs_to_tune,
+    screening_runs,
     search_runs,
-    second_round_runs,
 )
 from studies.recipe.results import Results
 
 
-def table_of_the_search(results: Results) -> str:
-    """
-    Table of variants that were searched, each against its parent with the seeds that both were trained with, on the
-    corpus alone: the five texts choose nothing.
-    """
-    plan, search = results.plan, results.runs_of_the_search()
-    rows = [["", "parent", "MFLOPs per token", "steps", "seeds", CORPUS, "below parent, per seed", "mean", "adopted"]]
-    for name, runs in search.items():
-        if not runs:
+def table_of_the_screening(results: Results) -> str:
+    """Table of variants with one seed, each against its parent on the corpus."""
+    plan, runs = results.plan, screening_runs(results.plan)
+    rows = [["seed 0", "parent", "MFLOPs per token", "steps", CORPUS, "below parent"]]
+    for name, run in runs.items():
+        if not results.are_made([run]):
             continue
-        parent = plan.variants[name].get("parent", "") if name in (*plan.searched, *plan.combined) else ""
+        parent = plan.variants[name]["parent"] if name in plan.screened else ""
+        is_compared = parent and results.are_made([runs[parent]])
         rows.append(
             [
                 name,
                 parent,
-                f"{costs_of(runs[0], plan).flops / 1e6:.2f}",
-                f"{runs[0].steps:,}",
-                str(len(runs)),
-                f"{results.corpus_perplexity(runs):.2f}",
-                *_against_parent(results, name),
+                f"{costs_of(run, plan).flops / 1e6:.2f}",
+                f"{run.steps:,}",
+                f"{results.corpus_perplexity([run]):.2f}",
+                f"{results.below_on_the_corpus(run, runs[parent]):+.1%}" if is_compared else "",
             ]
         )
     return markdown_table(rows)
 
 
-def _against_parent(results, name):
-    """Cells: below the parent per seed and in the mean, and if adopted."""
-    if (pairs := results.pairs_with_parent(name)) is None:
-        return ["", "", ""]
-    shares = results.below_on_the_corpus(*pairs)
-    per_seed = ", ".join(f"{share:+.1%}" for share in shares)
-    return [per_seed, f"{mean(shares):+.1%}", _adopted(results, name, shares)]
-
-
-def _adopted(results, name, shares):
-    """What the rule of the page says of a variant."""
-    plan, first = results.plan, [run for runs in search_runs(results.plan).values() for run in runs]
-    if not results.are_made(first):
+def table_of_the_search(results: Results) -> str:
+    """Table of the effects of the factors, on the corpus alone: the five texts choose nothing."""
+    if not (effects := results.effects()):
         return ""
-    if name not in plan.combined and name not in second_round_runs(plan, results.runs):
-        return "no, after the first round"
-    if len(shares) < len(plan.all_search_seeds):
-        return ""
-    if not is_adopted(shares, plan.search_seeds[0]):
-        return "no"
-    others = [other for group in plan.alternatives if name in group for other in group if other != name]
-    found = [results.below_on_the_corpus(*pairs) for other in others if (pairs := results.pairs_with_parent(other))]
-    is_best = all(mean(own) < mean(shares) for own in found if len(own) == len(shares))
-    return "yes" if is_best else "no, an alternative is better"
+    rows = [[f"{len(search_runs(results.plan))} runs", "corpus perplexity below without it", "adopted"]]
+    for name, effect in effects.items():
+        rows.append([name, str(effect), "" if name == BLOCK else "yes" if is_adopted(effect) else "no"])
+    return markdown_table(rows)
 
 
-def is_adopted(shares: list[float], first_seeds: int) -> bool:
-    """
-    The rule of the page: below the parent by 1 % in the mean, by 0.5 % in the mean of the seeds that did not choose who
-    comes to the second round, and with all seeds but one at the most.
-    """
-    later = shares[first_seeds:]
-    is_below_later = not later or mean(later) >= 0.005
-    return mean(shares) >= 0.01 and is_below_later and sum(share > 0 for share in shares) >= len(shares) - 1
+def is_adopted(effect: Difference) -> bool:
+    """The rule of the page: below by at least one percent, and the interval excludes zero."""
+    return effect.share >= 0.01 and effect.low > 0
 
 
 def table_of_trials(results: Results) -> str:
@@ -195,18 +170,18 @@ def _row_of_seconds(results, runs, ahead):
     return [run.variant, str(run.hidden_size), *times, *perplexities, str(ahead)]
 
 
-def table_of_differences(results: Results, runs: dict[Any, list[Run]], label: str) -> str:
-    """Table of groups of runs with the same seeds, each against the first."""
+def table_of_experts(results: Results) -> str:
+    """Table of the recipe by its number of experts, with the same seeds, each against the fewest."""
+    runs = expert_runs(results.plan, results.best[RECIPE])
     if not results.are_made(run for own in runs.values() for run in own):
         return ""
     first, *_ = runs.values()
-    rows = [[label, "MFLOPs per token", "steps", CORPUS, "five texts", "below the first"]]
-    for name, own in runs.items():
-        costs = costs_of(own[0], results.plan)
+    rows = [["N", "MFLOPs per token", "steps", CORPUS, "five texts", "below the first"]]
+    for number, own in runs.items():
         rows.append(
             [
-                f"{name:,}" if isinstance(name, int) else name,
-                f"{costs.flops / 1e6:.2f}",
+                f"{number:,}",
+                f"{costs_of(own[0], results.plan).flops / 1e6:.2f}",
                 f"{own[0].steps:,}",
                 f"{results.corpus_perplexity(own):.2f}",
                 f"{results.perplexity(own):.2f}",
@@ -243,7 +218,7 @@ def describe(results: Results) -> str:
     """The tables of what has been made, under headings."""
     plan, best = results.plan, results.best
     tables = {
-        "Search": [table_of_the_search(results)],
+        "Search": [table_of_the_screening(results), table_of_the_search(results)],
         "Tuning": [table_of_trials(results)],
         "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
         "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],
@@ -251,8 +226,7 @@ def describe(results: Results) -> str:
     }
     if best:
         tables |= {
-            "Ingredients": [table_of_differences(results, ingredient_runs(plan, best[RECIPE]), "without")],
-            "Number of experts": [table_of_differences(results, expert_runs(plan, best[RECIPE]), "N")],
+            "Number of experts": [table_of_experts(results)],
             "Dense-equivalent size": [table_of_dense_sizes(results)],
         }
     found = {heading: "\n\n".join(filter(None, each)) for heading, each in tables.items()}

@@ -22,22 +22,21 @@ from typing import Any
 
 from studies.common.study_folder import read_json, write_runs
 from studies.common.training_plan import CORPUS, DENSE, Run, costs_of, run_of_seconds
-from studies.recipe.differences import Difference, SizeCurve, below, fit_sizes
+from studies.recipe.differences import Difference, SizeCurve, below, factor_effects, fit_sizes
 from studies.recipe.plan import (
+    BLOCK,
     RECIPE,
     RecipePlan,
     choose_size,
-    combination_runs,
     compared_runs,
     dense_runs,
-    run_of_the_search,
+    factors_of,
     runs_beyond,
     runs_by_size,
     runs_of_widths,
     runs_to_tune,
     search_runs,
     tuned,
-    with_seeds,
 )
 
 
@@ -140,28 +139,21 @@ class Results:
         )
         return below(own, theirs, self.documents)
 
-    def below_on_the_corpus(self, runs: list[Run], others: list[Run]) -> list[float]:
-        """For each seed, by which share the perplexity on the corpus is below that of the other run."""
-        return [
-            1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
-            for run, other in zip(runs, others, strict=True)
-        ]
+    def below_on_the_corpus(self, run: Run, other: Run) -> float:
+        """By which share the perplexity on the corpus is below that of another run."""
+        return 1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
 
-    def runs_of_the_search(self) -> dict[str, list[Run]]:
-        """The runs of search and combinations that were made, by variant."""
-        plan = self.plan
-        names = dict.fromkeys([*search_runs(plan), *combination_runs(plan)])
-        every = {name: with_seeds([run_of_the_search(plan, name)], plan.all_search_seeds) for name in names}
-        return {name: [run for run in runs if run.name in self.runs] for name, runs in every.items()}
-
-    def pairs_with_parent(self, variant: str) -> tuple[list[Run], list[Run]] | None:
-        """Runs of the search of a variant and of its parent, with the seeds that both were trained with, if any."""
-        plan, search = self.plan, self.runs_of_the_search()
-        if variant not in (*plan.searched, *plan.combined):
-            return None
-        others = {run.seed: run for run in search[plan.variants[variant]["parent"]]}
-        runs = [run for run in search[variant] if run.seed in others]
-        return (runs, [others[run.seed] for run in runs]) if runs else None
+    def effects(self) -> dict[str, Difference]:
+        """
+        By which share the perplexity on the corpus is below with each factor of the search, and with the second of its
+        seeds; empty before all of its runs are made.
+        """
+        runs = search_runs(self.plan)
+        if not runs or not self.are_made(runs):
+            return {}
+        levels = [{name: name in factors_of(run) for name in self.plan.factors} for run in runs]
+        of_seeds = [level | {BLOCK: run.seed > 1} for level, run in zip(levels, runs, strict=True)]
+        return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], of_seeds)
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
         """A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made."""

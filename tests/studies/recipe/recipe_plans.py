@@ -29,7 +29,6 @@ SMALL = {
     "budgets": [6e8],
     "hidden_size": 32,
     "learning_rate": 0.01,
-    "search_seeds": [1, 1],
     "variants": {
         "dense": {"configuration": "dense-tiny"},
         "peer": {
@@ -44,24 +43,20 @@ SMALL = {
         "gated": {"parent": "peer", "gated_experts": True, "training": {"expert_lr_multiplier": 0.5}},
         "apart": {"parent": "gated", "trial": {"apart": True}},
     },
-    "searched": ["gated", "apart"],
-    "finalists": 2,
-    "alternatives": [],
-    "combined": [],
+    "screened": ["gated", "apart"],
+    "factors": {},
     "trials": {},
     "hidden_sizes": {},
     "seeds": {},
     "dense_sizes": [32],
     "nums_experts": [64],
-    "ingredients": [],
 }
 
 # With a recipe, and all that is made of it.
 WHOLE = SMALL | {
-    "search_seeds": [1, 0],
     "variants": SMALL["variants"] | {"recipe": {"parent": "gated", "query_norm": "rms"}},
-    "searched": ["gated"],
-    "combined": ["recipe"],
+    "screened": [],
+    "factors": {"gated": {"gated_experts": True}, "apart": {"trial": {"apart": True}}},
     "trials": {
         "dense": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
         "peer": [{"learning_rate": 0.01}, {"learning_rate": 0.01, "query_norm": "rms"}],
@@ -71,5 +66,4 @@ WHOLE = SMALL | {
     "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
     "dense_sizes": [32, 64],
     "nums_experts": [16, 64],
-    "ingredients": ["gated"],
 }

@@ -18,7 +18,7 @@ import math
 import numpy as np
 import pytest
 
-from studies.recipe.differences import below, fit_sizes
+from studies.recipe.differences import below, factor_effects, fit_sizes
 
 
 DOCUMENTS = {"one": [0, 0, 1, 2], "two": [0, 1, 1, 1]}
@@ -80,3 +80,25 @@ def test_a_curve_through_sizes():
     assert curve.size_of(curve.a) == math.inf
     with pytest.raises(ValueError, match="larger models must be lower"):
         fit_sizes(sizes, [3.0, 3.1, 3.2, 3.3])
+
+
+def test_effects_of_factors():
+    """Of a design that is not balanced, beside another factor: what numpy's least squares say, and their errors."""
+    generator, names = np.random.default_rng(2), ("one", "two")
+    levels = [{name: bool(generator.integers(2)) for name in names} for _ in range(12)]
+    losses = [4 - 0.2 * level["one"] + 0.1 * level["two"] + 0.01 * generator.standard_normal() for level in levels]
+    found = factor_effects(losses, levels)
+    columns = np.array([[1, level["one"], level["two"]] for level in levels], dtype=float)
+    expected, squares, *_ = np.linalg.lstsq(columns, losses)
+    error = np.sqrt(squares[0] / 9 * np.linalg.inv(columns.T @ columns)[1, 1])
+    assert found["one"].share == pytest.approx(1 - math.exp(expected[1]))
+    assert found["one"].error == pytest.approx(error)
+    assert found["one"].low == pytest.approx(1 - math.exp(expected[1] + 2.262 * error))
+    assert found["one"].high == pytest.approx(1 - math.exp(expected[1] - 2.262 * error))
+    assert found["two"].high < 0  # it raises the loss
+
+
+@pytest.mark.parametrize("levels", [[{"one": True}] * 8, [{"one": True}, {"one": False}]])
+def test_effects_that_cannot_be_told(levels):
+    with pytest.raises(ValueError, match=f"got {len(levels)} runs"):
+        factor_effects([1.0] * len(levels), levels)

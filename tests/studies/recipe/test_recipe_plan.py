@@ -14,7 +14,9 @@
 """Which runs the recipe study makes of its plan."""
 
 import math
+from itertools import combinations
 
+import numpy as np
 import pytest
 from recipe_plans import PLANS, SMALL
 
@@ -26,21 +28,25 @@ from studies.common.training_plan import (
     training_arguments,
     training_flops,
 )
+from studies.recipe.differences import Difference
 from studies.recipe.plan import (
+    BLOCK,
+    MOST_FACTORS,
     RecipePlan,
     choose_size,
-    combination_runs,
     compared_runs,
     dense_runs,
     expert_runs,
+    factor_levels,
+    factors_of,
     read_plan,
     run_of_size,
     runs_beyond,
     runs_by_size,
     runs_of_widths,
     runs_to_tune,
+    screening_runs,
     search_runs,
-    second_round_runs,
     size_runs,
     tuned,
     tuning_runs,
@@ -63,11 +69,9 @@ WITH_RECIPE = {
     "hidden_sizes": SIZES,
 }
 
-SEARCHED = ("peer", "gated", "apart")
-
 
 def plan_of(**fields):
-    return RecipePlan(**SMALL | {"search_seeds": [2, 0]} | fields)
+    return RecipePlan(**SMALL | fields)
 
 
 def with_losses(losses, runs):
@@ -91,37 +95,56 @@ def test_a_variant_has_what_its_parents_have_and_it_does_not_change():
     assert not changed_fields(run, plan).keys() & {"parent", "trial", "training", "configuration"}
 
 
-def test_the_search_compares_each_with_its_parent_at_one_budget():
+def test_the_screening_compares_each_with_its_parent_at_one_budget():
     plan = plan_of(budgets=[6e11])
-    search = search_runs(plan)
-    assert list(search) == ["dense", "peer", "gated", "apart"]
-    for name, runs in search.items():
-        assert [(run.variant, run.seed) for run in runs] == [(name, 0), (name, 1)]
-        assert training_flops(runs[0], plan) == pytest.approx(6e11, rel=0.01)
-    assert search["gated"][0].steps < search["peer"][0].steps
+    runs = screening_runs(plan)
+    assert list(runs) == ["dense", "peer", "gated", "apart"]
+    for name, run in runs.items():
+        assert (run.variant, run.seed) == (name, 0)
+        assert training_flops(run, plan) == pytest.approx(6e11, rel=0.01)
+    assert runs["gated"].steps < runs["peer"].steps
 
 
-@pytest.mark.parametrize(("losses", "best"), [([3.0, 2.9, 2.7], "apart"), ([3.0, 2.7, 2.6], "gated")])
-def test_the_second_round_is_of_those_furthest_below_their_parents(losses, best):
-    """`apart` is a change of `gated`, so its loss counts against that of `gated`."""
-    plan = plan_of(search_seeds=[2, 1], finalists=1)
-    results = with_losses(
-        {"dense": [4.0] * 2} | {name: [loss, loss + 1] for name, loss in zip(SEARCHED, losses, strict=True)},
-        search_runs(plan),
-    )
-    second = second_round_runs(plan, results)
-    assert list(second) == (["peer", "gated", "apart"] if best == "apart" else ["peer", "gated"])
-    for name, runs in second.items():
-        assert [(run.variant, run.seed) for run in runs] == [(name, 0), (name, 1), (name, 2)]
+def test_the_design_tells_effects_apart():
+    """Of each other, of those of two others together, and of the seeds."""
+    names = [str(number) for number in range(MOST_FACTORS)]
+    levels = factor_levels(names)
+    assert len({tuple(level.values()) for level in levels}) == 32
+    columns = {name: np.array([1 if level[name] else -1 for level in levels]) for name in [*names, BLOCK]}
+    for name, column in columns.items():
+        assert column.sum() == 0
+        others = [columns[other] for other in columns if other != name]
+        assert not any(column @ other for other in others)
+        assert not any(column @ (first * second) for first, second in combinations(others, 2))
 
 
-def test_at_most_two_of_a_setting_come_to_the_second_round():
-    names = ["one", "two", "three", "four"]
-    changed = {name: {"parent": "peer", "num_experts_per_head": place} for place, name in enumerate(names, 1)}
-    fields = {"variants": SMALL["variants"] | changed, "searched": names, "alternatives": [names[:3]]}
-    plan = plan_of(search_seeds=[1, 1], finalists=3, **fields)
-    losses = {"dense": [4.0], "peer": [3.0]} | {name: [2.0 + place] for place, name in enumerate(names)}
-    assert list(second_round_runs(plan, with_losses(losses, search_runs(plan)))) == ["peer", "one", "two", "four"]
+def test_each_run_of_the_search_has_what_its_factors_say():
+    factors = {
+        "place": {"feed_forward_types": ["dense", "dense", "dense", "peer"]},
+        "fewer": {"times": {"num_retrieval_heads": 0.5, "num_experts_per_head": 2}},
+        "half": {"times": {"num_experts_per_head": 0.5}, "training": {"max_grad_norm": 2}},
+        "narrow": {"feed_forward": "narrow_peer"},
+        "apart": {"trial": {"apart": True}},
+        "gated": {"gated_experts": True},
+    }
+    plan = plan_of(factors=factors, budgets=[6e11])
+    runs = search_runs(plan)
+    assert len({run.name for run in runs}) == 32
+    assert [run.seed for run in runs] == [1] * 16 + [2] * 16
+    for run in runs:
+        has = {name: name in factors_of(run) for name in factors}
+        config = configuration_of(run, plan)
+        assert training_flops(run, plan) == pytest.approx(6e11, rel=0.01)
+        assert config.num_retrieval_heads == (1 if has["fewer"] else 2)
+        assert config.num_experts_per_head == (8 if has["fewer"] else 4) // (2 if has["half"] else 1)
+        kind = "narrow_peer" if has["narrow"] else "peer"
+        assert config.feed_forward_types.index(kind) == (3 if has["place"] else 1)
+        assert config.gated_experts == has["gated"]
+        assert plan.trial_of(run) == ({"apart": True} if has["apart"] else {})
+        assert training_arguments(run, plan).get("max_grad_norm") == (2 if has["half"] else None)
+        assert training_arguments(run, plan)["down_proj_lr_multiplier"] == 4
+    for name in factors:
+        assert sum(name in factors_of(run) for run in runs) == 16
 
 
 def test_what_diverged_is_not_chosen():
@@ -135,23 +158,11 @@ def test_what_diverged_is_not_chosen():
 
 
 @pytest.mark.parametrize(
-    ("shares", "expected"),
-    [
-        ((0.02, 0.02, 0.01, 0.01), True),
-        ((0.04, 0.04, 0.0, 0.005), False),  # not with the seeds that did not choose
-        ((0.02, 0.02, 0.005, -0.006), False),  # not by one percent in the mean
-        ((0.01, 0.02, 0.03, -0.01), True),
-        ((-0.001, 0.04, 0.04, -0.01), False),  # with two of four
-    ],
+    ("effect", "expected"), [((0.02, 0.001), True), ((0.02, -0.001), False), ((0.009, 0.005), False)]
 )
-def test_what_is_adopted(shares, expected):
-    assert is_adopted(list(shares), 2) == expected
-
-
-def test_combinations_have_the_seeds_of_both_rounds():
-    plan = plan_of(search_seeds=[1, 1], combined=["apart"])
-    seeds = {name: [run.seed for run in runs] for name, runs in combination_runs(plan).items()}
-    assert seeds == {"gated": [0, 1], "apart": [0, 1]}
+def test_what_is_adopted(effect, expected):
+    share, low = effect
+    assert is_adopted(Difference(share, 0.01, low, 2 * share - low)) == expected
 
 
 def test_tuning_gives_each_variant_its_best_trial():
@@ -190,14 +201,14 @@ def test_a_variant_with_one_trial_is_not_tuned():
 def test_a_trial_without_changes_is_the_run_of_the_search():
     plan = plan_of(trials={"peer": [{"learning_rate": 0.01}, {"learning_rate": 0.01, "num_experts_per_head": 2}]})
     same, other = tuning_runs(plan)["peer"]
-    assert same == search_runs(plan)["peer"][0] and other.name != same.name
+    assert same == screening_runs(plan)["peer"] and other.name != same.name
 
 
 def test_what_is_compared_was_not_chosen_by_its_seed():
     plan = plan_of(trials=TRIALS, seeds={"dense": [3], "peer": [1]}, hidden_sizes={"dense": [[32, 64]]})
     best = tuning_runs(plan)["dense"][0]
     assert [(run.hidden_size, run.seed) for run in size_runs(plan, best, 6e8)] == [(32, 0), (64, 0)]
-    assert [run.seed for run in compared_runs(plan, best, 6e8)] == [2, 3, 4]
+    assert [run.seed for run in compared_runs(plan, best, 6e8)] == [3, 4, 5]
 
 
 def test_at_equal_seconds_the_recipe_has_the_time_of_dense_at_each_width():
@@ -237,20 +248,18 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             {"variants": SMALL["variants"] | {"one": {"parent": "two"}, "two": {"parent": "one"}}},
             "parents of 'one' must be other `variants`, but got \\['one'",
         ),
-        ({"searched": ["dense"]}, "`searched` must name variants that have a `parent`, but 'dense' has none"),
-        ({"combined": ["peer"]}, "`combined` must name variants that have a `parent`, but 'peer' has none"),
-        ({"alternatives": [["peer"]]}, "`alternatives` must name some of `searched`, but got \\['peer'\\]"),
+        ({"screened": ["dense"]}, "`screened` must name variants that have a `parent`, but 'dense' has none"),
         ({"variants": RECIPE, "trials": TRIALS | {"recipe": TRIALS["peer"]}}, "`seeds` must have all .* lacks"),
         (
             WITH_RECIPE | {"hidden_sizes": SIZES | {"recipe": [[32]]}},
             "last `hidden_sizes` of the recipe must be those",
         ),
-        (WITH_RECIPE | {"ingredients": ["peer"]}, "`ingredients` must not be in `trials`.*'peer'"),
         (
             WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
             "recipe must have no `trial`, .* but has {'apart': True}",
         ),
-        ({"searched": ["missing"]}, "`searched` must name some of `variants`, but got \\['missing'\\]"),
+        ({"factors": {str(number): {} for number in range(16)}}, "`factors` must be at most 15, but got 16"),
+        ({"screened": ["missing"]}, "`screened` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
         (
             {"hidden_sizes": {"dense": []}},
@@ -267,6 +276,6 @@ def test_refuses(fields, message):
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_plans_make_models(file):
     plan = read_plan(file)
-    for runs in search_runs(plan).values():
-        assert isinstance(configuration_of(runs[0], plan), PeerConfig)
-        assert training_flops(runs[0], plan) == pytest.approx(plan.budgets[0], rel=0.01)
+    for run in (*screening_runs(plan).values(), *search_runs(plan)):
+        assert isinstance(configuration_of(run, plan), PeerConfig)
+        assert training_flops(run, plan) == pytest.approx(plan.budgets[0], rel=0.01)

@@ -17,7 +17,7 @@ from recipe_plans import PLANS
 
 from studies.common.single_run import comparable
 from studies.common.training_plan import CORPUS
-from studies.recipe.plan import read_plan, search_runs
+from studies.recipe.plan import read_plan, screening_runs, search_runs
 from studies.recipe.report import describe
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
@@ -27,9 +27,9 @@ def test_every_run_was_made_as_planned(tmp_path):
     results = read_results(PLANS.parent / "results.json")
     plan = read_plan(PLANS / "two-cores.json")
     study = Study(plan, tmp_path, 1)
-    planned = {run.name: run for runs in search_runs(plan).values() for run in runs}
+    planned = {run.name: run for run in (*screening_runs(plan).values(), *search_runs(plan))}
     made = {name: run for name, run in planned.items() if name in results.runs}
-    assert made
+    assert made.keys() == results.runs.keys() >= {run.name for run in screening_runs(plan).values()}
     for name, run in made.items():
         result = results.runs[name]
         assert comparable(result["run_clm"]) == comparable(study.arguments(run)), name
@@ -37,4 +37,5 @@ def test_every_run_was_made_as_planned(tmp_path):
         assert result["losses"].keys() == {CORPUS, *plan.evaluation_texts}
         for text, documents in results.documents.items():
             assert len(documents) == len(result["sequence_losses"][text]) == plan.eval_sequences
-    assert describe(results).startswith("## Search")
+    page = (PLANS.parent / "README.md").read_text()
+    assert describe(results).replace("## ", "### ").strip() in page

@@ -15,6 +15,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import studies.recipe.__main__ as recipe
 from studies.common import training_study
-from studies.recipe.plan import RecipePlan, compared_runs
+from studies.recipe.plan import RecipePlan, compared_runs, factors_of, screening_runs, search_runs
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe
 from studies.recipe.results import read_results
@@ -46,7 +47,7 @@ def test_of_a_recipe(tmp_path):
     for folder, main in make_study(recipe, tmp_path / "whole", WHOLE):
         results = read_results(folder / "results.json")
         printed = describe(results)
-        for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds", "Ingredients"):
+        for heading in ("Search", "Tuning", "Sizes", "Equal compute", "Equal seconds"):
             assert f"## {heading}\n" in printed
         assert {file.stem for file in folder.glob("*.png")} == set(PLOTS)
         cards = {file.stem: file.read_text() for file in (folder / "model_cards").iterdir()}
@@ -57,9 +58,18 @@ def test_of_a_recipe(tmp_path):
         dense, peer, recipe_runs = (
             compared_runs(results.plan, chosen[name], 6e8) for name in ("dense", "peer", "recipe")
         )
-        assert (peer[0].hidden_size, [run.seed for run in peer]) == (64, [1])
+        assert (peer[0].hidden_size, [run.seed for run in peer]) == (64, [3])
         assert replace(peer[0], seed=0).name not in results.runs  # its size was not chosen
-        assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [1, 2]
+        assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [3, 4]
+        runs = search_runs(results.plan)
+        assert len(runs) == 8 and results.are_made(runs)  # two factors with two seeds
+        with_it, without = (
+            [results.runs[run.name]["losses"]["corpus"] for run in runs if ("apart" in factors_of(run)) == is_there]
+            for is_there in (True, False)
+        )
+        effect = results.effects()["apart"]
+        assert effect.share == pytest.approx(1 - math.exp(sum(with_it) / 4 - sum(without) / 4))
+        assert f"| apart | {effect} |" in re.sub(" +", " ", printed)
         perplexity = sum(math.exp(results.runs[run.name]["losses"]["new"]) for run in recipe_runs) / 2
         assert f"evaluation texts is {perplexity:.2f} ±" in cards["recipe-6e08-flops"]
         ratio = math.exp(sum(results.losses(recipe_runs)) / 2 - sum(results.losses(dense)) / 2)
@@ -77,38 +87,32 @@ def test_comes_to_its_end(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     assert results.plan == RecipePlan(**SMALL)
-    assert results.runs.keys() == {run.name for runs in results.runs_of_the_search().values() for run in runs}
+    runs = screening_runs(results.plan)
+    assert results.runs.keys() == {run.name for run in runs.values()}
     assert (folder / "tables.md").read_text() == describe(results)
-    assert [file.name for file in folder.glob("*.png")] == ["search.png"]  # there is no more yet
-    losses = {
-        name: [results.runs[run.name]["losses"]["corpus"] for run in runs]
-        for name, runs in results.runs_of_the_search().items()
-    }
+    assert not list(folder.glob("*.png"))  # there is nothing to draw yet
+    losses = {name: results.runs[run.name]["losses"]["corpus"] for name, run in runs.items()}
     (row,) = [line for line in describe(results).splitlines() if line.startswith("| gated")]
-    assert f"{math.exp(sum(losses['gated']) / 2):.2f}" in row
-    for own, other in zip(losses["gated"], losses["peer"], strict=True):
-        assert f"{1 - math.exp(own - other):+.1%}" in row
+    assert f"{math.exp(losses['gated']):.2f}" in row
+    assert f"{1 - math.exp(losses['gated'] - losses['peer']):+.1%}" in row
     assert set(results.documents) == {"new"} and len(results.documents["new"]) == 8
 
 
-def test_runs_are_paired_by_their_seeds(small_study):
-    """A variant that differs in a trial alone begins with the same loss, one of another seed does not."""
+def test_runs_are_paired_by_their_seed(small_study):
+    """A variant that differs in a trial alone begins with the same loss."""
     folder, _ = small_study
     results = read_results(folder / "results.json")
     for result in results.runs.values():
         assert (result["run_clm"]["seed"], result["run_clm"]["data_seed"]) == (result["seed"], result["seed"])
-    first = {
-        name: [results.runs[run.name]["train_history"][0][1] for run in runs]
-        for name, runs in results.runs_of_the_search().items()
-    }
-    assert first["apart"] == first["gated"] and first["apart"][0] != first["apart"][1]
+    first = {name: results.runs[run.name]["train_history"][0][1] for name, run in screening_runs(results.plan).items()}
+    assert first["apart"] == first["gated"] != first["peer"]
 
 
 def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     tokens = torch.tensor(load_from_disk(folder / "held_out" / "new")["input_ids"])
-    run = results.runs_of_the_search()["apart"][1]
+    run = screening_runs(results.plan)["apart"]
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.name).eval()
     with torch.no_grad():
         expected = [model(input_ids=each[None], labels=each[None]).loss.item() for each in tokens]
@@ -134,7 +138,7 @@ def test_sequences_lie_in_one_document(small_study, tmp_path):
 def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
     folder, main = small_study
     before = read_results(folder / "results.json")
-    run = before.runs_of_the_search()["gated"][1]
+    run = screening_runs(before.plan)["gated"]
     lost = folder / "results" / f"{run.name}.json"
     kept = lost.read_bytes()
     lost.unlink()
@@ -143,8 +147,7 @@ def test_stops_when_the_time_is_up_and_goes_on(small_study, tmp_path, capsys):
         assert f"The time is up: {run.name}" in capsys.readouterr().out
         part = read_results(folder / "results.json")
         assert part.runs.keys() == before.runs.keys() - {run.name}
-        (row,) = [line for line in describe(part).splitlines() if line.startswith("| gated")]
-        assert [cell.strip() for cell in row.split("|")][5] == "1"  # seed
+        assert not any(line.startswith("| gated") for line in describe(part).splitlines())
     finally:
         lost.write_bytes(kept)
     main("--results", str(folder / "results.json"), "--hours", "0")

@@ -133,6 +133,11 @@ def test_the_gate_of_a_product_key_memory():
         torch.testing.assert_close(layer(hidden_states), (memory * gate) @ layer.output_proj.weight.T)
 
 
+def test_narrow_experts_share_no_pool():
+    with pytest.raises(ValueError, match="must not have `share_experts_across_layers`"):
+        PeerForCausalLM(tiny_config("narrow_peer", "narrow_peer", share_experts_across_layers=True))
+
+
 def test_narrow_experts():
     layer = tiny_model(tiny_config("narrow_peer")).model.layers[0].mlp
     hidden_states = torch.randn(1, 5, 24)
@@ -148,9 +153,13 @@ def test_narrow_experts():
     assert layer.expert_pool.up_proj.weight.shape[1] == 12
 
 
-@pytest.mark.parametrize("variant", ["gated_pkm", "narrow_peer"])
-def test_costs_are_those_of_the_model(variant):
-    config = tiny_config("dense", variant, expert_kernels="eager")  # torch counts nothing inside an operator
+@pytest.mark.parametrize(
+    ("variant", "options"), [("gated_pkm", {}), ("narrow_peer", {}), ("narrow_peer", {"gated_experts": True})]
+)
+def test_costs_are_those_of_the_model(variant, options):
+    config = tiny_config(
+        "dense", variant, expert_kernels="eager", **options
+    )  # torch counts nothing inside an operator
     model, costs = PeerForCausalLM(config).eval(), model_costs(config, 6)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(random_tokens(1, 6), use_cache=False)
