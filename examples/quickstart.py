@@ -17,8 +17,9 @@ Trains a small PEER language model and its dense twin of equal FLOPs in under fi
     ./run quickstart
 
 Both are trained on the same text for the same number of steps: the Python standard library, or the text of
---dataset_name or --train_file. The script prints their held-out perplexity before and after training, expert usage and
-a sample of the PEER model. The models, the results and a plot of both losses are saved in --output_dir.
+--dataset_name or --train_file. The script prints their held-out perplexity before and after training, and that of the
+PEER model when it has been trained for as many seconds as its twin; expert usage; and a sample of the PEER model. The
+models, the results and a plot of both losses are saved in --output_dir.
 """
 
 import json
@@ -36,6 +37,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -84,6 +86,8 @@ class Result:
     sequence_length: int
     perplexity_before: float
     perplexity_after: float
+    perplexity_at_equal_seconds: float
+    steps_at_equal_seconds: int
     seconds_per_step: float
     train_losses: dict[int, float]
     eval_losses: dict[int, float]
@@ -112,17 +116,43 @@ def training_arguments(args: QuickstartArguments, name: str) -> TrainingArgument
     )
 
 
+class StepClock(TrainerCallback):
+    """Adds up the seconds of training steps, and has the model evaluated after the first step that reaches a time."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.seconds = 0.0
+        self.last_step = 0  # the first that reached the limit, or the last of the training
+        self._start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        was_before = self.seconds < self.limit
+        self.seconds += time.perf_counter() - self._start
+        if was_before:
+            self.last_step = state.global_step
+            control.should_evaluate |= self.seconds >= self.limit
+
+
 def train_model(
     name: str,
     args: QuickstartArguments,
     tokenizer: PreTrainedTokenizerBase,
     blocks: dict[str, Dataset],
     data: str,
+    seconds: float = math.inf,
 ) -> Result:
-    """Trains, evaluates and saves a model of a named configuration on data with this description."""
+    """
+    Trains, evaluates and saves a model of a named configuration on data with this description. It is also evaluated
+    when its steps have taken these seconds.
+    """
     model_args = ModelArguments(config_name=name)
     config = load_config(model_args)
     trainer = make_trainer(model_args, training_arguments(args, name), config, tokenizer, blocks)
+    clock = StepClock(seconds)
+    trainer.add_callback(clock)
     metrics = run(trainer, evaluation=evaluate_perplexity, data=data)
     history = trainer.state.log_history
     eval_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
@@ -133,20 +163,15 @@ def train_model(
         sequence_length=costs.sequence_length,
         perplexity_before=math.exp(eval_losses[0]),
         perplexity_after=metrics["perplexity"],
-        seconds_per_step=_training_seconds(history) / args.max_steps,
+        perplexity_at_equal_seconds=math.exp(eval_losses[clock.last_step]),
+        steps_at_equal_seconds=clock.last_step,
+        seconds_per_step=clock.seconds / args.max_steps,
         train_losses={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
         eval_losses=eval_losses,
         expert_usage={
             key.removeprefix("eval_expert_"): value for key, value in metrics.items() if key.startswith("eval_expert_")
         },
     )
-
-
-def _training_seconds(history):
-    """Seconds of training, without evaluations."""
-    evaluations = sum(entry["eval_runtime"] for entry in history[:-1] if "eval_runtime" in entry)
-    (total,) = (entry["train_runtime"] for entry in history if "train_runtime" in entry)
-    return total - evaluations
 
 
 def plot_losses(results: dict[str, Result], file: Path) -> None:
@@ -159,6 +184,10 @@ def plot_losses(results: dict[str, Result], file: Path) -> None:
         axes.plot(steps, losses, color=look.color, alpha=0.45, label=f"{name}, training")
         steps, losses = zip(*result.eval_losses.items(), strict=True)
         axes.plot(steps, losses, **look.style, label=f"{name}, held-out text")
+    peer = results[PEER]
+    equal = peer.steps_at_equal_seconds
+    if equal < max(peer.eval_losses):
+        axes.axvline(equal, color=look_of(PEER).color, linestyle=":", label=f"{PEER}, after the seconds of {DENSE}")
     axes.set(xlabel="training step", ylabel="loss, nats per token", title="Two models of equal FLOPs per token")
     add_legend(axes)
     save_picture(figure, file)
@@ -176,19 +205,27 @@ def table(results: dict[str, Result]) -> str:
         "seconds per step": [f"{result.seconds_per_step:.3f}" for result in results.values()],
         "held-out perplexity before": [f"{result.perplexity_before:.1f}" for result in results.values()],
         "held-out perplexity after": [f"{result.perplexity_after:.1f}" for result in results.values()],
+        "the same, after equal seconds": [f"{result.perplexity_at_equal_seconds:.1f}" for result in results.values()],
     }
     return "\n".join(f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items())
 
 
 def verdict(results: dict[str, Result]) -> str:
-    """Describes which model has the lower perplexity, and the expert usage."""
-    better, worse = sorted(results, key=lambda name: results[name].perplexity_after)
-    gain = 1 - results[better].perplexity_after / results[worse].perplexity_after
+    """Describes how the PEER model compares after as many steps and after as many seconds, and the expert usage."""
+    peer, dense = results[PEER], results[DENSE]
+    after, steps = peer.perplexity_at_equal_seconds, max(peer.eval_losses)
     usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
     return (
-        f"{better} has the lower perplexity, by {gain:.1%}, in one short run of two tiny models with one seed.\n"
+        f"In one short run of two tiny models with one seed, {PEER} ends {_against(peer.perplexity_after, dense)} "
+        f"{DENSE} after as many steps.\nAfter as many seconds it was at step {peer.steps_at_equal_seconds} of {steps}, "
+        f"with a learning rate still to fall, and {_against(after, dense)} {DENSE} at its end.\n"
         f"Expert usage of {PEER} on the held-out text: {usage}.\n{fill(USAGE_GUIDE, 119)}"
     )
+
+
+def _against(perplexity, dense):
+    difference = 1 - perplexity / dense.perplexity_after
+    return f"{abs(difference):.1%} {'below' if difference > 0 else 'above'}"
 
 
 def write_sample(folder: Path, prompt: str) -> None:
@@ -209,9 +246,11 @@ def main():
     print("Reading the text and training a tokenizer on it ...")
     tokenizer, blocks = load_text(model_args, data_args, training_arguments(args, PEER), load_config(model_args))
     results = {}
-    for name in (PEER, DENSE):
+    for name in (DENSE, PEER):
         print(f"\nTraining {name} ...")
-        results[name] = train_model(name, args, tokenizer, blocks, data_args.description)
+        seconds = results[DENSE].seconds_per_step * args.max_steps if results else math.inf
+        results[name] = train_model(name, args, tokenizer, blocks, data_args.description, seconds)
+    results = {name: results[name] for name in (PEER, DENSE)}
     plot_losses(results, folder / "losses.png")
     (folder / "results.json").write_text(
         json.dumps({name: vars(result) for name, result in results.items()}, indent=2)

@@ -16,6 +16,7 @@
 import json
 import re
 
+import pytest
 from documentation import ROOT
 
 from benchmark.report import Results
@@ -44,6 +45,17 @@ class TestQuickstart:
         for result in (results["peer-tiny"], results["dense-tiny"]):
             figures = rf"{result['perplexity_before']:.1f}\s+to\s+{result['perplexity_after']:.1f}"
             assert re.search(figures, page("docs/training.md")), figures
+
+    def test_equal_seconds(self):
+        results = json.loads(page("docs/images/quickstart.json"))
+        peer, dense = results["peer-tiny"], results["dense-tiny"]
+        seconds = dense["seconds_per_step"] * max(map(int, dense["eval_losses"]))
+        step = peer["steps_at_equal_seconds"]
+        assert seconds == pytest.approx(peer["seconds_per_step"] * step, rel=0.03)
+        figures = f"at step {step} and at {peer['perplexity_at_equal_seconds']:.1f}."
+        assert figures in " ".join(page("docs/training.md").split())
+        for perplexity in (peer["perplexity_after"], peer["perplexity_at_equal_seconds"]):
+            assert perplexity < dense["perplexity_after"]  # as the README says
 
     def test_flops(self):
         """One number for both models, at the full context length, which the page names."""

@@ -14,6 +14,7 @@
 """Every example runs from its command line at a tiny size and saves what its description promises."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ import datasets
 import huggingface_hub
 import pytest
 import quantize
+import quickstart
 import run_clm
 import torch
 from hub_server import HubServer
@@ -43,6 +45,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     Trainer,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -463,6 +467,20 @@ class TestClassification:
         assert set(results(tmp_path, "config.json")["label2id"]) >= {"asyncio", "email"}
 
 
+@pytest.mark.parametrize(("limit", "evaluated"), [(2.5, [3]), (3.0, [3]), (math.inf, [])])
+def test_the_quickstart_evaluates_once_the_seconds_are_reached(monkeypatch, limit, evaluated):
+    """Steps take a second each; what is between them, such as evaluations, does not count."""
+    now = iter(range(100))
+    monkeypatch.setattr(quickstart.time, "perf_counter", lambda: next(now))
+    clock, found = quickstart.StepClock(limit), []
+    for step in range(1, 6):
+        control, state = TrainerControl(), TrainerState(global_step=step)
+        clock.on_step_begin(None, state, control)
+        clock.on_step_end(None, state, control)
+        found += [step] if control.should_evaluate else []
+    assert (found, clock.last_step, clock.seconds) == (evaluated, evaluated[0] if evaluated else 5, 5)
+
+
 def test_quickstart(tmp_path):
     printed = run(
         *("quickstart.py", "--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64"),
@@ -478,6 +496,12 @@ def test_quickstart(tmp_path):
     for result in compared.values():
         assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
         assert f"{result['perplexity_after']:.1f}" in printed
+        assert f"{result['perplexity_at_equal_seconds']:.1f}" in printed
+    assert compared["dense-tiny"]["perplexity_at_equal_seconds"] == compared["dense-tiny"]["perplexity_after"]
+    equal = compared["peer-tiny"]["steps_at_equal_seconds"]
+    loss = compared["peer-tiny"]["eval_losses"][str(equal)]
+    assert compared["peer-tiny"]["perplexity_at_equal_seconds"] == math.exp(loss)
+    assert f"at step {equal} of 8" in printed
     assert set(compared["peer-tiny"]["expert_usage"]) == {
         f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
     }
