@@ -32,7 +32,7 @@ from studies.common.training_plan import (
 from studies.scaling.plan import Plan, ablation_runs, rate_runs, read_plan, reference_run, size_runs, with_seeds
 
 
-PLANS = [file for file in sorted(SCALING.glob("*.json")) if file.name != "results.json"]
+PLANS = sorted((SCALING / "plans").glob("*.json"))
 
 
 @pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
