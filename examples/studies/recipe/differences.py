@@ -108,7 +108,7 @@ def _means_over_documents(values, documents, draws, generator):
 def factor_effects(losses: Sequence[float], levels: Sequence[dict[str, bool]]) -> dict[str, Difference]:
     """
     By which share perplexity is below with each factor, beside all others, by least squares; the error is that of the
-    residuals.
+    residuals. Runs that diverged, whose loss is not finite, are left out.
 
     Args:
         losses (`list[float]`): Loss of each run, in nats per token.
@@ -118,6 +118,11 @@ def factor_effects(losses: Sequence[float], levels: Sequence[dict[str, bool]]) -
         `ValueError`: if the effects cannot be told apart, or leave too few degrees of freedom or more than are known.
     """
     names = list(levels[0])
+    is_finite = np.isfinite(losses)
+    losses, levels = (
+        np.asarray(losses)[is_finite],
+        [level for level, kept in zip(levels, is_finite, strict=True) if kept],
+    )
     columns = np.array([[1.0, *(0.5 if level[name] else -0.5 for name in names)] for level in levels])
     freedom = len(losses) - columns.shape[1]
     if np.linalg.matrix_rank(columns) < columns.shape[1] or freedom not in T_QUANTILES:
@@ -126,7 +131,7 @@ def factor_effects(losses: Sequence[float], levels: Sequence[dict[str, bool]]) -
             f"{max(T_QUANTILES)} runs beyond that, but got {len(losses)} runs."
         )
     inverse = np.linalg.inv(columns.T @ columns)
-    effects = inverse @ columns.T @ np.asarray(losses)
+    effects = inverse @ columns.T @ losses
     residuals = losses - columns @ effects
     errors = np.sqrt(np.diag(inverse) * (residuals @ residuals) / freedom)
     quantile = T_QUANTILES[freedom]

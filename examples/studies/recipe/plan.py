@@ -29,6 +29,7 @@ from studies.common.training_plan import (
     Run,
     TrainingPlan,
     changed_fields,
+    configuration_of,
     corpus_loss,
     merge_changes,
     run_of_budget,
@@ -98,8 +99,8 @@ class RecipePlan(TrainingPlan):
         for name in self.screened:
             if "parent" not in self.variants[name]:
                 raise ValueError(f"`screened` must name variants that have a `parent`, but {name!r} has none.")
-        if len(self.factors) > MOST_FACTORS:
-            raise ValueError(f"`factors` must be at most {MOST_FACTORS}, but got {len(self.factors)}.")
+        if len(self.factors) == 1 or len(self.factors) > MOST_FACTORS:
+            raise ValueError(f"`factors` must be none, or 2 to {MOST_FACTORS}, but got {len(self.factors)}.")
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
@@ -187,6 +188,30 @@ def read_plan(file: Path) -> RecipePlan:
     """Reads the plan in a JSON file."""
     (plan,) = HfArgumentParser((RecipePlan,)).parse_json_file(str(file))
     return plan
+
+
+def check_models(plan: RecipePlan) -> None:
+    """
+    Makes the configuration of each model that the plan leads to, whatever is chosen on the way: one that cannot be made
+    raises the error of its configuration before any run.
+    """
+    tuning = tuning_runs(plan)
+    sizes = {
+        variant: {plan.hidden_size}.union(
+            *plan.hidden_sizes.get(variant, ()), plan.dense_sizes if variant == DENSE else ()
+        )
+        for variant in tuning
+    }
+    runs = [
+        replace(run, hidden_size=size) for variant, own in tuning.items() for run in own for size in sizes[variant]
+    ]
+    runs += [
+        Run(RECIPE, plan.hidden_size, 1, plan.learning_rate, ablation=(NUM_EXPERTS, f"{number}, {index}"))
+        for number in plan.nums_experts
+        for index in range(len(plan.trials.get(RECIPE, ())))
+    ]
+    for run in (*screening_runs(plan).values(), *search_runs(plan), *runs):
+        configuration_of(run, plan)
 
 
 def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:

@@ -96,6 +96,8 @@ def test_effects_of_factors():
     assert found["one"].low == pytest.approx(1 - math.exp(expected[1] + 2.262 * error))
     assert found["one"].high == pytest.approx(1 - math.exp(expected[1] - 2.262 * error))
     assert found["two"].high < 0  # it raises the loss
+    diverged = factor_effects([*losses, math.nan], [*levels, {"one": True, "two": True}])
+    assert diverged == found
 
 
 @pytest.mark.parametrize("levels", [[{"one": True}] * 8, [{"one": True}, {"one": False}]])

@@ -18,6 +18,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from recipe_plans import PLANS, SMALL
 
 from modeling_peer import PeerConfig
@@ -33,6 +34,7 @@ from studies.recipe.plan import (
     BLOCK,
     MOST_FACTORS,
     RecipePlan,
+    check_models,
     choose_size,
     compared_runs,
     dense_runs,
@@ -258,7 +260,8 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
             "recipe must have no `trial`, .* but has {'apart': True}",
         ),
-        ({"factors": {str(number): {} for number in range(16)}}, "`factors` must be at most 15, but got 16"),
+        ({"factors": {str(number): {} for number in range(16)}}, "`factors` must be none, or 2 to 15, but got 16"),
+        ({"factors": {"alone": {}}}, "`factors` must be none, or 2 to 15, but got 1"),
         ({"screened": ["missing"]}, "`screened` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
         (
@@ -271,6 +274,24 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
 def test_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         plan_of(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"nums_experts": [64, 9]},  # less than k² of the first trial
+        {
+            "trials": TRIALS
+            | {"recipe": [{"learning_rate": 0.01, "num_experts_per_head": 16}, {"learning_rate": 0.02}]}
+        },
+        {"hidden_sizes": SIZES | {"recipe": [[32, 40]], "dense": [[32, 40]]}},  # no multiple of the head size
+        {"factors": {"many": {"times": {"num_experts_per_head": 8}}, "gated": {"gated_experts": True}}},
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused_before_any_run(fields):
+    check_models(plan_of(**WITH_RECIPE))
+    with pytest.raises((ValueError, StrictDataclassError), match="must be"):
+        check_models(plan_of(**WITH_RECIPE | fields))
 
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
