@@ -213,12 +213,17 @@ def table(results: dict[str, Result]) -> str:
 def verdict(results: dict[str, Result]) -> str:
     """Describes how the PEER model compares after as many steps and after as many seconds, and the expert usage."""
     peer, dense = results[PEER], results[DENSE]
-    after, steps = peer.perplexity_at_equal_seconds, max(peer.eval_losses)
+    step, steps = peer.steps_at_equal_seconds, max(peer.eval_losses)
+    at_equal_seconds = "It took no longer for them."
+    if step < steps:
+        at_equal_seconds = (
+            f"After as many seconds it was at step {step} of {steps}, with a learning rate still to fall, and "
+            f"{_against(peer.perplexity_at_equal_seconds, dense)} {DENSE} at its end."
+        )
     usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
     return (
         f"In one short run of two tiny models with one seed, {PEER} ends {_against(peer.perplexity_after, dense)} "
-        f"{DENSE} after as many steps.\nAfter as many seconds it was at step {peer.steps_at_equal_seconds} of {steps}, "
-        f"with a learning rate still to fall, and {_against(after, dense)} {DENSE} at its end.\n"
+        f"{DENSE} after as many steps.\n{at_equal_seconds}\n"
         f"Expert usage of {PEER} on the held-out text: {usage}.\n{fill(USAGE_GUIDE, 119)}"
     )
 

@@ -14,7 +14,6 @@
 """Every example runs from its command line at a tiny size and saves what its description promises."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -29,7 +28,6 @@ import datasets
 import huggingface_hub
 import pytest
 import quantize
-import quickstart
 import run_clm
 import torch
 from hub_server import HubServer
@@ -39,14 +37,11 @@ from preloaded import python
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     Trainer,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -67,7 +62,7 @@ from common.training import (
     save_description,
     write_training_card,
 )
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, configuration_path, model_costs
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
 from modeling_peer.checkpoint_card import is_written_card
 
 
@@ -465,55 +460,6 @@ class TestClassification:
         )
         assert 0 <= results(tmp_path)["eval_accuracy"] <= 1
         assert set(results(tmp_path, "config.json")["label2id"]) >= {"asyncio", "email"}
-
-
-@pytest.mark.parametrize(("limit", "evaluated"), [(2.5, [3]), (3.0, [3]), (math.inf, [])])
-def test_the_quickstart_evaluates_once_the_seconds_are_reached(monkeypatch, limit, evaluated):
-    """Steps take a second each; what is between them, such as evaluations, does not count."""
-    now = iter(range(100))
-    monkeypatch.setattr(quickstart.time, "perf_counter", lambda: next(now))
-    clock, found = quickstart.StepClock(limit), []
-    for step in range(1, 6):
-        control, state = TrainerControl(), TrainerState(global_step=step)
-        clock.on_step_begin(None, state, control)
-        clock.on_step_end(None, state, control)
-        found += [step] if control.should_evaluate else []
-    assert (found, clock.last_step, clock.seconds) == (evaluated, evaluated[0] if evaluated else 5, 5)
-
-
-def test_quickstart(tmp_path):
-    printed = run(
-        *("quickstart.py", "--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64"),
-        *("--max_eval_samples", "8"),
-    )
-    compared = results(tmp_path, "results.json")
-    for name in ("peer-tiny", "dense-tiny"):
-        costs = model_costs(AutoConfig.from_pretrained(configuration_path(name)))
-        assert (compared[name]["flops_per_token"], compared[name]["sequence_length"]) == (costs.flops, 512)
-        assert f"{costs.flops / 1e6:.2f}" in printed
-    flops = [compared[name]["flops_per_token"] for name in ("peer-tiny", "dense-tiny")]
-    assert flops[0] == pytest.approx(flops[1], rel=0.02)
-    for result in compared.values():
-        assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
-        assert f"{result['perplexity_after']:.1f}" in printed
-        assert f"{result['perplexity_at_equal_seconds']:.1f}" in printed
-    assert compared["dense-tiny"]["perplexity_at_equal_seconds"] == compared["dense-tiny"]["perplexity_after"]
-    equal = compared["peer-tiny"]["steps_at_equal_seconds"]
-    loss = compared["peer-tiny"]["eval_losses"][str(equal)]
-    assert compared["peer-tiny"]["perplexity_at_equal_seconds"] == math.exp(loss)
-    assert f"at step {equal} of 8" in printed
-    assert set(compared["peer-tiny"]["expert_usage"]) == {
-        f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
-    }
-    assert "log N if one gets all" in " ".join(printed.split())
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peer-tiny")
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    text = tokenizer.apply_chat_template([*chat, chat[0]], tokenize=False, add_generation_prompt=True)
-    assert text == "user: Hi\nassistant: Hello<|endoftext|>\nuser: Hi\nassistant:"
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "class LineReader" in printed
-    assert "layer 1: " in printed
-    assert str(tmp_path / "peer-tiny") in printed.split("What to do next")[1]
 
 
 class TestHub:
