@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 import train
 from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
-from slow_tests import RUN_SLOW
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,11 +100,9 @@ OPTIONS = {
     "open": {"added_alone": True},
 }
 ON_FOUR = {
-    "loops": ("pkm", "shared_pool", "grown", "many_experts", "idle", "replicated", "bfloat16"),
+    "loops": ("pkm", "shared_pool", "grown", "many_experts", "idle", "replicated", "bfloat16", "rms_norm", "frozen"),
     "trainers": ("accumulated", "rows"),
 }
-if RUN_SLOW:
-    ON_FOUR["loops"] += ("rms_norm", "frozen")
 # What the stock Trainer trains under DistributedDataParallel.
 UNDER_DDP = ("left", "rows")
 

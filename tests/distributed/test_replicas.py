@@ -367,7 +367,8 @@ def test_keep_their_tables_where_torch_does_not_tell_of_them(monkeypatch):
             assert model._ddp_params_and_buffers_to_ignore == []
 
 
-@pytest.mark.parametrize("part", [pytest.param(compiled_before, marks=slow), compiled_after], ids=["before", "after"])
+@slow
+@pytest.mark.parametrize("part", [compiled_before, compiled_after], ids=["before", "after"])
 def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
     run_on_two_processes(save_parts, str(tmp_path), (part,))
     expected = gradients_of()

@@ -24,6 +24,7 @@ import pytest
 import torch
 from launches import assert_same, assert_same_training, handed_over, launch_ranks, run, torchrun
 from safetensors.torch import load_file
+from slow_tests import slow
 
 from modeling_peer.library_releases import is_at_least
 
@@ -184,6 +185,7 @@ def test_ranks_with_other_seeds_are_refused(output):
         assert "Ranks 0 and 1 disagree on what they draw new weights from, `torch.manual_seed`" in facts["error"]
 
 
+@slow
 def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
     job = {"name": "killed", "group_size": 2}
     code, printed = run(torchrun(2, forks=False), "saves.py", output, json.dumps({**job, "killed": True}))

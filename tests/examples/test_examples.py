@@ -35,6 +35,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from preloaded import python
 from safetensors.torch import load_file
+from slow_tests import slow
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -463,6 +464,7 @@ class TestClassification:
 
 
 class TestHub:
+    @slow
     def test_pushed_comes_back(self, checkpoint, tmp_path):
         with HubServer() as hub:
             printed = run(

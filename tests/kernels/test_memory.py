@@ -213,6 +213,7 @@ print(json.dumps({"more": resident("VmHWM") - before, "factors": factors}))
     assert facts["more"] < 100
 
 
+@slow
 def test_accumulated_factors_take_a_multiple_of_the_rows():
     """Of 32 batches the factors alone would take 57 MB for each of two tables of 2 MB."""
     script = """

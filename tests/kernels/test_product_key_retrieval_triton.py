@@ -17,6 +17,7 @@ import math
 
 import pytest
 import torch
+from slow_tests import slow
 
 from modeling_peer import product_key_retrieval_triton
 from modeling_peer.expert_kernels_cpu import CpuKernels
@@ -99,6 +100,7 @@ class TestRetrieval:
         for x, y in zip(actual, expected, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
+    @slow
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_equals_the_c_kernels_with_ties(self, shape):
         """To the bit: sums of small integers are exact."""

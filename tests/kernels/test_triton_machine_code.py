@@ -53,9 +53,13 @@ TARGETS = [
     Target(100, torch.bfloat16, 1024),
     Target(100, torch.float32, 2048),
 ]
+# One of each capability, of each dtype and of each kind of width.
+SOME_TARGETS = {0, 2, 3, 4}
 
 
-@pytest.fixture(params=TARGETS, ids=str)
+@pytest.fixture(
+    params=[each if i in SOME_TARGETS else pytest.param(each, marks=slow) for i, each in enumerate(TARGETS)], ids=str
+)
 def target(request, monkeypatch, tmp_path):
     reason = missing_target(request.param.capability)
     if reason is not None:

@@ -18,6 +18,7 @@ same time. All other tests in the interpreter look for races too, see `conftest.
 
 import pytest
 import torch
+from slow_tests import slow
 from triton_programs import Race, watched_launches
 
 from modeling_peer import factored_gradient_triton
@@ -135,7 +136,10 @@ def retrieval():
     return [indices, scores, *TritonKernels.retrieval_gradients(scores, indices, queries, sub_keys)]
 
 
-@pytest.mark.parametrize("run, kernels", [(up, 1), (down, 1), (gradient, 6), (step, 2), (retrieval, 7)])
+@pytest.mark.parametrize(
+    "run, kernels",
+    [(up, 1), (down, 1), (gradient, 6), (step, 2), pytest.param(retrieval, 7, marks=slow)],
+)
 def test_the_order_of_programs_does_not_matter(run, kernels, monkeypatch):
     monkeypatch.setattr(factored_gradient_triton, "CHUNK", 4)
     results = []

@@ -227,9 +227,8 @@ def test_a_model_that_is_cast_with_its_optimizer():
     assert optimizer.param_groups
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_reentrant": False}, pytest.param({"use_reentrant": True}, marks=slow)], ids=str
-)
+@slow
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_activation_checkpointing(options):
     model = model_of("peer", "pkm", "peer", share_experts_across_layers=True, query_norm="rms")
     optimizer = optimizer_of(model)

@@ -25,6 +25,7 @@ import torch
 from datasets import load_from_disk
 from filelock import FileLock
 from scaling_plans import PEER_FIELDS, PLAN, SMALL
+from slow_tests import REASON, RUN_SLOW
 from study_runs import make_study, run_preloaded
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +51,8 @@ from studies.scaling.study import Study
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """The study at its smallest, made once, and as a function that goes on with it."""
+    if not RUN_SLOW:
+        pytest.skip(REASON)
     yield from make_study(scaling, tmp_path_factory.mktemp("scaling"), SMALL)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 from transformers import AutoTokenizer
 
@@ -253,6 +254,7 @@ def study(monkeypatch, tmp_path):
 
 
 class TestStudy:
+    @slow
     def test_all_arms_come_to_their_end(self, study, tmp_path, monkeypatch):
         monkeypatch.setattr(stream_arms, "fit_gates", partial(fit_gates, num_steps=20))
         arms = dict(stream_study.ARMS)
