@@ -44,8 +44,14 @@ RECIPE = "recipe"
 # Groups of changes of a variant, see `Run.ablation`: the trial of the tuning, the number of experts, what is searched.
 TUNING, NUM_EXPERTS, FACTORS = "tuning", "num_experts", "factors"
 
-# The factor of a design that tells its two seeds apart, and how many others it has room for.
-BLOCK, MOST_FACTORS = "seed", 15
+# The factor of a design that tells its two seeds apart.
+BLOCK = "seed"
+
+# What adopts a factor: an interval that excludes zero, besides a mean of one percent, or the mean alone.
+BARS = ("interval", "mean")
+
+# By the number of runs of a design, for how many factors it has room beside `BLOCK`.
+MOST_FACTORS = {16: 7, 32: 15}
 
 # The first seed of the comparison: nothing was chosen with it or those after it.
 FIRST_SEED = 3
@@ -65,9 +71,11 @@ class RecipePlan(TrainingPlan):
         hidden_size (`int`): Size of the models of search and tuning.
         learning_rate (`float`): Learning rate of the search.
         screened (`list[str]`): Variants that are compared with their parents with one seed.
-        factors (`dict[str, dict]`):
-            What may be added to `peer`, by names: see [`with_factors`]. All are tried together, each present in half of
-            the runs.
+        factors (`dict[str, dict]`): What may be added to a variant, by names: see [`with_factors`].
+        designs (`list[dict]`):
+            Experiments of the search, in their order: the `variant` to which the `factors` of these names are added, the
+            number of `runs` of the design, each factor present in half of them, the `seeds` of which the runs are made,
+            1, 2 or both, and the `bar` at which a factor is adopted, see `BARS`.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by.
@@ -83,6 +91,7 @@ class RecipePlan(TrainingPlan):
     learning_rate: float
     screened: list[str]
     factors: dict[str, dict[str, Any]]
+    designs: list[dict[str, Any]]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
     seeds: dict[str, list[int]]
@@ -99,8 +108,8 @@ class RecipePlan(TrainingPlan):
         for name in self.screened:
             if "parent" not in self.variants[name]:
                 raise ValueError(f"`screened` must name variants that have a `parent`, but {name!r} has none.")
-        if len(self.factors) == 1 or len(self.factors) > MOST_FACTORS:
-            raise ValueError(f"`factors` must be none, or 2 to {MOST_FACTORS}, but got {len(self.factors)}.")
+        for design in self.designs:
+            self._check_design(design)
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
@@ -111,6 +120,17 @@ class RecipePlan(TrainingPlan):
                         f"`{field}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
                     )
         self._check_the_recipe()
+
+    def _check_design(self, design):
+        if unknown := set(design["factors"]) - self.factors.keys():
+            raise ValueError(f"`designs` must name some of `factors`, but got {sorted(unknown)} among them.")
+        most = MOST_FACTORS.get(design["runs"])
+        is_known = design["variant"] in self.variants and set(design["seeds"]) <= {1, 2} and design["bar"] in BARS
+        if most is None or not 2 <= len(design["factors"]) <= most or not is_known:
+            raise ValueError(
+                f"`designs` must be of one of `variants`, have 16 runs for 2 to {MOST_FACTORS[16]} factors or 32 for 2 to "
+                f"{MOST_FACTORS[32]}, `seeds` 1, 2 or both, and a `bar` of {BARS}, but got {design}."
+            )
 
     def _check_the_recipe(self):
         """What would otherwise fail after hours, once there is a recipe."""
@@ -170,7 +190,8 @@ def factors_of(run: Run) -> list[str]:
 def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict[str, Any]:
     """
     Changes of a named configuration with those of several factors, which do not replace each other: fields in `times`
-    are multiplied, and `feed_forward` replaces "peer" in `feed_forward_types`, wherever these are.
+    are multiplied, "peer" is also in the `blocks` of each, and then `feed_forward` replaces "peer" in
+    `feed_forward_types`, wherever these are.
     """
     if not factors:
         return changes
@@ -178,10 +199,13 @@ def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict
     base = PeerConfig.from_pretrained(configuration_path(merged["configuration"]))
     for name, times in (item for factor in factors for item in factor.get("times", {}).items()):
         merged[name] = int(merged.get(name, getattr(base, name)) * times)
+    types = list(merged.get("feed_forward_types", base.feed_forward_types))
+    for block in (block for factor in factors for block in factor.get("blocks", ())):
+        types[block] = PEER
     if feed_forward := merged.pop("feed_forward", None):
-        types = merged.get("feed_forward_types", base.feed_forward_types)
-        merged["feed_forward_types"] = [feed_forward if name == PEER else name for name in types]
-    return {name: value for name, value in merged.items() if name != "times"}
+        types = [feed_forward if name == PEER else name for name in types]
+    own = {name: value for name, value in merged.items() if name not in ("times", "blocks")}
+    return own if types == base.feed_forward_types else own | {"feed_forward_types": types}
 
 
 def read_plan(file: Path) -> RecipePlan:
@@ -220,39 +244,45 @@ def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:
 
 
 def screening_runs(plan: RecipePlan) -> dict[str, Run]:
-    """The run of each variant that is screened, of its parent, and of dense."""
+    """The run of each variant that is screened, of its parent, and of dense; none if nothing is screened."""
     parents = [plan.variants[name]["parent"] for name in plan.screened]
-    return {
-        name: run_of_budget(name, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan)
-        for name in dict.fromkeys([DENSE, PEER, *parents, *plan.screened])
-    }
+    names = dict.fromkeys([DENSE, PEER, *parents, *plan.screened] if plan.screened else [])
+    return {name: run_of_budget(name, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan) for name in names}
 
 
-def factor_levels(names: Iterable[str]) -> list[dict[str, bool]]:
+def factor_levels(names: Iterable[str], num_runs: int) -> list[dict[str, bool]]:
     """
-    A two-level design of resolution IV in 32 runs, halved by `BLOCK`: no effect of a factor is mixed up with that of
-    another or of two others together. The levels of five factors are all that there are; those of each further one are
-    the products of three or of all five (Box, Hunter & Hunter, "Statistics for Experimenters", chapter 6).
+    A two-level design of resolution IV in 16 or 32 runs, halved by `BLOCK`: no effect of a factor is mixed up with that
+    of another or of two others together. The levels of the first four or five factors are all that there are; those of
+    each further one are the products of three or of all five (Box, Hunter & Hunter, "Statistics for Experimenters",
+    chapter 6).
     """
-    words = [word for size in (1, 5, 3) for word in combinations(range(5), size)]
+    number = num_runs.bit_length() - 1
+    words = [word for size in (1, 5, 3) for word in combinations(range(number), size)]
     names = list(names)
-    columns = dict(zip([*names[:5], BLOCK, *names[5:]] if len(names) >= 5 else [*names, BLOCK], words, strict=False))
+    in_order = [*names[:number], BLOCK, *names[number:]] if len(names) >= number else [*names, BLOCK]
+    columns = dict(zip(in_order, words, strict=False))
     return [
         {name: math.prod(signs[place] for place in word) > 0 for name, word in columns.items()}
-        for signs in product((-1, 1), repeat=5)
+        for signs in product((-1, 1), repeat=number)
     ]
 
 
-def search_runs(plan: RecipePlan) -> list[Run]:
-    """The runs of the design, with seed 1 in one half and 2 in the other."""
+def design_runs(plan: RecipePlan, design: dict[str, Any]) -> list[Run]:
+    """The runs of one of the `designs`, with seed 1 in one half and 2 in the other, as far as it has these seeds."""
     runs = []
-    for levels in factor_levels(plan.factors):
+    for levels in factor_levels(design["factors"], design["runs"]):
         seed = 2 if levels.pop(BLOCK) else 1
         present = "+".join(name for name, is_there in levels.items() if is_there)
         ablation = (FACTORS, present) if present else None
-        run = run_of_budget(PEER, plan.hidden_size, plan.budgets[0], plan.learning_rate, plan, ablation)
+        run = run_of_budget(design["variant"], plan.hidden_size, plan.budgets[0], plan.learning_rate, plan, ablation)
         runs.append(replace(run, seed=seed))
-    return sorted(dict.fromkeys(runs), key=lambda run: run.seed) if plan.factors else []
+    return sorted((run for run in dict.fromkeys(runs) if run.seed in design["seeds"]), key=lambda run: run.seed)
+
+
+def search_runs(plan: RecipePlan) -> list[Run]:
+    """The runs of all designs."""
+    return [run for design in plan.designs for run in design_runs(plan, design)]
 
 
 def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:

@@ -17,36 +17,46 @@ Pictures of the recipe study. Each function saves one in a file, and returns whe
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from common.pictures import add_legend, look_of, new_figure, save_picture, shades
 from studies.common.training_plan import DENSE, PEER, Run, budget_name
+from studies.recipe.differences import Difference
 from studies.recipe.plan import BLOCK, RECIPE, expert_runs
 from studies.recipe.report import is_adopted
 from studies.recipe.results import Results
 
 
 def plot_search(results: Results, file: Path) -> bool:
-    """By how much perplexity on the corpus is below with each factor of the search."""
-    effects = {name: effect for name, effect in results.effects().items() if name != BLOCK}
-    if not effects:
+    """By how much perplexity on the corpus is below with each factor of the designs of the search."""
+    made = [(design, effects) for design in results.plan.designs if (effects := results.effects(design))]
+    if not made:
         return False
-    effects = dict(sorted(effects.items(), key=lambda item: item[1].share))
-    figure = new_figure(8, 1.5 + 0.3 * len(effects))
-    axes = figure.add_subplot()
-    for place, effect in enumerate(effects.values()):
-        look = look_of(RECIPE if is_adopted(effect) else PEER)
-        ends = [[100 * (effect.share - effect.low)], [100 * (effect.high - effect.share)]]
-        axes.errorbar(100 * effect.share, place, xerr=ends, color=look.color, marker=look.marker, capsize=3)
-    axes.set_yticks(range(len(effects)), list(effects))
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("perplexity on the corpus below without it, %, and 95 % intervals")
-    axes.set_title("What each change of PEER is worth; dark, what is adopted")
-    axes.grid(alpha=0.3, axis="x")
+    heights = [1.2 + 0.3 * len(effects) for _, effects in made]
+    figure = new_figure(8, sum(heights))
+    panels = figure.subplots(len(made), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, (design, effects) in zip(panels, made, strict=True):
+        _draw_effects(design, effects, axes)
+    panels[0].set_title("What each change of PEER is worth; dark, what is adopted")
+    panels[-1].set_xlabel("perplexity on the corpus below without it, %, and 95 % intervals")
     save_picture(figure, file)
     return True
+
+
+def _draw_effects(design: dict[str, Any], effects: dict[str, Difference], axes: Axes) -> None:
+    own = {name: effect for name, effect in effects.items() if name != BLOCK}
+    own = dict(sorted(own.items(), key=lambda item: item[1].share))
+    for place, effect in enumerate(own.values()):
+        look = look_of(RECIPE if is_adopted(effect, design["bar"]) else PEER)
+        ends = [[100 * (effect.share - effect.low)], [100 * (effect.high - effect.share)]]
+        axes.errorbar(100 * effect.share, place, xerr=ends, color=look.color, marker=look.marker, capsize=3)
+    axes.set_yticks(range(len(own)), list(own))
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylabel(design["variant"])
+    axes.grid(alpha=0.3, axis="x")
 
 
 def plot_comparison(results: Results, file: Path) -> bool:

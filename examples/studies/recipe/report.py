@@ -14,6 +14,7 @@
 """Tables of the recipe study from its raw results."""
 
 import math
+from typing import Any
 
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS, DENSE, budget_name, costs_of
@@ -21,12 +22,12 @@ from studies.recipe.differences import Difference
 from studies.recipe.plan import (
     BLOCK,
     RECIPE,
+    design_runs,
     expert_runs,
     runs_beyond,
     runs_by_size,
     runs_to_tune,
     screening_runs,
-    search_runs,
 )
 from studies.recipe.results import Results
 
@@ -50,22 +51,23 @@ def table_of_the_screening(results: Results) -> str:
                 f"{results.below_on_the_corpus(run, runs[parent]):+.1%}" if is_compared else "",
             ]
         )
-    return markdown_table(rows)
+    return markdown_table(rows) if len(rows) > 1 else ""
 
 
-def table_of_the_search(results: Results) -> str:
-    """Table of the effects of the factors, on the corpus alone: the five texts choose nothing."""
-    if not (effects := results.effects()):
+def table_of_a_design(results: Results, design: dict[str, Any]) -> str:
+    """Table of the effects of the factors of a design, on the corpus alone: the five texts choose nothing."""
+    if not (effects := results.effects(design)):
         return ""
-    rows = [[f"{len(search_runs(results.plan))} runs", "corpus perplexity below without it", "adopted"]]
+    number, variant = len(design_runs(results.plan, design)), design["variant"]
+    rows = [[f"{number} runs of {variant}", "corpus perplexity below without it", "adopted"]]
     for name, effect in effects.items():
-        rows.append([name, str(effect), "" if name == BLOCK else "yes" if is_adopted(effect) else "no"])
+        rows.append([name, str(effect), "" if name == BLOCK else "yes" if is_adopted(effect, design["bar"]) else "no"])
     return markdown_table(rows)
 
 
-def is_adopted(effect: Difference) -> bool:
-    """The rule of the page: below by at least one percent, and the interval excludes zero."""
-    return effect.share >= 0.01 and effect.low > 0
+def is_adopted(effect: Difference, bar: str) -> bool:
+    """The rule of the page: below by at least one percent, and with the bar "interval" this excludes zero."""
+    return effect.share >= 0.01 and (bar == "mean" or effect.low > 0)
 
 
 def table_of_trials(results: Results) -> str:
@@ -218,7 +220,7 @@ def describe(results: Results) -> str:
     """The tables of what has been made, under headings."""
     plan, best = results.plan, results.best
     tables = {
-        "Search": [table_of_the_screening(results), table_of_the_search(results)],
+        "Search": [table_of_the_screening(results), *(table_of_a_design(results, each) for each in plan.designs)],
         "Tuning": [table_of_trials(results)],
         "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
         "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],

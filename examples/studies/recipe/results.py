@@ -30,12 +30,12 @@ from studies.recipe.plan import (
     choose_size,
     compared_runs,
     dense_runs,
+    design_runs,
     factors_of,
     runs_beyond,
     runs_by_size,
     runs_of_widths,
     runs_to_tune,
-    search_runs,
     tuned,
 )
 
@@ -143,17 +143,18 @@ class Results:
         """By which share the perplexity on the corpus is below that of another run."""
         return 1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
 
-    def effects(self) -> dict[str, Difference]:
+    def effects(self, design: dict[str, Any]) -> dict[str, Difference]:
         """
-        By which share the perplexity on the corpus is below with each factor of the search, and with the second of its
-        seeds; empty before all of its runs are made.
+        By which share the perplexity on the corpus is below with each factor of a design, and with the second of its
+        seeds, if it has two; empty before all of its runs are made.
         """
-        runs = search_runs(self.plan)
-        if not runs or not self.are_made(runs):
+        runs = design_runs(self.plan, design)
+        if not self.are_made(runs):
             return {}
-        levels = [{name: name in factors_of(run) for name in self.plan.factors} for run in runs]
-        of_seeds = [level | {BLOCK: run.seed > 1} for level, run in zip(levels, runs, strict=True)]
-        return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], of_seeds)
+        levels = [{name: name in factors_of(run) for name in design["factors"]} for run in runs]
+        if len(design["seeds"]) > 1:
+            levels = [level | {BLOCK: run.seed > 1} for level, run in zip(levels, runs, strict=True)]
+        return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], levels)
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
         """A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made."""

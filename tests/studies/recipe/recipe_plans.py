@@ -45,6 +45,7 @@ SMALL = {
     },
     "screened": ["gated", "apart"],
     "factors": {},
+    "designs": [],
     "trials": {},
     "hidden_sizes": {},
     "seeds": {},
@@ -57,6 +58,7 @@ WHOLE = SMALL | {
     "variants": SMALL["variants"] | {"recipe": {"parent": "gated", "query_norm": "rms"}},
     "screened": [],
     "factors": {"gated": {"gated_experts": True}, "apart": {"trial": {"apart": True}}},
+    "designs": [{"variant": "peer", "factors": ["gated", "apart"], "runs": 16, "seeds": [1, 2], "bar": "interval"}],
     "trials": {
         "dense": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
         "peer": [{"learning_rate": 0.01}, {"learning_rate": 0.01, "query_norm": "rms"}],

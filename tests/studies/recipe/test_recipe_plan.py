@@ -31,6 +31,7 @@ from studies.common.training_plan import (
 )
 from studies.recipe.differences import Difference
 from studies.recipe.plan import (
+    BARS,
     BLOCK,
     MOST_FACTORS,
     RecipePlan,
@@ -38,6 +39,7 @@ from studies.recipe.plan import (
     choose_size,
     compared_runs,
     dense_runs,
+    design_runs,
     expert_runs,
     factor_levels,
     factors_of,
@@ -55,6 +57,9 @@ from studies.recipe.plan import (
 )
 from studies.recipe.report import is_adopted
 
+
+EIGHT = {str(number): {} for number in range(8)}
+MANY = {"variant": "peer", "factors": ["0", "1"], "runs": 16, "seeds": [1, 2], "bar": "mean"}
 
 TRIALS = {
     "dense": [{"learning_rate": 0.01}, {"learning_rate": 0.02}],
@@ -105,13 +110,15 @@ def test_the_screening_compares_each_with_its_parent_at_one_budget():
         assert (run.variant, run.seed) == (name, 0)
         assert training_flops(run, plan) == pytest.approx(6e11, rel=0.01)
     assert runs["gated"].steps < runs["peer"].steps
+    assert screening_runs(plan_of(screened=[])) == {}
 
 
-def test_the_design_tells_effects_apart():
+@pytest.mark.parametrize(("num_runs", "most"), MOST_FACTORS.items())
+def test_the_design_tells_effects_apart(num_runs, most):
     """Of each other, of those of two others together, and of the seeds."""
-    names = [str(number) for number in range(MOST_FACTORS)]
-    levels = factor_levels(names)
-    assert len({tuple(level.values()) for level in levels}) == 32
+    names = [str(number) for number in range(most)]
+    levels = factor_levels(names, num_runs)
+    assert len({tuple(level.values()) for level in levels}) == num_runs
     columns = {name: np.array([1 if level[name] else -1 for level in levels]) for name in [*names, BLOCK]}
     for name, column in columns.items():
         assert column.sum() == 0
@@ -129,8 +136,10 @@ def test_each_run_of_the_search_has_what_its_factors_say():
         "apart": {"trial": {"apart": True}},
         "gated": {"gated_experts": True},
     }
-    plan = plan_of(factors=factors, budgets=[6e11])
+    design = {"variant": "peer", "factors": list(factors), "runs": 32, "seeds": [1, 2], "bar": "mean"}
+    plan = plan_of(factors=factors, designs=[design], budgets=[6e11])
     runs = search_runs(plan)
+    assert runs[:16] == design_runs(plan, design | {"seeds": [1]})
     assert len({run.name for run in runs}) == 32
     assert [run.seed for run in runs] == [1] * 16 + [2] * 16
     for run in runs:
@@ -149,6 +158,18 @@ def test_each_run_of_the_search_has_what_its_factors_say():
         assert sum(name in factors_of(run) for run in runs) == 16
 
 
+def test_factors_add_blocks_and_keep_those_that_there_are():
+    factors = {"last": {"blocks": [2, 3]}, "first": {"blocks": [0]}, "narrow": {"feed_forward": "narrow_peer"}}
+    design = {"variant": "gated", "factors": list(factors), "runs": 16, "seeds": [2, 1], "bar": "mean"}
+    plan = plan_of(factors=factors, designs=[design], budgets=[6e11])
+    for run in search_runs(plan):
+        has = {name: name in factors_of(run) for name in factors}
+        config, kind = configuration_of(run, plan), "narrow_peer" if has["narrow"] else "peer"
+        blocks = [has["first"], True, has["last"], has["last"]]
+        assert config.feed_forward_types == [kind if is_there else "dense" for is_there in blocks]
+        assert config.gated_experts and run.variant == "gated"
+
+
 def test_what_diverged_is_not_chosen():
     plan = plan_of(trials=TRIALS)
     runs = tuning_runs(plan)
@@ -160,11 +181,13 @@ def test_what_diverged_is_not_chosen():
 
 
 @pytest.mark.parametrize(
-    ("effect", "expected"), [((0.02, 0.001), True), ((0.02, -0.001), False), ((0.009, 0.005), False)]
+    ("effect", "expected"),
+    [((0.02, 0.001), (True, True)), ((0.02, -0.001), (False, True)), ((0.009, 0.005), (False, False))],
 )
 def test_what_is_adopted(effect, expected):
     share, low = effect
-    assert is_adopted(Difference(share, 0.01, low, 2 * share - low)) == expected
+    difference = Difference(share, 0.01, low, 2 * share - low)
+    assert tuple(is_adopted(difference, bar) for bar in BARS) == expected
 
 
 def test_tuning_gives_each_variant_its_best_trial():
@@ -260,8 +283,18 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
             "recipe must have no `trial`, .* but has {'apart': True}",
         ),
-        ({"factors": {str(number): {} for number in range(16)}}, "`factors` must be none, or 2 to 15, but got 16"),
-        ({"factors": {"alone": {}}}, "`factors` must be none, or 2 to 15, but got 1"),
+        ({"designs": [MANY | {"factors": ["none"]}]}, "`designs` must name some of `factors`, but got \\['none'\\]"),
+        *(
+            ({"factors": EIGHT, "designs": [MANY | changed]}, "`designs` must be of one of `variants`, have 16 runs")
+            for changed in (
+                {"factors": list(EIGHT)},
+                {"factors": ["0"]},
+                {"runs": 8},
+                {"seeds": [0]},
+                {"bar": "none"},
+                {"variant": "none"},
+            )
+        ),
         ({"screened": ["missing"]}, "`screened` must name some of `variants`, but got \\['missing'\\]"),
         ({"trials": TRIALS | {"gated": [{"learning_rate": 1}]}}, "equally many for all variants.*'gated': 1"),
         (
@@ -285,7 +318,7 @@ def test_refuses(fields, message):
             | {"recipe": [{"learning_rate": 0.01, "num_experts_per_head": 16}, {"learning_rate": 0.02}]}
         },
         {"hidden_sizes": SIZES | {"recipe": [[32, 40]], "dense": [[32, 40]]}},  # no multiple of the head size
-        {"factors": {"many": {"times": {"num_experts_per_head": 8}}, "gated": {"gated_experts": True}}},
+        {"factors": EIGHT | {"1": {"times": {"num_experts_per_head": 8}}}, "designs": [MANY]},
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused_before_any_run(fields):

@@ -63,11 +63,12 @@ def test_of_a_recipe(tmp_path):
         assert [run.seed for run in dense] == [run.seed for run in recipe_runs] == [3, 4]
         runs = search_runs(results.plan)
         assert len(runs) == 8 and results.are_made(runs)  # two factors with two seeds
+        (design,) = results.plan.designs
         with_it, without = (
             [results.runs[run.name]["losses"]["corpus"] for run in runs if ("apart" in factors_of(run)) == is_there]
             for is_there in (True, False)
         )
-        effect = results.effects()["apart"]
+        effect = results.effects(design)["apart"]
         assert effect.share == pytest.approx(1 - math.exp(sum(with_it) / 4 - sum(without) / 4))
         assert f"| apart | {effect} |" in re.sub(" +", " ", printed)
         perplexity = sum(math.exp(results.runs[run.name]["losses"]["new"]) for run in recipe_runs) / 2
