@@ -30,6 +30,9 @@ import quickstart
 from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from studies.facts import report as facts
+from studies.recipe.plots import plot_search
+from studies.recipe.results import read_results as read_recipe
+from studies.recipe.variants import register_variants
 from studies.scaling.plots import PLOTS
 from studies.scaling.report import read_results
 from studies.stream import report as stream
@@ -48,9 +51,11 @@ class Arguments:
     )
 
 
-def drawings() -> dict[str, Callable[[Path], None]]:
+def drawings() -> dict[str, Callable[[Path], object]]:
     """What draws each picture into a file, by the path of the picture in the repository."""
     studies = ROOT / "examples" / "studies"
+    register_variants()  # for the steps of the runs of the recipe study
+    recipe = read_recipe(studies / "recipe" / "results.json")
     scaling = read_results(studies / "scaling" / "results.json")
     return {
         "docs/images/quickstart.png": lambda file: quickstart.plot_losses(_quickstart_results(), file),
@@ -58,6 +63,7 @@ def drawings() -> dict[str, Callable[[Path], None]]:
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
         ),
         "examples/studies/facts/results.png": lambda file: facts.plot(_read(studies / "facts/results.json"), file),
+        "examples/studies/recipe/search.png": lambda file: plot_search(recipe, file),
         "examples/studies/stream/results.png": lambda file: stream.plot(_read(studies / "stream/results.json"), file),
         **{
             f"examples/studies/scaling/{name}.png": lambda file, draw=draw: draw(scaling, file)
