@@ -13,6 +13,8 @@
 # limitations under the License.
 """What the studies that train many models share: which model a run trains, for how long, and what that costs."""
 
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +135,12 @@ def base_configuration(run: Run, plan: TrainingPlan) -> str:
     return plan.own_changes(run)["configuration"]
 
 
+@functools.cache
+def named_configuration(name: str) -> PeerConfig:
+    """A named configuration, the same object each time: a plan asks for it again with every run."""
+    return PeerConfig.from_pretrained(configuration_path(name))
+
+
 def changed_fields(run: Run, plan: TrainingPlan) -> dict[str, Any]:
     """
     The fields in which the configuration of a run differs from the named one: those of its size and its own.
@@ -140,7 +148,7 @@ def changed_fields(run: Run, plan: TrainingPlan) -> dict[str, Any]:
     Raises:
         `ValueError`: if the size is not a multiple of the head size.
     """
-    base = PeerConfig.from_pretrained(configuration_path(base_configuration(run, plan)))
+    base = named_configuration(base_configuration(run, plan))
     fields = {"head_dim": base.head_dim, **plan.fields, **plan.own_changes(run)}
     heads, rest = divmod(run.hidden_size, fields["head_dim"])
     if rest:
@@ -174,7 +182,14 @@ def configuration_of(run: Run, plan: TrainingPlan) -> PeerConfig:
 
 def costs_of(run: Run, plan: TrainingPlan) -> ModelCosts:
     """The costs of the model of a run, at the sequence length of its training."""
-    return model_costs(configuration_of(run, plan), plan.block_size)
+    fields = json.dumps(changed_fields(run, plan), sort_keys=True)
+    return _costs_of_model(base_configuration(run, plan), fields, plan.block_size)
+
+
+@functools.cache
+def _costs_of_model(name, fields, block_size):
+    """Runs that differ in steps, rate or seed have one model."""
+    return model_costs(load_config(ModelArguments(config_name=name), **json.loads(fields)), block_size)
 
 
 def training_flops(run: Run, plan: TrainingPlan) -> int:

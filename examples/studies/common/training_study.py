@@ -32,7 +32,6 @@ from transformers import AutoTokenizer
 
 from common.subprocesses import module_command, module_environment
 from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
-from modeling_peer import PeerConfig, configuration_path
 from studies.common.corpora import load_corpus
 from studies.common.single_run import EVAL_BATCH_SIZE, changes_to_measure, comparable, digests, read_texts
 from studies.common.study_folder import claim_folder, read_json, write_json
@@ -44,6 +43,7 @@ from studies.common.training_plan import (
     base_configuration,
     changed_fields,
     costs_of,
+    named_configuration,
     training_arguments,
     training_flops,
     trains_by_rows,
@@ -155,7 +155,7 @@ class TrainingStudy:
         corpus = {split: concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation")}
         for split, texts in corpus.items():
             texts.to_parquet(self.folder / "text" / f"{split}.parquet")
-        base = PeerConfig.from_pretrained(configuration_path(self.plan.variants[DENSE]["configuration"]))
+        base = named_configuration(self.plan.variants[DENSE]["configuration"])
         tokenizer = train_tokenizer(
             corpus["train"].shuffle(seed=0), "text", base.vocab_size, base.max_position_embeddings
         )

@@ -22,7 +22,6 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from modeling_peer import PeerConfig, configuration_path
 from studies.common.training_plan import (
     DENSE,
     PEER,
@@ -32,6 +31,7 @@ from studies.common.training_plan import (
     configuration_of,
     corpus_loss,
     merge_changes,
+    named_configuration,
     run_of_budget,
     run_of_seconds,
     run_of_steps,
@@ -196,7 +196,7 @@ def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict
     if not factors:
         return changes
     merged = merge_changes(changes, *factors)
-    base = PeerConfig.from_pretrained(configuration_path(merged["configuration"]))
+    base = named_configuration(merged["configuration"])
     for name, times in (item for factor in factors for item in factor.get("times", {}).items()):
         merged[name] = int(merged.get(name, getattr(base, name)) * times)
     types = list(merged.get("feed_forward_types", base.feed_forward_types))
