@@ -21,6 +21,8 @@ from documentation import ROOT
 
 from benchmark.report import Results
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from studies.recipe.results import read_results as read_recipe
+from studies.recipe.variants import register_variants
 from studies.scaling.report import read_results, table_of_perplexities, table_of_seconds
 
 
@@ -209,6 +211,24 @@ class TestScaling:
         for norm, number, perplexity, usage in rows:
             label = "none" if norm == "None" else norm
             assert re.search(rf"^\| {label} +\| {number} .*\| +{perplexity} \| +{usage} \|", study, flags=re.M)
+
+
+def test_what_changes_of_peer_are_worth():
+    """Of the first design of the recipe study, whose factors the page has in this order."""
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    effects = results.effects(results.plan.designs[0])
+    text = " ".join(page("docs/choosing-sizes-and-rates.md").partition("## Other options")[2].split())
+    assert {f"{effect.error:.1%}" for effect in effects.values()} == {"0.7%"} and "standard errors of 0.7 %" in text
+    share = {name: f"{abs(100 * effect.share):.1f} %" for name, effect in effects.items()}
+    worse, within = text.partition("**Within")[::2]
+    assert [name for name, effect in effects.items() if effect.high < 0] == ["dense branch", "narrow rows"]
+    assert f"by {share['dense branch']}, experts of half the width with twice k by {share['narrow rows']}." in worse
+    assert f"are {share['two heads']} better, twice k is {share['twice the experts']} better" in within
+    assert share["gated experts"] == share["falling rate of v"] and f"are {share['gated experts']} worse" in within
+    assert f"second is {share['third block']} worse" in within
+    apart, moments = share["clipped apart"].removesuffix(" %"), share["dense moments"]
+    assert f"worth nothing ({apart} % and {moments})" in within
 
 
 class TestContinualLearning:
