@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tests that take long beside others of the same thing: `RUN_SLOW=1` runs them, as in Transformers."""
+"""Tests that take long: `RUN_SLOW=1` runs them, as in Transformers, and so does CI on every change."""
 
 import pytest
 from transformers.testing_utils import parse_flag_from_env
 
 
 RUN_SLOW = parse_flag_from_env("RUN_SLOW")
-REASON = "It takes long, beside a test of the same thing: RUN_SLOW=1 runs it."
+REASON = "It takes long: CI runs it on every change, and RUN_SLOW=1 here."
 
 slow = pytest.mark.skipif(not RUN_SLOW, reason=REASON)

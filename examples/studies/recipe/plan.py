@@ -47,6 +47,8 @@ TUNING, NUM_EXPERTS, FACTORS = "tuning", "num_experts", "factors"
 # The factor of a design that tells its two seeds apart.
 BLOCK = "seed"
 
+PARTS_OF_DESIGN = ("variant", "factors", "runs", "seeds", "bar")
+
 # What adopts a factor: an interval that excludes zero, besides a mean of one percent, or the mean alone.
 BARS = ("interval", "mean")
 
@@ -122,6 +124,8 @@ class RecipePlan(TrainingPlan):
         self._check_the_recipe()
 
     def _check_design(self, design):
+        if design.keys() != set(PARTS_OF_DESIGN):
+            raise ValueError(f"`designs` must have {list(PARTS_OF_DESIGN)} each, but got {list(design)}.")
         if unknown := set(design["factors"]) - self.factors.keys():
             raise ValueError(f"`designs` must name some of `factors`, but got {sorted(unknown)} among them.")
         most = MOST_FACTORS.get(design["runs"])

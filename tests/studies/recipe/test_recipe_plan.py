@@ -283,6 +283,7 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
             "recipe must have no `trial`, .* but has {'apart': True}",
         ),
+        ({"designs": [{"variant": "peer"}]}, "`designs` must have \\['variant', .* each, but got \\['variant'\\]"),
         ({"designs": [MANY | {"factors": ["none"]}]}, "`designs` must name some of `factors`, but got \\['none'\\]"),
         *(
             ({"factors": EIGHT, "designs": [MANY | changed]}, "`designs` must be of one of `variants`, have 16 runs")
