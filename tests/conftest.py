@@ -89,6 +89,17 @@ def library_logging():
     (library_logs.enable_progress_bar if progress_bar else library_logs.disable_progress_bar)()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered_variants():
+    """What a file of tests registers, by itself or through a study that it calls, the next does not find."""
+    from modeling_peer import FeedForwardInterface
+
+    before = dict(FeedForwardInterface._global_mapping)
+    yield
+    FeedForwardInterface._global_mapping.clear()
+    FeedForwardInterface._global_mapping.update(before)
+
+
 @pytest.fixture
 def used_kernels(monkeypatch):
     """See `record_kernels`."""

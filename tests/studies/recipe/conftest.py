@@ -15,14 +15,9 @@
 
 import pytest
 
-from modeling_peer import FeedForwardInterface
 from studies.recipe.variants import register_variants
 
 
 @pytest.fixture(scope="module", autouse=True)
-def variants_of_the_study():
-    before = dict(FeedForwardInterface._global_mapping)
+def variants_of_the_study(registered_variants):
     register_variants()
-    yield
-    FeedForwardInterface._global_mapping.clear()
-    FeedForwardInterface._global_mapping.update(before)
