@@ -105,7 +105,8 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
 def compare_at_equal_seconds(study: Study) -> None:
     """Makes the runs of the recipe at all sizes for the seconds of dense at the last budget, and of the best one."""
     study.seconds()
-    study.make(study.all_results().runs_of_widths()[RECIPE], "Widths at equal seconds")
+    widths = study.all_results().runs_of_widths()[RECIPE]
+    study.make(widths if len(widths) > 1 else [], "Widths at equal seconds")
     study.make(_seed_by_seed(study.all_results().runs_of_seconds()), "Equal seconds")
 
 

@@ -151,18 +151,21 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
 
 def table_of_seconds(results: Results) -> str:
     """Tables of dense and the recipe for equal seconds: at each width with one seed, and at the best width of each."""
-    if not (runs := results.compared_at_widths()):
-        return ""
-    rows = [["seed 0", "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
-    for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True):
-        rows += [_row_of_seconds(results, [dense], ""), _row_of_seconds(results, [own], results.below([own], [dense]))]
-    tables = [markdown_table(rows)]
-    if compared := results.compared_at_equal_seconds():
-        ahead = results.below(compared[RECIPE], compared[DENSE])
-        rows = [[f"{len(compared[DENSE])} seeds", *rows[0][1:]]]
-        rows += [_row_of_seconds(results, compared[DENSE], ""), _row_of_seconds(results, compared[RECIPE], ahead)]
-        tables.append(markdown_table(rows))
+    tables = []
+    if runs := results.compared_at_widths():
+        pairs = [([dense], [own]) for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True)]
+        tables.append(_table_of_seconds(results, "seed 0", pairs))
+    if runs := results.compared_at_equal_seconds():
+        number = len(runs[DENSE])
+        tables.append(_table_of_seconds(results, f"{number} seeds", [(runs[DENSE], runs[RECIPE])]))
     return "\n\n".join(tables)
+
+
+def _table_of_seconds(results, seeds, pairs):
+    rows = [[seeds, "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
+    for dense, own in pairs:
+        rows += [_row_of_seconds(results, dense, ""), _row_of_seconds(results, own, results.below(own, dense))]
+    return markdown_table(rows)
 
 
 def _row_of_seconds(results, runs, ahead):

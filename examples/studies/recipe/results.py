@@ -99,7 +99,7 @@ class Results:
         return runs_of_widths(self.plan, self.best, self.plan.budgets[-1], self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
-        """The same; empty before all of them are made."""
+        """The same; empty before all of them are made, as they are if there is a choice of widths."""
         if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
             return {}
         runs = self.runs_of_widths()
@@ -114,7 +114,10 @@ class Results:
 
     def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
         """The same; empty before all of them are made."""
-        if not self.compared_at_widths():
+        if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
+            return {}
+        widths = self.runs_of_widths()[RECIPE]
+        if len(widths) > 1 and not self.are_made(widths):
             return {}
         runs = self.runs_of_seconds()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}

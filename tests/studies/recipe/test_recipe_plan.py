@@ -15,6 +15,7 @@
 
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from studies.common.training_plan import (
     training_arguments,
     training_flops,
 )
+from studies.recipe.__main__ import compare_at_equal_seconds
 from studies.recipe.differences import Difference
 from studies.recipe.plan import (
     BARS,
@@ -56,6 +58,7 @@ from studies.recipe.plan import (
     tuning_runs,
 )
 from studies.recipe.report import is_adopted
+from studies.recipe.results import Results
 
 
 EIGHT = {str(number): {} for number in range(8)}
@@ -243,6 +246,22 @@ def test_at_equal_seconds_the_recipe_has_the_time_of_dense_at_each_width():
     assert runs["dense"] == size_runs(plan, best["dense"], 6e11)
     for dense, recipe in zip(*runs.values(), strict=True):
         assert dense.hidden_size == recipe.hidden_size and recipe.steps == round(dense.steps / 1.25)
+
+
+def test_at_equal_seconds_one_width_needs_no_choice():
+    rates = {name: [{"learning_rate": 0.01}] for name in ("dense", "peer", "recipe")}
+    plan = plan_of(**WITH_RECIPE | {"trials": rates, "hidden_sizes": {name: [[32]] for name in rates}})
+    results = Results(plan, {}, {"32": {"seconds": {"dense": [1.0], "recipe": [1.25]}}}, {})
+    asked = []
+    study = SimpleNamespace(seconds=dict, all_results=lambda: results, make=lambda runs, _: asked.extend(runs))
+    compare_at_equal_seconds(study)
+    assert sorted((run.variant, run.seed) for run in asked) == [
+        (name, s) for name in ("dense", "recipe") for s in (3, 4)
+    ]
+    assert results.compared_at_equal_seconds() == {}
+    results.runs = dict.fromkeys(run.name for run in asked)
+    dense, recipe = results.compared_at_equal_seconds().values()
+    assert recipe[0].steps == round(dense[0].steps / 1.25) and results.compared_at_widths() == {}
 
 
 def test_a_budget_is_not_spent_on_variants_without_sizes():
