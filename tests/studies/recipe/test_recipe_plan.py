@@ -14,6 +14,7 @@
 """Which runs the recipe study makes of its plan."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -30,11 +31,12 @@ from studies.common.training_plan import (
     training_arguments,
     training_flops,
 )
-from studies.recipe.__main__ import compare_at_equal_seconds
+from studies.recipe.__main__ import compare_at_equal_seconds, run_study
 from studies.recipe.differences import Difference
 from studies.recipe.plan import (
     BARS,
     BLOCK,
+    FIRST_SEED,
     MOST_FACTORS,
     RecipePlan,
     check_models,
@@ -264,6 +266,23 @@ def test_at_equal_seconds_one_width_needs_no_choice():
     assert recipe[0].steps == round(dense[0].steps / 1.25) and results.compared_at_widths() == {}
 
 
+def test_the_plan_for_a_gpu_makes_three_runs():
+    plan, asked = read_plan(PLANS / "one-gpu.json"), []
+    seconds = {"768": {"seconds": {"dense": [1.0], "recipe": [1.25]}}}
+    study = SimpleNamespace(
+        plan=plan,
+        seconds=dict,
+        make=lambda runs, _: asked.extend(runs) or {},
+        all_results=lambda: Results(plan, {}, seconds, {}),
+    )
+    run_study(study)
+    dense, recipe, in_the_seconds_of_dense = dict.fromkeys(asked)
+    assert {run.seed for run in asked} == {FIRST_SEED} and dense.hidden_size >= 512
+    assert (dense.variant, recipe.variant) == ("dense", "recipe")
+    assert in_the_seconds_of_dense == replace(recipe, steps=round(dense.steps / 1.25))
+    assert training_flops(dense, plan) == pytest.approx(training_flops(recipe, plan), rel=0.01)
+
+
 def test_a_budget_is_not_spent_on_variants_without_sizes():
     plan = plan_of(trials=TRIALS, hidden_sizes={"dense": [[32]], "peer": [[]]})
     best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
@@ -350,6 +369,7 @@ def test_a_model_that_cannot_be_made_is_refused_before_any_run(fields):
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_plans_make_models(file):
     plan = read_plan(file)
+    check_models(plan)
     for run in (*screening_runs(plan).values(), *search_runs(plan)):
         assert isinstance(configuration_of(run, plan), PeerConfig)
         assert training_flops(run, plan) == pytest.approx(plan.budgets[0], rel=0.01)

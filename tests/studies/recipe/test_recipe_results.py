@@ -13,21 +13,42 @@
 # limitations under the License.
 """The committed results of the recipe study are those of its plan."""
 
+from contextlib import suppress
+from types import SimpleNamespace
+
 from recipe_plans import PLANS
 
 from studies.common.single_run import comparable
-from studies.common.training_plan import CORPUS
-from studies.recipe.plan import read_plan, screening_runs, search_runs
-from studies.recipe.report import describe
+from studies.common.training_plan import CORPUS, merge_changes
+from studies.common.training_study import TimeIsUp
+from studies.recipe.__main__ import run_study
+from studies.recipe.plan import RECIPE, read_plan, screening_runs, with_factors
+from studies.recipe.report import describe, is_adopted
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
+
+
+def runs_asked_for(results, plan):
+    """The runs of the study by their names, up to the step that lacks results."""
+    asked = {}
+
+    def make(runs, _):
+        asked.update({run.name: run for run in runs})
+        if not results.are_made(runs):
+            raise TimeIsUp
+        return results.runs
+
+    study = SimpleNamespace(plan=plan, make=make, seconds=lambda: results.seconds, all_results=lambda: results)
+    with suppress(TimeIsUp):
+        run_study(study)
+    return asked
 
 
 def test_every_run_was_made_as_planned(tmp_path):
     results = read_results(PLANS.parent / "results.json")
     plan = read_plan(PLANS / "two-cores.json")
     study = Study(plan, tmp_path, 1)
-    planned = {run.name: run for run in (*screening_runs(plan).values(), *search_runs(plan))}
+    planned = runs_asked_for(results, plan)
     made = {name: run for name, run in planned.items() if name in results.runs}
     assert made.keys() == results.runs.keys() >= {run.name for run in screening_runs(plan).values()}
     for name, run in made.items():
@@ -39,3 +60,15 @@ def test_every_run_was_made_as_planned(tmp_path):
             assert len(documents) == len(result["sequence_losses"][text]) == plan.eval_sequences
     page = (PLANS.parent / "README.md").read_text()
     assert describe(results).replace("## ", "### ").strip() in page
+
+
+def test_the_recipe_is_what_the_last_design_adopted():
+    results = read_results(PLANS.parent / "results.json")
+    plan, design = results.plan, results.plan.designs[-1]
+    adopted = [name for name in design["factors"] if is_adopted(results.effects(design)[name], design["bar"])]
+    changes = [
+        with_factors(merge_changes(*plan.lineage(variant)), [plan.factors[name] for name in factors])
+        for variant, factors in ((design["variant"], adopted), (RECIPE, []))
+    ]
+    expected, found = ({name: each[name] for name in each if name != "parent"} for each in changes)
+    assert found == expected and adopted
