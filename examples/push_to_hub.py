@@ -16,7 +16,7 @@ Pushes a trained checkpoint to the Hub, with its tokenizer, generation configura
 back.
 
     hf auth login
-    python examples/push_to_hub.py --model_name_or_path runs/quickstart/peer-tiny --repo_id USER/peer-tiny --pull
+    python examples/push_to_hub.py --model_name_or_path runs/quickstart/peer-toy --repo_id USER/peer-toy --pull
 
 The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
 prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a small PEER language model and its dense twin of equal FLOPs in under five minutes on two cores.
+Trains a small PEER language model and its dense twin of the same width in under five minutes on two cores.
 
     ./run quickstart
 
@@ -52,7 +52,7 @@ from common.training import run
 from modeling_peer import model_costs
 
 
-PEER, DENSE = "peer-tiny", "dense-tiny"
+PEER, DENSE = "peer-toy", "dense-toy"
 
 
 @dataclass
@@ -188,7 +188,7 @@ def plot_losses(results: dict[str, Result], file: Path) -> None:
     equal = peer.steps_at_equal_seconds
     if equal < max(peer.eval_losses):
         axes.axvline(equal, color=look_of(PEER).color, linestyle=":", label=f"{PEER}, after the seconds of {DENSE}")
-    axes.set(xlabel="training step", ylabel="loss, nats per token", title="Two models of equal FLOPs per token")
+    axes.set(xlabel="training step", ylabel="loss, nats per token", title="Two models of one width")
     add_legend(axes)
     save_picture(figure, file)
 

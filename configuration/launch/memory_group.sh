@@ -1,7 +1,7 @@
 #!/bin/sh
 # Expert tables split over memory groups of GPUs of a node, all other parameters by FSDP2 over all GPUs:
 #
-#   configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-tiny --do_train --output_dir runs/clm
+#   configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-toy --do_train --output_dir runs/clm
 #
 # The script is any that takes --ep_size. On several nodes run the same command on each of them, with the same NNODES
 # and RDZV_ENDPOINT; under Slurm memory_group.sbatch does so.

@@ -51,7 +51,7 @@ class ModelArguments:
         metadata={
             "help": "Configuration of a new model: a named configuration of this package "
             f"({', '.join(list_configurations())}), a folder, or the id of a model of the Hub. Defaults to "
-            "`peer-tiny` without --model_name_or_path."
+            "`peer-toy` without --model_name_or_path."
         },
     )
     config_overrides: str | None = field(
@@ -75,7 +75,7 @@ class ModelArguments:
         if self.model_name_or_path is not None and self.config_name is not None:
             raise ValueError("Choose either a new model, --config_name, or a checkpoint, --model_name_or_path.")
         if self.model_name_or_path is None and self.config_name is None:
-            self.config_name = "peer-tiny"
+            self.config_name = "peer-toy"
 
     @property
     def is_new(self) -> bool:

@@ -14,7 +14,7 @@
 """
 `transformers serve`, with all its flags, for PEER models and for models with merged grafts:
 
-    python -m modeling_peer.serving runs/quickstart/peer-tiny --continuous-batching
+    python -m modeling_peer.serving runs/quickstart/peer-toy --continuous-batching
 
 The server of Transformers looks up the class that a checkpoint names in `architectures` in its own package and nowhere
 else, `--trust-remote-code` or not.

@@ -21,6 +21,7 @@ from documentation import ROOT
 
 from benchmark.report import Results
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from studies.recipe.report import is_adopted
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
 from studies.scaling.report import read_results, table_of_perplexities, table_of_seconds
@@ -44,44 +45,53 @@ LAYER = {"num_experts": 1024**2, "hidden_size": 512}
 class TestQuickstart:
     def test_perplexities(self):
         results = json.loads(page("docs/images/quickstart.json"))
-        for result in (results["peer-tiny"], results["dense-tiny"]):
+        for result in (results["peer-toy"], results["dense-toy"]):
             figures = rf"{result['perplexity_before']:.1f}\s+to\s+{result['perplexity_after']:.1f}"
             assert re.search(figures, page("docs/training.md")), figures
 
     def test_equal_seconds(self):
         results = json.loads(page("docs/images/quickstart.json"))
-        peer, dense = results["peer-tiny"], results["dense-tiny"]
+        peer, dense = results["peer-toy"], results["dense-toy"]
         seconds = dense["seconds_per_step"] * max(map(int, dense["eval_losses"]))
         step = peer["steps_at_equal_seconds"]
-        assert seconds == pytest.approx(peer["seconds_per_step"] * step, rel=0.03)
+        assert seconds == pytest.approx(peer["seconds_per_step"] * step, rel=0.1)  # a machine is not evenly fast
         figures = f"at step {step} and at {peer['perplexity_at_equal_seconds']:.1f}."
         assert figures in " ".join(page("docs/training.md").split())
-        for perplexity in (peer["perplexity_after"], peer["perplexity_at_equal_seconds"]):
-            assert perplexity < dense["perplexity_after"]  # as the README says
+        below = [
+            f"{1 - peer[name] / dense['perplexity_after']:.1%}".replace("%", " %")
+            for name in ("perplexity_after", "perplexity_at_equal_seconds")
+        ]
+        said = f"{below[0]} below its twin in perplexity after as many steps, and {below[1]} after as many seconds"
+        assert said in " ".join(page("README.md").split())
 
     def test_flops(self):
-        """One number for both models, at the full context length, which the page names."""
+        """At the full context length, which the page names."""
         results = json.loads(page("docs/images/quickstart.json"))
-        assert set(results) == {"peer-tiny", "dense-tiny"}
+        assert set(results) == {"peer-toy", "dense-toy"}
         for name, result in results.items():
             costs = named_costs(name)
             assert (result["flops_per_token"], result["sequence_length"]) == (costs.flops, costs.sequence_length)
             assert costs.sequence_length == 512
-            figures = f"{costs.flops / 1e6:.2f} MFLOPs per token for both models, counted in sequences of 512 tokens"
-            assert figures in " ".join(page("docs/training.md").split())
-        assert set(re.findall(r"[\d.]+ MFLOPs", page("docs/training.md"))) == {figures.partition(" per")[0]}
+        peer, dense = (f"{results[name]['flops_per_token'] / 1e6:.2f}" for name in ("peer-toy", "dense-toy"))
+        figures = (
+            f"{peer} MFLOPs per token for `peer-toy` and {dense} for its twin, counted in sequences of 512 tokens"
+        )
+        assert figures in " ".join(page("docs/training.md").split())
 
 
 def test_the_table_of_configurations():
     text = page("docs/layer-and-options.md")
-    rows = re.findall(r"^\| `(\w+-\w+)` \| ([\d.,]+) \| ([\d.,]+) M \| ([\d.,]+) M \|$", text, flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+-\w+)` \| ([\d.,]+) \| ([\d.,]+) M \| ([\d.,]+) M \| ([\d.]+) GB \|$", text, flags=re.M
+    )
     assert sorted(name for name, *_ in rows) == list_configurations()
     for name, *figures in rows:
         costs = named_costs(name)
-        counted = (costs.flops / 1e6, costs.parameters / 1e6, costs.active_parameters / 1e6)
-        assert figures == [f"{counted[0]:,.2f}", f"{counted[1]:,.1f}", f"{counted[2]:,.1f}"]
-        length = "2,048 tokens for `paper`" if name.endswith("-paper") else "512 tokens for `nano` and `tiny`"
-        assert length in text and f"{costs.sequence_length:,} tokens" in length
+        parameters = (f"{number / 1e6:,.1f}" for number in (costs.parameters, costs.active_parameters))
+        assert figures == [f"{costs.flops / 1e6:.2f}", *parameters, f"{costs.training_bytes / 1e9:.2f}"]
+        assert costs.sequence_length == {"laptop": 1024, "gpu": 2048, "paper": 2048}.get(name.split("-")[1], 512)
+    lengths = "512 tokens for `toy`, `nano` and `tiny`, 1,024 for `laptop`, 2,048 for `gpu` and `paper`"
+    assert lengths in " ".join(text.split())
 
 
 def test_the_small_checkpoints():
@@ -211,6 +221,28 @@ class TestScaling:
         for norm, number, perplexity, usage in rows:
             label = "none" if norm == "None" else norm
             assert re.search(rf"^\| {label} +\| {number} .*\| +{perplexity} \| +{usage} \|", study, flags=re.M)
+
+
+def test_what_each_part_of_the_recipe_is_worth():
+    """By the second design of the recipe study, whose factors the page names in its own words."""
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    design = results.plan.designs[1]
+    table = page("docs/choosing-sizes-and-rates.md").partition("## Layers, heads")[2].partition("## Number")[0]
+    rows = re.findall(r"^\| (.+) \| (.+%\)) \| (yes|no) \|$", table, re.M)
+    named = {
+        "last two blocks": "PEER in the last two blocks too",
+        "first block": "PEER in the first block too",
+        "own sub-keys": "sub-keys of its own for each head (`sub_keys_per_head`)",
+        "half the query": "queries of d / 4 columns",
+        "one rate for u": "one learning rate for u_i and all other parameters",
+        "half the experts": "half of k",
+    }
+    effects = {name: effect for name, effect in results.effects(design).items() if name in design["factors"]}
+    assert sorted(rows) == sorted(
+        (named[name], str(effect), "yes" if is_adopted(effect, design["bar"]) else "no")
+        for name, effect in effects.items()
+    )
 
 
 def test_what_changes_of_peer_are_worth():

@@ -49,11 +49,11 @@ def test_the_verdict_of_the_quickstart_at_equal_seconds():
     saved = json.loads((ROOT / "docs/images/quickstart.json").read_text())
     for result in saved.values():
         result["eval_losses"] = {int(step): loss for step, loss in result["eval_losses"].items()}
-    peer, dense = saved["peer-tiny"], saved["dense-tiny"]
+    peer, dense = saved["peer-toy"], saved["dense-toy"]
     below = 1 - peer["perplexity_at_equal_seconds"] / dense["perplexity_after"]
     said = quickstart.verdict({name: quickstart.Result(**result) for name, result in saved.items()})
     assert f"at step {peer['steps_at_equal_seconds']} of 500, with a learning rate still to fall" in said
-    assert f"and {below:.1%} below dense-tiny at its end" in said
+    assert f"and {below:.1%} below dense-toy at its end" in said
     peer["steps_at_equal_seconds"] = 500
     said = quickstart.verdict({name: quickstart.Result(**result) for name, result in saved.items()})
     assert "It took no longer for them." in said and "still to fall" not in said
@@ -71,30 +71,30 @@ def test_quickstart(tmp_path):
     printed = done.stdout
     assert done.returncode == 0, printed
     compared = json.loads((tmp_path / "results.json").read_text())
-    for name in ("peer-tiny", "dense-tiny"):
+    for name in ("peer-toy", "dense-toy"):
         costs = model_costs(AutoConfig.from_pretrained(configuration_path(name)))
         assert (compared[name]["flops_per_token"], compared[name]["sequence_length"]) == (costs.flops, 512)
         assert f"{costs.flops / 1e6:.2f}" in printed
-    flops = [compared[name]["flops_per_token"] for name in ("peer-tiny", "dense-tiny")]
-    assert flops[0] == pytest.approx(flops[1], rel=0.02)
+    flops = [compared[name]["flops_per_token"] for name in ("peer-toy", "dense-toy")]
+    assert flops[0] < flops[1]
     for result in compared.values():
         assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
         assert f"{result['perplexity_after']:.1f}" in printed
         assert f"{result['perplexity_at_equal_seconds']:.1f}" in printed
-    assert compared["dense-tiny"]["perplexity_at_equal_seconds"] == compared["dense-tiny"]["perplexity_after"]
-    equal = compared["peer-tiny"]["steps_at_equal_seconds"]
-    loss = compared["peer-tiny"]["eval_losses"][str(equal)]
-    assert compared["peer-tiny"]["perplexity_at_equal_seconds"] == math.exp(loss)
+    assert compared["dense-toy"]["perplexity_at_equal_seconds"] == compared["dense-toy"]["perplexity_after"]
+    equal = compared["peer-toy"]["steps_at_equal_seconds"]
+    loss = compared["peer-toy"]["eval_losses"][str(equal)]
+    assert compared["peer-toy"]["perplexity_at_equal_seconds"] == math.exp(loss)
     assert (f"at step {equal} of 8, with a learning rate still to fall" if equal < 8 else "no longer") in printed
-    assert set(compared["peer-tiny"]["expert_usage"]) == {
-        f"{name}/layer_1" for name in ("usage", "unevenness", "top1_usage")
+    assert set(compared["peer-toy"]["expert_usage"]) == {
+        f"{name}/layer_{i}" for name in ("usage", "unevenness", "top1_usage") for i in range(4)
     }
     assert "log N if one gets all" in " ".join(printed.split())
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peer-tiny")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peer-toy")
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     text = tokenizer.apply_chat_template([*chat, chat[0]], tokenize=False, add_generation_prompt=True)
     assert text == "user: Hi\nassistant: Hello<|endoftext|>\nuser: Hi\nassistant:"
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "class LineReader" in printed
-    assert "layer 1: " in printed
-    assert str(tmp_path / "peer-tiny") in printed.split("What to do next")[1]
+    assert "layer 0: " in printed
+    assert str(tmp_path / "peer-toy") in printed.split("What to do next")[1]

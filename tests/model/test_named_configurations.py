@@ -23,15 +23,19 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer import PeerConfig, PeerForCausalLM, model_costs
 from modeling_peer.named_configurations import configuration_path, list_configurations
+from studies.common.training_plan import Run, configuration_of
+from studies.recipe.plan import RECIPE, read_plan
 
 
 CHECKOUT = Path(__file__).parents[2]
+RECIPE_SIZES = ("toy", "laptop", "gpu")
 NAMES = sorted(
     [
         "dense-nano",
         "peer-nano",
+        *(f"{each}-{size}" for each in ("dense", "peer") for size in RECIPE_SIZES),
         *(f"{each}-{size}" for each in ("dense", "moe", "peer", "pkm") for size in ("paper", "tiny")),
     ]
 )
@@ -48,13 +52,14 @@ def test_unknown_name_is_refused():
 
 @pytest.mark.parametrize("name", NAMES)
 class TestFile:
-    def test_loads_with_the_variant_in_the_middle_block(self, name):
+    def test_loads_with_the_variant_in_its_blocks(self, name):
         config = AutoConfig.from_pretrained(configuration_path(name))
         assert type(config) is PeerConfig and config.architectures == ["PeerForCausalLM"]
-        variant = name.split("-")[0]
-        middle = (config.num_hidden_layers - 1) // 2
-        others = config.feed_forward_types[:middle] + config.feed_forward_types[middle + 1 :]
-        assert config.feed_forward_types[middle] == variant and set(others) == {"dense"}
+        variant, size = name.split("-")
+        last = config.num_hidden_layers - 1
+        blocks = range(last + 1) if size in RECIPE_SIZES else (last // 2,)
+        expected = [variant if block in blocks else "dense" for block in range(last + 1)]
+        assert config.feed_forward_types == expected
 
     def test_has_no_field_that_the_configuration_has_not(self, name):
         written = json.loads((Path(configuration_path(name)) / "config.json").read_text())
@@ -64,7 +69,7 @@ class TestFile:
         assert {field: getattr(loaded, field) for field in written} == written
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-paper")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("-paper", "-gpu"))])
 def test_small_ones_build(name):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(configuration_path(name)))
     assert type(model) is PeerForCausalLM
@@ -84,6 +89,21 @@ def test_paper_sizes():
         assert retrieval == (1024**2, 8, k, "batch")
     assert moe.moe_num_experts == 128
     assert moe.output_router_logits  # without them the balance loss is none
+
+
+@pytest.mark.parametrize("size", RECIPE_SIZES)
+def test_twins_of_the_recipe(size):
+    """PEER has the settings of the study, and its twin the same width and no fewer FLOPs per token."""
+    peer, dense = (
+        PeerConfig.from_pretrained(configuration_path(f"{variant}-{size}")) for variant in ("peer", "dense")
+    )
+    plan = read_plan(CHECKOUT / "examples" / "studies" / "recipe" / "plans" / "two-cores.json")
+    studied = configuration_of(Run(RECIPE, peer.hidden_size, 1, 0.004), plan)
+    for name in ("query_size", "num_retrieval_heads", "num_experts_per_head", "sub_keys_per_head", "query_norm"):
+        assert getattr(peer, name) == getattr(studied, name), name
+    assert peer.expert_initializer_range == studied.expert_initializer_range
+    assert peer.hidden_size == dense.hidden_size
+    assert model_costs(peer).flops < model_costs(dense).flops
 
 
 def test_found_in_a_wheel(tmp_path):
