@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains the small checkpoints that come with this repository: a PEER model, and its dense twin of equal FLOPs.
+Trains the small checkpoints that come with this repository: a PEER model, and its dense twin of the same width.
 
     ./run python examples/train_nano.py
 
@@ -47,7 +47,7 @@ TWINS = {"peer-nano": "dense-nano", "dense-nano": "peer-nano"}
 
 DESCRIPTION = """\
 A small model to try things with. It read {tokens:.1f} million tokens, and writes text that looks like Python and means
-nothing. Its twin of equal FLOPs per token, `{twin}`, read the same text in the same order.
+nothing. Its twin of the same width, `{twin}`, read the same text in the same order.
 
 {license}The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
 tokens of files that were held out. `results.json` has all figures.

@@ -47,7 +47,9 @@ AUTO_MAP = {
 INTRODUCTION = r"""
     Configuration of a PEER model: a Llama-style decoder whose layers take their feed-forward from a registry of
     variants. The defaults are those of the paper, Xu Owen He, "Mixture of A Million Experts" ([arXiv
-    2407.04153](https://arxiv.org/abs/2407.04153)): one layer of 1024² = 1,048,576 experts in the middle of 12.
+    2407.04153](https://arxiv.org/abs/2407.04153)): one layer of 1024² = 1,048,576 experts in the middle of 12. Small models
+    learn better with fewer experts in every layer, as in the example below and in the configuration `"peer-toy"` of
+    [`configuration_path`].
 
     Configuration objects inherit from [`PreTrainedConfig`], see there for fields and methods that all models have.
     Fields are checked when a configuration is made, loaded and saved, and when a model is built of it: a wrong value
@@ -122,8 +124,19 @@ class PeerConfig(PreTrainedConfig):
     ```python
     >>> from modeling_peer import PeerConfig, PeerModel
 
-    >>> # A small PEER model: 4 layers, 4096 experts in the second
-    >>> configuration = PeerConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_experts=64**2)
+    >>> # A small PEER model: 4 layers with 4096 experts each
+    >>> configuration = PeerConfig(
+    ...     hidden_size=128,
+    ...     num_attention_heads=4,
+    ...     num_hidden_layers=4,
+    ...     feed_forward_types=["peer"] * 4,
+    ...     num_experts=64**2,
+    ...     num_retrieval_heads=2,
+    ...     num_experts_per_head=32,
+    ...     query_size=64,
+    ...     sub_keys_per_head=True,
+    ...     expert_initializer_range=0.1,
+    ... )
 
     >>> # Initializing a model (with random weights) from the configuration
     >>> model = PeerModel(configuration)

@@ -293,9 +293,9 @@ class TestRegisteredVariant:
 
 
 class TestNamedConfigurations:
-    @pytest.mark.parametrize(("size", "number"), [("nano", 2), ("tiny", 4), ("paper", 4)])
-    def test_twins_take_equally_many_flops(self, size, number):
+    @pytest.mark.parametrize("size", ["tiny", "paper"])
+    def test_twins_take_equally_many_flops(self, size):
         twins = [name for name in list_configurations() if name.endswith(f"-{size}")]
-        assert len(twins) == number
+        assert len(twins) == 4
         flops = [model_costs(PeerConfig.from_pretrained(configuration_path(name))).flops for name in twins]
         assert max(flops) <= 1.02 * min(flops)

@@ -19,7 +19,7 @@ import re
 import pytest
 from documentation import PAGES, ROOT, STUDY_PAGES, name_of, prose
 
-from modeling_peer import PeerConfig
+from modeling_peer import PeerConfig, configuration_path
 
 
 SOURCES = "\n".join(file.read_text() for file in (ROOT / "modeling_peer").rglob("*.py"))
@@ -89,12 +89,13 @@ def test_messages_that_are_explained_exist():
 
 def test_options_and_their_defaults():
     page = (ROOT / "docs/layer-and-options.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page, flags=re.M)
-    config = PeerConfig(num_hidden_layers=3)
-    assert {"num_experts", "query_norm", "expert_kernels"} <= {name for name, _ in rows}
-    for name, default in rows:
-        shown = 1024**2 if default == "1024²" else eval(default.strip("`"))
-        assert getattr(config, name) == shown, name
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| ([^|]*?) ?\| [^|]* \|$", page, flags=re.M)
+    config, recipe = PeerConfig(num_hidden_layers=3), PeerConfig.from_pretrained(configuration_path("peer-toy"))
+    assert {"num_experts", "query_norm", "expert_kernels"} <= {name for name, *_ in rows}
+    for name, default, recommended in rows:
+        for model, shown in ((config, default), (recipe, recommended or default)):
+            value = shown.strip("`").replace("²", "**2").replace("d /", "model.hidden_size //")
+            assert getattr(model, name) == eval(value), name
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/compatibility.md"])

@@ -30,11 +30,9 @@ from studies.recipe.plan import RECIPE, read_plan
 
 
 CHECKOUT = Path(__file__).parents[2]
-RECIPE_SIZES = ("toy", "laptop", "gpu")
+RECIPE_SIZES = ("nano", "toy", "laptop", "gpu")
 NAMES = sorted(
     [
-        "dense-nano",
-        "peer-nano",
         *(f"{each}-{size}" for each in ("dense", "peer") for size in RECIPE_SIZES),
         *(f"{each}-{size}" for each in ("dense", "moe", "peer", "pkm") for size in ("paper", "tiny")),
     ]
