@@ -54,7 +54,6 @@ class Arguments:
 def drawings() -> dict[str, Callable[[Path], object]]:
     """What draws each picture into a file, by the path of the picture in the repository."""
     studies = ROOT / "examples" / "studies"
-    register_variants()  # for the steps of the runs of the recipe study
     recipe = read_recipe(studies / "recipe" / "results.json")
     scaling = read_results(studies / "scaling" / "results.json")
     return {
@@ -63,13 +62,18 @@ def drawings() -> dict[str, Callable[[Path], object]]:
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
         ),
         "examples/studies/facts/results.png": lambda file: facts.plot(_read(studies / "facts/results.json"), file),
-        "examples/studies/recipe/search.png": lambda file: plot_search(recipe, file),
+        "examples/studies/recipe/search.png": lambda file: _draw_search(recipe, file),
         "examples/studies/stream/results.png": lambda file: stream.plot(_read(studies / "stream/results.json"), file),
         **{
             f"examples/studies/scaling/{name}.png": lambda file, draw=draw: draw(scaling, file)
             for name, draw in PLOTS.items()
         },
     }
+
+
+def _draw_search(results, file):
+    register_variants()  # for the steps of the runs
+    return plot_search(results, file)
 
 
 def _read(file):

@@ -370,7 +370,7 @@ class TestStudy:
 
         config, trainer = trained["peer"]
         assert (config.num_experts, config.hidden_size) == (1600, 64)
-        assert config.feed_forward_types == ["dense", "peer", "dense", "dense"]
+        assert config.feed_forward_types == ["peer"] * 4
         assert trainer.args.per_device_train_batch_size == 2 and trainer.args.lr_scheduler_type == "cosine"
         rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
         assert rates == {3e-3, 8 * 3e-3}
