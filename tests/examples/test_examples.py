@@ -491,7 +491,7 @@ class TestHub:
         assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
         assert 'from_pretrained("user/counting")' in card.text and "# counting\n" in card.text
         assert 'from_pretrained("user/counting", trust_remote_code=False)' in card.text
-        assert "h = 2 heads retrieve k = 4 of N = 64 experts each" in card.text and "pip install .\n" in card.text
+        assert "h = 4 heads retrieve k = 4 of N = 64 experts" in card.text and "pip install .\n" in card.text
         assert "Data: files of numbers.txt." in card.text and "| `learning_rate` | 0.01 |" in card.text
         assert "| `optimizer` | RowAdamW |" in card.text and "## Limitations" in card.text
         assert "](expert_usage.png)" in card.text and "log N if one gets all" in card.text
