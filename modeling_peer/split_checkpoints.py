@@ -117,15 +117,19 @@ def _gather(table, directory):
         return None
     is_first = dist.get_rank() == 0
     whole = _mapped(table.shape, table.dtype, directory) if is_first else None
-    num_rows, width = max(CHUNK_ELEMENTS // table.shape[1], 1), math.ceil(table.shape[1] / len(ranks))
-    for start, part in enumerate(table.to_local().split(num_rows)):
-        # Equal parts, also of a width that does not divide: the last process has fewer columns.
-        own = part.new_zeros(len(part), width)
-        own[:, : part.shape[1]] = part
-        parts = [torch.empty_like(own) for _ in ranks] if is_first else None
+    local, width = table.to_local(), math.ceil(table.shape[1] / len(ranks))
+    num_rows = min(max(CHUNK_ELEMENTS // table.shape[1], 1), len(local))
+    # Equal parts, also of a width that does not divide: the last process has fewer columns. All chunks use the same
+    # memory, so that no more than one is held: of a new tensor for each, half a table was on a busy machine.
+    own = local.new_zeros(num_rows, width)
+    parts = [torch.empty_like(own) for _ in ranks] if is_first else None
+    for start in range(0, len(local), num_rows):
+        chunk = local[start : start + num_rows]
+        own[: len(chunk), : chunk.shape[1]] = chunk
         dist.gather(own, parts, dst=0, group=group)
         if whole is not None:
-            whole[start * num_rows :][: len(part)] = torch.cat(parts, dim=1)[:, : table.shape[1]]
+            for part, columns in zip(parts, whole[start : start + num_rows].split(width, dim=1), strict=False):
+                columns.copy_(part[: len(chunk), : columns.shape[1]])
     return whole
 
 

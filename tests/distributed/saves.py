@@ -244,7 +244,7 @@ def measure(output: Path, name: str, group_size: int) -> None:
     torch.manual_seed(4)
     model = new_model(LARGE, group_size, dtype=torch.bfloat16)
     peaks = {}
-    # Small ones, as a process that is kept waiting has several at a time: gloo's threads drop them late.
+    # Chunks as small beside these tables as they are beside large ones.
     with mock.patch.object(split_checkpoints, "CHUNK_ELEMENTS", 2**16):
         with PeakMemory() as peaks["save"]:
             model.save_pretrained(folder)
