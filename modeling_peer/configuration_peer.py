@@ -48,8 +48,8 @@ INTRODUCTION = r"""
     Configuration of a PEER model: a Llama-style decoder whose layers take their feed-forward from a registry of
     variants. The defaults are those of the paper, Xu Owen He, "Mixture of A Million Experts" ([arXiv
     2407.04153](https://arxiv.org/abs/2407.04153)): one layer of 1024² = 1,048,576 experts in the middle of 12. Small
-    models learn better with fewer experts in every layer, as in the example below and in the configuration
-    `"peer-toy"` of [`configuration_path`].
+    models learn better with experts in every layer, as in the example below and in the configuration `"peer-toy"` of
+    [`configuration_path`], which have fewer of them.
 
     Configuration objects inherit from [`PreTrainedConfig`], see there for fields and methods that all models have.
     Fields are checked when a configuration is made, loaded and saved, and when a model is built of it: a wrong value

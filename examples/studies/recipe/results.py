@@ -99,7 +99,7 @@ class Results:
         return runs_of_widths(self.plan, self.best, self.plan.budgets[-1], self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
-        """The same; empty before all of them are made, as they are if there is a choice of widths."""
+        """The runs of `runs_of_widths`; empty before all of them are made."""
         if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
             return {}
         runs = self.runs_of_widths()
