@@ -253,6 +253,9 @@ def load_texts(
     texts = {DOMAIN: blocks}
     if args.is_kept_text_given:
         own = {"train_file": args.kept_file, "validation_file": None, "max_train_samples": args.num_gate_sequences}
+        if args.kept_standard_library:
+            # What is held out of it by default: models of these scripts were trained on all else.
+            own["validation_split_percentage"] = DataTrainingArguments.validation_split_percentage
         shared = {each.name: getattr(data_args, each.name) for each in fields(DataTrainingArguments)}
         kept_args = DataTrainingArguments(**shared | own | {"dataset_name": None, "dataset_config_name": None})
         try:

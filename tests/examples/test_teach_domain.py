@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
 
 from common.cards import card_of_folder
 from common.library_sources import byte_level_tokenizer
+from common.text_data import DataTrainingArguments
 from modeling_peer import PeerForCausalLM, PeerQuantizationConfig, fit_gates
 
 
@@ -135,6 +136,21 @@ def test_text_to_keep_is_read_as_that_of_the_domain(folder, tmp_path):
             tokenizer, texts = teach_domain.load_texts(args, model_args, data_args, training_args, config)
     assert len(texts["kept text"]["train"]) == 8
     assert "follows" in tokenizer.decode(texts["kept text"]["train"][0]["input_ids"])  # and not the column before
+
+
+@pytest.mark.parametrize("percentage", [0, 10])
+def test_of_the_standard_library_the_files_are_kept_that_models_were_not_trained_on(monkeypatch, percentage):
+    """Whatever is held out of the domain."""
+    loaded = []
+    monkeypatch.setattr(teach_domain, "load_text", lambda _, data_args, *__: (None, loaded.append(data_args)))
+    args = teach_domain.TeachingArguments(kept_standard_library=True)
+    files = {"train_file": "a.md", "validation_file": "b.md"}
+    data_args = teach_domain.DomainArguments(**files, validation_split_percentage=percentage)
+    teach_domain.load_texts(args, None, data_args, None, None)
+    domain, kept = loaded
+    assert (domain.train_file, domain.validation_split_percentage) == (["a.md"], percentage)
+    assert (kept.train_file, kept.validation_file) == (None, None)
+    assert kept.validation_split_percentage == DataTrainingArguments().validation_split_percentage == 5
 
 
 def test_card(figures, folder):
