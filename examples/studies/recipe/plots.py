@@ -117,7 +117,7 @@ def plot_capacity(results: Results, file: Path) -> bool:
     if not results.best or found is None:
         return False
     numbers = expert_runs(results.plan, results.best[RECIPE])
-    if not results.are_made(run for own in numbers.values() for run in own):
+    if not numbers or not results.are_made(run for own in numbers.values() for run in own):
         return False
     figure = new_figure(11, 4.5)
     experts, sizes = figure.subplots(1, 2)

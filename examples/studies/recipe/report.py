@@ -94,7 +94,7 @@ def table_of_trials(results: Results) -> str:
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
-    """Table of the held-out losses of all sizes at a budget."""
+    """Table of the held-out losses of all sizes at a budget, of variants that have a choice of them."""
     chosen = results.chosen(budget)
     if not chosen:
         return ""
@@ -103,6 +103,8 @@ def table_of_sizes(results: Results, budget: float) -> str:
         for variant, runs in runs_by_size(results.plan, results.best, budget).items()
         if len(runs) > 1
     }
+    if not runs:
+        return ""
     sizes = sorted({size for own in runs.values() for size in own})
     rows = [[f"corpus perplexity, {budget_name(budget)} FLOPs", *(f"d = {size}" for size in sizes)]]
     for variant, own in runs.items():
@@ -178,7 +180,7 @@ def _row_of_seconds(results, runs, ahead):
 def table_of_experts(results: Results) -> str:
     """Table of the recipe by its number of experts, with the same seeds, each against the fewest."""
     runs = expert_runs(results.plan, results.best[RECIPE])
-    if not results.are_made(run for own in runs.values() for run in own):
+    if not runs or not results.are_made(run for own in runs.values() for run in own):
         return ""
     first, *_ = runs.values()
     rows = [["N", "MFLOPs per token", "steps", CORPUS, "five texts", "below the first"]]

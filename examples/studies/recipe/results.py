@@ -160,9 +160,12 @@ class Results:
         return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], levels)
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
-        """A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made."""
+        """
+        A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made, and if the
+        plan has none.
+        """
         budget = self.plan.budgets[0]
-        if not (chosen := self.chosen(budget)):
+        if not self.plan.dense_sizes or not (chosen := self.chosen(budget)):
             return None
         recipe = compared_runs(self.plan, chosen[RECIPE], budget)[0]
         runs = dense_runs(self.plan, self.best[DENSE], recipe)

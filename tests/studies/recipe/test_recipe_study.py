@@ -21,7 +21,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from recipe_plans import SMALL, WHOLE
+from recipe_plans import PLANS, SMALL, WHOLE
 from slow_tests import slow
 from study_runs import make_study
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +80,34 @@ def test_of_a_recipe(tmp_path):
             other = other if own.seed == 0 else dense[0]
             expected = other.steps * results.step_seconds(other) / results.step_seconds(own)
             assert own.steps == round(expected)
+        main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
+        assert (tmp_path / "again" / "tables.md").read_text() == printed
+
+
+@slow
+def test_of_one_width(tmp_path):
+    """The plan for one GPU with its 12 blocks and bf16, made small: three runs and their tables, and no widths."""
+    plan = json.loads((PLANS / "one-gpu.json").read_text())
+    (width,) = plan["hidden_sizes"]["recipe"][0]
+    assert width == plan["hidden_size"]
+    plan |= {name: SMALL[name] for name in ("training_texts", "evaluation_texts", "block_size", "eval_sequences")}
+    plan |= {"batch_size": 4, "budgets": [6e8], "hidden_size": 32, "fields": plan["fields"] | {"head_dim": 16}}
+    plan |= {"hidden_sizes": {name: [[32]] for name in plan["hidden_sizes"]}}
+    plan["variants"]["peer"] |= {"num_experts": 1024, "query_size": 32}
+    plan["training"]["use_cpu"] = True
+    for folder, main in make_study(recipe, tmp_path / "whole", plan):
+        results = read_results(folder / "results.json")
+        printed = describe(results)
+        ((dense,), (own,)) = (results.compared(6e8)[name] for name in ("dense", "recipe"))
+        equal_seconds = results.compared_at_equal_seconds()["recipe"][0]
+        assert results.runs.keys() == {dense.name, own.name, equal_seconds.name}
+        assert equal_seconds.steps == round(dense.steps * results.step_seconds(dense) / results.step_seconds(own))
+        for run in (dense, own, equal_seconds):
+            assert results.runs[run.name]["run_clm"]["bf16"] is True
+            assert math.isfinite(results.runs[run.name]["losses"]["new"])
+        assert re.findall("## (.*)", printed) == ["Equal compute", "Equal seconds"]
+        assert f"{equal_seconds.steps:,} |" in printed.partition("## Equal seconds\n")[2]
+        assert len(results.runs_of_widths()["dense"]) == 1
         main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
         assert (tmp_path / "again" / "tables.md").read_text() == printed
 
