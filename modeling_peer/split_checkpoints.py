@@ -120,7 +120,7 @@ def _gather(table, directory):
     local, width = table.to_local(), math.ceil(table.shape[1] / len(ranks))
     num_rows = min(max(CHUNK_ELEMENTS // table.shape[1], 1), len(local))
     # Equal parts, also of a width that does not divide: the last process has fewer columns. All chunks use the same
-    # memory, so that no more than one is held: of a new tensor for each, half a table was on a busy machine.
+    # memory. With a new tensor for each, a busy machine was once seen to hold the chunks of half a table.
     own = local.new_zeros(num_rows, width)
     parts = [torch.empty_like(own) for _ in ranks] if is_first else None
     for start in range(0, len(local), num_rows):
