@@ -75,11 +75,15 @@ from modeling_peer import (
     add_experts,
     fit_gates,
     generate_text,
+    last_complete_checkpoint,
     masked_experts,
 )
 
 
 DOMAIN, KEPT = "domain", "kept text"
+
+# In the folder of a run: the flags by which its checkpoints were made.
+FLAGS_FILE = "teaching_flags.json"
 
 # Sequences that the model writes to be evaluated on, if there is no text to keep.
 NUM_WRITTEN_FOR_EVALUATION = 32
@@ -396,6 +400,31 @@ What to do next:
   docs/teach-a-domain.md   what to do if a text is predicted worse than it should be, or for a further domain"""
 
 
+def claim_folder(
+    args: TeachingArguments,
+    model_args: ModelArguments,
+    data_args: DomainArguments,
+    training_args: DomainTrainingArguments,
+) -> None:
+    """
+    Saves the flags that a teaching depends on. Raises `UsageError` if the output folder has a checkpoint that was made by
+    others: its experts and gates would go on being those of another teaching.
+    """
+    shared = {name: getattr(data_args, name) for name in ("train_file", "dataset_name", "block_size")}
+    flags = asdict(args) | shared | {"model_name_or_path": model_args.model_name_or_path, "seed": training_args.seed}
+    file = Path(training_args.output_dir, FLAGS_FILE)
+    if file.exists() and last_complete_checkpoint(training_args.output_dir) is not None:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if changed := [f"--{name} was {before.get(name)}" for name in flags if flags[name] != before.get(name)]:
+            raise UsageError(
+                f"{training_args.output_dir} has a checkpoint of another teaching, of which {', '.join(changed)}: choose "
+                "another --output_dir, or remove this one."
+            )
+    if training_args.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(flags, indent=2) + "\n", encoding="utf-8")
+
+
 def prepare(
     args: TeachingArguments,
     model_args: ModelArguments,
@@ -407,6 +436,7 @@ def prepare(
         raise UsageError("There is no model to teach: name a checkpoint by --model_name_or_path.")
     config = load_config(model_args)
     check_can_be_taught(config, args.num_added_experts)
+    claim_folder(args, model_args, data_args, training_args)
     tokenizer, texts = load_texts(args, model_args, data_args, training_args, config)
     set_seed(training_args.seed)
     model = load_model(AutoModelForCausalLM, model_args, config, tokenizer).to(training_args.device)

@@ -179,6 +179,18 @@ def test_resumes(figures, folder, teach, caplog):
     )
 
 
+def test_does_not_resume_from_another_teaching(folder, taught, monkeypatch, capsys):
+    words = ("--model_name_or_path", folder / "base", "--train_file", folder / "domain.txt", "--block_size", 16)
+    words += ("--output_dir", folder / "taught", "--kept_file", folder / "kept.txt", "--num_added_experts", 25)
+    monkeypatch.setattr(teach_domain, "setup_logging", lambda training_args: None)
+    monkeypatch.setattr(sys, "argv", ["teach_domain.py", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        teach_domain.main()
+    assert end.value.code == 2
+    message = f"{folder / 'taught'} has a checkpoint of another teaching, of which --num_gate_sequences was 8: choose "
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_further_domain_without_text_to_keep(figures, teach, folder):
     """The model writes what it is to keep. Without the experts of the second domain, those of the first remain."""
     again, _ = teach("taught", "again", "--num_gate_sequences", 2)
