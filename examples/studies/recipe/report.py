@@ -71,23 +71,21 @@ def is_adopted(effect: Difference, bar: str) -> bool:
 
 
 def table_of_trials(results: Results) -> str:
-    """Table of the held-out losses of all trials."""
-    plan, runs = results.plan, runs_to_tune(results.plan)
+    """Table of the held-out losses of all trials, with the learning rate of the best."""
+    runs = runs_to_tune(results.plan)
     if not results.best or not runs:
         return ""
-    beyond, number = runs_beyond(plan, results.runs), max(map(len, runs.values()))
-    rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "beyond", "chosen"]]
+    beyond, number = runs_beyond(results.plan, results.runs), max(map(len, runs.values()))
+    rows = [["corpus perplexity", *(f"trial {index + 1}" for index in range(number)), "beyond", "learning rate"]]
     for variant, own in runs.items():
         best = results.best[variant]
         tried = [*own, beyond.get(variant)]
         cells = ["" if run is None else f"{results.corpus_perplexity([run]):.2f}" for run in tried]
-        changes = plan.tuned_changes(best)
-        chosen = {"learning_rate": best.learning_rate} | changes.pop("training", {}) | changes
         rows.append(
             [
                 variant,
                 *(f"**{cell}**" if run == best else cell for cell, run in zip(cells, tried, strict=True)),
-                ", ".join(f"{name} {value}" for name, value in chosen.items()),
+                f"{best.learning_rate:g}",
             ]
         )
     return markdown_table(rows)
