@@ -47,6 +47,9 @@ TUNING, NUM_EXPERTS, FACTORS = "tuning", "num_experts", "factors"
 # The factor of a design that tells its two seeds apart.
 BLOCK = "seed"
 
+# The training argument that the learning rate of the output tables is multiplied by.
+DOWN_RATE = "down_proj_lr_multiplier"
+
 PARTS_OF_DESIGN = ("variant", "factors", "runs", "seeds", "bar")
 
 # What adopts a factor: an interval that excludes zero, besides a mean of one percent, or the mean alone.
@@ -80,7 +83,8 @@ class RecipePlan(TrainingPlan):
             1, 2 or both, and the `bar` at which a factor is adopted, see `BARS`.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
-            another size the learning rate is divided by what the size is multiplied by.
+            another size the learning rate is divided by what the size is multiplied by; at a larger one the learning
+            rate of the output tables of experts and memories stays what it is.
         hidden_sizes (`dict[str, list[list[int]]]`):
             For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
@@ -165,6 +169,8 @@ class RecipePlan(TrainingPlan):
         """What its variant and its parents have, its factors, and what is tuned."""
         changes = merge_changes(*self.lineage(run.variant), self.tuned_changes(run))
         changes = with_factors(changes, [self.factors[name] for name in factors_of(run)])
+        if run.hidden_size > self.hidden_size:
+            changes = with_kept_down_rate(changes, run.hidden_size / self.hidden_size)
         return {name: value for name, value in changes.items() if name not in ("parent", "trial")}
 
     def tuned_changes(self, run: Run) -> dict[str, Any]:
@@ -210,6 +216,18 @@ def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict
         types = [feed_forward if name == PEER else name for name in types]
     own = {name: value for name, value in merged.items() if name not in ("times", "blocks")}
     return own if types == base.feed_forward_types else own | {"feed_forward_types": types}
+
+
+def with_kept_down_rate(changes: dict[str, Any], times: float) -> dict[str, Any]:
+    """
+    Changes of a named configuration for a model that is wider by a factor, by which its learning rate is divided: with
+    what keeps that of the output tables. A row of these is added to hidden states as an embedding is, and its learning
+    rate, as theirs, does not depend on the width (Yang et al., arXiv 2203.03466, table 3).
+    """
+    training = changes.get("training", {})
+    if (multiplier := training.get(DOWN_RATE)) is None:
+        return changes
+    return changes | {"training": training | {DOWN_RATE: multiplier * times}}
 
 
 def read_plan(file: Path) -> RecipePlan:

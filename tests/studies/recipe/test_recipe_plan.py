@@ -212,6 +212,16 @@ def test_tuning_gives_each_variant_its_best_trial():
     assert training_arguments(wide, plan)["seed"] == 3 and wide.steps < best["peer"].steps
 
 
+@pytest.mark.parametrize(("tuned_size", "hidden_size", "multiplier"), [(64, 32, 4), (32, 32, 4), (32, 64, 8), (32, 96, 12)])
+def test_in_wider_models_the_rate_of_output_tables_stays(tuned_size, hidden_size, multiplier):
+    plan = plan_of(trials=TRIALS, hidden_size=tuned_size)
+    run = run_of_size(tuning_runs(plan)["peer"][0], hidden_size, 6e8, plan)
+    arguments = training_arguments(run, plan)
+    assert arguments["down_proj_lr_multiplier"] == multiplier
+    assert run.learning_rate == pytest.approx(0.01 * tuned_size / hidden_size, rel=1e-2)
+    assert "down_proj_lr_multiplier" not in training_arguments(replace(run, variant="dense", ablation=None), plan)
+
+
 def test_tuning_goes_beyond_the_best_rate_where_it_is_an_end():
     plan = plan_of(trials={"dense": [{"learning_rate": rate} for rate in (0.01, 0.02, 0.04)]})
     runs = tuning_runs(plan)
