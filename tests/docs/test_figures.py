@@ -21,6 +21,7 @@ from documentation import ROOT
 
 from benchmark.report import Results
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from studies.recipe.plan import tuning_runs
 from studies.recipe.report import is_adopted
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
@@ -264,6 +265,17 @@ def test_what_changes_of_peer_are_worth():
     assert f"second is {share['third block']} worse" in within
     apart, moments = share["clipped apart"].removesuffix(" %"), share["dense moments"]
     assert f"worth nothing ({apart} % and {moments})" in within
+
+
+def test_what_more_experts_and_a_lower_rate_are_worth():
+    """By the trials of the recipe in the tuning of its study."""
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    runs = tuning_runs(results.plan)["recipe"]
+    _, whole, _, half_rate, twice_k = (f"{results.corpus_perplexity([run]):.2f}" for run in runs)
+    text = " ".join(page("docs/choosing-sizes-and-rates.md").split())
+    assert f"with k = 64 in place of 32 comes to {twice_k} in place of {half_rate} on held-out training text" in text
+    assert f"came to {half_rate} in place of {whole} after {runs[1].steps:,} steps" in text
 
 
 class TestContinualLearning:

@@ -212,7 +212,9 @@ def test_tuning_gives_each_variant_its_best_trial():
     assert training_arguments(wide, plan)["seed"] == 3 and wide.steps < best["peer"].steps
 
 
-@pytest.mark.parametrize(("tuned_size", "hidden_size", "multiplier"), [(64, 32, 4), (32, 32, 4), (32, 64, 8), (32, 96, 12)])
+@pytest.mark.parametrize(
+    ("tuned_size", "hidden_size", "multiplier"), [(64, 32, 4), (32, 32, 4), (32, 64, 8), (32, 96, 12)]
+)
 def test_in_wider_models_the_rate_of_output_tables_stays(tuned_size, hidden_size, multiplier):
     plan = plan_of(trials=TRIALS, hidden_size=tuned_size)
     run = run_of_size(tuning_runs(plan)["peer"][0], hidden_size, 6e8, plan)
