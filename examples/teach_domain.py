@@ -85,6 +85,9 @@ DOMAIN, KEPT = "domain", "kept text"
 # In the folder of a run: the flags by which its checkpoints were made.
 FLAGS_FILE = "teaching_flags.json"
 
+# Flags of the data that neither the text to train on nor the gates depend on.
+UNTRAINED_FLAGS = ("max_eval_samples", "preprocessing_num_workers", "overwrite_cache")
+
 # Sequences that the model writes to be evaluated on, if there is no text to keep.
 NUM_WRITTEN_FOR_EVALUATION = 32
 
@@ -400,29 +403,40 @@ What to do next:
   docs/teach-a-domain.md   what to do if a text is predicted worse than it should be, or for a further domain"""
 
 
-def claim_folder(
+def teaching_flags(
     args: TeachingArguments,
     model_args: ModelArguments,
     data_args: DomainArguments,
     training_args: DomainTrainingArguments,
-) -> None:
+) -> dict[str, Any]:
+    """The flags that the added experts, their gates and the text that these learn depend on."""
+    data = {name: value for name, value in asdict(data_args).items() if name not in UNTRAINED_FLAGS}
+    model = {"model_name_or_path": model_args.model_name_or_path, "model_revision": model_args.model_revision}
+    return asdict(args) | data | model | {"seed": training_args.seed}
+
+
+def check_checkpoint(flags: dict[str, Any], training_args: DomainTrainingArguments) -> None:
     """
-    Saves the flags that a teaching depends on. Raises `UsageError` if the output folder has a checkpoint that was made by
-    others: its experts and gates would go on being those of another teaching.
+    Raises `UsageError` if the output folder has a checkpoint of a teaching with other flags: its experts and gates would
+    be taken for those of this one.
     """
-    shared = {name: getattr(data_args, name) for name in ("train_file", "dataset_name", "block_size")}
-    flags = asdict(args) | shared | {"model_name_or_path": model_args.model_name_or_path, "seed": training_args.seed}
     file = Path(training_args.output_dir, FLAGS_FILE)
-    if file.exists() and last_complete_checkpoint(training_args.output_dir) is not None:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [f"--{name} was {before.get(name)}" for name in flags if flags[name] != before.get(name)]:
-            raise UsageError(
-                f"{training_args.output_dir} has a checkpoint of another teaching, of which {', '.join(changed)}: choose "
-                "another --output_dir, or remove this one."
-            )
-    if training_args.process_index == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(flags, indent=2) + "\n", encoding="utf-8")
+    if last_complete_checkpoint(training_args.output_dir) is None or not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [f"--{name} was {before.get(name)}" for name in flags if flags[name] != before.get(name)]:
+        raise UsageError(
+            f"{training_args.output_dir} has a checkpoint of another teaching, of which {', '.join(changed)}: choose "
+            "another --output_dir, or remove this one."
+        )
+
+
+def save_flags(flags: dict[str, Any], training_args: DomainTrainingArguments) -> None:
+    """Saves what [`check_checkpoint`] compares, unless there is a checkpoint already, which was made by what is there."""
+    if training_args.process_index == 0 and last_complete_checkpoint(training_args.output_dir) is None:
+        folder = Path(training_args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FLAGS_FILE).write_text(json.dumps(flags, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare(
@@ -436,7 +450,6 @@ def prepare(
         raise UsageError("There is no model to teach: name a checkpoint by --model_name_or_path.")
     config = load_config(model_args)
     check_can_be_taught(config, args.num_added_experts)
-    claim_folder(args, model_args, data_args, training_args)
     tokenizer, texts = load_texts(args, model_args, data_args, training_args, config)
     set_seed(training_args.seed)
     model = load_model(AutoModelForCausalLM, model_args, config, tokenizer).to(training_args.device)
@@ -472,8 +485,11 @@ def main():
     )
     setup_logging(training_args)
     files = [*data_args.files, *(args.kept_file or [])]
+    flags = teaching_flags(args, model_args, data_args, training_args)
     with ends_on_usage_error(), errors_name_the_file(files, data_args.encoding):
+        check_checkpoint(flags, training_args)
         model, tokenizer, texts = prepare(args, model_args, data_args, training_args)
+    save_flags(flags, training_args)
     trainer, figures = teach(model, tokenizer, texts, args, training_args)
     save_description(trainer, data_args.description)
     save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))

@@ -16,6 +16,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,6 +32,7 @@ from tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, set_seed
 
 from common.cards import card_of_folder
+from common.command_line import UsageError
 from common.library_sources import byte_level_tokenizer
 from common.text_data import DataTrainingArguments
 from modeling_peer import PeerForCausalLM, PeerQuantizationConfig, fit_gates
@@ -171,6 +173,7 @@ def test_card(figures, folder):
 
 def test_resumes(figures, folder, teach, caplog):
     shutil.copytree(folder / "taught" / "checkpoint-6", folder / "resumed" / "checkpoint-6")
+    shutil.copy(folder / "taught" / "teaching_flags.json", folder / "resumed")
     again, _ = teach("base", "resumed", "--kept_file", folder / "kept.txt")
     assert "Resuming training from" in caplog.text
     assert again["after"] == figures["after"]
@@ -179,16 +182,24 @@ def test_resumes(figures, folder, teach, caplog):
     )
 
 
-def test_does_not_resume_from_another_teaching(folder, taught, monkeypatch, capsys):
-    words = ("--model_name_or_path", folder / "base", "--train_file", folder / "domain.txt", "--block_size", 16)
-    words += ("--output_dir", folder / "taught", "--kept_file", folder / "kept.txt", "--num_added_experts", 25)
-    monkeypatch.setattr(teach_domain, "setup_logging", lambda training_args: None)
-    monkeypatch.setattr(sys, "argv", ["teach_domain.py", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        teach_domain.main()
-    assert end.value.code == 2
-    message = f"{folder / 'taught'} has a checkpoint of another teaching, of which --num_gate_sequences was 8: choose "
-    assert message in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--num_gate_sequences", "4"), "--num_gate_sequences was 8"),
+        (("--max_train_samples", "9"), "--max_train_samples was None"),
+        (("--kept_file", "other.txt", "--seed", "5"), "--kept_file was ['KEPT'], --seed was 42"),
+    ],
+)
+def test_does_not_resume_from_another_teaching(changed, message, folder, taught, teach, monkeypatch):
+    """Nothing is loaded, and the file of flags stays that of the checkpoint."""
+    before = (folder / "taught" / "teaching_flags.json").read_bytes()
+    monkeypatch.setattr(teach_domain, "prepare", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(teach_domain, "ends_on_usage_error", contextlib.nullcontext)
+    expected = message.replace("KEPT", str(folder / "kept.txt"))
+    whole = f"{folder / 'taught'} has a checkpoint of another teaching, of which {expected}: choose another"
+    with pytest.raises(UsageError, match=re.escape(whole)):
+        teach("base", "taught", "--kept_file", folder / "kept.txt", *changed)
+    assert (folder / "taught" / "teaching_flags.json").read_bytes() == before
 
 
 def test_a_further_domain_without_text_to_keep(figures, teach, folder):
