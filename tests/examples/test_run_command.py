@@ -71,6 +71,11 @@ def test_own_scripts_run_where_they_are_called(checkout):
     assert call(checkout, "quickstart", "--anything").stdout.startswith(f"in {checkout}: examples/quickstart.py")
 
 
+def test_a_study_runs_in_a_new_environment_with_the_flags_that_were_checked(checkout):
+    done = call(checkout, "study", "recipe", "--hours", "1", "--output_dir=a")
+    assert done.stdout == f"in {checkout}: -m studies.recipe --hours 1 --output_dir=a\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
