@@ -111,11 +111,15 @@ class Run:
     ablation: tuple[str, str] | None = None
 
     @property
+    def model(self) -> str:
+        """A name of what the model is but for its size: its variant, and its ablation."""
+        return self.variant if self.ablation is None else f"{self.variant}-{'='.join(self.ablation)}".replace(" ", "_")
+
+    @property
     def name(self) -> str:
         """A name that tells the run from all others, for its files."""
-        ablation = "" if self.ablation is None else f"{self.ablation[0]}={self.ablation[1]}-".replace(" ", "_")
         return (
-            f"{self.variant}-{ablation}hidden_size={self.hidden_size}-steps={self.steps}"
+            f"{self.model}-hidden_size={self.hidden_size}-steps={self.steps}"
             f"-learning_rate={self.learning_rate:g}-seed={self.seed}"
         )
 

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -208,7 +208,7 @@ class TrainingStudy:
         together, as they are compared with each other.
         """
         timed = self.timed_runs()
-        fields = {name: {run.variant: changed_fields(run, self.plan) for run in runs} for name, runs in timed.items()}
+        fields = {name: {run.model: changed_fields(run, self.plan) for run in runs} for name, runs in timed.items()}
         files = {name: self._seconds_file(name) for name in timed}
         if not all(file.exists() and read_json(file)["fields"] == fields[name] for name, file in files.items()):
             for file in files.values():
@@ -224,10 +224,10 @@ class TrainingStudy:
         self.prepare()
         file = self.folder / "work" / f"seconds-{result_file.name}"
         shared = {each.name: getattr(self.plan, each.name) for each in dataclasses.fields(TrainingPlan)}
-        own = {run.variant: self.plan.own_changes(run) for run in runs}
+        own = {run.model: self.plan.own_changes(run) for run in runs}
         work = {
             "plan": shared | {"variants": self.plan.variants | own},
-            "runs": [asdict(run) for run in runs],
+            "runs": [asdict(replace(run, variant=run.model, ablation=None)) for run in runs],
             "fields": fields,
             "text": str(self.folder / "held_out" / CORPUS),
             "result_file": str(result_file),

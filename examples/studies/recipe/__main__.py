@@ -36,7 +36,7 @@ from studies.common.training_study import TimeIsUp, TrainingStudyArguments
 from studies.recipe.cards import write_cards
 from studies.recipe.plan import (
     RECIPE,
-    choose_size,
+    choose,
     compared_runs,
     dense_runs,
     expert_runs,
@@ -96,18 +96,25 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
     plan, name = study.plan, budget_name(budget)
     sizes = runs_by_size(plan, best, budget)
     made = study.make(_together(runs for runs in sizes.values() if len(runs) > 1), f"Sizes at {name} FLOPs")
-    chosen = {variant: choose_size(runs, made) for variant, runs in sizes.items()}
+    chosen = {variant: choose(runs, made) for variant, runs in sizes.items()}
     compared = {variant: compared_runs(plan, run, budget) for variant, run in chosen.items()}
     study.make(_seed_by_seed(compared), f"Comparison at {name} FLOPs")
     return chosen
 
 
 def compare_at_equal_seconds(study: Study) -> None:
-    """Makes the runs of the recipe at all sizes for the seconds of dense at the last budget, and of the best one."""
+    """
+    Makes the runs of the recipe for the seconds of dense: of the trials that it may have there, then at all sizes of the
+    last budget, and of the best one.
+    """
     study.seconds()
-    widths = study.all_results().runs_of_widths()[RECIPE]
-    study.make(widths if len(widths) > 1 else [], "Widths at equal seconds")
+    _make_to_choose(study, study.all_results().runs_of_timed_trials(), "Trials at equal seconds")
+    _make_to_choose(study, study.all_results().runs_of_widths()[RECIPE], "Widths at equal seconds")
     study.make(_seed_by_seed(study.all_results().runs_of_seconds()), "Equal seconds")
+
+
+def _make_to_choose(study, runs, description):
+    study.make(runs if len(runs) > 1 else [], description)
 
 
 def _together(lists):

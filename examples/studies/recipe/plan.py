@@ -87,6 +87,9 @@ class RecipePlan(TrainingPlan):
             rate of the output tables of experts and memories stays what it is.
         hidden_sizes (`dict[str, list[list[int]]]`):
             For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
+        timed_trials (`list[int]`):
+            Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the first
+            budget, for the seconds of dense.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
@@ -100,6 +103,7 @@ class RecipePlan(TrainingPlan):
     designs: list[dict[str, Any]]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
+    timed_trials: list[int]
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
     nums_experts: list[int]
@@ -149,6 +153,11 @@ class RecipePlan(TrainingPlan):
                 raise ValueError(f"`{field}` must have all variants of `trials`, but lacks {sorted(missing)}.")
         if trial := self.trial_of(Run(RECIPE, self.hidden_size, 1, self.learning_rate)):
             raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
+        if not self.timed_trials or not set(self.timed_trials) <= set(range(len(self.trials[RECIPE]))):
+            raise ValueError(
+                f"`timed_trials` must be numbers of `trials` of the recipe, from 0 to {len(self.trials[RECIPE]) - 1}, but "
+                f"got {self.timed_trials}."
+            )
         if self.hidden_sizes[RECIPE][-1] != self.hidden_sizes[DENSE][-1]:
             raise ValueError(
                 f"The last `hidden_sizes` of the recipe must be those of dense, {self.hidden_sizes[DENSE][-1]}, as they "
@@ -336,7 +345,7 @@ def runs_beyond(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
     """
     found = {}
     for variant, runs in runs_to_tune(plan).items():
-        best, rates = _lowest(runs, results), [run.learning_rate for run in runs]
+        best, rates = choose(runs, results), [run.learning_rate for run in runs]
         factor = {min(rates): 0.5**0.5, max(rates): 2**0.5}.get(best.learning_rate)
         if factor is not None:
             found[variant] = replace(best, learning_rate=_rounded(best.learning_rate * factor))
@@ -347,7 +356,8 @@ def _rounded(rate):
     return float(f"{rate:.3g}")
 
 
-def _lowest(runs, results):
+def choose(runs: list[Run], results: dict[str, dict]) -> Run:
+    """The run with the lowest loss on the held-out part of the training texts. One without others needs no result."""
     return runs[0] if len(runs) == 1 else min(runs, key=lambda run: _loss(results[run.name]))
 
 
@@ -361,7 +371,7 @@ def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
     """The run of each variant that has the lowest loss on the held-out part of the training texts, of all trials."""
     beyond = runs_beyond(plan, results)
     return {
-        variant: _lowest([*runs, *([beyond[variant]] if variant in beyond else [])], results)
+        variant: choose([*runs, *([beyond[variant]] if variant in beyond else [])], results)
         for variant, runs in tuning_runs(plan).items()
     }
 
@@ -385,11 +395,6 @@ def runs_by_size(plan: RecipePlan, best: dict[str, Run], budget: float) -> dict[
     return {variant: runs for variant, runs in sizes.items() if runs}
 
 
-def choose_size(runs: list[Run], results: dict[str, dict]) -> Run:
-    """The run with the lowest loss on the held-out part of the training texts."""
-    return _lowest(runs, results)
-
-
 def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
     """The run of the size that was chosen, with seeds that nothing was chosen with."""
     return with_seeds([chosen], _seeds_of_the_comparison(plan, chosen.variant, budget))
@@ -397,6 +402,11 @@ def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
 
 def _seeds_of_the_comparison(plan, variant, budget):
     return range(FIRST_SEED, FIRST_SEED + plan.seeds[variant][plan.budgets.index(budget)])
+
+
+def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[Run], float]) -> list[Run]:
+    """The recipe with each of the `timed_trials`, for as many steps as take the seconds of a run of dense."""
+    return [run_of_seconds(_run_of_trial(plan, RECIPE, index), dense, step_seconds) for index in plan.timed_trials]
 
 
 def runs_of_widths(

@@ -150,21 +150,28 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
 
 
 def table_of_seconds(results: Results) -> str:
-    """Tables of dense and the recipe for equal seconds: at each width with one seed, and at the best width of each."""
+    """
+    Tables of dense and the recipe for equal seconds: with each trial that the recipe may have and at each width, with one
+    seed, and at the best width of each.
+    """
     tables = []
+    if results.best_at_equal_seconds and len(results.plan.timed_trials) > 1:
+        trials = [[run] for run in results.runs_of_timed_trials()]
+        tables.append(_table_of_seconds(results, "seed 0", [([results.best[DENSE]], trials)]))
     if runs := results.compared_at_widths():
-        pairs = [([dense], [own]) for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True)]
+        pairs = [([dense], [[own]]) for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True)]
         tables.append(_table_of_seconds(results, "seed 0", pairs))
     if runs := results.compared_at_equal_seconds():
         number = len(runs[DENSE])
-        tables.append(_table_of_seconds(results, f"{number} seeds", [(runs[DENSE], runs[RECIPE])]))
+        tables.append(_table_of_seconds(results, f"{number} seeds", [(runs[DENSE], [runs[RECIPE]])]))
     return "\n\n".join(tables)
 
 
-def _table_of_seconds(results, seeds, pairs):
+def _table_of_seconds(results, seeds, groups):
     rows = [[seeds, "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
-    for dense, own in pairs:
-        rows += [_row_of_seconds(results, dense, ""), _row_of_seconds(results, own, results.below(own, dense))]
+    for dense, others in groups:
+        rows.append(_row_of_seconds(results, dense, ""))
+        rows += [_row_of_seconds(results, own, results.below(own, dense)) for own in others]
     return markdown_table(rows)
 
 
@@ -172,7 +179,8 @@ def _row_of_seconds(results, runs, ahead):
     run, seconds = runs[0], results.step_seconds(runs[0])
     times = [f"{run.steps:,}", f"{seconds * 1e3:.1f}", f"{seconds * run.steps:.0f}"]
     perplexities = [f"{value(runs):.2f}" for value in (results.corpus_perplexity, results.perplexity)]
-    return [run.variant, str(run.hidden_size), *times, *perplexities, str(ahead)]
+    trial = f", trial {int(run.ablation[1]) + 1}" if run.ablation is not None else ""
+    return [f"{run.variant}{trial}", str(run.hidden_size), *times, *perplexities, str(ahead)]
 
 
 def table_of_experts(results: Results) -> str:

@@ -27,13 +27,14 @@ from studies.recipe.plan import (
     BLOCK,
     RECIPE,
     RecipePlan,
-    choose_size,
+    choose,
     compared_runs,
     dense_runs,
     design_runs,
     factors_of,
     runs_beyond,
     runs_by_size,
+    runs_of_timed_trials,
     runs_of_widths,
     runs_to_tune,
     tuned,
@@ -83,7 +84,7 @@ class Results:
         sizes = runs_by_size(self.plan, self.best, budget)
         if not sizes or not self.are_made(run for runs in sizes.values() if len(runs) > 1 for run in runs):
             return {}
-        return {variant: choose_size(runs, self.runs) for variant, runs in sizes.items()}
+        return {variant: choose(runs, self.runs) for variant, runs in sizes.items()}
 
     def compared(self, budget: float) -> dict[str, list[Run]]:
         """The runs of each variant whose runs that are compared at a budget have all been made."""
@@ -92,15 +93,29 @@ class Results:
 
     def step_seconds(self, run: Run) -> float:
         """Median seconds of a training step of the model of a run."""
-        return median(self.seconds[str(run.hidden_size)]["seconds"][run.variant])
+        return median(self.seconds[str(run.hidden_size)]["seconds"][run.model])
+
+    def runs_of_timed_trials(self) -> list[Run]:
+        """The recipe with each of the trials of which one is compared at equal seconds, for the seconds of dense."""
+        return runs_of_timed_trials(self.plan, self.best[DENSE], self.step_seconds)
+
+    @property
+    def best_at_equal_seconds(self) -> dict[str, Run]:
+        """Dense and the recipe with the best trials for equal seconds; empty before these are known."""
+        if not self.best or not self.seconds:
+            return {}
+        runs = self.runs_of_timed_trials()
+        if len(runs) > 1 and not self.are_made(runs):
+            return {}
+        return {DENSE: self.best[DENSE], RECIPE: choose(runs, self.runs)}
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
         """Dense and the recipe at each size of the last budget, for equal seconds."""
-        return runs_of_widths(self.plan, self.best, self.plan.budgets[-1], self.step_seconds)
+        return runs_of_widths(self.plan, self.best_at_equal_seconds, self.plan.budgets[-1], self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
         """The runs of `runs_of_widths`; empty before all of them are made."""
-        if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
+        if not self.chosen(self.plan.budgets[-1]) or not self.best_at_equal_seconds:
             return {}
         runs = self.runs_of_widths()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
@@ -109,12 +124,12 @@ class Results:
         """Dense as it is compared at the last budget, and the best size of the recipe for the same seconds."""
         budget = self.plan.budgets[-1]
         dense = self.chosen(budget)[DENSE]
-        recipe = run_of_seconds(choose_size(self.runs_of_widths()[RECIPE], self.runs), dense, self.step_seconds)
+        recipe = run_of_seconds(choose(self.runs_of_widths()[RECIPE], self.runs), dense, self.step_seconds)
         return {run.variant: compared_runs(self.plan, run, budget) for run in (dense, recipe)}
 
     def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
         """The same; empty before all of them are made."""
-        if not self.chosen(self.plan.budgets[-1]) or not self.seconds:
+        if not self.chosen(self.plan.budgets[-1]) or not self.best_at_equal_seconds:
             return {}
         widths = self.runs_of_widths()[RECIPE]
         if len(widths) > 1 and not self.are_made(widths):

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
-from studies.recipe.plan import RECIPE, RecipePlan, check_models
+from studies.recipe.plan import RecipePlan, check_models, runs_of_timed_trials
 from studies.recipe.results import Results
 from studies.recipe.variants import register_variants
 
@@ -43,12 +43,13 @@ class Study(TrainingStudy):
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 
     def timed_runs(self) -> dict[str, list[Run]]:
-        """Dense and the recipe as they were tuned, at all sizes of the last budget."""
+        """Dense, and the recipe with all trials for equal seconds, at the size of the tuning and all of the last budget."""
         if not (best := self.all_results().best):
             return {}
+        recipes = runs_of_timed_trials(self.plan, best[DENSE], lambda run: 1.0)
         return {
-            str(size): [replace(best[variant], hidden_size=size, steps=1) for variant in (DENSE, RECIPE)]
-            for size in self.plan.hidden_sizes[DENSE][-1]
+            str(size): [replace(run, hidden_size=size, steps=1) for run in (best[DENSE], *recipes)]
+            for size in dict.fromkeys([self.plan.hidden_size, *self.plan.hidden_sizes[DENSE][-1]])
         }
 
     def documents(self) -> dict[str, list[int]]:

@@ -40,7 +40,7 @@ from studies.recipe.plan import (
     MOST_FACTORS,
     RecipePlan,
     check_models,
-    choose_size,
+    choose,
     compared_runs,
     dense_runs,
     design_runs,
@@ -79,6 +79,7 @@ WITH_RECIPE = {
     "trials": TRIALS | {"recipe": TRIALS["peer"]},
     "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
     "hidden_sizes": SIZES,
+    "timed_trials": [0],
 }
 
 
@@ -262,6 +263,30 @@ def test_at_equal_seconds_the_recipe_has_the_time_of_dense_at_each_width():
         assert dense.hidden_size == recipe.hidden_size and recipe.steps == round(dense.steps / 1.25)
 
 
+def test_at_equal_seconds_the_recipe_has_the_trial_that_is_best_there():
+    """The tuning may have chosen another, whose steps take longer."""
+    trials = TRIALS | {"recipe": [{"learning_rate": 0.01, "num_experts_per_head": 2}, {"learning_rate": 0.01}]}
+    plan = plan_of(**WITH_RECIPE | {"trials": trials, "timed_trials": [1, 0]}, budgets=[6e11])
+    seconds = {"32": {"seconds": {"dense": [3.0], "recipe-tuning=0": [4.0], "recipe": [6.0]}}}
+    runs = tuning_runs(plan)
+    results = Results(plan, with_losses({"dense": [4, 5], "peer": [3, 5], "recipe": [3, 2]}, runs), seconds, {})
+    results.runs |= {run.name: {"losses": {"corpus": 9}} for run in runs_beyond(plan, results.runs).values()}
+    dense = runs["dense"][0]
+    assert results.best["dense"] == dense and results.best["recipe"] == runs["recipe"][1]
+    slow, fast = timed = results.runs_of_timed_trials()
+    assert slow == replace(runs["recipe"][1], steps=round(dense.steps / 2))
+    assert fast == replace(runs["recipe"][0], steps=round(dense.steps * 3 / 4))
+    assert results.best_at_equal_seconds == {}
+    results.runs |= with_losses({"recipe": [3, 2.9]}, {"recipe": timed})
+    assert results.best_at_equal_seconds == {"dense": dense, "recipe": fast}
+    seconds["64"] = {
+        "seconds": {name: [2 * value for (value,) in [times]] for name, times in seconds["32"]["seconds"].items()}
+    }
+    widths = results.runs_of_widths()
+    assert {run.ablation for run in widths["recipe"]} == {("tuning", "0")}
+    assert [run.steps for run in widths["recipe"]] == [round(run.steps * 3 / 4) for run in widths["dense"]]
+
+
 def test_at_equal_seconds_one_width_needs_no_choice():
     rates = {name: [{"learning_rate": 0.01}] for name in ("dense", "peer", "recipe")}
     plan = plan_of(**WITH_RECIPE | {"trials": rates, "hidden_sizes": {name: [[32]] for name in rates}})
@@ -300,7 +325,7 @@ def test_a_budget_is_not_spent_on_variants_without_sizes():
     best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
     assert list(runs_by_size(plan, best, 6e8)) == ["dense"]
     (only,) = runs_by_size(plan, best, 6e8)["dense"]
-    assert choose_size([only], {}) == only  # needs no result
+    assert choose([only], {}) == only  # needs no result
 
 
 @pytest.mark.parametrize(("trial", "num_experts_per_head"), [(0, 4), (1, 2)])
@@ -352,6 +377,8 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             {"hidden_sizes": {"dense": []}},
             "`hidden_sizes` of 'dense' must have one entry per budget, 1, but got \\[\\]",
         ),
+        (WITH_RECIPE | {"timed_trials": []}, "`timed_trials` must be numbers of .* from 0 to 1, but got \\[\\]"),
+        (WITH_RECIPE | {"timed_trials": [0, 2]}, "`timed_trials` must be numbers of .* but got \\[0, 2\\]"),
         ({"seeds": {"dense": [1, 2]}}, "`seeds` of 'dense' must have one entry per budget"),
     ],
 )

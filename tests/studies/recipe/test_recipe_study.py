@@ -80,6 +80,13 @@ def test_of_a_recipe(tmp_path):
             other = other if own.seed == 0 else dense[0]
             expected = other.steps * results.step_seconds(other) / results.step_seconds(own)
             assert own.steps == round(expected)
+        of_seconds = re.sub(" +", " ", printed.partition("## Equal seconds\n")[2])
+        timed, tuned = results.runs_of_timed_trials(), results.best["dense"]
+        assert {run.model for run in timed} == {"recipe-tuning=0", "recipe"} and results.are_made(timed)
+        for run in timed:
+            assert run.steps == round(tuned.steps * results.step_seconds(tuned) / results.step_seconds(run))
+            below = 1 - math.exp(results.losses([run])[0] - results.losses([tuned])[0])
+            assert re.search(rf"\| {run.steps:,} \|.* {below:+.1%} .*\|", of_seconds)
         main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
         assert (tmp_path / "again" / "tables.md").read_text() == printed
 
