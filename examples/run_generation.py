@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from common.command_line import parse_arguments
-from modeling_peer import ExpertUsageMeter
+from modeling_peer import ExpertUsageMeter, measure_usage
+from modeling_peer.analysis.expert_sets import find_expert_sets
+from modeling_peer.expert_generations import generations_of
 
 
 @dataclass
@@ -102,30 +104,50 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
         tokens (`torch.Tensor` of shape `(1, num_tokens)`): Tokens of the text.
         num_shown (`int`): Number of experts to list, each with its share of the router weight.
     """
-    config = model.config
-    if getattr(config, "feed_forward_types", None) is None:
-        return f"A model of type {config.model_type!r} has no PEER layers."
-    layers = [layer for layer, name in enumerate(config.feed_forward_types) if name in ("peer", "pkm", "moe")]
-    if not layers:
+    usage = _usage_of_experts(model, tokens) | _usage_of_mixtures(model, tokens)
+    if not usage:
         return "No layer of this model has experts."
-    outputs = model(tokens, output_router_indices=True, output_router_weights=True)
     lines = []
-    for layer, indices, weights in zip(layers, outputs.router_indices, outputs.router_weights, strict=True):
-        is_moe = config.feed_forward_types[layer] == "moe"
-        meter = ExpertUsageMeter(config.moe_num_experts if is_moe else config.num_experts, device=model.device)
-        # The router of a MoE has one head and returns tokens without a batch dimension.
-        shape = (*tokens.shape, -1, indices.shape[-1])
-        meter.update(indices.view(shape), weights.view(shape))
+    for (_, label), meter in sorted(usage.items()):
         shares = meter.scores / meter.scores.sum()
         most = shares.topk(min(num_shown, len(shares)))
         named = ", ".join(
             f"{expert} ({share:.1%})" for share, expert in zip(*map(torch.Tensor.tolist, most), strict=True)
         )
         used = int((shares > 0).sum())
-        lines.append(
-            f"layer {layer}: {used:,} of {len(shares):,} experts used over {tokens.shape[1]} tokens, most: {named}"
-        )
+        lines.append(f"{label}: {used:,} of {len(shares):,} experts used over {tokens.shape[1]} tokens, most: {named}")
     return "\n".join(lines)
+
+
+def _usage_of_experts(model, tokens):
+    """Usage of the experts of PEER and PKM layers and of grafts, by the first layer that has them and a label."""
+    try:
+        sets = find_expert_sets(model)
+    except ValueError:  # there are none
+        return {}
+    meters = measure_usage(model, input_ids=tokens)
+    return {(min(each.layers), each.label.replace("_", " ")): meters[name] for name, each in sets.items()}
+
+
+def _usage_of_mixtures(model, tokens):
+    """Usage of the experts of MoE layers, likewise."""
+    config = model.config
+    types = getattr(config, "feed_forward_types", None) or []
+    if "moe" not in types:
+        return {}
+    outputs = model(tokens, output_router_indices=True, output_router_weights=True)
+    retrieved = iter(zip(outputs.router_indices, outputs.router_weights, strict=True))
+    usage = {}
+    for layer, name in enumerate(types):
+        if name == "moe":
+            meter = ExpertUsageMeter(config.moe_num_experts, device=model.device)
+            # The router of a MoE has one head and returns tokens without a batch dimension.
+            meter.update(*(each.view(*tokens.shape, 1, -1) for each in next(retrieved)))
+            usage[layer, f"layer {layer}"] = meter
+        elif name in ("peer", "pkm"):  # with a router for each generation of experts
+            for _ in generations_of(config, layer) if name == "peer" else range(1):
+                next(retrieved)
+    return usage
 
 
 def main():

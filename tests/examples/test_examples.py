@@ -34,6 +34,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from preloaded import python
+from run_generation import describe_experts
 from safetensors.torch import load_file
 from slow_tests import slow
 from torch.testing import assert_close
@@ -63,7 +64,7 @@ from common.training import (
     save_description,
     write_training_card,
 )
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, add_experts
 from modeling_peer.checkpoint_card import is_written_card
 
 
@@ -424,6 +425,30 @@ class TestGeneration:
         (line,) = (line for line in printed.splitlines() if line.startswith("layer 1: "))
         assert "of 64 experts used over" in line
         assert line.count("%") == 3
+
+    @pytest.mark.parametrize("mode", ["protected", "open"])
+    def test_added_experts_are_counted(self, checkpoint, tmp_path, mode):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        add_experts(model, 36, mode=mode)
+        model.save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+        printed = run("run_generation.py", "--model_name_or_path", tmp_path, "--max_new_tokens", "3")
+        assert re.search(r"^layer 1: .* of 100 experts used over", printed, re.MULTILINE)
+
+    def test_each_layer_with_experts_has_a_line(self):
+        config = load_config(
+            ModelArguments(config_name="peer-tiny", config_overrides=SMALL),
+            feed_forward_types=["moe", "peer", "dense", "moe"],
+            moe_num_experts=3,
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        add_experts(model, 36)
+        lines = describe_experts(model, torch.arange(20)[None], num_shown=1).splitlines()
+        assert [re.sub(" [0-9]+ of", " of", line.partition(" experts")[0]) for line in lines] == [
+            "layer 0: of 3",
+            "layer 1: of 100",
+            "layer 3: of 3",
+        ]
 
     def test_beams_of_a_model_without_experts(self, tmp_path, checkpoint):
         config = load_config(ModelArguments(config_name="dense-tiny", config_overrides="vocab_size=300"))
