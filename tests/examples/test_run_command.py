@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
     -c*) exit ${TOO_OLD:-0} ;;
-    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && exit ${NO_VENV:-0} ;;
     "-m pip "*) echo "Collecting torch" ;;
     *) echo "in $PWD: $*" ;;
 esac
@@ -101,6 +101,41 @@ def test_wrong_interpreters_are_told(checkout, environment):
     done = call(checkout, "python", **environment)
     assert done.returncode == 2
     assert "is not Python 3.10 or later: name another by PYTHON=" in done.stderr
+
+
+def test_an_environment_that_could_not_be_made_is_made_by_the_next_call(checkout):
+    done = call(checkout, "python", "my.py", NO_VENV="1")
+    assert done.returncode == 2 and "install its module venv" in done.stderr
+    assert not (checkout / ".venv").exists()
+    assert call(checkout, "python", "my.py").stdout.endswith(": my.py\n")
+
+
+def test_an_environment_without_its_python_is_told(checkout):
+    call(checkout, "python", "my.py")
+    (checkout / ".venv" / "bin" / "python").unlink()
+    done = call(checkout, "python", "my.py")
+    assert done.returncode == 2 and f"{checkout}/.venv has no pip" in done.stderr
+
+
+def test_an_environment_is_made_again_where_the_checkout_was_moved_to(checkout):
+    call(checkout, "python", "my.py")
+    moved = checkout.rename(checkout.parent / "moved")
+    done = call(moved, "python", "my.py")
+    assert f"Installing modeling-peer[train] into {moved}/.venv" in done.stderr
+    assert call(moved, "python", "my.py").stderr == ""
+
+
+def test_is_not_called_through_a_link(checkout):
+    (checkout.parent / "elsewhere" / "run").symlink_to(checkout / "run")
+    done = call(checkout.parent / "elsewhere", "python", "my.py")
+    assert done.returncode == 2 and "elsewhere is no checkout" in done.stderr
+    assert not (checkout.parent / "elsewhere" / ".venv").exists()
+
+
+def test_a_gpu_is_checked_with_a_python_that_has_torch(checkout):
+    assert call(checkout, "gpu", "--tiny").stdout == f"in {checkout}: -m gpu --tiny\n"
+    done = call(checkout, "gpu", "--tiny", TOO_OLD="1")
+    assert done.returncode == 2 and "has no torch or no transformers: name one that has both" in done.stderr
 
 
 @pytest.mark.parametrize(("module", "extra"), [("peft.tuners", "graft"), ("datasets", "train"), ("no_such", None)])
