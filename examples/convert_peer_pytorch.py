@@ -43,6 +43,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.command_line import parse_arguments
+from common.model_arguments import loads_checkpoint
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.key_grid import expert_index, grid_size
 
@@ -204,7 +205,8 @@ def _check_fit(config, layer, fields):
 
 def main():
     (args,) = parse_arguments((ConversionArguments,), __doc__)
-    base_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    with loads_checkpoint(args.model_name_or_path):
+        base_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     if not isinstance(base_model, PeerForCausalLM):
         raise ValueError(
             f"{args.model_name_or_path} must contain a PeerForCausalLM, but contains a {type(base_model).__name__}."

@@ -24,6 +24,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.command_line import parse_arguments
+from common.model_arguments import loads_checkpoint
 from modeling_peer.explorer import ExpertContexts, save_explorer_page
 
 
@@ -50,8 +51,9 @@ class Arguments:
 def main() -> None:
     (arguments,) = parse_arguments((Arguments,), __doc__)
     folder = Path(arguments.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    with loads_checkpoint(arguments.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path).eval()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     contexts = None
     if arguments.corpus_file:
         files = [Path(file).read_text(encoding="utf-8") for file in arguments.corpus_file]

@@ -34,7 +34,7 @@ from common.command_line import parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments
 from common.training import setup_logging
-from modeling_peer import ExpertUsageCallback, quantize_experts
+from modeling_peer import ExpertUsageCallback, PeerQuantizationConfig, quantize_experts
 from modeling_peer.expert_table import ExpertTable
 
 
@@ -85,6 +85,7 @@ def main():
     )
     if model_args.is_new:
         raise ValueError("--model_name_or_path must name the checkpoint to quantize.")
+    PeerQuantizationConfig(args.bits, args.group_size)  # raises what is wrong with them before anything is loaded
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         do_eval=True,

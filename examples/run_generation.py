@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from common.command_line import parse_arguments
+from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, measure_usage
 from modeling_peer.analysis.expert_sets import find_expert_sets
 from modeling_peer.expert_generations import generations_of
@@ -153,8 +154,9 @@ def _usage_of_mixtures(model, tokens):
 def main():
     (args,) = parse_arguments((GenerationArguments,), __doc__)
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, device_map="auto").eval()
+    with loads_checkpoint(args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, device_map="auto").eval()
     tokens = generate(model, tokenizer, args.prompt, **args.generation_options())
     print("\n" + describe_experts(model, tokens, args.num_shown_experts))
 

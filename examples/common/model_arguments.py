@@ -15,6 +15,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +122,29 @@ class DistributedArguments:
 RETIRED_FIELDS = {"sparse_expert_gradients"}
 
 
+@contextmanager
+def loads_checkpoint(name: str) -> Iterator[None]:
+    """Raises the `OSError` of a checkpoint that cannot be loaded with its name, and with what it must be."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(_no_checkpoint(name)) from error
+
+
+def _no_checkpoint(name):
+    expected = "it must be a folder that `save_pretrained` wrote, or a reachable model of the Hub."
+    is_named = name in list_configurations()
+    advice = f" {name!r} is a named configuration: a new model takes it by --config_name." if is_named else ""
+    return f"There is no checkpoint {name!r}: {expected}{advice}"
+
+
+def _no_configuration(name):
+    return (
+        f"There is no configuration {name!r}: it is neither one of {list_configurations()}, nor a folder with a "
+        "config.json, nor a reachable model of the Hub."
+    )
+
+
 def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     """Loads the configuration that the arguments name, with their overrides and with `fields`."""
     name = args.model_name_or_path or args.config_name
@@ -128,10 +153,7 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     try:
         values, _ = PreTrainedConfig.get_config_dict(name, revision=args.model_revision)
     except OSError as error:
-        raise OSError(
-            f"There is no configuration {name!r}: it is neither one of {list_configurations()}, nor a folder with a "
-            "config.json, nor a reachable model of the Hub."
-        ) from error
+        raise OSError(_no_configuration(name) if args.is_new else _no_checkpoint(name)) from error
     config_class = CONFIG_MAPPING[values["model_type"]]
     fields |= _parse_overrides(args.config_overrides)
     fields = {field_name: value for field_name, value in fields.items() if field_name not in RETIRED_FIELDS}
@@ -148,7 +170,12 @@ def _parse_overrides(text):
     if text is None:
         return {}
     if text.lstrip().startswith("{"):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--config_overrides begins like a JSON object, but is none: {error} in {text!r}."
+            ) from error
     overrides = {}
     for assignment in text.split(","):
         name, equals, value = assignment.partition("=")

@@ -25,14 +25,12 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pytest
 import quantize
 import run_clm
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import StrictDataclassError
 from preloaded import python
 from run_generation import describe_experts
 from safetensors.torch import load_file
@@ -162,6 +160,12 @@ class TestLanguageModel:
         assert loaded.config.quantization_config.bits == bits
         printed = capsys.readouterr()
         assert f"{figures['table_bytes_after']:,} bytes" in printed.out and "Warning" not in printed.err
+
+    def test_refuses_bits_before_it_loads_anything(self, monkeypatch):
+        flags = ("--model_name_or_path", "runs/none", "--bits", "3", "--output_dir", "runs/quantized")
+        monkeypatch.setattr(sys, "argv", ["quantize.py", *flags])
+        with pytest.raises(ValueError, match=r"`bits` must be one of \[8, 4\], got 3"):
+            quantize.main()
 
     def test_prints_what_a_user_needs(self, checkpoint):
         """Progress, metrics, and when it will end; neither arguments nor configurations, and nothing deprecated."""
@@ -389,30 +393,6 @@ class TestText:
             text_column(dataset, DataTrainingArguments(text_column_name="body"))
         with pytest.raises(ValueError, match="at least 258 tokens"):
             train_tokenizer(dataset, "text", 64, 64)
-
-
-class TestConfiguration:
-    def test_overrides(self):
-        config = load_config(ModelArguments(config_overrides="hidden_size=64,query_norm=none,expert_act=relu"))
-        assert (config.hidden_size, config.head_dim, config.query_norm, config.expert_act) == (64, 16, None, "relu")
-        overrides = '{"num_hidden_layers": 2, "feed_forward_types": ["peer", "pkm"]}'
-        config = load_config(ModelArguments(config_name="dense-tiny", config_overrides=overrides))
-        assert config.feed_forward_types == ["peer", "pkm"]
-
-    @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            ({"config_name": "peer-tinny"}, "peer-tiny"),
-            ({"config_overrides": "num_expert=64"}, "no field 'num_expert'"),
-            ({"config_overrides": "num_experts"}, "name=value"),
-            ({"config_overrides": "num_experts=60"}, "perfect square"),
-            ({"config_name": "peer-tiny", "model_name_or_path": "here"}, "Choose either"),
-        ],
-    )
-    def test_errors_say_what_to_do(self, monkeypatch, flags, message):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises((OSError, ValueError, StrictDataclassError), match=message):
-            load_config(ModelArguments(**flags))
 
 
 class TestGeneration:

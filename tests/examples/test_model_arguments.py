@@ -1,0 +1,79 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model that the examples train, from their flags: configurations, overrides, and checkpoints that are not there."""
+
+import sys
+
+import convert_peer_pytorch
+import huggingface_hub
+import make_explorer_page
+import pytest
+import run_generation
+from huggingface_hub.errors import StrictDataclassError
+
+from common.model_arguments import ModelArguments, load_config
+
+
+def test_overrides():
+    config = load_config(ModelArguments(config_overrides="hidden_size=64,query_norm=none,expert_act=relu"))
+    assert (config.hidden_size, config.head_dim, config.query_norm, config.expert_act) == (64, 16, None, "relu")
+    overrides = '{"num_hidden_layers": 2, "feed_forward_types": ["peer", "pkm"]}'
+    config = load_config(ModelArguments(config_name="dense-tiny", config_overrides=overrides))
+    assert config.feed_forward_types == ["peer", "pkm"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"config_name": "peer-tinny"}, "no configuration 'peer-tinny': it is neither one of .*'peer-tiny'"),
+        ({"model_name_or_path": "runs/none"}, "no checkpoint 'runs/none': it must be a folder .* of the Hub.$"),
+        ({"model_name_or_path": "peer-toy"}, "no checkpoint 'peer-toy': .* a new model takes it by --config_name"),
+        ({"config_overrides": '{"num_experts": 64'}, "--config_overrides begins like a JSON object, but is none:"),
+        ({"config_overrides": "num_expert=64"}, "no field 'num_expert'"),
+        ({"config_overrides": "num_experts"}, "name=value"),
+        ({"config_overrides": "num_experts=60"}, "perfect square"),
+        ({"config_name": "peer-tiny", "model_name_or_path": "here"}, "Choose either"),
+    ],
+)
+def test_errors_say_what_to_do(monkeypatch, flags, message):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises((OSError, ValueError, StrictDataclassError), match=message):
+        load_config(ModelArguments(**flags))
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (run_generation, ()),
+        (make_explorer_page, ("--text", "one")),
+        (
+            convert_peer_pytorch,
+            (
+                "--peer_pytorch_checkpoint",
+                "a.pt",
+                "--layer",
+                "1",
+                "--output_dir",
+                "b",
+                "--num_experts_per_head",
+                "4",
+            ),
+        ),
+    ],
+)
+def test_a_missing_checkpoint_is_named(monkeypatch, module, flags):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model_name_or_path", "runs/none", *flags])
+    with pytest.raises(OSError, match="There is no checkpoint 'runs/none'"):
+        module.main()
