@@ -21,6 +21,7 @@ from documentation import ROOT
 
 from benchmark.report import Results
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from studies.common.training_plan import costs_of
 from studies.recipe.plan import tuning_runs
 from studies.recipe.report import is_adopted
 from studies.recipe.results import read_results as read_recipe
@@ -225,6 +226,38 @@ class TestScaling:
         for norm, number, perplexity, usage in rows:
             label = "none" if norm == "None" else norm
             assert re.search(rf"^\| {label} +\| {number} .*\| +{perplexity} \| +{usage} \|", study, flags=re.M)
+
+
+def test_how_far_the_recipe_is_below_dense():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    compared = results.compared(2e13)
+    below = results.below(compared["recipe"], compared["dense"])
+    section = page("docs/quality.md").partition("## By the recipe")[2].partition("\n## ")[0]
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (
+            [each.strip() for each in row.split("|")[1:-1]] for row in section.splitlines() if row.startswith("|")
+        )
+    }
+    for variant, ahead in (("dense", ""), ("recipe", str(below))):
+        runs = compared[variant]
+        assert len(runs) == 5
+        costs = costs_of(runs[0], results.plan)
+        assert rows[variant] == [
+            str(runs[0].hidden_size),
+            f"{costs.parameters / 1e6:.1f}",
+            f"{costs.active_parameters / 1e6:.1f}",
+            f"{results.corpus_perplexity(runs):.2f}",
+            f"{results.perplexity(runs):.2f}",
+            ahead,
+        ]
+    share, low, high = (f"{100 * value:.1f}" for value in (below.share, below.low, below.high))
+    readme = " ".join(page("README.md").split())
+    assert (
+        f"it is [{share} %](docs/quality.md#by-the-recipe) below dense at equal FLOPs, with an interval from {low} to {high} %"
+        in readme
+    )
 
 
 def test_what_each_part_of_the_recipe_is_worth():

@@ -206,11 +206,15 @@ class TrainingStudy:
         """
         Seconds of a training step of the models of `timed_runs`, see `step_seconds`. They are measured once, all of them
         together, as they are compared with each other.
+
+        Raises:
+            [`TimeIsUp`]: if they are to be measured at the end of the time.
         """
         timed = self.timed_runs()
         fields = {name: {run.model: changed_fields(run, self.plan) for run in runs} for name, runs in timed.items()}
         files = {name: self._seconds_file(name) for name in timed}
         if not all(file.exists() and read_json(file)["fields"] == fields[name] for name, file in files.items()):
+            self._check_time("the seconds of training steps")
             for file in files.values():
                 file.unlink(missing_ok=True)
             for name, runs in timed.items():
@@ -314,13 +318,16 @@ class TrainingStudy:
                         f"{value}. Choose another --output_dir and make all runs again."
                     )
 
+    def _check_time(self, what):
+        if self.until is not None and time.time() >= self.until:
+            raise TimeIsUp(f"The time is up: {what} and what follows are left. The same command goes on.")
+
     def _is_whole(self, run):
         file = self.result_file(run)
         return file.exists() and not changes_to_measure(read_json(file), self.changes_after_training(run))
 
     def _make(self, run, devices):
-        if self.until is not None and time.time() >= self.until:
-            raise TimeIsUp(f"The time is up: {run.name} and what follows it are left. The same command goes on.")
+        self._check_time(run.name)
         file = self._work_file(run)
         write_json(file, self.work(run))
         device = devices.get()

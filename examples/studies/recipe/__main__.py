@@ -46,6 +46,8 @@ from studies.recipe.plan import (
     runs_to_tune,
     screening_runs,
     search_runs,
+    transfer_runs,
+    transfer_runs_beyond,
     tuned,
 )
 from studies.recipe.plots import PLOTS
@@ -80,6 +82,8 @@ def run_study(study: Study) -> None:
         return
     made = study.make(_together(runs_to_tune(plan).values()), "Tuning")
     best = tuned(plan, study.make(list(runs_beyond(plan, made).values()), "Tuning beyond the ends"))
+    made = study.make(_together(transfer_runs(plan, best).values()), "Learning rates at another size")
+    study.make(list(transfer_runs_beyond(plan, best, made).values()), "Learning rates beyond the ends")
     for budget in plan.budgets:
         chosen = compare(study, {variant: best[variant] for variant in (DENSE, RECIPE)}, budget)
         if budget == plan.budgets[0]:
@@ -104,17 +108,15 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
 
 def compare_at_equal_seconds(study: Study) -> None:
     """
-    Makes the runs of the recipe for the seconds of dense: of the trials that it may have there, then at all sizes of the
-    last budget, and of the best one.
+    Makes runs for the seconds of dense: of the recipe with the trials that it may have there, then of dense and the recipe
+    at all sizes of the last budget, and of the best ones.
     """
     study.seconds()
-    _make_to_choose(study, study.all_results().runs_of_timed_trials(), "Trials at equal seconds")
-    _make_to_choose(study, study.all_results().runs_of_widths()[RECIPE], "Widths at equal seconds")
+    trials = study.all_results().runs_of_timed_trials()
+    study.make(trials if len(trials) > 1 else [], "Trials at equal seconds")
+    widths = study.all_results().runs_of_widths()
+    study.make(_together(runs for runs in widths.values() if len(runs) > 1), "Widths at equal seconds")
     study.make(_seed_by_seed(study.all_results().runs_of_seconds()), "Equal seconds")
-
-
-def _make_to_choose(study, runs, description):
-    study.make(runs if len(runs) > 1 else [], description)
 
 
 def _together(lists):

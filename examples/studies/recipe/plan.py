@@ -42,7 +42,7 @@ from studies.common.training_plan import (
 RECIPE = "recipe"
 
 # Groups of changes of a variant, see `Run.ablation`: the trial of the tuning, the number of experts, what is searched.
-TUNING, NUM_EXPERTS, FACTORS = "tuning", "num_experts", "factors"
+TUNING, NUM_EXPERTS, FACTORS, EXPONENT = "tuning", "num_experts", "factors", "exponent"
 
 # The factor of a design that tells its two seeds apart.
 BLOCK = "seed"
@@ -51,6 +51,9 @@ BLOCK = "seed"
 DOWN_RATE = "down_proj_lr_multiplier"
 
 PARTS_OF_DESIGN = ("variant", "factors", "runs", "seeds", "bar")
+
+# What the learning rate may be divided by at a larger size: the power of the ratio of sizes with one of these exponents.
+EXPONENTS = (1.0, 0.5, 0.0)
 
 # What adopts a factor: an interval that excludes zero, besides a mean of one percent, or the mean alone.
 BARS = ("interval", "mean")
@@ -85,6 +88,11 @@ class RecipePlan(TrainingPlan):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by; at a larger one the learning
             rate of the output tables of experts and memories stays what it is.
+        transfer_size (`int`, *optional*):
+            Larger size at which dense and the recipe are tried by each of the `EXPONENTS`.
+        exponents (`dict[str, float]`):
+            By variant, the exponent of the ratio of sizes by which the learning rate is divided at larger ones, where it
+            is not 1: what [`choose_rate`] found at the `transfer_size`, once that is known.
         hidden_sizes (`dict[str, list[list[int]]]`):
             For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
         timed_trials (`list[int]`):
@@ -103,6 +111,8 @@ class RecipePlan(TrainingPlan):
     designs: list[dict[str, Any]]
     trials: dict[str, list[dict[str, Any]]]
     hidden_sizes: dict[str, list[list[int]]]
+    transfer_size: int | None
+    exponents: dict[str, float]
     timed_trials: list[int]
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
@@ -112,7 +122,7 @@ class RecipePlan(TrainingPlan):
         super().__post_init__()
         for name in self.variants:
             self.lineage(name)
-        for field in ("screened", "trials", "seeds", "hidden_sizes"):
+        for field in ("screened", "trials", "seeds", "hidden_sizes", "exponents"):
             if unknown := set(getattr(self, field)) - self.variants.keys():
                 raise ValueError(f"`{field}` must name some of `variants`, but got {sorted(unknown)} among them.")
         for name in self.screened:
@@ -179,7 +189,8 @@ class RecipePlan(TrainingPlan):
         changes = merge_changes(*self.lineage(run.variant), self.tuned_changes(run))
         changes = with_factors(changes, [self.factors[name] for name in factors_of(run)])
         if run.hidden_size > self.hidden_size:
-            changes = with_kept_down_rate(changes, run.hidden_size / self.hidden_size)
+            ratio = run.hidden_size / self.hidden_size
+            changes = with_kept_down_rate(changes, ratio ** self.exponent_of(run))
         return {name: value for name, value in changes.items() if name not in ("parent", "trial")}
 
     def tuned_changes(self, run: Run) -> dict[str, Any]:
@@ -188,11 +199,17 @@ class RecipePlan(TrainingPlan):
             return {}
         trials = self.trials[run.variant]
         group, trial = run.ablation
-        num_experts, _, trial = trial.partition(", ") if group == NUM_EXPERTS else ("", "", trial)
+        value, _, trial = trial.partition(", ") if group in (NUM_EXPERTS, EXPONENT) else ("", "", trial)
         changes = (
             {name: value for name, value in trials[int(trial)].items() if name != "learning_rate"} if trial else {}
         )
-        return changes | ({"num_experts": int(num_experts)} if num_experts else {})
+        return changes | ({"num_experts": int(value)} if group == NUM_EXPERTS else {})
+
+    def exponent_of(self, run: Run) -> float:
+        """The exponent of the ratio of sizes by which the learning rate of a run is divided."""
+        if run.ablation is not None and run.ablation[0] == EXPONENT:
+            return float(run.ablation[1].partition(", ")[0])
+        return self.exponents.get(run.variant, 1.0) if run.hidden_size > self.hidden_size else 1.0
 
     def trial_of(self, run: Run) -> dict[str, Any]:
         """What is tried in the training of a run that no flag gives."""
@@ -229,8 +246,8 @@ def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict
 
 def with_kept_down_rate(changes: dict[str, Any], times: float) -> dict[str, Any]:
     """
-    Changes of a named configuration for a model that is wider by a factor, by which its learning rate is divided: with
-    what keeps that of the output tables. A row of these is added to hidden states as an embedding is, and its learning
+    Changes of a named configuration for a model whose learning rate is divided by a factor, as it is wider: with what keeps
+    that of the output tables. A row of these is added to hidden states as an embedding is, and its learning
     rate, as theirs, does not depend on the width (Yang et al., arXiv 2203.03466, table 3).
     """
     training = changes.get("training", {})
@@ -376,9 +393,52 @@ def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
     }
 
 
+def transfer_runs(plan: RecipePlan, best: dict[str, Run]) -> dict[str, list[Run]]:
+    """Dense and the recipe at the `transfer_size`, by each of the `EXPONENTS`; none if the plan has no such size."""
+    if plan.transfer_size is None:
+        return {}
+    return {
+        variant: [_run_of_exponent(plan, best[variant], exponent) for exponent in EXPONENTS]
+        for variant in (DENSE, RECIPE)
+    }
+
+
+def transfer_runs_beyond(plan: RecipePlan, best: dict[str, Run], results: dict[str, dict]) -> dict[str, Run]:
+    """For each variant for which the first or the last of the `EXPONENTS` is best, a run by an exponent beyond it."""
+    beyond = {}
+    for variant, runs in transfer_runs(plan, best).items():
+        index = runs.index(choose(runs, results))
+        exponent = {0: EXPONENTS[0] + 0.5, len(runs) - 1: EXPONENTS[-1] - 0.5}.get(index)
+        if exponent is not None:
+            beyond[variant] = _run_of_exponent(plan, best[variant], exponent)
+    return beyond
+
+
+def choose_rate(runs: list[Run], results: dict[str, dict]) -> Run:
+    """
+    Of runs with several learning rates, that with the lowest of those whose perplexity is within one percent of the
+    best: larger budgets train for longer, where lower rates are better.
+    """
+    losses = {run: _loss(results[run.name]) for run in runs}
+    level = [run for run in runs if losses[run] <= min(losses.values()) + math.log(1.01)]
+    return min(level, key=lambda run: run.learning_rate)
+
+
+def _run_of_exponent(plan, best, exponent):
+    ablation = best.ablation
+    if DOWN_RATE in plan.own_changes(best).get("training", {}):  # what that has to be depends on the exponent
+        ablation = (EXPONENT, f"{exponent:g}" if ablation is None else f"{exponent:g}, {ablation[1]}")
+    rate = _rate_at(best, plan.transfer_size, exponent)
+    return run_of_budget(best.variant, plan.transfer_size, plan.budgets[0], rate, plan, ablation)
+
+
+def _rate_at(best, hidden_size, exponent):
+    return _rounded(best.learning_rate * (best.hidden_size / hidden_size) ** exponent)
+
+
 def run_of_size(best: Run, hidden_size: int, budget: float, plan: RecipePlan) -> Run:
     """A run of another size with the trial that a variant was tuned to, and its learning rate by the rule."""
-    rate = _rounded(best.learning_rate * best.hidden_size / hidden_size)
+    rate = _rate_at(best, hidden_size, plan.exponent_of(replace(best, hidden_size=hidden_size)))
     return run_of_budget(best.variant, hidden_size, budget, rate, plan, best.ablation)
 
 
@@ -410,11 +470,13 @@ def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[R
 
 
 def runs_of_widths(
-    plan: RecipePlan, best: dict[str, Run], budget: float, step_seconds: Callable[[Run], float]
+    plan: RecipePlan, best: dict[str, Run], dense: Run, step_seconds: Callable[[Run], float]
 ) -> dict[str, list[Run]]:
-    """Dense at each size of a budget, and the recipe at the same sizes, for as many steps as take the same seconds."""
-    dense, recipe = (size_runs(plan, best[variant], budget) for variant in (DENSE, RECIPE))
-    return {DENSE: dense, RECIPE: [run_of_seconds(*pair, step_seconds) for pair in zip(recipe, dense, strict=True)]}
+    """Dense and the recipe at each size of the last budget, for as many steps as take the seconds of a run of dense."""
+    return {
+        variant: [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best[variant], plan.budgets[-1])]
+        for variant in (DENSE, RECIPE)
+    }
 
 
 def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:

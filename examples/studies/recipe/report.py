@@ -21,7 +21,9 @@ from studies.common.training_plan import CORPUS, DENSE, budget_name, costs_of
 from studies.recipe.differences import Difference
 from studies.recipe.plan import (
     BLOCK,
+    EXPONENTS,
     RECIPE,
+    choose_rate,
     design_runs,
     expert_runs,
     runs_beyond,
@@ -88,6 +90,22 @@ def table_of_trials(results: Results) -> str:
                 f"{best.learning_rate:g}",
             ]
         )
+    return markdown_table(rows)
+
+
+def table_of_rates(results: Results) -> str:
+    """Table of the held-out losses of dense and the recipe at another size, by the exponent of their learning rate."""
+    if not (runs := results.compared_rates()):
+        return ""
+    (size,) = {run.hidden_size for own in runs.values() for run in own}
+    budget = budget_name(results.plan.budgets[0])
+    head = f"corpus perplexity, d = {size}, {budget} FLOPs"
+    rows = [[head, *(f"exponent {exponent:g}" for exponent in EXPONENTS), "beyond", "learning rate"]]
+    for variant, own in runs.items():
+        chosen = choose_rate(own, results.runs)
+        cells = [f"{results.corpus_perplexity([run]):.2f}" for run in own]
+        marked = [f"**{cell}**" if run == chosen else cell for cell, run in zip(cells, own, strict=True)]
+        rows.append([variant, *marked, *[""] * (len(rows[0]) - 2 - len(marked)), f"{chosen.learning_rate:g}"])
     return markdown_table(rows)
 
 
@@ -184,12 +202,12 @@ def _row_of_seconds(results, runs, ahead):
 
 
 def table_of_experts(results: Results) -> str:
-    """Table of the recipe by its number of experts, with the same seeds, each against the fewest."""
+    """Table of the recipe by its number of experts, with the same seeds, each against the next fewer."""
     runs = expert_runs(results.plan, results.best[RECIPE])
     if not runs or not results.are_made(run for own in runs.values() for run in own):
         return ""
-    first, *_ = runs.values()
-    rows = [["N", "MFLOPs per token", "steps", CORPUS, "five texts", "below the first"]]
+    fewer = None
+    rows = [["N", "MFLOPs per token", "steps", CORPUS, "five texts", "below the one before"]]
     for number, own in runs.items():
         rows.append(
             [
@@ -198,9 +216,10 @@ def table_of_experts(results: Results) -> str:
                 f"{own[0].steps:,}",
                 f"{results.corpus_perplexity(own):.2f}",
                 f"{results.perplexity(own):.2f}",
-                "" if own is first else str(results.below(own, first)),
+                "" if fewer is None else str(results.below(own, fewer)),
             ]
         )
+        fewer = own
     return markdown_table(rows)
 
 
@@ -213,18 +232,22 @@ def table_of_dense_sizes(results: Results) -> str:
     for run in (*runs, recipe):
         active = f"{results.active_parameters(run) / 1e6:.2f}"
         rows.append([run.variant, str(run.hidden_size), active, f"{results.losses([run])[0]:.3f}"])
-    return f"{markdown_table(rows)}\n\n{_size_of_the_recipe(results, recipe)}"
+    return f"{markdown_table(rows)}\n\n{_size_of_the_recipe(results, recipe, runs)}"
 
 
-def _size_of_the_recipe(results, recipe):
+def _size_of_the_recipe(results, recipe, runs):
     try:
         curve = results.dense_curve()
     except ValueError as error:
         return f"No curve goes through the dense models: {error}"
+    active, largest = results.active_parameters(recipe), max(map(results.active_parameters, runs))
     size = curve.size_of(results.losses([recipe])[0])
-    times = size / results.active_parameters(recipe)
-    said = f"The recipe reads like a dense model of {times:.2f} times its active parameters"
-    return f"{said}, {size / 1e6:.2f} M, by the curve {curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}."
+    said = f"of {size / active:.2f} times its active parameters, {size / 1e6:.2f} M"
+    if size > largest:
+        said = f"of more than {largest / active:.2f} times its active parameters, beyond the largest of these"
+    return (
+        f"The recipe reads like a dense model {said}, by the curve {curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}."
+    )
 
 
 def describe(results: Results) -> str:
@@ -232,7 +255,7 @@ def describe(results: Results) -> str:
     plan, best = results.plan, results.best
     tables = {
         "Search": [table_of_the_screening(results), *(table_of_a_design(results, each) for each in plan.designs)],
-        "Tuning": [table_of_trials(results)],
+        "Tuning": [table_of_trials(results), table_of_rates(results)],
         "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
         "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],
         "Equal seconds": [table_of_seconds(results)],

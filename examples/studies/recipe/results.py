@@ -21,7 +21,7 @@ from statistics import mean, median
 from typing import Any
 
 from studies.common.study_folder import read_json, write_runs
-from studies.common.training_plan import CORPUS, DENSE, Run, costs_of, run_of_seconds
+from studies.common.training_plan import CORPUS, DENSE, Run, costs_of
 from studies.recipe.differences import Difference, SizeCurve, below, factor_effects, fit_sizes
 from studies.recipe.plan import (
     BLOCK,
@@ -37,7 +37,10 @@ from studies.recipe.plan import (
     runs_of_timed_trials,
     runs_of_widths,
     runs_to_tune,
+    transfer_runs,
+    transfer_runs_beyond,
     tuned,
+    tuning_runs,
 )
 
 
@@ -79,6 +82,19 @@ class Results:
         )
         return tuned(self.plan, self.runs) if is_tuned else {}
 
+    def compared_rates(self) -> dict[str, list[Run]]:
+        """
+        The runs of dense and the recipe at the `transfer_size`, with that beyond the end if there is one; empty before all
+        of them are made.
+        """
+        runs = transfer_runs(self.plan, self.best) if self.best else {}
+        if not self.are_made(run for own in runs.values() for run in own):
+            return {}
+        beyond = transfer_runs_beyond(self.plan, self.best, self.runs)
+        if not self.are_made(beyond.values()):
+            return {}
+        return {name: [*own, *([beyond[name]] if name in beyond else [])] for name, own in runs.items()}
+
     def chosen(self, budget: float) -> dict[str, Run]:
         """The run of each variant with the best size of a budget; empty before that is known."""
         sizes = runs_by_size(self.plan, self.best, budget)
@@ -95,14 +111,21 @@ class Results:
         """Median seconds of a training step of the model of a run."""
         return median(self.seconds[str(run.hidden_size)]["seconds"][run.model])
 
+    def _are_timed(self):
+        """Whether the models that may be compared at equal seconds have been timed at all sizes of the plan."""
+        trials = tuning_runs(self.plan)[RECIPE]
+        models = {self.best[DENSE].model, *(trials[index].model for index in self.plan.timed_trials)}
+        sizes = (self.plan.hidden_size, *self.plan.hidden_sizes[DENSE][-1])
+        return all(models <= self.seconds.get(str(size), {"seconds": {}})["seconds"].keys() for size in sizes)
+
     def runs_of_timed_trials(self) -> list[Run]:
         """The recipe with each of the trials of which one is compared at equal seconds, for the seconds of dense."""
         return runs_of_timed_trials(self.plan, self.best[DENSE], self.step_seconds)
 
     @property
     def best_at_equal_seconds(self) -> dict[str, Run]:
-        """Dense and the recipe with the best trials for equal seconds; empty before these are known."""
-        if not self.best or not self.seconds:
+        """Dense and the recipe with the best trials for equal seconds; empty before these and all step times are known."""
+        if not self.best or not self._are_timed():
             return {}
         runs = self.runs_of_timed_trials()
         if len(runs) > 1 and not self.are_made(runs):
@@ -110,8 +133,9 @@ class Results:
         return {DENSE: self.best[DENSE], RECIPE: choose(runs, self.runs)}
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
-        """Dense and the recipe at each size of the last budget, for equal seconds."""
-        return runs_of_widths(self.plan, self.best_at_equal_seconds, self.plan.budgets[-1], self.step_seconds)
+        """Dense and the recipe at each size of the last budget, for the seconds of dense as it is compared there."""
+        dense = self.chosen(self.plan.budgets[-1])[DENSE]
+        return runs_of_widths(self.plan, self.best_at_equal_seconds, dense, self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
         """The runs of `runs_of_widths`; empty before all of them are made."""
@@ -121,18 +145,16 @@ class Results:
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
 
     def runs_of_seconds(self) -> dict[str, list[Run]]:
-        """Dense as it is compared at the last budget, and the best size of the recipe for the same seconds."""
-        budget = self.plan.budgets[-1]
-        dense = self.chosen(budget)[DENSE]
-        recipe = run_of_seconds(choose(self.runs_of_widths()[RECIPE], self.runs), dense, self.step_seconds)
-        return {run.variant: compared_runs(self.plan, run, budget) for run in (dense, recipe)}
+        """Dense and the recipe at the size of each that is best for these seconds, with the seeds of the comparison."""
+        chosen = {variant: choose(runs, self.runs) for variant, runs in self.runs_of_widths().items()}
+        return {variant: compared_runs(self.plan, run, self.plan.budgets[-1]) for variant, run in chosen.items()}
 
     def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
         """The same; empty before all of them are made."""
         if not self.chosen(self.plan.budgets[-1]) or not self.best_at_equal_seconds:
             return {}
-        widths = self.runs_of_widths()[RECIPE]
-        if len(widths) > 1 and not self.are_made(widths):
+        widths = self.runs_of_widths().values()
+        if not self.are_made(run for runs in widths if len(runs) > 1 for run in runs):
             return {}
         runs = self.runs_of_seconds()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
-from studies.recipe.plan import RecipePlan, check_models, runs_of_timed_trials
+from studies.recipe.plan import RecipePlan, check_models, run_of_size, runs_of_timed_trials
 from studies.recipe.results import Results
 from studies.recipe.variants import register_variants
 
@@ -46,10 +46,12 @@ class Study(TrainingStudy):
         """Dense, and the recipe with all trials for equal seconds, at the size of the tuning and all of the last budget."""
         if not (best := self.all_results().best):
             return {}
-        recipes = runs_of_timed_trials(self.plan, best[DENSE], lambda run: 1.0)
+        plan, recipes = self.plan, runs_of_timed_trials(self.plan, best[DENSE], lambda run: 1.0)
         return {
-            str(size): [replace(run, hidden_size=size, steps=1) for run in (best[DENSE], *recipes)]
-            for size in dict.fromkeys([self.plan.hidden_size, *self.plan.hidden_sizes[DENSE][-1]])
+            str(size): [
+                replace(run_of_size(run, size, plan.budgets[0], plan), steps=1) for run in (best[DENSE], *recipes)
+            ]
+            for size in dict.fromkeys([plan.hidden_size, *plan.hidden_sizes[DENSE][-1]])
         }
 
     def documents(self) -> dict[str, list[int]]:

@@ -41,6 +41,7 @@ from studies.recipe.plan import (
     RecipePlan,
     check_models,
     choose,
+    choose_rate,
     compared_runs,
     dense_runs,
     design_runs,
@@ -56,6 +57,8 @@ from studies.recipe.plan import (
     screening_runs,
     search_runs,
     size_runs,
+    transfer_runs,
+    transfer_runs_beyond,
     tuned,
     tuning_runs,
 )
@@ -254,13 +257,60 @@ def test_what_is_compared_was_not_chosen_by_its_seed():
     assert [run.seed for run in compared_runs(plan, best, 6e8)] == [3, 4, 5]
 
 
-def test_at_equal_seconds_the_recipe_has_the_time_of_dense_at_each_width():
+def test_at_equal_seconds_all_widths_have_the_time_of_dense_as_it_is_compared():
     plan = plan_of(**WITH_RECIPE | {"trials": TRIALS | {"recipe": [{"learning_rate": 0.01}] * 2}}, budgets=[6e11])
     best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
-    runs = runs_of_widths(plan, best, 6e11, lambda run: {"dense": 1.0, "recipe": 1.25}[run.variant] * run.hidden_size)
-    assert runs["dense"] == size_runs(plan, best["dense"], 6e11)
-    for dense, recipe in zip(*runs.values(), strict=True):
-        assert dense.hidden_size == recipe.hidden_size and recipe.steps == round(dense.steps / 1.25)
+    narrow, wide = size_runs(plan, best["dense"], 6e11)
+    runs = runs_of_widths(plan, best, wide, lambda run: {"dense": 1.0, "recipe": 1.25}[run.variant] * run.hidden_size)
+    assert runs["dense"] == [replace(narrow, steps=2 * wide.steps), wide]
+    sizes, steps = zip(*((run.hidden_size, run.steps) for run in runs["recipe"]), strict=True)
+    assert sizes == (32, 64) and steps == (round(2 * wide.steps / 1.25), round(wide.steps / 1.25))
+
+
+def test_the_exponent_of_learning_rates_is_tried_at_a_larger_size():
+    """The rate of the output tables, 0.01 · 0.5 · 8, stays."""
+    trials = TRIALS | {"recipe": [{"learning_rate": 0.01, "training": {"down_proj_lr_multiplier": 8}}] * 2}
+    plan = plan_of(
+        **WITH_RECIPE | {"trials": trials, "transfer_size": 128, "exponents": {"recipe": 0.5}}, budgets=[6e11]
+    )
+    best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
+    runs = transfer_runs(plan, best)
+    rates = [0.0025, 0.005, 0.01]
+    assert {name: [run.learning_rate for run in own] for name, own in runs.items()} == {
+        "dense": rates,
+        "recipe": rates,
+    }
+    for run in (*runs["dense"], *runs["recipe"]):
+        assert (run.hidden_size, run.seed) == (128, 0)
+        assert training_flops(run, plan) == pytest.approx(6e11, rel=0.01)
+    assert len({run.name for run in runs["recipe"]}) == 3 and plan.tuned_changes(runs["recipe"][1])["training"]
+    for run, multiplier in zip(runs["recipe"], (32, 16, 8), strict=True):
+        assert training_arguments(run, plan)["down_proj_lr_multiplier"] == multiplier
+    losses = with_losses({"dense": [1, 2, 3], "recipe": [3, 2, 1]}, runs)
+    assert {name: run.learning_rate for name, run in transfer_runs_beyond(plan, best, losses).items()} == {
+        "dense": 0.00125,
+        "recipe": 0.02,
+    }
+    middle = with_losses({"dense": [2, 1, 3], "recipe": [2, 1, 3]}, runs)
+    assert transfer_runs_beyond(plan, best, middle) == {}
+    assert transfer_runs(plan_of(**WITH_RECIPE), best) == {}
+    level = with_losses({"dense": [1.02, 1.009, 1.0], "recipe": [1.011, 1.01, 1.0]}, runs)
+    assert [choose_rate(own, level) for own in runs.values()] == [runs["dense"][1], runs["recipe"][2]]
+
+
+def test_larger_sizes_have_learning_rates_by_the_exponent_of_the_plan():
+    trials = TRIALS | {"recipe": [{"learning_rate": 0.01, "training": {"down_proj_lr_multiplier": 8}}] * 2}
+    plan = plan_of(**WITH_RECIPE | {"trials": trials, "exponents": {"recipe": 0.5}}, hidden_size=64)
+    best = {name: runs[0] for name, runs in tuning_runs(plan).items()}
+    sizes = {
+        name: [run_of_size(best[name], size, 6e8, plan) for size in (32, 64, 128)] for name in ("dense", "recipe")
+    }
+    assert {name: [run.learning_rate for run in runs] for name, runs in sizes.items()} == {
+        "dense": [0.02, 0.01, 0.005],
+        "recipe": [0.02, 0.01, 0.00707],
+    }
+    multipliers = [training_arguments(run, plan)["down_proj_lr_multiplier"] for run in sizes["recipe"]]
+    assert multipliers == pytest.approx([8, 8, 8 * 2**0.5])
 
 
 def test_at_equal_seconds_the_recipe_has_the_trial_that_is_best_there():
@@ -278,10 +328,13 @@ def test_at_equal_seconds_the_recipe_has_the_trial_that_is_best_there():
     assert fast == replace(runs["recipe"][0], steps=round(dense.steps * 3 / 4))
     assert results.best_at_equal_seconds == {}
     results.runs |= with_losses({"recipe": [3, 2.9]}, {"recipe": timed})
+    assert results.best_at_equal_seconds == {}  # the larger size has not been timed
+    seconds["64"] = {"seconds": {"dense": [6.0], "recipe-tuning=0": [8.0]}}
+    assert results.best_at_equal_seconds == {}  # nor the other trial there
+    seconds["64"]["seconds"]["recipe"] = [12.0]
     assert results.best_at_equal_seconds == {"dense": dense, "recipe": fast}
-    seconds["64"] = {
-        "seconds": {name: [2 * value for (value,) in [times]] for name, times in seconds["32"]["seconds"].items()}
-    }
+    sizes = runs_by_size(plan, results.best, 6e11)
+    results.runs = {run.name: {"losses": {"corpus": 9}} for own in sizes.values() for run in own} | results.runs
     widths = results.runs_of_widths()
     assert {run.ablation for run in widths["recipe"]} == {("tuning", "0")}
     assert [run.steps for run in widths["recipe"]] == [round(run.steps * 3 / 4) for run in widths["dense"]]

@@ -13,17 +13,20 @@
 # limitations under the License.
 """The committed results of the recipe study are those of its plan."""
 
+import math
 from contextlib import suppress
 from types import SimpleNamespace
 
+import pytest
 from recipe_plans import PLANS
 
 from studies.common.single_run import comparable
-from studies.common.training_plan import CORPUS, merge_changes
+from studies.common.training_plan import CORPUS, Run, merge_changes
 from studies.common.training_study import TimeIsUp
 from studies.recipe.__main__ import run_study
-from studies.recipe.plan import RECIPE, read_plan, screening_runs, with_factors
-from studies.recipe.report import describe, is_adopted
+from studies.recipe.differences import SizeCurve
+from studies.recipe.plan import RECIPE, choose_rate, read_plan, screening_runs, with_factors
+from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
 
@@ -72,3 +75,33 @@ def test_the_recipe_is_what_the_last_design_adopted():
     ]
     expected, found = ({name: each[name] for name in each if name != "parent"} for each in changes)
     assert found == expected and adopted
+
+
+def test_exponents_of_learning_rates_are_those_that_the_table_chooses():
+    results = read_results(PLANS.parent / "results.json")
+    plan = results.plan
+    for variant, runs in results.compared_rates().items():
+        chosen, tuned = choose_rate(runs, results.runs), results.best[variant]
+        ratio = chosen.hidden_size / tuned.hidden_size
+        exponent = math.log(tuned.learning_rate / chosen.learning_rate) / math.log(ratio)
+        assert exponent == pytest.approx(plan.exponents.get(variant, 1.0), abs=0.01)
+    assert plan.exponents.keys() <= results.compared_rates().keys()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (2.05, "of 4.00 times its active parameters, 4.00 M, by the curve 2.000 + 100 · n^-0.5."),
+        (2.03, "of more than 9.00 times its active parameters, beyond the largest of these, by"),
+        (2.0, "of more than 9.00 times its active parameters, beyond the largest of these, by"),
+    ],
+)
+def test_a_size_beyond_the_dense_models_is_said_to_be_one(loss, said):
+    dense, recipe = [Run("dense", size, 1, 0.01) for size in (2, 9)], Run("recipe", 1, 1, 0.01)
+    results = SimpleNamespace(
+        dense_sizes=lambda: (recipe, dense),
+        dense_curve=lambda: SizeCurve(2.0, 100.0, 0.5),
+        active_parameters=lambda run: run.hidden_size * 1_000_000,
+        losses=lambda runs: [loss if run == recipe else 2.1 for run in runs],
+    )
+    assert f"The recipe reads like a dense model {said}" in table_of_dense_sizes(results)

@@ -52,7 +52,8 @@ def test_of_a_recipe(tmp_path):
         assert {file.stem for file in folder.glob("*.png")} == set(PLOTS)
         cards = {file.stem: file.read_text() for file in (folder / "model_cards").iterdir()}
         names = [f"{variant}-6e08-flops" for variant in ("dense", "peer", "recipe")]
-        assert set(cards) - set(names) <= {"recipe-seconds-of-6e08-flops"} and set(names) <= set(cards)
+        of_seconds = {f"{variant}-seconds-of-6e08-flops" for variant in ("dense", "recipe")}
+        assert set(names) <= set(cards) <= {*names, *of_seconds}
         assert "## Dense-equivalent size\n" in printed and "## Number of experts\n" in printed
         chosen = results.chosen(6e8)
         dense, peer, recipe_runs = (
@@ -75,11 +76,18 @@ def test_of_a_recipe(tmp_path):
         assert f"evaluation texts is {perplexity:.2f} ±" in cards["recipe-6e08-flops"]
         ratio = math.exp(sum(results.losses(recipe_runs)) / 2 - sum(results.losses(dense)) / 2)
         assert f" {1 - ratio:+.1%} |" in printed
-        for own in (*results.compared_at_widths()["recipe"], results.compared_at_equal_seconds()["recipe"][0]):
-            (other,) = [run for run in results.runs_of_widths()["dense"] if run.hidden_size == own.hidden_size]
-            other = other if own.seed == 0 else dense[0]
-            expected = other.steps * results.step_seconds(other) / results.step_seconds(own)
-            assert own.steps == round(expected)
+        seconds = dense[0].steps * results.step_seconds(dense[0])
+        at_widths, at_best = results.compared_at_widths(), results.compared_at_equal_seconds()
+        for variant in ("dense", "recipe"):
+            assert [run.hidden_size for run in at_widths[variant]] == [32, 64]
+            for own in (*at_widths[variant], *at_best[variant]):
+                assert own.steps == round(seconds / results.step_seconds(own))
+            best = min(at_widths[variant], key=lambda run: results.runs[run.name]["losses"]["corpus"])
+            assert at_best[variant] == [replace(best, seed=seed) for seed in (3, 4)]
+        for variant, runs in results.compared_rates().items():
+            ratios = [run.learning_rate / results.best[variant].learning_rate for run in runs]
+            assert ratios[:3] == pytest.approx([0.5, 0.5**0.5, 1], rel=0.01)
+        assert "| corpus perplexity, d = 64, 6e08 FLOPs | exponent 1 |" in re.sub(" +", " ", printed)
         of_seconds = re.sub(" +", " ", printed.partition("## Equal seconds\n")[2])
         timed, tuned = results.runs_of_timed_trials(), results.best["dense"]
         assert {run.model for run in timed} == {"recipe-tuning=0", "recipe"} and results.are_made(timed)

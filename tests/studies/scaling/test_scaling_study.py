@@ -327,6 +327,12 @@ class TestStudy:
         write_json(tmp_path / "seconds" / "64.json", {"fields": {}})
         study.seconds()
         assert measured == ["32", "64"] * 2
+        study.until = 0.0
+        study.seconds()  # nothing is left to measure
+        write_json(tmp_path / "seconds" / "64.json", {"fields": {}})
+        with pytest.raises(training_study.TimeIsUp, match="The time is up: the seconds of training steps"):
+            study.seconds()
+        assert measured == ["32", "64"] * 2 and (tmp_path / "seconds" / "32.json").exists()
 
     def test_only_what_is_asked_for_is_told_of(self, small_study, tmp_path):
         """A seed that the plan no longer asks for may be of a model that it no longer describes."""
