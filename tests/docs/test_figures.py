@@ -260,6 +260,20 @@ def test_how_far_the_recipe_is_below_dense():
     )
 
 
+def test_learning_rates_of_a_wider_model():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    table = page("docs/choosing-sizes-and-rates.md").partition("| learning rate |")[2].partition("\n\n")[0]
+    rates, _, *rows = (line.strip().strip("|").split("|") for line in table.splitlines())
+    for row, (variant, runs) in zip(rows, results.compared_rates().items(), strict=True):
+        assert row[0].strip() == f"{variant}, {runs[0].steps:,} steps" and {run.hidden_size for run in runs} == {128}
+        said = {rate.strip(): cell.strip() for rate, cell in zip(rates, row[1:], strict=True) if cell.strip()}
+        assert said == {
+            f"{run.learning_rate:.2g}": f"{results.corpus_perplexity([run]):.2f}"
+            for run in sorted(runs, key=lambda run: run.learning_rate)
+        }
+
+
 def test_what_each_part_of_the_recipe_is_worth():
     """By the second design of the recipe study, whose factors the page names in its own words."""
     register_variants()
