@@ -32,8 +32,8 @@ from transformers import (
 from common.command_line import parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, measure_usage
-from modeling_peer.analysis.expert_sets import find_expert_sets
-from modeling_peer.expert_generations import generations_of
+from modeling_peer.analysis.expert_sets import find_expert_sets, graft_label, layer_index
+from modeling_peer.feed_forward_moe import MoeRouter
 
 
 @dataclass
@@ -98,7 +98,7 @@ def generate(
 @torch.no_grad()
 def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: int = 5) -> str:
     """
-    Describes, in one line per layer with a router, how many experts a text used, and which ones most.
+    Describes, in one line per set of experts, how many experts a text used, and which ones most.
 
     Args:
         model (`PreTrainedModel`): Model in evaluation mode.
@@ -121,34 +121,46 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
 
 
 def _usage_of_experts(model, tokens):
-    """Usage of the experts of PEER and PKM layers and of grafts, by the first layer that has them and a label."""
+    """Usage of the experts of PEER and PKM layers and of grafts, by their layers and a label."""
     try:
         sets = find_expert_sets(model)
     except ValueError:  # there are none
         return {}
     meters = measure_usage(model, input_ids=tokens)
-    return {(min(each.layers), each.label.replace("_", " ")): meters[name] for name, each in sets.items()}
+    return {(each.layers, _label(each)): meters[name] for name, each in sets.items()}
+
+
+def _label(expert_set):
+    numbers = ", ".join(map(str, expert_set.layers))
+    return " ".join([f"layer{'s' * (len(expert_set.layers) > 1)} {numbers}", *graft_label(expert_set.name)])
 
 
 def _usage_of_mixtures(model, tokens):
     """Usage of the experts of MoE layers, likewise."""
-    config = model.config
-    types = getattr(config, "feed_forward_types", None) or []
-    if "moe" not in types:
-        return {}
-    outputs = model(tokens, output_router_indices=True, output_router_weights=True)
-    retrieved = iter(zip(outputs.router_indices, outputs.router_weights, strict=True))
-    usage = {}
-    for layer, name in enumerate(types):
-        if name == "moe":
-            meter = ExpertUsageMeter(config.moe_num_experts, device=model.device)
-            # The router of a MoE has one head and returns tokens without a batch dimension.
-            meter.update(*(each.view(*tokens.shape, 1, -1) for each in next(retrieved)))
-            usage[layer, f"layer {layer}"] = meter
-        elif name in ("peer", "pkm"):  # with a router for each generation of experts
-            for _ in generations_of(config, layer) if name == "peer" else range(1):
-                next(retrieved)
+    usage, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, MoeRouter):
+            layer = layer_index(name)
+            meter = ExpertUsageMeter(module.weight.shape[0], device=model.device)
+            handles.append(module.register_forward_hook(_counting(meter, tokens.shape)))
+            usage[(layer,), f"layer {layer}"] = meter
+    try:
+        if usage:
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
     return usage
+
+
+def _counting(meter, shape):
+    """A hook on the router of a MoE, which has one head and returns tokens without a batch dimension."""
+
+    def hook(router, args, output):
+        indices, weights, _ = output
+        meter.update(indices.view(*shape, 1, -1), weights.view(*shape, 1, -1))
+
+    return hook
 
 
 def main():

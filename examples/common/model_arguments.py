@@ -128,14 +128,17 @@ def loads_checkpoint(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(_no_checkpoint(name)) from error
+        raise OSError(_no_checkpoint(name, error)) from error
 
 
-def _no_checkpoint(name):
-    expected = "it must be a folder that `save_pretrained` wrote, or a reachable model of the Hub."
-    is_named = name in list_configurations()
-    advice = f" {name!r} is a named configuration: a new model takes it by --config_name." if is_named else ""
-    return f"There is no checkpoint {name!r}: {expected}{advice}"
+def _no_checkpoint(name, error):
+    if name in list_configurations():
+        return f"There is no checkpoint {name!r}, but a named configuration: a new model takes it by --config_name."
+    said = str(error).strip().partition("\n")[0]
+    return (
+        f"No checkpoint can be loaded from {name!r}, which must be a folder that `save_pretrained` wrote, or a reachable "
+        f"model of the Hub: {said}"
+    )
 
 
 def _no_configuration(name):
@@ -153,7 +156,7 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     try:
         values, _ = PreTrainedConfig.get_config_dict(name, revision=args.model_revision)
     except OSError as error:
-        raise OSError(_no_configuration(name) if args.is_new else _no_checkpoint(name)) from error
+        raise OSError(_no_configuration(name) if args.is_new else _no_checkpoint(name, error)) from error
     config_class = CONFIG_MAPPING[values["model_type"]]
     fields |= _parse_overrides(args.config_overrides)
     fields = {field_name: value for field_name, value in fields.items() if field_name not in RETIRED_FIELDS}

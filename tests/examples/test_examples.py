@@ -415,6 +415,16 @@ class TestGeneration:
         printed = run("run_generation.py", "--model_name_or_path", tmp_path, "--max_new_tokens", "3")
         assert re.search(r"^layer 1: .* of 100 experts used over", printed, re.MULTILINE)
 
+    def test_a_pool_of_several_layers_has_one_line(self):
+        config = load_config(
+            ModelArguments(config_name="peer-tiny", config_overrides=SMALL),
+            feed_forward_types=["dense", "peer", "dense", "peer"],
+            share_experts_across_layers=True,
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        described = describe_experts(model, torch.arange(20)[None], num_shown=1)
+        assert re.fullmatch(r"layers 1, 3: \d+ of 64 experts used over 20 tokens, most: .*", described)
+
     def test_each_layer_with_experts_has_a_line(self):
         config = load_config(
             ModelArguments(config_name="peer-tiny", config_overrides=SMALL),

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Model cards of what the recipe study compares."""
 
+import math
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -20,14 +21,14 @@ from huggingface_hub import ModelCard
 from common.pictures import look_of
 from studies.common.study_folder import write_text
 from studies.common.trained_models import card_of_run
-from studies.common.training_plan import budget_name
+from studies.common.training_plan import CORPUS, budget_name
 from studies.recipe.results import Results
 
 
 def make_cards(results: Results) -> dict[str, ModelCard]:
     """
     Makes the card of each model that is compared at equal FLOPs or at equal seconds, by a name for its repository. Its
-    figures are means over the seeds of the comparison.
+    figures are means over the seeds of the comparison. A model that diverged with one of them has no card.
     """
     runs = {
         f"{variant}-{budget_name(budget)}-flops": own
@@ -48,6 +49,7 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
             "recipe",
         )
         for name, own in runs.items()
+        if all(math.isfinite(results.runs[run.name]["losses"][CORPUS]) for run in own)
     }
 
 

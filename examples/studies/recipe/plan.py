@@ -86,8 +86,8 @@ class RecipePlan(TrainingPlan):
             1, 2 or both, and the `bar` at which a factor is adopted, see `BARS`.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
-            another size the learning rate is divided by what the size is multiplied by; at a larger one the learning
-            rate of the output tables of experts and memories stays what it is.
+            another size the learning rate is divided by what the size is multiplied by; at a larger one that to the power
+            of one of `exponents`, and the learning rate of the output tables of experts and memories stays what it is.
         transfer_size (`int`, *optional*):
             Larger size at which dense and the recipe are tried by each of the `EXPONENTS`.
         exponents (`dict[str, float]`):
@@ -167,6 +167,10 @@ class RecipePlan(TrainingPlan):
             raise ValueError(
                 f"`timed_trials` must be numbers of `trials` of the recipe, from 0 to {len(self.trials[RECIPE]) - 1}, but "
                 f"got {self.timed_trials}."
+            )
+        if self.transfer_size is not None and self.transfer_size <= self.hidden_size:
+            raise ValueError(
+                f"`transfer_size` must be larger than `hidden_size`, {self.hidden_size}, but got {self.transfer_size}."
             )
         if self.hidden_sizes[RECIPE][-1] != self.hidden_sizes[DENSE][-1]:
             raise ValueError(
@@ -270,7 +274,9 @@ def check_models(plan: RecipePlan) -> None:
     tuning = tuning_runs(plan)
     sizes = {
         variant: {plan.hidden_size}.union(
-            *plan.hidden_sizes.get(variant, ()), plan.dense_sizes if variant == DENSE else ()
+            *plan.hidden_sizes.get(variant, ()),
+            plan.dense_sizes if variant == DENSE else (),
+            [plan.transfer_size] if plan.transfer_size is not None and variant in (DENSE, RECIPE) else (),
         )
         for variant in tuning
     }

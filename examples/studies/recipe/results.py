@@ -37,6 +37,7 @@ from studies.recipe.plan import (
     runs_of_timed_trials,
     runs_of_widths,
     runs_to_tune,
+    size_runs,
     transfer_runs,
     transfer_runs_beyond,
     tuned,
@@ -134,7 +135,7 @@ class Results:
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
         """Dense and the recipe at each size of the last budget, for the seconds of dense as it is compared there."""
-        dense = self.chosen(self.plan.budgets[-1])[DENSE]
+        dense = choose(size_runs(self.plan, self.best[DENSE], self.plan.budgets[-1]), self.runs)
         return runs_of_widths(self.plan, self.best_at_equal_seconds, dense, self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:

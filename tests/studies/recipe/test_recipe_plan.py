@@ -430,6 +430,7 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
             {"hidden_sizes": {"dense": []}},
             "`hidden_sizes` of 'dense' must have one entry per budget, 1, but got \\[\\]",
         ),
+        (WITH_RECIPE | {"transfer_size": 32}, "`transfer_size` must be larger than `hidden_size`, 32, but got 32"),
         (WITH_RECIPE | {"timed_trials": []}, "`timed_trials` must be numbers of .* from 0 to 1, but got \\[\\]"),
         (WITH_RECIPE | {"timed_trials": [0, 2]}, "`timed_trials` must be numbers of .* but got \\[0, 2\\]"),
         ({"seeds": {"dense": [1, 2]}}, "`seeds` of 'dense' must have one entry per budget"),

@@ -24,8 +24,9 @@ from studies.common.single_run import comparable
 from studies.common.training_plan import CORPUS, Run, merge_changes
 from studies.common.training_study import TimeIsUp
 from studies.recipe.__main__ import run_study
+from studies.recipe.cards import make_cards
 from studies.recipe.differences import SizeCurve
-from studies.recipe.plan import RECIPE, choose_rate, read_plan, screening_runs, with_factors
+from studies.recipe.plan import RECIPE, choose_rate, read_plan, run_of_size, screening_runs, with_factors
 from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
@@ -41,7 +42,11 @@ def runs_asked_for(results, plan):
             raise TimeIsUp
         return results.runs
 
-    study = SimpleNamespace(plan=plan, make=make, seconds=lambda: results.seconds, all_results=lambda: results)
+    def seconds():
+        if not results.seconds:
+            raise TimeIsUp
+
+    study = SimpleNamespace(plan=plan, make=make, seconds=seconds, all_results=lambda: results)
     with suppress(TimeIsUp):
         run_study(study)
     return asked
@@ -85,7 +90,32 @@ def test_exponents_of_learning_rates_are_those_that_the_table_chooses():
         ratio = chosen.hidden_size / tuned.hidden_size
         exponent = math.log(tuned.learning_rate / chosen.learning_rate) / math.log(ratio)
         assert exponent == pytest.approx(plan.exponents.get(variant, 1.0), abs=0.01)
-    assert plan.exponents.keys() <= results.compared_rates().keys()
+    # Those that were not tried have that of dense, or, with tables, that of the recipe.
+    assert {name for name in plan.exponents if name not in results.compared_rates()} == {"pkm", "peer"}
+    assert plan.exponents["pkm"] == plan.exponents["peer"] == plan.exponents[RECIPE]
+
+
+def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
+    results = read_results(PLANS.parent / "results.json")
+    plan = results.plan
+    study = Study(plan, tmp_path, 1)
+    monkeypatch.setattr(study, "all_results", lambda: results)
+    timed = study.timed_runs()
+    assert list(timed) == ["64", "96", "128", "192"]
+    for size, (dense, *recipes) in timed.items():
+        for run in (dense, *recipes):
+            rate = run_of_size(results.best[run.variant], int(size), plan.budgets[0], plan).learning_rate
+            assert (run.hidden_size, run.steps, run.learning_rate) == (int(size), 1, rate)
+        assert dense.variant == "dense" and [run.ablation for run in recipes] == [("tuning", "3"), ("tuning", "4")]
+
+
+def test_models_that_diverged_have_no_card():
+    results = read_results(PLANS.parent / "results.json")
+    assert {"dense-2e13-flops", "recipe-2e13-flops"} <= make_cards(results).keys()
+    losses = results.runs[results.compared(2e13)["dense"][1].name]["losses"]
+    losses |= dict.fromkeys(losses, math.nan)
+    cards = make_cards(results)
+    assert "dense-2e13-flops" not in cards and "recipe-2e13-flops" in cards
 
 
 @pytest.mark.parametrize(
