@@ -158,11 +158,12 @@ def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     except OSError as error:
         raise OSError(_no_configuration(name) if args.is_new else _no_checkpoint(name, error)) from error
     config_class = CONFIG_MAPPING[values["model_type"]]
-    fields |= _parse_overrides(args.config_overrides)
-    fields = {field_name: value for field_name, value in fields.items() if field_name not in RETIRED_FIELDS}
+    overrides = _parse_overrides(args.config_overrides)
+    fields = {name: value for name, value in (fields | overrides).items() if name not in RETIRED_FIELDS}
     for field_name in fields:
         if not hasattr(config_class, field_name):
-            raise ValueError(f"--config_overrides: {config_class.__name__} has no field {field_name!r}.")
+            flag = "--config_overrides: " if field_name in overrides else ""
+            raise ValueError(f"{flag}{config_class.__name__} has no field {field_name!r}.")
     if args.model_name_or_path is not None:
         return AutoConfig.from_pretrained(name, revision=args.model_revision, **fields)
     # A new configuration derives its fields from the changed ones; changing an existing one would not.

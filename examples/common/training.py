@@ -331,7 +331,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     Trains a model, or resumes from a checkpoint, and saves model, tokenizer, metrics and state. If the checkpoint is
     the end of the training, its model is saved without a further step.
     """
-    if checkpoint is not None and _has_finished(checkpoint, trainer.args):
+    if checkpoint is not None and has_finished(checkpoint, trainer.args):
         logger.warning(
             f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to continue."
         )
@@ -361,7 +361,8 @@ def _has_metrics(training_args):
     return saved.exists() and any(name.startswith("train_") for name in json.loads(saved.read_text()))
 
 
-def _has_finished(checkpoint, training_args):
+def has_finished(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Whether a checkpoint is the end of a training with these arguments."""
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
     if training_args.max_steps > 0:
         return state.global_step >= training_args.max_steps

@@ -86,6 +86,13 @@ class TestSplitDocuments:
         assert first["file"][:] == ["0", "1", "3", "6", "7"] and second["file"][:] == ["2", "4", "5"]
         assert sorted([*first, *second], key=lambda row: row["file"]) == rows
 
+    def test_one_long_document_is_no_part_of_its_own(self, monkeypatch):
+        monkeypatch.setattr(corpora, "LONGEST_HELD_OUT", 30)
+        rows = [{"file": f"{i}", "text": f"{i}" * length} for i, length in enumerate((1000, 20, 25, 15, 10))]
+        parts = split_documents(Dataset.from_list(rows), "text")
+        assert [part["file"][:] for part in parts] == [["0", "3", "4"], ["1", "2"]]
+        assert parts[0]["text"][0] == "0" * 30 and parts[1]["text"][:] == ["1" * 20, "2" * 25]
+
     def test_a_single_document_is_divided_into_its_halves(self):
         text = "a line\n" * 50 + "and no more"
         parts = split_documents(Dataset.from_list([{"file": "x", "text": text}]), "text")

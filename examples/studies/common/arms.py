@@ -29,6 +29,7 @@ def run_all(
     seeds: int,
     run: Callable[[str, dict[str, float], int], dict[str, Any]],
     choose: Callable[[list[dict[str, Any]]], tuple[float, dict[str, dict[str, float]]]],
+    extend: Callable[[list[dict[str, Any]]], list[tuple[str, dict[str, float]]]] = lambda runs: [],
 ) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
     """
     Sweeps the hyperparameters of all arms with one seed, and runs the chosen ones of each arm with several seeds. The
@@ -42,14 +43,19 @@ def run_all(
         choose (`Callable`):
             Returns, from the runs, the level of learning at which arms are compared, and the hyperparameters of each
             arm.
+        extend (`Callable`, *optional*):
+            Returns, from the runs of the sweep, arms and hyperparameters with which it goes on, until there are none.
 
     Returns:
         `tuple`: all runs, the level of learning, and the chosen hyperparameters of each arm.
     """
     swept = [(name, hyperparameters) for name, arm in arms.items() for hyperparameters in arm.sweep]
     runs = [run(*each, 0) for each in tqdm(swept, desc="Sweep")]
-    level, chosen = choose(runs)
     tried = swept
+    while further := extend(runs):
+        runs += [run(*each, 0) for each in tqdm(further, desc="Beyond the sweep")]
+        tried = tried + further
+    level, chosen = choose(runs)
     while untried := [(name, chosen[name]) for name in arms if (name, chosen[name]) not in tried]:
         runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen hyperparameters")]
         tried = tried + untried

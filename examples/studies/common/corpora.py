@@ -40,6 +40,9 @@ from common.text_data import DatasetArguments, load_datasets
 
 HELD_OUT_PERCENTAGE = 10
 
+# Characters of a held-out document beyond which it is cut, so that no part of a text is one document.
+LONGEST_HELD_OUT = 60_000
+
 DOWNLOADS = {
     "debian": ["apt-get", "download", "{name}"],
     "npm": ["npm", "pack", "--silent", "{name}"],
@@ -193,8 +196,11 @@ def load_corpus(name: str) -> DatasetDict:
 def split_documents(dataset: Dataset, column: str) -> tuple[Dataset, Dataset]:
     """
     Divides a text with one row per document into two parts of about equal length that share no document. The longest
-    document is in the first part. A single document is divided into its halves.
+    document is in the first part, and all are cut at `LONGEST_HELD_OUT` characters. A single document is divided into
+    its halves.
     """
+    if len(dataset) > 1:
+        dataset = dataset.map(lambda row: {column: (row[column] or "")[:LONGEST_HELD_OUT]})
     lengths = [len(text or "") for text in dataset[column]]
     if len(lengths) == 1:
         row, middle = dataset[0], lengths[0] // 2

@@ -34,10 +34,10 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from studies.common.arms import named_arms, run_all, run_chosen
-from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
+from studies.common.study_folder import claim_folder, read_json, saved_run, sole_use, write_json
 from studies.facts.arms import ARMS, Arm, train_facts
 from studies.facts.report import choose_hyperparameters, describe, level_of_all, plot, read_chosen, summarize
-from studies.facts.study import FactsArguments, Study, load_study, measure
+from studies.facts.study import FactsArguments, Study, check_earlier, load_study, measure
 
 
 @dataclass
@@ -89,9 +89,22 @@ def main():
     (args,) = parse_arguments((RunArguments,), __doc__)
     arms = named_arms(args.arms, ARMS)
     chosen = read_chosen(Path(args.chosen), arms) if args.chosen else None
+    if chosen:
+        check_earlier(args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
+    with sole_use(folder):
+        make_study(args, arms, chosen, folder)
+
+
+def make_study(
+    args: RunArguments, arms: dict[str, Arm], chosen: dict[str, dict[str, float]] | None, folder: Path
+) -> None:
+    """
+    Makes all runs in the folder of a study, which holds none with other arguments, and sums them up. The hyperparameters
+    are swept unless they are `chosen` already.
+    """
     claim_folder(folder, vars(args))
     print("Reading model, facts and texts ...")
     study = load_study(args, folder)

@@ -34,6 +34,11 @@ from studies.facts.factbook import RELATIONS, Fact, load_facts
 from studies.facts.sentences import Sentence, ask, make_sentence
 
 
+# By how much the loss of facts that are chosen again may differ from the measured one, in nats per token: batches and
+# threads round otherwise.
+LOSS_TOLERANCE = 0.05
+
+
 @dataclass
 class FactsArguments:
     """Which model learns how much, and what is measured."""
@@ -198,6 +203,36 @@ def arguments_of(results: Path) -> FactsArguments:
     return FactsArguments(**{each.name: saved[each.name] for each in fields(FactsArguments) if each.name in saved})
 
 
+def check_earlier(args: FactsArguments) -> None:
+    """
+    Raises `ValueError` if the study of `args.chosen` asked another model, or in another precision: which facts that
+    taught could not be said.
+    """
+    earlier = arguments_of(Path(args.chosen))
+    for name in ("model_name_or_path", "full_precision"):
+        if getattr(earlier, name) != getattr(args, name):
+            raise ValueError(
+                f"--chosen {args.chosen} is of a study with {name} {getattr(earlier, name)!r}, got "
+                f"{getattr(args, name)!r}: what it taught is asked of the same model again."
+            )
+
+
+def taught_earlier(facts: list[Fact], losses: torch.Tensor, matches: torch.Tensor, results: Path) -> list[Fact]:
+    """
+    The facts that an earlier study taught, as its choice, which is deterministic, falls on what a model answers now, see
+    [`choose_facts`]. Raises `ValueError` if their loss is not the one that it measured, so that they are others.
+    """
+    found = choose_facts(facts, losses, matches, arguments_of(results))["new"]
+    loss = losses[[facts.index(fact) for fact in found]].mean().item()
+    measured = read_json(results)["runs"][0]["points"][0]["new"]["loss"]
+    if abs(loss - measured) > LOSS_TOLERANCE:
+        raise ValueError(
+            f"What the study of {results} taught had a loss of {measured:.3f} nats before; chosen again, it has "
+            f"{loss:.3f}, so the facts or the model are others. Run the study without --chosen."
+        )
+    return found
+
+
 def load_study(args: FactsArguments, folder: Path) -> Study:
     """Loads what all runs share. The choice of facts is saved in `facts.json`."""
     save_base(args.model_name_or_path, folder)
@@ -218,8 +253,7 @@ def load_study(args: FactsArguments, folder: Path) -> Study:
         with study.autocast():
             losses, matches = ask(study.load_model(), tokenizer, sentences)
         asked = facts, losses.view(len(facts), -1), matches.view(len(facts), -1)
-        # The choice is deterministic: that of the earlier study is made again.
-        earlier = choose_facts(*asked, arguments_of(Path(args.chosen)))["new"] if args.chosen else ()
+        earlier = taught_earlier(*asked, Path(args.chosen)) if args.chosen else ()
         chosen = choose_facts(*asked, args, earlier)
         write_json(file, {kind: [asdict(fact) for fact in found] for kind, found in chosen.items()})
     chosen = {kind: [Fact(**fact) for fact in facts] for kind, facts in read_json(file).items()}

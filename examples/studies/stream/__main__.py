@@ -44,13 +44,21 @@ from common.command_line import parse_arguments
 from common.evaluation import held_out_loss
 from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
-from common.training import OptimizerArguments, make_optimizers
+from common.training import OptimizerArguments, has_finished, make_optimizers
 from modeling_peer import PeerForCausalLM, last_complete_checkpoint, masked_experts
 from studies.common.arms import named_arms, run_all
 from studies.common.corpora import load_corpus, split_documents
-from studies.common.study_folder import claim_folder, read_json, saved_run, write_json
+from studies.common.study_folder import claim_folder, read_json, saved_run, sole_use, write_json
 from studies.stream.arms import ARMS, Arm, Stage
-from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, shown_orders, summarize
+from studies.stream.report import (
+    choose_hyperparameters,
+    describe,
+    describe_shares,
+    plot,
+    rates_beyond,
+    shown_orders,
+    summarize,
+)
 
 
 # The models that are pre-trained, by the `base` of arms: a named configuration, fields of it that are changed, and
@@ -68,6 +76,12 @@ PRETRAINING = {
     "warmup_steps": 100,
     "expert_lr_multiplier": 1.0,
     "down_proj_lr_multiplier": 1.0,
+    "save_steps": 200,
+    "save_total_limit": 1,
+    "logging_steps": 50,
+    "report_to": [],
+    "log_level": "error",
+    "dataloader_pin_memory": False,
 }
 
 
@@ -171,7 +185,7 @@ def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Text
 def load_base(file: str | None) -> dict[str, Any]:
     """
     The PEER model to pre-train, as of [`BASES`], from a file or the default one. Raises `ValueError` if the file has
-    other keys.
+    other keys, names what is no configuration, or has fields or arguments that there are not.
     """
     if file is None:
         return BASES["peer"]
@@ -180,7 +194,18 @@ def load_base(file: str | None) -> dict[str, Any]:
         raise ValueError(
             f"--base {file} must have a `configuration`, and may have `fields` and `training`, got {sorted(base)}."
         )
+    try:
+        load_config(ModelArguments(config_name=base["configuration"]), **base["fields"])
+        parse_training(base, output_dir=".")
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"--base {file} cannot be used: {error}") from error
     return base
+
+
+def parse_training(base: dict[str, Any], **arguments: Any) -> tuple[TrainingArguments, OptimizerArguments]:
+    """The arguments of a base's pre-training, see [`BASES`], with what it shares with all others."""
+    parser = HfArgumentParser((TrainingArguments, OptimizerArguments))
+    return parser.parse_dict(arguments | PRETRAINING | base["training"])
 
 
 def pretrain(
@@ -195,20 +220,9 @@ def pretrain(
     config.pad_token_id = tokenizer.pad_token_id
     set_seed(0)
     model = PeerForCausalLM(config)
-    arguments, optimizer = HfArgumentParser((TrainingArguments, OptimizerArguments)).parse_dict(
-        {
-            "output_dir": str(folder / f"{name}-training"),
-            "max_steps": args.pretraining_steps,
-            "save_steps": 200,
-            "save_total_limit": 1,
-            "logging_steps": 50,
-            "report_to": [],
-            "log_level": "error",
-            "dataloader_pin_memory": False,
-            **PRETRAINING,
-            **base["training"],
-        }
-    )
+    output_dir = str(folder / f"{name}-training")
+    arguments, optimizer = parse_training(base, output_dir=output_dir, max_steps=args.pretraining_steps)
+    checkpoint = last_complete_checkpoint(output_dir)
     trainer = Trainer(
         model,
         arguments,
@@ -216,7 +230,10 @@ def pretrain(
         data_collator=default_data_collator,
         optimizers=make_optimizers(optimizer, arguments, model, is_new=True),
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
+    if checkpoint is not None and has_finished(checkpoint, arguments):  # it was killed before it saved the model
+        trainer.model = PeerForCausalLM.from_pretrained(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{name}-unfinished"))
     (folder / f"{name}-unfinished").rename(folder / name)
 
@@ -287,6 +304,18 @@ def main():
     folder = Path(args.output_dir)
     bases = {**BASES, "peer": load_base(args.base)}
     arguments = {**vars(args), "base": bases["peer"]}
+    with sole_use(folder):
+        make_study(args, arms, bases, arguments, folder)
+
+
+def make_study(
+    args: StreamArguments,
+    arms: dict[str, Arm],
+    bases: dict[str, dict[str, Any]],
+    arguments: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Makes all runs in the folder of a study, which holds none with other `arguments`, and sums them up."""
     claim_folder(folder, arguments)
     print("Reading the texts ...")
     tokenizer, texts = load_texts(args, folder)
@@ -294,7 +323,7 @@ def main():
         print(f"Pre-training the {name} model ...")
         pretrain(name, bases[name], args, tokenizer, texts, folder)
     runs, level, chosen = run_all(
-        arms, args.seeds, lambda *each: run(*each, 1, args, texts, folder), choose_hyperparameters
+        arms, args.seeds, lambda *each: run(*each, 1, args, texts, folder), choose_hyperparameters, rates_beyond
     )
     if args.orders == 2:
         repeated = [(name, chosen[name], seed) for seed in range(args.seeds) for name in arms]

@@ -125,7 +125,10 @@ def experts_only(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str
 
 
 def lora(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> nn.Module:
-    """Trains an adapter of rank 16 on all linear layers, the same one in all stages."""
+    """
+    Trains an adapter of rank 16 on all linear layers, the same one in all stages. In PEER layers these are the query
+    networks: expert tables are no linear layers.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if not isinstance(model, PeftModel):

@@ -29,6 +29,9 @@ from studies.stream.arms import ARMS
 # Relative distance from the level of learning within which a run counts as being at that level.
 TOLERANCE = 0.05
 
+# By how much higher a learning rate beyond the sweep is than the one before, and how many of them a family may get.
+RATE_STEP, MOST_RATES_BEYOND = 3, 2
+
 
 def losses_to_choose_by(run: dict[str, Any]) -> list[list[float]]:
     """
@@ -86,8 +89,8 @@ def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str,
     differ only in the learning rate form a family. The family that would forget least at the level is chosen, with the
     learning rate, interpolated between its runs, that leads to the level.
     """
-    of_arm = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
-    level = min(max(learning_of(losses_to_choose_by(run)) for run in own) for own in of_arm.values())
+    of_arm = _runs_of_arms(runs)
+    level = min(max(map(_learned, own)) for own in of_arm.values())
     chosen = {}
     for arm, own in of_arm.items():
         found = [(_at_level(level, family), rest) for rest, family in families_of(own)]
@@ -95,6 +98,33 @@ def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str,
         (rate, _), rest = min(reached, key=lambda pair: pair[0][1])
         chosen[arm] = {"learning_rate": rate, **rest}
     return level, chosen
+
+
+def rates_beyond(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
+    """
+    The arm that learned least, with hyperparameters to try further, so that no end of a sweep sets the level of
+    learning: of each family that learned most with its highest learning rate, one `RATE_STEP` times as high. A family
+    has at most `MOST_RATES_BEYOND` that its arm does not sweep.
+    """
+    of_arm = _runs_of_arms(runs)
+    arm = min(of_arm, key=lambda arm: max(map(_learned, of_arm[arm])))
+    further = []
+    for rest, family in families_of(of_arm[arm]):
+        beyond = sum(run["settings"] not in ARMS[arm].sweep for run in family)
+        if max(family, key=_learned) is family[-1] and beyond < MOST_RATES_BEYOND:
+            rate = float(f"{RATE_STEP * family[-1]['settings']['learning_rate']:.2g}")
+            further.append((arm, {"learning_rate": rate, **rest}))
+    return further
+
+
+def _runs_of_arms(runs):
+    return {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
+
+
+def _learned(run):
+    """What a run learned, of the text to choose by. One that diverged learned nothing."""
+    learned = learning_of(losses_to_choose_by(run))
+    return learned if math.isfinite(learned) else -math.inf
 
 
 def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list[dict[str, Any]]]]:
@@ -124,8 +154,8 @@ def _at_level(level: float, family: list[dict[str, Any]]) -> tuple[float, float]
     """
     found = []
     for run in family:
-        losses = losses_to_choose_by(run)
-        found.append((learning_of(losses), run["settings"]["learning_rate"], forgetting_of(losses)))
+        forgotten = forgetting_of(losses_to_choose_by(run))
+        found.append((_learned(run), run["settings"]["learning_rate"], forgotten))
     most = max(range(len(found)), key=lambda i: found[i][0])
     points = sorted(found[: most + 1])
     nearest = min(points, key=lambda point: abs(point[0] - level))

@@ -561,6 +561,16 @@ class TestStudy:
         assert not relations["known_elsewhere"] & relations["new"] and relations["known"] <= relations["new"]
         assert all({"new", "known", "known_elsewhere"} < point.keys() for point in results["runs"][0]["points"])
 
+        elsewhere = ("--output_dir", str(tmp_path / "other"), "--arms", "full", "--chosen", str(file))
+        with pytest.raises(ValueError, match="is of a study with full_precision False, got True"):
+            study_here(*elsewhere, "--full_precision")
+        assert not (tmp_path / "other").exists()
+        results = json.loads(file.read_text())
+        results["runs"][0]["points"][0]["new"]["loss"] += 0.1  # as if other facts had been taught
+        file.write_text(json.dumps(results))
+        with pytest.raises(ValueError, match=r"had a loss of \d+\.\d+ nats before; chosen again, it has .*--chosen"):
+            study_here(*elsewhere)
+
     def test_wrong_arguments_are_refused_before_anything_is_read(self, study_here, tmp_path, capsys):
         with pytest.raises(SystemExit):
             study_here("--untaught_relations", "capital", "capitol")

@@ -27,8 +27,9 @@ from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 from transformers import AutoTokenizer
 
-from modeling_peer import fit_gates, generate_text, masked_experts
+from modeling_peer import PeerForCausalLM, fit_gates, generate_text, masked_experts
 from studies.common.arms import run_all, with_rates
+from studies.common.study_folder import sole_use
 from studies.stream import __main__ as stream_study
 from studies.stream import arms as stream_arms
 from studies.stream import report
@@ -154,6 +155,28 @@ class TestReport:
         assert made[-2:] == [("full", chosen["full"]["learning_rate"], 1), ("lora", 2.0, 1)]
         assert len(runs) == len(made) == len(set(made))
 
+    def test_the_end_of_a_sweep_does_not_set_the_level(self, monkeypatch):
+        """Learning of `sparse` rises with the rate up to 2 with t = 1, and to the last that is tried with t = 2."""
+        arms = {
+            "full": Arm("", None, with_rates(1.0, 10.0)),
+            "sparse": Arm("", None, with_rates(0.1, 1.0, t=1) + with_rates(0.01, 0.1, t=2)),
+        }
+        for name, arm in arms.items():
+            monkeypatch.setitem(report.ARMS, name, arm)
+        made = []
+
+        def run(arm, hyperparameters, seed):
+            rate = hyperparameters["learning_rate"]
+            made.append((arm, rate, hyperparameters.get("t")))
+            learned = {None: 4.0 if rate < 10 else math.nan, 1: min(rate, 4 - rate), 2: rate}[hyperparameters.get("t")]
+            return {**run_of(arm, [[3.0, 6.0], [3.5, 6.0 - learned]], rate=rate), "settings": hyperparameters}
+
+        _, level, chosen = run_all(arms, 1, run, choose_hyperparameters, report.rates_beyond)
+        beyond = [("sparse", 0.3, 2), ("sparse", 3.0, 1), ("sparse", 0.9, 2)]
+        assert made[6:9] == beyond  # no more of either, and none of `full`, which learned more and diverged
+        assert level == 1.0 and chosen["sparse"] == {"learning_rate": 1.0, "t": 1}
+        assert all(math.isfinite(each["learning_rate"]) for each in chosen.values())
+
     def test_shares_are_of_means_over_seeds(self):
         def learned(arm, forgotten, seed):
             return {**run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 5.0]]), "seed": seed}
@@ -233,6 +256,7 @@ TEXTS = {
 def study(monkeypatch, tmp_path):
     """The study at its smallest, as a function of further flags."""
     monkeypatch.setattr(stream_study, "load_corpus", TEXTS.get)
+    monkeypatch.setattr(report, "MOST_RATES_BEYOND", 0)
 
     def main(*flags):
         sizes = {"pretraining_steps": 1, "stage_steps": 1, "block_size": 32, "eval_sequences": 2, "seeds": 2}
@@ -341,6 +365,35 @@ class TestStudy:
         assert len(both["arms"]["full"]["orders"]) == 2
         assert not (tmp_path / "dense").exists()  # its arm was not asked for
 
+    def test_goes_on_beyond_the_sweep(self, study, monkeypatch):
+        monkeypatch.setattr(report, "MOST_RATES_BEYOND", 2)
+        arm = stream_study.ARMS["full"]
+        monkeypatch.setitem(stream_study.ARMS, "full", Arm(arm.label, arm.learn, with_rates(1e-5, 1e-4)))
+        runs = study("--arms", "full", "--seeds", "1")["runs"]
+        assert [run["settings"]["learning_rate"] for run in runs] == [1e-5, 1e-4, 3e-4, 9e-4]
+
+    def test_a_pre_training_that_was_killed_after_its_last_step_makes_no_more(self, study, tmp_path, monkeypatch):
+        save = stream_study.Trainer.save_model
+
+        def save_checkpoints_alone(trainer, folder, _internal_call=False):
+            if not _internal_call:
+                raise SystemExit("killed")
+            save(trainer, folder, _internal_call=True)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stream_study.Trainer, "save_model", save_checkpoints_alone)
+            patch.setitem(stream_study.PRETRAINING, "save_steps", 1)
+            with pytest.raises(SystemExit, match="killed"):
+                study("--arms", "full")
+        saved = PeerForCausalLM.from_pretrained(tmp_path / "peer-training" / "checkpoint-1").state_dict()
+        study("--arms", "full", "--seeds", "1")
+        found = PeerForCausalLM.from_pretrained(tmp_path / "peer").state_dict()
+        assert saved.keys() == found.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+
+    def test_has_its_folder_to_itself(self, study, tmp_path):
+        with sole_use(tmp_path), pytest.raises(SystemExit, match="Another process is running the study in"):
+            study()
+
     def test_refuses_other_numbers_of_orders(self, study, capsys):
         with pytest.raises(SystemExit):
             study("--orders", "3")
@@ -393,6 +446,21 @@ class TestStudy:
         (tmp_path / "base.json").write_text(json.dumps(base))
         with pytest.raises(ValueError, match=r"base.json must have a `configuration`, and may have .*, got \['"):
             study("--base", str(tmp_path / "base.json"))
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ({"configuration": "peer-tinny"}, "peer-tinny"),
+            ({"fields": {"num_expert": 9}}, "PeerConfig has no field 'num_expert'"),
+            ({"training": {"learning_rates": 1e-3}}, "learning_rates"),
+        ],
+    )
+    def test_refuses_a_base_that_there_is_not(self, wrong, message, study, tmp_path):
+        file = tmp_path / "base.json"
+        file.write_text(json.dumps({"configuration": "peer-tiny", **wrong}))
+        with pytest.raises(ValueError, match=f"--base .*base.json cannot be used: .*{message}"):
+            study("--base", str(file))
+        assert list(tmp_path.iterdir()) == [file]  # the mended file is no other study
 
     def test_refuses_the_folder_of_a_study_whose_held_out_text_was_not_divided(self, study, tmp_path):
         """Such a study knew no other base, and said none."""
