@@ -66,8 +66,7 @@ class SparseFinetuningCallback(TrainerCallback):
     All micro-batches of a step count, and those of all processes; padding and the second forward of activation
     checkpointing do not. Gradients of rows that do not rank are zeroed in the last micro-batch's backward, before
     clipping and reduction, so that any optimizer moves only the others (see [`freeze_rows`]). The paper takes SGD,
-    which needs no copy of rows. `config.sparse_expert_gradients` may be set. FSDP2, tensor parallelism and memory
-    groups are refused.
+    which needs no copy of rows. FSDP2, tensor parallelism and memory groups are refused.
 
     The logs of a training loss get `sparse_finetuning/trained_experts/layer_{i}`, the mean number of experts that
     moved in a step; for a graft the name of its adapter follows. Each checkpoint gets a copy of the background.

@@ -118,6 +118,7 @@ class TestFolder:
         assert "PSF License 2.0" in text and "`learning_rate` | 0.004" in text and "## Limitations" in text
         assert "`optimizer` | RowAdamW" in text and " ".join(how_to_install().split()) in text
         assert "trust_remote_code" not in text
+        assert name != "peer-nano" or "Its twin of the same width, `dense-nano`" in text
 
     def test_carries_no_code(self, name):
         assert not [*(CHECKPOINTS / name).glob("*.py")]

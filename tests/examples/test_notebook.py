@@ -37,6 +37,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
     assert all(printed), "each cell shows something"
     assert names["STEPS"] == 4 and any("deviation=0.0" in each for each in printed)
     assert "True\n" in printed and "False\n" not in printed  # without the added experts it is what it was
+    (shown, *_) = ("".join(cell["outputs"][0]["text"]) for cell in cells if cell["cell_type"] == "code")
+    assert printed[0] == shown  # what is saved is of the checkpoint as it is
     assert (tmp_path / "runs" / "experts.html").stat().st_size > 20_000
 
 
