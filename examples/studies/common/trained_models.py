@@ -80,7 +80,7 @@ def card_of_run(
         run (`Run`): Run, of any of its seeds.
         losses (`list[dict[str, float]]`): Held-out losses with each seed. The figures of the card are means over them.
         plan (`TrainingPlan`): Plan of its study.
-        label (`str`): What its variant is called.
+        label (`str`): What its variant is called, and what is varied of it.
         study (`str`): Name of its study in commands.
     """
     return make_card(
@@ -95,12 +95,11 @@ def card_of_run(
 
 
 def _describe(run, losses, plan, label, study):
-    ablation = "" if run.ablation is None else f", {' '.join(run.ablation)}"
     training = {"learning_rate": run.learning_rate, **plan.training, **own_training(run, plan)}
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     deviation = "" if len(losses) == 1 else " (mean ± standard deviation over seeds)"
     return (
-        f"{label}{ablation}: trained from scratch by `./run study {study}` for {run.steps:,} steps of "
+        f"{label}: trained from scratch by `./run study {study}` for {run.steps:,} steps of "
         f"{plan.tokens_of_step:,} tokens, {training_flops(run, plan):.2g} FLOPs, with {in_words(training)}. "
         f"Training text: {'; '.join(map(_source, plan.training_texts))}. `{CORPUS}` is a held-out part of it; the "
         "other evaluation texts come from other sources. A research model, too small to state facts.\n\n"

@@ -215,6 +215,10 @@ class TrainingStudy:
         files = {name: self._seconds_file(name) for name in timed}
         if not all(file.exists() and read_json(file)["fields"] == fields[name] for name, file in files.items()):
             self._check_time("the seconds of training steps")
+            if (self.folder / "seconds").exists():
+                print(
+                    "The plan times other models than were timed: all are timed again, so runs for equal seconds are new."
+                )
             for file in files.values():
                 file.unlink(missing_ok=True)
             for name, runs in timed.items():

@@ -90,8 +90,8 @@ def run_study(study: Study) -> None:
             compare(study, best, budget)
             dense_sizes = dense_runs(plan, best[DENSE], compared_runs(plan, chosen[RECIPE], budget)[0])
     compare_at_equal_seconds(study)
-    study.make(_seed_by_seed(expert_runs(plan, best[RECIPE])), "Numbers of experts")
     study.make(dense_sizes, "Dense sizes")
+    study.make(_seed_by_seed(expert_runs(plan, best[RECIPE])), "Numbers of experts")
     compare(study, best, plan.budgets[-1])
 
 
@@ -112,8 +112,9 @@ def compare_at_equal_seconds(study: Study) -> None:
     at all sizes of the last budget, and of the best ones.
     """
     study.seconds()
-    trials = study.all_results().runs_of_timed_trials()
-    study.make(trials if len(trials) > 1 else [], "Trials at equal seconds")
+    results = study.all_results()
+    trials = results.runs_of_timed_trials()
+    study.make([results.dense_of_seconds(), *trials] if len(trials) > 1 else [], "Trials at equal seconds")
     widths = study.all_results().runs_of_widths()
     study.make(_together(runs for runs in widths.values() if len(runs) > 1), "Widths at equal seconds")
     study.make(_seed_by_seed(study.all_results().runs_of_seconds()), "Equal seconds")

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from common.pictures import look_of
 from studies.common.study_folder import write_text
 from studies.common.trained_models import card_of_run
-from studies.common.training_plan import CORPUS, budget_name
+from studies.common.training_plan import CORPUS, Run, budget_name
 from studies.recipe.results import Results
 
 
@@ -45,12 +45,18 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
             own[0],
             [results.runs[run.name]["losses"] for run in own],
             results.plan,
-            look_of(own[0].variant).label or own[0].variant,
+            called(own[0]),
             "recipe",
         )
         for name, own in runs.items()
         if all(math.isfinite(results.runs[run.name]["losses"][CORPUS]) for run in own)
     }
+
+
+def called(run: Run) -> str:
+    """The variant of a run that is compared, and which trial of its tuning it has, counted as in the tables."""
+    label = look_of(run.variant).label or run.variant
+    return label if run.ablation is None else f"{label}, trial {int(run.ablation[1]) + 1} of the tuning"
 
 
 def write_cards(results: Results, folder: Path) -> None:

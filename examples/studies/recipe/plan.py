@@ -96,8 +96,8 @@ class RecipePlan(TrainingPlan):
         hidden_sizes (`dict[str, list[list[int]]]`):
             For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
         timed_trials (`list[int]`):
-            Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the first
-            budget, for the seconds of dense.
+            Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the last
+            budget, at the size of dense and for its seconds.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
@@ -470,9 +470,15 @@ def _seeds_of_the_comparison(plan, variant, budget):
     return range(FIRST_SEED, FIRST_SEED + plan.seeds[variant][plan.budgets.index(budget)])
 
 
+def timed_trials(plan: RecipePlan) -> list[Run]:
+    """The trials of the recipe of which one is compared at equal seconds."""
+    return [_run_of_trial(plan, RECIPE, index) for index in plan.timed_trials]
+
+
 def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[Run], float]) -> list[Run]:
-    """The recipe with each of the `timed_trials`, for as many steps as take the seconds of a run of dense."""
-    return [run_of_seconds(_run_of_trial(plan, RECIPE, index), dense, step_seconds) for index in plan.timed_trials]
+    """Each of [`timed_trials`] at the size of a run of dense, for as many steps as take the seconds of that."""
+    runs = [run_of_size(trial, dense.hidden_size, plan.budgets[-1], plan) for trial in timed_trials(plan)]
+    return [run_of_seconds(run, dense, step_seconds) for run in runs]
 
 
 def runs_of_widths(

@@ -16,6 +16,7 @@ Pictures of the recipe study. Each function saves one in a file, and returns whe
 """
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common.pictures import add_legend, look_of, new_figure, save_picture, shades
-from studies.common.training_plan import DENSE, PEER, Run, budget_name
+from studies.common.training_plan import DENSE, PEER, Run, budget_name, configuration_of
 from studies.recipe.differences import Difference
-from studies.recipe.plan import BLOCK, RECIPE, expert_runs
+from studies.recipe.plan import BLOCK, RECIPE
 from studies.recipe.report import is_adopted
 from studies.recipe.results import Results
 
@@ -60,24 +61,27 @@ def _draw_effects(design: dict[str, Any], effects: dict[str, Difference], axes: 
 
 
 def plot_comparison(results: Results, file: Path) -> bool:
-    """Below dense at equal compute with intervals, at each budget; and at equal seconds, at each width."""
-    budgets = [budget for budget in results.plan.budgets if {DENSE, RECIPE} <= results.compared(budget).keys()]
-    if not budgets:
+    """Below dense with intervals, at equal compute of each budget and at equal seconds; and perplexity at each width."""
+    budgets = results.plan.budgets
+    compared = {f"{budget_name(budget)} FLOPs": results.compared(budget) for budget in budgets}
+    compared[f"seconds of dense,\n{budget_name(budgets[-1])} FLOPs"] = results.compared_at_equal_seconds()
+    compared = {name: runs for name, runs in compared.items() if {DENSE, RECIPE} <= runs.keys()}
+    if not compared:
         return False
     by_width = results.compared_at_widths()
     figure = new_figure(11 if by_width else 7, 4.5)
     panels = figure.subplots(1, 2 if by_width else 1, squeeze=False)[0]
-    _draw_equal_compute(results, budgets, panels[0])
+    _draw_differences(results, compared, panels[0])
     if by_width:
-        _draw_equal_seconds(results, by_width, panels[1])
+        _draw_widths(results, by_width, panels[1])
     save_picture(figure, file)
     return True
 
 
-def _draw_equal_compute(results: Results, budgets: list[float], axes: Axes) -> None:
-    compared = {budget: results.compared(budget) for budget in budgets}
-    variants = [name for name in compared[budgets[0]] if name != DENSE]
+def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]], axes: Axes) -> None:
+    variants = [name for name in dict.fromkeys(name for runs in compared.values() for name in runs) if name != DENSE]
     width = 0.8 / len(variants)
+    labeled = set()
     for i, variant in enumerate(variants):
         for place, runs in enumerate(compared.values()):
             if variant not in runs:
@@ -92,20 +96,22 @@ def _draw_equal_compute(results: Results, budgets: list[float], axes: Axes) -> N
                 yerr=None if np.isnan(ends).any() else ends,
                 capsize=3,
                 color=look_of(variant).color,
-                label=None if place else label,
+                label=None if variant in labeled else label,
             )
+            labeled.add(variant)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(budgets))], [f"{budget_name(b)}" for b in budgets])
-    axes.set(xlabel="training FLOPs", ylabel="perplexity below dense, %", title="Equal compute, 95 % intervals")
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(compared))], list(compared))
+    axes.set(xlabel="equal in", ylabel="perplexity below dense, %", title="Several seeds, 95 % intervals")
     add_legend(axes)
 
 
-def _draw_equal_seconds(results, by_width, axes):
+def _draw_widths(results: Results, by_width: dict[str, list[Run]], axes: Axes) -> None:
     for variant in (DENSE, RECIPE):
         runs = by_width[variant]
         perplexities = [results.perplexity([run]) for run in runs]
         look = look_of(variant)
-        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=look.label)
+        k = f", k = {configuration_of(runs[0], results.plan).num_experts_per_head}" if variant == RECIPE else ""
+        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=f"{look.label}{k}")
     axes.set(xlabel="hidden_size", ylabel="perplexity, five texts", title="Equal seconds, one seed")
     axes.set_xticks([run.hidden_size for run in by_width[DENSE]])
     add_legend(axes)
@@ -113,25 +119,28 @@ def _draw_equal_seconds(results, by_width, axes):
 
 def plot_capacity(results: Results, file: Path) -> bool:
     """The recipe by its number of experts, and beside dense models by their size, on the same tokens."""
-    found = results.dense_sizes()
-    if not results.best or found is None:
+    numbers, sizes = results.by_num_experts(), results.dense_sizes()
+    draw = ([partial(_draw_experts, results, numbers)] if numbers else []) + (
+        [partial(_draw_sizes, results, *sizes)] if sizes else []
+    )
+    if not draw:
         return False
-    numbers = expert_runs(results.plan, results.best[RECIPE])
-    if not numbers or not results.are_made(run for own in numbers.values() for run in own):
-        return False
-    figure = new_figure(11, 4.5)
-    experts, sizes = figure.subplots(1, 2)
+    figure = new_figure(5.5 * len(draw), 4.5)
+    for draw_panel, axes in zip(draw, figure.subplots(1, len(draw), squeeze=False)[0], strict=True):
+        draw_panel(axes)
+    save_picture(figure, file)
+    return True
+
+
+def _draw_experts(results: Results, numbers: dict[int, list[Run]], axes: Axes) -> None:
     of_seeds = list(zip(*numbers.values(), strict=True))
     for runs, color in zip(of_seeds, shades(len(of_seeds)), strict=True):
         perplexities = [results.perplexity([run]) for run in runs]
-        experts.plot(list(numbers), perplexities, "-o", color=color, label=f"seed {runs[0].seed}")
-    experts.set_xscale("log", base=2)
-    experts.set_xticks(list(numbers), [f"{number:,}" for number in numbers])
-    experts.set(xlabel="number of experts", ylabel="perplexity, five texts", title="The recipe, equal steps")
-    add_legend(experts)
-    _draw_sizes(results, *found, sizes)
-    save_picture(figure, file)
-    return True
+        axes.plot(list(numbers), perplexities, "-o", color=color, label=f"seed {runs[0].seed}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(numbers), [f"{number:,}" for number in numbers])
+    axes.set(xlabel="number of experts", ylabel="perplexity, five texts", title="The recipe, equal steps")
+    add_legend(axes)
 
 
 def _draw_sizes(results: Results, recipe: Run, runs: list[Run], axes: Axes) -> None:

@@ -14,6 +14,7 @@
 """Tables of the recipe study from its raw results."""
 
 import math
+from statistics import quantiles
 from typing import Any
 
 from studies.common.tables import markdown_table
@@ -25,7 +26,6 @@ from studies.recipe.plan import (
     RECIPE,
     choose_rate,
     design_runs,
-    expert_runs,
     runs_beyond,
     runs_by_size,
     runs_to_tune,
@@ -144,7 +144,7 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
         "five texts",
         "below dense",
         "recipe below it",
-        "by errors",
+        "in standard errors",
     ]
     rows = [[f"{budget_name(budget)} FLOPs", *head]]
     for variant, own in runs.items():
@@ -161,7 +161,7 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
                 f"{results.perplexity(own):.2f}",
                 "" if variant == DENSE else str(results.below(own, runs[DENSE])),
                 "" if ahead is None else str(ahead),
-                "" if ahead is None else f"{-math.log(1 - ahead.share) / ahead.error:.1f}",
+                "" if ahead is None or math.isnan(ahead.low) else f"{-math.log(1 - ahead.share) / ahead.error:.1f}",
             ]
         )
     return markdown_table(rows)
@@ -175,7 +175,7 @@ def table_of_seconds(results: Results) -> str:
     tables = []
     if results.best_at_equal_seconds and len(results.plan.timed_trials) > 1:
         trials = [[run] for run in results.runs_of_timed_trials()]
-        tables.append(_table_of_seconds(results, "seed 0", [([results.best[DENSE]], trials)]))
+        tables.append(_table_of_seconds(results, "seed 0", [([results.dense_of_seconds()], trials)]))
     if runs := results.compared_at_widths():
         pairs = [([dense], [[own]]) for dense, own in zip(runs[DENSE], runs[RECIPE], strict=True)]
         tables.append(_table_of_seconds(results, "seed 0", pairs))
@@ -186,7 +186,7 @@ def table_of_seconds(results: Results) -> str:
 
 
 def _table_of_seconds(results, seeds, groups):
-    rows = [[seeds, "d", "steps", "ms per step", "seconds", CORPUS, "five texts", "below dense"]]
+    rows = [[seeds, "d", "steps", "ms per step (quartiles)", "seconds", CORPUS, "five texts", "below dense"]]
     for dense, others in groups:
         rows.append(_row_of_seconds(results, dense, ""))
         rows += [_row_of_seconds(results, own, results.below(own, dense)) for own in others]
@@ -195,7 +195,9 @@ def _table_of_seconds(results, seeds, groups):
 
 def _row_of_seconds(results, runs, ahead):
     run, seconds = runs[0], results.step_seconds(runs[0])
-    times = [f"{run.steps:,}", f"{seconds * 1e3:.1f}", f"{seconds * run.steps:.0f}"]
+    low, _, high = quantiles(results.times_of_steps(run), n=4)
+    milliseconds = f"{seconds * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+    times = [f"{run.steps:,}", milliseconds, f"{seconds * run.steps:.0f}"]
     perplexities = [f"{value(runs):.2f}" for value in (results.corpus_perplexity, results.perplexity)]
     trial = f", trial {int(run.ablation[1]) + 1}" if run.ablation is not None else ""
     return [f"{run.variant}{trial}", str(run.hidden_size), *times, *perplexities, str(ahead)]
@@ -203,11 +205,11 @@ def _row_of_seconds(results, runs, ahead):
 
 def table_of_experts(results: Results) -> str:
     """Table of the recipe by its number of experts, with the same seeds, each against the next fewer."""
-    runs = expert_runs(results.plan, results.best[RECIPE])
-    if not runs or not results.are_made(run for own in runs.values() for run in own):
+    if not (runs := results.by_num_experts()):
         return ""
     fewer = None
-    rows = [["N", "MFLOPs per token", "steps", CORPUS, "five texts", "below the one before"]]
+    seeds = len(next(iter(runs.values())))
+    rows = [[f"N, {seeds} seeds", "MFLOPs per token", "steps", CORPUS, "five texts", "below the one before"]]
     for number, own in runs.items():
         rows.append(
             [

@@ -31,17 +31,17 @@ from studies.recipe.plan import (
     compared_runs,
     dense_runs,
     design_runs,
+    expert_runs,
     factors_of,
     runs_beyond,
     runs_by_size,
     runs_of_timed_trials,
     runs_of_widths,
     runs_to_tune,
-    size_runs,
+    timed_trials,
     transfer_runs,
     transfer_runs_beyond,
     tuned,
-    tuning_runs,
 )
 
 
@@ -110,37 +110,43 @@ class Results:
 
     def step_seconds(self, run: Run) -> float:
         """Median seconds of a training step of the model of a run."""
-        return median(self.seconds[str(run.hidden_size)]["seconds"][run.model])
+        return median(self.times_of_steps(run))
+
+    def times_of_steps(self, run: Run) -> list[float]:
+        """The seconds of each step of the model of a run that was timed."""
+        return self.seconds[str(run.hidden_size)]["seconds"][run.model]
 
     def _are_timed(self):
         """Whether the models that may be compared at equal seconds have been timed at all sizes of the plan."""
-        trials = tuning_runs(self.plan)[RECIPE]
-        models = {self.best[DENSE].model, *(trials[index].model for index in self.plan.timed_trials)}
-        sizes = (self.plan.hidden_size, *self.plan.hidden_sizes[DENSE][-1])
+        models = {self.best[DENSE].model, *(trial.model for trial in timed_trials(self.plan))}
+        sizes = self.plan.hidden_sizes[DENSE][-1]
         return all(models <= self.seconds.get(str(size), {"seconds": {}})["seconds"].keys() for size in sizes)
+
+    def dense_of_seconds(self) -> Run:
+        """Dense as it is compared at the last budget, with the first seed: its seconds are those of other runs."""
+        return self.chosen(self.plan.budgets[-1])[DENSE]
 
     def runs_of_timed_trials(self) -> list[Run]:
         """The recipe with each of the trials of which one is compared at equal seconds, for the seconds of dense."""
-        return runs_of_timed_trials(self.plan, self.best[DENSE], self.step_seconds)
+        return runs_of_timed_trials(self.plan, self.dense_of_seconds(), self.step_seconds)
 
     @property
     def best_at_equal_seconds(self) -> dict[str, Run]:
         """Dense and the recipe with the best trials for equal seconds; empty before these and all step times are known."""
-        if not self.best or not self._are_timed():
+        if not self.best or not self._are_timed() or not self.chosen(self.plan.budgets[-1]):
             return {}
-        runs = self.runs_of_timed_trials()
+        runs, trials = self.runs_of_timed_trials(), timed_trials(self.plan)
         if len(runs) > 1 and not self.are_made(runs):
             return {}
-        return {DENSE: self.best[DENSE], RECIPE: choose(runs, self.runs)}
+        return {DENSE: self.best[DENSE], RECIPE: trials[runs.index(choose(runs, self.runs))]}
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
         """Dense and the recipe at each size of the last budget, for the seconds of dense as it is compared there."""
-        dense = choose(size_runs(self.plan, self.best[DENSE], self.plan.budgets[-1]), self.runs)
-        return runs_of_widths(self.plan, self.best_at_equal_seconds, dense, self.step_seconds)
+        return runs_of_widths(self.plan, self.best_at_equal_seconds, self.dense_of_seconds(), self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
         """The runs of `runs_of_widths`; empty before all of them are made."""
-        if not self.chosen(self.plan.budgets[-1]) or not self.best_at_equal_seconds:
+        if not self.best_at_equal_seconds:
             return {}
         runs = self.runs_of_widths()
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
@@ -152,7 +158,7 @@ class Results:
 
     def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
         """The same; empty before all of them are made."""
-        if not self.chosen(self.plan.budgets[-1]) or not self.best_at_equal_seconds:
+        if not self.best_at_equal_seconds:
             return {}
         widths = self.runs_of_widths().values()
         if not self.are_made(run for runs in widths if len(runs) > 1 for run in runs):
@@ -196,6 +202,12 @@ class Results:
         if len(design["seeds"]) > 1:
             levels = [level | {BLOCK: run.seed > 1} for level, run in zip(levels, runs, strict=True)]
         return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], levels)
+
+    def by_num_experts(self) -> dict[int, list[Run]]:
+        """The recipe by its number of experts, with the seeds with which all numbers have been made; empty without any."""
+        runs = expert_runs(self.plan, self.best[RECIPE]) if self.best else {}
+        seeds = [of_seed for of_seed in zip(*runs.values(), strict=True) if self.are_made(of_seed)]
+        return dict(zip(runs, map(list, zip(*seeds, strict=True)), strict=True)) if seeds else {}
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
         """

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
-from studies.recipe.plan import RecipePlan, check_models, run_of_size, runs_of_timed_trials
+from studies.recipe.plan import RecipePlan, check_models, run_of_size, timed_trials
 from studies.recipe.results import Results
 from studies.recipe.variants import register_variants
 
@@ -43,15 +43,13 @@ class Study(TrainingStudy):
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 
     def timed_runs(self) -> dict[str, list[Run]]:
-        """Dense, and the recipe with all trials for equal seconds, at the size of the tuning and all of the last budget."""
+        """Dense, and the recipe with all trials for equal seconds, at all sizes of the last budget."""
         if not (best := self.all_results().best):
             return {}
-        plan, recipes = self.plan, runs_of_timed_trials(self.plan, best[DENSE], lambda run: 1.0)
+        plan, runs = self.plan, (best[DENSE], *timed_trials(self.plan))
         return {
-            str(size): [
-                replace(run_of_size(run, size, plan.budgets[0], plan), steps=1) for run in (best[DENSE], *recipes)
-            ]
-            for size in dict.fromkeys([plan.hidden_size, *plan.hidden_sizes[DENSE][-1]])
+            str(size): [replace(run_of_size(run, size, plan.budgets[0], plan), steps=1) for run in runs]
+            for size in plan.hidden_sizes[DENSE][-1]
         }
 
     def documents(self) -> dict[str, list[int]]:

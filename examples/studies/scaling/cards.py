@@ -42,7 +42,8 @@ def make_cards(results: Results) -> dict[str, ModelCard]:
 
 def _card(results, run, name):
     """The figures of the card are means over seeds."""
-    return card_of_run(name, run, results.with_seeds(run), results.plan, label(run.variant), "scaling")
+    called = ", ".join([label(run.variant), *([] if run.ablation is None else [" ".join(run.ablation)])])
+    return card_of_run(name, run, results.with_seeds(run), results.plan, called, "scaling")
 
 
 def write_cards(results: Results, folder: Path) -> None:

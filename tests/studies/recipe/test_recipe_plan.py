@@ -317,27 +317,29 @@ def test_at_equal_seconds_the_recipe_has_the_trial_that_is_best_there():
     """The tuning may have chosen another, whose steps take longer."""
     trials = TRIALS | {"recipe": [{"learning_rate": 0.01, "num_experts_per_head": 2}, {"learning_rate": 0.01}]}
     plan = plan_of(**WITH_RECIPE | {"trials": trials, "timed_trials": [1, 0]}, budgets=[6e11])
-    seconds = {"32": {"seconds": {"dense": [3.0], "recipe-tuning=0": [4.0], "recipe": [6.0]}}}
+    seconds = {"64": {"seconds": {"dense": [6.0], "recipe-tuning=0": [8.0], "recipe": [12.0]}}}
     runs = tuning_runs(plan)
     results = Results(plan, with_losses({"dense": [4, 5], "peer": [3, 5], "recipe": [3, 2]}, runs), seconds, {})
     results.runs |= {run.name: {"losses": {"corpus": 9}} for run in runs_beyond(plan, results.runs).values()}
-    dense = runs["dense"][0]
-    assert results.best["dense"] == dense and results.best["recipe"] == runs["recipe"][1]
-    slow, fast = timed = results.runs_of_timed_trials()
-    assert slow == replace(runs["recipe"][1], steps=round(dense.steps / 2))
-    assert fast == replace(runs["recipe"][0], steps=round(dense.steps * 3 / 4))
-    assert results.best_at_equal_seconds == {}
-    results.runs |= with_losses({"recipe": [3, 2.9]}, {"recipe": timed})
-    assert results.best_at_equal_seconds == {}  # the larger size has not been timed
-    seconds["64"] = {"seconds": {"dense": [6.0], "recipe-tuning=0": [8.0]}}
-    assert results.best_at_equal_seconds == {}  # nor the other trial there
-    seconds["64"]["seconds"]["recipe"] = [12.0]
-    assert results.best_at_equal_seconds == {"dense": dense, "recipe": fast}
+    assert results.best["dense"] == runs["dense"][0] and results.best["recipe"] == runs["recipe"][1]
     sizes = runs_by_size(plan, results.best, 6e11)
     results.runs = {run.name: {"losses": {"corpus": 9}} for own in sizes.values() for run in own} | results.runs
+    dense = sizes["dense"][1]  # the larger size is the better one
+    results.runs[dense.name] = {"losses": {"corpus": 1}}
+    slow, fast = timed = results.runs_of_timed_trials()
+    assert [run.ablation for run in timed] == [None, ("tuning", "0")]
+    assert [(run.hidden_size, run.learning_rate) for run in timed] == [(64, 0.005)] * 2
+    assert (slow.steps, fast.steps) == (round(dense.steps / 2), round(dense.steps * 3 / 4))
+    seconds["32"] = {"seconds": {"dense": [3.0], "recipe-tuning=0": [4.0], "recipe": [6.0]}}
+    assert results.best_at_equal_seconds == {}
+    results.runs |= with_losses({"recipe": [3, 2.9]}, {"recipe": timed})
+    assert results.best_at_equal_seconds == {"dense": runs["dense"][0], "recipe": runs["recipe"][0]}
     widths = results.runs_of_widths()
+    assert widths["recipe"][1] == fast and dense in widths["dense"]  # made already
     assert {run.ablation for run in widths["recipe"]} == {("tuning", "0")}
     assert [run.steps for run in widths["recipe"]] == [round(run.steps * 3 / 4) for run in widths["dense"]]
+    seconds["32"]["seconds"].pop("recipe")
+    assert results.best_at_equal_seconds == {}  # one of the trials has not been timed at the smaller size
 
 
 def test_at_equal_seconds_one_width_needs_no_choice():

@@ -89,11 +89,13 @@ def test_of_a_recipe(tmp_path):
             assert ratios[:3] == pytest.approx([0.5, 0.5**0.5, 1], rel=0.01)
         assert "| corpus perplexity, d = 64, 6e08 FLOPs | exponent 1 |" in re.sub(" +", " ", printed)
         of_seconds = re.sub(" +", " ", printed.partition("## Equal seconds\n")[2])
-        timed, tuned = results.runs_of_timed_trials(), results.best["dense"]
+        timed, compared = results.runs_of_timed_trials(), results.dense_of_seconds()
+        assert compared == replace(dense[0], seed=0)
         assert {run.model for run in timed} == {"recipe-tuning=0", "recipe"} and results.are_made(timed)
         for run in timed:
-            assert run.steps == round(tuned.steps * results.step_seconds(tuned) / results.step_seconds(run))
-            below = 1 - math.exp(results.losses([run])[0] - results.losses([tuned])[0])
+            assert run.hidden_size == compared.hidden_size
+            assert run.steps == round(compared.steps * results.step_seconds(compared) / results.step_seconds(run))
+            below = 1 - math.exp(results.losses([run])[0] - results.losses([compared])[0])
             assert re.search(rf"\| {run.steps:,} \|.* {below:+.1%} .*\|", of_seconds)
         main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
         assert (tmp_path / "again" / "tables.md").read_text() == printed
