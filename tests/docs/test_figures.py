@@ -96,6 +96,21 @@ def test_the_table_of_configurations():
     assert lengths in " ".join(text.split())
 
 
+def test_what_a_first_training_leads_to():
+    quickstart = json.loads(page("docs/images/quickstart.json"))
+    nano = {
+        name: json.loads(page(f"examples/checkpoints/{name}/results.json")) for name in ("peer-nano", "dense-nano")
+    }
+    found = [f"`{name}` {result['perplexity']['16 bits']:.1f}" for name, result in nano.items()]
+    found += [f"`{name}` {quickstart[name]['perplexity_after']:.1f}" for name in ("peer-toy", "dense-toy")]
+    steps = max(map(int, quickstart["dense-toy"]["eval_losses"]))
+    said = (
+        f"{found[0]} and {found[1]} after {nano['peer-nano']['tokens'] / 1e6:.1f} million tokens, {found[2]} and "
+        f"{found[3]} after the {steps * 1024 / 1e6:.1f} million of"
+    )
+    assert said in " ".join(page("docs/layer-and-options.md").split())
+
+
 def test_the_small_checkpoints():
     text = " ".join(page("docs/checkpoints.md").split())
     peer, dense = (
