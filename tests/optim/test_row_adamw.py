@@ -40,7 +40,7 @@ from table_gradients import in_factors
 from torch import nn
 from torch.testing import assert_close
 
-from modeling_peer import RowAdamW
+from modeling_peer import RowAdamW, native_calls
 from modeling_peer.factored_gradient import FactoredGradient
 from modeling_peer.gradient_factors import Entries, Factors
 from modeling_peer.optim import row_adamw
@@ -157,6 +157,19 @@ class TestRows:
             table = random_table(dtype)
             optimizer = rows_of(table, second_moment=second_moment)
             take_steps(optimizer, table, map(layout, random_gradients(6, dtype)))
+            states.append(copied(optimizer, table))
+        for state in states[1:]:
+            assert_same(state, states[0])
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_threads_share_the_rows(self, layout, monkeypatch):
+        """Also where their number is no multiple of that of the threads."""
+        states = []
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(native_calls, "num_threads", lambda number=threads: number)
+            table = random_table()
+            optimizer = rows_of(table)
+            take_steps(optimizer, table, map(LAYOUTS[layout], random_gradients(6)))
             states.append(copied(optimizer, table))
         for state in states[1:]:
             assert_same(state, states[0])
