@@ -21,7 +21,13 @@ from kernel_cases import IMPLEMENTATIONS, experts
 from optimum.quanto import freeze, qint8, quantize
 from tiny_models import random_tokens, tiny_config, tiny_model
 
-from modeling_peer import ExpertKernelsInterface, PeerConfig, RowAdamW, expert_parameter_groups
+from modeling_peer import (
+    ExpertKernelsInterface,
+    PeerConfig,
+    RowAdamW,
+    expert_kernels_torch,
+    expert_parameter_groups,
+)
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, resolve_kernels
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels, TorchKernels
@@ -54,6 +60,11 @@ def assert_near(actual, expected, terms, dtype):
 @pytest.mark.parametrize("dtype, shape", CASES, ids=str)
 @pytest.mark.parametrize("name, threads", [("torch", 1), ("cpu", 1), ("cpu", 2)], indirect=["threads"])
 class TestImplementations:
+    @pytest.fixture(autouse=True)
+    def small_pieces(self, monkeypatch):
+        """Torch operations run in several pieces, as they do for many tokens."""
+        monkeypatch.setattr(expert_kernels_torch, "PIECE_SIZE", 5000)
+
     def test_up(self, name, threads, shape, dtype):
         hidden_states, _, indices, table = experts(*shape, dtype)
         exact = hidden_states.double(), indices, table.double()

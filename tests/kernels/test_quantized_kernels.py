@@ -17,6 +17,7 @@ import pytest
 import torch
 from kernel_cases import experts
 
+from modeling_peer import expert_kernels_torch
 from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
 from modeling_peer.expert_kernels_cpu import CpuKernels
 from modeling_peer.expert_kernels_torch import EagerKernels
@@ -54,7 +55,8 @@ def assert_near(actual, run, first, indices, table):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bits, group_size", FORMATS)
 @pytest.mark.parametrize("name, threads", [("torch", 1), ("cpu", 1), ("cpu", 2)], indirect=["threads"])
-def test_implementations(name, threads, bits, group_size, shape):
+def test_implementations(name, threads, bits, group_size, shape, monkeypatch):
+    monkeypatch.setattr(expert_kernels_torch, "PIECE_SIZE", 5000)  # several pieces, as of many tokens
     hidden_states, weights, indices, rows, table = quantized_experts(shape, bits, group_size)
     kernels = ALL_EXPERT_KERNELS[name]
     assert_near(kernels.quantized_up(hidden_states, indices, rows), EagerKernels.up, hidden_states, indices, table)
