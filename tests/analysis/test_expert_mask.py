@@ -19,7 +19,7 @@ from grown_models import CONFIGS, logits_of, train_a_little
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 
-from modeling_peer import add_experts, masked_experts
+from modeling_peer import add_experts, masked_experts, product_key_retrieval
 from modeling_peer.key_grid import expert_cell
 
 
@@ -35,7 +35,9 @@ class TestMask:
         untouched = ~torch.isin(before, masked).any(-1)
         assert untouched.any() and torch.equal(indices[untouched], before[untouched])
 
-    def test_equals_a_search_of_all_experts(self):
+    def test_equals_a_search_of_all_experts(self, monkeypatch):
+        """In several parts: five of the 14 queries of two heads at a time."""
+        monkeypatch.setattr(product_key_retrieval, "MASKED_SCORES", 5 * 2 * 36)
         model = tiny_model(tiny_config("peer", sub_keys_per_head=True)).double()
         router = model.model.layers[0].mlp.router
         hidden_states = torch.randn(2, 7, 24, dtype=torch.float64)
