@@ -103,6 +103,22 @@ class TestProtected:
         train_a_little(model)
         assert torch.equal(old.running_mean, before) and not torch.equal(new.running_mean, before)
 
+    @pytest.mark.parametrize("query_norm", ["batch", "rms"])
+    def test_starts_with_the_first_heads_and_their_norms(self, query_norm):
+        model = tiny_model(tiny_config("peer", query_norm=query_norm))
+        layer = model.model.layers[0].mlp
+        for parameter in layer.router.query_norm.parameters():
+            torch.nn.init.normal_(parameter)  # as if it had been trained
+        if query_norm == "rms":
+            torch.nn.init.normal_(layer.router.key_norm.weight)
+        add_experts(model, 25, num_retrieval_heads=1)
+        copied = layer.added_routers[0].state_dict()
+        names = [name for name in layer.router.state_dict() if name != "sub_keys"]
+        assert len(names) == {"batch": 6, "rms": 3}[query_norm]
+        for name in names:
+            tensor = layer.router.state_dict()[name]
+            assert torch.equal(copied[name], tensor[:8] if tensor.ndim else tensor), name
+
     def test_has_a_budget_of_its_own(self):
         model = tiny_model(CONFIGS["two layers"])
         add_experts(model, 16, layers=2, num_retrieval_heads=1, num_experts_per_head=4)
@@ -166,6 +182,16 @@ class TestOpen:
         for pool in pools:
             assert not pool.down_proj.weight[36:].any() and pool.down_proj.weight[:36].any(1).all()
             assert pool.up_proj.weight[36:].any(1).all()
+
+    def test_new_keys_and_rows_are_drawn_at_scale(self):
+        """Keys at that of the present ones, which training moved, and rows at that of initialization."""
+        model = tiny_model(tiny_config("peer", num_experts=30**2))
+        layer = model.model.layers[0].mlp
+        layer.router.sub_keys.data.mul_(10)
+        expected = layer.router.sub_keys.square().mean().sqrt().item()
+        add_experts(model, 60**2 - 30**2, mode="open")
+        assert layer.router.sub_keys[:, :, 30:].square().mean().sqrt().item() == pytest.approx(expected, rel=0.25)
+        assert layer.expert_pool.up_proj.weight[30**2 :].std().item() == pytest.approx(0.3, rel=0.05)
 
     def test_states_its_deviation(self, model):
         tokens = random_tokens(3, 30, seed=5)
