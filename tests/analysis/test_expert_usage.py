@@ -29,7 +29,7 @@ from slow_tests import slow
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, add_experts
 from modeling_peer.analysis import expert_usage as usage
 from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 from modeling_peer.product_key_router import ProductKeyRouter
@@ -93,10 +93,10 @@ def measured_by_hand(num_experts, records):
     }
 
 
-def record_router(model, layer_idx):
+def record_router(model, layer_idx, router_name="router"):
     """A list that each forward of a layer's router, in training or evaluation, adds itself to."""
-    records = []
-    router = next(module for name, module in model.named_modules() if name.endswith(f"layers.{layer_idx}.mlp.router"))
+    records, suffix = [], f"layers.{layer_idx}.mlp.{router_name}"
+    router = next(module for name, module in model.named_modules() if name.endswith(suffix))
 
     def record(module, args, output):
         indices, weights = (tensor.detach().numpy() for tensor in output)
@@ -224,6 +224,19 @@ class TestCallback:
                 assert measures_of(entry, layer, "eval_") == pytest.approx(by_hand, rel=1e-5)
         assert not any("layer_0" in name for entry in trainer.state.log_history for name in entry)
         json.dumps(trainer.state.log_history, allow_nan=False)
+
+    def test_added_experts_are_measured_by_themselves(self, tmp_path):
+        model = tiny_model()
+        add_experts(model, 7**2, num_retrieval_heads=1)
+        records = [record_router(model, 1, name) for name in ("router", "added_routers.0")]
+        trainer = trainer_of(model, tmp_path, max_steps=1)
+        trainer.train()
+        (first,), (added,) = [[record for _, record in each] for each in records]
+        entry = trainer.state.log_history[0]
+        assert measures_of(entry, "layer_1") == pytest.approx(measured_by_hand(144, [first]), rel=1e-5)
+        indices, *others = added
+        by_hand = measured_by_hand(49, [(indices - 144, *others)])
+        assert measures_of(entry, "layer_1_added_0") == pytest.approx(by_hand, rel=1e-5)
 
     def test_values_stand_where_they_belong(self, tmp_path):
         class Later(TrainerCallback):
