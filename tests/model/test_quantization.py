@@ -203,8 +203,9 @@ class TestLoading:
 
     @each_format
     def test_from_and_in_other_dtypes(self, checkpoint, tmp_path, bits, group_size):
-        """A table is quantized as it is stored; integers and scales do not depend on the dtype of the model."""
-        expected = tables_of(quantize_experts(PeerForCausalLM.from_pretrained(checkpoint), bits, group_size))
+        """A table is quantized in the dtype that it is loaded in. Integers and scales stay what they are from then on."""
+        loaded = PeerForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        expected = tables_of(quantize_experts(loaded, bits, group_size))
         model = PeerForCausalLM.from_pretrained(
             checkpoint, dtype=torch.bfloat16, quantization_config=PeerQuantizationConfig(bits, group_size)
         )
@@ -213,8 +214,8 @@ class TestLoading:
         assert model.dtype == torch.bfloat16 and again.dtype == torch.float16
         for name, table in tables_of(again).items():
             assert table.scales.dtype == torch.bfloat16
-            assert torch.equal(table.weight, tables_of(model)[name].weight)
-            assert table.weight.shape == expected[name].weight.shape
+            for same in (tables_of(model)[name], expected[name]):
+                assert torch.equal(table.weight, same.weight) and torch.equal(table.scales, same.scales)
         assert logits_of(model).isfinite().all() and logits_of(again).isfinite().all()
 
     def test_offloaded_and_in_host_memory(self, checkpoint, tmp_path):
@@ -246,6 +247,19 @@ class TestLoading:
         assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
         quantize_experts(model)
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-2, atol=1e-1)
+
+    def test_dequantized_in_the_dtype_of_the_model_or_in_another(self):
+        model = dequantize_experts(quantize_experts(tiny_model(VARIANTS["peer"]).bfloat16()))
+        assert {table.weight.dtype for table in tables_of(model).values()} == {torch.bfloat16}
+        model = dequantize_experts(quantize_experts(tiny_model(VARIANTS["peer"])), torch.float64)
+        assert {table.weight.dtype for table in tables_of(model).values()} == {torch.float64}
+        assert model.model.norm.weight.dtype == torch.float32
+
+    def test_a_device_map_counts_the_bytes_of_integers(self):
+        model = quantize_experts(tiny_model(VARIANTS["peer"]), bits=4)
+        for name, size in (("layers.0.mlp.expert_pool.up_proj", 0.5), ("norm", 4)):
+            found = model.hf_quantizer.param_element_size(model, f"model.{name}.weight", torch.empty(1))
+            assert found == size
 
 
 class TestRefusals:
