@@ -84,6 +84,11 @@ class TestGroups:
         own = make_optimizer(model, args, expert_lr_multiplier=2.0, down_proj_lr_multiplier=3.0)
         assert max(group["lr"] for group in own.param_groups) == pytest.approx(0.6)
 
+    def test_an_optimizer_has_betas_and_epsilon_of_the_training_arguments(self):
+        args = TrainingArguments("unused", adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5)
+        groups = make_optimizer(small_model(), args).param_groups
+        assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.95), 1e-5)}
+
     def test_multiplier_lasts_through_a_schedule(self):
         model, references = small_model(), []
         optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=0.1, expert_lr_multiplier=3.0))
