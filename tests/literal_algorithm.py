@@ -30,7 +30,7 @@ def retrieve(config, router, x):
     query = router.query_proj.weight @ x
     if config.query_norm == "batch":
         norm = router.query_norm
-        query = (query - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+        query = (query - norm.running_mean) / (norm.running_var + config.rms_norm_eps).sqrt() * norm.weight + norm.bias
     for head in range(config.num_retrieval_heads):
         keys = router.sub_keys[head if config.sub_keys_per_head else 0]
         halves = query.view(config.num_retrieval_heads, 2, half)[head]
@@ -65,7 +65,7 @@ def literal_peer(config, layer, hidden_states, pool=None):
                 output = output + weight * neuron * pool.down_proj.weight[expert]
         if layer.shared_expert is not None:
             branch = layer.shared_expert
-            gate = F.silu(branch.gate_proj.weight @ x)
+            gate = ACT2FN[config.hidden_act](branch.gate_proj.weight @ x)
             output = output + branch.down_proj.weight @ (gate * (branch.up_proj.weight @ x))
         outputs.append(output)
     return torch.stack(outputs).view_as(hidden_states)

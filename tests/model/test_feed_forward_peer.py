@@ -25,6 +25,14 @@ from modeling_peer.feed_forward_pkm import PkmFeedForward
 from modeling_peer.key_grid import expert_index
 
 
+CONFIGS = {
+    **ROUTERS,
+    **EXPERTS,
+    "large epsilon": tiny_config(rms_norm_eps=0.1),
+    "ReLU in the branch": tiny_config(hidden_act="relu", shared_expert_intermediate_size=8),
+}
+
+
 def layer_in_float64(config, layer_class=PeerFeedForward):
     torch.manual_seed(0)
     layer = layer_class(config, 0).double().eval()
@@ -40,7 +48,7 @@ def gradients(output, modules, hidden_states):
     return torch.autograd.grad((output * direction).sum(), [*parameters, hidden_states])
 
 
-@pytest.mark.parametrize("config", [*ROUTERS.values(), *EXPERTS.values()], ids=[*ROUTERS, *EXPERTS])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_outputs_and_gradients_equal_algorithm_1(config):
     layer = layer_in_float64(config)
     pool = (
