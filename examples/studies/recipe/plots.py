@@ -101,7 +101,7 @@ def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]
             labeled.add(variant)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(compared))], list(compared))
-    axes.set(xlabel="equal in", ylabel="perplexity below dense, %", title="Several seeds, 95 % intervals")
+    axes.set(xlabel="at equal", ylabel="perplexity below dense, %", title="Several seeds, 95 % intervals")
     add_legend(axes)
 
 
