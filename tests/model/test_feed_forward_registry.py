@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 
 from modeling_peer import ALL_FEED_FORWARDS, FeedForwardInterface, PartCosts, PeerForCausalLM, model_costs
 from modeling_peer.feed_forward_moe import MoeFeedForward
@@ -132,10 +133,11 @@ def test_the_registry_knows_the_four():
 class TestMoe:
     def experts_one_by_one(self, layer, x, indices, weights):
         experts, output = layer.experts, torch.zeros_like(x)
+        activation = ACT2FN[experts.config.hidden_act]
         for token in range(len(x)):
             for expert, weight in zip(indices[token], weights[token], strict=True):
                 gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
-                output[token] += weight * (experts.down_proj[expert] @ (F.silu(gate) * up))
+                output[token] += weight * (experts.down_proj[expert] @ (activation(gate) * up))
         return output
 
     def layer(self, **fields):
@@ -145,9 +147,10 @@ class TestMoe:
             nn.init.normal_(parameter)
         return layer
 
+    @pytest.mark.parametrize("hidden_act", ["silu", "relu"])
     @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-    def test_token_choice_equals_one_expert_at_a_time(self, implementation):
-        layer = self.layer().float()
+    def test_token_choice_equals_one_expert_at_a_time(self, implementation, hidden_act):
+        layer = self.layer(hidden_act=hidden_act).float()
         layer.experts.config = copy.deepcopy(layer.experts.config)
         layer.experts.config._experts_implementation = implementation
         x = torch.randn(3, 5, 24, requires_grad=True)
@@ -184,6 +187,10 @@ class TestMoe:
         everything = torch.arange(4).expand(16, 4)
         expected = self.experts_one_by_one(layer, x.flatten(0, 1), everything, weights)
         assert torch.allclose(layer.train()(x, padding_mask).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+
+    def test_an_expert_chooses_at_least_one_token(self):
+        layer = self.layer(moe_routing="expert_choice").float().train()
+        assert layer(torch.randn(1, 1, 24)).any()  # one token · 2 / 4 experts is less than one
 
     def test_the_balance_loss_reaches_the_router(self):
         model = PeerForCausalLM(tiny_config("moe", "dense", output_router_logits=True, router_aux_loss_coef=0.5))
