@@ -59,7 +59,6 @@ def test_equals_that_on_the_rows_to_the_bit(path, dtype, width, second_moment):
             optimizer.step()
         states.append(copied(optimizer, table))
     assert_same(*states)
-    assert states[0]["row_steps"].min() > 0 or (states[0]["row_steps"] == 0).any()
     assert len(states[0]["row_steps"].unique()) > 2
 
 
