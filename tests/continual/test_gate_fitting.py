@@ -13,9 +13,12 @@
 # limitations under the License.
 """Gates of added experts: they open for the new text, stay closed for the reference, and nothing else changes."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
+from torch.utils.data import DataLoader
 
 from modeling_peer import (
     ExpertBackground,
@@ -25,6 +28,7 @@ from modeling_peer import (
     freeze_experts,
     measure_usage,
 )
+from modeling_peer.product_key_router import ExpertGate
 
 
 def text(first_token, number=200, seed=0, length=12):
@@ -124,8 +128,9 @@ def test_leaves_padding_out(model):
 def test_takes_any_iterable(model):
     fit(model, num_steps=20)
     gates = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit(model, new=(each for each in NEW), num_steps=20)
-    assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
+    for new in ((each for each in NEW), DataLoader(NEW, batch_size=8)):
+        fit(model, new=new, num_steps=20)
+        assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
 
 
 def test_shows_progress_if_asked(model, capsys):
@@ -135,6 +140,14 @@ def test_shows_progress_if_asked(model, capsys):
     shown = capsys.readouterr().err
     for label in ("Hidden states, new_text", "Hidden states, reference_text", "Gate of layer 0", "Gate of layer 2"):
         assert f"{label}: 100%" in shown
+
+
+def test_a_gate_is_shut_where_it_would_be_less_than_one_percent_open():
+    gate = ExpertGate(24)
+    torch.nn.init.zeros_(gate.down_proj.weight)
+    for openness, expected in ((0.011, 0.011), (0.009, 0)):
+        torch.nn.init.constant_(gate.down_proj.bias, math.log(openness / (1 - openness)))
+        assert gate(torch.randn(24)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_experts_behind_a_shut_gate_are_not_used(model):
