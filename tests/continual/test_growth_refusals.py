@@ -144,6 +144,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="open addition after a protected one"):
             add_experts(model, 13, mode="open")
         assert len(model.config.expert_additions) == 1
+        other = tiny_model(CONFIGS["two layers"])
+        add_experts(other, 25, layers=0)
+        assert add_experts(other, 13, layers=2, mode="open").experts == {2: range(36, 49)}
 
     def test_a_model_that_never_grew(self):
         with pytest.raises(ValueError, match="No experts were added"):
