@@ -144,6 +144,14 @@ def test_what_is_masked_is_not_there(tokenizer):
         assert most() < model.config.num_experts
 
 
+def test_what_a_gate_shuts_out_is_not_there(tokenizer):
+    model = model_of("added")
+    torch.nn.init.constant_(model.model.layers[0].mlp.added_routers[0].gate.down_proj.bias, -5.0)
+    for explanation in explain_tokens(model, tokenizer, "w1 w2 w3", num_experts=99):
+        uses = explanation.layers["layer_0"]
+        assert uses and all(use.weight and use.expert < model.config.num_experts for use in uses)
+
+
 def test_layers_are_chosen(tokenizer):
     (explanation,) = explain_tokens(model_of("peer"), tokenizer, "w1", layers=2)
     assert list(explanation.layers) == ["layer_2"]
