@@ -119,8 +119,9 @@ def test_too_few_tokens_for_a_variance_leave_the_statistics(num_tokens):
     before = statistics(norm).clone()
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask.view(-1)[:num_tokens] = True
-    norm(torch.randn(2, 5, 6), mask)
-    assert torch.equal(statistics(norm), before)
+    for queries, padding_mask in ((torch.randn(2, 5, 6), mask), (torch.randn(1, num_tokens, 6), None)):
+        norm(queries, padding_mask)
+        assert torch.equal(statistics(norm), before)
 
 
 def test_a_forward_without_gradients_leaves_the_statistics():
