@@ -208,6 +208,11 @@ def test_defaults_are_the_papers():
     assert not config.gated_experts and config.shared_expert_intermediate_size is None
 
 
+def test_only_models_with_moe_layers_have_a_balance_loss():
+    assert PeerConfig().router_aux_loss_coef == 0
+    assert PeerConfig(num_hidden_layers=2, feed_forward_types=["peer", "moe"]).router_aux_loss_coef == 0.001
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 12])
 def test_the_middle_block_is_replaced(layers):
     types = PeerConfig(num_hidden_layers=layers).feed_forward_types
