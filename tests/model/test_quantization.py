@@ -203,7 +203,7 @@ class TestLoading:
 
     @each_format
     def test_from_and_in_other_dtypes(self, checkpoint, tmp_path, bits, group_size):
-        """A table is quantized in the dtype that it is loaded in. Integers and scales stay what they are from then on."""
+        """A table is quantized in the dtype it is loaded in. Integers and scales stay what they are from then on."""
         loaded = PeerForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
         expected = tables_of(quantize_experts(loaded, bits, group_size))
         model = PeerForCausalLM.from_pretrained(
