@@ -27,6 +27,7 @@ from studies.recipe.__main__ import run_study
 from studies.recipe.cards import make_cards
 from studies.recipe.differences import SizeCurve
 from studies.recipe.plan import RECIPE, choose_rate, read_plan, run_of_size, screening_runs, with_factors
+from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
@@ -107,6 +108,17 @@ def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
             rate = run_of_size(results.best[run.variant], int(size), plan.budgets[0], plan).learning_rate
             assert (run.hidden_size, run.steps, run.learning_rate) == (int(size), 1, rate)
         assert dense.variant == "dense" and [run.ablation for run in recipes] == [("tuning", "3"), ("tuning", "4")]
+
+
+def test_pictures_and_cards_are_those_of_the_results(tmp_path):
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    for name, plot in PLOTS.items():
+        is_there = (PLANS.parent / f"{name}.png").exists()
+        assert is_there == (f"({name}.png)" in page) == plot(results, tmp_path / "drawn.png")
+    folder = PLANS.parents[3] / "model_cards" / "recipe"
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        f"{name}.md": str(card) for name, card in make_cards(results).items()
+    }
 
 
 def test_models_that_diverged_have_no_card():
