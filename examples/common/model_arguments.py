@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from common.launcher import uses_fsdp
 from common.text_data import DatasetArguments, text_column, train_tokenizer
 from modeling_peer import PeerConfig, configuration_path, list_configurations
 
@@ -107,8 +108,11 @@ class DistributedArguments:
             return None
         if not isinstance(config, PeerConfig):
             raise ValueError(f"--ep_size {self.ep_size} needs a PEER model, not one of {type(config).__name__}.")
-        if training_args.fsdp:
-            raise ValueError(f"--ep_size {self.ep_size} applies FSDP2 itself: leave out --fsdp.")
+        if uses_fsdp(training_args):
+            raise ValueError(
+                f"--ep_size {self.ep_size} applies FSDP2 itself: leave out --fsdp, and start the script by "
+                "configuration/launch/memory_group.sh, not by a launch file for FSDP."
+            )
         num_processes = training_args.world_size
         if self.ep_size < 1 or num_processes % self.ep_size:
             raise ValueError(

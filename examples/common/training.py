@@ -40,6 +40,7 @@ from transformers.trainer_utils import SchedulerType
 
 from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder
 from common.command_line import UsageError
+from common.launcher import uses_fsdp
 from common.run_estimate import RunEstimateCallback
 from modeling_peer import (
     ExpertUsageCallback,
@@ -147,7 +148,8 @@ def make_optimizers(
     args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel, is_new: bool
 ) -> tuple[RowAdamW | None, None]:
     """
-    The `optimizers` of `Trainer`: RowAdamW, unless it is not wanted. `Trainer` makes the scheduler itself.
+    The `optimizers` of `Trainer`: RowAdamW, unless it is not wanted or FSDP, under which `Trainer` makes its own, splits
+    the model. `Trainer` makes the scheduler itself.
 
     Args:
         args (`OptimizerArguments`)
@@ -155,7 +157,7 @@ def make_optimizers(
         model (`PreTrainedModel`)
         is_new (`bool`): Whether the model is trained from scratch, for which the scaling study found learning rates.
     """
-    if not args.row_adamw or training_args.fsdp:
+    if not args.row_adamw or uses_fsdp(training_args):
         return None, None
     multipliers = {
         name: value

@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from kernels_used import INFERENCE, TRAINING
 from launches import (
@@ -37,8 +38,11 @@ from launches import (
     launch_ranks,
 )
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from tiny_models import tiny_config
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from common.model_arguments import DistributedArguments
+from common.training import OptimizerArguments, make_optimizers
 from modeling_peer import PeerForCausalLM
 from modeling_peer.library_releases import is_at_least
 
@@ -319,6 +323,30 @@ def test_fsdp2_launch_file_shards_by_decoder_layer(monkeypatch):
     assert plugin.transformer_cls_names_to_wrap == PeerForCausalLM._no_split_modules
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     assert not plugin.cpu_ram_efficient_loading
+
+
+@pytest.fixture
+def launched_by_fsdp2(monkeypatch, tmp_path):
+    """Training arguments in the environment of that launch file, of a process that has a GPU as far as Accelerate knows."""
+    launched_with("fsdp2.yaml", monkeypatch)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    yield arguments
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_fsdp2_launch_file_leaves_the_optimizer_to_the_trainer(launched_by_fsdp2):
+    """The arguments of `Trainer` do not say that it is FSDP, and it refuses any other optimizer than its own."""
+    model = PeerForCausalLM(tiny_config("peer", "dense"))
+    optimizers = make_optimizers(OptimizerArguments(), launched_by_fsdp2, model, is_new=True)
+    trainer = Trainer(model, launched_by_fsdp2, optimizers=optimizers)
+    assert not launched_by_fsdp2.fsdp and trainer.is_fsdp_enabled and trainer.optimizer is None
+
+
+def test_memory_groups_are_refused_beside_the_fsdp2_launch_file(launched_by_fsdp2):
+    with pytest.raises(ValueError, match="--ep_size 2 applies FSDP2 itself: leave out --fsdp, .*memory_group.sh"):
+        DistributedArguments(ep_size=2).make_config(launched_by_fsdp2, tiny_config("peer"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
