@@ -43,6 +43,7 @@ from common.text_data import DatasetArguments, load_datasets, take_samples, text
 from common.training import (
     ExampleTrainingArguments,
     OptimizerArguments,
+    check_has_model,
     last_checkpoint,
     make_optimizers,
     needed_splits,
@@ -178,6 +179,7 @@ def main():
     )
     setup_logging(training_args)
     set_seed(training_args.seed)
+    check_has_model(training_args, model_args.is_new)
     checkpoint = last_checkpoint(training_args)
     with training_args.main_process_first(desc="loading the texts"):
         datasets = load_labeled_datasets(data_args)

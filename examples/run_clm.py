@@ -56,6 +56,7 @@ from common.text_files import errors_name_the_file
 from common.training import (
     OptimizerArguments,
     PretrainingArguments,
+    check_has_model,
     evaluate,
     last_checkpoint,
     make_optimizers,
@@ -188,8 +189,9 @@ def main(change: Callable[[Trainer], None] | None = None):
         MAIN_FLAGS,
     )
     setup_logging(training_args)
-    checkpoint = last_checkpoint(training_args)
     with ends_on_usage_error(), errors_name_the_file(data_args.files, data_args.encoding):
+        check_has_model(training_args, model_args.is_new)
+        checkpoint = last_checkpoint(training_args)
         config = load_config(model_args)
         training_args.set_learning_rate(config, model_args.is_new)
         tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)

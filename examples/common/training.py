@@ -209,6 +209,15 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
     return splits
 
 
+def check_has_model(training_args: TrainingArguments, is_new: bool) -> None:
+    """
+    Raises `UsageError` if a new model, whose weights are random, would be evaluated without being trained: its figures
+    would be those of the model in the output folder.
+    """
+    if is_new and training_args.do_eval and not training_args.do_train:
+        raise UsageError("There is no trained model to evaluate: name it by --model_name_or_path, or add --do_train.")
+
+
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any."""
     if training_args.resume_from_checkpoint is not None:

@@ -1,0 +1,47 @@
+# Copyright 2026 The PEER for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What example scripts train, resume and evaluate, and what they refuse before they load anything."""
+
+import sys
+
+import pytest
+import run_classification
+import run_clm
+
+
+@pytest.fixture
+def ends(monkeypatch, capsys):
+    """Runs a script that ends with the exit code of wrong flags before it reads data; returns its last line."""
+
+    def main(script, *flags):
+        monkeypatch.setattr(script, "setup_logging", lambda training_args: None)  # would outlast the test
+        for name in ("load_text", "load_labeled_datasets"):
+            monkeypatch.setattr(script, name, lambda *_: pytest.fail("data was loaded"), raising=False)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return main
+
+
+SCRIPTS = [run_clm, run_classification]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_new_model_is_not_evaluated_untrained(script, ends, tmp_path):
+    """Its figures would be written into the card of the model that is in the folder."""
+    message = "There is no trained model to evaluate: name it by --model_name_or_path, or add --do_train."
+    assert message in ends(script, "--do_eval", "--output_dir", tmp_path)
