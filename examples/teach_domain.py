@@ -465,11 +465,12 @@ def teach(
     texts: dict[str, dict[str, Dataset]],
     args: TeachingArguments,
     training_args: DomainTrainingArguments,
+    checkpoint: str | None,
 ) -> tuple[Trainer, Figures]:
-    """Grows a model, trains what was added, and measures what came of it."""
+    """Grows a model, trains what was added, or resumes from a checkpoint, and measures what came of it."""
     experts, figures = grow(model, texts, args, training_args)
     trainer = make_trainer(model, training_args, tokenizer, texts)
-    train(trainer, last_checkpoint(training_args))
+    train(trainer, checkpoint)
     # Accelerate wraps the forward in autocast for bf16: unwrapped, the model is compared with what it was.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     figures.after = perplexities(model, texts, training_args)
@@ -488,9 +489,10 @@ def main():
     flags = teaching_flags(args, model_args, data_args, training_args)
     with ends_on_usage_error(), errors_name_the_file(files, data_args.encoding):
         check_checkpoint(flags, training_args)
+        checkpoint = last_checkpoint(training_args)
         model, tokenizer, texts = prepare(args, model_args, data_args, training_args)
     save_flags(flags, training_args)
-    trainer, figures = teach(model, tokenizer, texts, args, training_args)
+    trainer, figures = teach(model, tokenizer, texts, args, training_args, checkpoint)
     save_description(trainer, data_args.description)
     save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))
     save_card(trainer, dataset=data_args.dataset_name)

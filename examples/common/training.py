@@ -219,9 +219,19 @@ def check_has_model(training_args: TrainingArguments, is_new: bool) -> None:
 
 
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any."""
-    if training_args.resume_from_checkpoint is not None:
-        return training_args.resume_from_checkpoint
+    """
+    The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any. Raises
+    `UsageError` if the given one is none.
+    """
+    given = training_args.resume_from_checkpoint
+    if given is not None:
+        if not Path(given, TRAINER_STATE_NAME).is_file():
+            found = f"has no {TRAINER_STATE_NAME}" if os.path.isdir(given) else "is no folder"
+            raise UsageError(
+                f"--resume_from_checkpoint must be a folder such as {training_args.output_dir}/checkpoint-500 that "
+                f"`Trainer` has saved to its end, but {given} {found}."
+            )
+        return given
     if not training_args.do_train or not os.path.isdir(training_args.output_dir):
         return None
     checkpoint = last_complete_checkpoint(training_args.output_dir)

@@ -18,6 +18,7 @@ import sys
 import pytest
 import run_classification
 import run_clm
+import teach_domain
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def ends(monkeypatch, capsys):
 
     def main(script, *flags):
         monkeypatch.setattr(script, "setup_logging", lambda training_args: None)  # would outlast the test
-        for name in ("load_text", "load_labeled_datasets"):
+        for name in ("load_text", "load_labeled_datasets", "prepare"):
             monkeypatch.setattr(script, name, lambda *_: pytest.fail("data was loaded"), raising=False)
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
         with pytest.raises(SystemExit) as end:
@@ -45,3 +46,13 @@ def test_a_new_model_is_not_evaluated_untrained(script, ends, tmp_path):
     """Its figures would be written into the card of the model that is in the folder."""
     message = "There is no trained model to evaluate: name it by --model_name_or_path, or add --do_train."
     assert message in ends(script, "--do_eval", "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, teach_domain])
+def test_a_checkpoint_that_is_none_is_not_resumed(script, ends, tmp_path):
+    """Whatever is not there is not looked for on the Hub."""
+    flags = ("--do_train", "--train_file", "a.md", "--output_dir", tmp_path)
+    for folder, found in ((tmp_path, "has no trainer_state.json"), (tmp_path / "none", "is no folder")):
+        printed = ends(script, *flags, "--resume_from_checkpoint", folder)
+        assert "error: --resume_from_checkpoint must be a folder" in printed
+        assert printed.endswith(f"but {folder} {found}.")
