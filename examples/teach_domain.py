@@ -64,7 +64,6 @@ from common.training import (
     last_checkpoint,
     make_optimizers,
     save_card,
-    save_description,
     setup_logging,
     train,
 )
@@ -466,11 +465,12 @@ def teach(
     args: TeachingArguments,
     training_args: DomainTrainingArguments,
     checkpoint: str | None,
+    data: str,
 ) -> tuple[Trainer, Figures]:
     """Grows a model, trains what was added, or resumes from a checkpoint, and measures what came of it."""
     experts, figures = grow(model, texts, args, training_args)
     trainer = make_trainer(model, training_args, tokenizer, texts)
-    train(trainer, checkpoint)
+    train(trainer, checkpoint, data)
     # Accelerate wraps the forward in autocast for bf16: unwrapped, the model is compared with what it was.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     figures.after = perplexities(model, texts, training_args)
@@ -492,8 +492,7 @@ def main():
         checkpoint = last_checkpoint(training_args)
         model, tokenizer, texts = prepare(args, model_args, data_args, training_args)
     save_flags(flags, training_args)
-    trainer, figures = teach(model, tokenizer, texts, args, training_args, checkpoint)
-    save_description(trainer, data_args.description)
+    trainer, figures = teach(model, tokenizer, texts, args, training_args, checkpoint, data_args.description)
     save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))
     save_card(trainer, dataset=data_args.dataset_name)
     print(describe(figures, model, training_args.output_dir))

@@ -270,8 +270,7 @@ def run(
     trainer.add_callback(RunEstimateCallback())
     metrics = {}
     if trainer.args.do_train:
-        train(trainer, checkpoint)
-        save_description(trainer, data)
+        train(trainer, checkpoint, data)
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
         trainer.log_metrics("eval", metrics)
@@ -347,10 +346,16 @@ def write_training_card(trainer: Trainer, **card: Any) -> None:
     readme.write_text(str(text), encoding="utf-8")
 
 
-def train(trainer: Trainer, checkpoint: str | None = None) -> None:
+def train(trainer: Trainer, checkpoint: str | None = None, data: str | None = None) -> None:
     """
-    Trains a model, or resumes from a checkpoint, and saves model, tokenizer, metrics and state. If the checkpoint is
-    the end of the training, its model is saved without a further step.
+    Trains a model, or resumes from a checkpoint, and saves model, tokenizer, metrics, state, and what its card says of
+    the training. If the checkpoint is the end of the training, its model is saved without a further step, and what was
+    said of the training stays.
+
+    Args:
+        trainer (`Trainer`): Trainer of the model.
+        checkpoint (`str`, *optional*): Checkpoint to resume from.
+        data (`str`, *optional*): What the model is trained on, for its card.
     """
     if checkpoint is not None and has_finished(checkpoint, trainer.args):
         logger.warning(
@@ -360,6 +365,8 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
         trainer.save_model()
         if not _has_metrics(trainer.args):  # the process was killed before it saved them
             trainer.save_metrics("train", _samples(trainer))
+        if not Path(trainer.args.output_dir, TRAINING_FILE).exists():
+            save_description(trainer, data)
         trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         trainer.save_state()
         return
@@ -368,6 +375,7 @@ def train(trainer: Trainer, checkpoint: str | None = None) -> None:
     metrics |= _samples(trainer)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
+    save_description(trainer, data)
     trainer.save_state()
 
 

@@ -180,6 +180,10 @@ def test_resumes(figures, folder, teach, caplog):
     assert all(
         torch.equal(tensor, weights(folder / "taught")[name]) for name, tensor in weights(folder / "resumed").items()
     )
+    said = (folder / "resumed" / "training.json").read_text()
+    assert '"learning_rate": 0.2' in said
+    teach("base", "resumed", "--kept_file", folder / "kept.txt", "--learning_rate", 0.3)
+    assert (folder / "resumed" / "training.json").read_text() == said  # no step was trained at that rate
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,16 @@
 # limitations under the License.
 """What example scripts train, resume and evaluate, and what they refuse before they load anything."""
 
+import json
 import sys
 
 import pytest
 import run_classification
 import run_clm
 import teach_domain
+from trainer_worker import counting_sequences, small_model, trainer_of
+
+from common.training import last_checkpoint, train
 
 
 @pytest.fixture
@@ -56,3 +60,21 @@ def test_a_checkpoint_that_is_none_is_not_resumed(script, ends, tmp_path):
         printed = ends(script, *flags, "--resume_from_checkpoint", folder)
         assert "error: --resume_from_checkpoint must be a folder" in printed
         assert printed.endswith(f"but {folder} {found}.")
+
+
+def test_a_finished_training_is_described_by_the_flags_that_it_had(tmp_path):
+    """Not by those of a later start that trained no step, unless nothing was said before."""
+
+    def description(learning_rate, data, max_steps=2):
+        options = {"learning_rate": learning_rate, "max_steps": max_steps, "do_train": True}
+        options |= {"save_strategy": "steps", "save_steps": 1}
+        trainer = trainer_of(small_model(), tmp_path, counting_sequences(8), **options)
+        train(trainer, last_checkpoint(trainer.args), data)
+        said = json.loads((tmp_path / "training.json").read_text())
+        return said["settings"]["learning_rate"], said["data"]
+
+    assert description(0.01, "numbers") == (0.01, "numbers")
+    assert description(0.5, "letters") == (0.01, "numbers")
+    assert description(0.5, "letters", max_steps=3) == (0.5, "letters")
+    (tmp_path / "training.json").unlink()
+    assert description(0.25, "words", max_steps=3) == (0.25, "words")
