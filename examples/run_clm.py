@@ -30,6 +30,7 @@ gives, expert tables are split over groups of processes.
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -65,6 +66,7 @@ from common.training import (
     setup_logging,
 )
 from modeling_peer import ExpertUsageCallback, PeerConfig, PeerForCausalLM, SplitCheckpointCallback
+from modeling_peer.optim.split_checkpoint_callback import PARTS
 
 
 logger = logging.getLogger(__name__)
@@ -134,8 +136,12 @@ def make_trainer(
     blocks: dict[str, Dataset],
     optimizer_args: OptimizerArguments | None = None,
     distributed_args: DistributedArguments | None = None,
+    checkpoint: str | None = None,
 ) -> Trainer:
-    """Makes the `Trainer` of a new model or of a checkpoint."""
+    """
+    Makes the `Trainer` of a new model or of a checkpoint. If it resumes from another checkpoint, whose optimizer was
+    saved in parts, it resumes these, and saves its own so.
+    """
     set_seed(training_args.seed)
     distributed_config = (distributed_args or DistributedArguments()).make_config(training_args, config)
     # Its `from_config` draws weights that do not depend on how many processes split a model, and Auto classes others.
@@ -146,10 +152,10 @@ def make_trainer(
         f"tokenizer of {len(tokenizer):,} tokens"
     )
     callbacks = []
-    if distributed_config is not None:
-        # `Trainer` does not save an optimizer of which it has a part alone.
+    if distributed_config is not None or (checkpoint is not None and Path(checkpoint, PARTS).is_dir()):
+        # `Trainer` does not save an optimizer of which it has a part alone, and does not find one that was saved so.
         training_args.save_only_model = True
-        callbacks.append(SplitCheckpointCallback(training_args.resume_from_checkpoint))
+        callbacks.append(SplitCheckpointCallback(checkpoint))
     return Trainer(
         model=model,
         args=training_args,
@@ -195,7 +201,9 @@ def main(change: Callable[[Trainer], None] | None = None):
         config = load_config(model_args)
         training_args.set_learning_rate(config, model_args.is_new)
         tokenizer, blocks = load_text(model_args, data_args, training_args, config, checkpoint)
-        trainer = make_trainer(model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args)
+        trainer = make_trainer(
+            model_args, training_args, config, tokenizer, blocks, optimizer_args, distributed_args, checkpoint
+        )
         if change is not None:
             change(trainer)
         run(

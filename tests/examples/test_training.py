@@ -14,15 +14,21 @@
 """What example scripts train, resume and evaluate, and what they refuse before they load anything."""
 
 import json
+import shutil
 import sys
 
+import datasets
 import pytest
 import run_classification
 import run_clm
 import teach_domain
+import torch
+from safetensors.torch import load_file
 from trainer_worker import counting_sequences, small_model, trainer_of
 
 from common.training import last_checkpoint, train
+from modeling_peer import SplitCheckpointCallback
+from modeling_peer.library_releases import is_at_least
 
 
 @pytest.fixture
@@ -78,3 +84,28 @@ def test_a_finished_training_is_described_by_the_flags_that_it_had(tmp_path):
     assert description(0.5, "letters", max_steps=3) == (0.5, "letters")
     (tmp_path / "training.json").unlink()
     assert description(0.25, "words", max_steps=3) == (0.25, "words")
+
+
+@pytest.mark.skipif(not is_at_least("Transformers", "5.24"), reason="memory groups need Transformers 5.24")
+def test_one_process_resumes_the_optimizer_of_a_split_model(tmp_path, monkeypatch):
+    """To the bit, which without the state of optimizer and schedule it does not."""
+    (tmp_path / "numbers.txt").write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(400)))
+    sizes = "vocab_size=300,hidden_size=32,num_experts=64,num_experts_per_head=4"
+    flags = ("--config_name", "peer-tiny", "--config_overrides", sizes)
+    flags += ("--train_file", tmp_path / "numbers.txt", "--block_size", 32, "--per_device_train_batch_size", 4)
+    flags += ("--do_train", "--output_dir", tmp_path / "model", "--max_steps", 6, "--save_steps", 3, "--use_cpu")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(run_clm, "setup_logging", lambda training_args: None)
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *map(str, flags), "--report_to", "none"])
+
+    def save_in_parts(trainer):
+        trainer.args.save_only_model = True
+        trainer.add_callback(SplitCheckpointCallback())
+
+    run_clm.main(change=save_in_parts)
+    expected = load_file(tmp_path / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "model" / "checkpoint-6")
+    run_clm.main()
+    assert (tmp_path / "model" / "checkpoint-6" / "training_state").is_dir()
+    for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
