@@ -32,12 +32,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
 
-from common.command_line import ends_on_usage_error, parse_arguments
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
 from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
 from common.training import (
@@ -109,7 +110,7 @@ def _cut_snippets(files: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def label_names(datasets: Iterable[Dataset], column: str) -> dict[str, str]:
-    """The name of each label in the column, both as strings, in the order of the outputs of the model."""
+    """The name of each label in the column, both as strings, in the order of the outputs of a new classifier."""
     datasets = list(datasets)
     feature = datasets[0].features[column]
     if isinstance(feature, ClassLabel):
@@ -118,11 +119,36 @@ def label_names(datasets: Iterable[Dataset], column: str) -> dict[str, str]:
     return dict(zip(labels, labels, strict=True))
 
 
+def load_labeled_config(args: ModelArguments, names: Iterable[str], is_trained: bool) -> PreTrainedConfig:
+    """
+    Loads the configuration of a classifier. A checkpoint that knows all labels keeps its label ids.
+
+    Args:
+        args (`ModelArguments`): Arguments with the model.
+        names (`Iterable[str]`): Names of the labels of the data, in the order of the outputs of a new classifier.
+        is_trained (`bool`): Whether the model is trained on these labels.
+
+    Raises:
+        `UsageError`: if the model is not trained, and does not know all labels.
+    """
+    config, names = load_config(args), list(names)
+    known = list(config.id2label.values())
+    if args.is_new or not set(names) <= set(known):
+        if not is_trained:
+            raise UsageError(
+                f"The labels of the data must be some of those of the model, {known}, but they are {names}: choose "
+                "other data or another model, or train this one on these labels, --do_train."
+            )
+        config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    return config
+
+
 def encode_datasets(
     datasets: dict[str, Dataset],
     args: DataTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    labels: list[str],
+    label_ids: dict[str, int],
     max_length: int,
 ) -> dict[str, Dataset]:
     """
@@ -132,7 +158,7 @@ def encode_datasets(
         datasets (`dict[str, Dataset]`): Training set, held-out set, or both.
         args (`DataTrainingArguments`): Arguments with the columns and the numbers of samples.
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
-        labels (`list[str]`): Values of the column of labels, in the order of the outputs of the model.
+        label_ids (`dict[str, int]`): Label id of each value of the column of labels.
         max_length (`int`): Maximum number of tokens per text.
     """
     numbers = {"train": args.max_train_samples, "validation": args.max_eval_samples}
@@ -146,7 +172,7 @@ def encode_datasets(
             fn_kwargs={
                 "tokenizer": tokenizer,
                 "columns": (text_column(dataset, args), args.label_column_name),
-                "labels": labels,
+                "label_ids": label_ids,
                 "max_length": max_length,
             },
             desc="Tokenizing",
@@ -159,12 +185,12 @@ def _encode(
     rows: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     columns: tuple[str, str],
-    labels: list[str],
+    label_ids: dict[str, int],
     max_length: int,
 ) -> dict[str, list[Any]]:
     text_column_name, label_column_name = columns
     encoded = tokenizer(rows[text_column_name], truncation=True, max_length=max_length)
-    return {**encoded, "labels": [labels.index(str(label)) for label in rows[label_column_name]]}
+    return {**encoded, "labels": [label_ids[str(label)] for label in rows[label_column_name]]}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -184,16 +210,15 @@ def main():
     with training_args.main_process_first(desc="loading the texts"):
         datasets = load_labeled_datasets(data_args)
     names = label_names(datasets.values(), data_args.label_column_name)
-    config = load_config(model_args, num_labels=len(names))
-    config.id2label = dict(enumerate(names.values()))
-    config.label2id = {name: i for i, name in config.id2label.items()}
+    config = load_labeled_config(model_args, names.values(), training_args.do_train)
+    label_ids = {value: config.label2id[name] for value, name in names.items()}
     tokenizer = load_tokenizer(model_args, data_args, config, datasets.get("train"), checkpoint)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     splits = {split: datasets[split] for split in needed_splits(datasets, training_args)}
     max_length = min(data_args.max_seq_length, config.max_position_embeddings)
     with training_args.main_process_first(desc="tokenizing the texts"):
-        encoded = encode_datasets(splits, data_args, tokenizer, list(names), max_length)
+        encoded = encode_datasets(splits, data_args, tokenizer, label_ids, max_length)
     model = load_model(AutoModelForSequenceClassification, model_args, config, tokenizer)
     trainer = Trainer(
         model=model,
