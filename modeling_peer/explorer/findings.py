@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..analysis.expert_mask import masked_experts
 from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
+from ..key_grid import expert_cell
 from ..product_key_router import ProductKeyRouter
 from .contexts import ExpertContexts
 
@@ -139,13 +140,13 @@ def _neighbors(router: ProductKeyRouter, expert: int) -> list[list[float]]:
     """The experts whose keys are most similar to that of one: indices and cosines, over the keys of all heads."""
     keys = router.sub_keys.float()
     keys = keys if router.key_norm is None else router.key_norm(keys)
-    size = keys.shape[2]
-    chosen = divmod(expert - router.generation.first_expert, size)
-    products = [torch.einsum("hnd,hd->n", keys[:, half], keys[:, half, chosen[half]]) for half in (0, 1)]
+    own = expert - router.generation.first_expert
+    cells = expert_cell(torch.arange(router.generation.num_experts, device=keys.device))
+    products = [torch.einsum("hnd,hd->n", keys[:, half], keys[:, half, cells[half][own]]) for half in (0, 1)]
     squares = [keys[:, half].square().sum((0, 2)) for half in (0, 1)]
-    dot, norms = (first[:, None] + second for first, second in (products, squares))
-    cosines = (dot / (norms * norms[chosen]).sqrt()).flatten()
-    cosines[expert - router.generation.first_expert] = -2.0
+    dots, norms = (first[cells[0]] + second[cells[1]] for first, second in (products, squares))
+    cosines = dots / (norms * norms[own]).sqrt()
+    cosines[own] = -2.0
     best = cosines.topk(min(NEIGHBORS, len(cosines) - 1))
     return [
         _rounded(int(index) + router.generation.first_expert, cosine.item())
