@@ -32,7 +32,7 @@ from transformers import (
 from common.command_line import parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, measure_usage
-from modeling_peer.analysis.expert_sets import find_expert_sets, graft_label, layer_index
+from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
 from modeling_peer.feed_forward_moe import MoeRouter
 
 
@@ -132,7 +132,8 @@ def _usage_of_experts(model, tokens):
 
 def _label(expert_set):
     numbers = ", ".join(map(str, expert_set.layers))
-    return " ".join([f"layer{'s' * (len(expert_set.layers) > 1)} {numbers}", *graft_label(expert_set.name)])
+    label = f"layer{'s' * (len(expert_set.layers) > 1)} {numbers}"
+    return label if expert_set.graft is None else f"{label} {expert_set.graft}"
 
 
 def _usage_of_mixtures(model, tokens):

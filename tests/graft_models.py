@@ -121,6 +121,14 @@ def grafted(base_model: PreTrainedModel | str = "llama", adapter_name: str = "de
     return get_peft_model(base_model, graft_config(**fields), adapter_name=adapter_name).eval()
 
 
+def merged_in_turn(*numbers_of_experts: int) -> PreTrainedModel:
+    """A base model into which a trained graft after the other was merged, with so many experts each."""
+    model = base_model_of()
+    for number in numbers_of_experts:
+        model = trained(grafted(model, num_experts=number)).merge_and_unload()
+    return model
+
+
 def trained(model, steps: int = 3, seed: int = 5):
     """The model after a few steps, in evaluation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -14,7 +14,7 @@
 """The sets of experts in a model or its grafts: their tables, their routers, and what these retrieve."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ..expert_table import ExpertTable
 from ..feed_forward_peer import ExpertPool, PeerFeedForward
 from ..feed_forward_pkm import PkmFeedForward
-from ..graft_layer import PREFIX
+from ..graft_layer import PREFIX, GraftedFeedForward
 from ..library_releases import in_backward
 from ..product_key_router import ProductKeyRouter
 from .arguments import check_is_module, shown
@@ -48,12 +48,14 @@ class ExpertSet:
         tables (`dict[str, list[tuple[int, ExpertTable]]]`):
             The tables of up-projection vectors under `"up_proj"`, of gates under `"gate_proj"`, and of down-projection
             vectors, or values of PKM, under `"down_proj"`; each with the expert index of its first row.
+        graft (`str`, *optional*): The name of the graft among those of its layer, see [`graft_label`].
     """
 
     name: str
     layers: tuple[int, ...]
     routers: tuple[ProductKeyRouter, ...]
     tables: dict[str, list[tuple[int, ExpertTable]]]
+    graft: str | None = None
 
     @property
     def num_experts(self) -> int:
@@ -65,7 +67,19 @@ class ExpertSet:
         The name in logs: `"layer_1"`, `"layer_1_3"` for a pool that layers 1 and 3 share, `"layer_1_default"` for the
         graft of the adapter of this name, `"layer_1_graft_0"` for the first merged graft.
         """
-        return "_".join(["layer", *map(str, self.layers), *graft_label(self.name)])
+        return _label(self.layers, self.graft)
+
+
+def module_label(modules: Mapping[str, nn.Module], name: str) -> str:
+    """
+    The name in logs of a router or another module of one layer, as [`ExpertSet.label`] is that of a set. The arguments
+    are those of [`graft_label`].
+    """
+    return _label([layer_index(name)], graft_label(modules, name))
+
+
+def _label(layers, graft):
+    return "_".join(["layer", *map(str, layers), *([] if graft is None else [graft])])
 
 
 def layer_index(name: str) -> int:
@@ -101,6 +115,7 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
                 each for member in names for each in modules[member].modules() if isinstance(each, ProductKeyRouter)
             ),
             _tables(holder),
+            graft_label(modules, name),
         )
         for name, (holder, names) in members.items()
     }
@@ -112,12 +127,26 @@ def adapter_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-def graft_label(name: str) -> list[str]:
-    """What distinguishes the graft of a module from others of its layer; empty outside of grafts."""
+def graft_label(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """
+    What distinguishes the graft of a module from others of its layer: the name of its adapter, or, of merged grafts,
+    its place in the order in which they were merged. `None` outside of grafts.
+
+    Args:
+        modules (mapping of `str` to `nn.Module`): All modules of a model, by name.
+        name (`str`): The name of the module.
+    """
     if adapter := adapter_of(name):
-        return [adapter[1]]
-    merged = re.search(r"\bgrafts\.(\d+)", name)
-    return [f"graft_{merged[1]}"] if merged else []
+        return adapter[1]
+    parts, num_before = name.split("."), 0
+    for place, part in enumerate(parts):
+        grafted = modules[".".join(parts[:place])]
+        if isinstance(grafted, GraftedFeedForward):
+            if part == "grafts":
+                return f"graft_{num_before + int(parts[place + 1])}"
+            # A later graft is merged into the feed-forward beside the earlier ones.
+            num_before += len(grafted.grafts)
+    return None
 
 
 def _is_active(modules, name):

@@ -26,7 +26,7 @@ from ..library_releases import in_backward, put_first
 from ..product_key_router import ProductKeyRouter
 from .arguments import check_integer, shown
 from .evaluation import evaluation
-from .expert_sets import find_expert_sets, graft_label, layer_index, observe_routers
+from .expert_sets import find_expert_sets, module_label, observe_routers
 
 
 class ExpertUsageMeter:
@@ -174,10 +174,10 @@ class ExpertUsageCallback(TrainerCallback):
     ```
 
     Each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft),
-    of the training forward passes since the last such log and over all ranks. The metrics of an evaluation or
-    prediction during training get the same of the forward passes in evaluation mode, with the prefix of the other
-    metrics (`eval_`).
+    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft,
+    `…_graft_{j}` for a merged one), of the training forward passes since the last such log and over all ranks. The
+    metrics of an evaluation or prediction during training get the same of the forward passes in evaluation mode, with
+    the prefix of the other metrics (`eval_`).
 
     All of them are in `trainer.state.log_history`, and reach TensorBoard, trackio, Weights & Biases and the other
     integrations of `report_to`: when a training begins, the callback puts itself before all others.
@@ -191,9 +191,10 @@ class ExpertUsageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         put_first(self)
         self._detach()
-        for name, router in model.named_modules():
+        modules = dict(model.named_modules())
+        for name, router in modules.items():
             if isinstance(router, ProductKeyRouter):
-                self._attach(name, router, args.device)
+                self._attach(_label(modules, name), router, args.device)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
@@ -213,8 +214,7 @@ class ExpertUsageCallback(TrainerCallback):
         if prefix := _evaluation_prefix(metrics):
             metrics.update(self._read(training=False, prefix=prefix))
 
-    def _attach(self, name, router, device):
-        label = _label(name)
+    def _attach(self, label, router, device):
         first_expert = router.generation.first_expert
         meters = {}
         for training in (True, False):
@@ -251,12 +251,10 @@ class ExpertUsageCallback(TrainerCallback):
         return values
 
 
-def _label(name):
-    """The name of a router in logs: its layer, the adapter of its graft, and its addition."""
-    parts = [f"layer_{layer_index(name)}", *graft_label(name)]
-    if added := re.search(r"added_routers\.(\d+)", name):
-        parts.append(f"added_{added[1]}")
-    return "_".join(parts)
+def _label(modules, name):
+    """The name of a router in logs: its layer, its graft, and its addition."""
+    added = re.search(r"added_routers\.(\d+)", name)
+    return module_label(modules, name) + (f"_added_{added[1]}" if added else "")
 
 
 def _evaluation_prefix(metrics):

@@ -26,7 +26,7 @@ from ..feed_forward_pkm import PkmFeedForward
 from ..product_key_router import ProductKeyRouter
 from .arguments import check_integer, shown
 from .evaluation import evaluation
-from .expert_sets import graft_label, layer_index, select_expert_sets
+from .expert_sets import module_label, select_expert_sets
 
 
 # What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
@@ -111,7 +111,8 @@ class ExpertReader:
 
     def __init__(self, model: nn.Module, layers: Iterable[int] | int | None = None):
         self.model: Any = model
-        names = {module: name for name, module in model.named_modules()}
+        modules = dict(model.named_modules())
+        names = {module: name for name, module in modules.items()}
         self._label_of: dict[ProductKeyRouter, str] = {}
         self._pool_of: dict[ProductKeyRouter, ExpertPool | None] = {}
         self._tables_of: dict[str, dict[int, Any]] = {}
@@ -120,7 +121,7 @@ class ExpertReader:
             holder: Any = model.get_submodule(name)
             pools = {each.first_expert: each for each in holder.modules() if isinstance(each, ExpertPool)}
             for router in experts.routers:
-                label = "_".join([f"layer_{layer_index(names[router])}", *graft_label(names[router])])
+                label = module_label(modules, names[router])
                 self._label_of[router] = label
                 self._layers_of[label] = experts.layers
                 is_pkm = isinstance(holder, PkmFeedForward)

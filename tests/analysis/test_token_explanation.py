@@ -15,7 +15,7 @@
 
 import pytest
 import torch
-from graft_models import grafted, grafts_of, trained
+from graft_models import grafted, grafts_of, merged_in_turn, trained
 from tiny_models import random_tokens, tiny_config, tiny_model
 from word_tokenizer import word_tokenizer
 
@@ -122,6 +122,22 @@ def test_of_grafts(family, tokenizer):
             vector = reader.down_projections(label, torch.tensor([use.expert]))[0]
             lens = base_model.lm_head(norm(vector)) * (1 if use.coefficient >= 0 else -1)
             assert use.words == tuple(f"w{number}" for number in lens.topk(2).indices.tolist())
+
+
+def test_of_grafts_that_were_merged_one_after_the_other():
+    model = merged_in_turn(64, 36)
+    first, last = (layer.grafts[0] for layer in (model.model.layers[1].mlp, model.model.layers[1].mlp.feed_forward))
+    outputs = {}
+    for label, graft in (("layer_1_graft_0", first), ("layer_1_graft_1", last)):
+        graft.register_forward_hook(lambda module, args, output, label=label: outputs.update({label: output[0]}))
+    reader = ExpertReader(model)
+    read, _ = reader.read(input_ids=random_tokens(1, 5))
+    assert set(read) == set(reader.labels) == set(outputs)
+    for label, retrieved in read.items():
+        vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
+        sums = (retrieved.coefficients[..., None] * vectors).sum(1)
+        assert sums.any()
+        torch.testing.assert_close(sums, outputs[label], rtol=1e-4, atol=1e-5)
 
 
 def test_experts_of_several_heads_are_named_once(tokenizer):

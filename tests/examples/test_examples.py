@@ -29,6 +29,7 @@ import pytest
 import quantize
 import run_clm
 import torch
+from graft_models import merged_in_turn
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from preloaded import python
@@ -424,6 +425,13 @@ class TestGeneration:
         model = AutoModelForCausalLM.from_config(config).eval()
         described = describe_experts(model, torch.arange(20)[None], num_shown=1)
         assert re.fullmatch(r"layers 1, 3: \d+ of 64 experts used over 20 tokens, most: .*", described)
+
+    def test_each_merged_graft_has_a_line(self):
+        lines = describe_experts(merged_in_turn(64, 36), torch.arange(20)[None], num_shown=1).splitlines()
+        assert [re.sub(" [0-9]+ of", " of", line.partition(" experts")[0]) for line in lines] == [
+            "layer 1 graft_0: of 64",
+            "layer 1 graft_1: of 36",
+        ]
 
     def test_each_layer_with_experts_has_a_line(self):
         config = load_config(

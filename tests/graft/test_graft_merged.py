@@ -37,6 +37,7 @@ from graft_models import (
     grafted,
     grafts_of,
     logits_of,
+    merged_in_turn,
     state_of,
     trained,
 )
@@ -227,6 +228,17 @@ print(type(model).__name__)
         model.base_model.set_adapter(["first", "second"])
         merged = model.merge_and_unload()
         assert {each.label for each in find_expert_sets(merged).values()} == {"layer_1_graft_0", "layer_1_graft_1"}
+        last = grafted(merged, num_experts=16).merge_and_unload()
+        sizes = {each.label: each.num_experts for each in find_expert_sets(last).values()}
+        assert sizes == {"layer_1_graft_0": 64, "layer_1_graft_1": 100, "layer_1_graft_2": 16}
+
+    @pytest.mark.parametrize("name", ["mlp", "feed_forward"])
+    def test_are_counted_whatever_the_base_model_calls_their_layer(self, name):
+        layer = merged_in_turn(64, 36).model.layers[1].mlp
+        sets = find_expert_sets(nn.ModuleDict({name: layer})).values()
+        assert {each.label: each.num_experts for each in sets} == {"layer_0_graft_0": 64, "layer_0_graft_1": 36}
+        (only,) = find_expert_sets(nn.ModuleDict({name: layer.feed_forward})).values()
+        assert only.label == "layer_0_graft_0"
 
     def test_of_chosen_adapters(self):
         model = trained(grafted(adapter_name="first"))

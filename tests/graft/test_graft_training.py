@@ -15,7 +15,7 @@
 
 import pytest
 import torch
-from graft_models import base_model_of, graft_config, grafted, grafts_of
+from graft_models import base_model_of, graft_config, grafted, grafts_of, merged_in_turn
 from peft import PeftModel, get_peft_model
 from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
@@ -112,6 +112,21 @@ class TestTrainer:
         meter.update(*router(torch.randn(2, 5, 24)))
         assert meter.compute()["usage"] == pytest.approx(len(seen) / 64)
         assert 2 * 4 < len(seen) < 64
+
+    def test_usage_of_grafts_that_were_merged_one_after_the_other(self, tmp_path):
+        model, seen = merged_in_turn(64, 36), {64: set(), 36: set()}
+        for graft in grafts_of(model):
+            own = seen[graft.config.num_experts]
+            graft.router.register_forward_hook(
+                lambda module, args, output, own=own: own.update(output[0][args[1].bool()].flatten().tolist())
+            )
+        trainer = train(model, tmp_path, max_steps=1, callbacks=[ExpertUsageCallback()])
+        assert {
+            label: logged(trainer, f"expert_usage/{label}") for label in ("layer_1_graft_0", "layer_1_graft_1")
+        } == {
+            "layer_1_graft_0": [pytest.approx(len(seen[64]) / 64)],
+            "layer_1_graft_1": [pytest.approx(len(seen[36]) / 36)],
+        }
 
     def test_measures_and_freezes_of_a_graft_are_of_the_active_adapter(self, tmp_path):
         model = grafted(adapter_name="first")
