@@ -60,8 +60,25 @@ def masked_experts(
         raise ValueError(
             "No experts were added, which `masked_experts` masks if `experts` is None: pass the indices of others."
         )
+    with masked_sets(sets.values(), indices):
+        yield
+
+
+@contextmanager
+def masked_sets(sets: Iterable[ExpertSet], indices: torch.Tensor | None) -> Iterator[None]:
+    """
+    Exclude experts of some sets from retrieval within the context, and of no others of the same layers, see
+    [`masked_experts`].
+
+    Args:
+        sets (iterable of [`ExpertSet`])
+        indices (`torch.Tensor`, *optional*): As [`expert_indices`] returns them. All added experts if `None`.
+
+    Raises:
+        `ValueError`: for an expert that does not exist, or if a head would be left with less than its k experts.
+    """
     masks: dict[ProductKeyRouter, ExpertMask | None] = {}
-    for each in sets.values():
+    for each in sets:
         masked = _added(each) if indices is None else mask_of_indices(each, indices)
         masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
     before = {router: router.expert_mask for router in masks}

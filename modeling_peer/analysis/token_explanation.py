@@ -26,7 +26,7 @@ from ..feed_forward_pkm import PkmFeedForward
 from ..product_key_router import ProductKeyRouter
 from .arguments import check_integer, shown
 from .evaluation import evaluation
-from .expert_sets import module_label, select_expert_sets
+from .expert_sets import ExpertSet, module_label, select_expert_sets
 
 
 # What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
@@ -116,14 +116,14 @@ class ExpertReader:
         self._label_of: dict[ProductKeyRouter, str] = {}
         self._pool_of: dict[ProductKeyRouter, ExpertPool | None] = {}
         self._tables_of: dict[str, dict[int, Any]] = {}
-        self._layers_of: dict[str, tuple[int, ...]] = {}
+        self._set_of: dict[str, ExpertSet] = {}
         for name, experts in select_expert_sets(model, layers).items():
             holder: Any = model.get_submodule(name)
             pools = {each.first_expert: each for each in holder.modules() if isinstance(each, ExpertPool)}
             for router in experts.routers:
                 label = module_label(modules, names[router])
                 self._label_of[router] = label
-                self._layers_of[label] = experts.layers
+                self._set_of[label] = experts
                 is_pkm = isinstance(holder, PkmFeedForward)
                 self._pool_of[router] = None if is_pkm else pools[router.generation.first_expert]
                 self._tables_of[label] = (
@@ -139,9 +139,9 @@ class ExpertReader:
         """The routers of a layer, one for each generation."""
         return [router for router, own in self._label_of.items() if own == label]
 
-    def layers(self, label: str) -> tuple[int, ...]:
-        """The indices of the layers that have the experts of a layer: of those that share a pool all."""
-        return self._layers_of[label]
+    def expert_set(self, label: str) -> ExpertSet:
+        """The experts of a layer, which are those of all layers that share its pool."""
+        return self._set_of[label]
 
     def read(self, **inputs: Any) -> tuple[dict[str, RetrievedExperts], torch.Tensor]:
         """

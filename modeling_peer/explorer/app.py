@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.expert_mask import masked_experts
+from ..analysis.expert_mask import masked_sets
+from ..analysis.token_explanation import ExpertReader
 from .contexts import ExpertContexts
 from .page import explorer_page
 
@@ -84,17 +86,31 @@ def experts_off(model: nn.Module, description: str) -> Iterator[None]:
 
     Args:
         model (`nn.Module`)
-        description (`str`): Layers with their experts, such as `"1: 17, 301; 3: 5"`. Nothing is switched off if empty.
+        description (`str`):
+            Layers with their experts, such as `"1: 17, 301; 3: 5"`. Of several grafts at a layer one is named as the
+            page names it: `"1 graft 0: 17"`. Nothing is switched off if empty.
 
     Raises:
-        `ValueError`: for another form, and as [`masked_experts`].
+        `ValueError`: for another form, and as [`masked_sets`].
     """
+    reader = ExpertReader(model)
     with contextlib.ExitStack() as stack:
         for part in filter(str.strip, description.split(";")):
-            found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
+            found = re.fullmatch(r"\s*(\S.*?)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
             if found is None:
                 raise ValueError(
                     f'Experts to switch off must be like "1: 17, 301; 3: 5" (layer: experts), got {part!r}.'
                 )
-            stack.enter_context(masked_experts(model, [*map(int, found[2].split(","))], layers=int(found[1])))
+            experts = reader.expert_set(_label_of(reader, found[1]))
+            stack.enter_context(masked_sets([experts], torch.tensor([*map(int, found[2].split(","))])))
         yield
+
+
+def _label_of(reader, layer):
+    """The label of a layer as a visitor names it, by its number if that leaves no doubt, or as `"1 graft 0"`."""
+    labels = {label.removeprefix("layer_").replace("_", " "): label for label in reader.labels}
+    layer = layer.replace("_", " ")
+    own = [layer] if layer in labels else [name for name in labels if name.split()[0] == layer]
+    if len(own) != 1:
+        raise ValueError(f"The layer of experts to switch off must be one of {', '.join(labels)}, got {layer!r}.")
+    return labels[own[0]]

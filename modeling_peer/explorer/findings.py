@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.expert_mask import masked_experts
+from ..analysis.expert_mask import masked_sets
 from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
 from ..key_grid import expert_cell
 from ..product_key_router import ProductKeyRouter
@@ -124,7 +124,7 @@ def _about(reader, label, experts, words, contexts):
             "raises": words(raised[place]),
             "lowers": words(lowered[place]),
             "neighbors": _neighbors(_router_of(reader, label, expert), expert),
-            "added": addition_of(_router_of(reader, label, expert), reader.layers(label)[0], expert),
+            "added": addition_of(_router_of(reader, label, expert), reader.expert_set(label).layers[0], expert),
             "contexts": [list(each) for each in contexts.of(label, expert)] if contexts else [],
         }
         for place, expert in enumerate(experts)
@@ -177,5 +177,5 @@ def _without(reader, label, expert, inputs):
     num_experts = router.generation.num_experts if mask is None else mask.num_experts
     if 1 < num_experts <= router.num_experts_per_head:
         return None
-    with masked_experts(reader.model, expert, layers=reader.layers(label)):
+    with masked_sets([reader.expert_set(label)], torch.tensor([expert])):
         return reader.read(**inputs)[1]

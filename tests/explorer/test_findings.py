@@ -18,6 +18,7 @@ import json
 import pytest
 import torch
 from documentation import ROOT
+from graft_models import merged_in_turn
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -28,6 +29,7 @@ from modeling_peer.analysis.token_explanation import ExpertReader
 from modeling_peer.explorer import ExpertContexts
 from modeling_peer.explorer.app import experts_off
 from modeling_peer.explorer.findings import _neighbors, _Words, addition_of, explore
+from modeling_peer.product_key_retrieval import ExpertMask
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +155,50 @@ def test_experts_of_a_description_are_off(model):
             assert torch.equal(model(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("sizes", [(64, 36), (64, 64)], ids=str)
+def test_experts_of_one_graft_alone_are_off(sizes, tokenizer):
+    model = merged_in_turn(*sizes)
+    reader = ExpertReader(model)
+    (text,) = texts(tokenizer, 12)
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+    found = explore(model, tokenizer, text)
+    for graft in (0, 1):
+        label = f"layer_1_graft_{graft}"
+        (router,) = reader.routers(label)
+        expert, own = next((int(each), own) for each, own in found["experts"][label].items() if "without" in own)
+        router.expert_mask = ExpertMask(torch.arange(sizes[graft]) != expert)
+        with torch.no_grad():
+            expected = model(tokens).logits
+        router.expert_mask = None
+        with torch.no_grad(), experts_off(model, f"1 graft {graft}: {expert}"):
+            assert torch.equal(model(tokens).logits, expected)
+        losses = F.cross_entropy(expected[0, :-1], tokens[0, 1:], reduction="none")
+        assert own["without"]["losses"] == pytest.approx(losses.tolist(), abs=1e-4)
+
+
+def test_the_layer_of_a_single_graft_is_its_number():
+    model = merged_in_turn(64)
+    (router,) = ExpertReader(model).routers("layer_1_graft_0")
+    with experts_off(model, "1: 3"):
+        assert router.expert_mask.experts.logical_not().nonzero().tolist() == [[3]]
+    message = "one of 1 graft 1, 1 graft 0, got '1'"
+    with pytest.raises(ValueError, match=message), experts_off(merged_in_turn(64, 36), "1: 3"):
+        pass
+
+
+def test_experts_of_a_shared_pool_are_off_in_all_of_its_layers():
+    model = tiny_model(tiny_config("peer", "dense", "peer", share_experts_across_layers=True))
+    tokens = random_tokens(1, 5)
+    with torch.no_grad():
+        with experts_off(model, "2: 3, 5"):
+            found = model(tokens).logits
+        with masked_experts(model, [3, 5]):
+            assert torch.equal(found, model(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("description", "message"),
-    [("3, 5", "must be like .* got '3, 5'"), ("0: 1;1: x", "got '1: x'"), ("4: 1", r"some of \[0, 1\]")],
+    [("3, 5", "must be like .* got '3, 5'"), ("0: 1;1: x", "got '1: x'"), ("4: 1", "one of 0, 1, got '4'")],
 )
 def test_other_descriptions_are_refused_and_nothing_stays_off(model, description, message):
     with pytest.raises(ValueError, match=message), experts_off(model, description):
