@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from .configuration_peer import PeerConfig
 from .expert_table import ExpertTable
+from .quantized_table import QuantizedExpertTable
 
 
 PACKAGE = "modeling-peer"
@@ -199,10 +200,16 @@ def describe_sizes(model: PreTrainedModel) -> str:
     if not isinstance(config, PeerConfig):
         return ""
     sentences = [describe_experts(config)]
+    tables = [module for module in model.modules() if isinstance(module, ExpertTable)]
     if getattr(model.base_model, "memory_group", None) is None:
-        sentences.append(f"It has {model.num_parameters():,} parameters")
-        active = _num_active_parameters(model)
+        rest = model.num_parameters() - sum(each.numel() for table in tables for each in table.parameters())
+        # Counted by rows: integers may be packed, and their scales are no parameters of the model.
+        in_tables = sum(table.num_embeddings * table.embedding_dim for table in tables)
+        sentences.append(f"It has {rest + in_tables:,} parameters")
+        active = _num_active_parameters(model, rest)
         sentences[-1] += "." if active is None else f", of which a token reads {active:,}."
+    bits = {table.rows.bits for table in tables if isinstance(table, QuantizedExpertTable)}
+    sentences += [f"Its expert tables are quantized to {each} bits." for each in bits]
     return " ".join(filter(None, sentences))
 
 
@@ -233,13 +240,11 @@ def _describe_additions(additions):
     return "".join(sentences) + " In `with modeling_peer.masked_experts(model):` it runs without them."
 
 
-def _num_active_parameters(model):
-    """Parameters that a token reads: of the experts and the embeddings, only its own."""
+def _num_active_parameters(model, active):
+    """Parameters that a token reads: of the experts and the embeddings, only its own; `active` outside of experts."""
     config = model.config
     if config.expert_additions or not {"dense", "peer", "pkm"}.issuperset(config.feed_forward_types):
         return None
-    tables = [module for module in model.modules() if isinstance(module, ExpertTable)]
-    active = model.num_parameters() - sum(table.weight.numel() for table in tables)
     read = config.num_retrieval_heads * config.num_experts_per_head * config.hidden_size
     num_tables = {"dense": 0, "pkm": 1, "peer": 3 if config.gated_experts else 2}
     active += read * sum(num_tables[name] for name in config.feed_forward_types)

@@ -34,6 +34,7 @@ from modeling_peer import (
     checkpoint_card,
     complete_model_card,
     model_costs,
+    quantize_experts,
 )
 from modeling_peer.checkpoint_card import describe_sizes, is_written_card, replace_card_of_transformers
 
@@ -137,6 +138,14 @@ def test_sizes_in_the_card_are_those_that_costs_count(name):
     h, k = config.num_retrieval_heads, config.num_experts_per_head
     experts = f"h = {h} heads retrieve k = {k} of N = {config.num_experts:,} experts"
     assert (experts in said) == ("peer" in config.feed_forward_types)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 4, "group_size": 8}], ids=str)
+def test_sizes_of_a_quantized_model_are_those_of_the_model(options):
+    model = PeerForCausalLM(tiny_config("peer", "pkm", "dense"))
+    before = describe_sizes(model)
+    said = describe_sizes(quantize_experts(model, **options))
+    assert said == f"{before} Its expert tables are quantized to {options['bits']} bits."
 
 
 def test_cards_name_a_base_model_of_the_hub(tmp_path):
