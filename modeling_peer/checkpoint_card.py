@@ -19,6 +19,7 @@ Transformers nor PEFT has entry points by which an installed package could annou
 reader learns that importing the package is enough.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ PACKAGE = "modeling-peer"
 REPOSITORY: str | None = None
 
 MARK = "<!-- Written for the saved model. To change this file, remove this line, or a training replaces it. -->"
+
+# Follows the mark where a card is as [`write_card`] writes it: cards of trainings have the mark alone.
+_CHECKSUM = "\n<!-- Checksum of the rest: {}. While it is right, saving the model again replaces this file. -->"
 
 # Where the code of a card loads the model from.
 FOLDER = "path/to/this/folder"
@@ -97,7 +101,8 @@ model = {auto_class}.from_pretrained("path/to/this/folder")
 
 def write_card(save_directory: str | Path, model: PreTrainedModel, variants: Mapping[str, type] | None = None) -> None:
     """
-    Write a README.md beside a saved model, unless there is one.
+    Write a README.md beside a saved model, unless there is one that says something of its own: one that this function
+    wrote and that nobody edited since is replaced, as the model may have changed.
 
     Args:
         save_directory (`str` or `Path`): The folder. Nothing is written if this process saved no `config.json` there.
@@ -108,7 +113,8 @@ def write_card(save_directory: str | Path, model: PreTrainedModel, variants: Map
             Feed-forward variants whose code the checkpoint does not carry, by the names they are registered under.
     """
     folder = Path(save_directory)
-    if (folder / "config.json").is_file() and not (folder / "README.md").exists():
+    file = folder / "README.md"
+    if (folder / "config.json").is_file() and (not file.exists() or _is_unedited(file)):
         base_model, kind = base_model_of(model), _kind_of(model)
         card = _CARD.format(
             metadata=("" if base_model is None else f"base_model: {base_model}\n") + _tags_in_metadata(model),
@@ -116,7 +122,18 @@ def write_card(save_directory: str | Path, model: PreTrainedModel, variants: Map
             title=kind[0].upper() + kind[1:],
             use=_describe_use(model, variants or {}),
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        file.write_text(_with_checksum(card), encoding="utf-8")
+
+
+def _with_checksum(card):
+    return card.replace(MARK, MARK + _CHECKSUM.format(hashlib.sha256(card.encode()).hexdigest()[:16]))
+
+
+def _is_unedited(file):
+    """Whether a card is as [`write_card`] wrote it, of whatever model."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    rest = re.sub(_CHECKSUM.format("[0-9a-f]{16}"), "", text)
+    return rest != text == _with_checksum(rest)
 
 
 def replace_card_of_transformers(

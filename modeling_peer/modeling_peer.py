@@ -236,7 +236,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """
-        As in Transformers, and writes a short model card where there is none. Works with FSDP2 too, and warns of
+        As in Transformers, and writes a short model card where there is no other. Works with FSDP2 too, and warns of
         feed-forward variants whose code the checkpoint does not carry.
 
         Raises:

@@ -31,6 +31,7 @@ from common.library_sources import byte_level_tokenizer
 from modeling_peer import (
     PeerForCausalLM,
     PeerForTokenClassification,
+    add_experts,
     checkpoint_card,
     complete_model_card,
     model_costs,
@@ -177,6 +178,43 @@ def test_an_existing_card_is_never_replaced(tmp_path):
     # PEFT itself adds metadata and its release.
     assert "# Mine\n\nWhat I say of it." in card_of(tmp_path / "adapter")
     assert "modeling_peer" not in card_of(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", ["peer", "merged"])
+def test_the_card_of_a_model_that_changed_is_written_again(kind, tmp_path):
+    model = PeerForCausalLM(tiny_config("peer")) if kind == "peer" else grafted().merge_and_unload()
+    model.save_pretrained(tmp_path / "saved")
+    first = card_of(tmp_path / "saved")
+    model.name_or_path = "user/model"
+    if kind == "peer":
+        add_experts(model, 16)
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "new")
+    assert card_of(tmp_path / "saved") == card_of(tmp_path / "new") != first
+    assert ("16 experts were added to layer 0" in card_of(tmp_path / "saved")) == (kind == "peer")
+
+
+def test_a_card_that_was_edited_stays(tmp_path):
+    """Whatever was edited, metadata or text, with the mark or without it."""
+    model = PeerForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path)
+    written = card_of(tmp_path)
+    edits = [
+        written.replace("library_name", "license: mit\nlibrary_name"),
+        written.replace(" parameters", " learned parameters"),
+        written.replace(checkpoint_card.MARK + "\n", ""),
+        written + "\n",
+        re.sub("<!-- Checksum.*\n", "", written),
+    ]
+    model.name_or_path = "user/model"
+    for edited in edits:
+        assert edited != written
+        (tmp_path / "README.md").write_text(edited)
+        model.save_pretrained(tmp_path)
+        assert card_of(tmp_path) == edited
+    (tmp_path / "README.md").write_text("# Modèle\n", encoding="latin-1")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="latin-1") == "# Modèle\n"
 
 
 def test_a_process_that_saves_no_model_writes_no_card(tmp_path):
