@@ -205,7 +205,8 @@ def group(indices: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Ten
     count = indices.numel()
     if max(count, num_rows) > MOST_ENTRIES:
         raise ValueError(f"At most {MOST_ENTRIES:,} entries and rows can be grouped, got {count:,} and {num_rows:,}.")
-    rows, starts, order = (torch.empty(size, dtype=torch.int32) for size in (count, count + 1, count))
+    sizes = (count, count + 1, count)
+    rows, starts, order = (torch.empty(size, dtype=torch.int32, device="cpu") for size in sizes)
     found = call(SOURCE, "group", indices.contiguous(), count, num_rows, rows, starts, order)
     if found == -2:
         refuse_index(indices, num_rows)
@@ -242,7 +243,7 @@ def squared_norm(
     """See [`TorchKernels.squared_norm`]."""
     dtype = torch.float64 if coefficients.dtype == torch.float64 else torch.float32
     factors = _checked_factors(coefficients, sources, starts, tokens, dtype)
-    total = torch.empty((), dtype=torch.float64)
+    total = torch.empty((), dtype=torch.float64, device="cpu")
     sizes = (len(starts) - 1, *tokens.shape)
     status = call(SOURCE, f"squared_norm_{DTYPES[dtype]}", *factors, total, *sizes)
     _check_memory(status, f"summing {sizes[0]} rows")

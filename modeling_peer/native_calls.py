@@ -153,7 +153,7 @@ def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) 
             integers as int64, floats as double, `None` as NULL. C trusts them: see [`check_tensor`].
 
     Raises:
-        `RuntimeError`: if the library cannot be compiled here, or a tensor has no memory.
+        `RuntimeError`: if the library cannot be compiled here, or a tensor is not on the CPU or has no memory.
         `TypeError`: for a tensor subclass that handles operators itself: only it knows what its memory holds.
     """
     library = load_library(source)
@@ -167,7 +167,7 @@ def call(source: str, name: str, *arguments: torch.Tensor | int | float | None) 
 def _argument(value):
     if isinstance(value, torch.Tensor):
         address = value.data_ptr()
-        if not address or type(value) is not torch.Tensor:
+        if not address or not value.is_cpu or type(value) is not torch.Tensor:
             _check_has_memory(value)
         return ctypes.c_void_p(address)
     if value is None:
@@ -178,6 +178,8 @@ def _argument(value):
 def _check_has_memory(tensor):
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(f"C kernels take plain tensors, got a {type(tensor).__name__}.")
+    if not tensor.is_cpu:
+        raise RuntimeError(f"C kernels take tensors on the CPU, got one on {tensor.device}.")
     if tensor.numel() and not tensor.data_ptr():
         raise RuntimeError(f"A tensor of shape {tuple(tensor.shape)} has no memory: it was freed, or is fake.")
 

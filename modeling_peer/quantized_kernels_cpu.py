@@ -175,14 +175,14 @@ for bits in INTEGER_DTYPES:
 def quantized_up(hidden_states: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
     """See [`TorchKernels.quantized_up`]. Sums are in float32. Raises as [`CpuKernels`]."""
     check_shape("hidden_states", hidden_states, (indices.shape[0], table.width), "(num_tokens, hidden_size)")
-    output = torch.empty(indices.shape)
+    output = torch.empty(indices.shape, dtype=torch.float32, device="cpu")
     return _run("up", "hidden_states", hidden_states, indices, table, output)
 
 
 def quantized_down(weights: torch.Tensor, indices: torch.Tensor, table: QuantizedRows) -> torch.Tensor:
     """See [`TorchKernels.quantized_down`]. Sums are in float32. Raises as [`CpuKernels`]."""
     check_shape("weights", weights, indices.shape, "(num_tokens, num_active)")
-    output = torch.empty(weights.shape[0], table.width)
+    output = torch.empty(weights.shape[0], table.width, dtype=torch.float32, device="cpu")
     return _run("down", "weights", weights, indices, table, output)
 
 

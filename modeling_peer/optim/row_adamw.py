@@ -323,7 +323,8 @@ def _state_dtype(parameter):
 
 def _dense_state(parameter, device):
     zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
-    return {"step": torch.zeros((), device=device), **zeros}
+    # As torch does for its fused kernel, whatever the default dtype: bfloat16 stops counting at 256.
+    return {"step": torch.zeros((), dtype=torch.float32, device=device or "cpu"), **zeros}
 
 
 def _row_state(parameter, second_moment):

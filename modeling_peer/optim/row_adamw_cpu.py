@@ -248,7 +248,7 @@ def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: 
 
 def touched_rows(gradient: torch.Tensor) -> torch.Tensor:
     """For each row of a gradient, whether it has a non-zero element: bool, `(num_rows,)`."""
-    touched = torch.empty(len(gradient), dtype=torch.bool)
+    touched = torch.empty(len(gradient), dtype=torch.bool, device="cpu")
     call(SOURCE, f"touched_rows_{DTYPES[gradient.dtype]}", gradient, touched, *gradient.shape)
     return touched
 

@@ -165,7 +165,7 @@ def update_rows(
 ) -> None:
     """Make AdamW's step on some rows, in place. Arguments as in `row_adamw.update_rows`."""
     starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-    ones = torch.ones(len(rows), device=rows.device)
+    ones = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
     _step(parameter, state, rows.int(), (ones, places.int(), starts, gradient), group, skip_zeros=False)
 
 
