@@ -17,7 +17,8 @@ optimizer.
 
 A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is
 then a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
-freezing need on the factors. Any other operation on it computes the dense gradient.
+freezing need on the factors. Any other operation on it computes the dense gradient; what it writes, and what is
+written through a view that it makes, such as a range of rows, is the gradient from then on.
 """
 
 import weakref
@@ -54,6 +55,13 @@ BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 2e12}
 MOST_FACTORS = 2.0
 
 
+class _Parts(list[Factors]):
+    """The factors that a gradient shares with what is detached from it."""
+
+    # Whether there may be views of the tokens of the first part, which are the rows that it is of.
+    has_views = False
+
+
 class FactoredGradient(torch.Tensor):
     """
     The gradient of an expert table, of its shape and dtype, as a sum of [`Factors`]. See the module's docstring.
@@ -61,18 +69,18 @@ class FactoredGradient(torch.Tensor):
     Sums are accumulated in float32, in float64 for a float64 table, whatever the dtype of the table.
     """
 
-    _factors: list[Factors]
+    _factors: _Parts
 
     @staticmethod
     def __new__(cls, table: torch.Tensor, factors: list[Factors]):
         """
         Args:
             table (`torch.Tensor` of shape `(num_rows, width)`): The table, or its gradient.
-            factors (`list[Factors]`): Shared with the tensors that are views of this one.
+            factors (`list[Factors]`): Those of another gradient are shared with it.
         """
         # A view has the version counter of nothing: what autograd saves of a gradient, it saves as it is.
         self = torch.Tensor._make_wrapper_subclass(cls, table.shape, dtype=table.dtype, device=table.device)
-        self._factors = factors
+        self._factors = factors if isinstance(factors, _Parts) else _Parts(factors)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -99,7 +107,8 @@ class FactoredGradient(torch.Tensor):
         self._factors[:] = [each for each in self._factors if each.coefficients.numel()]
         if not self._factors:
             return None
-        self._factors[:] = [Factors.joined(self._factors)]
+        if len(self._factors) > 1:
+            self.set_factors([Factors.joined(self._factors)])
         return self._factors[0]
 
     def to_rows(self) -> torch.Tensor:
@@ -108,6 +117,25 @@ class FactoredGradient(torch.Tensor):
         if factors is None:
             return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         return factors.to_rows(self.dtype)
+
+    def viewed_rows(self) -> torch.Tensor | None:
+        """The rows of which this gradient consists, if it does: there may be views of them."""
+        return self._factors[0].tokens if self._factors.has_views and len(self._factors) == 1 else None
+
+    def become_rows(self) -> None:
+        """
+        Become the dense gradient, each row of it a token: what is written to views of the rows is written to this
+        gradient, until it is next changed on factors.
+        """
+        if self.viewed_rows() is None:
+            self.set_factors([factors_of_rows(self.to_rows())])
+            self._factors.has_views = True
+
+    def copied_factors(self) -> list[Factors]:
+        """The factors for another gradient, which does not change with the views of this one."""
+        if (rows := self.viewed_rows()) is None:
+            return list(self._factors)
+        return [factors_of_rows(rows.clone())]
 
     def total_norm(self, order: float = 2.0) -> torch.Tensor:
         """The norm of all elements, at least in float32, `()`. No row is written for `order=2.0`."""
@@ -126,15 +154,16 @@ class FactoredGradient(torch.Tensor):
 
     def scale(self, factor: float | torch.Tensor) -> None:
         """Multiply by a number in place."""
-        self._factors[:] = [each.scaled(factor) for each in self._factors]
+        self.set_factors([each.scaled(factor) for each in self._factors])
 
     def zero_rows(self, rows: torch.Tensor) -> None:
         """Zero rows in place: bool, `(num_rows,)`."""
-        self._factors[:] = [each.without(rows) for each in self._factors]
+        self.set_factors([each.without(rows) for each in self._factors])
 
     def set_factors(self, factors: Sequence[Factors]) -> None:
         """Become the sum of these factors."""
         self._factors[:] = factors
+        self._factors.has_views = False
 
     def add_factors(self, others: Sequence[Factors]) -> None:
         """Add in place. Factors that take much more memory than the rows that they sum to are summed."""
@@ -144,7 +173,7 @@ class FactoredGradient(torch.Tensor):
         rows = min(entries, self.shape[0]) * self.shape[1] * max(torch.float32.itemsize, self.dtype.itemsize)
         if len(self._factors) > 1 and size > MOST_FACTORS * rows:
             factors = self.factors
-            self._factors[:] = [] if factors is None else [factors.summed()]
+            self.set_factors([] if factors is None else [factors.summed()])
 
 
 def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -235,7 +264,7 @@ def _view(gradient, shape):
 
 
 def _clone(gradient, *, memory_format=None):
-    return FactoredGradient(gradient, list(gradient._factors))
+    return FactoredGradient(gradient, gradient.copied_factors())
 
 
 def _new_empty_strided(gradient, size, stride, *, dtype=None, **kwargs):
@@ -249,7 +278,8 @@ def _new_empty_strided(gradient, size, stride, *, dtype=None, **kwargs):
 def _add_(gradient, other, *, alpha=1):
     if not _is_factored(gradient, other):
         return NotImplemented
-    gradient.add_factors(other._factors if alpha == 1 else [each.scaled(alpha) for each in other._factors])
+    factors = other.copied_factors()
+    gradient.add_factors(factors if alpha == 1 else [each.scaled(alpha) for each in factors])
     return gradient
 
 
@@ -260,12 +290,12 @@ def _add(gradient, other, *, alpha=1):
 def _copy_(gradient, other, non_blocking=False):
     if not _is_factored(gradient, other):
         return NotImplemented
-    gradient._factors[:] = other._factors
+    gradient.set_factors(other.copied_factors())
     return gradient
 
 
 def _zero_(gradient):
-    gradient._factors.clear()
+    gradient.set_factors([])
     return gradient
 
 
@@ -354,31 +384,24 @@ _HANDLERS: dict[Any, Callable] = {
 
 
 def _on_rows(operator, args, kwargs):
-    """Run an operator on dense gradients. Those that it writes stay factored, with a token for each row."""
+    """Run an operator on dense gradients. One that it writes, or makes a view of, has a token for each row then."""
     logger.warning_once(
         f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of "
         "the shape of the table."
     )
-    dense: dict[int, tuple[FactoredGradient, torch.Tensor]] = {}
+    arguments = operator._schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    gradients: dict[int, FactoredGradient] = {}
+    for value in [named.get(argument.name) for argument in arguments if argument.alias_info is not None]:
+        for gradient in filter(_is_factored, value if isinstance(value, (list, tuple)) else [value]):
+            gradient.become_rows()
+            gradients[id(gradient.viewed_rows())] = gradient
 
     def rows_of(value):
         if not isinstance(value, FactoredGradient):
             return value
-        return dense.setdefault(id(value._factors), (value, value.to_rows()))[1]
+        rows = value.viewed_rows()
+        return value.to_rows() if rows is None else rows
 
     result = operator(*tree_map(rows_of, args), **tree_map(rows_of, kwargs))
-    arguments = operator._schema.arguments
-    named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-    written = {
-        id(each._factors)
-        for argument in arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for value in [named.get(argument.name)]
-        for each in (value if isinstance(value, (list, tuple)) else [value])
-        if _is_factored(each)
-    }
-    for key in written:
-        gradient, rows = dense[key]
-        gradient._factors[:] = [factors_of_rows(rows)]
-    itself = {id(rows): gradient for key, (gradient, rows) in dense.items() if key in written}
-    return tree_map(lambda value: itself.get(id(value), value), result)
+    return tree_map(lambda value: gradients.get(id(value), value), result)

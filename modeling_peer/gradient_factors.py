@@ -212,8 +212,7 @@ class Factors(NamedTuple):
 
 
 def factors_of_rows(rows: torch.Tensor) -> Factors:
-    """The factors of a dense gradient, `(num_rows, width)`: each row is a token that one entry names."""
+    """The factors of a dense gradient, `(num_rows, width)`, as it is: each row is a token that one entry names."""
     every = torch.arange(len(rows), device=rows.device)[:, None]
-    tokens = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    kernels = resolve_kernels("auto", rows)
-    return Factors(tokens.new_ones(len(rows), 1), tokens, Entries(every, len(rows), kernels))
+    ones = rows.new_ones(len(rows), 1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return Factors(ones, rows, Entries(every, len(rows), resolve_kernels("auto", rows)))
