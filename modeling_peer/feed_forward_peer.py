@@ -151,17 +151,17 @@ class ExpertPool(nn.Module):
         tables = [table for table in self._tables if table is not None]
         if not torch.is_grad_enabled() or not all(isinstance(table, ExpertTable) for table in tables):
             return False
+        if type(hidden_states) is not torch.Tensor or self.act_has_parameters:
+            return False
+        # Before kernels are asked for: a table that a hook loads from disk is nowhere before its forward.
+        if not all(table.is_plain for table in tables) or hidden_states.device != self.up_proj.weight.device:
+            return False
         if self.up_proj.kernels == "eager":
             return False
-        fits = torch.compiler.is_compiling() or (
-            needs_operator(hidden_states, tables[0].weight) and not active_transforms() and not torch.jit.is_tracing()
-        )
-        return (
-            fits
-            and type(hidden_states) is torch.Tensor
-            and hidden_states.device == self.up_proj.weight.device
-            and not self.act_has_parameters
-            and all(table.is_plain for table in tables)
+        return torch.compiler.is_compiling() or (
+            needs_operator(hidden_states, self.up_proj.weight)
+            and not active_transforms()
+            and not torch.jit.is_tracing()
         )
 
 

@@ -180,6 +180,18 @@ def test_disk_offload(config, tmp_path, used_kernels):
     assert used_kernels == INFERENCE
 
 
+def test_disk_offload_with_kernels_by_name_and_gradients(tmp_path):
+    """Where the experts are is known once the hook of a table has loaded it."""
+    model = tiny_model(tiny_config("peer", "dense", expert_kernels="cpu"))
+    model.save_pretrained(tmp_path / "checkpoint")
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(loaded(random_tokens(1, 4)).logits, model(random_tokens(1, 4)).logits)
+
+
 def test_automatic_device_map_offloads_what_does_not_fit(tmp_path):
     model = tiny_model(tiny_config("dense", "peer", "dense"))
     model.save_pretrained(tmp_path / "checkpoint")
