@@ -13,6 +13,11 @@
 # limitations under the License.
 """What the layers of a model are told about the forward pass in which they run."""
 
+import torch
+from torch import nn
+
+from .library_releases import in_backward
+
 
 class ForwardPass:
     """
@@ -37,6 +42,16 @@ class ForwardPass:
         self.learns = learns
         self.has_ended = False
         self.most_tokens: int | None = None
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> "ForwardPass":
+        """
+        The forward pass that a model begins. In a backward it has ended before: activation checkpointing of the whole
+        model recomputes it. A compiler does not trace the question, so compiled models take a batch up twice there.
+        """
+        forward_pass = cls(learns=model.training and torch.is_grad_enabled())
+        forward_pass.has_ended = not torch.compiler.is_compiling() and in_backward()
+        return forward_pass
 
     @property
     def updates_statistics(self) -> bool:

@@ -365,7 +365,7 @@ class PeerModel(PeerPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
 
         tables = replicated_tables(self)
-        forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
+        forward_pass = ForwardPass.of_model(self)
         if forward_pass.learns:
             advise_on_added_experts(self)
 

@@ -21,6 +21,7 @@ import torch
 from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling_peer import freeze_query_norm
 from modeling_peer.query_norm import QueryBatchNorm
@@ -213,3 +214,15 @@ def test_a_thread_that_generates_leaves_training_alone(variant):
         assert torch.equal(buffer, other), name
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("variant", ["peer", "pkm", "all_in_one"])
+def test_activation_checkpointing_of_the_whole_model_changes_nothing(variant):
+    plain = tiny_model(VARIANTS[variant]).train()
+    checkpointed, tokens = copy.deepcopy(plain), random_tokens(3, 8)
+    plain(tokens, labels=tokens).loss.backward()
+    checkpoint(lambda tokens: checkpointed(tokens, labels=tokens).loss, tokens, use_reentrant=False).backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(checkpointed)[name], gradient)
+    for (name, buffer), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
