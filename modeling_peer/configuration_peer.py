@@ -25,7 +25,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import auto_docstring
 
 from .expert_additions import check_additions
@@ -308,7 +308,17 @@ class PeerConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a probability between 0 and 1, got {value}.")
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"`router_aux_loss_coef` must be at least 0 and finite, got {self.router_aux_loss_coef}.")
-        theta = (self.rope_parameters or {}).get("rope_theta", 1.0)
+        self._check_rope()
+
+    def _check_rope(self):
+        parameters = self.rope_parameters or {}
+        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"`rope_type` of `rope_parameters` must be 'default' or one of {sorted(ROPE_INIT_FUNCTIONS)}, got "
+                f"{rope_type!r}."
+            )
+        theta = parameters.get("rope_theta", 1.0)
         is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
         if not is_number or not 0 < theta < math.inf:
             raise ValueError(f"`rope_theta` of `rope_parameters` must be positive and finite, got {theta!r}.")

@@ -95,8 +95,10 @@ def resolve_kernels(name: str, table: torch.Tensor) -> str:
         table (`torch.Tensor`): Its device and dtype decide.
 
     Raises:
+        `ValueError`: see [`check_expert_kernels`].
         `RuntimeError`: if the named implementation cannot run here.
     """
+    check_expert_kernels(name)
     if name == "auto":
         if is_exporting():
             return "eager"

@@ -52,6 +52,8 @@ REFUSED_VALUES = [
     ({"classifier_dropout": math.nan}, "`classifier_dropout` must be a probability between 0 and 1, got nan"),
     ({"router_aux_loss_coef": -0.1}, "`router_aux_loss_coef` must be at least 0 and finite, got -0.1"),
     ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1, got 0"),
+    ({"rope_parameters": {"rope_type": "lienar", "factor": 2.0}}, "`rope_type`.*'default' or one of.*got 'lienar'"),
+    ({"rope_parameters": {"type": "no_such"}}, "`rope_type` of `rope_parameters` must be.*got 'no_such'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "`rope_theta` of `rope_parameters`.*got -1.0"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "`rope_theta` of `rope_parameters`.*got 'x'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": True}}, "`rope_theta` of `rope_parameters`.*got True"),
@@ -218,3 +220,10 @@ def test_the_middle_block_is_replaced(layers):
     types = PeerConfig(num_hidden_layers=layers).feed_forward_types
     assert types.count("peer") == 1
     assert types.index("peer") == (layers - 1) // 2
+
+
+def test_kernels_that_a_built_model_does_not_know():
+    model = PeerModel(tiny_config("peer", "dense"))
+    model.config.expert_kernels = "troch"
+    with pytest.raises(ValueError, match="`expert_kernels` is 'troch', neither 'auto' nor one of.*'torch'"):
+        model(torch.tensor([[3]]))
