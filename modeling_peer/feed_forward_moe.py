@@ -99,9 +99,10 @@ class MoeFeedForward(nn.Module):
     With `moe_routing="token_choice"` each token takes its best `moe_num_experts_per_tok` experts.
 
     With `"expert_choice"` (Zhou et al., arXiv 2202.09368, the baseline of the paper) each expert takes, in training,
-    its best tokens of the micro-batch: as many as give every token `moe_num_experts_per_tok` experts on average.
-    Padding is never chosen. That choice depends on other tokens, later ones and other sequences included, so
-    evaluation and generation route by token choice: training and evaluation losses are those of different functions.
+    its best tokens of the micro-batch: as many as give every position `moe_num_experts_per_tok` experts on average.
+    Padding counts as positions, so that shapes do not depend on a mask, and its output is zero. That choice depends on
+    other tokens, later ones and other sequences included, so evaluation and generation route by token choice: training
+    and evaluation losses are those of different functions.
 
     Args:
         config (`PeerConfig`)
@@ -133,7 +134,7 @@ class MoeFeedForward(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`)
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                True where there is a token. No expert chooses padding.
+                True where there is a token. By expert choice the output of padding is zero.
             forward_pass (`ForwardPass`, *optional*):
                 The forward pass of the model. If `None`, this call is one by itself, which learns if gradients are
                 enabled.

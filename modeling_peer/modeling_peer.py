@@ -80,7 +80,8 @@ class PeerModelOutputWithPast(MoeModelOutputWithPast):
         Indices of the experts that every token retrieved, best first: one tensor per router that ran, the first router
         of a layer before those of its added experts. Of shape
         `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers, and
-        `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers.
+        `(batch_size * sequence_length, moe_num_experts_per_tok)` for MoE layers: what tokens choose, although in
+        training by expert choice it is not what runs.
     router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
         Router weights of these experts, of the same shapes.
     router_logits (`tuple(torch.Tensor)`, *optional*, returned when `output_router_logits=True`):
