@@ -27,11 +27,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 from transformers.utils import logging
 
 from .expert_kernels import PLAIN_TENSORS
 from .gradient_factors import Factors, factors_of_rows
+from .library_releases import tree_map
 
 
 logger = logging.get_logger(__name__)
@@ -356,31 +356,51 @@ def _unscale_(gradients, found_inf, inverse_scale):
         gradient.scale(inverse_scale)
 
 
-_HANDLERS: dict[Any, Callable] = {
-    aten.detach.default: _detach,
-    aten.alias.default: _detach,
-    aten.view.default: _view,
-    aten.clone.default: _clone,
-    aten.new_empty_strided.default: _new_empty_strided,
-    aten.add.Tensor: _add,
-    aten.add_.Tensor: _add_,
-    aten.copy_.default: _copy_,
-    aten.zero_.default: _zero_,
-    aten.mul.Tensor: _mul,
-    aten.mul_.Tensor: _mul_,
-    aten.mul_.Scalar: _mul_,
-    aten.div.Tensor: _div,
-    aten.div_.Tensor: _div_,
-    aten.div_.Scalar: _div_,
-    aten.linalg_vector_norm.default: _vector_norm,
-    aten._foreach_norm.Scalar: _foreach(aten._foreach_norm.Scalar, _vector_norm),
-    aten._foreach_mul_.Scalar: _foreach(aten._foreach_mul_.Scalar, _mul_),
-    aten._foreach_mul_.Tensor: _foreach(aten._foreach_mul_.Tensor, _mul_),
-    aten._foreach_div_.Scalar: _foreach(aten._foreach_div_.Scalar, _div_),
-    aten._foreach_div_.Tensor: _foreach(aten._foreach_div_.Tensor, _div_),
-    aten._foreach_zero_.default: _foreach(aten._foreach_zero_.default, _zero_),
-    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale_,
+# By operator: what is done on factors.
+_SINGLE: dict[str, Callable] = {
+    "detach.default": _detach,
+    "alias.default": _detach,
+    "view.default": _view,
+    "clone.default": _clone,
+    "new_empty_strided.default": _new_empty_strided,
+    "add.Tensor": _add,
+    "add_.Tensor": _add_,
+    "copy_.default": _copy_,
+    "zero_.default": _zero_,
+    "mul.Tensor": _mul,
+    "mul_.Tensor": _mul_,
+    "mul_.Scalar": _mul_,
+    "div.Tensor": _div,
+    "div_.Tensor": _div_,
+    "div_.Scalar": _div_,
+    "linalg_vector_norm.default": _vector_norm,
+    "_amp_foreach_non_finite_check_and_unscale_.default": _unscale_,
 }
+
+# The same by operator of lists, for each of the list.
+_OF_LISTS: dict[str, Callable] = {
+    "_foreach_norm.Scalar": _vector_norm,
+    "_foreach_mul_.Scalar": _mul_,
+    "_foreach_mul_.Tensor": _mul_,
+    "_foreach_div_.Scalar": _div_,
+    "_foreach_div_.Tensor": _div_,
+    "_foreach_zero_.default": _zero_,
+}
+
+
+def _by_operator(handlers: dict[str, Callable]) -> dict[Any, Callable]:
+    """The handlers by the operators of those names. One that a release of torch has not is done on dense gradients."""
+    found = {}
+    for name, handler in handlers.items():
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(aten, packet, None), overload, None)
+        if operator is not None:
+            found[operator] = handler
+    return found
+
+
+_HANDLERS = _by_operator(_SINGLE)
+_HANDLERS |= {operator: _foreach(operator, single) for operator, single in _by_operator(_OF_LISTS).items()}
 
 
 def _on_rows(operator, args, kwargs):
@@ -403,5 +423,6 @@ def _on_rows(operator, args, kwargs):
         rows = value.viewed_rows()
         return value.to_rows() if rows is None else rows
 
-    result = operator(*tree_map(rows_of, args), **tree_map(rows_of, kwargs))
+    dense = {name: tree_map(rows_of, value) for name, value in kwargs.items()}
+    result = operator(*tree_map(rows_of, args), **dense)
     return tree_map(lambda value: gradients.get(id(value), value), result)

@@ -16,9 +16,11 @@ What differs between the releases of Transformers and torch that this code runs 
 that it calls. A checkpoint's code carries this module along and imports it first: pip never sees which releases remote
 code needs, so the code itself refuses those that it does not know.
 
-Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters` and
-`_modules` of modules, `_indices()` and `_values()` of sparse tensors, and `_make_wrapper_subclass` and
-`_disabled_torch_function_impl`, of which torch has its tensor subclasses made, are in every supported release. A class
+Two kinds of names with an underscore are used where they are needed, and not through here. `_parameters`, `_modules`
+and the dictionaries of hooks of modules, `_indices()` and `_values()` of sparse tensors, the `_schema` of an operator,
+`_make_wrapper_subclass` and `_disabled_torch_function_impl`, of which torch has its tensor subclasses made, and
+`_hf_hook`, by which accelerate marks a module that it moves, are in every supported release. So are the operators of
+lists, such as `_foreach_mul_`; one that is gone is done on dense gradients (`factored_gradient.py`). A class
 of models declares what it can do by attributes such as `_no_split_modules`, `_tp_plan`, `_auto_class`,
 `_can_set_experts_implementation`, `_ddp_params_and_buffers_to_ignore` and the `_global_mapping` of a registry, as the
 models of Transformers do: one that a later release does not read any more has no effect. And classes of models
@@ -290,6 +292,32 @@ except ImportError:
 
     def is_traceable_wrapper_subclass(t: object) -> bool:  # type: ignore[misc]
         return False
+
+
+# Without it, new models that are split over processes are refused.
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+
+    class TorchDispatchMode:  # type: ignore[no-redef]
+        """Stands for a mode that sees operators, and is refused where it is entered."""
+
+        def __enter__(self):
+            raise RuntimeError(f"torch {torch.__version__} has no `TorchDispatchMode`: split models cannot be drawn.")
+
+        def __exit__(self, *error):
+            pass
+
+
+# Without it, what is in dictionaries and tuples with names stays as it is: operators take and give neither.
+try:
+    from torch.utils._pytree import tree_map
+except ImportError:
+
+    def tree_map(func: Callable, tree: Any) -> Any:  # type: ignore[misc]
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(tree_map(func, each) for each in tree)
+        return func(tree)
 
 
 def active_transforms() -> tuple[str, ...]:

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils.logging import set_tqdm_hook
 
-from .library_releases import is_about_a_checkpoint
+from .library_releases import TorchDispatchMode, is_about_a_checkpoint
 
 
 if torch.distributed.is_available():

@@ -25,7 +25,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
-from modeling_peer import PeerForCausalLM, library_releases
+from modeling_peer import PeerForCausalLM, factored_gradient, library_releases
 
 
 PACKAGE = Path(library_releases.__file__).parent
@@ -165,3 +165,43 @@ print(tuple(tiny_model(tiny_config("peer", "dense"))(random_tokens(2, 3)).logits
     )
     assert done.stdout.strip() == "(2, 3)", done.stderr[-2000:]
     assert done.stderr.count("Tensor parallelism of experts is not available") == 1
+
+
+def test_without_private_modules_of_torch_factored_gradients_work():
+    """They are hidden from this package alone: torch needs them itself. Others are refused where they are needed."""
+    script = """
+import builtins, sys
+import torch
+import_module = builtins.__import__
+def without(name, globals=None, *args, **kwargs):
+    if name in ("torch.utils._pytree", "torch.utils._python_dispatch"):
+        if globals and globals["__name__"].startswith("modeling_peer"):
+            raise ImportError(name)
+    return import_module(name, globals, *args, **kwargs)
+builtins.__import__ = without
+from modeling_peer import factored_gradient, split_initialization
+from table_gradients import random_parts
+gradient = factored_gradient.FactoredGradient(torch.empty(9, 4), random_parts(0, 9, 4, [(5, 3)]))
+gradient[1:] = 0
+torch._foreach_mul_([gradient], 2.0)
+print(gradient.to_rows().ne(0).any(1).tolist())
+try:
+    with split_initialization.WholeDraws():
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parents[1], Path.cwd()]))},
+        capture_output=True,
+        text=True,
+    )
+    rows, error = done.stdout.splitlines() or done.stderr.splitlines()[-2:]
+    assert rows == str([True] + 8 * [False])
+    assert error == f"torch {torch.__version__} has no `TorchDispatchMode`: split models cannot be drawn."
+
+
+def test_an_operator_that_is_gone_is_left_out():
+    handlers = factored_gradient._by_operator({"add.Tensor": min, "add.Gone": min, "_foreach_gone_.Scalar": min})
+    assert handlers == {torch.ops.aten.add.Tensor: min}
