@@ -93,8 +93,10 @@ def _drops_heads(config_class, path, arguments):
         wanted = config.num_retrieval_heads
     elif config is not None and wanted is None:
         wanted = _saved_heads(config_class, config_class.get_config_dict(config, **places)[0])
-    if path is None or wanted is None:
+    if not isinstance(wanted, int):  # whose type the configuration refuses, if it is not `None`
         return False
+    if path is None:
+        return _has_more_heads(arguments.get("state_dict") or {}, config)
     try:
         saved = config_class.get_config_dict(path, **places)[0]
     except OSError:  # weights without a configuration
@@ -107,6 +109,11 @@ def _drops_heads(config_class, path, arguments):
             f"{wanted}. Load the checkpoint that it was made of with fewer heads and quantize that."
         )
     return wanted < trained
+
+
+def _has_more_heads(state_dict, config):
+    rows = config.num_retrieval_heads * config.query_size
+    return any(name.endswith(PER_HEAD_TENSORS[0]) and len(tensor) > rows for name, tensor in state_dict.items())
 
 
 def _saved_heads(config_class, fields):

@@ -247,6 +247,20 @@ class TestHeadsAndExpertsPerHead:
         assert torch.equal(other_indices[..., :3], indices[..., :k])
         assert torch.allclose(other_weights.sum(-1), torch.ones(2, 5, 2))
 
+    def test_fewer_heads_of_weights_alone(self, tmp_path):
+        """A state dict has no configuration that says how many heads it has."""
+        model = tiny_model(tiny_config("dense", "peer", num_retrieval_heads=4))
+        model.save_pretrained(tmp_path)
+        expected = PeerForCausalLM.from_pretrained(tmp_path, num_retrieval_heads=2)
+        weights = model.state_dict()
+        loaded = PeerForCausalLM.from_pretrained(None, config=expected.config, state_dict=weights)
+        assert torch.equal(logits_of(loaded.eval()), logits_of(expected.eval()))
+
+    def test_heads_that_are_no_integer_are_refused_by_their_field(self, tmp_path):
+        tiny_model(tiny_config("dense", "peer")).save_pretrained(tmp_path)
+        with pytest.raises(Exception, match="field 'num_retrieval_heads'"):
+            PeerForCausalLM.from_pretrained(tmp_path, num_retrieval_heads="1")
+
     def test_more_heads_than_were_trained_are_refused(self, tmp_path):
         tiny_model(tiny_config()).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="`num_retrieval_heads` can be lowered at load, not raised.*has 2.*got 4"):
