@@ -226,8 +226,16 @@ class PeerFeedForward(nn.Module):
 
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
+
+        Raises:
+            `ValueError`: without `expert_pool` where layers share one.
         """
         pool = self.expert_pool if self.expert_pool is not None else expert_pool
+        if pool is None:
+            raise ValueError(
+                "`expert_pool` must be the pool of the base model where layers share one "
+                "(`share_experts_across_layers`), got None."
+            )
         output = self._retrieve_and_run(self.router, pool, hidden_states, padding_mask, forward_pass)
         for router, added_pool in zip(self.added_routers, pool.added, strict=True):
             output = output + self._retrieve_and_run(router, added_pool, hidden_states, padding_mask, forward_pass)

@@ -238,6 +238,14 @@ class AddedRouter(ProductKeyRouter):
         """Number k of experts that each head retrieves, which is fixed when they are added."""
         return self.generation.num_experts_per_head
 
+    @num_experts_per_head.setter
+    def num_experts_per_head(self, value: int) -> None:
+        """Refuse: the addition decides."""
+        raise ValueError(
+            f"`num_experts_per_head` of added experts cannot be set, got {value}: it is fixed when `add_experts` adds "
+            f"them, here to {self.num_experts_per_head}."
+        )
+
     @torch.no_grad()
     def copy_query_network(self, router: ProductKeyRouter) -> None:
         """Initialize the queries with the first heads of another router, which were trained to distinguish tokens."""

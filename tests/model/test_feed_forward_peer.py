@@ -122,3 +122,17 @@ def test_scores_are_computed_in_float32_whatever_the_dtype():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             indices, _ = layer.router(hidden_states)
         assert torch.equal(indices.view(64, 2, 8).sort().values, expected)
+
+
+def test_a_shared_pool_has_to_be_given():
+    layer = PeerFeedForward(tiny_config("peer", "peer", share_experts_across_layers=True), 0)
+    with pytest.raises(ValueError, match="`expert_pool` must be the pool of the base model.*got None"):
+        layer(torch.randn(1, 3, 24))
+
+
+def test_experts_per_head_of_an_added_router_cannot_be_set():
+    addition = {"layers": [0], "mode": "protected", "num_experts": 16}
+    config = tiny_config("peer", expert_additions=[addition | {"num_retrieval_heads": 1, "num_experts_per_head": 2}])
+    (router,) = PeerFeedForward(config, 0).added_routers
+    with pytest.raises(ValueError, match="of added experts cannot be set, got 3: it is fixed.*here to 2"):
+        router.num_experts_per_head = 3
