@@ -84,7 +84,8 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__(num_features, eps=eps)
-        # In float32 whatever dtype the model is made or loaded in: bfloat16 loses what a momentum of 0.1 adds.
+        # In float32 whatever dtype the model is made or loaded in, until it is cast: bfloat16 loses what a momentum of
+        # 0.1 adds.
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
         self.num_replicas = 1
