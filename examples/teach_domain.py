@@ -416,12 +416,17 @@ def teaching_flags(
 
 def check_checkpoint(flags: dict[str, Any], training_args: DomainTrainingArguments) -> None:
     """
-    Raises `UsageError` if the output folder has a checkpoint of a teaching with other flags: its experts and gates would
-    be taken for those of this one.
+    Raises `UsageError` if the output folder has a checkpoint of another script, or of a teaching with other flags, whose
+    experts and gates would be taken for those of this one.
     """
-    file = Path(training_args.output_dir, FLAGS_FILE)
-    if last_complete_checkpoint(training_args.output_dir) is None or not file.exists():
+    if last_complete_checkpoint(training_args.output_dir) is None:
         return
+    file = Path(training_args.output_dir, FLAGS_FILE)
+    if not file.exists():
+        raise UsageError(
+            f"{training_args.output_dir} has checkpoints, but no {FLAGS_FILE}, which this script saves before its first: "
+            "they are of another script, so choose another --output_dir."
+        )
     before = json.loads(file.read_text(encoding="utf-8"))
     if changed := [f"--{name} was {before.get(name)}" for name in flags if flags[name] != before.get(name)]:
         raise UsageError(

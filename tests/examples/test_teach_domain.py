@@ -206,6 +206,16 @@ def test_does_not_resume_from_another_teaching(changed, message, folder, taught,
     assert (folder / "taught" / "teaching_flags.json").read_bytes() == before
 
 
+def test_does_not_resume_from_a_checkpoint_of_another_script(folder, taught, teach, monkeypatch):
+    """Nothing is loaded: it would fail after all work but the training, for the weights of the added experts."""
+    shutil.copytree(folder / "taught" / "checkpoint-6", folder / "pretrained" / "checkpoint-6")
+    monkeypatch.setattr(teach_domain, "prepare", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(teach_domain, "ends_on_usage_error", contextlib.nullcontext)
+    with pytest.raises(UsageError, match=r"pretrained has checkpoints, but no .*choose another --output_dir"):
+        teach("base", "pretrained", "--kept_file", folder / "kept.txt")
+    assert not (folder / "pretrained" / "teaching_flags.json").exists()
+
+
 def test_a_further_domain_without_text_to_keep(figures, teach, folder):
     """The model writes what it is to keep. Without the experts of the second domain, those of the first remain."""
     again, _ = teach("taught", "again", "--num_gate_sequences", 2)
