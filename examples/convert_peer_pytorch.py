@@ -42,8 +42,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.command_line import parse_arguments
-from common.model_arguments import loads_checkpoint
+from common.command_line import ends_on_usage_error, parse_arguments
+from common.model_arguments import check_output_dir, loads_checkpoint
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.key_grid import expert_index, grid_size
 
@@ -203,8 +203,10 @@ def _check_fit(config, layer, fields):
         )
 
 
+@ends_on_usage_error()
 def main():
     (args,) = parse_arguments((ConversionArguments,), __doc__)
+    check_output_dir(args.output_dir, args.model_name_or_path)
     with loads_checkpoint(args.model_name_or_path):
         base_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     if not isinstance(base_model, PeerForCausalLM):

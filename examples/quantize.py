@@ -30,8 +30,8 @@ from run_clm import evaluate_perplexity, load_text, make_trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from common.command_line import parse_arguments
-from common.model_arguments import ModelArguments, load_config
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
+from common.model_arguments import ModelArguments, check_output_dir, load_config
 from common.text_data import DataTrainingArguments
 from common.training import setup_logging
 from modeling_peer import ExpertUsageCallback, PeerQuantizationConfig, quantize_experts
@@ -49,6 +49,9 @@ class QuantizationArguments:
         metadata={"help": "Columns of a row that share a scale. The whole row with 8 bits, and 64 with 4 bits."},
     )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Sequences that are evaluated at a time."})
+
+    def __post_init__(self):
+        PeerQuantizationConfig(self.bits, self.group_size)  # raises what is wrong with them
 
 
 @dataclass
@@ -79,13 +82,14 @@ def perplexity(trainer: Trainer) -> float:
     return evaluate_perplexity(trainer, ExpertUsageCallback())["perplexity"]
 
 
+@ends_on_usage_error()
 def main():
     args, model_args, data_args = parse_arguments(
         (QuantizationArguments, ModelArguments, DataTrainingArguments), __doc__
     )
     if model_args.is_new:
-        raise ValueError("--model_name_or_path must name the checkpoint to quantize.")
-    PeerQuantizationConfig(args.bits, args.group_size)  # raises what is wrong with them before anything is loaded
+        raise UsageError("--model_name_or_path must name the checkpoint to quantize.")
+    check_output_dir(args.output_dir, model_args.model_name_or_path)
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         do_eval=True,

@@ -54,7 +54,7 @@ from transformers.trainer_utils import SchedulerType
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.evaluation import held_out_loss
 from common.machine import machine
-from common.model_arguments import ModelArguments, load_config, load_model
+from common.model_arguments import ModelArguments, check_output_dir, load_config, load_model
 from common.run_estimate import RunEstimateCallback
 from common.text_data import DataTrainingArguments, take_samples
 from common.text_files import errors_name_the_file
@@ -493,6 +493,7 @@ def main():
     files = [*data_args.files, *(args.kept_file or [])]
     flags = teaching_flags(args, model_args, data_args, training_args)
     with ends_on_usage_error(), errors_name_the_file(files, data_args.encoding):
+        check_output_dir(training_args.output_dir, model_args.model_name_or_path)
         check_checkpoint(flags, training_args)
         checkpoint = last_checkpoint(training_args)
         model, tokenizer, texts = prepare(args, model_args, data_args, training_args)

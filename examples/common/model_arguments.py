@@ -15,6 +15,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from common.command_line import UsageError
 from common.launcher import uses_fsdp
 from common.text_data import DatasetArguments, text_column, train_tokenizer
 from modeling_peer import PeerConfig, configuration_path, list_configurations
@@ -133,6 +135,17 @@ def loads_checkpoint(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(_no_checkpoint(name, error)) from error
+
+
+def check_output_dir(output_dir: str, model_name_or_path: str | None) -> None:
+    """Raises `UsageError` if a changed model would be saved over the one that it was made from."""
+    if model_name_or_path is None or not os.path.isdir(model_name_or_path) or not os.path.isdir(output_dir):
+        return
+    if os.path.samefile(model_name_or_path, output_dir):
+        raise UsageError(
+            f"--output_dir {output_dir} is the folder of --model_name_or_path, whose model would be overwritten: choose "
+            "another."
+        )
 
 
 def _no_checkpoint(name, error):

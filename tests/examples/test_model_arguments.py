@@ -19,10 +19,13 @@ import convert_peer_pytorch
 import huggingface_hub
 import make_explorer_page
 import pytest
+import quantize
 import run_generation
+import teach_domain
 from huggingface_hub.errors import StrictDataclassError
 
-from common.model_arguments import ModelArguments, load_config
+from common.command_line import UsageError
+from common.model_arguments import ModelArguments, check_output_dir, load_config
 
 
 def test_overrides():
@@ -80,3 +83,34 @@ def test_a_missing_checkpoint_is_named(monkeypatch, module, flags):
     monkeypatch.setattr(sys, "argv", ["script.py", "--model_name_or_path", "runs/none", *flags])
     with pytest.raises(OSError, match="No checkpoint can be loaded from 'runs/none'"):
         module.main()
+
+
+def test_no_model_is_saved_over_the_one_that_it_was_made_from(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for output_dir in ("base", "base/", "./other/../base", str(tmp_path / "base"), "link"):
+        with pytest.raises(UsageError, match=f"--output_dir {output_dir} is the folder of --model_name_or_path"):
+            check_output_dir(output_dir, "base")
+    for output_dir, model in (("other", "base"), ("new", "base"), ("user/model", "user/model"), ("base", None)):
+        check_output_dir(output_dir, model)  # `user/model` is one of the Hub: there is no such folder
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (quantize, ()),
+        (convert_peer_pytorch, ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1")),
+        (teach_domain, ("--train_file", "a.md")),
+    ],
+)
+def test_scripts_that_change_a_model_refuse_its_folder(module, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teach_domain, "setup_logging", lambda training_args: None)  # would outlast the test
+    folder = str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--model_name_or_path", folder, "--output_dir", folder, *flags])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    assert "is the folder of --model_name_or_path" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
