@@ -33,12 +33,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from run_clm import choose_block_size, load_text
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +56,7 @@ from common.evaluation import held_out_loss
 from common.machine import machine
 from common.model_arguments import ModelArguments, check_output_dir, load_config, load_model
 from common.run_estimate import RunEstimateCallback
-from common.text_data import DataTrainingArguments, take_samples
+from common.text_data import DataTrainingArguments, load_datasets, take_samples
 from common.text_files import errors_name_the_file
 from common.training import (
     ExampleTrainingArguments,
@@ -109,14 +109,14 @@ class TeachingArguments:
     kept_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text that the model is to go on predicting as it did: files, folders or patterns, as of "
-            "--train_file. Without any, the model writes it."
+            "help": "Texts that the model is to go on predicting as it did: files, folders or patterns, as of "
+            "--train_file. Each name is one text, and all of them count the same. Without any, the model writes it."
         },
     )
     kept_standard_library: bool = field(
         default=False,
         metadata={
-            "help": "The text to keep is the source code of the Python standard library, on which the example scripts "
+            "help": "A text to keep is the source code of the Python standard library, on which the example scripts "
             "train without data flags."
         },
     )
@@ -130,13 +130,21 @@ class TeachingArguments:
     def __post_init__(self):
         if isinstance(self.kept_file, str):  # a file of arguments in JSON may name a single file by a string
             self.kept_file = [self.kept_file]
-        if self.kept_file and self.kept_standard_library:
-            raise UsageError("Choose one text to keep: --kept_file or --kept_standard_library.")
+        if self.num_gate_sequences < 2:
+            raise UsageError(
+                "--num_gate_sequences must be at least 2, one to fit gates to and one to hold out, got "
+                f"{self.num_gate_sequences}."
+            )
+        if len(self.kept_texts) > self.num_gate_sequences:
+            raise UsageError(
+                f"--num_gate_sequences {self.num_gate_sequences} gives none to some of the {len(self.kept_texts)} texts "
+                "to keep: name files that are one text by their folder, or by a pattern in quotes."
+            )
 
     @property
-    def is_kept_text_given(self) -> bool:
-        """Whether there is text to keep, so that the model need not write it."""
-        return bool(self.kept_file) or self.kept_standard_library
+    def kept_texts(self) -> list[str | None]:
+        """The names of the texts to keep, `None` for the standard library. Without any the model writes one."""
+        return [*(self.kept_file or []), *([None] if self.kept_standard_library else [])]
 
 
 @dataclass
@@ -257,18 +265,54 @@ def load_texts(
     """Loads the tokenizer and the sequences of either text: `"train"`, for the kept one a sample, and `"validation"`."""
     tokenizer, blocks = load_text(model_args, data_args, training_args, config)
     texts = {DOMAIN: blocks}
-    if args.is_kept_text_given:
-        own = {"train_file": args.kept_file, "validation_file": None, "max_train_samples": args.num_gate_sequences}
-        if args.kept_standard_library:
-            # What is held out of it by default: models of these scripts were trained on all else.
-            own["validation_split_percentage"] = DataTrainingArguments.validation_split_percentage
-        shared = {each.name: getattr(data_args, each.name) for each in fields(DataTrainingArguments)}
-        kept_args = DataTrainingArguments(**shared | own | {"dataset_name": None, "dataset_config_name": None})
-        try:
-            _, texts[KEPT] = load_text(model_args, kept_args, training_args, config)
-        except UsageError as error:
-            raise UsageError(f"The text to keep cannot be used: {error}") from error
+    if args.kept_texts:
+        kept = [
+            load_kept_text(kept_arguments(name, args, data_args), model_args, training_args, config)
+            for name in args.kept_texts
+        ]
+        texts[KEPT] = {name: concatenate_datasets([blocks[name] for blocks in kept]) for name in kept[0]}
+    for name, blocks in texts.items():
+        if len(blocks["train"]) < 2:
+            raise UsageError(
+                f"The {name} fills one sequence of {choose_block_size(data_args, config)} tokens, and the gates need two, "
+                "one to be fitted to and one to be held out: choose a smaller --block_size, or more text."
+            )
     return tokenizer, texts
+
+
+def kept_arguments(name: str | None, args: TeachingArguments, data_args: DomainArguments) -> DataTrainingArguments:
+    """How a text to keep is read: as that of the domain, with as many sequences as of each other text to keep."""
+    shared = {each.name: getattr(data_args, each.name) for each in fields(DataTrainingArguments)}
+    own: dict[str, Any] = dict.fromkeys(("dataset_name", "dataset_config_name", "validation_file"))
+    own["train_file"] = None if name is None else [name]
+    own["max_train_samples"] = args.num_gate_sequences // len(args.kept_texts)
+    own["max_eval_samples"] = max(1, data_args.max_eval_samples // len(args.kept_texts))
+    if name is None:
+        own["text_column_name"] = None
+    if name is None or not data_args.validation_split_percentage:
+        # Of the standard library what is held out by default: models of these scripts were trained on all else.
+        own["validation_split_percentage"] = DataTrainingArguments.validation_split_percentage
+    return DataTrainingArguments(**shared | own)
+
+
+def load_kept_text(
+    kept_args: DataTrainingArguments,
+    model_args: ModelArguments,
+    training_args: DomainTrainingArguments,
+    config: PreTrainedConfig,
+) -> dict[str, Dataset]:
+    """Loads the sequences of a text to keep. It may lack the column of the domain, which is then not looked for."""
+    try:
+        if kept_args.text_column_name is not None:
+            whole = replace(kept_args, text_column_name=None, validation_split_percentage=0)
+            with training_args.main_process_first(desc="loading the text to keep"):
+                columns = load_datasets(whole)["train"].column_names
+            if kept_args.text_column_name not in columns:
+                kept_args = replace(kept_args, text_column_name=None)
+        _, blocks = load_text(model_args, kept_args, training_args, config)
+    except UsageError as error:
+        raise UsageError(f"The text to keep, {kept_args.description}, cannot be used: {error}") from error
+    return blocks
 
 
 def written_texts(

@@ -120,39 +120,73 @@ def test_says_what_it_did(taught):
     assert len(printed.splitlines()) < 35
 
 
-def test_text_to_keep_is_read_as_that_of_the_domain(folder, tmp_path):
-    rows = "".join(json.dumps({"id": "x", "body": KEPT[i : i + 200]}) + "\n" for i in range(0, 4000, 200))
-    (tmp_path / "kept.jsonl").write_text(rows)
-    (tmp_path / "short.jsonl").write_text('{"body": "the"}\n')
-    for file, message in (("kept.jsonl", None), ("short.jsonl", "The text to keep cannot be used: ")):
-        args = teach_domain.TeachingArguments(kept_file=[str(tmp_path / file)], num_gate_sequences=8)
+@pytest.fixture
+def load_texts(folder, tmp_path):
+    """Loads texts for the model `base`, in sequences of 16 tokens, of which gates are fitted to eight."""
+
+    def load(train_file, kept_file, **data):
+        args = teach_domain.TeachingArguments(kept_file=list(map(str, kept_file)), num_gate_sequences=8)
         data_args = teach_domain.DomainArguments(
-            train_file=[str(tmp_path / "kept.jsonl")], text_column_name="body", block_size=16, overwrite_cache=True
+            train_file=[str(train_file)], block_size=16, overwrite_cache=True, **data
         )
-        training_args = teach_domain.DomainTrainingArguments(
-            output_dir=str(tmp_path), do_train=False, do_eval=False, report_to="none"
-        )
+        training_args = teach_domain.DomainTrainingArguments(output_dir=str(tmp_path), report_to="none")
         model_args = teach_domain.ModelArguments(model_name_or_path=str(folder / "base"))
         config = AutoConfig.from_pretrained(folder / "base")
-        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-            tokenizer, texts = teach_domain.load_texts(args, model_args, data_args, training_args, config)
-    assert len(texts["kept text"]["train"]) == 8
-    assert "follows" in tokenizer.decode(texts["kept text"]["train"][0]["input_ids"])  # and not the column before
+        return teach_domain.load_texts(args, model_args, data_args, training_args, config)
+
+    return load
+
+
+def test_text_to_keep_is_read_as_that_of_the_domain(load_texts, folder, tmp_path):
+    """Where it has the column of the domain; a file of text has none."""
+    rows = "".join(json.dumps({"id": "x", "body": KEPT[i : i + 200]}) + "\n" for i in range(0, 4000, 200))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "short.jsonl").write_text('{"body": "the"}\n')
+    for file in (tmp_path / "rows.jsonl", folder / "kept.txt"):
+        tokenizer, texts = load_texts(tmp_path / "rows.jsonl", [file], text_column_name="body")
+        assert len(texts["kept text"]["train"]) == 8
+        assert "follows" in tokenizer.decode(texts["kept text"]["train"][0]["input_ids"])  # and not the column before
+    with pytest.raises(UsageError, match=r"The text to keep, files of short.jsonl, cannot be used: "):
+        load_texts(tmp_path / "rows.jsonl", [tmp_path / "short.jsonl"], text_column_name="body")
+
+
+def test_all_texts_to_keep_count_the_same(load_texts, folder, tmp_path):
+    """However long they are: of a text that is short beside others the gates would know nothing."""
+    (tmp_path / "short.txt").write_text("".join(f"{i} but not {i}\n" for i in range(60)))
+    tokenizer, texts = load_texts(
+        folder / "domain.txt", [folder / "kept.txt", tmp_path / "short.txt"], max_eval_samples=2
+    )
+    for split, number in (("train", 4), ("validation", 1)):
+        kept = tokenizer.batch_decode(texts["kept text"][split]["input_ids"][:])
+        assert ["follows" in text for text in kept] == [True] * number + [False] * number
+        assert ["but" in text for text in kept] == [False] * number + [True] * number
+
+
+def test_a_text_of_one_sequence_is_refused_when_it_is_loaded(load_texts, folder, tmp_path):
+    (tmp_path / "one.txt").write_text(DOMAIN[:60])
+    held_out = {"validation_file": [str(folder / "domain.txt")]}
+    message = "The domain fills one sequence of 16 tokens, .* choose a smaller --block_size, or more text"
+    with pytest.raises(UsageError, match=message):
+        load_texts(tmp_path / "one.txt", [folder / "kept.txt"], **held_out)
 
 
 @pytest.mark.parametrize("percentage", [0, 10])
-def test_of_the_standard_library_the_files_are_kept_that_models_were_not_trained_on(monkeypatch, percentage):
-    """Whatever is held out of the domain."""
-    loaded = []
-    monkeypatch.setattr(teach_domain, "load_text", lambda _, data_args, *__: (None, loaded.append(data_args)))
-    args = teach_domain.TeachingArguments(kept_standard_library=True)
-    files = {"train_file": "a.md", "validation_file": "b.md"}
+def test_text_is_held_out_of_each_text_to_keep(percentage):
+    """
+    Of the standard library what models were not trained on, of files as of the domain. These have no other held-out
+    text: there is none of them if that of the domain is a file.
+    """
+    args = teach_domain.TeachingArguments(kept_file=["c.md", "d.md"], kept_standard_library=True)
+    files = {"train_file": "a.md", "validation_file": "b.md", "text_column_name": "file"}
     data_args = teach_domain.DomainArguments(**files, validation_split_percentage=percentage)
-    teach_domain.load_texts(args, None, data_args, None, None)
-    domain, kept = loaded
-    assert (domain.train_file, domain.validation_split_percentage) == (["a.md"], percentage)
-    assert (kept.train_file, kept.validation_file) == (None, None)
-    assert kept.validation_split_percentage == DataTrainingArguments().validation_split_percentage == 5
+    kept = [teach_domain.kept_arguments(name, args, data_args) for name in args.kept_texts]
+    assert [each.train_file for each in kept] == [["c.md"], ["d.md"], None]
+    assert [each.text_column_name for each in kept] == ["file", "file", None]
+    assert {(each.max_train_samples, each.max_eval_samples) for each in kept} == {(128 // 3, 64 // 3)}
+    assert not any(each.validation_file for each in kept)
+    default = DataTrainingArguments().validation_split_percentage
+    assert [each.validation_split_percentage for each in kept] == [percentage or default] * 2 + [default]
+    assert default == 5
 
 
 def test_card(figures, folder):
@@ -258,8 +292,12 @@ def test_models_that_cannot_be_taught(config, number, message):
             "error: There is no text to teach: name it by --train_file or --dataset_name.",
         ),
         (
-            ["--train_file", "a.md", "--kept_file", "b.md", "--kept_standard_library"],
-            "error: Choose one text to keep: --kept_file or --kept_standard_library.",
+            ["--train_file", "a.md", "--num_gate_sequences", "1"],
+            "error: --num_gate_sequences must be at least 2, one to fit gates to and one to hold out, got 1.",
+        ),
+        (
+            ["--train_file", "a.md", "--num_gate_sequences", "2", "--kept_standard_library", "--kept_file", "b", "c"],
+            "error: --num_gate_sequences 2 gives none to some of the 3 texts to keep: name files that are one text by",
         ),
         (["--train_file", "a.md", "--streaming"], "error: --streaming is for longer texts than this script takes"),
         (
