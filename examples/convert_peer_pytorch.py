@@ -42,8 +42,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.command_line import ends_on_usage_error, parse_arguments
-from common.model_arguments import check_output_dir, loads_checkpoint
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
+from common.model_arguments import check_output_dir, checks_fields, loads_checkpoint
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.key_grid import expert_index, grid_size
 
@@ -86,24 +86,24 @@ def layer_fields(
         with.
 
     Raises:
-        `ValueError`: if there are no such fields, or the state dict is not that of such a layer.
+        `UsageError`: if there are no such fields, or the state dict is not that of such a layer.
     """
     missing = [name for name in TENSORS if name not in state_dict]
     unknown = sorted(set(state_dict) - {*TENSORS, PRE_NORM})
     if missing or unknown:
-        raise ValueError(
+        raise UsageError(
             f"These are not the tensors of a PEER-pytorch `PEER` layer: {missing} missing, {unknown} unknown. Give "
             "the prefix of the tensors of the layer by --prefix; `PEERLora` and `PKAttention` are other layers."
         )
     num_heads, num_keys, _, dim_key = state_dict["keys"].shape
     num_rows, hidden_size = state_dict["weight_down_embed.weight"].shape
     if num_rows != num_keys**2:
-        raise ValueError(
+        raise UsageError(
             f"`separate_embed_per_head=True` cannot be converted: the {num_heads} heads have {num_rows} experts, "
             f"{num_keys**2} each, but all heads of a `PeerFeedForward` retrieve from one pool."
         )
     if product_key_topk is not None and product_key_topk < num_experts_per_head and not non_competing_scores:
-        raise ValueError(
+        raise UsageError(
             f"`product_key_topk={product_key_topk}` cannot be converted: fewer candidates than the "
             f"{num_experts_per_head} experts of a head miss some of the best ones, but retrieval in this package is "
             "exact."
@@ -165,7 +165,7 @@ def place_layer(
         fields (`dict[str, Any]`): Fields of the layer, from [`layer_fields`].
 
     Raises:
-        `ValueError`: if the layer does not fit into the model.
+        `UsageError`: if the layer does not fit into the model.
     """
     config = base_model.config
     _check_fit(config, layer, fields)
@@ -176,7 +176,8 @@ def place_layer(
     weights |= {f"{name}.mlp.{key}": value for key, value in convert_layer(state_dict).items()}
     if PRE_NORM in state_dict:
         weights[f"{name}.post_attention_layernorm.weight"] = state_dict[PRE_NORM] + 1
-    model = PeerForCausalLM(PeerConfig.from_dict(config.to_dict() | fields | {"feed_forward_types": types}))
+    with checks_fields():
+        model = PeerForCausalLM(PeerConfig.from_dict(config.to_dict() | fields | {"feed_forward_types": types}))
     model.load_state_dict(weights)
     model.generation_config = base_model.generation_config
     return model.to(base_model.dtype).eval()
@@ -184,9 +185,9 @@ def place_layer(
 
 def _check_fit(config, layer, fields):
     if not 0 <= layer < config.num_hidden_layers:
-        raise ValueError(f"There is no layer {layer}: the checkpoint has layers 0 to {config.num_hidden_layers - 1}.")
+        raise UsageError(f"There is no layer {layer}: the checkpoint has layers 0 to {config.num_hidden_layers - 1}.")
     if config.hidden_size != fields["hidden_size"]:
-        raise ValueError(
+        raise UsageError(
             f"`dim` of the layer must equal the `hidden_size` of the checkpoint, {config.hidden_size}, but got "
             f"`dim={fields['hidden_size']}`."
         )
@@ -197,7 +198,7 @@ def _check_fit(config, layer, fields):
         if getattr(config, name) != value
     ]
     if others and differing:
-        raise ValueError(
+        raise UsageError(
             f"All PEER layers of a model must have the same shape, but layers {others} of the checkpoint have "
             f"{'; '.join(differing)}."
         )
@@ -210,7 +211,7 @@ def main():
     with loads_checkpoint(args.model_name_or_path):
         base_model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     if not isinstance(base_model, PeerForCausalLM):
-        raise ValueError(
+        raise UsageError(
             f"{args.model_name_or_path} must contain a PeerForCausalLM, but contains a {type(base_model).__name__}."
         )
     state_dict = _load_state_dict(args.peer_pytorch_checkpoint, args.prefix)
@@ -230,6 +231,8 @@ def main():
 
 
 def _load_state_dict(file, prefix):
+    if not Path(file).is_file():
+        raise UsageError(f"There is no file {file}: name the state dict of the layer by --peer_pytorch_checkpoint.")
     tensors = load_file(file) if Path(file).suffix == ".safetensors" else torch.load(file, weights_only=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer.explorer import ExpertContexts, save_explorer_page
 
@@ -48,6 +48,7 @@ class Arguments:
     )
 
 
+@ends_on_usage_error()
 def main() -> None:
     (arguments,) = parse_arguments((Arguments,), __doc__)
     folder = Path(arguments.model_name_or_path)

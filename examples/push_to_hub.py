@@ -29,11 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cards import MAX_NEW_TOKENS, PROMPT, TRAINING_FILE, USAGE_PICTURE, card_of_folder
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
+from common.model_arguments import loads_checkpoint
 from modeling_peer.checkpoint_card import is_written_card
 
 
@@ -134,17 +135,21 @@ def _logged_in_user(api):
         raise SystemExit(
             f"{api.endpoint} does not accept your token: run `hf auth login`, or set HF_TOKEN to another. {error}"
         ) from error
+    except (HTTPError, ConnectionError) as error:  # of the HTTP client of the Hub, or of its offline mode
+        raise SystemExit(f"{api.endpoint} cannot be reached, so nothing was pushed: {error}") from error
 
 
 def continuation(name_or_path: str, args: PushArguments) -> str:
     """Returns the prompt and its greedy continuation by a checkpoint."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(name_or_path).eval()
+    with loads_checkpoint(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
+@ends_on_usage_error()
 def main():
     (args,) = parse_arguments((PushArguments,), __doc__)
     repo_id = args.repo_id if args.model_name_or_path is None else push(args)

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils import logging
 
 from common.cards import USAGE_GUIDE
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.pictures import add_legend, look_of, new_figure, save_picture
 from common.text_data import DataTrainingArguments
@@ -242,6 +242,7 @@ def write_sample(folder: Path, prompt: str) -> None:
     print("\n" + describe_experts(model, tokens))
 
 
+@ends_on_usage_error()
 def main():
     start = time.time()
     args, data_args = parse_arguments((QuickstartArguments, QuickstartDataArguments), __doc__)

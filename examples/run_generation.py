@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from common.command_line import parse_arguments
+from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, measure_usage
 from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
@@ -164,6 +164,7 @@ def _counting(meter, shape):
     return hook
 
 
+@ends_on_usage_error()
 def main():
     (args,) = parse_arguments((GenerationArguments,), __doc__)
     set_seed(args.seed)

@@ -23,6 +23,8 @@ from zlib import crc32
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from common.command_line import UsageError
+
 
 # Skipped in the standard library: installed packages, tests, and tables of data in the form of code.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -83,7 +85,7 @@ def byte_level_tokenizer(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise ValueError(
+        raise UsageError(
             f"A byte-level tokenizer has at least {smallest} tokens, but the `vocab_size` of the model is "
             f"{vocab_size}: choose a larger one (--config_overrides vocab_size=4096), or give a tokenizer "
             "(--tokenizer_name)."

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -78,7 +79,7 @@ class ModelArguments:
 
     def __post_init__(self):
         if self.model_name_or_path is not None and self.config_name is not None:
-            raise ValueError("Choose either a new model, --config_name, or a checkpoint, --model_name_or_path.")
+            raise UsageError("Choose either a new model, --config_name, or a checkpoint, --model_name_or_path.")
         if self.model_name_or_path is None and self.config_name is None:
             self.config_name = "peer-toy"
 
@@ -103,21 +104,21 @@ class DistributedArguments:
 
     def make_config(self, training_args: TrainingArguments, config: PreTrainedConfig) -> DistributedConfig | None:
         """
-        Makes what splits a model with this configuration; `None` without memory groups. Raises `ValueError` where
+        Makes what splits a model with this configuration; `None` without memory groups. Raises `UsageError` where
         there can be none.
         """
         if self.ep_size == 1:
             return None
         if not isinstance(config, PeerConfig):
-            raise ValueError(f"--ep_size {self.ep_size} needs a PEER model, not one of {type(config).__name__}.")
+            raise UsageError(f"--ep_size {self.ep_size} needs a PEER model, not one of {type(config).__name__}.")
         if uses_fsdp(training_args):
-            raise ValueError(
+            raise UsageError(
                 f"--ep_size {self.ep_size} applies FSDP2 itself: leave out --fsdp, and start the script by "
                 "configuration/launch/memory_group.sh, not by a launch file for FSDP."
             )
         num_processes = training_args.world_size
         if self.ep_size < 1 or num_processes % self.ep_size:
-            raise ValueError(
+            raise UsageError(
                 f"--ep_size must divide the number of processes, {num_processes}, got {self.ep_size}: start the "
                 "script by a launcher, as configuration/launch/memory_group.sh does."
             )
@@ -130,11 +131,22 @@ RETIRED_FIELDS = {"sparse_expert_gradients"}
 
 @contextmanager
 def loads_checkpoint(name: str) -> Iterator[None]:
-    """Raises the `OSError` of a checkpoint that cannot be loaded with its name, and with what it must be."""
+    """Raises `UsageError` with the name of a checkpoint that cannot be loaded, and with what it must be."""
     try:
         yield
     except OSError as error:
-        raise OSError(_no_checkpoint(name, error)) from error
+        raise UsageError(_no_checkpoint(name, error)) from error
+
+
+@contextmanager
+def checks_fields() -> Iterator[None]:
+    """Raises `UsageError` in place of what a configuration raises if its fields do not fit."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise UsageError(str(error.__cause__ or error)) from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_output_dir(output_dir: str, model_name_or_path: str | None) -> None:
@@ -166,25 +178,34 @@ def _no_configuration(name):
 
 
 def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
-    """Loads the configuration that the arguments name, with their overrides and with `fields`."""
+    """
+    Loads the configuration that the arguments name, with their overrides and with `fields`. Raises `UsageError` if there
+    is none, or for overrides that it cannot have.
+    """
     name = args.model_name_or_path or args.config_name
     if name in list_configurations() and args.model_name_or_path is None:
         name = configuration_path(name)
     try:
         values, _ = PreTrainedConfig.get_config_dict(name, revision=args.model_revision)
     except OSError as error:
-        raise OSError(_no_configuration(name) if args.is_new else _no_checkpoint(name, error)) from error
-    config_class = CONFIG_MAPPING[values["model_type"]]
+        raise UsageError(_no_configuration(name) if args.is_new else _no_checkpoint(name, error)) from error
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UsageError(
+            f"The configuration {name} has the `model_type` {model_type!r}, which Transformers does not know."
+        )
+    config_class = CONFIG_MAPPING[model_type]
     overrides = _parse_overrides(args.config_overrides)
     fields = {name: value for name, value in (fields | overrides).items() if name not in RETIRED_FIELDS}
     for field_name in fields:
         if not hasattr(config_class, field_name):
             flag = "--config_overrides: " if field_name in overrides else ""
-            raise ValueError(f"{flag}{config_class.__name__} has no field {field_name!r}.")
-    if args.model_name_or_path is not None:
-        return AutoConfig.from_pretrained(name, revision=args.model_revision, **fields)
-    # A new configuration derives its fields from the changed ones; changing an existing one would not.
-    return config_class.from_dict(values | fields)
+            raise UsageError(f"{flag}{config_class.__name__} has no field {field_name!r}.")
+    with checks_fields():
+        if args.model_name_or_path is not None:
+            return AutoConfig.from_pretrained(name, revision=args.model_revision, **fields)
+        # A new configuration derives its fields from the changed ones; changing an existing one would not.
+        return config_class.from_dict(values | fields)
 
 
 def _parse_overrides(text):
@@ -194,14 +215,14 @@ def _parse_overrides(text):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"--config_overrides begins like a JSON object, but is none: {error} in {text!r}."
             ) from error
     overrides = {}
     for assignment in text.split(","):
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ValueError(f'--config_overrides must have the form "name=value,name=value", but got {text!r}.')
+            raise UsageError(f'--config_overrides must have the form "name=value,name=value", but got {text!r}.')
         overrides[name.strip()] = _parse_value(value.strip())
     return overrides
 
@@ -229,9 +250,10 @@ def load_tokenizer(
     """
     name = args.tokenizer_name or args.model_name_or_path or checkpoint
     if name is not None:
-        return AutoTokenizer.from_pretrained(name, revision=args.model_revision)
+        with loads_checkpoint(name):
+            return AutoTokenizer.from_pretrained(name, revision=args.model_revision)
     if train_dataset is None:
-        raise ValueError("There is no training set to train a tokenizer on: give a tokenizer, --tokenizer_name.")
+        raise UsageError("There is no training set to train a tokenizer on: give a tokenizer, --tokenizer_name.")
     logger.info(f"Training a tokenizer of {config.vocab_size} tokens on the training set")
     column = text_column(train_dataset, data_args)
     return train_tokenizer(train_dataset, column, config.vocab_size, config.max_position_embeddings)
@@ -267,13 +289,14 @@ def load_model(
         config.vocab_size = max(config.vocab_size, len(tokenizer))
         return model_class.from_config(config, dtype=None if dtype == "auto" else dtype, **options)
     if distributed_config is not None and len(tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"The tokenizer has {len(tokenizer)} tokens and the model embeddings of {config.vocab_size}: resize them "
             "and save the model in one process before it is split."
         )
-    model = model_class.from_pretrained(
-        args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype, **options
-    )
+    with loads_checkpoint(args.model_name_or_path):
+        model = model_class.from_pretrained(
+            args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype, **options
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_peer_pytorch import layer_fields, place_layer
-from huggingface_hub.errors import StrictDataclassError
+from convert_peer_pytorch import _load_state_dict, layer_fields, place_layer
 from PEER_pytorch import PEER, PEERLora
 from preloaded import python
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from torch.testing import assert_close
 
+from common.command_line import UsageError
 from modeling_peer import PeerForCausalLM
 
 
@@ -113,17 +113,21 @@ def test_several_layers_one_after_the_other():
 class TestRefusals:
     def test_separate_experts_of_heads(self):
         layer = peer_pytorch_layer(separate_embed_per_head=True)
-        with pytest.raises(ValueError, match="separate_embed_per_head"):
+        with pytest.raises(UsageError, match="separate_embed_per_head"):
             layer_fields(layer.state_dict())
 
     def test_inexact_retrieval(self):
         layer = peer_pytorch_layer(non_competing_scores=False, product_key_topk=2)
-        with pytest.raises(ValueError, match="product_key_topk=2"):
+        with pytest.raises(UsageError, match="product_key_topk=2"):
             layer_fields(layer.state_dict(), num_experts_per_head=4, product_key_topk=2, non_competing_scores=False)
 
     def test_other_layers(self):
-        with pytest.raises(ValueError, match="PEERLora"):
+        with pytest.raises(UsageError, match="PEERLora"):
             layer_fields(PEERLora(DIM, num_experts=7**2).state_dict())
+
+    def test_no_file(self):
+        with pytest.raises(UsageError, match=r"no file none.pt: .* --peer_pytorch_checkpoint"):
+            _load_state_dict("none.pt", "")
 
     @pytest.mark.parametrize(
         ("types", "options", "layer", "message"),
@@ -140,7 +144,7 @@ class TestRefusals:
         if "num_experts_per_head" in options:
             flags |= {"num_experts_per_head": options["num_experts_per_head"], "non_competing_scores": False}
         peer = peer_pytorch_layer(**options)
-        with pytest.raises((ValueError, StrictDataclassError), match=message):
+        with pytest.raises(UsageError, match=message):
             place_layer(host(*types), layer, peer.state_dict(), layer_fields(peer.state_dict(), **flags))
 
 

@@ -46,6 +46,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from common.command_line import UsageError
 from common.model_arguments import DistributedArguments, ModelArguments, load_config
 from common.run_estimate import estimate
 from common.text_data import (
@@ -321,12 +322,12 @@ class TestLanguageModel:
         config = load_config(ModelArguments(config_overrides=SMALL))
         assert DistributedArguments().make_config(training_args, config) is None
         for size in (2, 0):
-            with pytest.raises(ValueError, match=f"--ep_size must divide the number of processes, 1, got {size}"):
+            with pytest.raises(UsageError, match=f"--ep_size must divide the number of processes, 1, got {size}"):
                 DistributedArguments(ep_size=size).make_config(training_args, config)
-        with pytest.raises(ValueError, match="--ep_size 2 needs a PEER model, not one of PreTrainedConfig"):
+        with pytest.raises(UsageError, match="--ep_size 2 needs a PEER model, not one of PreTrainedConfig"):
             DistributedArguments(ep_size=2).make_config(training_args, PreTrainedConfig())
         training_args.fsdp = True
-        with pytest.raises(ValueError, match="--ep_size 2 applies FSDP2 itself: leave out --fsdp"):
+        with pytest.raises(UsageError, match="--ep_size 2 applies FSDP2 itself: leave out --fsdp"):
             DistributedArguments(ep_size=2).make_config(training_args, config)
 
     def test_fsdp_leaves_the_optimizer_to_the_trainer(self, tmp_path):

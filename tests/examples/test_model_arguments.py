@@ -13,16 +13,22 @@
 # limitations under the License.
 """The model that the examples train, from their flags: configurations, overrides, and checkpoints that are not there."""
 
+import contextlib
+import json
 import sys
 
 import convert_peer_pytorch
+import datasets
 import huggingface_hub
 import make_explorer_page
+import push_to_hub
 import pytest
 import quantize
+import quickstart
+import run_clm
 import run_generation
 import teach_domain
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi
 
 from common.command_line import UsageError
 from common.model_arguments import ModelArguments, check_output_dir, load_config
@@ -54,8 +60,25 @@ def test_overrides():
 )
 def test_errors_say_what_to_do(monkeypatch, flags, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises((OSError, ValueError, StrictDataclassError), match=message):
+    with pytest.raises(UsageError, match=message):
         load_config(ModelArguments(**flags))
+
+
+@pytest.fixture
+def usage_error(monkeypatch, capsys):
+    """The last line that a script prints, of which wrong flags are the end; it is offline."""
+
+    def run(module, *flags):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        for scripts in (run_clm, quantize, teach_domain):
+            monkeypatch.setattr(scripts, "setup_logging", lambda training_args: None)  # would outlast the test
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -63,26 +86,61 @@ def test_errors_say_what_to_do(monkeypatch, flags, message):
     [
         (run_generation, ()),
         (make_explorer_page, ("--text", "one")),
+        (convert_peer_pytorch, ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1", "--output_dir", "b")),
+        (quantize, ("--output_dir", "b")),
+        (teach_domain, ("--train_file", "a.md", "--output_dir", "b")),
+        (run_clm, ("--do_train", "--output_dir", "b")),
+    ],
+)
+def test_a_missing_checkpoint_is_named(usage_error, module, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = usage_error(module, "--model_name_or_path", "runs/none", *flags)
+    assert "error: No checkpoint can be loaded from 'runs/none', which must be" in error
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (quickstart, ("--train_file", "no.txt"), "There is no file or folder no.txt."),
+        (quantize, ("--output_dir", "b"), "--model_name_or_path must name the checkpoint to quantize."),
+        (push_to_hub, ("--repo_id", "user/none", "--pull"), "No checkpoint can be loaded from 'user/none'"),
+        (run_clm, ("--do_train", "--output_dir", "b", "--config_name", "none"), "There is no configuration 'none'"),
         (
-            convert_peer_pytorch,
-            (
-                "--peer_pytorch_checkpoint",
-                "a.pt",
-                "--layer",
-                "1",
-                "--output_dir",
-                "b",
-                "--num_experts_per_head",
-                "4",
-            ),
+            run_clm,
+            ("--do_train", "--output_dir", "b", "--config_overrides", "num_experts=60"),
+            "`num_experts` must be a perfect square",
+        ),
+        (
+            run_clm,
+            ("--do_train", "--output_dir", "b", "--tokenizer_name", "none", "--train_file", "a.md"),
+            "No checkpoint can be loaded from 'none'",
+        ),
+        (
+            run_clm,
+            ("--do_train", "--output_dir", "b", "--config_overrides", "vocab_size=9", "--train_file", "a.md"),
+            "A byte-level tokenizer has at least 258 tokens",
         ),
     ],
 )
-def test_a_missing_checkpoint_is_named(monkeypatch, module, flags):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["script.py", "--model_name_or_path", "runs/none", *flags])
-    with pytest.raises(OSError, match="No checkpoint can be loaded from 'runs/none'"):
-        module.main()
+def test_mistakes_end_with_one_line(usage_error, module, flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.md").write_text("one and two\n" * 100)
+    assert f"error: {message}" in usage_error(module, *flags)
+
+
+def test_a_hub_that_cannot_be_reached_is_named():
+    with pytest.raises(SystemExit, match="http://127.0.0.1:9 cannot be reached, so nothing was pushed: "):
+        push_to_hub._logged_in_user(HfApi(endpoint="http://127.0.0.1:9", token="hf_x"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shown"), [({}, "None"), ({"model_type": "no_such"}, "'no_such'"), ({"model_type": "peer"}, None)]
+)
+def test_unknown_types_of_models_are_refused(model_type, shown, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model_type))
+    with pytest.raises(UsageError, match=f"`model_type` {shown}, which") if shown else contextlib.nullcontext():
+        load_config(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
 def test_no_model_is_saved_over_the_one_that_it_was_made_from(tmp_path, monkeypatch):
@@ -105,12 +163,7 @@ def test_no_model_is_saved_over_the_one_that_it_was_made_from(tmp_path, monkeypa
         (teach_domain, ("--train_file", "a.md")),
     ],
 )
-def test_scripts_that_change_a_model_refuse_its_folder(module, flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teach_domain, "setup_logging", lambda training_args: None)  # would outlast the test
-    folder = str(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["script.py", "--model_name_or_path", folder, "--output_dir", folder, *flags])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 2
-    assert "is the folder of --model_name_or_path" in capsys.readouterr().err.splitlines()[-1]
+def test_scripts_that_change_a_model_refuse_its_folder(usage_error, module, flags, tmp_path):
+    error = usage_error(module, "--model_name_or_path", tmp_path, "--output_dir", tmp_path, *flags)
+    assert "is the folder of --model_name_or_path" in error
     assert not list(tmp_path.iterdir())
