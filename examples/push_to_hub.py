@@ -32,7 +32,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.cards import MAX_NEW_TOKENS, PROMPT, TRAINING_FILE, USAGE_PICTURE, card_of_folder
+from common.cards import MAX_NEW_TOKENS, PROMPT, TEACHING_FLAGS_FILE, TRAINING_FILE, USAGE_PICTURE, card_of_folder
 from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer.checkpoint_card import is_written_card
@@ -47,7 +47,7 @@ NEEDED = {
 }
 # Files that are pushed, and files among them that only describe the training.
 PUSHED = ("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.png", "README.md", "LICENSE")
-LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json", TRAINING_FILE)
+LEFT_OUT = ("trainer_state.json", "train_results.json", "eval_results.json", TRAINING_FILE, TEACHING_FLAGS_FILE)
 
 
 @dataclass

@@ -28,7 +28,6 @@ checkpoint there. The defaults are the best of the study of streams, `examples/s
 
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +50,8 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from common.command_line import UsageError, ends_on_usage_error, parse_arguments
+from common.cards import TEACHING_FLAGS_FILE
+from common.command_line import UsageError, command_to_share, ends_on_usage_error, parse_arguments
 from common.evaluation import held_out_loss
 from common.machine import machine
 from common.model_arguments import ModelArguments, check_output_dir, load_config, load_model
@@ -80,9 +80,6 @@ from modeling_peer import (
 
 
 DOMAIN, KEPT = "domain", "kept text"
-
-# In the folder of a run: the flags by which its checkpoints were made.
-FLAGS_FILE = "teaching_flags.json"
 
 # Flags of the data that neither the text to train on nor the gates depend on.
 UNTRAINED_FLAGS = ("max_eval_samples", "preprocessing_num_workers", "overwrite_cache")
@@ -465,11 +462,11 @@ def check_checkpoint(flags: dict[str, Any], training_args: DomainTrainingArgumen
     """
     if last_complete_checkpoint(training_args.output_dir) is None:
         return
-    file = Path(training_args.output_dir, FLAGS_FILE)
+    file = Path(training_args.output_dir, TEACHING_FLAGS_FILE)
     if not file.exists():
         raise UsageError(
-            f"{training_args.output_dir} has checkpoints, but no {FLAGS_FILE}, which this script saves before its first: "
-            "they are of another script, so choose another --output_dir."
+            f"{training_args.output_dir} has checkpoints, but no {TEACHING_FLAGS_FILE}, which this script saves before "
+            "its first: they are of another script, so choose another --output_dir."
         )
     before = json.loads(file.read_text(encoding="utf-8"))
     if changed := [f"--{name} was {before.get(name)}" for name in flags if flags[name] != before.get(name)]:
@@ -484,7 +481,7 @@ def save_flags(flags: dict[str, Any], training_args: DomainTrainingArguments) ->
     if training_args.process_index == 0 and last_complete_checkpoint(training_args.output_dir) is None:
         folder = Path(training_args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FLAGS_FILE).write_text(json.dumps(flags, indent=2) + "\n", encoding="utf-8")
+        (folder / TEACHING_FLAGS_FILE).write_text(json.dumps(flags, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare(
@@ -543,7 +540,8 @@ def main():
         model, tokenizer, texts = prepare(args, model_args, data_args, training_args)
     save_flags(flags, training_args)
     trainer, figures = teach(model, tokenizer, texts, args, training_args, checkpoint, data_args.description)
-    save_figures(trainer, figures, command=shlex.join(sys.argv), seconds=round(time.time() - start))
+    command = command_to_share(sys.argv, training_args.hub_token)
+    save_figures(trainer, figures, command=command, seconds=round(time.time() - start))
     save_card(trainer, dataset=data_args.dataset_name)
     print(describe(figures, model, training_args.output_dir))
 

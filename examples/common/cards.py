@@ -15,10 +15,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -46,6 +49,9 @@ USAGE_PICTURE = "expert_usage.png"
 
 # What the example scripts save of a training for its card: `data`, `base_model` and `settings`.
 TRAINING_FILE = "training.json"
+
+# … and of the flags of a teaching, with paths of this machine. `Trainer` pushes no file whose name begins so.
+TEACHING_FLAGS_FILE = "_teaching_flags.json"
 
 # What the measures of expert usage mean, and what is healthy: the figures are those of the scaling study's models with
 # BatchNorm on 65,536 tokens of held-out text, of which results.json has `usage`.
@@ -85,7 +91,7 @@ def make_card(
         results (`dict[str, float]`):
             Results as in all_results.json. Keys that are neither in `RESULTS` nor in `COMPARED` are left out.
         license, dataset_name (`str`, *optional*):
-            License of the model, and the dataset of the Hub that it was trained on.
+            License of the model, and the dataset that it was trained on, which metadata name if it is of the Hub.
         tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
         description (`str`, *optional*): Further description, in Markdown.
         prompt (`str`), max_new_tokens (`int`): Prompt of the example code, and number of tokens that it generates.
@@ -101,6 +107,7 @@ def make_card(
             replaces.
     """
     training = training or {}
+    dataset_name = dataset_name if _is_of_hub(dataset_name) else None
     model_name = repo_id.split("/")[-1]
     has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types
     found = [(*key.partition("/")[::2], value) for key, value in results.items()]
@@ -149,6 +156,17 @@ def make_card(
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         max_new_tokens=max_new_tokens,
     )
+
+
+def _is_of_hub(dataset_name):
+    """Whether a dataset is named by an id, not a folder."""
+    if dataset_name is None or os.path.exists(dataset_name):
+        return False
+    try:
+        validate_repo_id(dataset_name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def card_of_folder(

@@ -14,12 +14,15 @@
 """Flags of the examples, as those of Transformers' own examples are."""
 
 import os
+import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, make_dataclass
+from glob import has_magic
+from pathlib import Path
 from typing import get_type_hints
 
 from transformers import HfArgumentParser
@@ -80,6 +83,27 @@ def ends_on_usage_error(error_type: type[ValueError] = UsageError) -> Iterator[N
     except error_type as error:
         print(f"{_program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def command_to_share(words: Sequence[str], secret: str | None = None) -> str:
+    """
+    A command line without what is this machine's own: of files and folders it has the names alone.
+
+    Args:
+        words (`Sequence[str]`): The words of the command, the first of which is the script.
+        secret (`str`, *optional*): A value that is left out, a token.
+    """
+    shown = [os.path.basename(words[0])]
+    for word in words[1:]:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        shown.append(flag + equals + ("TOKEN" if value == secret else _without_place(value)))
+    return shlex.join(shown)
+
+
+def _without_place(value):
+    """The name of a file or folder, or of a pattern. A relative name of two parts may be an id of the Hub."""
+    is_place = os.path.exists(value) or has_magic(value) or value.startswith((".", "/", "~"))
+    return Path(value).name or value if is_place or len(Path(value).parts) > 2 else value
 
 
 def _program():

@@ -103,7 +103,8 @@ class DatasetArguments:
     def description(self) -> str:
         """What the training set is, without where it is on this machine."""
         if self.dataset_name is not None:
-            return " ".join(filter(None, [self.dataset_name, self.dataset_config_name]))
+            name = Path(self.dataset_name).name if Path(self.dataset_name).exists() else self.dataset_name
+            return " ".join(filter(None, [name, self.dataset_config_name]))
         if self.train_file:
             return "files of " + ", ".join(map(_without_place, self.train_file))
         return f"the source code of the standard library of Python {sys.version_info[0]}.{sys.version_info[1]}"

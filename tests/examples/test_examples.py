@@ -46,6 +46,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from common.cards import make_card
 from common.command_line import UsageError
 from common.model_arguments import DistributedArguments, ModelArguments, load_config
 from common.run_estimate import estimate
@@ -553,6 +554,21 @@ class TestHub:
         assert (card.data.base_model, card.data.license, card.data.datasets) == ("user/before", "mit", "user/digits")
         assert 'from_pretrained("user/numbers", trust_remote_code=False)' in card.text
         assert "expert_usage.png" not in card.text and not is_written_card(card.text)
+
+    def test_a_dataset_in_a_folder_is_none_of_the_hub(self, tmp_path, monkeypatch):
+        """Nor does the card say where it is."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my" / "texts").mkdir(parents=True)
+        config = load_config(ModelArguments(config_overrides=SMALL))
+        for name, shown in (("my/texts", None), (str(tmp_path), None), ("user/texts", "user/texts"), ("imdb", "imdb")):
+            data = DataTrainingArguments(dataset_name=name).description
+            assert data == (shown or Path(name).name)
+            options = {"prompt": "a", "max_new_tokens": 1, "training": {"data": data}}
+            card = make_card("user/model", config, {"perplexity": 2.0}, dataset_name=name, **options)
+            assert card.data.datasets == shown
+            (result,) = card.data.eval_results
+            assert (result.dataset_type, result.dataset_name) == (shown or "text", shown or "held-out text")
+            assert shown or name not in str(card)
 
     def test_says_who_is_not_logged_in(self, checkpoint, tmp_path):
         with HubServer() as hub:

@@ -30,7 +30,7 @@ import run_generation
 import teach_domain
 from huggingface_hub import HfApi
 
-from common.command_line import UsageError
+from common.command_line import UsageError, command_to_share
 from common.model_arguments import ModelArguments, check_output_dir, load_config
 
 
@@ -127,6 +127,31 @@ def test_mistakes_end_with_one_line(usage_error, module, flags, message, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.md").write_text("one and two\n" * 100)
     assert f"error: {message}" in usage_error(module, *flags)
+
+
+def test_commands_are_shown_without_the_places_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.md").write_text("one")
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "ids" / "here").mkdir()
+    for value, shown in (
+        ("data/a.md", "a.md"),
+        (str(tmp_path / "data"), "data"),
+        ("/none/a.md", "a.md"),
+        ("~/a.md", "a.md"),
+        ("../a.md", "a.md"),
+        ("data/*.md", "'*.md'"),
+        ("runs/new/model", "model"),
+        ("ids/here", "here"),
+        ("user/model", "user/model"),
+        ("0.5", "0.5"),
+        ("hf_secret", "TOKEN"),
+    ):
+        assert command_to_share(["examples/script.py", "--flag", value], "hf_secret") == f"script.py --flag {shown}"
+        assert command_to_share(["script.py", f"--flag={value}"], "hf_secret").endswith(
+            shown.strip("'") + "'" * ("*" in shown)
+        )
 
 
 def test_a_hub_that_cannot_be_reached_is_named():

@@ -21,8 +21,10 @@ import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from unittest.mock import MagicMock
 
 import datasets
+import push_to_hub
 import pytest
 import teach_domain
 import torch
@@ -205,9 +207,31 @@ def test_card(figures, folder):
     assert values == figures["after"]
 
 
+def test_what_is_pushed_names_no_place_of_this_machine(figures, folder, monkeypatch):
+    words = figures["command"].split()
+    assert words[:7:2] == ["teach_domain.py", "base", "domain.txt", "16"]
+    assert words[words.index("--kept_file") + 1] == "kept.txt" and words[words.index("--output_dir") + 1] == "taught"
+    hub, pushed = MagicMock(endpoint="here"), {}
+
+    def create_commit(repo_id, operations, commit_message):
+        for each in operations:
+            with each.as_file() as file:
+                pushed[each.path_in_repo] = file.read()
+        return MagicMock()
+
+    hub.create_commit = create_commit
+    monkeypatch.setattr(push_to_hub, "HfApi", lambda: hub)
+    push_to_hub.push(push_to_hub.PushArguments("user/taught", str(folder / "taught")))
+    assert {"config.json", "teaching.json", "README.md"} <= pushed.keys()
+    assert not [name for name, content in pushed.items() if str(folder).encode() in content]
+    # The one file that has them. `Trainer.push_to_hub` leaves out what begins with an underscore.
+    (flags,) = (each.name for each in (folder / "taught").glob("*.json") if str(folder) in each.read_text())
+    assert flags.startswith("_") and flags not in pushed
+
+
 def test_resumes(figures, folder, teach, caplog):
     shutil.copytree(folder / "taught" / "checkpoint-6", folder / "resumed" / "checkpoint-6")
-    shutil.copy(folder / "taught" / "teaching_flags.json", folder / "resumed")
+    shutil.copy(folder / "taught" / "_teaching_flags.json", folder / "resumed")
     again, _ = teach("base", "resumed", "--kept_file", folder / "kept.txt")
     assert "Resuming training from" in caplog.text
     assert again["after"] == figures["after"]
@@ -230,14 +254,14 @@ def test_resumes(figures, folder, teach, caplog):
 )
 def test_does_not_resume_from_another_teaching(changed, message, folder, taught, teach, monkeypatch):
     """Nothing is loaded, and the file of flags stays that of the checkpoint."""
-    before = (folder / "taught" / "teaching_flags.json").read_bytes()
+    before = (folder / "taught" / "_teaching_flags.json").read_bytes()
     monkeypatch.setattr(teach_domain, "prepare", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.setattr(teach_domain, "ends_on_usage_error", contextlib.nullcontext)
     expected = message.replace("KEPT", str(folder / "kept.txt"))
     whole = f"{folder / 'taught'} has a checkpoint of another teaching, of which {expected}: choose another"
     with pytest.raises(UsageError, match=re.escape(whole)):
         teach("base", "taught", "--kept_file", folder / "kept.txt", *changed)
-    assert (folder / "taught" / "teaching_flags.json").read_bytes() == before
+    assert (folder / "taught" / "_teaching_flags.json").read_bytes() == before
 
 
 def test_does_not_resume_from_a_checkpoint_of_another_script(folder, taught, teach, monkeypatch):
@@ -247,7 +271,7 @@ def test_does_not_resume_from_a_checkpoint_of_another_script(folder, taught, tea
     monkeypatch.setattr(teach_domain, "ends_on_usage_error", contextlib.nullcontext)
     with pytest.raises(UsageError, match=r"pretrained has checkpoints, but no .*choose another --output_dir"):
         teach("base", "pretrained", "--kept_file", folder / "kept.txt")
-    assert not (folder / "pretrained" / "teaching_flags.json").exists()
+    assert not (folder / "pretrained" / "_teaching_flags.json").exists()
 
 
 def test_a_further_domain_without_text_to_keep(figures, teach, folder):
