@@ -99,9 +99,15 @@ def main():
     )
     setup_logging(training_args)
     config = load_config(model_args)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"{model_args.model_name_or_path} is quantized already: name the checkpoint that it was made of."
+        )
     tokenizer, blocks = load_text(model_args, data_args, training_args, config)
     trainer = make_trainer(model_args, training_args, config, tokenizer, blocks)
     model = trainer.model
+    if not table_bytes(model):
+        raise UsageError(f"{model_args.model_name_or_path} has no expert tables to quantize.")
     before = perplexity(trainer), table_bytes(model)
     quantize_experts(model, args.bits, args.group_size)
     after = perplexity(trainer), table_bytes(model)

@@ -164,13 +164,6 @@ class TestLanguageModel:
         printed = capsys.readouterr()
         assert f"{figures['table_bytes_after']:,} bytes" in printed.out and "Warning" not in printed.err
 
-    def test_refuses_bits_before_it_loads_anything(self, monkeypatch, capsys):
-        flags = ("--model_name_or_path", "runs/none", "--bits", "3", "--output_dir", "runs/quantized")
-        monkeypatch.setattr(sys, "argv", ["quantize.py", *flags])
-        with pytest.raises(SystemExit, match="2"):
-            quantize.main()
-        assert "`bits` must be one of [8, 4], got 3" in capsys.readouterr().err.splitlines()[-1]
-
     def test_prints_what_a_user_needs(self, checkpoint):
         """Progress, metrics, and when it will end; neither arguments nor configurations, and nothing deprecated."""
         printed = (checkpoint.parent / "printed").read_text()
