@@ -14,7 +14,7 @@
 r"""
 Converts a layer of PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a layer of a checkpoint of this package.
 
-    python examples/convert_peer_pytorch.py --peer_pytorch_checkpoint layer.pt --model_name_or_path CHECKPOINT \\
+    python examples/convert_peer_pytorch.py --peer_pytorch_checkpoint layer.pt --model_name_or_path CHECKPOINT \
         --layer 5 --output_dir runs/converted
 
 `layer.pt` is the `state_dict()` of the layer, or of a larger model with `--prefix "blocks.5.ff."`. The weights do not

@@ -14,7 +14,7 @@
 r"""
 Fine-tunes a model for text classification, with `Trainer` of Transformers.
 
-    python examples/run_classification.py --model_name_or_path runs/quickstart/peer-toy --do_train --do_eval \\
+    python examples/run_classification.py --model_name_or_path runs/quickstart/peer-toy --do_train --do_eval \
         --output_dir runs/classification --max_steps 300 --per_device_train_batch_size 16 --learning_rate 5e-4
 
 Texts and labels come from --dataset_name, or from --train_file and --validation_file, csv or json. Without these flags

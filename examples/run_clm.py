@@ -14,11 +14,11 @@
 r"""
 Trains a language model from a named configuration or from a checkpoint, with `Trainer` of Transformers.
 
-    python examples/run_clm.py --config_name peer-toy --do_train --do_eval --output_dir runs/peer-toy \\
-        --block_size 256 --per_device_train_batch_size 16 --max_steps 1000 --learning_rate 2e-3 \\
+    python examples/run_clm.py --config_name peer-toy --do_train --do_eval --output_dir runs/peer-toy \
+        --block_size 256 --per_device_train_batch_size 16 --max_steps 1000 --learning_rate 2e-3 \
         --lr_scheduler_type cosine --warmup_steps 0.1
 
-    configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-toy --do_train \\
+    configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-toy --do_train \
         --output_dir runs/memory-group
 
 The text is the Python standard library unless --dataset_name or --train_file gives another. A tokenizer for a new

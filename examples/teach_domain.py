@@ -14,7 +14,7 @@
 r"""
 Teaches a trained PEER model the text of a domain, and keeps what it was: adds experts and trains these alone.
 
-    python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \\
+    python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \
         --output_dir runs/taught
 
 A gate decides by the hidden states of a token whether it uses the added experts. It is fitted to open for the text of
