@@ -107,7 +107,7 @@ def make_card(
             replaces.
     """
     training = training or {}
-    dataset_name = dataset_name if _is_of_hub(dataset_name) else None
+    dataset_name = dataset_of_hub(dataset_name)
     model_name = repo_id.split("/")[-1]
     has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types
     found = [(*key.partition("/")[::2], value) for key, value in results.items()]
@@ -158,15 +158,15 @@ def make_card(
     )
 
 
-def _is_of_hub(dataset_name):
-    """Whether a dataset is named by an id, not a folder."""
+def dataset_of_hub(dataset_name: str | None) -> str | None:
+    """The id of a dataset, or `None` if it is named by a folder of this machine."""
     if dataset_name is None or os.path.exists(dataset_name):
-        return False
+        return None
     try:
         validate_repo_id(dataset_name)
     except HFValidationError:
-        return False
-    return True
+        return None
+    return dataset_name
 
 
 def card_of_folder(

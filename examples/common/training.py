@@ -38,7 +38,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
-from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder
+from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder, dataset_of_hub
 from common.command_line import UsageError
 from common.launcher import uses_fsdp
 from common.run_estimate import RunEstimateCallback
@@ -281,10 +281,10 @@ def run(
     return metrics
 
 
-def save_card(trainer: Trainer, **card: str | None) -> None:
+def save_card(trainer: Trainer, dataset: str | None = None, **card: str | None) -> None:
     """
     Saves the card of a trained model beside it, and pushes both if the arguments of its trainer request it. For its
-    contents see `Trainer.push_to_hub`.
+    contents see `Trainer.push_to_hub`; a dataset that is a folder of this machine is not named.
     """
     if _is_language_model(trainer):
         write_training_card(trainer)
@@ -292,7 +292,7 @@ def save_card(trainer: Trainer, **card: str | None) -> None:
     else:
         complete_model_card(trainer)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub(dataset=dataset_of_hub(dataset), **card)
 
 
 def _is_language_model(trainer):
