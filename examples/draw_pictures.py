@@ -30,7 +30,7 @@ import quickstart
 from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from studies.facts import report as facts
-from studies.recipe.plots import plot_search
+from studies.recipe.plots import plot_comparison, plot_search
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
 from studies.scaling.plots import PLOTS
@@ -62,7 +62,10 @@ def drawings() -> dict[str, Callable[[Path], object]]:
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
         ),
         "examples/studies/facts/results.png": lambda file: facts.plot(_read(studies / "facts/results.json"), file),
-        "examples/studies/recipe/search.png": lambda file: _draw_search(recipe, file),
+        **{
+            f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
+            for name, draw in {"search": plot_search, "comparison": plot_comparison}.items()
+        },
         "examples/studies/stream/results.png": lambda file: stream.plot(_read(studies / "stream/results.json"), file),
         **{
             f"examples/studies/scaling/{name}.png": lambda file, draw=draw: draw(scaling, file)
@@ -71,9 +74,9 @@ def drawings() -> dict[str, Callable[[Path], object]]:
     }
 
 
-def _draw_search(results, file):
+def _draw_recipe(draw, results, file):
     register_variants()  # for the steps of the runs
-    return plot_search(results, file)
+    return draw(results, file)
 
 
 def _read(file):

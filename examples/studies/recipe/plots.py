@@ -110,9 +110,10 @@ def _draw_widths(results: Results, by_width: dict[str, list[Run]], axes: Axes) -
         runs = by_width[variant]
         perplexities = [results.perplexity([run]) for run in runs]
         look = look_of(variant)
-        k = f", k = {configuration_of(runs[0], results.plan).num_experts_per_head}" if variant == RECIPE else ""
-        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=f"{look.label}{k}")
-    axes.set(xlabel="hidden_size", ylabel="perplexity, five texts", title="Equal seconds, one seed")
+        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=look.label)
+    k = configuration_of(by_width[RECIPE][0], results.plan).num_experts_per_head
+    axes.set(xlabel="hidden_size", ylabel="perplexity, five texts")
+    axes.set_title(f"Equal seconds, one seed, the recipe with k = {k}")
     axes.set_xticks([run.hidden_size for run in by_width[DENSE]])
     add_legend(axes)
 
