@@ -217,7 +217,7 @@ class TrainingStudy:
             self._check_time("the seconds of training steps")
             if (self.folder / "seconds").exists():
                 print(
-                    "The plan times other models than were timed: all are timed again, so runs for equal seconds are new."
+                    "Step times lack models of the plan: all are timed again, so runs for equal seconds are new ones."
                 )
             for file in files.values():
                 file.unlink(missing_ok=True)

@@ -21,12 +21,20 @@ import pytest
 from recipe_plans import PLANS
 
 from studies.common.single_run import comparable
-from studies.common.training_plan import CORPUS, Run, merge_changes
+from studies.common.training_plan import CORPUS, DENSE, Run, merge_changes
 from studies.common.training_study import TimeIsUp
 from studies.recipe.__main__ import run_study
 from studies.recipe.cards import make_cards
 from studies.recipe.differences import SizeCurve
-from studies.recipe.plan import RECIPE, choose_rate, read_plan, run_of_size, screening_runs, with_factors
+from studies.recipe.plan import (
+    RECIPE,
+    choose_rate,
+    read_plan,
+    run_of_size,
+    runs_by_size,
+    screening_runs,
+    with_factors,
+)
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
 from studies.recipe.results import read_results
@@ -108,6 +116,17 @@ def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
             rate = run_of_size(results.best[run.variant], int(size), plan.budgets[0], plan).learning_rate
             assert (run.hidden_size, run.steps, run.learning_rate) == (int(size), 1, rate)
         assert dense.variant == "dense" and [run.ablation for run in recipes] == [("tuning", "3"), ("tuning", "4")]
+
+
+def test_what_the_page_says_of_sizes_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    sizes = runs_by_size(
+        results.plan, {name: results.best[name] for name in (DENSE, RECIPE)}, results.plan.budgets[-1]
+    )
+    made = [run for runs in sizes.values() for run in runs if results.are_made([run])]
+    assert len(made) >= 5
+    for run in made:
+        assert f"{results.corpus_perplexity([run]):.2f}" in page
 
 
 def test_pictures_and_cards_are_those_of_the_results(tmp_path):
