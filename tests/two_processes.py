@@ -13,13 +13,29 @@
 # limitations under the License.
 """For tests on two processes of this machine: what they find is left in a folder."""
 
+import contextlib
 import os
+import random
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from preloaded import context
+
+
+# Below those that Linux hands out itself, one of which another connection can take before rank 0 listens on it.
+PORTS = range(20000, 30000)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, for rank 0. A seed that a test sets has no part in the choice."""
+    for port in random.SystemRandom().sample(PORTS, k=100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
 
 
 def run_on_two_processes(work: Callable[..., None], *arguments: Any) -> None:

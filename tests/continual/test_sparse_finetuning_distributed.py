@@ -20,7 +20,7 @@ import torch
 from sparse_trainer import Observer, T, sparse_trainer
 from torch.testing import assert_close
 from trainer_worker import logged
-from two_processes import leave_together, run_on_two_processes
+from two_processes import free_port, leave_together, run_on_two_processes
 
 
 def joint_training(folder, optimizer, world_size=1):
@@ -55,10 +55,7 @@ def work(rank, folder, port):
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    run_on_two_processes(work, str(folder), port)
+    run_on_two_processes(work, str(folder), free_port())
     return folder
 
 

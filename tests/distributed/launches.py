@@ -16,7 +16,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import pytest
 import torch
 from preloaded import python, start_python
 from safetensors.torch import load_file
+from two_processes import free_port
 
 
 ROOT = Path(__file__).parents[2]
@@ -107,10 +107,7 @@ def launch_ranks(num_processes: int, script: str, folder: Path, *arguments: str)
         folder (`Path`): For its results, its first argument.
         arguments (`str`): Its other arguments.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    ranks = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": free_port()}
     output, processes = folder / f"{script}-{num_processes}.log", []
     for rank in range(num_processes):
         own = ranks | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}

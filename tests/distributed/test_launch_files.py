@@ -16,11 +16,8 @@ What the launch files of memory groups say is executed, on gloo processes of thi
 from scratch and from a checkpoint as one process does on the joint batch, with tables that are split.
 """
 
-import contextlib
 import os
-import random
 import re
-import socket
 import subprocess
 
 import pytest
@@ -28,6 +25,7 @@ import torch
 from launches import LAUNCH_FILES, accelerate_launch, handed_over, launch
 from preloaded import python
 from safetensors.torch import load_file
+from two_processes import free_port
 
 from modeling_peer.library_releases import is_at_least
 
@@ -109,20 +107,11 @@ def accelerate(folder):
     return run_clm(folder, "accelerate", accelerate_launch(), 2, start, "--ep_size", "2")
 
 
-def free_port(ports):
-    """One of some ports that nobody listens on."""
-    for port in random.sample(ports, k=100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("localhost", port))
-            return port
-    raise OSError("no port is free")
-
-
 @pytest.fixture(scope="module")
 def slurm(folder, joint):
     """Two nodes of two processes from the checkpoint of the one process."""
     variables = {
-        "SLURM_JOB_ID": str(free_port(range(20000, 30000))),
+        "SLURM_JOB_ID": str(free_port()),
         "SLURM_JOB_NODELIST": "localhost,elsewhere",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "2",
