@@ -109,7 +109,7 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
 def compare_at_equal_seconds(study: Study) -> None:
     """
     Makes runs for the seconds of dense: of the recipe with the trials that it may have there, then of dense and the recipe
-    at all sizes of the last budget, and of the best ones.
+    at several sizes, and of the best ones.
     """
     study.seconds()
     results = study.all_results()

@@ -98,6 +98,8 @@ class RecipePlan(TrainingPlan):
         timed_trials (`list[int]`):
             Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the last
             budget, at the size of dense and for its seconds.
+        sizes_at_equal_seconds (`list[int]`):
+            Sizes of the last budget, of dense and of the recipe, that both are compared at for equal seconds.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
@@ -114,6 +116,7 @@ class RecipePlan(TrainingPlan):
     transfer_size: int | None
     exponents: dict[str, float]
     timed_trials: list[int]
+    sizes_at_equal_seconds: list[int]
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
     nums_experts: list[int]
@@ -176,6 +179,12 @@ class RecipePlan(TrainingPlan):
             raise ValueError(
                 f"The last `hidden_sizes` of the recipe must be those of dense, {self.hidden_sizes[DENSE][-1]}, as they "
                 f"are compared at equal seconds, but got {self.hidden_sizes[RECIPE][-1]}."
+            )
+        sizes = set(self.sizes_at_equal_seconds)
+        if not sizes or not sizes <= set(self.hidden_sizes[DENSE][-1]):
+            raise ValueError(
+                f"`sizes_at_equal_seconds` must be some of the last `hidden_sizes`, {self.hidden_sizes[DENSE][-1]}, but "
+                f"got {self.sizes_at_equal_seconds}."
             )
 
     def lineage(self, variant: str) -> list[dict[str, Any]]:
@@ -484,9 +493,12 @@ def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[R
 def runs_of_widths(
     plan: RecipePlan, best: dict[str, Run], dense: Run, step_seconds: Callable[[Run], float]
 ) -> dict[str, list[Run]]:
-    """Dense and the recipe at each size of the last budget, for as many steps as take the seconds of a run of dense."""
+    """Dense and the recipe at `sizes_at_equal_seconds`, for as many steps as take the seconds of a run of dense."""
     return {
-        variant: [run_of_seconds(run, dense, step_seconds) for run in size_runs(plan, best[variant], plan.budgets[-1])]
+        variant: [
+            run_of_seconds(run_of_size(best[variant], size, plan.budgets[-1], plan), dense, step_seconds)
+            for size in plan.sizes_at_equal_seconds
+        ]
         for variant in (DENSE, RECIPE)
     }
 

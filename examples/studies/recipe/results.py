@@ -141,7 +141,7 @@ class Results:
         return {DENSE: self.best[DENSE], RECIPE: trials[runs.index(choose(runs, self.runs))]}
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
-        """Dense and the recipe at each size of the last budget, for the seconds of dense as it is compared there."""
+        """Dense and the recipe at `sizes_at_equal_seconds`, for the seconds of dense as it is compared at the last budget."""
         return runs_of_widths(self.plan, self.best_at_equal_seconds, self.dense_of_seconds(), self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:

@@ -83,6 +83,7 @@ WITH_RECIPE = {
     "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
     "hidden_sizes": SIZES,
     "timed_trials": [0],
+    "sizes_at_equal_seconds": [32, 64],
 }
 
 
@@ -263,6 +264,8 @@ def test_at_equal_seconds_all_widths_have_the_time_of_dense_as_it_is_compared():
     narrow, wide = size_runs(plan, best["dense"], 6e11)
     runs = runs_of_widths(plan, best, wide, lambda run: {"dense": 1.0, "recipe": 1.25}[run.variant] * run.hidden_size)
     assert runs["dense"] == [replace(narrow, steps=2 * wide.steps), wide]
+    fewer = runs_of_widths(replace(plan, sizes_at_equal_seconds=[64]), best, wide, lambda run: 1.0)
+    assert fewer["dense"] == [wide] and [run.hidden_size for run in fewer["recipe"]] == [64]
     sizes, steps = zip(*((run.hidden_size, run.steps) for run in runs["recipe"]), strict=True)
     assert sizes == (32, 64) and steps == (round(2 * wide.steps / 1.25), round(wide.steps / 1.25))
 
@@ -344,7 +347,10 @@ def test_at_equal_seconds_the_recipe_has_the_trial_that_is_best_there():
 
 def test_at_equal_seconds_one_width_needs_no_choice():
     rates = {name: [{"learning_rate": 0.01}] for name in ("dense", "peer", "recipe")}
-    plan = plan_of(**WITH_RECIPE | {"trials": rates, "hidden_sizes": {name: [[32]] for name in rates}})
+    plan = plan_of(
+        **WITH_RECIPE
+        | {"trials": rates, "hidden_sizes": {name: [[32]] for name in rates}, "sizes_at_equal_seconds": [32]}
+    )
     results = Results(plan, {}, {"32": {"seconds": {"dense": [1.0], "recipe": [1.25]}}}, {})
     asked = []
     study = SimpleNamespace(seconds=dict, all_results=lambda: results, make=lambda runs, _: asked.extend(runs))
@@ -408,6 +414,13 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
         (
             WITH_RECIPE | {"hidden_sizes": SIZES | {"recipe": [[32]]}},
             "last `hidden_sizes` of the recipe must be those",
+        ),
+        *(
+            (
+                WITH_RECIPE | {"sizes_at_equal_seconds": sizes},
+                "`sizes_at_equal_seconds` must be some of the last .*32, 64",
+            )
+            for sizes in ([], [32, 48])
         ),
         (
             WITH_RECIPE | {"variants": SMALL["variants"] | {"recipe": {"parent": "apart"}}},
