@@ -70,6 +70,16 @@ SNIPPET_LINES = 8
 
 
 @dataclass
+class ClassifierArguments(ModelArguments):
+    """Which classifier to train, or which model to make one of."""
+
+    ignore_mismatched_sizes: bool = field(
+        default=False,
+        metadata={"help": "Replace the output layer of a classifier of another number of labels by a new one."},
+    )
+
+
+@dataclass
 class DataTrainingArguments(DatasetArguments):
     """Which texts and labels to read."""
 
@@ -119,17 +129,18 @@ def label_names(datasets: Iterable[Dataset], column: str) -> dict[str, str]:
     return dict(zip(labels, labels, strict=True))
 
 
-def load_labeled_config(args: ModelArguments, names: Iterable[str], is_trained: bool) -> PreTrainedConfig:
+def load_labeled_config(args: ClassifierArguments, names: Iterable[str], is_trained: bool) -> PreTrainedConfig:
     """
     Loads the configuration of a classifier. A checkpoint that knows all labels keeps its label ids.
 
     Args:
-        args (`ModelArguments`): Arguments with the model.
+        args (`ClassifierArguments`): Arguments with the model.
         names (`Iterable[str]`): Names of the labels of the data, in the order of the outputs of a new classifier.
         is_trained (`bool`): Whether the model is trained on these labels.
 
     Raises:
-        `UsageError`: if the model is not trained, and does not know all labels.
+        `UsageError`: if the model does not know all labels and is not trained, or is a classifier of another number of
+            labels whose output layer is not to be replaced.
     """
     config, names = load_config(args), list(names)
     known = list(config.id2label.values())
@@ -138,6 +149,12 @@ def load_labeled_config(args: ModelArguments, names: Iterable[str], is_trained: 
             raise UsageError(
                 f"The labels of the data must be some of those of the model, {known}, but they are {names}: choose "
                 "other data or another model, or train this one on these labels, --do_train."
+            )
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if is_classifier and len(names) != len(known) and not args.ignore_mismatched_sizes:
+            raise UsageError(
+                f"The model tells {len(known)} labels apart, {known}, but those of the data are {len(names)}, {names}: "
+                "replace its output layer by a new one, --ignore_mismatched_sizes, or choose another model."
             )
         config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in config.id2label.items()}
@@ -201,7 +218,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 @ends_on_usage_error()
 def main():
     model_args, data_args, training_args, optimizer_args = parse_arguments(
-        (ModelArguments, DataTrainingArguments, ExampleTrainingArguments, OptimizerArguments), __doc__
+        (ClassifierArguments, DataTrainingArguments, ExampleTrainingArguments, OptimizerArguments), __doc__
     )
     setup_logging(training_args)
     set_seed(training_args.seed)
@@ -219,7 +236,8 @@ def main():
     max_length = min(data_args.max_seq_length, config.max_position_embeddings)
     with training_args.main_process_first(desc="tokenizing the texts"):
         encoded = encode_datasets(splits, data_args, tokenizer, label_ids, max_length)
-    model = load_model(AutoModelForSequenceClassification, model_args, config, tokenizer)
+    options = {"ignore_mismatched_sizes": model_args.ignore_mismatched_sizes}
+    model = load_model(AutoModelForSequenceClassification, model_args, config, tokenizer, checkpoint_options=options)
     trainer = Trainer(
         model=model,
         args=training_args,

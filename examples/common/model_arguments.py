@@ -265,6 +265,7 @@ def load_model(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     distributed_config: DistributedConfig | None = None,
+    checkpoint_options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """
     Makes a new model or loads a checkpoint, with embeddings for every token of the tokenizer.
@@ -279,6 +280,7 @@ def load_model(
         distributed_config (`DistributedConfig`, *optional*):
             From [`DistributedArguments`], if the model is split over memory groups. No process then makes or loads a
             whole table.
+        checkpoint_options (`dict[str, Any]`, *optional*): What else `from_pretrained` gets.
     """
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
@@ -295,7 +297,12 @@ def load_model(
         )
     with loads_checkpoint(args.model_name_or_path):
         model = model_class.from_pretrained(
-            args.model_name_or_path, config=config, revision=args.model_revision, dtype=dtype, **options
+            args.model_name_or_path,
+            config=config,
+            revision=args.model_revision,
+            dtype=dtype,
+            **options,
+            **(checkpoint_options or {}),
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

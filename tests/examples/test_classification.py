@@ -20,12 +20,11 @@ import datasets
 import pytest
 import run_classification
 import torch
-from run_classification import load_labeled_config
+from run_classification import ClassifierArguments, load_labeled_config
 from tiny_models import tiny_config
 
 from common.command_line import UsageError
 from common.library_sources import byte_level_tokenizer
-from common.model_arguments import ModelArguments
 from modeling_peer import PeerForSequenceClassification
 
 
@@ -66,7 +65,7 @@ def test_evaluation_keeps_the_label_ids_of_the_model(classifier, tmp_path, monke
 
 def test_labels_that_the_model_does_not_know_are_trained_or_refused(classifier):
     """As many of them too, which have other names."""
-    args = ModelArguments(model_name_or_path=str(classifier[0]))
+    args = ClassifierArguments(model_name_or_path=str(classifier[0]))
     message = r"some of those of the model, \['c', 'a', 'b'\], but they are \['a', 'b', 'd'\]: choose .* --do_train"
     with pytest.raises(UsageError, match=message):
         load_labeled_config(args, ["a", "b", "d"], is_trained=False)
@@ -74,5 +73,20 @@ def test_labels_that_the_model_does_not_know_are_trained_or_refused(classifier):
     assert (config.id2label, config.label2id) == ({0: "a", 1: "b", 2: "d"}, {"a": 0, "b": 1, "d": 2})
     config = load_labeled_config(args, ["b", "c"], is_trained=True)
     assert (config.id2label, config.label2id) == (LABELS, {"c": 0, "a": 1, "b": 2})
-    config = load_labeled_config(ModelArguments(config_name="peer-tiny"), ["LABEL_1", "LABEL_0"], is_trained=True)
+    config = load_labeled_config(ClassifierArguments(config_name="peer-tiny"), ["LABEL_1", "LABEL_0"], is_trained=True)
     assert (config.num_labels, config.id2label) == (2, {0: "LABEL_1", 1: "LABEL_0"})
+
+
+def test_a_classifier_of_other_labels_gets_a_new_output_layer_when_asked_to(classifier, tmp_path, monkeypatch):
+    folder = classifier[0]
+    with pytest.raises(UsageError, match=r"tells 3 labels apart, .* are 2, \['d', 'e'\]: .*--ignore_mismatched_sizes"):
+        load_labeled_config(ClassifierArguments(model_name_or_path=str(folder)), ["d", "e"], is_trained=True)
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *(f"{text},{'de'[len(text) % 2]}" for text in TEXTS)]))
+    flags = ("--model_name_or_path", folder, "--train_file", tmp_path / "data.csv", "--do_train", "--max_steps", 1)
+    flags += ("--output_dir", tmp_path / "trained", "--report_to", "none", "--use_cpu", "--ignore_mismatched_sizes")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(run_classification, "setup_logging", lambda training_args: None)  # would outlast the test
+    monkeypatch.setattr(sys, "argv", ["run_classification.py", *map(str, flags)])
+    run_classification.main()
+    model = PeerForSequenceClassification.from_pretrained(tmp_path / "trained")
+    assert (model.config.id2label, model.score.weight.shape[0]) == ({0: "d", 1: "e"}, 2)
