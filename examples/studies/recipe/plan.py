@@ -175,11 +175,6 @@ class RecipePlan(TrainingPlan):
             raise ValueError(
                 f"`transfer_size` must be larger than `hidden_size`, {self.hidden_size}, but got {self.transfer_size}."
             )
-        if self.hidden_sizes[RECIPE][-1] != self.hidden_sizes[DENSE][-1]:
-            raise ValueError(
-                f"The last `hidden_sizes` of the recipe must be those of dense, {self.hidden_sizes[DENSE][-1]}, as they "
-                f"are compared at equal seconds, but got {self.hidden_sizes[RECIPE][-1]}."
-            )
         sizes = set(self.sizes_at_equal_seconds)
         if not sizes or not sizes <= set(self.hidden_sizes[DENSE][-1]):
             raise ValueError(
@@ -286,6 +281,7 @@ def check_models(plan: RecipePlan) -> None:
             *plan.hidden_sizes.get(variant, ()),
             plan.dense_sizes if variant == DENSE else (),
             [plan.transfer_size] if plan.transfer_size is not None and variant in (DENSE, RECIPE) else (),
+            plan.sizes_at_equal_seconds if variant == RECIPE else (),
         )
         for variant in tuning
     }

@@ -411,10 +411,6 @@ def test_runs_that_differ_in_one_thing(trial, num_experts_per_head):
         ),
         ({"screened": ["dense"]}, "`screened` must name variants that have a `parent`, but 'dense' has none"),
         ({"variants": RECIPE, "trials": TRIALS | {"recipe": TRIALS["peer"]}}, "`seeds` must have all .* lacks"),
-        (
-            WITH_RECIPE | {"hidden_sizes": SIZES | {"recipe": [[32]]}},
-            "last `hidden_sizes` of the recipe must be those",
-        ),
         *(
             (
                 WITH_RECIPE | {"sizes_at_equal_seconds": sizes},
