@@ -79,6 +79,7 @@ PRETRAINING = {
     "save_steps": 200,
     "save_total_limit": 1,
     "logging_steps": 50,
+    "disable_tqdm": False,
     "report_to": [],
     "log_level": "error",
     "dataloader_pin_memory": False,
