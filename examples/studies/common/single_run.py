@@ -61,14 +61,19 @@ Change: TypeAlias = Callable[[dict[str, Any], Trainer], None]
 USAGE_BINS = (-4.0, 3.0, 28)
 
 
+# Parts of a sequence, of about equal length, in each of which the loss is averaged: it falls along a sequence as far as
+# a model uses its context.
+PARTS = 8
+
+
 def losses(model: PreTrainedModel, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, float]:
-    """The loss of each text in nats per token, see [`sequence_losses`]."""
-    return {name: sequence_losses(model, text, batch_size).mean().item() for name, text in texts.items()}
+    """The loss of each text in nats per token, see [`token_losses`]."""
+    return {name: token_losses(model, text, batch_size).mean().item() for name, text in texts.items()}
 
 
-def sequence_losses(model: PreTrainedModel, text: torch.Tensor, batch_size: int) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, text: torch.Tensor, batch_size: int) -> torch.Tensor:
     """
-    Returns the loss of each sequence of a text in nats per token, without the balance loss of a MoE.
+    Returns the loss of each token of a text but the first of each sequence, without the balance loss of a MoE.
 
     Args:
         model (`PreTrainedModel`): Model to evaluate, in the mode it is in.
@@ -76,12 +81,12 @@ def sequence_losses(model: PreTrainedModel, text: torch.Tensor, batch_size: int)
         batch_size (`int`): Number of sequences per forward.
 
     Returns:
-        `torch.Tensor` of shape `(num_sequences,)`, float64.
+        `torch.Tensor` of shape `(num_sequences, block_size - 1)`, in nats, float64.
     """
     found = []
     for tokens in text.split(batch_size):
         logits = model(input_ids=tokens).logits[:, :-1].transpose(1, 2)
-        found.append(F.cross_entropy(logits.float(), tokens[:, 1:], reduction="none").double().mean(1).cpu())
+        found.append(F.cross_entropy(logits.float(), tokens[:, 1:], reduction="none").double().cpu())
     return torch.cat(found)
 
 
@@ -197,16 +202,20 @@ def load(folder: Path, **fields: Any) -> PreTrainedModel:
 @torch.no_grad()
 def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
     """
-    Returns held-out losses, of texts and of each of their sequences, and the expert usage of a trained model.
-    `batch_size` is that of its training.
+    Returns held-out losses, of texts, of each of their sequences and of parts of these, and the expert usage of a
+    trained model. `batch_size` is that of its training.
     """
     model = load(folder)
     with evaluation(model):
-        of_sequences = {name: sequence_losses(model, text, EVAL_BATCH_SIZE) for name, text in texts.items()}
+        of_tokens = {name: token_losses(model, text, EVAL_BATCH_SIZE) for name, text in texts.items()}
         result: dict[str, Any] = {
-            "losses": {name: each.mean().item() for name, each in of_sequences.items()},
+            "losses": {name: each.mean().item() for name, each in of_tokens.items()},
             "sequence_losses": {
-                name: [round(loss, 4) for loss in each.tolist()] for name, each in of_sequences.items()
+                name: [round(loss, 4) for loss in each.mean(1).tolist()] for name, each in of_tokens.items()
+            },
+            "part_losses": {
+                name: [round(part.mean().item(), 4) for part in each.tensor_split(PARTS, dim=1)]
+                for name, each in of_tokens.items()
             },
         }
         if any(isinstance(module, (PeerFeedForward, PkmFeedForward)) for module in model.modules()):

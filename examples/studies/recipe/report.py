@@ -17,6 +17,8 @@ import math
 from statistics import quantiles
 from typing import Any
 
+import numpy as np
+
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS, DENSE, budget_name, costs_of
 from studies.recipe.differences import Difference
@@ -167,6 +169,20 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
     return markdown_table(rows)
 
 
+def table_of_parts(results: Results, budget: float) -> str:
+    """Table of the losses of the compared runs at a budget along the sequences, by the number of tokens before."""
+    losses = {variant: results.part_losses(runs) for variant, runs in results.compared(budget).items()}
+    losses = {variant: own for variant, own in losses.items() if own}
+    if not losses:
+        return ""
+    (number,) = {len(own) for own in losses.values()}
+    parts = np.array_split(np.arange(1, results.plan.block_size), number)
+    head = f"five texts, nats, {budget_name(budget)} FLOPs"
+    rows = [[head, *(f"after {part[0]} to {part[-1]} tokens" for part in parts)]]
+    rows += [[variant, *(f"{loss:.3f}" for loss in own)] for variant, own in losses.items()]
+    return markdown_table(rows)
+
+
 def table_of_seconds(results: Results) -> str:
     """
     Tables of dense and the recipe for equal seconds: with each trial that the recipe may have and at each width, with one
@@ -255,11 +271,12 @@ def _size_of_the_recipe(results, recipe, runs):
 def describe(results: Results) -> str:
     """The tables of what has been made, under headings."""
     plan, best = results.plan, results.best
+    tables_of_a_budget = (table_of_the_comparison, table_of_parts)
     tables = {
         "Search": [table_of_the_screening(results), *(table_of_a_design(results, each) for each in plan.designs)],
         "Tuning": [table_of_trials(results), table_of_rates(results)],
         "Sizes": [table_of_sizes(results, budget) for budget in plan.budgets],
-        "Equal compute": [table_of_the_comparison(results, budget) for budget in plan.budgets],
+        "Equal compute": [table_of(results, budget) for budget in plan.budgets for table_of in tables_of_a_budget],
         "Equal seconds": [table_of_seconds(results)],
     }
     if best:

@@ -178,6 +178,17 @@ class Results:
         """Geometric mean of perplexity over runs and evaluation texts."""
         return math.exp(mean(self.losses(runs)))
 
+    def part_losses(self, runs: list[Run]) -> list[float]:
+        """
+        Mean loss over runs and evaluation texts in each part of the sequences, in nats per token; empty if a run was made
+        before these were measured.
+        """
+        found = [self.runs[run.name].get("part_losses") for run in runs]
+        if None in found:
+            return []
+        of_texts = [each[text] for each in found for text in self.plan.evaluation_texts]
+        return [mean(part) for part in zip(*of_texts, strict=True)]
+
     def below(self, runs: list[Run], others: list[Run]) -> Difference:
         """By which share the perplexity of runs is below that of others with the same seeds."""
         pairs = [(run, other) for run in runs for other in others if run.seed == other.seed]

@@ -109,7 +109,7 @@ def test_of_one_width(tmp_path):
     assert width == plan["hidden_size"]
     plan |= {name: SMALL[name] for name in ("training_texts", "evaluation_texts", "block_size", "eval_sequences")}
     plan |= {"batch_size": 4, "budgets": [6e8], "hidden_size": 32, "fields": plan["fields"] | {"head_dim": 16}}
-    plan |= {"hidden_sizes": {name: [[32]] for name in plan["hidden_sizes"]}}
+    plan |= {"hidden_sizes": {name: [[32]] for name in plan["hidden_sizes"]}, "sizes_at_equal_seconds": [32]}
     plan["variants"]["peer"] |= {"num_experts": 1024, "query_size": 32}
     plan["training"]["use_cpu"] = True
     for folder, main in make_study(recipe, tmp_path / "whole", plan):
@@ -123,6 +123,12 @@ def test_of_one_width(tmp_path):
             assert results.runs[run.name]["run_clm"]["bf16"] is True
             assert math.isfinite(results.runs[run.name]["losses"]["new"])
         assert re.findall("## (.*)", printed) == ["Equal compute", "Equal seconds"]
+        parts = [results.runs[own.name]["part_losses"][text] for text in results.plan.evaluation_texts]
+        table = printed.partition("| five texts, nats, ")[2].partition("\n\n")[0].splitlines()
+        assert re.findall(r"after (\d+) to (\d+) tokens", table[0])[::7] == [("1", "4"), ("29", "31")]
+        (row,) = [line for line in table if line.startswith("| recipe ")]
+        expected = [f"{sum(part) / len(parts):.3f}" for part in zip(*parts, strict=True)]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
         assert f"{equal_seconds.steps:,} |" in printed.partition("## Equal seconds\n")[2]
         assert len(results.runs_of_widths()["dense"]) == 1
         main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
@@ -154,7 +160,7 @@ def test_runs_are_paired_by_their_seed(small_study):
     assert first["apart"] == first["gated"] != first["peer"]
 
 
-def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
+def test_losses_are_those_of_the_saved_model(small_study):
     folder, _ = small_study
     results = read_results(folder / "results.json")
     tokens = torch.tensor(load_from_disk(folder / "held_out" / "new")["input_ids"])
@@ -162,7 +168,12 @@ def test_losses_of_sequences_are_those_of_the_saved_model(small_study):
     model = AutoModelForCausalLM.from_pretrained(folder / "models" / run.name).eval()
     with torch.no_grad():
         expected = [model(input_ids=each[None], labels=each[None]).loss.item() for each in tokens]
+        predictions = model(input_ids=tokens).logits[:, :-1].log_softmax(-1)
+    of_tokens = -predictions.gather(-1, tokens[:, 1:, None])[..., 0]
+    size = -(-of_tokens.shape[1] // 8)  # the first parts are the longer ones
     result = results.runs[run.name]
+    assert result["part_losses"]["new"][0] == pytest.approx(of_tokens[:, :size].mean().item(), abs=1e-4)
+    assert len(result["part_losses"]["new"]) == 8
     assert result["sequence_losses"]["new"] == pytest.approx(expected, abs=1e-4)
     assert result["losses"]["new"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert result["trial"] == {"apart": True}
