@@ -61,7 +61,12 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         "examples/benchmark/results.png": lambda file: benchmark.plot(
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
         ),
-        "examples/studies/facts/results.png": lambda file: facts.plot(_read(studies / "facts/results.json"), file),
+        **{
+            f"examples/studies/facts/{name}.png": lambda file, name=name: facts.plot(
+                _read(studies / f"facts/{name}.json"), file
+            )
+            for name in ("results", "known_elsewhere/results")
+        },
         **{
             f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
             for name, draw in {"search": plot_search, "comparison": plot_comparison}.items()

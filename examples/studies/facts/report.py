@@ -329,6 +329,7 @@ def _plot_recall(axes: Axes, summary: dict[str, Any]) -> None:
     names = [result["label"].replace(", ", ",\n") for result in results.values()]
     axes.set_xticks([position + 0.4 - width / 2 for position in range(len(results))], names)
     axes.set(ylabel="exact matches, %", title="At the end, in sentences that were not trained on")
+    axes.set(ylim=(0, 140), yticks=range(0, 101, 20))  # the legend is above the bars
     add_legend(axes)
 
 
