@@ -117,10 +117,15 @@ class Results:
         return self.seconds[str(run.hidden_size)]["seconds"][run.model]
 
     def _are_timed(self):
-        """Whether the models that may be compared at equal seconds have been timed at all sizes of the plan."""
         models = {self.best[DENSE].model, *(trial.model for trial in timed_trials(self.plan))}
-        sizes = self.plan.hidden_sizes[DENSE][-1]
+        sizes = self.timed_sizes()
         return all(models <= self.seconds.get(str(size), {"seconds": {}})["seconds"].keys() for size in sizes)
+
+    def timed_sizes(self) -> list[int]:
+        """Sizes at which dense and the recipe may be compared at equal seconds; none before that of dense is known."""
+        if not self.chosen(self.plan.budgets[-1]):
+            return []
+        return sorted({self.dense_of_seconds().hidden_size, *self.plan.sizes_at_equal_seconds})
 
     def dense_of_seconds(self) -> Run:
         """Dense as it is compared at the last budget, with the first seed: its seconds are those of other runs."""
@@ -133,7 +138,7 @@ class Results:
     @property
     def best_at_equal_seconds(self) -> dict[str, Run]:
         """Dense and the recipe with the best trials for equal seconds; empty before these and all step times are known."""
-        if not self.best or not self._are_timed() or not self.chosen(self.plan.budgets[-1]):
+        if not self.timed_sizes() or not self._are_timed():
             return {}
         runs, trials = self.runs_of_timed_trials(), timed_trials(self.plan)
         if len(runs) > 1 and not self.are_made(runs):

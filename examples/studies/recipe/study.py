@@ -43,13 +43,14 @@ class Study(TrainingStudy):
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 
     def timed_runs(self) -> dict[str, list[Run]]:
-        """Dense, and the recipe with all trials for equal seconds, at all sizes of the last budget."""
-        if not (best := self.all_results().best):
+        """Dense, and the recipe with all trials for equal seconds, at all sizes at which these may be compared."""
+        results = self.all_results()
+        if not (sizes := results.timed_sizes()):
             return {}
-        plan, runs = self.plan, (best[DENSE], *timed_trials(self.plan))
+        plan, runs = self.plan, (results.best[DENSE], *timed_trials(self.plan))
         return {
             str(size): [replace(run_of_size(run, size, plan.budgets[0], plan), steps=1) for run in runs]
-            for size in plan.hidden_sizes[DENSE][-1]
+            for size in sizes
         }
 
     def documents(self) -> dict[str, list[int]]:
