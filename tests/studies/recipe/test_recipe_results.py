@@ -34,6 +34,7 @@ from studies.recipe.plan import (
     runs_by_size,
     screening_runs,
     with_factors,
+    with_seeds,
 )
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
@@ -118,7 +119,7 @@ def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
         assert dense.variant == "dense" and [run.ablation for run in recipes] == [("tuning", "3"), ("tuning", "4")]
 
 
-def test_what_the_page_says_of_sizes_is_what_was_found():
+def test_what_the_page_says_at_the_larger_budget_is_what_was_found():
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
     sizes = runs_by_size(
         results.plan, {name: results.best[name] for name in (DENSE, RECIPE)}, results.plan.budgets[-1]
@@ -127,6 +128,12 @@ def test_what_the_page_says_of_sizes_is_what_was_found():
     assert len(made) >= 5
     for run in made:
         assert f"{results.corpus_perplexity([run]):.2f}" in page
+    chosen = results.chosen(results.plan.budgets[-1])
+    for variant, seeds in {DENSE: (3, 4), RECIPE: (3,)}.items():
+        for run in with_seeds([chosen[variant]], seeds):
+            parts = results.part_losses([run])
+            for value in (results.corpus_perplexity([run]), parts[0], parts[-1]):
+                assert f"{value:.2f}" in page
 
 
 def test_pictures_and_cards_are_those_of_the_results(tmp_path):
