@@ -28,7 +28,6 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.text_data import train_tokenizer
-from studies.common.tables import spread_cell
 from studies.facts import __main__ as facts_study
 from studies.facts import factbook
 from studies.facts import study as shared
@@ -43,7 +42,6 @@ from studies.facts.report import (
     plot,
     read_chosen,
     summarize,
-    table_at_equal_learning,
 )
 from studies.facts.sentences import Sentence, ask, collate, make_sentence
 from studies.facts.study import FactsArguments, choose_facts
@@ -585,31 +583,3 @@ class TestStudy:
     def test_unknown_arm(self, study_here):
         with pytest.raises(ValueError, match=r"--arms must be some of .* got \['none'\] among them"):
             study_here("--arms", "full", "none")
-
-
-def test_committed_tables_are_those_of_the_raw_results():
-    results = json.loads((FACTS / "results.json").read_text())
-    level, chosen = choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
-    labels = {arm: result["label"] for arm, result in results["arms"].items()}
-    rebuilt = summarize(results["runs"], labels, level, chosen, results["arguments"])
-    assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
-    assert all(result["seeds"] == [0, 1, 2] for result in results["arms"].values())
-    assert table_at_equal_learning(results) in (ROOT / "docs/continual-learning.md").read_text()
-    assert describe(results) in (FACTS / "README.md").read_text()
-
-
-def test_committed_tables_of_facts_known_elsewhere_are_those_of_the_raw_results():
-    results = json.loads((FACTS / "known_elsewhere" / "results.json").read_text())
-    chosen = read_chosen(FACTS / "results.json", {name: ARMS[name] for name in results["arms"]})
-    labels = {arm: result["label"] for arm, result in results["arms"].items()}
-    rebuilt = summarize(results["runs"], labels, level_of_all(results["runs"]), chosen, results["arguments"])
-    assert rebuilt["arms"] == results["arms"] and rebuilt["shares"] == results["shares"]
-    assert all(result["seeds"] == [0, 1, 2] for result in results["arms"].values())
-    assert describe(results) in (FACTS / "README.md").read_text()
-    guide = (ROOT / "docs/continual-learning.md").read_text()
-    for result in results["arms"].values():
-        forgotten = (
-            spread_cell(*(result["at_equal_learning"][name][f"{kind}_drop"] for name in ("mean", "deviation")))
-            for kind in ("known", "known_elsewhere")
-        )
-        assert " | ".join([f"| {result['label']}", *forgotten, ""]).rstrip() in guide
