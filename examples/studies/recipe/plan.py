@@ -99,7 +99,7 @@ class RecipePlan(TrainingPlan):
             Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the last
             budget, at the size of dense and for its seconds.
         sizes_at_equal_seconds (`list[int]`):
-            Sizes of the last budget, of dense and of the recipe, that both are compared at for equal seconds.
+            Sizes, of those of dense at the last budget, at which dense and the recipe are compared at equal seconds.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
