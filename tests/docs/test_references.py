@@ -108,7 +108,7 @@ def test_the_lowest_releases_are_those_of_the_project(page):
         assert re.search(rf"{library}[ |]+{re.escape(lowest)} (to|and later)", text), library
         assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), library
     python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
-    assert re.search(rf"Python[ |]+{re.escape(python)} to", text)
+    assert re.search(rf"Python[ |]+{re.escape(python)}\s+to", text)
 
 
 def test_the_index_names_every_page():
