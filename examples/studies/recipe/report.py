@@ -169,6 +169,23 @@ def table_of_the_comparison(results: Results, budget: float) -> str:
     return markdown_table(rows)
 
 
+def table_of_seeds(results: Results, budget: float) -> str:
+    """Table of each compared run at a budget, by its seed."""
+    return _table_of_seeds(results, f"five texts, {budget_name(budget)} FLOPs", results.compared(budget))
+
+
+def _table_of_seeds(results, head, runs):
+    """A mean over seeds does not show whether models of a variant are of several kinds."""
+    by_seed = {variant: {run.seed: run for run in own} for variant, own in runs.items()}
+    seeds = sorted({seed for own in by_seed.values() for seed in own})
+    if len(seeds) < 2:
+        return ""
+    rows = [[head, *(f"seed {seed}" for seed in seeds)]]
+    for variant, own in by_seed.items():
+        rows.append([variant, *(f"{results.perplexity([own[seed]]):.2f}" if seed in own else "" for seed in seeds)])
+    return markdown_table(rows)
+
+
 def table_of_parts(results: Results, budget: float) -> str:
     """Table of the losses of the compared runs at a budget along the sequences, by the number of tokens before."""
     losses = {variant: results.part_losses(runs) for variant, runs in results.compared(budget).items()}
@@ -186,7 +203,7 @@ def table_of_parts(results: Results, budget: float) -> str:
 def table_of_seconds(results: Results) -> str:
     """
     Tables of dense and the recipe for equal seconds: with each trial that the recipe may have and at each width, with one
-    seed, and at the best width of each.
+    seed, and at the best width of each, also by seed.
     """
     tables = []
     if results.best_at_equal_seconds and len(results.plan.timed_trials) > 1:
@@ -198,7 +215,8 @@ def table_of_seconds(results: Results) -> str:
     if runs := results.compared_at_equal_seconds():
         number = len(runs[DENSE])
         tables.append(_table_of_seconds(results, f"{number} seeds", [(runs[DENSE], [runs[RECIPE]])]))
-    return "\n\n".join(tables)
+        tables.append(_table_of_seeds(results, "five texts, equal seconds", runs))
+    return "\n\n".join(filter(None, tables))
 
 
 def _table_of_seconds(results, seeds, groups):
@@ -271,7 +289,7 @@ def _size_of_the_recipe(results, recipe, runs):
 def describe(results: Results) -> str:
     """The tables of what has been made, under headings."""
     plan, best = results.plan, results.best
-    tables_of_a_budget = (table_of_the_comparison, table_of_parts)
+    tables_of_a_budget = (table_of_the_comparison, table_of_seeds, table_of_parts)
     tables = {
         "Search": [table_of_the_screening(results), *(table_of_a_design(results, each) for each in plan.designs)],
         "Tuning": [table_of_trials(results), table_of_rates(results)],

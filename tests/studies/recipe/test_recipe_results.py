@@ -37,7 +37,7 @@ from studies.recipe.plan import (
     with_seeds,
 )
 from studies.recipe.plots import PLOTS
-from studies.recipe.report import describe, is_adopted, table_of_dense_sizes
+from studies.recipe.report import describe, is_adopted, table_of_dense_sizes, table_of_seeds
 from studies.recipe.results import read_results
 from studies.recipe.study import Study
 
@@ -135,6 +135,19 @@ def test_what_the_page_says_at_the_larger_budget_is_what_was_found():
             assert f"{results.corpus_perplexity([run]):.2f}" in page
             parts = results.part_losses([run])
             assert f"from {parts[0]:.2f} to {parts[-1]:.2f}" in page
+
+
+def test_the_table_of_seeds_has_each_run_of_a_mean():
+    results = read_results(PLANS.parent / "results.json")
+    budget = results.plan.budgets[0]
+    runs = results.compared(budget)
+    _, _, *rows = table_of_seeds(results, budget).splitlines()
+    for (variant, own), row in zip(runs.items(), rows, strict=True):
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        assert name == variant and [bool(cell) for cell in cells] == [seed < len(own) for seed in range(5)]
+        found = [float(cell) for cell in cells if cell]
+        assert found == pytest.approx([results.perplexity([run]) for run in own], abs=0.005)
+        assert math.prod(found) ** (1 / len(found)) == pytest.approx(results.perplexity(own), abs=0.01)
 
 
 def test_pictures_and_cards_are_those_of_the_results(tmp_path):

@@ -97,6 +97,9 @@ def test_of_a_recipe(tmp_path):
             assert run.steps == round(compared.steps * results.step_seconds(compared) / results.step_seconds(run))
             below = 1 - math.exp(results.losses([run])[0] - results.losses([compared])[0])
             assert re.search(rf"\| {run.steps:,} \|.* {below:+.1%} .*\|", of_seconds)
+        by_seed = of_seconds.partition("| five texts, equal seconds | seed 3 | seed 4 |\n")[2]
+        perplexities = [f"{math.exp(loss):.2f}" for loss in results.losses(at_best["recipe"])]
+        assert f"| recipe | {' | '.join(perplexities)} |\n" in by_seed
         main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
         assert (tmp_path / "again" / "tables.md").read_text() == printed
 
