@@ -79,29 +79,30 @@ def plot_comparison(results: Results, file: Path) -> bool:
 
 
 def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]], axes: Axes) -> None:
-    variants = [name for name in dict.fromkeys(name for runs in compared.values() for name in runs) if name != DENSE]
-    width = 0.8 / len(variants)
-    labeled = set()
-    for i, variant in enumerate(variants):
-        for place, runs in enumerate(compared.values()):
-            if variant not in runs:
-                continue
+    names = {variant for runs in compared.values() for variant in runs}
+    variants = [name for name in results.plan.variants if name in names - {DENSE}]
+    width, labeled = 0.8 / len(variants), set()
+    for place, runs in enumerate(compared.values()):
+        own = [variant for variant in variants if variant in runs]
+        for i, variant in enumerate(own):
+            at = place + (i - (len(own) - 1) / 2) * width
             found = results.below(runs[variant], runs[DENSE])
-            label = look_of(variant).label or variant
             ends = np.array([[found.share - found.low], [found.high - found.share]]) * 100
             axes.bar(
-                place + i * width,
+                at,
                 100 * found.share,
                 width,
                 yerr=None if np.isnan(ends).any() else ends,
                 capsize=3,
                 color=look_of(variant).color,
-                label=None if variant in labeled else label,
+                label=None if variant in labeled else look_of(variant).label or variant,
             )
+            of_seeds = [100 * results.below([run], runs[DENSE]).share for run in runs[variant]]
+            axes.plot([at - width / 4] * len(of_seeds), of_seeds, "o", color="white", markeredgecolor="black", ms=4)
             labeled.add(variant)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(compared))], list(compared))
-    axes.set(xlabel="at equal", ylabel="perplexity below dense, %", title="Several seeds, 95 % intervals")
+    axes.set_xticks(range(len(compared)), list(compared))
+    axes.set(xlabel="at equal", ylabel="perplexity below dense, %", title="Each seed (circles), mean, 95 % interval")
     add_legend(axes)
 
 
