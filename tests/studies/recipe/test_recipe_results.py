@@ -31,10 +31,8 @@ from studies.recipe.plan import (
     choose_rate,
     read_plan,
     run_of_size,
-    runs_by_size,
     screening_runs,
     with_factors,
-    with_seeds,
 )
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe, is_adopted, table_of_dense_sizes, table_of_seeds
@@ -119,22 +117,31 @@ def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
         assert dense.variant == "dense" and [run.ablation for run in recipes] == [("tuning", "3"), ("tuning", "4")]
 
 
-def test_what_the_page_says_at_the_larger_budget_is_what_was_found():
+def in_words(difference):
+    return f"{100 * difference.share:.1f} % below dense ({100 * difference.low:.1f} to {100 * difference.high:.1f} %)"
+
+
+def test_what_the_page_says_of_equal_compute_is_what_was_found():
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
     page = " ".join(page.split())
-    sizes = runs_by_size(
-        results.plan, {name: results.best[name] for name in (DENSE, RECIPE)}, results.plan.budgets[-1]
-    )
-    made = [run for runs in sizes.values() for run in runs if results.are_made([run])]
-    assert len(made) >= 5
-    for run in made:
-        assert f"{results.corpus_perplexity([run]):.2f}" in page
-    chosen = results.chosen(results.plan.budgets[-1])
-    for variant, seeds in {DENSE: (3, 4, 5), RECIPE: (3, 4)}.items():
-        for run in with_seeds([chosen[variant]], seeds):
-            assert f"{results.corpus_perplexity([run]):.2f}" in page
-            parts = results.part_losses([run])
-            assert f"from {parts[0]:.2f} to {parts[-1]:.2f}" in page
+    small, large = (results.compared(budget) for budget in results.plan.budgets)
+    assert f"At 2e13 FLOPs the recipe is {in_words(results.below(small[RECIPE], small[DENSE]))}, at 1e14 " in page
+    assert f", at 1e14 {in_words(results.below(large[RECIPE], large[DENSE]))}:".replace(" below dense", "") in page
+    falls = {
+        variant: [parts[0] - parts[-1] for parts in (results.part_losses([run]) for run in runs)]
+        for variant, runs in large.items()
+    }
+    perplexities = [results.perplexity([run]) for run in large[DENSE]]
+    seeds = [run.seed for run in large[DENSE]]
+    (other,) = (seed for seed, fall in zip(seeds, falls[DENSE], strict=True) if fall < 0.3)
+    place = seeds.index(other)
+    fall, perplexity = falls[DENSE].pop(place), perplexities.pop(place)
+    assert f"falls by {min(falls[DENSE]):.2f} to {max(falls[DENSE]):.2f} nats." in page
+    assert f"With seed {other} it falls by {fall:.2f}, and perplexity is {perplexity:.2f} in place of" in page
+    assert f"in place of {min(perplexities):.2f} to {max(perplexities):.2f}." in page
+    assert f"with falls of {min(falls[RECIPE]):.2f} to {max(falls[RECIPE]):.2f}." in page
+    alike = ([run for run in large[variant] if run.seed != other] for variant in (RECIPE, DENSE))
+    assert f"the recipe is {in_words(results.below(*alike))}." in page
 
 
 def test_the_table_of_seeds_has_each_run_of_a_mean():
