@@ -109,7 +109,7 @@ def test_steps_are_timed_with_the_rates_of_the_runs(tmp_path, monkeypatch):
     study = Study(plan, tmp_path, 1)
     monkeypatch.setattr(study, "all_results", lambda: results)
     timed = study.timed_runs()
-    assert list(timed) == ["64", "80"]
+    assert list(timed) == ["80", "128"]
     for size, (dense, *recipes) in timed.items():
         for run in (dense, *recipes):
             rate = run_of_size(results.best[run.variant], int(size), plan.budgets[0], plan).learning_rate
@@ -142,6 +142,16 @@ def test_what_the_page_says_of_equal_compute_is_what_was_found():
     assert f"with falls of {min(falls[RECIPE]):.2f} to {max(falls[RECIPE]):.2f}." in page
     alike = ([run for run in large[variant] if run.seed != other] for variant in (RECIPE, DENSE))
     assert f"the recipe is {in_words(results.below(*alike))}." in page
+
+
+def test_what_the_page_says_of_equal_seconds_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    dense = results.dense_of_seconds()
+    few, many = results.runs_of_timed_trials()
+    texts, corpus = (-results.below([few], [dense]).share, results.below_on_the_corpus(few, dense))
+    said = f"{100 * texts:.1f} % above dense on the five texts and {100 * corpus:.1f} % below it on the corpus; with k = 64"
+    assert said in " ".join(page.split())
+    assert results.below([many], [dense]).share < 0 > results.below_on_the_corpus(many, dense)
 
 
 def test_the_table_of_seeds_has_each_run_of_a_mean():
