@@ -248,7 +248,6 @@ def test_how_far_the_recipe_is_below_dense(budget):
     register_variants()
     results = read_recipe(ROOT / "examples/studies/recipe/results.json")
     compared = results.compared(budget)
-    below = results.below(compared["recipe"], compared["dense"])
     section = page("docs/quality.md").partition("## By the recipe")[2].partition("\n## ")[0]
     table = section.partition(f"| {budget_name(budget)} FLOPs |")[2].partition("\n\n")[0]
     rows = [[each.strip() for each in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
@@ -266,20 +265,29 @@ def test_how_far_the_recipe_is_below_dense(budget):
             "" if variant == "dense" else str(results.below(runs, compared["dense"])),
             "" if variant == "recipe" else str(results.below(compared["recipe"], runs)),
         ]
-    share, low, high = (f"{100 * value:.1f}" for value in (below.share, below.low, below.high))
-    readme = " ".join(page("README.md").split())
-    if budget == results.plan.budgets[0]:
-        said = f"it is [{share} %](docs/quality.md#by-the-recipe) below dense at equal FLOPs, with an interval from {low} to {high} %"
-        assert said in readme
-        return
+
+
+def test_what_the_readme_says_of_the_recipe():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    readme, quality = (" ".join(page(name).split()) for name in ("README.md", "docs/quality.md"))
+    small, large = (results.compared(budget) for budget in results.plan.budgets)
+    share, low, high = in_percent(results.below(small["recipe"], small["dense"]))
+    assert f"it is [{share} %](docs/quality.md#by-the-recipe) below dense at equal FLOPs, " in readme
+    assert f"with an interval from {low} to {high} %" in readme
+    share, low, high = in_percent(results.below(large["recipe"], large["dense"]))
     assert f"it is {share} % below dense ({low} to {high} %)" in readme
-    without = [[run for run in compared[variant] if run.seed != 4] for variant in ("recipe", "dense")]
-    below = results.below(*without)
-    share, low, high = (f"{100 * value:.1f}" for value in (below.share, below.low, below.high))
+    alike = ([run for run in large[variant] if run.seed != 4] for variant in ("recipe", "dense"))
+    share, low, high = in_percent(results.below(*alike))
     assert f"or {share} % ({low} to {high} %) without the one dense model of five" in readme
-    assert f"with the other four seeds the recipe is {share} % below dense ({low} to {high} %)" in " ".join(
-        section.split()
-    )
+    assert f"with the other four seeds the recipe is {share} % below dense ({low} to {high} %)" in quality
+    own = results.runs_of_timed_trials()[0]
+    above = -results.below([own], [results.dense_of_seconds()]).share
+    assert f"one run with d = {own.hidden_size} is {100 * above:.1f} % above dense" in readme
+
+
+def in_percent(difference):
+    return [f"{100 * value:.1f}" for value in (difference.share, difference.low, difference.high)]
 
 
 def test_learning_rates_of_a_wider_model():
@@ -345,6 +353,9 @@ def test_what_more_experts_and_a_lower_rate_are_worth():
     text = " ".join(page("docs/choosing-sizes-and-rates.md").split())
     assert f"with k = 64 in place of 32 comes to {twice_k} in place of {half_rate} on held-out training text" in text
     assert f"came to {half_rate} in place of {whole} after {runs[1].steps:,} steps" in text
+    few, many = (f"{results.corpus_perplexity([run]):.2f}" for run in results.runs_of_timed_trials())
+    size = results.dense_of_seconds().hidden_size
+    assert f"for equal seconds at d = {size}, in one run of each, k = 32 comes to {few} and k = 64 to {many}." in text
 
 
 class TestContinualLearning:

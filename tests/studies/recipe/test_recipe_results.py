@@ -13,8 +13,10 @@
 # limitations under the License.
 """The committed results of the recipe study are those of its plan."""
 
+import json
 import math
 from contextlib import suppress
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,7 @@ from studies.recipe.plan import (
     choose_rate,
     read_plan,
     run_of_size,
+    runs_by_size,
     screening_runs,
     with_factors,
 )
@@ -142,6 +145,10 @@ def test_what_the_page_says_of_equal_compute_is_what_was_found():
     assert f"with falls of {min(falls[RECIPE]):.2f} to {max(falls[RECIPE]):.2f}." in page
     alike = ([run for run in large[variant] if run.seed != other] for variant in (RECIPE, DENSE))
     assert f"the recipe is {in_words(results.below(*alike))}." in page
+    sizes = runs_by_size(results.plan, results.best, results.plan.budgets[-1])[DENSE]
+    best, *others = sorted(results.corpus_perplexity([run]) for run in sizes)
+    said = f"alone came to {best:.2f} on the corpus, the others to {others[0]:.2f} to {others[-1]:.2f}."
+    assert f"{results.chosen(results.plan.budgets[-1])[DENSE].hidden_size} {said}" in page
 
 
 def test_what_the_page_says_of_equal_seconds_is_what_was_found():
@@ -152,6 +159,25 @@ def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     said = f"{100 * texts:.1f} % above dense on the five texts and {100 * corpus:.1f} % below it on the corpus; with k = 64"
     assert said in " ".join(page.split())
     assert results.below([many], [dense]).share < 0 > results.below_on_the_corpus(many, dense)
+
+
+def test_what_the_page_says_of_step_times_is_what_was_measured():
+    """Of each width by its ratio to dense, and of the second time of one of them by its ratio to the first."""
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    page = " ".join(page.split())
+    again = json.loads((PLANS.parent / "step_times_again.json").read_text())["seconds"]
+    narrow, wide = ([median(times) for times in results.seconds[size]["seconds"].values()] for size in ("64", "80"))
+    dense, few, many = (f"{1e3 * seconds:.0f}" for seconds in narrow)
+    assert f"with d = 64 a step took {dense} ms of dense and {few} and {many} ms of the recipe" in page
+    ratios = [[f"{seconds / of_size[0]:.2f}" for seconds in of_size[1:]] for of_size in (narrow, wide)]
+    said = " times as long, with 80 ".join(" and ".join(of_size) for of_size in ratios)
+    assert f"so {said} times, and at equal FLOPs" in page
+    assert list(again) == list(results.seconds["80"]["seconds"])
+    dense, few, _ = (median(times) / first for times, first in zip(again.values(), wide, strict=True))
+    longer = f"dense took {dense - 1:.1%} and the recipe with k = 32 {few - 1:.1%} longer then.".replace("%", " %")
+    assert longer in page
+    assert f"get {1 - 1 / dense:.1%} fewer steps".replace("%", " %") in page
+    assert f"the recipe with 80 {few / dense - 1:.1%} more.".replace("%", " %") in page
 
 
 def test_the_table_of_seeds_has_each_run_of_a_mean():
