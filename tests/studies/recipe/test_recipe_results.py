@@ -157,8 +157,16 @@ def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     few, many = results.runs_of_timed_trials()
     texts, corpus = (-results.below([few], [dense]).share, results.below_on_the_corpus(few, dense))
     said = f"{100 * texts:.1f} % above dense on the five texts and {100 * corpus:.1f} % below it on the corpus; with k = 64"
-    assert said in " ".join(page.split())
+    page = " ".join(page.split())
+    assert said in page
     assert results.below([many], [dense]).share < 0 > results.below_on_the_corpus(many, dense)
+    (_, wide), (_, wide_recipe) = results.compared_at_widths().values()
+    assert wide.hidden_size == wide_recipe.hidden_size == 128
+    texts, corpus = results.below([wide_recipe], [dense]).share, results.below_on_the_corpus(wide_recipe, dense)
+    assert f"it is {100 * texts:.1f} % below it on the five texts and {100 * corpus:.1f} % on the corpus." in page
+    first, *_, last = results.part_losses([wide])
+    assert f"the recipe is {100 * results.below([wide_recipe], [wide]).share:.1f} % below it, and" in page
+    assert f"its loss falls by {first - last:.2f} nats along a sequence" in page
 
 
 def test_what_the_page_says_of_step_times_is_what_was_measured():
