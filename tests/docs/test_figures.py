@@ -273,7 +273,7 @@ def test_what_the_readme_says_of_the_recipe():
     readme, quality = (" ".join(page(name).split()) for name in ("README.md", "docs/quality.md"))
     small, large = (results.compared(budget) for budget in results.plan.budgets)
     share, low, high = in_percent(results.below(small["recipe"], small["dense"]))
-    assert f"it is [{share} %](docs/quality.md#by-the-recipe) below dense at equal FLOPs, " in readme
+    assert f"perplexity is [{share} %](docs/quality.md#by-the-recipe) below dense at equal FLOPs (2e13, " in readme
     assert f"with an interval from {low} to {high} %" in readme
     share, low, high = in_percent(results.below(large["recipe"], large["dense"]))
     assert f"it is {share} % below dense ({low} to {high} %)" in readme
@@ -281,12 +281,51 @@ def test_what_the_readme_says_of_the_recipe():
     share, low, high = in_percent(results.below(*alike))
     assert f"or {share} % ({low} to {high} %) without the one dense model of five" in readme
     assert f"with the other four seeds the recipe is {share} % below dense ({low} to {high} %)" in quality
-    narrow, wide = results.compared_at_widths()["recipe"]
-    below = [f"{abs(100 * results.below([run], [results.dense_of_seconds()]).share):.1f} %" for run in (narrow, wide)]
-    said = (
-        f"with d = {narrow.hidden_size} is {below[0]} above dense, one with d = {wide.hidden_size} {below[1]} below it"
+    for budget, compared in zip(("2e13", "1e14"), (small, large), strict=True):
+        own, dense = (f"{results.perplexity(compared[variant]):.2f}" for variant in ("recipe", "dense"))
+        row = f"| [perplexity at {budget} FLOPs](docs/quality.md#by-the-recipe), five seeds | PEER in every block {own}, "
+        assert f"{row}dense {dense}" in readme
+    assert f"memory in every block {results.perplexity(small['pkm']):.2f} |" in readme
+
+
+def test_what_the_readme_says_of_the_recipe_at_equal_seconds():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    readme, quality = (" ".join(page(name).split()) for name in ("README.md", "docs/quality.md"))
+    compared = results.compared_at_equal_seconds()
+    own, dense = compared["recipe"], compared["dense"]
+    found = across_zero(results.below(own, dense))
+    alike = across_zero(results.below(*([run for run in runs if run.seed != 4] for runs in (own, dense))))
+    assert f"There the recipe is {found[0]} below dense {found[1]}, or {alike[0]} {alike[1]} without that" in readme
+    least = min(results.below([run], [other]).share for run, other in zip(own, dense, strict=True))
+    assert least > 0 and f"ahead with each of five seeds, by {least:.1%} at least".replace("%", " %") in readme
+    assert f"ahead with each seed, by {least:.1%} at least,".replace("%", " %") in quality
+    assert f"it is {alike[0]} below dense {alike[1]}." in quality
+    perplexities = [f"{results.perplexity(runs):.2f}" for runs in (own, dense)]
+    seconds = f"{results.step_seconds(dense[0]) * dense[0].steps:.0f}"
+    assert f"[perplexity after {seconds} seconds]" in readme
+    assert "five seeds | PEER in every block {}, dense {}; the interval".format(*perplexities) in readme
+    for runs, below in ((dense, ""), (own, str(results.below(own, dense)))):
+        step = results.step_seconds(runs[0])
+        cells = [runs[0].variant, len(runs), runs[0].hidden_size, f"{runs[0].steps:,}", f"{1e3 * step:.1f}"]
+        cells += [f"{step * runs[0].steps:.0f}", f"{results.corpus_perplexity(runs):.2f}"]
+        assert (
+            f"| {' | '.join(map(str, cells))} | {results.perplexity(runs):.2f} |{below and f' {below}'} |" in quality
+        )
+    narrow, wide = (
+        results.step_seconds(run) / results.step_seconds(other)
+        for other, run in zip(*results.compared_at_widths().values(), strict=True)
     )
-    assert said in readme
+    above = -results.below([results.runs_of_timed_trials()[0]], [results.dense_of_seconds()]).share
+    assert (
+        f"its steps take {narrow:.2f} times as long as those of dense, one run is {above:.1%}".replace("%", " %")
+        in quality
+    )
+    assert f"with d = 128 they take {wide:.2f} times as long." in quality
+
+
+def across_zero(difference):
+    return f"{100 * difference.share:.1f} %", f"({100 * difference.low:.1f} to {100 * difference.high:+.1f} %)"
 
 
 def in_percent(difference):

@@ -96,6 +96,7 @@ def card_of_run(
 
 def _describe(run, losses, plan, label, study):
     training = {"learning_rate": run.learning_rate, **plan.training, **own_training(run, plan)}
+    training["initializer_range"] = configuration_of(run, plan).initializer_range
     seeds = f"{len(losses)} seed" + ("" if len(losses) == 1 else "s")
     deviation = "" if len(losses) == 1 else " (mean ± standard deviation over seeds)"
     return (

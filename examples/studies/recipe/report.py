@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from studies.common.tables import markdown_table
-from studies.common.training_plan import CORPUS, DENSE, budget_name, costs_of
+from studies.common.training_plan import CORPUS, DENSE, budget_name, configuration_of, costs_of
 from studies.recipe.differences import Difference
 from studies.recipe.plan import (
     BLOCK,
@@ -233,8 +233,8 @@ def _row_of_seconds(results, runs, ahead):
     milliseconds = f"{seconds * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
     times = [f"{run.steps:,}", milliseconds, f"{seconds * run.steps:.0f}"]
     perplexities = [f"{value(runs):.2f}" for value in (results.corpus_perplexity, results.perplexity)]
-    trial = f", trial {int(run.ablation[1]) + 1}" if run.ablation is not None else ""
-    return [f"{run.variant}{trial}", str(run.hidden_size), *times, *perplexities, str(ahead)]
+    experts = f", k = {configuration_of(run, results.plan).num_experts_per_head}" if run.variant == RECIPE else ""
+    return [f"{run.variant}{experts}", str(run.hidden_size), *times, *perplexities, str(ahead)]
 
 
 def table_of_experts(results: Results) -> str:

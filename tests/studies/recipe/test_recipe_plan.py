@@ -379,6 +379,9 @@ def test_the_plan_for_a_gpu_makes_three_runs():
     assert (dense.variant, recipe.variant) == ("dense", "recipe")
     assert in_the_seconds_of_dense == replace(recipe, steps=round(dense.steps / 1.25))
     assert training_flops(dense, plan) == pytest.approx(training_flops(recipe, plan), rel=0.01)
+    tokens = [round(run.steps * plan.tokens_of_step / 1e6) for run in (recipe, dense)]
+    page = " ".join((PLANS.parents[3] / "docs" / "on-a-gpu.md").read_text().split())
+    assert "That is {} million tokens for the recipe and {} million for dense,".format(*tokens) in page
 
 
 def test_a_budget_is_not_spent_on_variants_without_sizes():

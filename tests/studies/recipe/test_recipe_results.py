@@ -35,6 +35,7 @@ from studies.recipe.plan import (
     run_of_size,
     runs_by_size,
     screening_runs,
+    tuning_runs,
     with_factors,
 )
 from studies.recipe.plots import PLOTS
@@ -124,6 +125,10 @@ def in_words(difference):
     return f"{100 * difference.share:.1f} % below dense ({100 * difference.low:.1f} to {100 * difference.high:.1f} %)"
 
 
+def across_zero(difference):
+    return f"{100 * difference.share:.1f} % below dense ({100 * difference.low:.1f} to {100 * difference.high:+.1f} %)"
+
+
 def test_what_the_page_says_of_equal_compute_is_what_was_found():
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
     page = " ".join(page.split())
@@ -151,12 +156,53 @@ def test_what_the_page_says_of_equal_compute_is_what_was_found():
     assert f"{results.chosen(results.plan.budgets[-1])[DENSE].hidden_size} {said}" in page
 
 
+def test_what_the_page_says_of_other_feed_forwards_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    runs, page = results.compared(results.plan.budgets[0]), " ".join(page.split())
+    found = {variant: results.below(runs[RECIPE], own) for variant, own in runs.items() if variant != RECIPE}
+    errors = {
+        variant: f"{-math.log(1 - each.share) / each.error:.1f} standard errors" for variant, each in found.items()
+    }
+    said = {variant: in_words(each).replace(" below dense", "") for variant, each in found.items()}
+    assert f"Below MoE by {said['moe-token-choice']}, {errors['moe-token-choice']}, and below `peer` in all" in page
+    assert f"in all blocks by {said['peer']}, {errors['peer']}." in page
+    assert (
+        f"gated memory by {100 * found['pkm-gated'].share:.1f} %, {errors['pkm-gated']}, which the aim asks for"
+        in page
+    )
+    low, high = (100 * value for value in (found["pkm-gated"].low, found["pkm-gated"].high))
+    assert f"includes zero ({low:.1f} to {high:+.1f} %)" in page
+    share, low, high = (100 * value for value in (found["pkm"].share, found["pkm"].low, found["pkm"].high))
+    assert f"is {share:.1f} % below it ({low:.1f} to {high:+.1f} %), {errors['pkm']}, with" in page
+    own, of_pkm = (results.runs[runs[variant][0].name]["parameters"] for variant in (RECIPE, "pkm"))
+    assert f"with {own / of_pkm:.1f} times as many parameters." in page
+
+
+def test_what_the_page_says_of_each_ingredient_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    page = " ".join(page.split())
+    first, second = (results.effects(design) for design in results.plan.designs)
+
+    def said(effect):
+        low, high = 100 * effect.low, 100 * effect.high
+        return f"{100 * effect.share:.1f} % ({low:.1f} to {f'{high:.1f}' if low > 0 else f'{high:+.1f}'} %)"
+
+    assert f"PEER in the last two blocks too {said(second['last two blocks'])}, in the first one too" in page
+    assert (
+        f"in the first one too {said(second['first block'])}, own sub-keys {said(second['own sub-keys'])}, two" in page
+    )
+    assert f"in place of four of k = 16 {said(first['two heads'])}." in page
+    _, whole, _, half, twice = (results.corpus_perplexity([run]) for run in tuning_runs(results.plan)[RECIPE])
+    assert f"half the rate of v is worth {1 - half / whole:.1%} ({whole:.2f} to {half:.2f})".replace("%", " %") in page
+    assert f"k = 64 in place of 32 {1 - twice / half:.1%} ({half:.2f} to {twice:.2f})".replace("%", " %") in page
+
+
 def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
     dense = results.dense_of_seconds()
     few, many = results.runs_of_timed_trials()
     texts, corpus = (-results.below([few], [dense]).share, results.below_on_the_corpus(few, dense))
-    said = f"{100 * texts:.1f} % above dense on the five texts and {100 * corpus:.1f} % below it on the corpus; with k = 64"
+    said = f"is {100 * texts:.1f} % above dense with d = 80 on the five texts and {100 * corpus:.1f} % below it on the corpus;"
     page = " ".join(page.split())
     assert said in page
     assert results.below([many], [dense]).share < 0 > results.below_on_the_corpus(many, dense)
@@ -167,6 +213,22 @@ def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     first, *_, last = results.part_losses([wide])
     assert f"the recipe is {100 * results.below([wide_recipe], [wide]).share:.1f} % below it, and" in page
     assert f"its loss falls by {first - last:.2f} nats along a sequence" in page
+    seconds = [[results.step_seconds(run) for run in pair] for pair in ((dense, few), (wide, wide_recipe))]
+    short, long = (recipe / of_dense for of_dense, recipe in seconds)
+    assert f"its steps take {long:.2f} times as long as those of dense in place of {short:.2f} times." in page
+    compared = results.compared_at_equal_seconds()
+    assert [runs[0].hidden_size for runs in compared.values()] == [80, 128]
+    found = results.below(compared[RECIPE], compared[DENSE])
+    ahead = [
+        results.below(list(pair[:1]), list(pair[1:])).share
+        for pair in zip(compared[RECIPE], compared[DENSE], strict=True)
+    ]
+    assert f"the recipe is {across_zero(found)} after the seconds that dense takes for 1e14 FLOPs, and" in page
+    assert f"ahead with each seed, by {100 * min(ahead):.1f} % at least." in page and min(ahead) > 0 > found.low
+    alike = [[run for run in compared[variant] if run.seed != 4] for variant in (RECIPE, DENSE)]
+    assert f"the recipe is {across_zero(results.below(*alike)).replace(' dense', '')}." in page
+    of_corpus = [100 * results.below_on_the_corpus(*pair) for pair in zip(*alike, strict=True)]
+    assert f"it is {min(of_corpus):.1f} to {max(of_corpus):.1f} % below dense with these seeds." in page
 
 
 def test_what_the_page_says_of_step_times_is_what_was_measured():
