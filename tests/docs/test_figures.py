@@ -22,7 +22,7 @@ from documentation import ROOT
 from benchmark.report import Results
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
 from studies.common.training_plan import budget_name, costs_of
-from studies.recipe.plan import tuning_runs
+from studies.recipe.plan import runs_by_size, tuning_runs
 from studies.recipe.report import is_adopted
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
@@ -322,6 +322,27 @@ def test_what_the_readme_says_of_the_recipe_at_equal_seconds():
         in quality
     )
     assert f"with d = 128 they take {wide:.2f} times as long." in quality
+
+
+def test_what_a_width_is_worth():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    text = " ".join(page("docs/choosing-sizes-and-rates.md").partition("## Width")[2].partition("## ")[0].split())
+    widths = results.compared_at_widths()
+    narrow, wide = (
+        f"{results.step_seconds(run) / results.step_seconds(dense):.2f} times"
+        for dense, run in zip(widths["dense"], widths["recipe"], strict=True)
+    )
+    assert f"takes {narrow} as long as one of a dense model of its width at d = 80, {wide} at d = 128," in text
+    few, many = (f"{results.corpus_perplexity([run]):.2f}" for run in widths["recipe"])
+    dense = results.dense_of_seconds()
+    seconds = f"{results.step_seconds(dense) * dense.steps:.0f} seconds"
+    assert f"For {seconds} and in one run of each, d = 80 comes to {few} on" in text and f"d = 128 to {many}." in text
+    sizes = runs_by_size(results.plan, results.best, results.plan.budgets[-1])["recipe"]
+    perplexities = [results.corpus_perplexity([run]) for run in sizes]
+    said = "d = 80, 96 and 128 are {:.1f} % apart: {:.2f}, {:.2f} and {:.2f}."
+    apart = 100 * (max(perplexities) / min(perplexities) - 1)
+    assert said.format(apart, *perplexities) in text
 
 
 def across_zero(difference):
