@@ -30,10 +30,10 @@ import quickstart
 from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from studies.facts import report as facts
-from studies.recipe.plots import plot_comparison, plot_search
+from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
-from studies.scaling.plots import PLOTS
+from studies.scaling.plots import PLOTS as SCALING_PLOTS
 from studies.scaling.report import read_results
 from studies.stream import report as stream
 
@@ -68,13 +68,20 @@ def drawings() -> dict[str, Callable[[Path], object]]:
             for name in ("results", "known_elsewhere/results")
         },
         **{
-            f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
-            for name, draw in {"search": plot_search, "comparison": plot_comparison}.items()
+            f"examples/studies/recipe/{name}.png": lambda file, draw=RECIPE_PLOTS[name]: _draw_recipe(
+                draw, recipe, file
+            )
+            for name in ("search", "comparison")
         },
-        "examples/studies/stream/results.png": lambda file: stream.plot(_read(studies / "stream/results.json"), file),
+        **{
+            f"examples/studies/stream/{name}.png": lambda file, name=name: stream.plot(
+                _read(studies / f"stream/{name}.json"), file
+            )
+            for name in ("results", "recipe/results")
+        },
         **{
             f"examples/studies/scaling/{name}.png": lambda file, draw=draw: draw(scaling, file)
-            for name, draw in PLOTS.items()
+            for name, draw in SCALING_PLOTS.items()
         },
     }
 

@@ -11,14 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The study of streams: measures, the comparison at equal learning, resuming, and the committed tables."""
+"""The study of streams: measures, the comparison at equal learning, and resuming."""
 
 import json
 import math
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,14 +38,9 @@ from studies.stream.report import (
     describe,
     describe_shares,
     measures,
-    order_of,
     shown_orders,
     summarize,
 )
-
-
-ROOT = Path(__file__).parents[3]
-STREAM = ROOT / "examples" / "studies" / "stream"
 
 
 def run_of(arm, losses, seed=0, rate=1.0, masked=(), **others):
@@ -521,15 +515,3 @@ class TestGrowthWithoutOldText:
         tokens = torch.stack([each["input_ids"] for each in reference_text])
         assert tokens.shape == (128, 8) and (tokens[:, 0] == 3).all()
         assert self.gate_of(model).min() < 1
-
-
-def test_committed_tables_are_those_of_the_raw_results():
-    results = json.loads((STREAM / "results.json").read_text())
-    swept = [run for run in results["runs"] if run["seed"] == 0 and order_of(run) == 1]
-    level, chosen = choose_hyperparameters(swept)
-    rebuilt = summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
-    assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
-    assert all(result["seeds"] == 3 for result in results["arms"].values())
-    page, guide = (file.read_text() for file in (STREAM / "README.md", ROOT / "docs/continual-learning.md"))
-    assert describe_shares(results) in guide and describe_shares(results) in page
-    assert describe(results) in page
