@@ -277,7 +277,7 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     stream; and, for each arm, the losses of all texts after each stage. All are of the first order of the texts.
     """
     figure = new_figure(14, 9.5)
-    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    curves, matrices = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     trade_off, stream = curves.subplots(1, 2)
     runs = "seed 0" if len(shown_orders(summary)) == 1 else f"seed 0, {ORDERS[1]}"
     best = {}
