@@ -68,10 +68,8 @@ def drawings() -> dict[str, Callable[[Path], object]]:
             for name in ("results", "known_elsewhere/results")
         },
         **{
-            f"examples/studies/recipe/{name}.png": lambda file, draw=RECIPE_PLOTS[name]: _draw_recipe(
-                draw, recipe, file
-            )
-            for name in ("search", "comparison")
+            f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
+            for name, draw in RECIPE_PLOTS.items()
         },
         **{
             f"examples/studies/stream/{name}.png": lambda file, name=name: stream.plot(

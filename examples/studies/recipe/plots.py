@@ -154,6 +154,9 @@ def _draw_sizes(results: Results, recipe: Run, runs: list[Run], axes: Axes) -> N
     with suppress(ValueError):  # the points tell why there is no curve
         axes.plot(sizes / 1e6, results.dense_curve().loss_of(sizes), color=look_of(DENSE).color, linewidth=1)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    places = [results.active_parameters(run) / 1e6 for run in runs]
+    axes.set_xticks(places, [f"{place:.2f}" for place in places])
     axes.set(xlabel="active parameters, million", ylabel="loss, five texts, nats per token")
     axes.set_title(f"Equal tokens: {recipe.steps * results.plan.tokens_of_step / 1e6:.1f} million, one seed")
     add_legend(axes)

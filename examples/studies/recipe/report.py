@@ -243,7 +243,8 @@ def table_of_experts(results: Results) -> str:
         return ""
     fewer = None
     seeds = len(next(iter(runs.values())))
-    rows = [[f"N, {seeds} seeds", "MFLOPs per token", "steps", CORPUS, "five texts", "below the one before"]]
+    head = f"N, {seeds} seed" if seeds == 1 else f"N, {seeds} seeds"
+    rows = [[head, "MFLOPs per token", "steps", CORPUS, "five texts", "below the one before"]]
     for number, own in runs.items():
         rows.append(
             [

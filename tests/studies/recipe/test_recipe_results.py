@@ -231,6 +231,28 @@ def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     assert f"it is {min(of_corpus):.1f} to {max(of_corpus):.1f} % below dense with these seeds." in page
 
 
+def test_what_the_page_says_of_dense_sizes_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    page = " ".join(page.split())
+    recipe, dense = results.dense_sizes()
+    sizes = [results.active_parameters(run) / results.active_parameters(recipe) for run in dense]
+    perplexities = [results.perplexity([run]) for run in dense]
+    own, tokens = results.perplexity([recipe]), recipe.steps * results.plan.tokens_of_step
+    assert own < min(perplexities) == perplexities[-1]
+    assert f"One of more than {sizes[-1]:.1f} times the recipe's active parameters, which is the largest" in page
+    said = f"dense with d = {dense[-1].hidden_size} comes to {perplexities[-1]:.2f} on the five texts, the recipe with"
+    assert f"on the same {tokens / 1e6:.1f} M tokens {said} d = {recipe.hidden_size} to {own:.2f}," in page
+    texts, corpus = results.below([recipe], dense[-1:]).share, results.below_on_the_corpus(recipe, dense[-1])
+    flops = [results.runs[run.name]["training_flops"] for run in (dense[-1], recipe)]
+    said = f"which is {100 * texts:.1f} % below, and {100 * corpus:.1f} % on the corpus. That dense model takes"
+    assert f"{said} {flops[0] / flops[1]:.1f} times as many FLOPs." in page
+    assert results.dense_curve().c == pytest.approx(0.02)
+    gain = 100 * (1 - perplexities[-1] / perplexities[0])
+    assert f"{gain:.1f} % from {dense[0].hidden_size} to {dense[-1].hidden_size}, and none of the four" in page
+    falls = [parts[0] - parts[-1] for parts in (results.part_losses([run]) for run in dense)]
+    assert f"along a sequence their losses fall by {min(falls):.2f} to {max(falls):.2f} nats." in page
+
+
 def test_what_the_page_says_of_step_times_is_what_was_measured():
     """Of each width by its ratio to dense, and of the second time of one of them by its ratio to the first."""
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
