@@ -324,6 +324,36 @@ def test_what_the_readme_says_of_the_recipe_at_equal_seconds():
     assert f"with d = 128 they take {wide:.2f} times as long." in quality
 
 
+def test_what_more_experts_and_larger_dense_models_are_worth():
+    register_variants()
+    results = read_recipe(ROOT / "examples/studies/recipe/results.json")
+    choosing, quality = (" ".join(page(f"docs/{name}.md").split()) for name in ("choosing-sizes-and-rates", "quality"))
+    runs = {f"{number:,}": own for number, own in results.by_num_experts().items()}
+    perplexities = [f"{results.perplexity(own):.2f}" for own in runs.values()]
+    assert f"With {', '.join([*runs][:-1])} and {[*runs][-1]} experts in each block, the recipe comes to" in quality
+    assert f"comes to {', '.join(perplexities[:-1])} and {perplexities[-1]}, in one run of each for as many" in quality
+    said = [f"{perplexity} with {number}" for number, perplexity in zip(runs, perplexities, strict=True)]
+    tokens = next(iter(runs.values()))[0].steps * results.plan.tokens_of_step
+    text = (
+        f"after {tokens / 1e6:.1f} M tokens is {said[0]} experts in each, {said[1]}, {said[2]} and {said[3]}, in one"
+    )
+    assert text in choosing
+    of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])["recipe"]]
+    assert f"Seeds are up to {100 * (max(of_seeds) / min(of_seeds) - 1):.1f} % apart." in choosing
+    recipe, dense = results.dense_sizes()
+    largest = dense[-1]
+    size, flops = (
+        results.runs[largest.name][field] / results.runs[recipe.name][field]
+        for field in ("active_parameters", "training_flops")
+    )
+    assert min(results.below([recipe], [run]).share for run in dense) == results.below([recipe], [largest]).share
+    share = f"{100 * results.below([recipe], [largest]).share:.1f} %"
+    assert (
+        f"the recipe is below dense models of four sizes, {share} below the largest, which has {size:.1f}" in quality
+    )
+    assert f"{size:.1f} times its active parameters and takes {flops:.1f} times its FLOPs;" in quality
+
+
 def test_what_a_width_is_worth():
     register_variants()
     results = read_recipe(ROOT / "examples/studies/recipe/results.json")

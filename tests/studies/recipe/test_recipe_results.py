@@ -16,6 +16,7 @@
 import json
 import math
 from contextlib import suppress
+from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
 
@@ -229,6 +230,27 @@ def test_what_the_page_says_of_equal_seconds_is_what_was_found():
     assert f"the recipe is {across_zero(results.below(*alike)).replace(' dense', '')}." in page
     of_corpus = [100 * results.below_on_the_corpus(*pair) for pair in zip(*alike, strict=True)]
     assert f"it is {min(of_corpus):.1f} to {max(of_corpus):.1f} % below dense with these seeds." in page
+
+
+def test_what_the_page_says_of_numbers_of_experts_is_what_was_found():
+    results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
+    page, runs = " ".join(page.split()), results.by_num_experts()
+    assert [len(own) for own in runs.values()] == [1] * 4
+    falls = [100 * results.below(more, fewer).share for fewer, more in pairwise(runs.values())]
+    few, some, many, most = (f"{number:,}" for number in runs)
+    assert f"from {few} to {some} experts in each block perplexity falls by {falls[0]:.1f} %, to {many}" in page
+    assert f"to {many} it rises by {-falls[1]:.1f} %, to {most} it falls by {falls[2]:.1f} %," in page
+    first, *_, last = perplexities = [results.perplexity(own) for own in runs.values()]
+    assert "from {:.2f} to {:.2f}, {:.2f} and {:.2f}.".format(*perplexities) in page
+    of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])[RECIPE]]
+    assert f"are up to {100 * (max(of_seeds) / min(of_seeds) - 1):.1f} % apart." in page
+    (least,), *_, (run,) = runs.values()
+    flops = results.runs[run.name]["training_flops"] / results.runs[least.name]["training_flops"] - 1
+    corpus = results.below_on_the_corpus(run, least)
+    said = (
+        f"it is {100 * (1 - last / first):.1f} %, and {100 * corpus:.1f} % on the corpus, for {100 * flops:.0f} % more"
+    )
+    assert f"{said} FLOPs." in page
 
 
 def test_what_the_page_says_of_dense_sizes_is_what_was_found():
