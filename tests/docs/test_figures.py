@@ -15,6 +15,7 @@
 
 import json
 import re
+from statistics import mean
 
 import pytest
 from documentation import ROOT
@@ -109,6 +110,23 @@ def test_what_a_first_training_leads_to():
         f"{found[3]} after the {steps * 1024 / 1e6:.1f} million of"
     )
     assert said in " ".join(page("docs/layer-and-options.md").split())
+
+
+def test_what_a_step_of_the_laptop_takes():
+    results = json.loads(page("docs/images/laptop-steps.json"))
+    dense, peer = (mean(run["train_runtime"] for run in runs) / 40 for runs in results["train_results"].values())
+    assert all(f"--config_name {name} " in command for name, command in results["commands"].items())
+    assert all("--max_steps 40 " in command for command in results["commands"].values())
+    runs = [run for runs in results["train_results"].values() for run in runs]
+    assert {round(run["train_samples_per_second"] / run["train_steps_per_second"]) for run in runs} == {8192 // 1024}
+    text = " ".join(page("docs/layer-and-options.md").split())
+    assert (
+        f"a step of 8,192 tokens takes {peer:.1f} s with `peer-laptop` and {dense:.1f} s with `dense-laptop`" in text
+    )
+    tokens = (f"{36_000 / seconds * 8192 / 1e6:.0f}" for seconds in (peer, dense))
+    assert "so that a night of ten hours has {} and {} million tokens.".format(*tokens) in text
+    said = f"a step of `peer-laptop` takes {peer / dense:.2f} times as long as one of `dense-laptop`"
+    assert said in " ".join(page("docs/choosing-sizes-and-rates.md").split())
 
 
 def test_the_small_checkpoints():
