@@ -63,8 +63,10 @@ def _draw_effects(design: dict[str, Any], effects: dict[str, Difference], axes: 
 def plot_comparison(results: Results, file: Path) -> bool:
     """Below dense with intervals, at equal compute of each budget and at equal seconds; and perplexity at each width."""
     budgets = results.plan.budgets
-    compared = {f"{budget_name(budget)} FLOPs": results.compared(budget) for budget in budgets}
-    compared[f"seconds of dense,\n{budget_name(budgets[-1])} FLOPs"] = results.compared_at_equal_seconds()
+    compared = {f"equal FLOPs,\n{budget_name(budget)}": results.compared(budget) for budget in budgets}
+    compared[f"equal seconds, those of\ndense for {budget_name(budgets[-1])} FLOPs"] = (
+        results.compared_at_equal_seconds()
+    )
     compared = {name: runs for name, runs in compared.items() if {DENSE, RECIPE} <= runs.keys()}
     if not compared:
         return False
@@ -79,8 +81,9 @@ def plot_comparison(results: Results, file: Path) -> bool:
 
 
 def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]], axes: Axes) -> None:
-    names = {variant for runs in compared.values() for variant in runs}
-    variants = [name for name in results.plan.variants if name in names - {DENSE}]
+    made = {variant for runs in compared.values() for variant in runs}
+    variants = [name for name in results.plan.variants if name in made - {DENSE}]
+    names = {PEER: "PEER, heads of the paper"}  # but not its place, which is tuned
     width, labeled = 0.8 / len(variants), set()
     for place, runs in enumerate(compared.values()):
         own = [variant for variant in variants if variant in runs]
@@ -95,14 +98,14 @@ def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]
                 yerr=None if np.isnan(ends).any() else ends,
                 capsize=3,
                 color=look_of(variant).color,
-                label=None if variant in labeled else look_of(variant).label or variant,
+                label=None if variant in labeled else names.get(variant, look_of(variant).label or variant),
             )
             of_seeds = [100 * results.below([run], runs[DENSE]).share for run in runs[variant]]
             axes.plot([at - width / 4] * len(of_seeds), of_seeds, "o", color="white", markeredgecolor="black", ms=4)
             labeled.add(variant)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(compared)), list(compared))
-    axes.set(xlabel="at equal", ylabel="perplexity below dense, %", title="Each seed (circles), mean, 95 % interval")
+    axes.set(ylabel="perplexity below dense, %", title="Each seed (circles), mean, 95 % interval")
     add_legend(axes)
 
 
@@ -111,10 +114,10 @@ def _draw_widths(results: Results, by_width: dict[str, list[Run]], axes: Axes) -
         runs = by_width[variant]
         perplexities = [results.perplexity([run]) for run in runs]
         look = look_of(variant)
-        axes.plot([run.hidden_size for run in runs], perplexities, **look.style, label=look.label)
+        axes.plot([run.hidden_size for run in runs], perplexities, look.marker, color=look.color, label=look.label)
     k = configuration_of(by_width[RECIPE][0], results.plan).num_experts_per_head
-    axes.set(xlabel="hidden_size", ylabel="perplexity, five texts")
-    axes.set_title(f"Equal seconds, one seed, the recipe with k = {k}")
+    axes.set(xlabel="hidden_size d", ylabel="perplexity, five texts")
+    axes.set_title(f"Equal seconds, one run of each, k = {k}")
     axes.set_xticks([run.hidden_size for run in by_width[DENSE]])
     add_legend(axes)
 
@@ -152,7 +155,8 @@ def _draw_sizes(results: Results, recipe: Run, runs: list[Run], axes: Axes) -> N
         axes.plot(sizes, results.losses(own), look.marker, color=look.color, label=look.label)
     sizes = np.geomspace(*(results.active_parameters(run) for run in (runs[0], runs[-1])), 100)
     with suppress(ValueError):  # the points tell why there is no curve
-        axes.plot(sizes / 1e6, results.dense_curve().loss_of(sizes), color=look_of(DENSE).color, linewidth=1)
+        fitted = results.dense_curve().loss_of(sizes)
+        axes.plot(sizes / 1e6, fitted, color=look_of(DENSE).color, linewidth=1, label="a curve through dense")
     axes.set_xscale("log")
     axes.minorticks_off()
     places = [results.active_parameters(run) / 1e6 for run in runs]

@@ -279,12 +279,12 @@ def _size_of_the_recipe(results, recipe, runs):
         return f"No curve goes through the dense models: {error}"
     active, largest = results.active_parameters(recipe), max(map(results.active_parameters, runs))
     size = curve.size_of(results.losses([recipe])[0])
-    said = f"of {size / active:.2f} times its active parameters, {size / 1e6:.2f} M"
     if size > largest:
         said = f"of more than {largest / active:.2f} times its active parameters, beyond the largest of these"
-    return (
-        f"The recipe reads like a dense model {said}, by the curve {curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g}."
-    )
+    else:
+        formula = f"{curve.a:.3f} + {curve.b:.3g} · n^-{curve.c:.3g} of n active parameters"
+        said = f"of {size / active:.2f} times its active parameters, {size / 1e6:.2f} M, by the curve {formula}"
+    return f"The recipe reads like a dense model {said}."
 
 
 def describe(results: Results) -> str:

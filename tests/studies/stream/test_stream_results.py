@@ -41,3 +41,28 @@ def test_tables_are_those_of_the_raw_results(folder):
 def test_the_recipe_was_run_with_its_base():
     results = json.loads((STREAM / "recipe" / "results.json").read_text())
     assert results["arguments"]["base"] == json.loads((STREAM / "recipe" / "base.json").read_text())
+
+
+def test_what_other_pages_say_of_forgetting_is_what_was_found():
+    """Of the front page, nats per token of both models; of the page of the recipe, shares."""
+    own, recipe = (json.loads((folder / "results.json").read_text())["arms"] for folder in (STREAM, STREAM / "recipe"))
+    said = [
+        {
+            arm: f"{result['mean']['forgetting']:.3f} ± {result['deviation']['forgetting']:.3f}"
+            for arm, result in each.items()
+        }
+        for each in (own, recipe)
+    ]
+    front = (ROOT / "README.md").read_text()
+    protected = "experts added in protected mode {} nats per token,"
+    assert f"{protected.format(said[0]['protected'])} full finetuning {said[0]['full']} |" in front
+    generated = f"without a look at old text {said[1]['protected-generated']}"
+    assert f"{protected.format(said[1]['protected'])} {generated}, full finetuning {said[1]['full']} |" in front
+    shares = [
+        [recipe[arm]["mean"]["forgetting"] / recipe[other]["mean"]["forgetting"] for other in ("full", "lora")]
+        for arm in ("protected", "protected-generated")
+    ]
+    page = " ".join((STREAM.parent / "recipe" / "README.md").read_text().split())
+    protected, generated = ([f"{100 * share:.0f}" for share in of_arm] for of_arm in shares)
+    said = "protected mode forgets {} % of what full finetuning forgets and {} % of what LoRA forgets,"
+    assert said.format(*protected) in page and "that the model generates, {} and {} %.".format(*generated) in page
