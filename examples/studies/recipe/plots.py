@@ -83,7 +83,7 @@ def plot_comparison(results: Results, file: Path) -> bool:
 def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]], axes: Axes) -> None:
     made = {variant for runs in compared.values() for variant in runs}
     variants = [name for name in results.plan.variants if name in made - {DENSE}]
-    names = {PEER: "PEER, heads of the paper"}  # but not its place, which is tuned
+    labels = {PEER: "PEER, heads of the paper"}  # its blocks are tuned, so it is not all as in the paper
     width, labeled = 0.8 / len(variants), set()
     for place, runs in enumerate(compared.values()):
         own = [variant for variant in variants if variant in runs]
@@ -98,7 +98,7 @@ def _draw_differences(results: Results, compared: dict[str, dict[str, list[Run]]
                 yerr=None if np.isnan(ends).any() else ends,
                 capsize=3,
                 color=look_of(variant).color,
-                label=None if variant in labeled else names.get(variant, look_of(variant).label or variant),
+                label=None if variant in labeled else labels.get(variant, look_of(variant).label or variant),
             )
             of_seeds = [100 * results.below([run], runs[DENSE]).share for run in runs[variant]]
             axes.plot([at - width / 4] * len(of_seeds), of_seeds, "o", color="white", markeredgecolor="black", ms=4)

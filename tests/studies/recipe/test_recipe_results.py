@@ -242,8 +242,8 @@ def test_what_the_page_says_of_numbers_of_experts_is_what_was_found():
     assert f"to {many} it rises by {-falls[1]:.1f} %, to {most} it falls by {falls[2]:.1f} %," in page
     first, *_, last = perplexities = [results.perplexity(own) for own in runs.values()]
     assert "from {:.2f} to {:.2f}, {:.2f} and {:.2f}.".format(*perplexities) in page
-    of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])[RECIPE]]
     seeds = results.compared(results.plan.budgets[0])[RECIPE]
+    of_seeds = [results.perplexity([run]) for run in seeds]
     assert of_seeds[0] == max(of_seeds) and seeds[0].seed == runs[16384][0].seed
     apart, own = 100 * (max(of_seeds) / min(of_seeds) - 1), results.perplexity(seeds)
     assert f"are up to {apart:.1f} % apart and come to {own:.2f} in the mean, as good as the one run with" in page
@@ -297,15 +297,18 @@ def test_what_the_page_says_first_is_what_was_found():
 
 def test_what_the_page_says_of_sizes_is_what_was_trained():
     results, page = read_results(PLANS.parent / "results.json"), (PLANS.parent / "README.md").read_text()
-    page, plan = " ".join(page.split()), results.plan
-    budgets = [[run for runs in results.compared(budget).values() for run in runs] for budget in plan.budgets]
-    small, large = (
-        [*runs, *(run for own in runs_by_size(plan, results.best, budget).values() for run in own)]
-        for runs, budget in zip(budgets, plan.budgets, strict=True)
-    )
-    made = [run for run in (*small, *large, *results.dense_sizes()[1]) if run.name in results.runs]
-    active = [results.active_parameters(run) / 1e6 for run in made]
+    page, dense_sizes = " ".join(page.split()), [run.name for run in results.dense_sizes()[1]]
+    active = [run["active_parameters"] / 1e6 for run in results.runs.values()]
     assert f"the models have {min(active):.1f} to {max(active):.1f} million active parameters" in page
+    tokens = {True: [], False: []}  # whether of the larger budget
+    for name, run in results.runs.items():
+        is_large = run["training_flops"] > 4e13 and name not in dense_sizes
+        tokens[is_large].append(run["steps"] * results.plan.tokens_of_step / 1e6)
+    small, large = (f"{min(tokens[each]):.0f} to {max(tokens[each]):.0f} M" for each in (False, True))
+    said = (
+        f"train on {small} tokens of English documentation and prose at 2e13 and for dense sizes, on {large} at 1e14,"
+    )
+    assert said in page
     assert f"have 0.2 to {max(active):.1f} M active" in (PLANS.parents[3] / "docs" / "quality.md").read_text()
 
 
