@@ -34,6 +34,7 @@ from common.subprocesses import module_environment
 from gpu import __main__ as command
 from gpu import equality_tests, layer, report, sanitizer, worker
 from gpu.device import Device
+from gpu.equality_layers import check_optimizer
 from gpu.inputs import layer_task
 from gpu.report import aims, read_results
 from gpu.rows import SkippedError
@@ -343,6 +344,27 @@ class TestEquality:
         assert row_of(settings, "equality", name)["passed"]
         monkeypatch.setattr(row_adamw.cpu, "update_by_factors", update_faster)
         assert not row_of(settings, "equality", name)["passed"]
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_of_stochastic_rounding(self, settings, monkeypatch, dtype):
+        update = row_adamw.cpu.update_by_factors
+
+        def update_rounded_otherwise(parameter, state, factors, group):
+            update(parameter, state, factors, {**group, "rounding_seed": 2})
+
+        monkeypatch.setattr(row_adamw.cpu, "update_by_factors", update_rounded_otherwise)
+        assert not row_of(settings, "equality", f"RowAdamW, {dtype}, row")["passed"]
+
+    def test_of_the_optimizer_allows_another_neighbor(self, settings):
+        """Elements shrink from step to step, so that a neighbor of before is many distances away, and some are near zero."""
+        larger = Settings(
+            **{**vars(settings), "small_layer": {"num_experts": 32**2, "hidden_size": 64}, "small_tokens": 256}
+        )
+        found = []
+        for seed in range(40):
+            torch.manual_seed(seed)
+            found.append(check_optimizer(larger, torch.float16, "row"))
+        assert all(each["passed"] for each in found) and max(each["differing"] for each in found) > 0
 
     def test_of_a_gradient_scaler(self, settings, monkeypatch):
         monkeypatch.setattr(torch.amp.GradScaler, "step", lambda scaler, optimizer: optimizer.step())
