@@ -75,6 +75,15 @@ def test_what_it_reports_is_of_the_sequences_it_did_not_fit(model):
         assert result.open_for_new < 0.2
 
 
+def test_what_is_held_out_moves_no_gate(model):
+    gates = []
+    for held_out in (NEW, text(21)):
+        fit(model, new=[held_out[i] if i % 10 == 0 else each for i, each in enumerate(NEW)], num_steps=20)
+        gates.append({name: tensor.clone() for name, tensor in model.state_dict().items() if ".gate." in name})
+    assert len(gates[0]) == 8
+    torch.testing.assert_close(gates[1], gates[0])
+
+
 def test_changes_the_gates_of_the_last_addition_alone(model):
     add_experts(model, 16, layers=2)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

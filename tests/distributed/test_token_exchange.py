@@ -21,8 +21,11 @@ import torch
 import torch.distributed as dist
 from cases import tiny_config, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing import assert_close
+from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import shard_experts
+from modeling_peer.expert_operators import run_expert_pool
 from modeling_peer.expert_table import ExpertDownProjection
 from modeling_peer.forward_pass import ForwardPass
 from modeling_peer.library_releases import is_at_least, timeout_of_default_group
@@ -102,3 +105,32 @@ def test_other_kernels_are_not(caplog):
     with caplog.at_level(logging.WARNING):
         split(torch.rand(3, 4), torch.randint(9, (3, 4)))
     assert "instead of" not in caplog.text
+
+
+UNEVEN, WIDTH, PART = (5, 2), 7, 4  # tokens of each process, columns of whole tables, and of the first process
+
+
+def run_pool(rank: int | None) -> list[torch.Tensor]:
+    """The output of a pool and all of its gradients: of one of two processes, or of one with the tokens of both."""
+    torch.manual_seed(0)
+    hidden_states, up, down = torch.randn(sum(UNEVEN), WIDTH), torch.randn(9, WIDTH), torch.randn(9, WIDTH)
+    indices, weights = torch.randint(9, (sum(UNEVEN), 3)), torch.rand(sum(UNEVEN), 3)
+    if rank is not None:
+        indices, hidden_states, weights = (
+            each.split(UNEVEN)[rank] for each in (indices.int(), hidden_states, weights)
+        )
+        up, down = (each.split(PART, dim=1)[rank] for each in (up, down))
+    inputs = [each.clone().requires_grad_() for each in (hidden_states, weights, up, down)]
+    hidden_states, weights, up, down = inputs
+    exchange = {} if rank is None else {"exchange": exchange_tokens(dist.group.WORLD, hidden_states, WIDTH)}
+    output = run_expert_pool(hidden_states, indices, weights, up, None, down, torch.relu, "torch", **exchange)
+    output.square().sum().backward()
+    return [output.detach(), *(each.grad for each in inputs)]
+
+
+def test_two_processes_with_different_numbers_of_tokens(tmp_path):
+    run_on_two_processes(save_parts, str(tmp_path), (run_pool,))
+    of_ranks = [torch.load(tmp_path / f"run_pool-{rank}") for rank in (0, 1)]
+    of_tokens, of_tables = zip(*(each[:3] for each in of_ranks), strict=True), [each[3:] for each in of_ranks]
+    found = [*map(torch.cat, of_tokens), *(2 * torch.cat(each, dim=1) for each in zip(*of_tables, strict=True))]
+    assert_close(found, run_pool(None))  # gradients of tables are the mean over the two

@@ -90,6 +90,16 @@ def test_neighbors_have_the_most_similar_keys(fields):
         assert [cosine for _, cosine in _neighbors(router, expert)] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def test_neighbors_of_added_experts_are_added_with_them(tokenizer):
+    model = tiny_model(tiny_config("peer"))
+    add_experts(model, 16, mode="protected")
+    experts = explore(model, tokenizer, *texts(tokenizer, 20), num_switched_off=0)["experts"]["layer_0"]
+    generations = {
+        int(expert) < 36: [index < 36 for index, _ in each["neighbors"]] for expert, each in experts.items()
+    }
+    assert generations == {True: [True] * 5, False: [False] * 5}
+
+
 def test_experts_know_when_they_were_added():
     model = tiny_model(tiny_config("peer", "peer"))
     add_experts(model, 13, mode="open")
