@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Converts a layer of PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a layer of a checkpoint of this package.
 
@@ -45,7 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import check_output_dir, checks_fields, loads_checkpoint
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.key_grid import expert_index, grid_size
+from modeling_peer.configuration_peer import grid_size
+from modeling_peer.experts import expert_index
 
 
 TENSORS = ("weight_down_embed.weight", "weight_up_embed.weight", "to_queries.0.weight", "keys")

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Draws the pictures of the repository again, from the results that are saved beside them.
 
@@ -21,6 +10,7 @@ The studies, the benchmark and the quickstart draw the same pictures of the resu
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +19,7 @@ import quickstart
 
 from benchmark import report as benchmark
 from common.command_line import parse_arguments
+from common.pictures import TRAININGS, VARIANTS, new_figure, save_picture
 from studies.facts import report as facts
 from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
@@ -36,6 +27,7 @@ from studies.recipe.variants import register_variants
 from studies.scaling.plots import PLOTS as SCALING_PLOTS
 from studies.scaling.report import read_results
 from studies.stream import report as stream
+from studies.stream.arms import ARMS as STREAM_ARMS
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +49,7 @@ def drawings() -> dict[str, Callable[[Path], object]]:
     recipe = read_recipe(studies / "recipe" / "results.json")
     scaling = read_results(studies / "scaling" / "results.json")
     return {
+        "docs/images/findings.png": draw_findings,
         "docs/images/quickstart.png": lambda file: quickstart.plot_losses(_quickstart_results(), file),
         "examples/benchmark/results.png": lambda file: benchmark.plot(
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
@@ -82,6 +75,43 @@ def drawings() -> dict[str, Callable[[Path], object]]:
             for name, draw in SCALING_PLOTS.items()
         },
     }
+
+
+def draw_findings(file: Path) -> None:
+    """Draw what the front page shows: forgetting in the study of a stream of texts, and a step of the benchmark."""
+    arms = _read(ROOT / "examples/studies/stream/results.json")["arms"]
+    names = [name for name in ("lora", "full", "sparse", "replay", "protected") if name in arms]
+    steps = {
+        each["contender"]: 1000 * statistics.median(each["seconds"])
+        for each in _read(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
+        if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"].startswith("peer")
+    }
+    figure = new_figure(10, 3.2)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    forgetting = [arms[name]["mean"]["forgetting"] for name in names]
+    bars = left.barh(
+        [STREAM_ARMS[name].label for name in names], forgetting, color=[TRAININGS[n].color for n in names]
+    )
+    left.bar_label(bars, fmt="%.2f", padding=3)
+    left.set_title(
+        f"Added experts forget {forgetting[-1]:.2f} nats,\nfull finetuning {arms['full']['mean']['forgetting']:.2f}"
+    )
+    left.set_xlabel("forgetting after learning four texts, nats per token")
+    contenders = ["peer_pytorch", "peer"]
+    bars = right.barh(
+        [VARIANTS[name].label for name in contenders],
+        [steps[name] for name in contenders],
+        color=[VARIANTS[name].color for name in contenders],
+    )
+    right.bar_label(bars, fmt="%.0f", padding=3)
+    right.set_title(
+        f"A step with a million experts takes\n1/{steps['peer_pytorch'] / steps['peer']:.0f} of PEER-pytorch's time"
+    )
+    right.set_xlabel("a training step of one layer on two cores, ms")
+    for axes in (left, right):
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, file)
 
 
 def _draw_recipe(draw, results, file):

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Pushes a trained checkpoint to the Hub, with its tokenizer, generation configuration and a model card, and pulls it
 back.
@@ -20,9 +9,9 @@ back.
 
 The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
 prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A
-README.md in the folder is pushed unchanged. Without one, or with the short one that is saved with every model, a
-model card is made from the configuration and from what the training left in the folder: results, settings, and logs of
-the usage of experts, of which it shows a picture.
+README.md in the folder is pushed unchanged. Without one, or with one that a training wrote, a model card is made from
+the configuration and from what the training left in the folder: results, settings, and logs of the usage of experts, of
+which it shows a picture.
 """
 
 from dataclasses import dataclass, field
@@ -32,10 +21,17 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.cards import MAX_NEW_TOKENS, PROMPT, TEACHING_FLAGS_FILE, TRAINING_FILE, USAGE_PICTURE, card_of_folder
+from common.cards import (
+    MAX_NEW_TOKENS,
+    PROMPT,
+    TEACHING_FLAGS_FILE,
+    TRAINING_FILE,
+    USAGE_PICTURE,
+    card_of_folder,
+    is_written_card,
+)
 from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
-from modeling_peer.checkpoint_card import is_written_card
 
 
 # What a checkpoint must contain, with the files that show it.
@@ -83,7 +79,7 @@ def push(args: PushArguments) -> str:
         {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name not in LEFT_OUT}
     )
     readme = folder / "README.md"
-    has_own_card = readme.exists() and not is_written_card(readme.read_text(encoding="utf-8"))
+    has_own_card = readme.exists() and not is_written_card(readme)
     operations = []
     if not has_own_card:
         card = card_of_folder(

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Quantizes the expert tables of a checkpoint, and compares its perplexity on held-out text before and after.
 
@@ -35,7 +24,7 @@ from common.model_arguments import ModelArguments, check_output_dir, load_config
 from common.text_data import DataTrainingArguments
 from common.training import setup_logging
 from modeling_peer import ExpertUsageCallback, PeerQuantizationConfig, quantize_experts
-from modeling_peer.expert_table import ExpertTable
+from modeling_peer.experts import expert_tables
 
 
 @dataclass
@@ -73,8 +62,7 @@ class Figures:
 
 def table_bytes(model: nn.Module) -> int:
     """Bytes of all expert tables of a model, with their scales."""
-    tables = [module for module in model.modules() if isinstance(module, ExpertTable)]
-    return sum(parameter.nbytes for table in tables for parameter in table.parameters())
+    return sum(parameter.nbytes for table in expert_tables(model).values() for parameter in table.parameters())
 
 
 def perplexity(trainer: Trainer) -> float:

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Trains a language model from a named configuration or from a checkpoint, with `Trainer` of Transformers.
 
@@ -66,7 +55,7 @@ from common.training import (
     setup_logging,
 )
 from modeling_peer import ExpertUsageCallback, PeerConfig, PeerForCausalLM, SplitCheckpointCallback
-from modeling_peer.optim.split_checkpoint_callback import PARTS
+from modeling_peer.parallel.split_checkpoint_callback import PARTS
 
 
 logger = logging.getLogger(__name__)
@@ -144,7 +133,7 @@ def make_trainer(
     """
     set_seed(training_args.seed)
     distributed_config = (distributed_args or DistributedArguments()).make_config(training_args, config)
-    # Its `from_config` draws weights that do not depend on how many processes split a model, and Auto classes others.
+    # A new model of a class draws weights that do not depend on how many processes split it, one of Auto classes others.
     model_class = PeerForCausalLM if isinstance(config, PeerConfig) else AutoModelForCausalLM
     model = load_model(model_class, model_args, config, tokenizer, distributed_config)
     logger.info(

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Continues a prompt, streaming the text as it is generated, and prints which experts were used most.
 
@@ -33,7 +22,7 @@ from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, measure_usage
 from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
-from modeling_peer.feed_forward_moe import MoeRouter
+from modeling_peer.feed_forward import MoeRouter
 
 
 @dataclass

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Trains the small checkpoints that come with this repository: a PEER model, and its dense twin of the same width.
 
@@ -50,9 +39,7 @@ A small model to try things with. It read {tokens:.1f} million tokens, and write
 nothing. Its twin of the same width, `{twin}`, read the same text in the same order.
 
 {license}The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
-tokens of files that were held out. `results.json` has all figures.
-
-This folder carries no code: the model is loaded with `modeling_peer`, and `save_pretrained` adds the code."""
+tokens of files that were held out. `results.json` has all figures."""
 
 # Of the default text.
 LICENSE = """\
@@ -109,17 +96,11 @@ def train(name: str, args: NanoArguments, data_args: NanoDataArguments) -> tuple
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """Saves a trained model in bf16 with its tokenizer, without the code that checkpoints carry elsewhere."""
+    """Saves a trained model in bf16 with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir, dtype=torch.bfloat16)
     model.config.use_cache = True  # which `Trainer` has turned off
     model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
-    for file in folder.glob("*.py"):
-        file.unlink()
-    file = folder / "config.json"
-    fields = json.loads(file.read_text())
-    del fields["auto_map"]
-    file.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def measure(trainer: Trainer, folder: Path) -> dict[str, float]:
@@ -160,7 +141,6 @@ def describe(name: str, trainer: Trainer, data_args: NanoDataArguments, results:
         prompt=PROMPT,
         max_new_tokens=100,
         training=training,
-        carries_code=False,
     )
     return str(card)
 

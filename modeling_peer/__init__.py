@@ -1,27 +1,18 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 PEER for Transformers: language models with a million experts of one neuron each.
 
-Importing the package registers PEER models and merged grafts with the auto classes of Transformers and, where PEFT is
-installed, grafts as a method of PEFT, and which modules of a PEER model its other methods adapt. Everything else is
+What a checkpoint carries is flat in this folder, and knows nothing of the folders beside it. Importing the package
+adds names to registries: PEER models and merged grafts to the auto classes of Transformers, kernels to the core, a
+quantizer and parallel styles to Transformers and, where PEFT is installed, grafts to its methods. Everything else is
 imported when it is first used.
 """
 
 import importlib
+import importlib.util
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -32,12 +23,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import graft_merged, ops, parallel, quantization  # noqa: F401
 from .configuration_peer import PeerConfig
-from .expert_kernels import ALL_EXPERT_KERNELS, ExpertKernelsInterface
+from .experts import ALL_EXPERTS_FUNCTIONS, ALL_RETRIEVAL_FUNCTIONS, ExpertsInterface, RetrievalInterface
 from .feed_forward import ALL_FEED_FORWARDS, FeedForwardInterface
-from .graft.peft_releases import is_peft_installed
-from .graft_merged import PeerGraftedConfig
-from .memory_group import shard_experts
 from .modeling_peer import (
     PeerForCausalLM,
     PeerForQuestionAnswering,
@@ -46,58 +35,39 @@ from .modeling_peer import (
     PeerModel,
     PeerPreTrainedModel,
 )
-from .named_configurations import configuration_path, list_configurations
-from .quantization import PeerQuantizationConfig, dequantize_experts, quantize_experts
-from .query_norm import freeze_query_norm
-from .table_memory import host_table_device_map
-
-
-if TYPE_CHECKING:
-    from .analysis.collectives import memory_group_bytes
-    from .analysis.communication import CommunicationCosts, DesignCosts, communication_costs
-    from .analysis.costs import ModelCosts, PartCosts, model_costs
-    from .analysis.expert_background import ExpertBackground
-    from .analysis.expert_mask import masked_experts
-    from .analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
-    from .analysis.token_explanation import ExpertUse, TokenExplanation, explain_tokens
-    from .continual.freezing import FrozenExperts, freeze_experts
-    from .continual.gate_fitting import GateFit, fit_gates
-    from .continual.generated_text import generate_text
-    from .continual.growth import Addition, add_experts, train_added_experts_only
-    from .continual.sparse_finetuning import SparseFinetuningCallback
-    from .graft.config import PeerGraftConfig as PeerGraftConfig
-    from .graft.model import PeerGraftModel as PeerGraftModel
-    from .graft.trainer_card import complete_model_card
-    from .optim.parameter_groups import expert_parameter_groups, make_optimizer
-    from .optim.resuming import last_complete_checkpoint
-    from .optim.row_adamw import RowAdamW
-    from .optim.split_checkpoint_callback import SplitCheckpointCallback
-    from .split_checkpoints import whole_state_dict
 
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
 _LAZY_NAMES = {
-    "analysis.collectives": ("memory_group_bytes",),
-    "analysis.communication": ("CommunicationCosts", "DesignCosts", "communication_costs"),
     "analysis.costs": ("ModelCosts", "PartCosts", "model_costs"),
     "analysis.expert_background": ("ExpertBackground",),
     "analysis.expert_mask": ("masked_experts",),
     "analysis.expert_usage": ("ExpertUsageCallback", "ExpertUsageMeter", "measure_usage"),
     "analysis.token_explanation": ("ExpertUse", "TokenExplanation", "explain_tokens"),
+    "configurations": ("configuration_path", "list_configurations"),
     "continual.freezing": ("FrozenExperts", "freeze_experts"),
     "continual.gate_fitting": ("GateFit", "fit_gates"),
     "continual.generated_text": ("generate_text",),
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
-    "graft.trainer_card": ("complete_model_card",),
-    "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
+    "graft_merged": ("PeerGraftedConfig",),
+    "memory.host_tables": ("host_table_device_map",),
+    "optim.parameter_groups": ("expert_parameter_groups", "freeze_query_norm", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW",),
-    "optim.split_checkpoint_callback": ("SplitCheckpointCallback",),
-    "split_checkpoints": ("whole_state_dict",),
+    "parallel.memory_group": ("shard_experts",),
+    "parallel.split_checkpoint_callback": ("SplitCheckpointCallback",),
+    "parallel.split_checkpoints": ("whole_state_dict",),
+    "parallel.split_initialization": ("make_split_model",),
+    "parallel.token_exchange": ("memory_group_bytes",),
+    "quantization.quantizer": ("PeerQuantizationConfig", "dequantize_experts", "quantize_experts"),
+    "serving.heads": ("keep_heads",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
+
+# Not there where PEFT is not.
+_OF_PEFT = () if importlib.util.find_spec("peft") else ("PeerGraftConfig", "PeerGraftModel")
 
 
 def __getattr__(name: str) -> Any:
@@ -109,9 +79,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The names that can be read: grafts are left out where PEFT is missing, as reading them raises `ImportError`."""
-    missing = () if is_peft_installed() else _LAZY_NAMES["graft.model"]
-    return sorted({*globals(), *_MODULE_OF_NAME} - {*missing})
+    return sorted({*globals(), *_MODULE_OF_NAME} - {*_OF_PEFT})
 
 
 # On import, as spawned ranks and data workers rely on it.
@@ -128,14 +96,14 @@ for auto_class, model_class in (
     # A saved checkpoint carries the code it needs, and loads with `trust_remote_code=True` where this package is not.
     model_class.register_for_auto_class(auto_class.__name__)
 
-# PEFT finds an adapter's method only if it was registered before. Without PEFT there is nothing to register with.
-if is_peft_installed():
+# PEFT finds an adapter's method only if it was registered before. Whatever is wrong with PEFT, PEER models do not need
+# it.
+if not _OF_PEFT:
     try:
-        importlib.import_module(".graft.model", __name__)
-    except Exception as error:  # whatever is wrong with PEFT, PEER models do not need it
+        importlib.import_module(".graft", __name__)
+    except Exception as error:
         warnings.warn(
-            "PEER grafts do not work: PEFT is installed, but they could not be made one of its methods, so adapters "
-            "that are grafts can be neither made nor loaded. The rest of modeling_peer works. "
+            "PEER grafts do not work, the rest of modeling_peer does: they could not be made a method of PEFT. "
             f"{type(error).__name__}: {error}",
             stacklevel=2,
         )
@@ -143,55 +111,18 @@ if is_peft_installed():
 __version__ = "0.1.0"
 
 __all__ = [
-    "ALL_EXPERT_KERNELS",
+    "ALL_EXPERTS_FUNCTIONS",
     "ALL_FEED_FORWARDS",
-    "Addition",
-    "CommunicationCosts",
-    "DesignCosts",
-    "ExpertBackground",
-    "ExpertKernelsInterface",
-    "ExpertUsageCallback",
-    "ExpertUsageMeter",
-    "ExpertUse",
+    "ALL_RETRIEVAL_FUNCTIONS",
+    "ExpertsInterface",
     "FeedForwardInterface",
-    "FrozenExperts",
-    "GateFit",
-    "ModelCosts",
-    "PartCosts",
     "PeerConfig",
     "PeerForCausalLM",
     "PeerForQuestionAnswering",
     "PeerForSequenceClassification",
     "PeerForTokenClassification",
-    "PeerGraftedConfig",
     "PeerModel",
     "PeerPreTrainedModel",
-    "PeerQuantizationConfig",
-    "RowAdamW",
-    "SparseFinetuningCallback",
-    "SplitCheckpointCallback",
-    "TokenExplanation",
-    "add_experts",
-    "communication_costs",
-    "complete_model_card",
-    "configuration_path",
-    "dequantize_experts",
-    "expert_parameter_groups",
-    "explain_tokens",
-    "fit_gates",
-    "freeze_experts",
-    "freeze_query_norm",
-    "generate_text",
-    "host_table_device_map",
-    "last_complete_checkpoint",
-    "list_configurations",
-    "make_optimizer",
-    "masked_experts",
-    "measure_usage",
-    "memory_group_bytes",
-    "model_costs",
-    "quantize_experts",
-    "shard_experts",
-    "train_added_experts_only",
-    "whole_state_dict",
+    "RetrievalInterface",
+    *(name for name in _MODULE_OF_NAME if name not in _OF_PEFT),
 ]

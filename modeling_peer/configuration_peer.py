@@ -13,51 +13,48 @@
 # limitations under the License.
 """Configuration of PEER models."""
 
-# Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
-from .library_releases import check_releases as check_releases
-
-
-# isort: split
-
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import auto_docstring
-
-from .expert_additions import check_additions
-from .key_grid import grid_size
 
 
 FORMAT_VERSION = 1
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_peer.PeerConfig",
-    "AutoModel": "modeling_peer.PeerModel",
-    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
-}
+POSITIVE_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "num_retrieval_heads", "num_experts_per_head", "query_size"),
+    *("moe_num_experts", "moe_num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("initializer_range", "expert_initializer_range", "rms_norm_eps"),
+)
+
+# pip never sees which releases the code in a checkpoint needs, so the code itself refuses those that it does not know.
+for _library, _found, _first, _last in (
+    ("Transformers", transformers.__version__, "5.19", 5),
+    ("torch", torch.__version__, "2.9", 2),
+):
+    if Version(_found).release < Version(_first).release or Version(_found).major > _last:
+        raise ImportError(f"PEER models run on {_library} {_first} to {_last}.x, found {_found}.")
 
 
-INTRODUCTION = r"""
+@auto_docstring(
+    custom_intro=r"""
     Configuration of a PEER model: a Llama-style decoder whose layers take their feed-forward from a registry of
     variants. The defaults are those of the paper, Xu Owen He, "Mixture of A Million Experts" ([arXiv
     2407.04153](https://arxiv.org/abs/2407.04153)): one layer of 1024² = 1,048,576 experts in the middle of 12. Small
-    models learn better with experts in every layer, as in the example below and in the configuration `"peer-toy"` of
-    [`configuration_path`], which have fewer of them.
+    models learn better with experts in every layer, as in the example below.
 
     Configuration objects inherit from [`PreTrainedConfig`], see there for fields and methods that all models have.
-    Fields are checked when a configuration is made, loaded and saved, and when a model is built of it: a wrong value
-    raises a `StrictDataclassError` that names the field, what was found and what was expected.
     """
-
-
-@auto_docstring(custom_intro=INTRODUCTION)
+)
 @strict
 class PeerConfig(PreTrainedConfig):
     r"""
@@ -68,15 +65,15 @@ class PeerConfig(PreTrainedConfig):
     num_experts (`int`, *optional*, defaults to 1048576):
         Number N of experts of a PEER layer, or of values of a PKM layer, a perfect square.
     num_retrieval_heads (`int`, *optional*, defaults to 8):
-        Number h of query networks of a layer. A trained checkpoint may be loaded with fewer.
+        Number h of query networks of a layer.
     num_experts_per_head (`int`, *optional*, defaults to 16):
-        Number k of experts that each head retrieves, at most √N. A trained checkpoint may be loaded with more or
-        fewer.
+        Number k of experts that each head retrieves, at most √N; with 1 a softmax router does not learn. It may be
+        changed on a trained model.
     query_size (`int`, *optional*, defaults to 256):
         Size d_k of a query, an even number: each half is compared with one of the two sets of sub-keys.
     query_norm (`str`, *optional*, defaults to `"batch"`):
-        Normalization of queries: `"batch"` over tokens, as in the paper (see [`QueryBatchNorm`] for what it means for
-        causality in training), `"rms"` of each half of queries and keys, or `None`.
+        Normalization of queries: `"batch"` over tokens, as in the paper (for causality in training see
+        [`QueryBatchNorm`]), `"rms"` of each half of queries and keys, or `None`.
     scoring_func (`str`, *optional*, defaults to `"softmax"`):
         Function that turns a head's retrieved scores into router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
     sub_keys_per_head (`bool`, *optional*, defaults to `False`):
@@ -85,8 +82,7 @@ class PeerConfig(PreTrainedConfig):
         Activation σ of the experts, or `None` for none.
     expert_initializer_range (`float`, *optional*):
         Standard deviation of the initial down-projection vectors v_i of PEER experts, and of the values of PKM. If
-        `None`, it is the one that gives the output of the layer the variance of a dense feed-forward's: up to k times
-        `initializer_range`, as the router weights of a head sum to one. A smaller value leaves less noise to unlearn.
+        `None`, the output of the layer starts with the variance of a dense feed-forward's.
     gated_experts (`bool`, *optional*, defaults to `False`):
         Whether experts are gated: σ(w_i · x) (u_i · x) v_i.
     share_experts_across_layers (`bool`, *optional*, defaults to `False`):
@@ -94,26 +90,24 @@ class PeerConfig(PreTrainedConfig):
     shared_expert_intermediate_size (`int`, *optional*):
         Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
     expert_kernels (`str`, *optional*, defaults to `"auto"`):
-        Kernels that retrieve and compute the experts of PEER and PKM layers: `"auto"`, the fastest that can run on the
-        device of the experts; `"eager"` (the literal Algorithm 1), `"torch"`, `"cpu"` (C) or `"triton"` (GPU); or a
-        name registered with [`ExpertKernelsInterface`]. Results do not depend on it.
+        What retrieves and computes experts: `"eager"` (Algorithm 1 as printed), `"torch"`, or a name registered with
+        [`ExpertsInterface`] or [`RetrievalInterface`], as the installed package does with `"cpu"` (C) and `"triton"`
+        (GPU). `"auto"`, or a name that is not registered, is the fastest there. Results differ by rounding only.
     expert_additions (`list[dict]`, *optional*):
-        Experts that [`add_experts`] added to PEER layers, in that order: the `layers`, `mode` and `num_experts` of
-        each addition, and `num_retrieval_heads` and `num_experts_per_head` of a protected one. The fields of these
-        names above remain those of the first experts of a layer, also where they are changed at load.
+        Experts that were added to PEER layers, in that order: the `layers`, `mode` and `num_experts` of each addition,
+        and `num_retrieval_heads` and `num_experts_per_head` of a protected one. See [`Generation`].
     moe_num_experts (`int`, *optional*, defaults to 128):
         Number of experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
         Number of experts of a MoE layer that a token uses.
     moe_intermediate_size (`int`, *optional*):
-        Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`, which takes as
-        many FLOPs as the dense feed-forward.
+        Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`, which gives the
+        FLOPs of a dense layer.
     moe_routing (`str`, *optional*, defaults to `"token_choice"`):
         Who chooses in training: `"token_choice"` or `"expert_choice"`, see [`MoeFeedForward`].
     router_aux_loss_coef (`float`, *optional*):
-        Weight of the load-balancing loss of MoE layers, which is computed if `output_router_logits` is true. Defaults
-        to 0.001 with MoE layers and to zero without: PEER and PKM are balanced by their query norm. A checkpoint keeps
-        the value that it was saved with.
+        Weight of the load-balancing loss of MoE layers, computed if `output_router_logits` is true. Defaults to 0.001
+        with MoE layers and to zero without.
     output_router_indices (`bool`, *optional*, defaults to `False`):
         Whether to return the indices of the experts that PEER, PKM and MoE layers retrieved.
     output_router_weights (`bool`, *optional*, defaults to `False`):
@@ -124,30 +118,20 @@ class PeerConfig(PreTrainedConfig):
     ```python
     >>> from modeling_peer import PeerConfig, PeerModel
 
-    >>> # A small PEER model: 4 layers with 4096 experts each
+    >>> # A small model with 4096 experts in each of 4 layers
     >>> configuration = PeerConfig(
     ...     hidden_size=128,
     ...     num_attention_heads=4,
     ...     num_hidden_layers=4,
     ...     feed_forward_types=["peer"] * 4,
     ...     num_experts=64**2,
-    ...     num_retrieval_heads=2,
-    ...     num_experts_per_head=32,
-    ...     query_size=64,
-    ...     sub_keys_per_head=True,
-    ...     expert_initializer_range=0.1,
     ... )
 
     >>> # Initializing a model (with random weights) from the configuration
     >>> model = PeerModel(configuration)
-
-    >>> # Accessing the model configuration
-    >>> configuration = model.config
     ```"""
 
     model_type = "peer"
-
-    # Of what every model has; each feed-forward variant has a plan of its own, which the model adds.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -220,35 +204,16 @@ class PeerConfig(PreTrainedConfig):
         if self.expert_kernels == "native":  # its name in the checkpoints of earlier releases
             self.expert_kernels = "cpu"
         kwargs.pop("sparse_expert_gradients", None)  # of earlier releases: the optimizer decides
-        # All classes, without the repository that a remote copy came from: every checkpoint carries the code itself.
-        kwargs["auto_map"] = dict(AUTO_MAP)
+        # Without the repository that a remote copy came from: every checkpoint carries the code itself.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_peer.PeerConfig",
+            "AutoModel": "modeling_peer.PeerModel",
+            "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
+            "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
+        }
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """
-        As in Transformers. Values that `kwargs` override are validated as well.
-
-        Raises:
-            `ValueError`: also if `kwargs` raise `num_retrieval_heads`, as a checkpoint has no query networks for more
-                heads than it was trained with.
-        """
-        trained_heads = config_dict.get("num_retrieval_heads")
-        loaded = super().from_dict(config_dict, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.validate()
-        if trained_heads is not None and config.num_retrieval_heads > trained_heads:
-            raise ValueError(
-                f"`num_retrieval_heads` can be lowered at load, not raised: the checkpoint has {trained_heads} query "
-                f"networks, got {config.num_retrieval_heads}. For a new model set it on the loaded configuration."
-            )
-        return loaded
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without the expert parallel plan: no plan is part of a checkpoint."""
-        fields = super().to_dict()
-        fields.pop("base_model_ep_plan", None)
-        return fields
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -263,65 +228,24 @@ class PeerConfig(PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "num_retrieval_heads",
-            "num_experts_per_head",
-            "query_size",
-            "moe_num_experts",
-            "moe_num_experts_per_tok",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-        ):
+        for name in POSITIVE_FIELDS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        for name, value in (("head_dim", self.head_dim), ("query_size", self.query_size)):
+            if value % 2:
+                raise ValueError(f"`{name}` must be even, two halves of one size, got {value}.")
+        limits = {"num_experts_per_head": grid_size(self.num_experts), "moe_num_experts_per_tok": self.moe_num_experts}
+        for name, most in limits.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {self.num_attention_heads} "
                 f"and {self.num_key_value_heads}."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even, two halves that rotate together, got {self.head_dim}.")
-        # Transformers warns of token ids outside the vocabulary. This one also names a row of the embeddings that gets
-        # no gradient, the last one if it is -1.
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"`pad_token_id` must be `None` or within the vocabulary, from 0 to {self.vocab_size - 1}, got "
-                f"{self.pad_token_id}."
-            )
-
-    def validate_numbers(self):
-        for name in ("initializer_range", "expert_initializer_range", "rms_norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        for name in ("attention_dropout", "classifier_dropout"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be a probability between 0 and 1, got {value}.")
-        if not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ValueError(f"`router_aux_loss_coef` must be at least 0 and finite, got {self.router_aux_loss_coef}.")
-        self._check_rope()
-
-    def _check_rope(self):
-        parameters = self.rope_parameters or {}
-        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise ValueError(
-                f"`rope_type` of `rope_parameters` must be 'default' or one of {sorted(ROPE_INIT_FUNCTIONS)}, got "
-                f"{rope_type!r}."
-            )
-        theta = parameters.get("rope_theta", 1.0)
-        is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
-        if not is_number or not 0 < theta < math.inf:
-            raise ValueError(f"`rope_theta` of `rope_parameters` must be positive and finite, got {theta!r}.")
+            raise ValueError(f"`pad_token_id` must be `None` or below {self.vocab_size}, got {self.pad_token_id}.")
 
     def validate_feed_forward_types(self):
         if len(self.feed_forward_types) != self.num_hidden_layers:
@@ -330,37 +254,74 @@ class PeerConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers} layers, got {len(self.feed_forward_types)}: {self.feed_forward_types}."
             )
 
-    def validate_retrieval(self):
-        size = grid_size(self.num_experts)
-        if self.num_experts_per_head > size:
-            raise ValueError(
-                f"`num_experts_per_head` must be at most √num_experts = {size}, the number of sub-keys of a half, "
-                f"got {self.num_experts_per_head}."
-            )
-        if self.query_size % 2:
-            raise ValueError(f"`query_size` must be even, two halves of one size, got {self.query_size}.")
-
-    def validate_expert_additions(self):
-        check_additions(
-            self.expert_additions, self.feed_forward_types, self.num_experts, self.share_experts_across_layers
-        )
-
     def validate_activations(self):
         for name in ("hidden_act", "expert_act"):
             value = getattr(self, name)
-            if value is not None and value not in ACT2FN:
-                raise ValueError(
-                    f"`{name}` is {value!r}, not one of the activations of Transformers: {sorted(ACT2FN)}."
-                )
-            if value is not None and any(True for _ in ACT2FN[value].parameters()):
-                raise ValueError(f"`{name}` is {value!r}, an activation with parameters: choose one without.")
+            if value is not None and (value not in ACT2FN or any(True for _ in ACT2FN[value].parameters())):
+                raise ValueError(f"`{name}` must be an activation of Transformers without parameters, got {value!r}.")
 
-    def validate_moe(self):
-        if self.moe_num_experts_per_tok > self.moe_num_experts:
-            raise ValueError(
-                f"`moe_num_experts_per_tok` must be at most `moe_num_experts` = {self.moe_num_experts}, got "
-                f"{self.moe_num_experts_per_tok}."
-            )
+    def validate_expert_additions(self):
+        peer_layers = {i for i, name in enumerate(self.feed_forward_types) if name == "peer"}
+        for addition in self.expert_additions or ():
+            layers, mode = addition.get("layers"), addition.get("mode")
+            if mode not in ("open", "protected"):
+                raise ValueError(f"The `mode` of an addition of experts must be 'open' or 'protected', got {mode!r}.")
+            if not layers or not peer_layers.issuperset(layers):
+                raise ValueError(
+                    f"`layers` of an addition of experts must be some of the PEER layers {sorted(peer_layers)}, got "
+                    f"{layers!r}."
+                )
+            if self.share_experts_across_layers and peer_layers != set(layers):
+                raise ValueError(f"`layers` must be all PEER layers, as they share one pool of experts, got {layers}.")
+        for layer_idx in peer_layers if self.expert_additions else ():
+            for generation in generations_of(self, layer_idx):
+                if generation.num_experts_per_head > grid_size(generation.num_experts):
+                    raise ValueError(f"`num_experts_per_head` must be at most √num_experts, got {generation}.")
+
+
+def grid_size(num_experts: int) -> int:
+    """The side √N of the key grid of N = `num_experts` experts. Raises `ValueError` if N is not a perfect square."""
+    size = math.isqrt(max(num_experts, 0))
+    if size < 1 or size * size != num_experts:
+        raise ValueError(
+            f"`num_experts` must be a perfect square, one expert for each pair of two sets of sub-keys, "
+            f"got {num_experts}; the nearest are {max(size, 1) ** 2} and {(max(size, 1) + 1) ** 2}."
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class Generation:
+    """
+    Experts of a layer that are retrieved together, by heads of their own: those with which a PEER layer began, or
+    those of an addition. An addition in `"open"` mode enlarges the key grid of the first generation: old and new
+    experts compete over all keys. One in `"protected"` mode is a generation with its own router, softmax and gate.
+    Expert indices run through the layer, generation after generation from `first_expert`, so that growth changes no
+    index.
+    """
+
+    num_experts: int
+    num_heads: int
+    num_experts_per_head: int
+    first_expert: int = 0
+
+
+def generations_of(config: PeerConfig, layer_idx: int | None = None) -> list[Generation]:
+    """The generations of a PEER layer, or of the pool that all share if `None`, in the order of expert indices."""
+    heads, per_head = config.num_retrieval_heads, config.num_experts_per_head
+    generations = [Generation(config.num_experts, heads, per_head)]
+    for addition in config.expert_additions or ():
+        if layer_idx is not None and layer_idx not in addition["layers"]:
+            continue
+        last, added = generations[-1], addition["num_experts"]
+        if addition["mode"] == "protected":
+            heads, per_head = addition["num_retrieval_heads"], addition["num_experts_per_head"]
+            generations.append(Generation(added, heads, per_head, last.first_expert + last.num_experts))
+        elif len(generations) == 1:
+            generations = [Generation(last.num_experts + added, heads, per_head)]
+        else:
+            raise ValueError("`expert_additions` has an open addition after a protected one, which it would displace.")
+    return generations
 
 
 __all__ = ["PeerConfig"]

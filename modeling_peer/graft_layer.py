@@ -27,24 +27,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from .configuration_peer import PeerConfig
-from .expert_kernels import check_expert_kernels
-from .expert_table import ExpertTable
-from .feed_forward_peer import PeerFeedForward
-from .forward_pass import ForwardPass
-from .gradient_exchange import ReplicatedTables, replicated_tables
-from .library_releases import in_backward
-from .masks import check_attention_mask, padding_mask_of
-from .query_norm import QueryBatchNorm
+from .feed_forward import PeerFeedForward
+from .router import ForwardPass, QueryBatchNorm
 
 
 # The method of PEFT, and the prefix of the names of its adapters' modules.
 METHOD_NAME = "peer_graft"
 PREFIX = f"{METHOD_NAME}_"
-
-PLACEMENTS = ("beside", "in_place")
 
 # Fields that a graft shares with PeerConfig, under the same names.
 LAYER_FIELDS = (
@@ -63,13 +54,8 @@ LAYER_FIELDS = (
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """
-    Find the layers of a base model.
-
-    Returns:
-        `tuple`: the name of the list of layers in `model`, and the module that holds the list.
-
-    Raises:
-        `ValueError`: if there is no list of `config.num_hidden_layers` modules, or several.
+    The name of the list of layers of a base model, and the module that holds the list. Raises `ValueError` if there is
+    no list of `config.num_hidden_layers` modules, or several.
     """
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = set(model.get_decoder().modules())
@@ -87,30 +73,18 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     return names[0], model.get_submodule(names[0].rpartition(".")[0])
 
 
+def in_backward() -> bool:
+    """Whether the caller runs in a backward, as what activation checkpointing runs again does."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class DecoderForward(threading.local):
     """
-    What the grafts in a decoder read about the forward pass in which they run. Each thread has values of its own.
+    What the grafts in a decoder read about the forward pass in which they run: its `attention_mask`, and whether it
+    `learns`, with a backward pass to follow; `None` outside of one. Each thread has values of its own.
 
-    The code of a base model is that of Transformers: its layers hand a feed-forward nothing but hidden states, so
-    neither the attention mask nor whether the pass is trained can be an argument. Hooks of the decoder note them here,
-    in one object that all its grafts hold: no module is searched, and a graft that is wrapped or copied later
-    reads the same. See [`watch_decoder`].
-
-    Args:
-        decoder (`nn.Module`): The module whose forward pass it is.
-
-    Attributes:
-        attention_mask (`torch.Tensor`, `dict` or `None`):
-            The mask that the decoder was given. `None` if it was given none, or is not running on this thread.
-        learns (`bool`, *optional*):
-            Whether a backward pass may follow: the decoder is in training mode and gradients are enabled. A layer
-            cannot tell by itself: reentrant activation checkpointing first runs it without gradients. `None` outside
-            of a forward pass.
-        past_length (`int` or `torch.Tensor`, *optional*):
-            Number of past tokens in the cache that the decoder was given, before its layers added the present ones.
-            `None` without a cache, and unless the decoder learns.
-        tables (`ReplicatedTables`, *optional*):
-            The tables of the grafts that DistributedDataParallel leaves to us. `None` where it does not run the model.
+    The layers of a base model hand a feed-forward nothing but hidden states, so hooks of the decoder note the rest
+    here, in one object that all its grafts hold. See [`watch_decoder`].
     """
 
     def __init__(self, decoder: nn.Module):
@@ -118,8 +92,6 @@ class DecoderForward(threading.local):
         # Not defaults of the class: the compiler of torch 2.9 takes those for what the instance holds.
         self.attention_mask: torch.Tensor | dict | None = None
         self.learns: bool | None = None
-        self.past_length: int | torch.Tensor | None = None
-        self.tables: ReplicatedTables | None = None
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of a forward pass of the decoder, as a forward pre-hook."""
@@ -128,14 +100,10 @@ class DecoderForward(threading.local):
             arguments = {**inspect.signature(decoder.forward).bind_partial(*args).arguments, **kwargs}
         self.attention_mask = arguments.get("attention_mask")
         self.learns = decoder.training and torch.is_grad_enabled()
-        self.past_length = _past_length(arguments) if self.learns else None
-        self.tables = replicated_tables(decoder)
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        """Have gradients of replicas averaged, and forget the forward pass, as a forward hook."""
-        if self.tables is not None and output is not None:  # `None` after an error
-            self.tables.average_after_backward(output if isinstance(output, torch.Tensor) else output[0])
-        self.attention_mask = self.learns = self.past_length = self.tables = None
+        """Forget the forward pass, as a forward hook."""
+        self.attention_mask = self.learns = None
 
     def __deepcopy__(self, memo):
         # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.
@@ -143,14 +111,6 @@ class DecoderForward(threading.local):
 
     def __reduce__(self):
         return DecoderForward, (self.decoder,)
-
-
-def _past_length(arguments):
-    for name in ("cache", "past_key_values"):  # depends on the release of Transformers
-        cache = arguments.get(name)
-        if isinstance(cache, Cache):
-            return cache.get_seq_length()
-    return None
 
 
 class PeerGraft(PeerFeedForward):
@@ -161,8 +121,7 @@ class PeerGraft(PeerFeedForward):
     one, and up-projection vectors a last element that it is multiplied with. `output_bias` is added to the output.
 
     Args:
-        config (`PeerConfig`):
-            See [`peer_config_of_base_model`]. `hidden_size` is that of the base model, one more with `has_biases`.
+        config (`PeerConfig`): `hidden_size` is that of the base model, one more with `has_biases`.
         has_biases (`bool`, *optional*, defaults to `False`)
     """
 
@@ -174,9 +133,6 @@ class PeerGraft(PeerFeedForward):
         # For activation checkpointing, which runs a BatchNorm again when the decoder's forward pass is over.
         self.mask_to_recompute_with: torch.Tensor | dict | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
-        for module in self.modules():
-            if isinstance(module, ExpertTable):
-                module.num_biases = int(has_biases)
 
     def init_own_weights(self) -> None:
         """Initialize its own parameters alone, as every module of a PEER model does."""
@@ -190,6 +146,8 @@ class PeerGraft(PeerFeedForward):
         for module in self.modules():
             if hasattr(module, "init_own_weights"):
                 module.init_own_weights()
+            elif hasattr(module, "init_std"):
+                init.normal_(module.weight, std=module.init_std)
             elif isinstance(module, nn.Linear):
                 init.normal_(module.weight, std=self.config.initializer_range)
 
@@ -204,56 +162,39 @@ class PeerGraft(PeerFeedForward):
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
         recomputes = in_backward()  # as activation checkpointing does
-        learns = recomputes or self._learns()
-        padding_mask = self._padding_mask(hidden_states, learns, recomputes)
-        forward_pass = ForwardPass(learns)
-        if recomputes:
-            forward_pass.end()
-        return self._with_biases(hidden_states, padding_mask, forward_pass).to(dtype)
-
-    def _with_biases(self, hidden_states, padding_mask, forward_pass):
+        decoder = self.decoder_forward
+        learns = torch.is_grad_enabled() if decoder is None or decoder.learns is None else decoder.learns
+        padding_mask = self._padding_mask(hidden_states, learns or recomputes, recomputes)
+        forward_pass = ForwardPass(learns or recomputes, has_ended=recomputes)
         if self.output_bias is None:
-            return super().forward(hidden_states, padding_mask, forward_pass=forward_pass)
+            return super().forward(hidden_states, padding_mask, forward_pass=forward_pass).to(dtype)
         ones = hidden_states.new_ones(*hidden_states.shape[:-1], 1)
         output = super().forward(torch.cat([hidden_states, ones], dim=-1), padding_mask, forward_pass=forward_pass)
-        return output[..., :-1] + self.output_bias
-
-    def _learns(self):
-        learns = None if self.decoder_forward is None else self.decoder_forward.learns
-        return torch.is_grad_enabled() if learns is None else learns
+        return (output[..., :-1] + self.output_bias).to(dtype)
 
     def _padding_mask(self, hidden_states, learns, recomputes):
         """
         Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of
         the graft's last forward: another batch may have come since, and only with its BatchNorm would the result
         differ.
-
-        A BatchNorm refuses an attention mask that is longer than the tokens: attention would read its first columns,
-        the running statistics its last.
         """
         attention_mask = None if self.decoder_forward is None else self.decoder_forward.attention_mask
-        if isinstance(self.router.query_norm, QueryBatchNorm) and learns:
+        if learns and isinstance(self.router.query_norm, QueryBatchNorm):
             if recomputes:
                 attention_mask = self.mask_to_recompute_with
-            elif self.decoder_forward is not None:
-                past_length = self.decoder_forward.past_length
-                check_attention_mask(attention_mask, *hidden_states.shape[:2], past_length, learns)
             self.mask_to_recompute_with = attention_mask
         elif recomputes:
             return None
-        padding_mask = padding_mask_of(attention_mask, hidden_states.shape[1])
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return None
         # Layers of the base model may be on several devices.
-        return None if padding_mask is None else padding_mask.to(hidden_states.device)
+        return attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device)
 
 
 class GraftedFeedForward(nn.Module):
     """
     The place of a feed-forward in a base model whose grafts are merged: the sum of the base model's own feed-forward,
     unless a graft took its place, and of the grafts.
-
-    Args:
-        feed_forward (`nn.Module`, *optional*): `None` if a graft took its place.
-        grafts (`list[PeerGraft]`)
     """
 
     def __init__(self, feed_forward: nn.Module | None, grafts: list[PeerGraft]):
@@ -289,47 +230,27 @@ def sum_of_branches(
 def watch_decoder(decoder: nn.Module) -> None:
     """
     Let all grafts that are now in a decoder read about its forward passes, see [`DecoderForward`]. Call it again when
-    more have come.
+    more have come. The hooks stay when grafts go.
     """
     decoder_forward = getattr(decoder, f"{PREFIX}forward", None)
     if decoder_forward is None:
         decoder_forward = DecoderForward(decoder)
-        handles = [
-            decoder.register_forward_pre_hook(decoder_forward.begin, with_kwargs=True),
-            decoder.register_forward_hook(decoder_forward.end, always_call=True),
-        ]
+        decoder.register_forward_pre_hook(decoder_forward.begin, with_kwargs=True)
+        decoder.register_forward_hook(decoder_forward.end, always_call=True)
         setattr(decoder, f"{PREFIX}forward", decoder_forward)
-        setattr(decoder, f"{PREFIX}hooks", handles)
     for module in decoder.modules():
         if isinstance(module, PeerGraft):
             module.decoder_forward = decoder_forward
-
-
-def unwatch_decoder(decoder: nn.Module) -> None:
-    """Undo [`watch_decoder`], if it was called."""
-    if hasattr(decoder, f"{PREFIX}forward"):
-        for handle in getattr(decoder, f"{PREFIX}hooks"):
-            handle.remove()
-        delattr(decoder, f"{PREFIX}forward")
-        delattr(decoder, f"{PREFIX}hooks")
 
 
 def peer_config_of_base_model(
     base_config: PreTrainedConfig, hidden_size: int, intermediate_size: int, **fields
 ) -> PeerConfig:
     """
-    Make the configuration of a PEER layer in a base model.
-
-    Args:
-        base_config (`PreTrainedConfig`): Configuration of the base model, of its text decoder.
-        hidden_size (`int`): Of the layer.
-        intermediate_size (`int`): Of the base model's feed-forward.
-        fields: Fields of [`PeerConfig`].
-
-    Raises:
-        `ValueError`: as [`PeerConfig`] and [`PeerModel`] do.
+    The configuration of a PEER layer in a base model: fields of [`PeerConfig`], the width of the layer and that of the
+    base model's feed-forward.
     """
-    config = PeerConfig(
+    return PeerConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=1,
@@ -340,14 +261,10 @@ def peer_config_of_base_model(
         initializer_range=getattr(base_config, "initializer_range", None) or PeerConfig.initializer_range,
         **fields,
     )
-    check_expert_kernels(config.expert_kernels)
-    return config
 
 
 def base_activation(base_config: PreTrainedConfig) -> str | None:
     """The activation in the base model's feed-forwards, by the name in its configuration; `None` if it names none."""
-    for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = getattr(base_config, name, None)
-        if isinstance(value, str):
-            return value
-    return None
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    values = (getattr(base_config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, str)), None)

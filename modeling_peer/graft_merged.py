@@ -16,12 +16,6 @@ Models of Transformers with merged grafts: their configuration, which the auto c
 "peer_grafted", and their classes, made of the base model's.
 """
 
-# Before all else: it refuses releases of Transformers and torch whose names the imports below may not find.
-from .library_releases import check_releases as check_releases
-
-
-# isort: split
-
 import copy
 from functools import cache
 from typing import Any
@@ -40,7 +34,6 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .checkpoint_card import replace_card_of_transformers, write_card
 from .graft_layer import (
     LAYER_FIELDS,
     GraftedFeedForward,
@@ -49,8 +42,7 @@ from .graft_layer import (
     peer_config_of_base_model,
     watch_decoder,
 )
-from .quantization import register_quantization
-from .split_checkpoints import state_dict_to_save
+from .modeling_peer import ExtensibleCheckpoints, check_package
 
 
 MODEL_TYPE = "peer_grafted"
@@ -82,20 +74,9 @@ class PeerGraftedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers. Raises `ValueError` if this release of Transformers does not have the base model."""
-        model_type = config_dict.get("host_model_type")
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"`host_model_type` is {model_type!r}, which this release of Transformers does not have; the base "
-                "model of merged grafts must be one of its models."
-            )
-        base_class: Any = CONFIG_MAPPING[model_type]
+        """As in Transformers. Raises `KeyError` if this release of Transformers does not have the base model."""
+        base_class: Any = CONFIG_MAPPING[config_dict["host_model_type"]]
         return grafted_config_class(base_class).from_dict(config_dict, **kwargs)
-
-
-def base_model_type(config: PreTrainedConfig) -> str:
-    """The `model_type` of a base model, also where grafts are merged into it."""
-    return getattr(config, "host_model_type", config.model_type)
 
 
 # Any configuration and model of Transformers can be a base, so classes with grafts are made when they are needed, once
@@ -116,44 +97,22 @@ def grafted_config_class(base_class: Any) -> Any:
 
 def _grafted_model_class(base_class, config_class, auto_class_name):
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        check_package(config)
         base_class.__init__(self, config, *args, **kwargs)
         _add_grafts(self)
 
-    def from_pretrained(cls, *args, **kwargs):
-        register_quantization()
-        return base_class.from_pretrained.__func__(cls, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        state_dict = state_dict_to_save(self, kwargs.get("state_dict"))
-        if state_dict is not None:
-            kwargs["state_dict"] = state_dict
-        base_class.save_pretrained(self, save_directory, *args, **kwargs)
-        write_card(save_directory, self)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        replace_card_of_transformers(working_dir, self)
-        return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
-
     name = f"{CLASS_PREFIX}{base_class.__name__}"
-    namespace = {
-        "__module__": __name__,
-        "config_class": config_class,
-        "__init__": __init__,
-        "from_pretrained": classmethod(from_pretrained),
-        "_upload_modified_files": _upload_modified_files,
-        "saves_quantized_experts": True,
-        "save_pretrained": save_pretrained,
-    }
-    model_class = type(name, (base_class,), namespace)
+    namespace = {"__module__": __name__, "config_class": config_class, "__init__": __init__}
+    model_class = type(name, (ExtensibleCheckpoints, base_class), namespace)
     # A saved model carries the code it needs.
     model_class.register_for_auto_class(auto_class_name)
     return model_class
 
 
-def _grafted_class_of(base_class, config_class, base_model_class):
+def _grafted_class_of(base_class, base_model_class):
     """The class of models with grafts in the place where the auto classes find the base model's."""
     mapping = next(each for each in AUTO_CLASSES.values() if each.get(base_class, None) is base_model_class)
-    return mapping[config_class]
+    return mapping[grafted_config_class(base_class)]
 
 
 def __getattr__(name):
@@ -161,18 +120,14 @@ def __getattr__(name):
     Find a class that is made of a base model's by its name.
 
     Two callers have nothing but the name, in a process where the class may not exist yet: `pickle`, and the auto
-    classes, which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`). A list of
-    all classes beforehand would import every model of Transformers.
+    classes, which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`).
     """
-    base_class = (
-        getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    )
+    base_class = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if CLASS_PREFIX in name else None
     if base_class is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(base_class, PreTrainedConfig):
         return grafted_config_class(base_class)
-    config_class = base_class.config_class
-    return _grafted_class_of(config_class, grafted_config_class(config_class), base_class)
+    return _grafted_class_of(base_class.config_class, base_class)
 
 
 def _add_grafts(model):
@@ -219,25 +174,18 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     Make a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts
     get the dtype of the model, as they would when it is loaded.
 
-    Returns:
-        `PreTrainedModel`: `model` itself, now of a class with grafts.
-
-    Raises:
-        `ValueError`: as [`check_mergeable`] does.
+    Returns the model itself, now of a class with grafts. Raises `ValueError` as [`check_mergeable`] does.
     """
     check_mergeable(model)
     base_class: Any = type(model.config)
     if model.config.model_type == MODEL_TYPE:
         _give_own_config(model, base_class)
     else:
-        config_class = grafted_config_class(base_class)
-        _give_own_config(model, config_class)
+        _give_own_config(model, grafted_config_class(base_class))
         model.config.host_model_type = base_class.model_type
-        # Its class is what a checkpoint names in `architectures` and carries the code of. Nothing but assigning it
-        # keeps the model that the caller, its hooks and the wrappers of its `forward` hold: a new object around its
-        # modules would leave them with the old one. Parametrizations of torch and FSDP2 assign classes of modules for
-        # the same reason.
-        model.__class__ = _grafted_class_of(base_class, config_class, type(model))
+        # Its class is what a checkpoint names and carries the code of. It is assigned, as FSDP2 and parametrizations
+        # of torch do, so that the caller, hooks and wrappers of `forward` that hold the model go on holding it.
+        model.__class__ = _grafted_class_of(base_class, type(model))
     grafts = {}
     for name, module in model.base_model.named_modules():
         if isinstance(module, GraftedFeedForward):
@@ -258,9 +206,8 @@ def _give_own_config(model, config_class):
     config.__dict__.update(copy.deepcopy(model.config.__dict__, copies))
     module: Any
     for module in model.modules():
-        of_module = getattr(module, "config", None)
-        if isinstance(of_module, PreTrainedConfig) and id(of_module) in copies:
-            module.config = copies[id(of_module)]
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copies.get(id(module.config), module.config)
 
 
 AutoConfig.register(MODEL_TYPE, PeerGraftedConfig, exist_ok=True)

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the test run, made before torch is imported."""
 
 import gc
@@ -92,12 +81,14 @@ def library_logging():
 @pytest.fixture(scope="module", autouse=True)
 def registered_variants():
     """What a file of tests registers, by itself or through a study that it calls, the next does not find."""
-    from modeling_peer import FeedForwardInterface
+    from modeling_peer import ExpertsInterface, FeedForwardInterface, RetrievalInterface
 
-    before = dict(FeedForwardInterface._global_mapping)
+    mappings = [each._global_mapping for each in (ExpertsInterface, FeedForwardInterface, RetrievalInterface)]
+    before = [dict(mapping) for mapping in mappings]
     yield
-    FeedForwardInterface._global_mapping.clear()
-    FeedForwardInterface._global_mapping.update(before)
+    for mapping, entries in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(entries)
 
 
 @pytest.fixture

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The pages of the documentation, for the tests that hold what they say."""
 
 import re
@@ -42,3 +31,13 @@ def code_blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def prose(page: Path) -> str:
     """A page without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers in a text, without signs."""
+    return re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e\d+)?", text)
+
+
+def numbers_of_blocks(page: Path) -> list[list[str]]:
+    """Those of each paragraph, list and row of a table."""
+    return [numbers(block) for block in re.split(r"\n\s*\n|\n(?=\|)", page.read_text())]

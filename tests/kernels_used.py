@@ -1,23 +1,12 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation of the experts ran, by name: for tests of what must go through the fast one."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
+from modeling_peer.ops.kernels import KERNELS
 
 
 FUNCTIONS = ("up", "down", "group", "row_gradient", "squared_norm", "retrieve", "retrieval_gradients")
@@ -38,7 +27,7 @@ def record_kernels(patch: Callable[[type, str, Any], None] = setattr) -> set[tup
 
         return staticmethod(wrapper)
 
-    for name, kernels in ALL_EXPERT_KERNELS.items():
+    for name, kernels in KERNELS.items():
         for function in FUNCTIONS:
             if hasattr(kernels, function):
                 patch(kernels, function, recorded((name, function), getattr(kernels, function)))

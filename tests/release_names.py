@@ -1,22 +1,19 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Names that differ between releases of Transformers, where tests use them."""
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
-from modeling_peer.library_releases import CACHE as CACHE
 
+def is_at_least(release: str) -> bool:
+    """Whether the installed Transformers is of this release or a later one."""
+    return Version(transformers.__version__).release >= Version(release).release
+
+
+# What a forward calls the KV cache.
+CACHE = "cache" if is_at_least("5.24") else "past_key_values"
 
 # An option of `TrainingArguments`, with `_kwargs` its options, and with `_enable` a method of models.
 CHECKPOINTING = (

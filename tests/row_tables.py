@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """For tests of `RowAdamW`: tables, gradients of some of their rows, and steps with these."""
 
 import functools
@@ -48,21 +37,6 @@ def random_gradients(number, dtype=torch.float32, seed=1, num_rows=NUM_ROWS, wid
             * (torch.rand(num_rows, 1, generator=generator) < 0.5)
             * (torch.arange(num_rows) < num_rows - 1)[:, None]
         ).to(dtype)
-
-
-def by_rows(gradient):
-    """A dense gradient as a coalesced sparse one of its non-zero rows."""
-    rows = gradient.ne(0).any(1).nonzero()[:, 0]
-    return torch.sparse_coo_tensor(
-        rows[None], gradient[rows], gradient.shape, is_coalesced=True, check_invariants=True
-    )
-
-
-def accumulated(*gradients):
-    """A sparse gradient as several micro-batches leave it: a row may be in it several times."""
-    parts = [by_rows(gradient) for gradient in gradients]
-    indices, values = torch.cat([part.indices() for part in parts], 1), torch.cat([part.values() for part in parts])
-    return torch.sparse_coo_tensor(indices, values, gradients[0].shape, check_invariants=True)
 
 
 def take_steps(optimizer, table, gradients):

@@ -1,25 +1,14 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """For tests of gradients of expert tables: their rows in any layout, factors, and an optimizer that takes none."""
 
 import torch
 from torch import nn
 
 from modeling_peer import RowAdamW
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_factors import Entries, Factors
+from modeling_peer.experts import expert_tables
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Assignments, Factors
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -28,11 +17,11 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def in_factors(gradient: torch.Tensor, kernels: str = "cpu") -> FactoredGradient:
-    """A dense gradient in factors, exactly: an entry for each row that is not zero, the last one first."""
+    """A dense gradient in factors, exactly: an assignment for each row that is not zero, the last one first."""
     rows = gradient.ne(0).any(1).nonzero()[:, 0].flip(0)
     tokens = gradient[rows].to(torch.promote_types(gradient.dtype, torch.float32))
-    entries = Entries(rows[:, None], len(gradient), kernels)
-    return FactoredGradient(gradient, [Factors(tokens.new_ones(len(rows), 1), tokens, entries)])
+    assignments = Assignments(rows[:, None], len(gradient), kernels)
+    return FactoredGradient(gradient, [Factors(tokens.new_ones(len(rows), 1), tokens, assignments)])
 
 
 def random_parts(
@@ -44,8 +33,8 @@ def random_parts(
     kernels: str = "cpu",
 ) -> list[Factors]:
     """
-    Factors of several backwards, each of `(num_tokens, num_active)`. A third of the entries name one of the first two
-    rows, so that some rows are named very often and a token may name a row twice; some coefficients are zero.
+    Factors of several backwards, each of `(num_tokens, num_active)`. A third of the assignments are to one of the first
+    two rows, so that some rows are named very often and a token may name a row twice; some coefficients are zero.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -56,22 +45,22 @@ def random_parts(
         coefficients = torch.randn(shape, generator=generator).to(torch.promote_types(dtype, torch.float32))
         coefficients[torch.rand(shape, generator=generator) < 0.1] = 0
         tokens = torch.randn(shape[0], width, generator=generator).to(dtype)
-        parts.append(Factors(coefficients, tokens, Entries(indices, num_rows, kernels)))
+        parts.append(Factors(coefficients, tokens, Assignments(indices, num_rows, kernels)))
     return parts
 
 
 def literal_rows(parts: list[Factors], num_rows: int, width: int) -> torch.Tensor:
-    """`Σ coefficients[t, a] tokens[t]` over the entries of each row, in float64."""
+    """`Σ coefficients[t, a] tokens[t]` over the assignments to each row, in float64."""
     rows = torch.zeros(num_rows, width, dtype=torch.float64)
-    for coefficients, tokens, entries in parts:
-        products = coefficients.double()[:, :, None] * tokens.double()[:, None]
-        rows.index_add_(0, entries.indices.flatten(), products.flatten(0, 1))
+    for each in parts:
+        products = each.coefficients.double()[:, :, None] * each.tokens.double()[:, None]
+        rows.index_add_(0, each.assignments.rows.flatten(), products.flatten(0, 1))
     return rows
 
 
 def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The expert tables of a model by their names, each once."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, ExpertTable)}
+    tables = {id(module.weight) for module in expert_tables(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in tables}
 
 

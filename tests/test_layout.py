@@ -1,139 +1,164 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""The folder tree is the architecture: flat files are what a checkpoint carries, folders are what works on models."""
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The folder tree is the architecture: flat files are what a checkpoint carries, folders are what works on models, and
+imports go one way. As a command, `python tests/test_layout.py`, it prints the longest chain of imports and sizes.
+"""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_config
-
-from modeling_peer import PeerForCausalLM, __version__
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_peer"
 
-FLAT = {file.name for file in PACKAGE.glob("*.py")}
-FOLDERS = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+# Each imports only what is before it.
+ORDER = [
+    *("configuration_peer", "experts", "router", "feed_forward", "modeling_peer", "graft_layer", "graft_merged"),
+    *("memory", "ops", "quantization", "optim", "parallel", "graft", "analysis", "continual"),
+    *("explorer", "serving", "configurations"),
+]
+LONGEST_CHAIN = 12
 
-# The package's own door, and what finds `configuration/` by the place where it lies.
-NOT_CARRIED = {"__init__.py", "named_configurations.py"}
+FLAT = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+FOLDERS = {file.parent.name for file in PACKAGE.glob("*/*.py")}
 
 
-def imports_of(file: Path) -> set[str]:
-    """What a file of the package imports from the package: names such as `key_grid` or `optim.row_adamw`."""
+def name_of(file: Path) -> str:
+    """Such as `router`, `ops.kernels` or, of a folder's `__init__.py`, `ops`."""
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(file: Path, names: set[str]) -> set[str]:
+    """Which `names` of modules a file of the package imports, in functions too; `""` is the package itself."""
     package = file.relative_to(PACKAGE).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            start = package[: len(package) - node.level + 1]
-            found.add(".".join([*start, *([node.module] if node.module else [])]))
+            start = [*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "modeling_peer":
+            start = node.module.split(".")[1:]
+        else:
+            if isinstance(node, ast.Import) and any(a.name.partition(".")[0] == "modeling_peer" for a in node.names):
+                found.add("")
+            continue
+        for alias in node.names:
+            module = ".".join([*start, alias.name])
+            found.add(module if module in names else ".".join(start))
     return found
 
 
-def code_in(folder: Path) -> set[str]:
-    return {file.name for file in folder.glob("*.py")}
+def arrows(with_init: bool) -> dict[str, set[str]]:
+    """What each file imports of the others, with or without every `__init__.py`."""
+    files = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"}
+    files = {name: file for name, file in files.items() if with_init or file.name != "__init__.py"}
+    return {name: imports_of(file, set(files)) - {name} for name, file in files.items()}
 
 
-def test_a_checkpoint_carries_the_flat_files_and_no_others(tmp_path):
-    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
-    carried = code_in(tmp_path / "model")
-    assert carried <= FLAT - NOT_CARRIED
-    rest = FLAT - NOT_CARRIED - carried
-    assert rest and all(name.startswith("graft_") for name in rest), rest
+def part(name: str) -> str:
+    return name.partition(".")[0]
 
 
-def test_a_merged_graft_carries_the_rest_of_them(tmp_path):
-    from graft_models import grafted
-
-    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
-    grafted().merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert code_in(tmp_path / "model") | code_in(tmp_path / "merged") == FLAT - NOT_CARRIED
-
-
-@pytest.mark.parametrize("name", sorted(FLAT - {"__init__.py"}))
-def test_no_flat_file_imports_a_folder(name):
-    assert not {each.partition(".")[0] for each in imports_of(PACKAGE / name)} & FOLDERS
+def arrows_between_parts(with_init: bool) -> dict[str, set[str]]:
+    """The same with every folder counted as one file."""
+    found: dict[str, set[str]] = {}
+    for name, targets in arrows(with_init).items():
+        found.setdefault(part(name), set()).update({part(each) for each in targets} - {part(name)})
+    return found
 
 
-def test_the_configuration_imports_nothing_that_it_configures():
-    reached, ahead = set(), ["configuration_peer"]
-    while ahead:
-        name = ahead.pop()
-        reached.add(name)
-        ahead += imports_of(PACKAGE / f"{name}.py") - reached
-    assert reached == {"configuration_peer", "expert_additions", "key_grid", "library_releases"}
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest way along arrows. Raises `ValueError` for a circle."""
+    found: dict[str, list[str]] = {}
+
+    def visit(name, path):
+        if name in path:
+            raise ValueError(f"These import each other: {' -> '.join([*path, name])}")
+        if name not in found:
+            ways = [visit(each, (*path, name)) for each in sorted(graph[name] & graph.keys())]
+            found[name] = [name, *max(ways, key=len, default=[])]
+        return found[name]
+
+    return max((visit(name, ()) for name in graph), key=len)
+
+
+def sizes(folder: str) -> tuple[int, int, int]:
+    """Files, lines and statements of the Python in a folder of the checkout."""
+    texts = [file.read_text() for file in (ROOT / folder).rglob("*.py")]
+    statements = sum(isinstance(node, ast.stmt) for text in texts for node in ast.walk(ast.parse(text)))
+    return len(texts), sum(len(text.splitlines()) for text in texts), statements
 
 
 def test_imports_go_one_way():
-    files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
-    arrows = {name: {each for each in imports_of(file) if each in files} for name, file in files.items()}
-    done: list[str] = []
-
-    def visit(name, path=()):
-        assert name not in path, f"{' -> '.join([*path, name])}: these import each other"
-        if name not in done:
-            for each in arrows[name]:
-                visit(each, (*path, name))
-            done.append(name)
-
-    for name in arrows:
-        visit(name)
-    order = {"optim": set(), "analysis": set(), "continual": {"optim", "analysis"}, "graft": set()}
-    order |= {"explorer": {"analysis"}, "serving": set()}
-    assert set(order) == FOLDERS
-    for folder, below in order.items():
-        for name, targets in arrows.items():
-            if name.startswith(f"{folder}."):
-                others = {each.partition(".")[0] for each in targets} & FOLDERS
-                assert others <= below | {folder}, name
-
-
-def test_contributing_names_every_file():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    table = text[text.index("## Where things are") : text.index("## What a change needs")]
-    named = set(re.findall(r"`([\w./-]+)`", table))
-    tree = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
-    missing = {path for path in named if "/" in path and not (ROOT / path).exists()}
-    assert not missing, f"CONTRIBUTING.md names what is not there: {sorted(missing)}"
-    assert tree <= named, f"CONTRIBUTING.md does not say what is in {sorted(tree - named)}"
-
-
-def test_tests_mirror_the_package():
-    folders = {folder.name for folder in (ROOT / "tests").iterdir() if any(folder.glob("test_*.py"))}
-    assert folders == FOLDERS | {
-        *("model", "kernels", "examples", "studies", "benchmark", "gpu", "docs", "distributed")
+    graph = arrows_between_parts(with_init=True)
+    assert set(graph) == set(ORDER) == FLAT | FOLDERS
+    upwards = {
+        name: back
+        for place, name in enumerate(ORDER)
+        if (back := graph[name] - set(ORDER[:place]))  # the package itself is above all
     }
+    assert not upwards
+
+
+def test_no_files_import_each_other():
+    longest_chain(arrows(with_init=True))
+
+
+def test_chains_of_imports_are_short():
+    chain = longest_chain(arrows_between_parts(with_init=False))
+    assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+def test_a_circle_is_found():
+    with pytest.raises(ValueError, match="a -> b -> a"):
+        longest_chain({"a": {"b"}, "b": {"c", "a"}, "c": set()})
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+
+
+def test_flat_files_are_what_checkpoints_carry(tmp_path):
+    """One of a PEER model the core, one with merged grafts the layer of grafts besides."""
+    from graft_models import grafted
+    from tiny_models import tiny_config
+
+    from modeling_peer import PeerForCausalLM
+
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+    grafted().merge_and_unload().save_pretrained(tmp_path / "merged")
+    model, merged = ({file.stem for file in (tmp_path / name).glob("*.py")} for name in ("model", "merged"))
+    assert model == set(ORDER[:5])
+    assert {"graft_layer", "graft_merged"} <= merged <= FLAT == model | merged
 
 
 @pytest.mark.parametrize("folder", ["modeling_peer", "examples", "tests"])
-def test_no_file_is_longer_than_600_lines(folder):
-    lengths = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
-    assert not {str(file.relative_to(ROOT)): length for file, length in lengths.items() if length > 600}
+def test_files_are_short(folder):
+    texts = {file.relative_to(ROOT): file.read_text().splitlines() for file in (ROOT / folder).rglob("*.py")}
+    assert not {str(file): len(lines) for file, lines in texts.items() if len(lines) > 600}
+    wide = [f"{file}:{i}" for file, lines in texts.items() for i, line in enumerate(lines, 1) if len(line) > 119]
+    assert folder != "modeling_peer" or not wide
+
+
+def test_contributing_names_every_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not [name for name in sorted(FOLDERS) if not re.search(rf"`(modeling_peer/)?{name}/?`", text)]
 
 
 def test_citation_is_of_this_release():
-    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    version = re.search(r'__version__ = "(.*)"', (PACKAGE / "__init__.py").read_text())[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_no_line_of_the_package_is_longer_than_119_columns():
-    long = {
-        f"{file.relative_to(ROOT)}:{number}"
-        for file in PACKAGE.rglob("*.py")
-        for number, line in enumerate(file.read_text().splitlines(), start=1)
-        if len(line) > 119
-    }
-    assert not long
+def main():
+    graph = arrows_between_parts(with_init=False)
+    chain = longest_chain(graph)
+    print(f"longest chain of imports: {len(chain)}, {' -> '.join(chain)}")
+    for name, each in (("files", arrows(with_init=False)), ("flat files and folders", graph)):
+        print(f"{name}: {len(each)}, arrows between them: {sum(map(len, each.values()))}")
+    for folder in ("modeling_peer", "tests"):
+        print("{}: {} files, {} lines, {} statements".format(folder, *sizes(folder)))
+
+
+if __name__ == "__main__":
+    main()

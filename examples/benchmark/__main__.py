@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Benchmarks a PEER layer against other implementations, other layers and the limits of memory and matrix products.
 
@@ -49,8 +38,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmark.contenders import CONTENDERS, Task
-from benchmark.report import Results, plot, table, target_table
+from benchmark.contenders import CONTENDERS, OURS, Task
+from benchmark.report import AGAINST, Results, comparison_table, plot, table, target_table
 from common.command_line import parse_arguments
 from common.machine import processor_name
 from common.subprocesses import module_command, module_environment
@@ -94,6 +83,13 @@ class BenchmarkArguments:
             "are also measured on what it retrieves for held-out text."
         },
     )
+    against: str | None = field(
+        default=None,
+        metadata={
+            "help": "The folder of another checkout of this project. Its layers are measured in turn with those of "
+            "this one, and a table of the ratios of their times is printed."
+        },
+    )
     num_experts: list[int] = field(
         default_factory=lambda: [1024**2, 512**2],
         metadata={"help": "Numbers of experts N of a layer; the curve against tokens uses the last one."},
@@ -118,6 +114,10 @@ class BenchmarkArguments:
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
                 raise ValueError(f"--{name} must be some of {list(known)}, but got {unknown}.")
+        if self.against is not None:
+            self.against = str(Path(self.against).resolve())
+            if not Path(self.against, "examples", "benchmark").is_dir():
+                raise ValueError(f"--against must be a checkout of this project, got {self.against}.")
 
 
 def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
@@ -141,10 +141,11 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
     sections = {
         "forward": tasks(["machine"], ROWS + PRODUCTS, args.num_experts)
         + tasks(["machine"], ROWS + PRODUCTS, largest, **wide)
-        + tasks(LAYERS, ["forward"], args.num_experts)
+        + tasks((*LAYERS, "peer_torch"), ["forward"], args.num_experts)
         + tasks(["peer", "dense", "dense_gated"], ["forward"], largest, **wide),
         "training": tasks(["machine"], ROWS + PRODUCTS, args.num_experts)
         + tasks(LAYERS, ["forward_backward", "step"], args.num_experts)
+        + tasks(["peer_torch"], ["forward_backward"], args.num_experts)
         + tasks(["peer"], ["step_row_moment"], args.num_experts),
         "experts": [
             task
@@ -236,7 +237,7 @@ def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
         "seed": turn,
         "facts": turn == 0,
         "repetitions": repetitions_per_turn(args),
-        "indices": str(Path(args.output_dir, TRAINED_INDICES)),
+        "indices": str(Path(args.output_dir, TRAINED_INDICES).resolve()),
         **{name: getattr(args, name) for name in ("device", "allow_fallback")},
     }
 
@@ -246,11 +247,18 @@ def repetitions_per_turn(args: BenchmarkArguments) -> int:
     return -(-args.repetitions // args.rounds)
 
 
-def run_worker(tasks: list[Task], args: BenchmarkArguments, turn: int) -> list[dict]:
-    """Measures tasks of one contender in a process of their own, and returns one record per task."""
+def run_worker(tasks: list[Task], args: BenchmarkArguments, turn: int, checkout: str | None = None) -> list[dict]:
+    """
+    Measures tasks of one contender in a process of their own, and returns one record per task. The process runs the
+    code of another checkout if it is named.
+    """
     job = make_job(tasks, args, turn)
     done = subprocess.run(
-        module_command(WORKER, json.dumps(job)), env=module_environment(), stdout=subprocess.PIPE, text=True
+        module_command(WORKER, json.dumps(job)),
+        cwd=checkout,
+        env=module_environment(checkout),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode > 0:
         raise RuntimeError(f"{tasks[0].contender} could not be measured: see the error of its process above.")
@@ -312,6 +320,8 @@ def measure_sections(args: BenchmarkArguments, store: Store) -> None:
     sections = section_tasks(args)
     for name in sections:
         store.open_section(name, conditions(args), args.overwrite)
+        if args.against is not None:
+            store.open_section(name + AGAINST, {**conditions(args), "checkout": args.against}, args.overwrite)
     turns = [
         (name, turn, list(tasks))
         for name, section in sections.items()
@@ -320,10 +330,13 @@ def measure_sections(args: BenchmarkArguments, store: Store) -> None:
     ]
     with tqdm(turns) as bar:
         for name, turn, tasks in bar:
-            missing = store.missing(name, tasks, (turn + 1) * repetitions_per_turn(args))
             bar.set_description(f"{name}: {tasks[0].contender}")
-            if missing:
-                store.add(name, run_worker(missing, args, turn))
+            sides: list[tuple[str, tuple[str, ...]]] = [(name, ())]
+            if args.against is not None and tasks[0].contender in OURS:
+                sides.insert(turn % 2, (name + AGAINST, (args.against,)))
+            for side, checkout in sides:
+                if missing := store.missing(side, tasks, (turn + 1) * repetitions_per_turn(args)):
+                    store.add(side, run_worker(missing, args, turn, *checkout))
 
 
 def main():
@@ -340,6 +353,8 @@ def main():
     plot(results, folder / "results.png")
     for name in args.sections:
         print(f"\n{name}\n{table(results, name)}")
+    if args.against is not None:
+        print(f"\nover {args.against}\n{comparison_table(results, args.sections)}")
     print(f"\n{target_table(results)}\n\nIn {folder}: results.json, results.png")
 
 

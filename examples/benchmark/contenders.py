@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The contenders of the benchmark, with random weights.
 
@@ -28,11 +17,9 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path, quantize_experts
-from modeling_peer.expert_generations import first_generation
-from modeling_peer.feed_forward_dense import DenseFeedForward
-from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
-from modeling_peer.feed_forward_pkm import PkmFeedForward
-from modeling_peer.key_grid import grid_size
+from modeling_peer.configuration_peer import generations_of, grid_size
+from modeling_peer.experts import ExpertPool
+from modeling_peer.feed_forward import DenseFeedForward, PeerFeedForward, PkmFeedForward
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,11 @@ def peer_config(task: Task, **fields) -> PeerConfig:
 def peer_eager(task: Task) -> nn.Module:
     """Algorithm 1 as printed in the paper, with the gradients of autograd."""
     return PeerFeedForward(peer_config(task, expert_kernels="eager"), 0)
+
+
+def peer_torch(task: Task) -> nn.Module:
+    """What the code in a checkpoint runs where this package is not installed, with dense gradients."""
+    return PeerFeedForward(peer_config(task, expert_kernels="torch"), 0)
 
 
 def peer_pytorch(task: Task) -> nn.Module:
@@ -159,13 +151,14 @@ def mid_model(task: Task, **fields) -> nn.Module:
 
 def expert_part(task: Task) -> nn.Module:
     """The experts of a layer, without retrieval."""
-    return ExpertPool(peer_config(task), [first_generation(peer_config(task))])
+    return ExpertPool(peer_config(task), generations_of(peer_config(task)))
 
 
 # Constructors of contenders by name, in the order of tables and plots.
 CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "peer": lambda task: PeerFeedForward(peer_config(task), 0),
     "peer_eager": peer_eager,
+    "peer_torch": peer_torch,
     "peer_pytorch": peer_pytorch,
     "doge_cdmoe": doge_cdmoe,
     "pkm": lambda task: PkmFeedForward(peer_config(task), 0),

@@ -1,23 +1,13 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Results of the benchmark: floors, a table of times, targets, and plots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from statistics import median
+from random import Random
+from statistics import median, quantiles
 
 import torch
 
@@ -27,6 +17,9 @@ from common.pictures import VARIANTS, add_legend, look_of, new_figure, save_pict
 
 SIZE = ("hidden_size", "num_experts", "num_tokens", "dtype", "indices")
 LARGE, SMALL = 1024**2, 512**2
+
+# Added to the name of a section that was measured with the code of another checkout, in turn with it.
+AGAINST = ", other checkout"
 
 
 class Results:
@@ -139,6 +132,31 @@ def _line(results, section, record, peer):
     return f"{record['contender']:<20}" + "".join(
         f"{'-':>{width}}" if value is None else f"{value:>{width}{form}}" for value, width, form in cells
     )
+
+
+def comparison_table(results: Results, sections: Iterable[str]) -> str:
+    """The table of the times of this checkout over those of another, medians, with 95 % intervals."""
+    lines = [f"{'':<74}{'ms':>10}{'other ms':>10}{'ratio':>8}{'95 % interval':>17}"]
+    for section in sections:
+        for record in results.records(section):
+            task = {name: record[name] for name in ("operation", "contender", *SIZE)}
+            for other in results.records(section + AGAINST, **task):
+                if record["seconds"] and other["seconds"]:
+                    own, others = median(record["seconds"]), median(other["seconds"])
+                    low, high = ratio_interval(record["seconds"], other["seconds"])
+                    lines.append(
+                        f"{' '.join(str(value) for value in task.values() if value is not None):<74}"
+                        f"{own * 1e3:>10.2f}{others * 1e3:>10.2f}{own / others:>8.3f}{low:>9.3f}{high:>8.3f}"
+                    )
+    return "\n".join(lines)
+
+
+def ratio_interval(over: list[float], under: list[float], samples: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of the ratio of two medians, by a bootstrap of either list."""
+    draw = Random(0).choices
+    ratios = [median(draw(over, k=len(over))) / median(draw(under, k=len(under))) for _ in range(samples)]
+    ends = quantiles(ratios, n=40)
+    return ends[0], ends[-1]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The process that measures one contender of the benchmark: its only argument is a job in JSON, and for each task of the
 job it prints a line of JSON.
@@ -33,9 +22,10 @@ from torch.nn import functional as F
 
 from benchmark.contenders import NUM_TABLES, OURS, Task, build
 from modeling_peer import RowAdamW, expert_parameter_groups
-from modeling_peer.key_grid import grid_size
-from modeling_peer.library_releases import CACHE
-from modeling_peer.memory_advice import advise_huge_pages
+from modeling_peer.configuration_peer import grid_size
+from modeling_peer.experts import expert_tables
+from modeling_peer.memory.advice import advise_huge_pages
+from modeling_peer.ops.kernels import resolve_kernels
 
 
 # Steps of a decoding measurement, of one token each, and the tokens of its prompt.
@@ -46,7 +36,10 @@ def expert_kernels(module: nn.Module, device: str, allow_fallback: bool) -> str 
     """
     Kernels of the experts of a module of this package. Raises `RuntimeError` if they are not those for the device.
     """
-    names = {part.kernels for part in module.modules() if hasattr(part, "kernels")}
+    configured = {part.config.expert_kernels for part in module.modules() if hasattr(part, "config")} - {"auto"}
+    # Of a quantized table the last parameter is its scales, of a dtype that kernels know.
+    tables = [[*table.parameters()][-1] for table in expert_tables(module).values()]
+    names = configured or {resolve_kernels(None, table) for table in tables}
     fastest = {"cpu": "cpu", "cuda": "triton"}[device]
     if names - {fastest} and not allow_fallback:
         raise RuntimeError(
@@ -194,12 +187,14 @@ class DecodeRun:
         """Runs the forward of a random prompt."""
         prompt = torch.randint(self.model.config.vocab_size, (1, PROMPT_TOKENS), device=self.device)
         self.output = self.model(prompt, use_cache=True)
+        # The name of the cache depends on the release of Transformers.
+        self.cache = next(name for name in ("cache", "past_key_values") if name in self.output)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for _ in range(DECODED_TOKENS):
             token = self.output.logits[:, -1:].argmax(-1)
-            self.output = self.model(token, **{CACHE: self.output[CACHE]}, use_cache=True)
+            self.output = self.model(token, **{self.cache: self.output[self.cache]}, use_cache=True)
 
     def facts(self) -> dict:
         return {}

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Model cards in the format of the Hub, generated from a configuration and from results."""
 
 import json
@@ -27,10 +16,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from common.pictures import new_figure, save_picture, shades
 from modeling_peer import PeerConfig, model_costs
-from modeling_peer.checkpoint_card import MARK, describe_experts, how_to_install, package_link
 
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
+
+# A line of the cards that trainings write, and where the code of such a card loads the model from.
+MARK = "<!-- Written by a training, which replaces this file again unless this line is removed. -->"
+FOLDER = "path/to/this/folder"
 
 # Labels of results by their keys in all_results.json. The key `perplexity/brown` is the perplexity of the text
 # `brown`.
@@ -79,7 +71,6 @@ def make_card(
     sequence_length: int | None = None,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
-    carries_code: bool = True,
     name_or_path: str | None = None,
 ) -> ModelCard:
     """
@@ -101,13 +92,12 @@ def make_card(
             model of the Hub only.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
-        carries_code (`bool`, *optional*, defaults to `True`): Whether the repository has the code of the model.
         name_or_path (`str`, *optional*):
             Where the example code loads the model from, if that is not `repo_id`. The card is then one that a push
             replaces.
     """
     training = training or {}
-    dataset_name = dataset_of_hub(dataset_name)
+    dataset_name = None if dataset_name is None else id_on_hub(dataset_name)
     model_name = repo_id.split("/")[-1]
     has_experts = not isinstance(config, PeerConfig) or "peer" in config.feed_forward_types
     found = [(*key.partition("/")[::2], value) for key, value in results.items()]
@@ -148,9 +138,6 @@ def make_card(
         usage=f"![Usage of the experts against the training step]({USAGE_PICTURE})\n\n{USAGE_GUIDE}"
         if usage_picture
         else "",
-        carries_code=carries_code,
-        package=package_link(),
-        how_to_install=how_to_install(),
         name_or_path=name_or_path or repo_id,
         mark="" if name_or_path is None else MARK,
         prompt=prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
@@ -158,15 +145,20 @@ def make_card(
     )
 
 
-def dataset_of_hub(dataset_name: str | None) -> str | None:
-    """The id of a dataset, or `None` if it is named by a folder of this machine."""
-    if dataset_name is None or os.path.exists(dataset_name):
+def id_on_hub(name: str) -> str | None:
+    """The id of a dataset or a model, or `None` if it is named by a folder of this machine."""
+    if os.path.exists(name):
         return None
     try:
-        validate_repo_id(dataset_name)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return dataset_name
+    return name
+
+
+def is_written_card(file: Path) -> bool:
+    """Whether a file is a card that a training wrote."""
+    return file.exists() and MARK in file.read_text(encoding="utf-8")
 
 
 def card_of_folder(
@@ -218,7 +210,31 @@ def _describe(config, sequence_length):
         f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "
         f"{costs.sequence_length:,} tokens."
     )
-    return " ".join(filter(None, [sizes, describe_experts(config)]))
+    return " ".join(filter(None, [sizes, _describe_experts(config)]))
+
+
+def _describe_experts(config):
+    layers = [index for index, name in enumerate(config.feed_forward_types) if name == "peer"]
+    if not layers:
+        return ""
+    h, k = config.num_retrieval_heads, config.num_experts_per_head
+    pool = " of one pool" if config.share_experts_across_layers else " each"
+    sentences = [
+        f"PEER in {_in_words(layers)} of {config.num_hidden_layers}, counted from 0: for every token h = {h} heads "
+        f"retrieve k = {k} of N = {config.num_experts:,} experts{pool if len(layers) > 1 else ''}, single neurons of "
+        f"width {config.hidden_size}."
+    ]
+    sentences += [
+        f"{each['num_experts']:,} experts were added to {_in_words(each['layers'])} in {each['mode']} mode."
+        for each in config.expert_additions or ()
+    ]
+    if config.expert_additions:
+        sentences.append("In `with modeling_peer.masked_experts(model):` it runs without them.")
+    return " ".join(sentences)
+
+
+def _in_words(layers):
+    return f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
 
 
 def _describe_training(training):

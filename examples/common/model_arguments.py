@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The model that an example trains: a new one from a named configuration, or a checkpoint."""
 
 import json
@@ -38,7 +27,8 @@ from transformers.distributed import DistributedConfig
 from common.command_line import UsageError
 from common.launcher import uses_fsdp
 from common.text_data import DatasetArguments, text_column, train_tokenizer
-from modeling_peer import PeerConfig, configuration_path, list_configurations
+from modeling_peer import PeerConfig, configuration_path, keep_heads, list_configurations
+from modeling_peer.parallel.split_initialization import make_split_model
 
 
 logger = logging.getLogger(__name__)
@@ -286,24 +276,33 @@ def load_model(
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    options: dict[str, Any] = {} if distributed_config is None else {"distributed_config": distributed_config}
     if args.model_name_or_path is None:
         config.vocab_size = max(config.vocab_size, len(tokenizer))
-        return model_class.from_config(config, dtype=None if dtype == "auto" else dtype, **options)
+        dtype = None if dtype == "auto" else dtype
+        if issubclass(model_class, PreTrainedModel):
+            return make_split_model(model_class, config, distributed_config, dtype=dtype)
+        return model_class.from_config(config, dtype=dtype)
     if distributed_config is not None and len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"The tokenizer has {len(tokenizer)} tokens and the model embeddings of {config.vocab_size}: resize them "
             "and save the model in one process before it is split."
         )
+    num_heads = getattr(config, "num_retrieval_heads", None)
     with loads_checkpoint(args.model_name_or_path):
+        if num_heads is not None:  # loaded with all of its heads, of which fewer may be asked for
+            saved = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+            config.num_retrieval_heads = saved.num_retrieval_heads
         model = model_class.from_pretrained(
             args.model_name_or_path,
             config=config,
             revision=args.model_revision,
             dtype=dtype,
-            **options,
+            **({} if distributed_config is None else {"distributed_config": distributed_config}),
             **(checkpoint_options or {}),
         )
+    if num_heads != getattr(config, "num_retrieval_heads", None):
+        with checks_fields():
+            keep_heads(model, num_heads)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model

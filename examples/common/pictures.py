@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What all pictures share: the color, the marker and the name of each variant and of each way to train.
 
@@ -52,6 +41,7 @@ VARIANTS = {
     "peer": Look("#D55E00", "o", "PEER"),
     "recipe": Look("#8C1C13", "*", "PEER, the recipe"),
     "peer_eager": Look("#F3B48B", "p", "PEER, Algorithm 1"),
+    "peer_torch": Look("#E58E55", "H", "PEER, without the package"),
     "peer_pytorch": Look("#CC79A7", "X", "PEER-pytorch"),
     "doge_cdmoe": Look("#000000", ">", "Doge CDMoE"),
 }

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Modules of this folder, run in processes of their own."""
 
 import os
@@ -26,7 +15,11 @@ def module_command(module: str, argument: str) -> list[str]:
     return [sys.executable, "-m", module, argument]
 
 
-def module_environment() -> dict[str, str]:
-    """The environment of this process, in which `PYTHONPATH` starts with the folder that holds the modules."""
-    path = filter(None, (str(EXAMPLES), os.environ.get("PYTHONPATH")))
+def module_environment(checkout: str | None = None) -> dict[str, str]:
+    """
+    The environment of this process, in which `PYTHONPATH` starts with the folder that holds the modules: this one, or
+    that of another checkout of the project, with its package.
+    """
+    own = (str(EXAMPLES),) if checkout is None else (str(Path(checkout, "examples")), checkout)
+    path = filter(None, (*own, os.environ.get("PYTHONPATH")))
     return os.environ | {"PYTHONPATH": os.pathsep.join(path)}

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Training for the examples: optimizers and logs as in the examples of Transformers, resuming, training, evaluation."""
 
 import json
@@ -38,18 +27,16 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
-from common.cards import TRAINING_FILE, USAGE_GUIDE, card_of_folder, dataset_of_hub
+from common.cards import FOLDER, TRAINING_FILE, USAGE_GUIDE, card_of_folder, id_on_hub, is_written_card
 from common.command_line import UsageError
 from common.launcher import uses_fsdp
 from common.run_estimate import RunEstimateCallback
 from modeling_peer import (
     ExpertUsageCallback,
     RowAdamW,
-    complete_model_card,
     last_complete_checkpoint,
     make_optimizer,
 )
-from modeling_peer.checkpoint_card import FOLDER, base_model_of, is_written_card
 
 
 logger = logging.getLogger(__name__)
@@ -283,16 +270,14 @@ def run(
 
 def save_card(trainer: Trainer, dataset: str | None = None, **card: str | None) -> None:
     """
-    Saves the card of a trained model beside it, and pushes both if the arguments of its trainer request it. For its
-    contents see `Trainer.push_to_hub`; a dataset that is a folder of this machine is not named.
+    Saves the card of a trained language model beside it, and pushes a model if the arguments of its trainer request it.
+    For the contents of its card see `Trainer.push_to_hub`; a dataset that is a folder of this machine is not named.
     """
     if _is_language_model(trainer):
         write_training_card(trainer)
         trainer.create_model_card = partial(write_training_card, trainer)
-    else:
-        complete_model_card(trainer)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset=dataset_of_hub(dataset), **card)
+        trainer.push_to_hub(dataset=None if dataset is None else id_on_hub(dataset), **card)
 
 
 def _is_language_model(trainer):
@@ -304,7 +289,7 @@ def save_description(trainer: Trainer, data: str | None) -> None:
     if trainer.is_world_process_zero():
         description = {
             "data": data,
-            "base_model": base_model_of(trainer.model) or _name_of_base_folder(trainer.model),
+            "base_model": _base_model(trainer.model),
             "settings": extract_hyperparameters_from_trainer(trainer),
         }
         # Wrapped by Accelerate, except where a finished training was not resumed.
@@ -314,16 +299,18 @@ def save_description(trainer: Trainer, data: str | None) -> None:
         file.write_text(json.dumps(description, indent=2, default=str), encoding="utf-8")
 
 
-def _name_of_base_folder(model):
-    """That of the folder with the weights that a model began with, `None` without any: a new one has a name too."""
+def _base_model(model):
+    """The id of the model that a training began with, or the name of its folder. `None` for a new one."""
     folder = Path(model.name_or_path)
+    if "/" in model.name_or_path and id_on_hub(model.name_or_path):
+        return model.name_or_path
     return folder.name if any(folder.glob("*.safetensors")) else None
 
 
 def write_training_card(trainer: Trainer, **card: Any) -> None:
     """
-    Writes the README.md of a language model, as `push_to_hub.py` does. If the model is not pushed, only the one that
-    was saved with it is replaced.
+    Writes the README.md of a language model, as `push_to_hub.py` does. If the model is not pushed, only one that a
+    training wrote is replaced.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -333,7 +320,9 @@ def write_training_card(trainer: Trainer, **card: Any) -> None:
         return
     folder = Path(trainer.args.output_dir)
     readme = folder / "README.md"
-    if trainer.hub_model_id is None and not (readme.exists() and is_written_card(readme.read_text(encoding="utf-8"))):
+    if not (folder / "config.json").exists():
+        return
+    if trainer.hub_model_id is None and readme.exists() and not is_written_card(readme):
         return
     text = card_of_folder(
         folder,

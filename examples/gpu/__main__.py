@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Checks and measures PEER on a machine with a GPU.
 
@@ -51,7 +40,7 @@ from gpu.report import is_without_failures, report
 from gpu.settings import Settings, tiny_sizes
 from gpu.wheels import unpack
 from gpu.worker import CONTEXT_LOST, PARTS, open_part, part_rows
-from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS, FASTEST_KERNELS
+from modeling_peer.ops.kernels import FASTEST_KERNELS, KERNELS
 
 
 # Seconds for a row that started before the end of the time, after which its process is ended.
@@ -92,7 +81,7 @@ def make_settings(args: GpuArguments) -> Settings:
     if args.device == "cuda" and not torch.cuda.is_available():
         end(2, "There is no GPU here that torch can use: `--device cpu --tiny` tries the command without one.")
     kernels = args.kernels or FASTEST_KERNELS[args.device]
-    reason = ALL_EXPERT_KERNELS[kernels].unavailable_reason(torch.empty(1, 1, device=args.device))
+    reason = KERNELS[kernels].unavailable_reason(torch.empty(1, 1, device=args.device))
     if reason is not None:
         end(2, f"The kernels {kernels!r} cannot run here: {reason}")
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Equality of kernels, optimizer, layer and model on a GPU with references in float64, and what must not happen there:
 that the host waits, or that a graph cannot be captured.
@@ -33,11 +22,11 @@ from gpu.equality_tests import test_rows
 from gpu.inputs import DTYPES, Experts, draw_experts
 from gpu.rows import Row
 from gpu.settings import Settings
-from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
-from modeling_peer.expert_kernels_torch import TorchKernels
-from modeling_peer.gradient_factors import Entries, Factors
-from modeling_peer.key_grid import expert_cell
-from modeling_peer.product_key_retrieval import product_key_topk, retrieve
+from modeling_peer.experts import expert_cell, product_key_topk
+from modeling_peer.ops.gradient_factors import Assignments, Factors
+from modeling_peer.ops.kernels import KERNELS
+from modeling_peer.ops.kernels_torch import TorchKernels
+from modeling_peer.ops.retrieval import retrieve_on_kernels
 
 
 # Of a sum in float32, in units of the sum of absolute values: eight times the rounding of one addition.
@@ -97,7 +86,7 @@ def down_error(experts: Experts, kernels: str) -> float:
 
 def _table_error(operation, arguments, kernels):
     first, indices, table = arguments
-    actual = getattr(ALL_EXPERT_KERNELS[kernels], operation)(*arguments)
+    actual = getattr(KERNELS[kernels], operation)(*arguments)
     reference = getattr(TorchKernels, operation)
     expected = reference(first.double(), indices, table.double())
     return largest_error(actual, expected, reference(first.double().abs(), indices, table.double().abs()))
@@ -111,15 +100,15 @@ def row_gradient_error(experts: Experts, kernels: str) -> float:
     expected = _dense_gradient(coefficients, tokens, experts)
     sums = _dense_gradient(coefficients.abs(), tokens.abs(), experts)
     dense = largest_error(factors.to_rows(experts.table.dtype), expected, sums)
-    named = factors.entries.groups.starts.diff() > 0
-    places = factors.entries.groups.rows.long()[named]
+    named = factors.assignments.by_row.starts.diff() > 0
+    places = factors.rows.long()[named]
     return max(dense, largest_error(factors.sums()[named], expected[places], sums[places]))
 
 
 def squared_norm_error(experts: Experts, kernels: str) -> float:
     """The error of the norm of all rows."""
     factors = _factors(experts, kernels)
-    actual = factors.entries.kernels.squared_norm(*factors.in_groups())
+    actual = factors.assignments.run.squared_norm(*factors.in_groups())
     coefficients, tokens = factors.coefficients.double(), factors.tokens.double().nan_to_num(posinf=0.0)
     expected = _dense_gradient(coefficients, tokens, experts).square().sum()
     sums = _dense_gradient(coefficients.abs(), tokens.abs(), experts).square().sum()
@@ -139,7 +128,7 @@ def _factors(experts, kernels):
     if len(tokens) > 1:
         tokens[0] = float("inf")
         weights[0] = 0
-    return Factors.of(weights, tokens, Entries(experts.indices, len(experts.table), kernels))
+    return Factors(weights, tokens, Assignments(experts.indices, len(experts.table), kernels))
 
 
 def _dense_gradient(coefficients, tokens, experts):
@@ -155,7 +144,7 @@ def check_groups(settings: Settings) -> dict[str, Any]:
     def errors():
         for sizes in settings.checked:
             indices = draw_experts(sizes, 1, torch.float32, settings.device).indices.flatten()
-            rows, starts, order = ALL_EXPERT_KERNELS[settings.kernels].group(indices, sizes[2])
+            rows, starts, order = KERNELS[settings.kernels].group(indices, sizes[2])
             expected_rows, expected_starts, expected_order = TorchKernels.group(indices, sizes[2])
             count = len(expected_rows)
             same = (
@@ -204,7 +193,7 @@ def check_exact_retrieval(settings: Settings) -> dict[str, Any]:
             place = torch.randint(sizes[3], queries.shape[:-1], device=queries.device)
             queries = F.one_hot(place, sizes[3]).float() * queries.sign()
             sub_keys = torch.randint(-(2**19), 2**19, sub_keys.shape, device=queries.device).float()
-            indices, scores = retrieve(queries, sub_keys, sizes[4], settings.kernels)
+            indices, scores = retrieve_on_kernels(queries, sub_keys, sizes[4], settings.kernels)
             exact = _scores(queries, sub_keys)
             expected, best = product_key_topk(exact.float(), sizes[4])
             differing += int((indices != expected).sum())
@@ -222,7 +211,7 @@ def check_random_retrieval(settings: Settings) -> dict[str, Any]:
         nonlocal differing, total
         for sizes in settings.retrievals:
             queries, sub_keys = _queries_and_keys(sizes, settings.device)
-            indices, scores = retrieve(queries, sub_keys, sizes[4], settings.kernels)
+            indices, scores = retrieve_on_kernels(queries, sub_keys, sizes[4], settings.kernels)
             exact = _scores(queries, sub_keys)
             expected, best = product_key_topk(exact, sizes[4])
             sums = 2 * _scores(queries.abs(), sub_keys.abs()).amax((-1, -2))[..., None].expand_as(best)
@@ -248,7 +237,7 @@ def check_retrieval_with_tf32(settings: Settings) -> dict[str, Any]:
             found = []
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
-                found.append(retrieve(queries, sub_keys, sizes[4], settings.kernels)[0])
+                found.append(retrieve_on_kernels(queries, sub_keys, sizes[4], settings.kernels)[0])
             yield f"T, h, √N, d_k / 2, k = {sizes}", 0.0 if found[0].equal(found[1]) else float("inf")
 
     try:
@@ -263,7 +252,7 @@ def check_retrieval_gradients(settings: Settings) -> dict[str, Any]:
     def errors():
         for sizes in settings.retrievals:
             tensors = [each.requires_grad_() for each in _queries_and_keys(sizes, settings.device)]
-            indices, scores = retrieve(*tensors, sizes[4], settings.kernels)
+            indices, scores = retrieve_on_kernels(*tensors, sizes[4], settings.kernels)
             gradient = torch.randn_like(scores)
             actual = torch.autograd.grad(scores, tensors, gradient)
             expected = _retrieval_gradients(gradient.double(), indices, *(each.double() for each in tensors))

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the optimizer, of whole layers and of whole models, of waiting and of graphs."""
 
 import functools
@@ -20,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import nn
 from transformers import StaticCache
 
@@ -28,11 +18,10 @@ from gpu.inputs import DTYPES
 from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups, host_table_device_map
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.gradient_factors import Entries, Factors
-from modeling_peer.library_releases import CACHE
+from modeling_peer.experts import expert_tables
+from modeling_peer.feed_forward import PeerFeedForward
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.optim import row_adamw
 
 
@@ -49,6 +38,9 @@ CLOSE_LOSS, CLOSE_LOSS_IN_16_BITS = 1e-3, 5e-2
 ROUNDED_OTHERWISE = 0.01
 
 VOCABULARY, SEQUENCE = 256, 16
+
+# What a forward calls the KV cache.
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 
 def layer_rows(settings: Settings, device: Device) -> dict[str, Row]:
@@ -108,8 +100,8 @@ def check_optimizer(settings: Settings, dtype: torch.dtype, second_moment: str) 
         tokens = torch.randn(settings.small_tokens, width).to(dtype)
         indices = torch.randint(num_rows, coefficients.shape).masked_fill_(torch.rand(coefficients.shape) < 0.2, 3)
         for table, kernels in zip(tables, (settings.kernels, "torch"), strict=True):
-            entries = Entries(indices.to(table.device), num_rows, kernels)
-            factors = Factors.of(coefficients.to(table.device), tokens.to(table.device), entries)
+            assignments = Assignments(indices.to(table.device), num_rows, kernels)
+            factors = Factors(coefficients.to(table.device), tokens.to(table.device), assignments)
             table.grad = FactoredGradient(table, [factors])
         optimizers[0].step()
         with mock.patch.object(row_adamw.cpu, "can_update", return_value=False):
@@ -351,6 +343,6 @@ def check_host_tables(settings: Settings) -> dict[str, Any]:
         model.save_pretrained(folder)
         device_map = host_table_device_map(PeerForCausalLM, config, settings.device)
         split = PeerForCausalLM.from_pretrained(folder, device_map=device_map)
-        places = {each.weight.device.type for each in split.modules() if isinstance(each, ExpertTable)}
+        places = {each.weight.device.type for each in expert_tables(split).values()}
         error = relative_error(split(tokens.to(settings.device)).logits, model(tokens).logits)
     return {"passed": error <= CLOSE and places == {"cpu"}, "worst": error, "places": sorted(places)}

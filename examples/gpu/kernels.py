@@ -1,21 +1,10 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Times of each kernel beside torch's operators and the bandwidth of a copy, on rows that are named once (`unique`) and
 by Zipf's law (`zipf`).
 
-The bytes of an operation are those that it cannot avoid: each distinct row once, tokens and entries once.
+The bytes of an operation are those that it cannot avoid: each distinct row once, tokens and assignments once.
 """
 
 import functools
@@ -31,10 +20,11 @@ from gpu.inputs import DTYPES, Latest, draw_rows, repeated_randn
 from gpu.rows import Row
 from gpu.settings import Settings
 from modeling_peer import RowAdamW
-from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_factors import Entries, Factors
-from modeling_peer.product_key_retrieval import product_key_topk, retrieve
+from modeling_peer.experts import product_key_topk
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Assignments, Factors
+from modeling_peer.ops.kernels import KERNELS
+from modeling_peer.ops.retrieval import retrieve_on_kernels
 
 
 KINDS = ("unique", "zipf")
@@ -58,12 +48,12 @@ class Tables:
 
     def __init__(self, settings: Settings, width: int, kind: str):
         device, dtype, tokens = settings.device, DTYPES[settings.dtype], settings.kernel_tokens
-        self.kernels, self.num_rows = ALL_EXPERT_KERNELS[settings.kernels], settings.num_experts
+        self.kernels, self.num_rows = KERNELS[settings.kernels], settings.num_experts
         self.table = nn.Parameter(repeated_randn(self.num_rows, width, dtype=dtype, device=device))
         self.indices = draw_rows(kind, tokens, settings.num_active, self.num_rows, device)
         self.tokens = torch.randn(tokens, width, device=device).to(dtype)
         self.weights = torch.randn(self.indices.shape, device=device).to(dtype)
-        self.factors = Factors.of(self.weights, self.tokens, Entries(self.indices, self.num_rows, settings.kernels))
+        self.factors = Factors(self.weights, self.tokens, Assignments(self.indices, self.num_rows, settings.kernels))
         self.num_unique = self.indices.unique().numel()
         self.optimizer = RowAdamW([{"params": [self.table], "rows": True}], lr=1e-4)
 
@@ -95,12 +85,12 @@ class Tables:
         """Bytes that an operation cannot avoid."""
         size = self.table.element_size()
         rows = self.num_unique * self.table.shape[1]
-        entries, tokens = self.indices.numel(), self.tokens.nbytes
-        indices = 8 * entries
+        assignments, tokens = self.indices.numel(), self.tokens.nbytes
+        indices = 8 * assignments
         return {
-            "up": rows * size + tokens + indices + entries * size,
-            "down": rows * size + tokens + indices + entries * size,
-            "torch: EmbeddingBag for down": rows * size + tokens + indices + entries * size,
+            "up": rows * size + tokens + indices + assignments * size,
+            "down": rows * size + tokens + indices + assignments * size,
+            "torch: EmbeddingBag for down": rows * size + tokens + indices + assignments * size,
             "row_gradient": rows * size + tokens + indices,
             "torch: index_add for row_gradient": rows * size + tokens + indices,
             "step": rows * (2 * size + 4 * 4) + tokens + indices,  # rows and two moments in float32, read and written
@@ -108,7 +98,7 @@ class Tables:
         }.get(operation)
 
     def _write_gradient(self):
-        self.kernels.row_gradient(*self.grouped, self.gradient, self.factors.entries.groups.rows)
+        self.kernels.row_gradient(*self.grouped, self.gradient, self.factors.rows)
 
     def _step(self):
         self.table.grad = FactoredGradient(self.table, [self.factors])
@@ -142,7 +132,7 @@ class Retrieval:
         sub_keys = torch.randn(1, 2, settings.grid_size, half, device=settings.device)
         self.tensors = [each.requires_grad_() for each in (queries, sub_keys)]
         self.k, self.kernels = k, settings.kernels
-        self.scores = retrieve(*self.tensors, k, settings.kernels)[1]
+        self.scores = retrieve_on_kernels(*self.tensors, k, settings.kernels)[1]
         self.gradient = torch.randn_like(self.scores)
 
     def operations(self) -> dict[str, Callable[[], Any]]:
@@ -155,7 +145,7 @@ class Retrieval:
 
     @torch.no_grad()
     def _retrieve(self):
-        retrieve(*self.tensors, self.k, self.kernels)
+        retrieve_on_kernels(*self.tensors, self.k, self.kernels)
 
     def _backward(self):
         torch.autograd.grad(self.scores, self.tensors, self.gradient, retain_graph=True)

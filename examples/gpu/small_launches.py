@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Launches every kernel once at small sizes, for a tool that watches them. The only argument is settings in JSON."""
 
 import json
@@ -22,9 +11,9 @@ from gpu.device import Device
 from gpu.equality_layers import layer_config, optimizer_of
 from gpu.inputs import DTYPES, draw_experts
 from gpu.settings import Settings
-from modeling_peer.expert_kernels import ALL_EXPERT_KERNELS
-from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.gradient_factors import Entries, Factors
+from modeling_peer.feed_forward import PeerFeedForward
+from modeling_peer.ops.gradient_factors import Assignments, Factors
+from modeling_peer.ops.kernels import KERNELS
 
 
 SIZES, WIDTHS = [5, 12, 40], (20, 33, 130)
@@ -32,14 +21,14 @@ SIZES, WIDTHS = [5, 12, 40], (20, 33, 130)
 
 def launch_kernels(settings: Settings) -> None:
     """Kernels on tables, at widths that are no multiples of a block."""
-    run = ALL_EXPERT_KERNELS[settings.kernels]
+    run = KERNELS[settings.kernels]
     for dtype in DTYPES.values():
         for width in WIDTHS:
             experts = draw_experts(SIZES, width, dtype, settings.device)
             run.up(experts.hidden, experts.indices, experts.table)
             run.down(experts.weights, experts.indices, experts.table)
-            entries = Entries(experts.indices, len(experts.table), settings.kernels)
-            factors = Factors.of(experts.weights, experts.hidden, entries)
+            assignments = Assignments(experts.indices, len(experts.table), settings.kernels)
+            factors = Factors(experts.weights, experts.hidden, assignments)
             factors.to_rows(dtype)
             run.squared_norm(*factors.in_groups())
 

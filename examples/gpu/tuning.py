@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Tuning constants of the kernels: block sizes, numbers of warps, sizes of pieces. Every candidate of a constant is timed
 with all others as they are, and the best is named with the line to change.
@@ -56,20 +45,14 @@ class Constant:
 ROW_READERS = ("up", "down", "row_gradient", "step")
 
 CONSTANTS = (
-    Constant("modeling_peer.expert_kernels_triton", "ROWS", (1, 2, 4, 8, 16), ("up", "down")),
-    Constant("modeling_peer.triton_launch", "ELEMENTS_OF_ROW", (4, 8, 16, 32, 64), ROW_READERS),
-    Constant("modeling_peer.triton_launch", "ELEMENTS_OF_ROWS", (8, 16, 32, 64, 128), ROW_READERS),
-    Constant("modeling_peer.factored_gradient_triton", "ENTRIES", (1, 2, 4, 8), ("row_gradient", "step")),
-    Constant("modeling_peer.factored_gradient_triton", "CHUNK", (64, 128, 256, 512), ("row_gradient", "step")),
-    Constant(
-        "modeling_peer.product_key_retrieval_triton", "PIECE_SIZE", (2**21, 2**22, 2**23, 2**24, 2**25), ("retrieve",)
-    ),
-    Constant(
-        "modeling_peer.product_key_retrieval_triton", "SCORES_PER_WARP", (2**8, 2**9, 2**10, 2**11), ("retrieve",)
-    ),
-    Constant(
-        "modeling_peer.expert_kernels_torch", "PIECE_SIZE", (2**18, 2**20, 2**24, 2**26), ("up", "down"), "torch"
-    ),
+    Constant("modeling_peer.ops.kernels_triton", "ROWS", (1, 2, 4, 8, 16), ("up", "down")),
+    Constant("modeling_peer.ops.triton_launch", "ELEMENTS_OF_ROW", (4, 8, 16, 32, 64), ROW_READERS),
+    Constant("modeling_peer.ops.triton_launch", "ELEMENTS_OF_ROWS", (8, 16, 32, 64, 128), ROW_READERS),
+    Constant("modeling_peer.ops.gradient_triton", "ASSIGNMENTS", (1, 2, 4, 8), ("row_gradient", "step")),
+    Constant("modeling_peer.ops.gradient_triton", "CHUNK", (64, 128, 256, 512), ("row_gradient", "step")),
+    Constant("modeling_peer.ops.retrieval_triton", "PIECE_SIZE", (2**21, 2**22, 2**23, 2**24, 2**25), ("retrieve",)),
+    Constant("modeling_peer.ops.retrieval_triton", "SCORES_PER_WARP", (2**8, 2**9, 2**10, 2**11), ("retrieve",)),
+    Constant("modeling_peer.ops.kernels_torch", "PIECE_SIZE", (2**18, 2**20, 2**24, 2**26), ("up", "down"), "torch"),
 )
 
 

@@ -1,27 +1,67 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Masking experts at inference: what a model computes without some of them."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..product_key_retrieval import ExpertMask
-from ..product_key_router import ProductKeyRouter
+from ..experts import expert_cell
 from .expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
+
+
+# Scores of single experts that a retrieval with a mask holds at a time.
+MASKED_SCORES = 2**22
+
+
+def retrieve_others(
+    takes_part: torch.Tensor,
+    retrieve: Callable,
+    smaller_grid: int,
+    queries: torch.Tensor,
+    sub_keys: torch.Tensor,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Exact retrieval among the experts that take part. If they are the experts of a smaller key grid, this is the
+    retrieval of that grid, bit for bit. Any other mask cuts through rows and columns, and costs a score for every
+    expert. `takes_part` is a bool for each expert, `retrieve` retrieves among all, and `smaller_grid` is the side of
+    the key grid that has just the experts that take part, 0 if there is none.
+    """
+    if smaller_grid >= k:
+        return retrieve(queries, sub_keys[:, :, :smaller_grid].contiguous(), k)
+    is_masked = ~takes_part.to(queries.device)
+    row, column = expert_cell(torch.arange(len(is_masked), device=queries.device))
+    indices, scores = [], []
+    for piece in queries.split(max(1, MASKED_SCORES // (queries.shape[1] * len(is_masked)))):
+        halves = torch.einsum("thpc,hpnc->thpn", piece, sub_keys.expand(queries.shape[1], -1, -1, -1))
+        all_scores = halves[..., 0, :][..., row] + halves[..., 1, :][..., column]
+        top = all_scores.masked_fill(is_masked, -torch.inf).topk(k, dim=-1)
+        indices.append(top.indices)
+        scores.append(top.values)
+    return torch.cat(indices), torch.cat(scores)
+
+
+def _masked_retrieval(router, masked):
+    """What retrieves for a router in place of its `retrieve`, without some experts of its set."""
+    generation, retrieve = router.generation, router.retrieve
+    takes_part = ~masked[generation.first_expert : generation.first_expert + generation.num_experts]
+    if isinstance(retrieve, partial) and retrieve.func is retrieve_others:  # of a context around this one
+        takes_part, retrieve = takes_part & retrieve.args[0], retrieve.args[1]
+    num_left, k = int(takes_part.sum()), router.num_experts_per_head
+    if 0 < num_left < k:
+        raise ValueError(
+            f"`experts` leave {num_left} of {generation} to a router whose heads retrieve {k}: mask fewer, or all."
+        )
+    num_left = num_left or len(takes_part)  # of none a hook makes the weights zero
+    side, is_first = math.isqrt(num_left), takes_part[:num_left].all() or not takes_part.any()
+    # No closure, and no object of a class: a copy of the router has its own, and `torch.compile` can trace it.
+    return partial(retrieve_others, takes_part, retrieve, side if side * side == num_left and is_first else 0)
 
 
 @contextmanager
@@ -32,8 +72,9 @@ def masked_experts(
     layers: Iterable[int] | int | None = None,
 ) -> Iterator[None]:
     """
-    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. A
-    generation that is masked completely is not run. A copy of the model that is made within the context stays masked.
+    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. Where all
+    experts of a generation are masked, their router weights are zero: they have to be finite. A copy of the model that
+    is made within the context stays masked.
 
     With the experts of protected additions masked, a model computes exactly what it did before they were added. So
     does a model with an open addition, if its first experts, keys and queries were not trained since.
@@ -46,69 +87,46 @@ def masked_experts(
             Indices of the layers in which to mask them, all or none of those that share a pool. Defaults to all.
 
     Raises:
-        `ValueError`: for an expert or a layer that does not exist, if there are no experts to mask, or if a head would
-            be left with less than its k experts.
+        `IndexError`: for an expert that does not exist.
+        `ValueError`: for a layer without experts, or if a head would be left with less than its k experts.
 
     ```python
     >>> with masked_experts(model):
     ...     print(model(tokens, labels=tokens).loss)  # without the added experts
     ```
     """
-    indices = expert_indices(experts)
-    sets = select_expert_sets(model, layers)
-    if indices is None and not any(_added(each).any() for each in sets.values()):
-        raise ValueError(
-            "No experts were added, which `masked_experts` masks if `experts` is None: pass the indices of others."
-        )
-    with masked_sets(sets.values(), indices):
+    with masked_sets(select_expert_sets(model, layers).values(), expert_indices(experts)):
         yield
 
 
 @contextmanager
 def masked_sets(sets: Iterable[ExpertSet], indices: torch.Tensor | None) -> Iterator[None]:
-    """
-    Exclude experts of some sets from retrieval within the context, and of no others of the same layers, see
-    [`masked_experts`].
-
-    Args:
-        sets (iterable of [`ExpertSet`])
-        indices (`torch.Tensor`, *optional*): As [`expert_indices`] returns them. All added experts if `None`.
-
-    Raises:
-        `ValueError`: for an expert that does not exist, or if a head would be left with less than its k experts.
-    """
-    masks: dict[ProductKeyRouter, ExpertMask | None] = {}
+    """As [`masked_experts`], for some sets and for what [`expert_indices`] returns."""
+    masked: dict[Any, partial] = {}
     for each in sets:
-        masked = _added(each) if indices is None else mask_of_indices(each, indices)
-        masks |= {router: _mask_of_router(router, masked, each) for router in each.routers}
-    before = {router: router.expert_mask for router in masks}
+        if indices is None:
+            mask = torch.arange(each.num_experts) >= each.routers[0].config.num_experts
+        else:
+            mask = mask_of_indices(each, indices)
+        masked |= {router: _masked_retrieval(router, mask) for router in each.routers}
+    before = {router: vars(router).get("retrieve") for router in masked}
+    hooks = []
     try:
-        for router, mask in masks.items():
-            router.expert_mask = mask
+        for router, retrieve in masked.items():
+            if not retrieve.args[0].all():
+                router.retrieve = retrieve
+            if not retrieve.args[0].any():
+                # First, so that whatever observes the router sees it.
+                hooks.append(router.register_forward_hook(_zero_weights, prepend=True))
         yield
     finally:
-        for router, mask in before.items():
-            router.expert_mask = mask
+        for hook in hooks:
+            hook.remove()
+        for router, outer in before.items():
+            vars(router).pop("retrieve", None)
+            if outer is not None:
+                router.retrieve = outer
 
 
-def _added(experts: ExpertSet) -> torch.Tensor:
-    """Which experts were added: bool, `(num_experts,)`."""
-    return torch.arange(experts.num_experts) >= experts.routers[0].config.num_experts
-
-
-def _mask_of_router(router, masked, experts):
-    """Which experts of a router take part in retrieval; `None` if all do."""
-    generation = router.generation
-    takes_part = ~masked[generation.first_expert : generation.experts.stop]
-    if router.expert_mask is not None:
-        takes_part &= router.expert_mask.experts
-    mask = ExpertMask(takes_part)
-    if 0 < mask.num_experts < router.num_experts_per_head:
-        raise ValueError(
-            f"`experts` leave {mask.num_experts} of {experts.name} to a router whose heads retrieve "
-            f"{router.num_experts_per_head}: mask fewer, or all of its {generation.num_experts}."
-        )
-    return None if mask.num_experts == generation.num_experts else mask
-
-
-__all__ = ["masked_experts"]
+def _zero_weights(router, args, output):
+    return output[0], torch.zeros_like(output[1])

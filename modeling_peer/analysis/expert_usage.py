@@ -1,18 +1,8 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """How evenly experts are used: the measures of the paper's table 3, on their own or in the logs of a `Trainer`."""
 
+import inspect
 import math
 import re
 from typing import Any
@@ -21,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
-from ..library_releases import in_backward, put_first
-from ..product_key_router import ProductKeyRouter
-from .arguments import check_integer, shown
+from ..router import ProductKeyRouter
 from .evaluation import evaluation
-from .expert_sets import find_expert_sets, module_label, observe_routers
+from .expert_sets import find_expert_sets, module_label, observe_router, observe_routers
 
 
 class ExpertUsageMeter:
@@ -41,13 +30,9 @@ class ExpertUsageMeter:
         scores (`torch.Tensor` of shape `(num_experts,)`): Accumulated router weight of each expert, float32.
         top1_counts (`torch.Tensor` of shape `(num_experts,)`):
             How often each was the best expert of a head, with a non-zero weight, int64.
-
-    Raises:
-        `ValueError`: if `num_experts` is not a positive integer.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
-        check_integer("num_experts", num_experts)
         self.scores = torch.zeros(num_experts, device=device)
         self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
 
@@ -61,15 +46,7 @@ class ExpertUsageMeter:
             weights (`torch.Tensor` of the same shape): Their router weights, not negative.
             padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 True (or 1) where there is a token; other positions are not counted.
-
-        Raises:
-            `ValueError`: for other shapes, such as those of a MoE router.
         """
-        if indices.ndim != 4 or weights.shape != indices.shape:
-            raise ValueError(
-                "`indices` and `weights` must both be of shape (batch_size, sequence_length, num_heads, k), as PEER "
-                f"and PKM routers return them, got {tuple(indices.shape)} and {tuple(weights.shape)}."
-            )
         device = self.scores.device
         indices, weights = indices.to(device), weights.to(device, torch.float32)
         is_token = torch.ones(1, dtype=torch.bool, device=device)
@@ -81,11 +58,6 @@ class ExpertUsageMeter:
         self.scores += torch.zeros_like(self.scores).index_add_(0, indices.flatten(), weights.flatten())
         best = indices[..., 0]
         self.top1_counts.index_add_(0, best.flatten(), (weights[..., 0] > 0).flatten().long())
-
-    def sum_over_ranks(self) -> None:
-        """Replace what was accumulated by its sum over the ranks of torch.distributed, all of which must call this."""
-        dist.all_reduce(self.scores)
-        dist.all_reduce(self.top1_counts)
 
     def compute(self) -> dict[str, float]:
         """
@@ -109,11 +81,6 @@ class ExpertUsageMeter:
             "top1_usage": (self.top1_counts > 0).double().mean().item(),
         }
 
-    def reset(self) -> None:
-        """Reset the accumulators."""
-        self.scores.zero_()
-        self.top1_counts.zero_()
-
 
 def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
     """
@@ -121,14 +88,14 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model with grafts.
-        inputs: Arguments of the model, such as `input_ids` and `attention_mask`; padding is not counted.
+        inputs: Arguments of the model, such as `input_ids` and `attention_mask`, in batches; padding is not counted.
 
     Returns:
         `dict[str, ExpertUsageMeter]`: a meter for each set of experts, under the name of the module that holds their
         tables. Experts that [`add_experts`] added to a layer come after its first ones.
 
     Raises:
-        `ValueError`: if the model has no experts, or `input_ids` or `inputs_embeds` are not a batch of sequences.
+        `ValueError`: if the model has no experts.
 
     ```python
     >>> scores = measure_usage(model, input_ids=input_ids)["model.layers.1.mlp.expert_pool"].scores
@@ -136,33 +103,13 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
     >>> scores[model.config.num_experts :].sum() / scores.sum()  # share of the added experts
     ```
     """
-    _check_batch("input_ids", inputs.get("input_ids"), ("batch_size", "sequence_length"))
-    _check_batch("inputs_embeds", inputs.get("inputs_embeds"), ("batch_size", "sequence_length", "hidden_size"))
     sets = find_expert_sets(model)
     device = next(model.parameters()).device
     meters = {name: ExpertUsageMeter(each.num_experts, device) for name, each in sets.items()}
     hooks = observe_routers(sets, lambda name, *retrieved: meters[name].update(*retrieved))
-    try:
-        with evaluation(model):
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluation(model, hooks):
+        model(**inputs)
     return meters
-
-
-def _check_batch(name, value, dimensions):
-    if value is None:
-        return
-    expected = f"({', '.join(dimensions)})"
-    if not isinstance(value, torch.Tensor):
-        raise ValueError(f"`{name}` must be a tensor of shape {expected}, got {shown(value)}.")
-    if value.ndim != len(dimensions):
-        raise ValueError(
-            f"`{name}` must be of shape {expected}, got {tuple(value.shape)}: one sequence is `{name}[None]`."
-        )
-    if name == "input_ids" and value.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"`{name}` must be token ids, int32 or int64, got {value.dtype}.")
 
 
 class ExpertUsageCallback(TrainerCallback):
@@ -185,19 +132,23 @@ class ExpertUsageCallback(TrainerCallback):
 
     def __init__(self):
         self._hooks = []
-        # The name of each layer and its meter, for forward passes in training (True) and evaluation (False).
-        self._meters = {True: [], False: []}
+        # The name of each router in logs, and its meters of forward passes in evaluation and in training.
+        self._meters = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        put_first(self)
-        self._detach()
+        _put_first(self)
+        self.on_train_end(args, state, control)
         modules = dict(model.named_modules())
         for name, router in modules.items():
             if isinstance(router, ProductKeyRouter):
-                self._attach(_label(modules, name), router, args.device)
+                added = re.search(r"added_routers\.(\d+)", name)
+                label = module_label(modules, name) + (f"_added_{added[1]}" if added else "")
+                self._attach(label, router, args.device)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._meters = [], []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -215,54 +166,47 @@ class ExpertUsageCallback(TrainerCallback):
             metrics.update(self._read(training=False, prefix=prefix))
 
     def _attach(self, label, router, device):
-        first_expert = router.generation.first_expert
-        meters = {}
-        for training in (True, False):
-            meters[training] = ExpertUsageMeter(router.generation.num_experts, device)
-            self._meters[training].append((label, meters[training]))
+        own = [ExpertUsageMeter(router.generation.num_experts, device) for _ in range(2)]
+        self._meters.append((label, own))
 
-        # Not traced: a graph would keep the answer of the first forward pass to whether it runs in the backward pass.
-        @torch.compiler.disable
-        def measure(module, args, kwargs, output):
-            # Activation checkpointing runs a forward pass again in the backward pass.
-            if not in_backward():
-                padding_mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-                indices, weights = output
-                meters[module.training].update(indices - first_expert, weights, padding_mask)
+        def measure(router, indices, *others):
+            own[router.training].update(indices - router.generation.first_expert, *others)
 
-        self._hooks.append(router.register_forward_hook(measure, with_kwargs=True))
-
-    def _detach(self):
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._meters = {True: [], False: []}
+        self._hooks.append(observe_router(router, measure))
 
     def _read(self, training, prefix=""):
         """The values to log. A router that no token passed has none, as the original that PEFT keeps beside a copy."""
         values = {}
-        for label, meter in self._meters[training]:
-            if dist.is_available() and dist.is_initialized():
-                meter.sum_over_ranks()
-            measures = meter.compute()
-            meter.reset()
-            if not math.isnan(measures["usage"]):
-                values |= {f"{prefix}expert_{name}/{label}": value for name, value in measures.items()}
+        for label, own in self._meters:
+            meter = own[training]
+            for total in (meter.scores, meter.top1_counts):
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(total)
+            if meter.scores.any():
+                values |= {f"{prefix}expert_{name}/{label}": value for name, value in meter.compute().items()}
+            meter.scores.zero_()
+            meter.top1_counts.zero_()
         return values
-
-
-def _label(modules, name):
-    """The name of a router in logs: its layer, its graft, and its addition."""
-    added = re.search(r"added_routers\.(\d+)", name)
-    return module_label(modules, name) + (f"_added_{added[1]}" if added else "")
 
 
 def _evaluation_prefix(metrics):
     """`"eval_"` if there is an `"eval_runtime"`, and so on; `None` if these are not metrics of an evaluation."""
-    for name in metrics:
-        if name.endswith("_runtime") and name != "train_runtime":
-            return name.removesuffix("runtime")
-    return None
+    names = (name for name in metrics if name.endswith("_runtime") and name != "train_runtime")
+    return next((name.removesuffix("runtime") for name in names), None)
 
 
-__all__ = ["ExpertUsageCallback", "ExpertUsageMeter", "measure_usage"]
+def _put_first(callback):
+    """
+    Put a callback before the others of the `Trainer` that calls it now, so that trackers see what it adds to logs. An
+    event hands on everything but the list of callbacks, so the caller is asked for it. If a release of Transformers
+    calls events otherwise, what is added reaches the history of the training but no tracker.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # In place: callbacks that come later keep their turns in the event that runs now.
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the experts do in a text: which ones each token retrieves, how strongly they answer, and what they write."""
 
 from collections.abc import Iterable
@@ -21,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..feed_forward_peer import ExpertPool
-from ..feed_forward_pkm import PkmFeedForward
-from ..product_key_router import ProductKeyRouter
-from .arguments import check_integer, shown
+from ..experts import ExpertPool
+from ..router import ProductKeyRouter
 from .evaluation import evaluation
 from .expert_sets import ExpertSet, module_label, select_expert_sets
 
 
 # What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
 LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+
+PIECE = 64  # tokens whose rows of experts are held at a time
 
 
 @dataclass(frozen=True)
@@ -72,13 +61,8 @@ class TokenExplanation:
 @dataclass(frozen=True, eq=False)
 class RetrievedExperts:
     """
-    The experts that a layer retrieves for the tokens of a sequence. Experts that several heads retrieve for a token
-    are in it several times.
-
-    Args:
-        experts (`torch.Tensor` of shape `(num_tokens, num_active)`): Expert indices, int64.
-        weights (`torch.Tensor` of the same shape): Their router weights, float32.
-        coefficients (`torch.Tensor` of the same shape): See [`ExpertUse`], float32.
+    The experts that a layer retrieves for the tokens of a sequence, their router weights and coefficients (see
+    [`ExpertUse`]), each of shape `(num_tokens, num_active)`. What several heads retrieve is in it several times.
     """
 
     experts: torch.Tensor
@@ -99,146 +83,96 @@ class RetrievedExperts:
 
 class ExpertReader:
     """
-    Reads what the experts of a model do. A model with PEER or PKM layers, or with grafts, in one process.
-
-    Args:
-        model (`nn.Module`): A causal language model.
-        layers (`int` or iterable of `int`, *optional*): Indices of the layers to read. All layers if `None`.
-
-    Raises:
-        `ValueError`: if the model has no experts, or none in one of the layers.
+    Reads what the experts of a causal language model do, those of some layers or of all, in one process. `sets` are
+    the experts of each layer by its label; layers that share a pool have one set.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[int] | int | None = None):
-        self.model: Any = model
+    def __init__(self, model: Any, layers: Iterable[int] | int | None = None):
+        self.model = model
         modules = dict(model.named_modules())
         names = {module: name for name, module in modules.items()}
+        self.sets: dict[str, ExpertSet] = {}
         self._label_of: dict[ProductKeyRouter, str] = {}
-        self._pool_of: dict[ProductKeyRouter, ExpertPool | None] = {}
-        self._tables_of: dict[str, dict[int, Any]] = {}
-        self._set_of: dict[str, ExpertSet] = {}
+        self._pools_of: dict[str, dict[int, Any]] = {}  # by the index of their first expert; of PKM, its layer
         for name, experts in select_expert_sets(model, layers).items():
-            holder: Any = model.get_submodule(name)
-            pools = {each.first_expert: each for each in holder.modules() if isinstance(each, ExpertPool)}
+            pools = {each.first_expert: each for each in modules[name].modules() if isinstance(each, ExpertPool)}
             for router in experts.routers:
-                label = module_label(modules, names[router])
-                self._label_of[router] = label
-                self._set_of[label] = experts
-                is_pkm = isinstance(holder, PkmFeedForward)
-                self._pool_of[router] = None if is_pkm else pools[router.generation.first_expert]
-                self._tables_of[label] = (
-                    {0: holder.values} if is_pkm else {first: each.down_proj for first, each in pools.items()}
-                )
-
-    @property
-    def labels(self) -> list[str]:
-        """The names of the layers, in their order."""
-        return list(self._tables_of)
+                label = self._label_of[router] = module_label(modules, names[router])
+                self.sets[label], self._pools_of[label] = experts, pools or {0: modules[name]}
+        if self.model.get_output_embeddings() is None:
+            raise ValueError(f"`model` must predict tokens, got {type(model).__name__} without output embeddings.")
 
     def routers(self, label: str) -> list[ProductKeyRouter]:
         """The routers of a layer, one for each generation."""
         return [router for router, own in self._label_of.items() if own == label]
 
-    def expert_set(self, label: str) -> ExpertSet:
-        """The experts of a layer, which are those of all layers that share its pool."""
-        return self._set_of[label]
-
     def read(self, **inputs: Any) -> tuple[dict[str, RetrievedExperts], torch.Tensor]:
         """
-        Run the model on one sequence, in evaluation mode.
-
-        Args:
-            inputs: Arguments of the model: `input_ids` of shape `(1, num_tokens)`, or others.
-
-        Returns:
-            `tuple`: for each layer the [`RetrievedExperts`], on the CPU; and the logits, float32,
-            `(num_tokens, vocab_size)`.
+        Run the model on one sequence, `input_ids` of shape `(1, num_tokens)` or others, in evaluation mode. Returns
+        the [`RetrievedExperts`] of each layer, on the CPU, and the logits, float32, `(num_tokens, vocab_size)`.
         """
-        found: dict[str, list[tuple[torch.Tensor, ...]]] = {label: [] for label in self.labels}
+        found: dict[str, list[tuple[torch.Tensor, ...]]] = {label: [] for label in self.sets}
 
         def observe(router, args, output):
             found[self._label_of[router]].append(self._coefficients(router, args[0], *output))
 
         hooks = [router.register_forward_hook(observe) for router in self._label_of]
-        try:
-            with evaluation(self.model):
-                logits = self.model(**inputs).logits[0].float()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with evaluation(self.model, hooks):
+            logits = self.model(**inputs).logits[0].float()
         read = {
             label: RetrievedExperts(*(torch.cat(parts, dim=1) for parts in zip(*several, strict=True)))
             for label, several in found.items()
-            if several  # all of a layer's experts may be masked
+            if several
         }
         return read, logits
 
     def _coefficients(self, router, hidden_states, indices, weights):
         tokens = hidden_states.flatten(0, -2)
         indices, weights = (each.flatten(-2).flatten(0, -2) for each in (indices, weights))
-        pool, coefficients = self._pool_of[router], weights
-        if pool is not None:
+        pool, coefficients = self._pools_of[self._label_of[router]][router.generation.first_expert], weights
+        if isinstance(pool, ExpertPool):
             rows = indices - pool.first_expert
-            neurons = pool.up_proj(tokens, rows)
-            gates = None if pool.gate_proj is None else pool.gate_proj(tokens, rows)
-            coefficients = weights * (pool.act_fn(neurons) if gates is None else pool.act_fn(gates) * neurons)
+            neurons = _dot_products(tokens, rows, pool.up_proj)
+            if pool.gate_proj is None:
+                coefficients = weights * pool.act_fn(neurons)
+            else:
+                coefficients = weights * pool.act_fn(_dot_products(tokens, rows, pool.gate_proj)) * neurons
         return indices.cpu(), weights.float().cpu(), coefficients.float().cpu()
 
     @torch.no_grad()
     def down_projections(self, label: str, experts: torch.Tensor) -> torch.Tensor:
-        """
-        Read the down-projection vectors of experts of a layer.
-
-        Args:
-            label (`str`): Name of the layer.
-            experts (`torch.Tensor` of shape `(num_experts,)`): Expert indices, int64.
-
-        Returns:
-            `torch.Tensor` of shape `(num_experts, hidden_size)`, in the dtype of the table.
-        """
-        tables = self._tables_of[label]
-        firsts = torch.tensor(sorted(tables))
+        """The down-projection vectors of some experts of a layer, in the dtype of the output embeddings."""
+        head = self.model.get_output_embeddings().weight
+        pools = self._pools_of[label]
+        firsts = torch.tensor(sorted(pools))
         own = firsts[torch.searchsorted(firsts, experts, right=True) - 1]
-        vectors = None
-        for first, table in tables.items():
-            (chosen,) = torch.nonzero(own == first, as_tuple=True)
+        vectors = head.new_empty(len(experts), head.shape[1])
+        for first, pool in pools.items():
+            table: Any = pool.down_proj if isinstance(pool, ExpertPool) else pool.values
+            chosen = (own == first).nonzero()[:, 0]
+            device = next(table.parameters()).device
             # By a call of the table, whatever an adapter, a quantizer or an offloader has put around it.
-            one = torch.ones(len(chosen), 1, device=table.weight.device, dtype=self._dtype)
-            rows = table(one, (experts[chosen] - first)[:, None].to(one.device)).to(self._device)
-            rows = rows[:, : self.model.get_output_embeddings().weight.shape[1]]  # a graft's may have one for biases
-            vectors = rows.new_empty(len(experts), rows.shape[1]) if vectors is None else vectors
-            vectors[chosen] = rows
+            rows = table((experts[chosen] - first).to(head.device if device.type == "meta" else device))
+            vectors[chosen.to(head.device)] = rows[:, : head.shape[1]].to(vectors)  # a graft's may have one for biases
         return vectors
 
     @torch.no_grad()
     def writes(self, label: str, experts: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Find which tokens' logits the down-projection vectors of experts raise and lower most, if each were all that
-        the last norm of the model sees ("logit lens").
-
-        Args:
-            label (`str`): Name of the layer.
-            experts (`torch.Tensor` of shape `(num_experts,)`): Expert indices, int64.
-            number (`int`): How many tokens to find.
-
-        Returns:
-            `tuple(torch.Tensor)` of shape `(num_experts, number)`: token ids that are raised, and those that are
-            lowered, the most first.
+        The tokens whose logits the down-projection vectors of experts raise most, and those that they lower most, if
+        each were all that the last norm of the model sees ("logit lens"): ids, `(num_experts, number)` each.
         """
-        vectors = self.down_projections(label, experts)
-        decoder = self.model.get_decoder()
+        vectors, decoder = self.down_projections(label, experts), self.model.get_decoder()
         norm = next((module for name in LAST_NORMS if (module := getattr(decoder, name, None)) is not None), None)
         logits = self.model.get_output_embeddings()(vectors if norm is None else norm(vectors)).float()
         number = min(number, logits.shape[1])
         return tuple(logits.topk(number, largest=largest).indices.cpu() for largest in (True, False))
 
-    @property
-    def _device(self):
-        return self.model.get_output_embeddings().weight.device
 
-    @property
-    def _dtype(self):
-        return self.model.get_input_embeddings().weight.dtype
+def _dot_products(tokens, rows, table):
+    """`tokens [T, d], rows [T, A] -> [T, A]`"""
+    pieces = zip(tokens.split(PIECE), rows.split(PIECE), strict=True)
+    return torch.cat([torch.einsum("td,tad->ta", some, table(own).to(some.dtype)) for some, own in pieces])
 
 
 def explain_tokens(
@@ -265,15 +199,13 @@ def explain_tokens(
         `list[TokenExplanation]`: one for each token.
 
     Raises:
-        `ValueError`: if the model has no experts, none in one of the layers, or if the text has no tokens.
+        `ValueError`: if the model has no experts, or none in one of the layers, or if the text has no tokens.
 
     ```python
     >>> for explanation in explain_tokens(model, tokenizer, "A farmer with 12 apples"):
     ...     print(explanation.token, explanation.layers["layer_1"][0])
     ```
     """
-    check_integer("num_experts", num_experts)
-    check_integer("num_words", num_words)
     reader = ExpertReader(model, layers)
     input_ids = token_ids(tokenizer, text)
     read, _ = reader.read(input_ids=input_ids.to(next(model.parameters()).device))
@@ -296,16 +228,11 @@ def explain_tokens(
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The tokens of a text: int64, `(1, num_tokens)`. Raises `ValueError` if it has none."""
-    if not isinstance(text, str):
-        raise ValueError(f"`text` must be a string, got {shown(text)}.")
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
     if not input_ids.numel():
-        raise ValueError(f"`text` must have at least one token, got {text!r}.")
+        raise ValueError("`text` must have at least one token.")
     return input_ids
 
 
 def _words(tokenizer, tokens):
     return tuple(tokenizer.decode([token]) for token in tokens.tolist())
-
-
-__all__ = ["ExpertUse", "TokenExplanation", "explain_tokens"]

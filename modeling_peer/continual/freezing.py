@@ -1,27 +1,15 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Freezing experts of a model: by layer, by expert index, or by what a corpus uses."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..analysis.arguments import check_integer, shown
 from ..analysis.expert_background import ExpertBackground
-from ..analysis.expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
-from ..expert_table import refuse_quantized
+from ..analysis.expert_sets import expert_indices, mask_of_indices, select_expert_sets
 from ..optim.frozen_rows import FrozenRows, freeze_rows
 
 
@@ -36,11 +24,11 @@ class FrozenExperts:
 
     def __init__(self, num_frozen: dict[str, int], handles: list[FrozenRows]):
         self.num_frozen = num_frozen
-        self._handles = handles
+        self.handles = handles
 
     def remove(self) -> None:
         """Let the experts be trained again, except those that another freeze holds. A second call does nothing."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
 
@@ -57,11 +45,10 @@ def freeze_experts(
     of torch (see [`freeze_rows`]). The rest of the model, including the sub-keys by which experts are retrieved, is
     trained as before. An expert is frozen if it fulfills all conditions given; without any condition, all experts are.
 
-    It holds in `Trainer` with clipping (which does not count frozen rows), with gradient accumulation, dense or
-    row-sparse gradients, and with DistributedDataParallel and memory groups, where each process has to freeze the same
-    experts, after a group has split the tables. Freezes are not saved and not copied: call `freeze_experts` again
-    before resuming from a checkpoint, or for a copy of the model. A table that is frozen as a whole requires no
-    gradient, so freeze before an optimizer or DistributedDataParallel gets the model.
+    With DistributedDataParallel and memory groups each process has to freeze the same experts, after a group has split
+    the tables. Freezes are not saved and not copied: call `freeze_experts` again before resuming from a checkpoint, or
+    for a copy of the model. A table that is frozen as a whole requires no gradient, so freeze before an optimizer or
+    DistributedDataParallel gets the model.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted
@@ -79,9 +66,9 @@ def freeze_experts(
         [`FrozenExperts`]: how many experts are frozen, and `remove()` to undo it.
 
     Raises:
-        `ValueError`: for arguments of another type, layers or experts that the model does not have, a background of
-            other experts, or tables that FSDP2 or tensor parallelism splits over processes. The model is left as it
-            was.
+        `ValueError`: for layers or experts that the model does not have, a background of other experts, or tables
+            that FSDP2 or tensor parallelism splits over processes.
+        `AttributeError`: for tables that are quantized.
 
     ```python
     >>> from modeling_peer import ExpertBackground, freeze_experts
@@ -93,50 +80,18 @@ def freeze_experts(
     >>> Trainer(model, args, train_dataset=dataset).train()
     ```
     """
-    _check_usage_options(model, used_in, min_documents)
     indices = expert_indices(experts)
-    sets = select_expert_sets(model, layers)
-    refuse_quantized(model, "`freeze_experts`")
-    masks = {
-        name: torch.ones(each.num_experts, dtype=torch.bool) if indices is None else mask_of_indices(each, indices)
-        for name, each in sets.items()
-    }
     if used_in is not None:
-        masks = {name: mask & used_in.used(name, min_documents) for name, mask in masks.items()}
-    return FrozenExperts({name: int(mask.sum()) for name, mask in masks.items()}, _freeze(sets, masks))
-
-
-def check_background(name: str, background: ExpertBackground, model: nn.Module) -> None:
-    """Raise `ValueError` if the argument of this name is no background measured on the experts of the model."""
-    if not isinstance(background, ExpertBackground):
-        raise ValueError(
-            f"`{name}` must be an ExpertBackground, as `ExpertBackground.measure(model, dataset)` returns it, got "
-            f"{shown(background)}."
-        )
-    background.check(model)
-
-
-def _check_usage_options(model, used_in, min_documents):
-    check_integer("min_documents", min_documents)
-    if used_in is not None:
-        check_background("used_in", used_in, model)
-    elif min_documents != 1:
-        raise ValueError(f"`min_documents` counts documents of `used_in`, which is not given, got {min_documents}.")
-
-
-def _freeze(sets: dict[str, ExpertSet], masks: dict[str, torch.Tensor]) -> list[FrozenRows]:
-    handles: list[FrozenRows] = []
-    try:
-        for name, each in sets.items():
-            for first, table in (pair for tables in each.tables.values() for pair in tables):
-                rows = masks[name][first : first + table.num_embeddings]
-                if rows.any():
-                    handles.append(freeze_rows(table, "weight", rows))
-    except ValueError:
-        for handle in handles:
-            handle.remove()
-        raise
-    return handles
-
-
-__all__ = ["FrozenExperts", "freeze_experts"]
+        used_in.check(model)
+    frozen = FrozenExperts({}, [])
+    for name, each in select_expert_sets(model, layers).items():
+        mask = torch.ones(each.num_experts).bool() if indices is None else mask_of_indices(each, indices)
+        if used_in is not None:
+            mask = mask & used_in.used(name, min_documents)
+        frozen.num_frozen[name] = int(mask.sum())
+        table: Any
+        for first, table in (pair for tables in each.tables.values() for pair in tables):
+            rows = mask[first : first + table.num_embeddings]
+            if rows.any():
+                frozen.handles.append(freeze_rows(table, "weight", rows))
+    return frozen

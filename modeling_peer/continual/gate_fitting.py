@@ -1,36 +1,21 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Fitting the gates of added experts to the text that the experts were added for."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..analysis.arguments import check_integer, shown
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_background import batches_of
-from ..feed_forward_peer import PeerFeedForward
+from ..feed_forward import PeerFeedForward
 from ..modeling_peer import PeerPreTrainedModel
-from ..product_key_router import AddedRouter, ExpertGate
-from .growth import check_is_peer_model, refuse_split_model
+from ..router import ExpertGate
 
 
 LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
@@ -84,106 +69,47 @@ def fit_gates(
             held out.
 
     Raises:
-        `ValueError`: if the last addition is not a protected one, a text has other elements or less than two
-            sequences, or for options of another type or out of range. The model is left as it was.
+        `ValueError`: if the last addition is not a protected one, or a text has less than two sequences.
     """
-    check_is_peer_model(model)
-    refuse_split_model(model, "Gates are fitted")
-    _check_options(model, reference_weight, num_steps, batch_size)
-    checked = {"new_text": _checked_text("new_text", new_text)}
-    checked["reference_text"] = _checked_text("reference_text", reference_text)
+    last = (model.config.expert_additions or [{"mode": None}])[-1]
+    if last["mode"] != "protected":
+        raise ValueError(f"Gates are those of experts added in protected mode, got {last['mode']!r} as last addition.")
     layers = {
         module.layer_idx: module
         for module in model.modules()
-        if isinstance(module, PeerFeedForward) and module.layer_idx in model.config.expert_additions[-1]["layers"]
+        if isinstance(module, PeerFeedForward) and module.layer_idx in last["layers"]
     }
-    texts = [_hidden_states(model, layers, *pair, batch_size, progress_bar) for pair in checked.items()]
+    texts = [
+        _hidden_states(model, layers, name, text, batch_size, progress_bar)
+        for name, text in (("new_text", new_text), ("reference_text", reference_text))
+    ]
     results = {}
     for index, layer in layers.items():
-        (new_held_out, new), (reference_held_out, reference) = (_split(text[index]) for text in texts)
-        gate = cast("AddedRouter", layer.added_routers[-1]).gate
+        gate: Any = layer.added_routers[-1].gate
+        held_out = [torch.cat(text[index][::10]) for text in texts]
+        new, reference = [torch.cat([each for i, each in enumerate(text[index]) if i % 10]) for text in texts]
         steps = tqdm(range(num_steps), desc=f"Gate of layer {index}", disable=not progress_bar)
-        fitted = _fit(gate, new, reference, reference_weight, steps)
-        with torch.no_grad():
-            for parameter, value in zip(gate.parameters(), fitted.parameters(), strict=True):
-                parameter.copy_(value)
-        results[index] = GateFit(_openness(gate, new_held_out), _openness(gate, reference_held_out))
+        gate.load_state_dict(_fit(gate, new, reference, reference_weight, steps).state_dict())
+        results[index] = GateFit(*(_openness(gate, states) for states in held_out))
     return results
-
-
-def _check_options(model, reference_weight, num_steps, batch_size):
-    last = (model.config.expert_additions or [None])[-1]
-    if last is None or last["mode"] != "protected":
-        raise ValueError(
-            "`fit_gates` is for experts added in protected mode, expected one as the last addition to this model, got "
-            f"{last or 'no addition'}."
-        )
-    is_number = isinstance(reference_weight, (int, float)) and not isinstance(reference_weight, bool)
-    if not is_number or not 0 < reference_weight < math.inf:
-        raise ValueError(f"`reference_weight` must be a number greater than 0, got {reference_weight!r}.")
-    for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
-        check_integer(name, value)
-
-
-def _checked_text(name, text):
-    """A text as `batches_of` takes it. Raises `ValueError` if its elements are no sequences of tokens."""
-    if isinstance(text, DataLoader):
-        return text
-    is_sized = hasattr(text, "__len__") and hasattr(text, "__getitem__")
-    if isinstance(text, (str, bytes, Mapping)) or not (is_sized or isinstance(text, Iterable)):
-        raise ValueError(
-            f"`{name}` must be an iterable of sequences, each a dict with `input_ids`, got {shown(text)}."
-        )
-    text = text if is_sized else list(text)
-    for index in range(len(text)):
-        sequence = text[index]
-        tokens = sequence.get("input_ids") if isinstance(sequence, Mapping) else None
-        if tokens is None or not _is_sequence_of_tokens(tokens):
-            raise ValueError(
-                f"Elements of `{name}` must be dicts whose `input_ids` are token ids of shape (sequence_length,), got "
-                f"{shown(sequence)} at index {index}."
-            )
-    return text
-
-
-def _is_sequence_of_tokens(tokens):
-    try:
-        tokens = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return tokens.ndim == 1 and tokens.dtype in (torch.int32, torch.int64)
 
 
 def _hidden_states(model, layers, name, text, batch_size, progress_bar):
     """By layer, its inputs of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
-    seen: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0].cpu()))
-        for index, layer in layers.items()
-    ]
     sequences: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-    try:
-        with evaluation(model):
-            for batch in tqdm(batches_of(text, batch_size), desc=f"Hidden states, {name}", disable=not progress_bar):
-                model.base_model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"})
-                present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
-                for index, states in seen.items():
-                    sequences[index] += [each[mask] for each, mask in zip(states.pop(), present, strict=True)]
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def note(layer, args):
+        sequences[layer.layer_idx] += [states[mask] for states, mask in zip(args[0].cpu(), present, strict=True)]
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    with evaluation(model, hooks):
+        for batch in tqdm(batches_of(text, batch_size), desc=f"Hidden states, {name}", disable=not progress_bar):
+            present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
+            model.base_model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"})
     sequences = {index: [each for each in of_layer if len(each)] for index, of_layer in sequences.items()}
-    num_sequences = len(next(iter(sequences.values())))
-    if num_sequences < 2:
-        raise ValueError(
-            f"`{name}` must have at least two sequences, one to fit and one to hold out, got {num_sequences}."
-        )
+    if min(map(len, sequences.values())) < 2:
+        raise ValueError(f"`{name}` must have at least two sequences, one to fit and one to hold out.")
     return sequences
-
-
-def _split(sequences):
-    """Hidden states of every tenth sequence, and of the others."""
-    return torch.cat(sequences[::10]), torch.cat([each for i, each in enumerate(sequences) if i % 10])
 
 
 def _fit(gate, new, reference, reference_weight, steps):
@@ -218,6 +144,3 @@ def _openness(gate, states):
     """Mean of a gate over tokens."""
     weight = gate.up_proj.weight
     return gate(states.to(weight.device, weight.dtype)).float().mean().item()
-
-
-__all__ = ["GateFit", "fit_gates"]

@@ -1,20 +1,9 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """In which contexts of a corpus experts are used most."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +11,6 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.arguments import check_integer
 from ..analysis.token_explanation import ExpertReader, RetrievedExperts
 
 
@@ -31,13 +19,8 @@ WINDOW = 8  # tokens on either side of the one that used an expert
 
 class Context(NamedTuple):
     """
-    A place of a corpus at which an expert was used.
-
-    Args:
-        before (`str`): The tokens before it.
-        token (`str`): The token that used the expert.
-        after (`str`): The tokens behind it.
-        weight (`float`): The expert's router weight, of the head that gave it the most.
+    A place of a corpus at which an expert was used: the token that used it, the text on either side, and the expert's
+    router weight, of the head that gave it the most.
     """
 
     before: str
@@ -81,8 +64,8 @@ class ExpertContexts:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    texts: list[torch.Tensor] = field(default_factory=list)
-    _best: dict[str, _Best] = field(default_factory=dict)
+    texts: list[torch.Tensor]
+    _best: dict[str, _Best]
 
     @classmethod
     def measure(
@@ -107,15 +90,12 @@ class ExpertContexts:
             progress_bar (`bool`, *optional*, defaults to `True`)
 
         Raises:
-            `ValueError`: if the model has no experts, or for other arguments.
+            `ValueError`: if the model has no experts.
         """
-        check_integer("num_contexts", num_contexts)
-        check_integer("max_length", max_length)
         reader = ExpertReader(model)
-        found = cls(tokenizer)
-        for label in reader.labels:
-            size = max(router.generation.experts.stop for router in reader.routers(label))
-            found._best[label] = _Best(size, num_contexts)
+        found = cls(
+            tokenizer, [], {label: _Best(each.num_experts, num_contexts) for label, each in reader.sets.items()}
+        )
         device = next(model.parameters()).device
         for text in tqdm(texts, desc="Reading contexts", disable=not progress_bar):
             tokens = tokenizer(text, return_tensors="pt")["input_ids"].long()[:, :max_length]
@@ -128,22 +108,12 @@ class ExpertContexts:
         return found
 
     def of(self, label: str, expert: int) -> list[Context]:
-        """
-        The contexts of an expert, those of largest weight first.
-
-        Args:
-            label (`str`): Name of the layer, such as `"layer_1"`.
-            expert (`int`): Index of the expert.
-        """
-        best = self._best[label]
-        return [
-            self._context(self.texts[text], token, weight)
-            for weight, text, token in zip(
-                *(each[expert].tolist() for each in (best.weights, best.texts, best.tokens)), strict=True
-            )
-            if weight > 0
-        ]
-
-    def _context(self, tokens, place, weight):
-        parts = tokens[max(place - WINDOW, 0) : place], tokens[place : place + 1], tokens[place + 1 :][:WINDOW]
-        return Context(*(self.tokenizer.decode(part.tolist()) for part in parts), weight)
+        """The contexts of an expert of a layer, such as `"layer_1"`, those of largest weight first."""
+        best, contexts = self._best[label], []
+        for weight, text, place in zip(best.weights[expert], best.texts[expert], best.tokens[expert], strict=True):
+            if weight > 0:
+                tokens = self.texts[text].tolist()
+                parts = tokens[max(place - WINDOW, 0) : place], [tokens[place]], tokens[place + 1 :][:WINDOW]
+                before, token, after = (str(self.tokenizer.decode(part)) for part in parts)
+                contexts.append(Context(before, token, after, weight.item()))
+        return contexts

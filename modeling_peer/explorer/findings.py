@@ -1,18 +1,9 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the page shows of a text and the experts that it uses, as plain data."""
 
+import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..analysis.expert_mask import masked_sets
 from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
-from ..key_grid import expert_cell
-from ..product_key_router import ProductKeyRouter
+from ..experts import expert_cell
+from ..router import ProductKeyRouter
 from .contexts import ExpertContexts
 
 
@@ -42,16 +33,7 @@ def explore(
     num_switched_off: int = 8,
 ) -> dict[str, Any]:
     """
-    Find the experts of a text, and what there is to say of each.
-
-    Args:
-        model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.
-        tokenizer ([`PreTrainedTokenizerBase`])
-        text (`str`)
-        contexts ([`ExpertContexts`], *optional*): Of a corpus.
-        num_switched_off (`int`, *optional*, defaults to 8):
-            For how many experts of each layer to find what the model predicts without them, one forward pass each:
-            those of the largest router weight in the text.
+    Find the experts of a text, and what there is to say of each. Arguments are those of [`save_explorer_page`].
 
     Returns:
         `dict[str, Any]`: what JSON can hold. `tokens`, and for each of them `predictions` of the next one and its
@@ -62,36 +44,30 @@ def explore(
     input_ids = token_ids(tokenizer, text)
     inputs = {"input_ids": input_ids.to(next(model.parameters()).device)}
     read, logits = reader.read(**inputs)
-    words = _Words(tokenizer)
+    words = partial(_words, tokenizer)
     found = {"tokens": words(input_ids[0]), **_predicted(logits, input_ids[0], words), "layers": {}, "experts": {}}
     for label, retrieved in read.items():
         uses = [retrieved.largest(token, EXPERTS_OF_A_TOKEN) for token in range(input_ids.shape[1])]
         found["layers"][label] = [[_rounded(*use) for use in own] for own in uses]
         experts = sorted({expert for own in uses for expert, *_ in own})
         about = _about(reader, label, experts, words, contexts)
-        for expert in _most_used(retrieved, num_switched_off):
-            without = _without(reader, label, expert, inputs)
-            if expert in about and without is not None:
-                about[expert]["without"] = _predicted(without, input_ids[0], words)
+        for expert in about.keys() & set(_most_used(retrieved, num_switched_off)):
+            # A head that would be left with less than its k experts is an error.
+            with contextlib.suppress(ValueError), masked_sets([reader.sets[label]], torch.tensor([expert])):
+                about[expert]["without"] = _predicted(reader.read(**inputs)[1], input_ids[0], words)
         found["experts"][label] = {str(expert): own for expert, own in about.items()}
     return found
 
 
-class _Words:
-    """Tokens as text, each decoded once."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
-
-    def __call__(self, tokens: torch.Tensor) -> list[str]:
-        for token in tokens.tolist():
-            if token not in self.known:
-                word = self.tokenizer.decode([token])
-                # A part of a character or a control character, which only the tokenizer has a name for.
-                if "\ufffd" in word or not all(each.isprintable() or each.isspace() for each in word):
-                    word = self.tokenizer.convert_ids_to_tokens(token)
-                self.known[token] = word
-        return [self.known[token] for token in tokens.tolist()]
+def _words(tokenizer, tokens):
+    """Tokens as text; a part of a character or a control character by the name that the tokenizer has for it."""
+    words = [tokenizer.decode([token]) for token in tokens.tolist()]
+    return [
+        word
+        if "\ufffd" not in word and all(each.isprintable() or each.isspace() for each in word)
+        else tokenizer.convert_ids_to_tokens(token)
+        for word, token in zip(words, tokens.tolist(), strict=True)
+    ]
 
 
 def _rounded(expert, *numbers):
@@ -119,20 +95,17 @@ def _most_used(retrieved: RetrievedExperts, number: int) -> list[int]:
 
 def _about(reader, label, experts, words, contexts):
     raised, lowered = reader.writes(label, torch.tensor(experts, dtype=torch.int64), WORDS)
-    return {
-        expert: {
+    about, first_layer = {}, reader.sets[label].layers[0]
+    for place, expert in enumerate(experts):
+        router = next(each for each in reversed(reader.routers(label)) if expert >= each.generation.first_expert)
+        about[expert] = {
             "raises": words(raised[place]),
             "lowers": words(lowered[place]),
-            "neighbors": _neighbors(_router_of(reader, label, expert), expert),
-            "added": addition_of(_router_of(reader, label, expert), reader.expert_set(label).layers[0], expert),
+            "neighbors": _neighbors(router, expert),
+            "added": addition_of(router, first_layer, expert),
             "contexts": [list(each) for each in contexts.of(label, expert)] if contexts else [],
         }
-        for place, expert in enumerate(experts)
-    }
-
-
-def _router_of(reader, label, expert):
-    return next(each for each in reader.routers(label) if expert in each.generation.experts)
+    return about
 
 
 @torch.no_grad()
@@ -157,25 +130,11 @@ def _neighbors(router: ProductKeyRouter, expert: int) -> list[list[float]]:
 def addition_of(router: ProductKeyRouter, layer: int, expert: int) -> str | None:
     """With which call of `add_experts` an expert came, `None` if it was there from the start."""
     first = router.config.num_experts
-    additions = [
-        (number, addition)
-        for number, addition in enumerate(router.config.expert_additions or (), start=1)
-        if layer in addition["layers"]
-    ]
+    additions = enumerate(router.config.expert_additions or (), start=1)
     # Indices run through the open additions, which enlarge the first generation, and then through the protected ones.
     for number, addition in sorted(additions, key=lambda each: each[1]["mode"] == "protected"):
-        if first <= expert < first + addition["num_experts"]:
-            return f"addition {number} ({addition['mode']})"
-        first += addition["num_experts"]
+        if layer in addition["layers"]:
+            if first <= expert < first + addition["num_experts"]:
+                return f"addition {number} ({addition['mode']})"
+            first += addition["num_experts"]
     return None
-
-
-def _without(reader, label, expert, inputs):
-    """The logits with an expert switched off; `None` if a head would be left with less than its k experts."""
-    router = _router_of(reader, label, expert)
-    mask = router.expert_mask
-    num_experts = router.generation.num_experts if mask is None else mask.num_experts
-    if 1 < num_experts <= router.num_experts_per_head:
-        return None
-    with masked_sets([reader.expert_set(label)], torch.tensor([expert])):
-        return reader.read(**inputs)[1]

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The page itself: one file of HTML that needs nothing else, for a model card or a browser without a network."""
 
 import json
@@ -18,6 +7,7 @@ import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -30,17 +20,10 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def explorer_page(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    contexts: ExpertContexts | None = None,
-    title: str = "Experts",
-    num_switched_off: int = 8,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], title: str = "Experts", **options: Any
 ) -> str:
-    """
-    Make the page of one or several texts, between which the reader chooses. See [`save_explorer_page`].
-    """
-    found = [{"text": text, **explore(model, tokenizer, text, contexts, num_switched_off)} for text in texts]
+    """The page of one or several texts, between which the reader chooses. Options are those of [`explore`]."""
+    found = [{"text": text, **explore(model, tokenizer, text, **options)} for text in texts]
     # A script element ends at "</script", and not if "<!--" and "<script" come before.
     data = json.dumps(found, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", escape(title)).replace("{{data}}", data)
@@ -68,11 +51,12 @@ def save_explorer_page(
         contexts ([`ExpertContexts`], *optional*): Of a corpus, see [`ExpertContexts.measure`].
         title (`str`, *optional*): Heading of the page.
         num_switched_off (`int`, *optional*, defaults to 8):
-            How many experts of each layer the page can switch off: a forward pass each.
+            How many experts of each layer the page can switch off, those of the largest router weight in the text: a
+            forward pass each.
 
     Raises:
         `ValueError`: if the model has no experts, or a text no tokens.
     """
-    page = explorer_page(model, tokenizer, texts, contexts, title, num_switched_off)
+    page = explorer_page(model, tokenizer, texts, title, contexts=contexts, num_switched_off=num_switched_off)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(page, encoding="utf-8")

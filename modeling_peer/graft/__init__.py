@@ -1,19 +1,19 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
-PEER grafts: pools of experts added to other models, as a method of PEFT.
+PEER grafts: pools of experts added to other models, as a method of PEFT, which importing this folder registers.
 
 The layer itself is in `graft_layer.py`, models with merged grafts are in `graft_merged.py`, both beside this folder: a
 checkpoint with merged grafts carries these two files, and loads without PEFT.
+
+LoRA adapts the expert tables that its `target_modules` name as it adapts embeddings, with r · (N + d) parameters each
+for N experts of width d. `up_proj` and `down_proj` name tables and the linear layers of dense feed-forwards alike:
+`mlp.up_proj` names the linear layers alone, `expert_pool.up_proj` the tables. IA³ cannot adapt a table.
 """
+
+from .config import PeerGraftConfig
+from .model import PeerGraftModel
+from .registration import register_peer_graft
+
+
+register_peer_graft(PeerGraftConfig, PeerGraftModel)

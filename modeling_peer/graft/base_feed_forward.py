@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The feed-forwards of base models that a graft recognizes, and their linear layers."""
 
 import copy
@@ -19,13 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
 
 # Names of a feed-forward's linear layers: gate, if it has one, up- and down-projection.
 LINEAR_LAYERS = (
@@ -38,16 +24,12 @@ LINEAR_LAYERS = (
 )
 
 
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
 @dataclass
 class FeedForwardParts:
-    """
-    The linear layers of a base model's feed-forward `down(σ(up(x)))`, or `down(σ(gate(x)) · up(x))` with a gate.
-
-    Attributes:
-        gate (`nn.Module`, *optional*)
-        up (`nn.Module`)
-        down (`nn.Module`)
-    """
+    """The linear layers of a base model's feed-forward `down(σ(up(x)))`, with a gate `down(σ(gate(x)) · up(x))`."""
 
     gate: Any | None
     up: Any
@@ -82,12 +64,11 @@ def _sizes(layer):
 
 def whole_feed_forward(feed_forward: nn.Module) -> nn.Module:
     """
-    A feed-forward with whole weights: itself, or a copy with gathered ones if FSDP2 splits them over processes, all of
-    which then take part.
+    A feed-forward, without its grafts, with whole weights: itself, or a copy with gathered ones if FSDP2 splits them
+    over processes, all of which then take part.
     """
-    split: list[Any] = [
-        each for each in feed_forward.parameters() if dist.is_available() and isinstance(each, DTensor)
-    ]
+    feed_forward = getattr(feed_forward, "base_layer", feed_forward)
+    split: list[Any] = [each for each in feed_forward.parameters() if isinstance(each, DTensor)]
     if not split:
         return feed_forward
     # What a copy has in their place.
@@ -100,29 +81,20 @@ def whole_feed_forward(feed_forward: nn.Module) -> nn.Module:
 def recognize_feed_forward(module: nn.Module) -> FeedForwardParts | None:
     """
     Find the parts of a feed-forward: a module with two or three linear layers, under names that models of Transformers
-    use, that is called with nothing but hidden states. `None` for anything else, such as a mixture of experts.
+    use, that is called with nothing but hidden states; also of one that has grafts. `None` for anything else, such as
+    a mixture of experts.
     """
+    module = getattr(module, "base_layer", module)
     for names in LINEAR_LAYERS:
-        layers = [None if name is None else getattr(module, name, None) for name in names]
-        found = [layer for layer, name in zip(layers, names, strict=True) if name is not None]
-        if not all(isinstance(layer, (nn.Linear, Conv1D)) for layer in found):
-            continue
-        parts = FeedForwardParts(*layers)
-        others = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer not in found]
-        if others or _num_required_arguments(module) != 1 or not _fit_together(parts):
-            return None
-        return parts
+        layers = [getattr(module, name or "", None) for name in names]
+        found = [layer for layer, name in zip(layers, names, strict=True) if name]
+        if all(isinstance(layer, (nn.Linear, Conv1D)) for layer in found):
+            parts = FeedForwardParts(*layers)
+            others = [each for each in module.modules() if isinstance(each, (nn.Linear, Conv1D)) and each not in found]
+            parameters = inspect.signature(module.forward).parameters.values()
+            required = [each for each in parameters if each.kind not in VARIADIC and each.default is each.empty]
+            return None if others or len(required) != 1 or not _fit_together(parts) else parts
     return None
-
-
-def _num_required_arguments(module):
-    parameters = inspect.signature(module.forward).parameters.values()
-    named = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )
-    return sum(parameter.kind in named and parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
 def _fit_together(parts):

@@ -1,33 +1,17 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of PEER grafts for PEFT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig, PeftType
 from transformers import PreTrainedConfig
 
-from ..graft_layer import LAYER_FIELDS, PLACEMENTS, peer_config_of_base_model
-from .adapter_card import write_adapter_card
-from .peft_releases import PEFT_TYPE_NAME, asking_for_peft, check_release
-
-
-with asking_for_peft():
-    from peft import PeftConfig, PeftType
-
-check_release()
+from ..graft_layer import LAYER_FIELDS, peer_config_of_base_model
+from .card import write_adapter_card
+from .registration import PEFT_TYPE_NAME
 
 
 @dataclass
@@ -59,19 +43,11 @@ class PeerGraftConfig(PeftConfig):
             neurons that matter most; otherwise it starts at random.
         num_experts (`int`, *optional*, defaults to 65536):
             Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.
-        num_retrieval_heads (`int`, *optional*, defaults to 8):
-            Query networks, h.
-        num_experts_per_head (`int`, *optional*, defaults to 16):
-            Experts that each head retrieves, k, at most √N.
-        query_size (`int`, *optional*, defaults to 256):
-            Size d_k of a query, an even number.
+        num_retrieval_heads, num_experts_per_head, query_size, scoring_func, sub_keys_per_head (*optional*):
+            As in [`PeerConfig`].
         query_norm (`str`, *optional*, defaults to `"rms"`):
             Normalization of queries: `"rms"`, `"batch"` as in the paper, or `None`. With `"batch"` and activation
             checkpointing, each forward pass must be followed by its backward pass.
-        scoring_func (`str`, *optional*, defaults to `"softmax"`):
-            How scores become router weights: `"softmax"`, `"sigmoid"` or `"relu"`.
-        sub_keys_per_head (`bool`, *optional*, defaults to `False`):
-            Whether each head has sub-keys of its own.
         expert_act (`str`, *optional*, defaults to `"auto"`):
             Activation of the experts, `None` for none. `"auto"` is the base model's with `init_from_ffn`, else
             `"gelu"`.
@@ -80,17 +56,10 @@ class PeerGraftConfig(PeftConfig):
             `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
             What computes the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
-        host_model_type (`str`, *optional*):
-            The base model's `model_type`. This and the following fields are filled in when an adapter is made. A
-            configuration that is read with them describes saved weights: its grafts do not start as neurons.
-        host_hidden_size (`int`, *optional*):
-            Its hidden size.
-        host_num_layers (`int`, *optional*):
-            Its number of layers.
-        host_intermediate_size (`int`, *optional*):
-            The width of its feed-forwards that have a graft, of the widest if they differ.
-        host_has_biases (`bool`, *optional*):
-            Whether any of these has biases.
+        host_model_type, host_hidden_size, host_num_layers, host_intermediate_size, host_has_biases (*optional*):
+            The base model's `model_type` and sizes, the width of its widest feed-forward that has a graft, and whether
+            any of these has biases. Filled in when an adapter is made. A configuration that is read with them
+            describes saved weights: its grafts do not start as neurons.
 
     Raises:
         `ValueError`: for a value that is not allowed, with the name of its field.
@@ -119,11 +88,11 @@ class PeerGraftConfig(PeftConfig):
     expert_act: str | None = "auto"
     gated_experts: bool | Literal["auto"] = "auto"
     expert_kernels: str = "auto"
-    host_model_type: str | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
-    host_hidden_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
-    host_num_layers: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
-    host_intermediate_size: int | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
-    host_has_biases: bool | None = field(default=None, metadata={"help": "Filled in when an adapter is made."})
+    host_model_type: str | None = None
+    host_hidden_size: int | None = None
+    host_num_layers: int | None = None
+    host_intermediate_size: int | None = None
+    host_has_biases: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,29 +111,21 @@ class PeerGraftConfig(PeftConfig):
 
     def check(self) -> None:
         """Raise `ValueError` if fields do not fit together, as the constructor does: they may have been set since."""
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"`placement` must be one of {PLACEMENTS}, got {self.placement!r}.")
+        if self.placement not in ("beside", "in_place"):
+            raise ValueError(f"`placement` must be 'beside' or 'in_place', got {self.placement!r}.")
         if self.init_from_ffn and self.placement != "in_place":
-            raise ValueError(
-                '`init_from_ffn` needs `placement="in_place"`, got "beside": a graft beside the feed-forward starts '
-                "with an output of zero."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression.")
-        layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
-        if self.layers_to_transform is not None and any(type(layer_idx) is not int for layer_idx in layers):
-            raise ValueError(
-                "`layers_to_transform` must be the index of a layer or a list of them, got "
-                f"{self.layers_to_transform!r}."
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`.")
+            raise ValueError('`init_from_ffn` needs `placement="in_place"`, got "beside", which starts at zero.')
         try:
             peer_config_of_base_model(
                 PreTrainedConfig(), 2, 2, **self.layer_fields(expert_act="gelu", gated_experts=False)
             )
         except StrictDataclassError as error:
             raise ValueError(str(error)) from error
+
+    @property
+    def starts_as_neurons(self) -> bool:
+        """Whether the experts of a graft that is made now start as neurons: not if saved weights come."""
+        return self.init_from_ffn and not self.is_of_saved_adapter
 
     def layer_fields(self, expert_act: str | None, gated_experts: bool) -> dict[str, Any]:
         """The fields that a graft shares with [`PeerConfig`], with the values that `"auto"` stands for."""

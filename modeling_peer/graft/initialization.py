@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Initialization of a graft: beside a feed-forward with an output of zero, in place of one from its neurons or at random.
 
@@ -34,10 +23,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from ..configuration_peer import PeerConfig
+from ..configuration_peer import PeerConfig, grid_size
+from ..experts import expert_index, router_weight_power
 from ..graft_layer import PeerGraft
-from ..initial_scale import router_weight_power
-from ..key_grid import expert_index, grid_size
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward, weight_matrix
 
 
@@ -48,13 +36,8 @@ FLATNESS = 0.05
 @torch.no_grad()
 def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_ffn: bool) -> None:
     """
-    Initialize a graft on the device of its feed-forward, to which it is moved.
-
-    Args:
-        graft (`PeerGraft`)
-        parts (`FeedForwardParts`): The feed-forward that the graft is beside, or in place of.
-        placement (`str`): `"beside"`, with down-projection vectors of zeros, or `"in_place"`.
-        from_ffn (`bool`): Whether experts start as the neurons of the feed-forward, see [`neuron_cells`].
+    Initialize a graft on the device of its feed-forward, to which it is moved: beside it with down-projection vectors
+    of zeros; in place of it at random or, if `from_ffn`, as its neurons, see [`neuron_cells`].
     """
     graft.to(parts.up.weight.device)
     graft.init_weights()
@@ -62,15 +45,6 @@ def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_f
         init.zeros_(graft.expert_pool.down_proj.weight)
     elif from_ffn:
         _copy_neurons(graft, parts)
-
-
-def neuron_gain(config: PeerConfig) -> float:
-    """
-    The factor of the neurons' down-projection vectors that gives a retrieved neuron about the weight that it has in
-    the feed-forward, one: a router weight of a head's softmax over k is about 1 / k.
-    """
-    num_active = config.num_retrieval_heads * config.num_experts_per_head
-    return math.sqrt(num_active / router_weight_power(config))
 
 
 def has_room_for_neurons(config: PeerConfig, num_neurons: int) -> bool:
@@ -97,8 +71,11 @@ def _copy_neurons(graft, parts):
     cells = neuron_cells(graft.config, parts.intermediate_size).to(parts.up.weight.device)
     pool = graft.expert_pool
     pool.down_proj.weight.zero_()
+    # A retrieved neuron gets about the weight that it has in the feed-forward, one: a router weight of a head's
+    # softmax over k is about 1 / k.
+    num_active = graft.config.num_experts_per_tok
     outgoing = weight_matrix(parts.down).T.to(pool.down_proj.weight.dtype)
-    pool.down_proj.weight[cells, :hidden_size] = outgoing * neuron_gain(graft.config)
+    pool.down_proj.weight[cells, :hidden_size] = outgoing * math.sqrt(num_active / router_weight_power(graft.config))
     for table, layer in ((pool.up_proj, parts.up), (pool.gate_proj, parts.gate)):
         if layer is not None:
             incoming = _with_bias(layer, graft).to(table.weight.dtype)

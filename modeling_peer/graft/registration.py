@@ -1,62 +1,81 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Registration of PEER grafts as a method of PEFT."""
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Registration of PEER grafts as a method of PEFT, and all that is used of PEFT that is not public.
+
+PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new.
+"""
 
 import importlib.metadata
 from typing import Any
 
+from packaging.version import Version
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners import tuners_utils
+from peft.utils import constants, register_peft_method
+
 from ..graft_layer import METHOD_NAME, PREFIX
-from .peft_releases import PEFT_TYPE_NAME, check_registration, extend, shrink
+
+
+PEFT_TYPE_NAME = METHOD_NAME.upper()
+
+OLDEST_PEFT = "0.21"
+
+# Private methods that grafts override. If PEFT no longer called one, they would fail later and silently.
+PRIVATE_METHODS = {
+    "BaseTuner": (
+        "_create_and_replace",  # puts a graft at a feed-forward; without it nothing would be injected
+        "_replace_module",  # PEFT's own assumes a linear layer
+        "_unload_and_optionally_merge",  # merges grafts; without it they would be lost on saving
+        "_get_adapter_state_dict",  # puts gathered tables in the place of a process's columns
+        "_remove_adapter_name_from_key",  # without it a saved adapter would have keys that no other name can load
+    ),
+    "BaseTunerLayer": (
+        "_move_adapter_to_device_of_base_layer",  # PEFT's own moves single parameters, not modules of modules
+    ),
+}
+
+# What LoRA and IA³ adapt of a PEER model if a configuration names nothing, as for Llama: linear layers alone. Of the
+# down-projections those of dense feed-forwards: `mlp.expert_pool.down_proj` is a table.
+DEFAULT_TARGETS = {
+    "LORA_TARGET_MODULES": ["q_proj", "v_proj"],
+    "IA3_TARGET_MODULES": ["k_proj", "v_proj", "mlp.down_proj"],
+    "IA3_FEEDFORWARD_MODULES": ["mlp.down_proj"],
+}
 
 
 def register_peer_graft(config_class: type, model_class: type) -> None:
     """
-    Make grafts a method of PEFT, once, and check it: the enumeration finds the new member by name and by value, each
-    registry has it, and a configuration is the same when it is written and read.
-
-    Args:
-        config_class (`type`): [`PeerGraftConfig`].
-        model_class (`type`): [`PeerGraftModel`].
+    Make grafts a method of PEFT, once: [`PeerGraftConfig`] and [`PeerGraftModel`]. Tell PEFT which modules of a PEER
+    model its own methods adapt if a configuration names none.
 
     Raises:
-        `ImportError`: if PEFT works otherwise than expected, or already has a method of this name. PEFT is left as it
-            was.
+        `ImportError`: for a release of PEFT that is too old, or has no more what grafts use of it.
+        `KeyError`: if PEFT has another method of this name.
     """
     version = importlib.metadata.version("peft")
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-        from peft.utils import PeftType, register_peft_method
-    except ImportError as error:
-        raise ImportError(f"Grafts cannot be registered as a method of PEFT {version}: {error}") from error
-
-    registries: tuple[dict[Any, Any], ...] = (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-    )
-    registered = registries[0].get(PEFT_TYPE_NAME)
-    if registered is config_class:
+    used = [(base, name) for base, names in PRIVATE_METHODS.items() for name in names]
+    missing = [name for base, name in used if not hasattr(getattr(tuners_utils, base), name)]
+    if missing or Version(version).release < Version(OLDEST_PEFT).release:
+        raise ImportError(f"Grafts need PEFT {OLDEST_PEFT} or later, found {version}, without {missing}.")
+    mapping: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    if mapping.get(PEFT_TYPE_NAME) is config_class:
         return
-    if registered is not None or PEFT_TYPE_NAME in PeftType.__members__:
-        raise ImportError(f"PEFT {version} already has a method `{PEFT_TYPE_NAME}`, of {registered}.")
-    try:
-        extend(PeftType)
-        register_peft_method(name=METHOD_NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
-        check_registration(PeftType, registries, (config_class, PREFIX, model_class))
-    except Exception as error:
-        for registry in registries:
-            registry.pop(PEFT_TYPE_NAME, None)
-        shrink(PeftType)
-        reason = f"{type(error).__name__}: {error}"
-        raise ImportError(f"Grafts cannot be registered as a method of PEFT {version}: {reason}") from error
+    if PEFT_TYPE_NAME not in PeftType.__members__:
+        _extend(PeftType)
+    for table, names in DEFAULT_TARGETS.items():
+        getattr(constants, f"TRANSFORMERS_MODELS_TO_{table}_MAPPING", {}).setdefault("peer", list(names))
+    register_peft_method(name=METHOD_NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
+
+
+def _extend(enumeration):
+    """Add a member as `enum` does when it makes the class: `register_peft_method` takes no other names."""
+    member = str.__new__(enumeration, PEFT_TYPE_NAME)
+    member._name_ = member._value_ = PEFT_TYPE_NAME
+    member._sort_order_ = len(enumeration._member_names_)
+    member.__objclass__ = enumeration
+    type.__setattr__(enumeration, PEFT_TYPE_NAME, member)
+    enumeration._member_names_.append(PEFT_TYPE_NAME)
+    enumeration._member_map_[PEFT_TYPE_NAME] = member
+    enumeration._value2member_map_[PEFT_TYPE_NAME] = member

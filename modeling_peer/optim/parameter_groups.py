@@ -1,24 +1,16 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Which parameters an optimizer moves by rows and how fast, and the optimizer for a `Trainer`."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..expert_table import ExpertDownProjection, ExpertTable
+from ..experts import expert_tables
+from ..router import QueryBatchNorm
+from .frozen_rows import freezes_of
 from .row_adamw import RowAdamW
 
 
@@ -61,9 +53,10 @@ def expert_parameter_groups(
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
     """
     tables = {
-        id(module.weight): "down_tables" if isinstance(module, ExpertDownProjection) else "tables"
-        for module in model.modules()
-        if isinstance(module, ExpertTable)
+        id(module.weight): "down_tables" if name.endswith(("down_proj", "values")) else "tables"
+        for name, table in expert_tables(model).items()
+        for module in table.modules()  # an adapter may have wrapped the table, or a copy of it
+        if isinstance(module, nn.Embedding)
     }
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
     kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
@@ -71,15 +64,18 @@ def expert_parameter_groups(
         if parameter.requires_grad:
             kind = tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")
             kinds["tables" if down_proj_lr_multiplier == 1.0 and kind == "down_tables" else kind].append(parameter)
-    lr, expert_lr = learning_rate, learning_rate * expert_lr_multiplier
-    down_lr = expert_lr * down_proj_lr_multiplier
-    groups = [
-        {"params": kinds["decayed"], "lr": lr, "weight_decay": weight_decay, "rows": False},
-        {"params": kinds["not_decayed"], "lr": lr, "weight_decay": 0.0, "rows": False},
-        {"params": kinds["tables"], "lr": expert_lr, "weight_decay": weight_decay, "rows": True},
-        {"params": kinds["down_tables"], "lr": down_lr, "weight_decay": weight_decay, "rows": True},
+    expert_lr = learning_rate * expert_lr_multiplier
+    options = {
+        "decayed": (learning_rate, weight_decay, False),
+        "not_decayed": (learning_rate, 0.0, False),
+        "tables": (expert_lr, weight_decay, True),
+        "down_tables": (expert_lr * down_proj_lr_multiplier, weight_decay, True),
+    }
+    return [
+        {"params": kinds[kind], "lr": lr, "weight_decay": decay, "rows": rows}
+        for kind, (lr, decay, rows) in options.items()
+        if kinds[kind]
     ]
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(
@@ -92,6 +88,9 @@ def make_optimizer(
     """
     Make the optimizer for a `Trainer` that trains expert tables: [`RowAdamW`] with the learning rate, weight decay and
     betas of the training arguments, and with rates of their own for the tables.
+
+    It warns if a model that [`add_experts`] enlarged would train the experts that it had at first, with none of them
+    frozen: what is frozen is not saved or copied with a model, and is restored by [`train_added_experts_only`].
 
     Args:
         model (`nn.Module`): The model that is given to `Trainer`.
@@ -111,16 +110,39 @@ def make_optimizer(
     >>> trainer = Trainer(model, args, train_dataset=dataset, optimizers=(make_optimizer(model, args), None))
     ```
     """
+    grown = getattr(getattr(model, "config", None), "expert_additions", None)
+    tables = [table for name, table in expert_tables(model).items() if ".added." not in name] if grown else []
+    if any(table.weight.requires_grad and not freezes_of(table) for table in tables):
+        warnings.warn(
+            "The model trains the experts that it had before `add_experts`. If only the added ones are to be trained, "
+            "call `train_added_experts_only(model)` before the optimizer is made.",
+            stacklevel=2,
+        )
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
-    if expert_lr_multiplier is None:
-        expert_lr_multiplier = EXPERT_LR_MULTIPLIER if is_whole else 1.0
-    if down_proj_lr_multiplier is None:
-        down_proj_lr_multiplier = DOWN_PROJ_LR_MULTIPLIER if is_whole else 1.0
-    groups = expert_parameter_groups(
-        model, args.learning_rate, args.weight_decay, expert_lr_multiplier, down_proj_lr_multiplier
-    )
-    betas = (args.adam_beta1, args.adam_beta2)
+    defaults = (EXPERT_LR_MULTIPLIER, DOWN_PROJ_LR_MULTIPLIER) if is_whole else (1.0, 1.0)
+    given = expert_lr_multiplier, down_proj_lr_multiplier
+    multipliers = [default if each is None else each for each, default in zip(given, defaults, strict=True)]
+    groups = expert_parameter_groups(model, args.learning_rate, args.weight_decay, *multipliers)
+    betas = args.adam_beta1, args.adam_beta2
     return RowAdamW(groups, betas=betas, eps=args.adam_epsilon, second_moment=second_moment)
 
 
-__all__ = ["expert_parameter_groups", "make_optimizer"]
+def freeze_query_norm(model: nn.Module) -> None:
+    """
+    Let a trained model train on the running statistics of its query BatchNorms, which keep these and their weights
+    from then on. Every token is then computed in training as in evaluation.
+
+    Trainers that compare a policy with a reference or with its own earlier outputs, such as `DPOTrainer` and
+    `GRPOTrainer` of TRL, need it when they train all parameters: otherwise only the policy normalizes queries by the
+    moments of its batch. An adapter of other modules needs nothing, because PEFT freezes the norms with the rest.
+
+    Call it before the training starts, and again after loading or copying the model. `requires_grad_(True)` of a norm
+    undoes it, and so does `set_adapter` of PEFT for the norm of a graft: for grafts with `query_norm="batch"`, call it
+    on the `model` of a trainer that is made.
+
+    Args:
+        model (`nn.Module`): Any module with PEER or PKM layers, also a model they are grafted onto.
+    """
+    for module in model.modules():
+        if isinstance(module, QueryBatchNorm):
+            module.requires_grad_(False)

@@ -1,34 +1,21 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 AdamW's step on rows of a table on a GPU, in Triton. In `update_by_factors` the gradient of a row is summed from its
 factors, used and never written: row and moments are read and written once.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 
-from ..factored_gradient_triton import with_partial_sums
-from ..gradient_factors import Factors
-from ..triton_launch import DTYPES, MOST_ELEMENTS, can_run_on, launch, tl, triton
+from ..ops.gradient_factors import Factors
+from ..ops.gradient_triton import with_partial_sums
+from ..ops.triton_launch import DTYPES, MOST_ELEMENTS, can_run_on, launch, tl, triton
 
 
 if triton is not None:
-    from ..factored_gradient_triton import sum_group
+    from ..ops.gradient_triton import sum_group
 
     @triton.jit
     def _mix(x):
@@ -141,10 +128,9 @@ if triton is not None:
             tl.store(parameter + elements, rounded, mask=mask)
 
 
-def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: Iterable[torch.Tensor] = ()) -> bool:
+def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: tuple[torch.Tensor, ...] = ()) -> bool:
     """See `can_update` in row_adamw_cpu.py."""
-    moments = list(moments)
-    tensors = [parameter, *moments] + ([] if gradient is None else [gradient])
+    tensors = [parameter, *moments] if gradient is None else [parameter, *moments, gradient]
     return (
         can_run_on(parameter.device)
         and parameter.dtype in DTYPES
@@ -155,25 +141,16 @@ def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: 
     )
 
 
-def update_rows(
-    parameter: torch.Tensor,
-    state: dict[str, torch.Tensor],
-    rows: torch.Tensor,
-    gradient: torch.Tensor,
-    places: torch.Tensor,
-    group: dict[str, Any],
-) -> None:
-    """Make AdamW's step on some rows, in place. Arguments as in `row_adamw.update_rows`."""
+def update_rows(parameter, state, rows, gradient, places, group) -> None:
+    """See `row_adamw.update_rows`."""
     starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
     ones = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
     _step(parameter, state, rows.int(), (ones, places.int(), starts, gradient), group, skip_zeros=False)
 
 
-def update_by_factors(
-    parameter: torch.Tensor, state: dict[str, torch.Tensor], factors: Factors, group: dict[str, Any]
-) -> None:
+def update_by_factors(parameter, state, factors: Factors, group) -> None:
     """Make AdamW's step on the rows whose gradient is not zero, in place. Nothing waits for the GPU."""
-    _step(parameter, state, factors.entries.groups.rows, factors.in_groups(), group, skip_zeros=True)
+    _step(parameter, state, factors.rows, factors.in_groups(), group, skip_zeros=True)
 
 
 def _step(parameter, state, rows, factors, group, skip_zeros):

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Stochastic rounding of a table in 16 bits: a step that is smaller than half the distance to the next number is lost by
 rounding to the nearest, and moves the right share of the elements by rounding up with the right probability.
@@ -27,16 +16,8 @@ ROUNDED = (torch.bfloat16, torch.float16)
 
 def random_bits(seed: int, rows: torch.Tensor, steps: torch.Tensor, width: int) -> torch.Tensor:
     """
-    32 random bits for each element of some rows.
-
-    Args:
-        seed (`int`): Between 0 and 2^32 - 1.
-        rows (`torch.Tensor` of shape `(num_rows,)`): indices of the rows in the table.
-        steps (`torch.Tensor` of shape `(num_rows,)`): how often each row was moved, with this step.
-        width (`int`): Number of columns.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows, width)`: int64, from 0 to 2^32 - 1.
+    32 random bits for each element of some rows: int64, from 0 to 2^32 - 1, `(num_rows, width)`. `steps` is how often
+    each row was moved, with this step.
     """
     of_row = _mix(_mix(seed + rows.long() * 0x9E3779B1) + steps.long() * 0x85EBCA77)
     columns = torch.arange(width, device=rows.device) * 0xC2B2AE3D
@@ -54,12 +35,8 @@ def _mix(x):
 
 def round_stochastically(values: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) -> torch.Tensor:
     """
-    Round float32 numbers to bfloat16 or float16, up with the probability that makes the mean exact.
-
-    Args:
-        values (`torch.Tensor`): float32.
-        dtype (`torch.dtype`): `torch.bfloat16` or `torch.float16`.
-        bits (`torch.Tensor` of the shape of `values`): See [`random_bits`].
+    Round float32 numbers to bfloat16 or float16, up with the probability that makes the mean exact. See
+    [`random_bits`].
     """
     pattern = values.view(torch.int32).long() & 0xFFFFFFFF
     if dtype == torch.bfloat16:

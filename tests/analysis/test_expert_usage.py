@@ -1,20 +1,8 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Expert usage is that of the paper's table 3, of every token of a training or an evaluation, each counted once."""
 
 import json
-import math
 import os
 
 import numpy as np
@@ -29,10 +17,10 @@ from slow_tests import slow
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, add_experts
+from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.analysis import expert_usage as usage
-from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
-from modeling_peer.product_key_router import ProductKeyRouter
+from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter
+from modeling_peer.router import ProductKeyRouter
 
 
 SEQUENCE_LENGTH = 12
@@ -161,25 +149,6 @@ class TestMeter:
         meter.update(torch.tensor([[[[3, 1]], [[4, 2]]]]), torch.tensor([[[[0.0, 0.0]], [[0.5, 0.5]]]]))
         assert meter.top1_counts.nonzero().flatten().tolist() == [4]
 
-    def test_uniform_use(self):
-        meter = ExpertUsageMeter(64)
-        meter.update(torch.arange(64).view(1, 4, 4, 4), torch.full((1, 4, 4, 4), 0.25))
-        assert meter.compute() == {"usage": 1.0, "unevenness": pytest.approx(0, abs=1e-12), "top1_usage": 0.25}
-
-    def test_single_expert(self):
-        meter = ExpertUsageMeter(64)
-        meter.update(torch.full((1, 4, 4, 1), 7), torch.rand(1, 4, 4, 1))
-        assert meter.compute() == {"usage": 1 / 64, "unevenness": pytest.approx(math.log(64)), "top1_usage": 1 / 64}
-
-    def test_reset_starts_anew(self):
-        meter, fresh = ExpertUsageMeter(16), ExpertUsageMeter(16)
-        meter.update(torch.tensor([[[[3, 1]]]]), torch.tensor([[[[0.5, 0.5]]]]))
-        meter.reset()
-        assert all(math.isnan(value) for value in meter.compute().values())
-        for each in (meter, fresh):
-            each.update(torch.tensor([[[[9, 8]]]]), torch.tensor([[[[0.9, 0.1]]]]))
-        assert meter.compute() == fresh.compute()
-
     def test_small_weights_are_not_lost_in_a_large_sum(self):
         meter = ExpertUsageMeter(4)
         meter.scores += 2.0**24
@@ -226,8 +195,8 @@ class TestCallback:
         json.dumps(trainer.state.log_history, allow_nan=False)
 
     def test_added_experts_are_measured_by_themselves(self, tmp_path):
-        model = tiny_model()
-        add_experts(model, 7**2, num_retrieval_heads=1)
+        addition = {"layers": [1], "mode": "protected", "num_experts": 7**2}
+        model = tiny_model(expert_additions=[{**addition, "num_retrieval_heads": 1, "num_experts_per_head": 3}])
         records = [record_router(model, 1, name) for name in ("router", "added_routers.0")]
         trainer = trainer_of(model, tmp_path, max_steps=1)
         trainer.train()
@@ -275,7 +244,7 @@ class TestCallback:
         )
         assert not summary
 
-    @pytest.mark.parametrize("added", ["argument", "class", "later", "training"])
+    @pytest.mark.parametrize("added", ["argument", "later", "training"])
     def test_trackers_get_the_values(self, tmp_path, added):
         """However the callback was added; every callback is told once that the training begins."""
 
@@ -297,7 +266,7 @@ class TestCallback:
                 self.trainer.add_callback(ExpertUsageCallback())
 
         tracker, last, adding = Tracker(), Last(), Adding()
-        callbacks = {"argument": [ExpertUsageCallback()], "class": [ExpertUsageCallback], "training": [adding]}
+        callbacks = {"argument": [ExpertUsageCallback()], "training": [adding]}
         trainer = trainer_of(
             tiny_model(),
             tmp_path,
@@ -386,20 +355,9 @@ class TestCallback:
         assert len(forwards[0]) == 3 and len(forwards[1]) == 6
         assert logs[0] == [pytest.approx(measures, rel=1e-4) for measures in logs[1]]
 
-    def test_other_heads(self, tmp_path):
-        model = tiny_model(PeerForSequenceClassification, num_labels=2)
-        trainer = trainer_of(model, tmp_path, max_steps=1)
-        trainer.train_dataset = [{**example, "labels": 1} for example in sequences(4, seed=3)]
-        trainer.train()
-        assert 0 < trainer.state.log_history[0]["expert_usage/layer_1"] <= 1
-
-    @pytest.mark.parametrize(
-        "options",
-        [{"target_modules": ["query_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["router"]}],
-        ids=str,
-    )
-    def test_under_peft(self, tmp_path, options):
+    def test_under_peft(self, tmp_path):
         """Of the routers that PEFT keeps for a layer, the original and a copy for each adapter, only one runs."""
+        options = {"target_modules": ["q_proj"], "modules_to_save": ["router"]}
         model = get_peft_model(tiny_model(), LoraConfig(r=2, **options))
         model.add_adapter("idle", LoraConfig(r=2, **options))
         trainer = trainer_of(model, tmp_path, max_steps=1)
@@ -446,39 +404,3 @@ def test_ranks_are_summed(tmp_path):
     assert logs == other_logs
     assert measures_of(logs, "layer_1") == pytest.approx(measured_by_hand(144, records + other_records), rel=1e-5)
     assert measured_by_hand(144, records) != measured_by_hand(144, records + other_records)
-
-
-def test_outputs_of_a_moe_router_are_refused():
-    meter = ExpertUsageMeter(16)
-    with pytest.raises(ValueError, match="must both be of shape.*got \\(6, 2\\) and \\(6, 2\\)"):
-        meter.update(torch.zeros(6, 2, dtype=torch.long), torch.ones(6, 2))
-
-
-@pytest.mark.parametrize("num_experts", [-1, 0, 2.0, "16", None])
-def test_numbers_of_experts_are_refused(num_experts):
-    with pytest.raises(ValueError, match=f"`num_experts` must be an integer of at least 1, got {num_experts!r}"):
-        ExpertUsageMeter(num_experts)
-
-
-@pytest.mark.parametrize(
-    ("input_ids", "message"),
-    [
-        (
-            torch.arange(9),
-            r"must be of shape \(batch_size, sequence_length\), got \(9,\): one sequence is `input_ids\[None\]`",
-        ),
-        (torch.zeros(1, 2, 3, dtype=torch.long), r"got \(1, 2, 3\)"),
-        ([[1, 2]], r"must be a tensor of shape \(batch_size, sequence_length\), got \[\[1, 2\]\] \(list\)"),
-        ("text", r"got 'text' \(str\)"),
-        (torch.zeros(1, 2), "must be token ids, int32 or int64, got torch.float32"),
-    ],
-)
-def test_input_ids_that_are_no_batch_are_refused(input_ids, message):
-    with pytest.raises(ValueError, match=f"`input_ids` .*{message}"):
-        measure_usage(tiny_model(), input_ids=input_ids)
-
-
-def test_embeddings_that_are_no_batch_are_refused():
-    message = r"`inputs_embeds` must be of shape \(batch_size, sequence_length, hidden_size\), got \(9, 16\): one"
-    with pytest.raises(ValueError, match=message):
-        measure_usage(tiny_model(), inputs_embeds=torch.zeros(9, 16))

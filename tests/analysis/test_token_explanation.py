@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What experts do in a text: held against what the layers compute, and against the vocabulary by hand."""
 
 import pytest
@@ -58,7 +47,7 @@ def test_coefficients_times_down_projections_are_what_layers_return(name):
         )
     reader = ExpertReader(model)
     read, logits = reader.read(input_ids=random_tokens(1, 7))
-    assert list(read) == reader.labels
+    assert list(read) == list(reader.sets)
     assert set(read) == {f"layer_{i}" for i, kind in enumerate(model.config.feed_forward_types) if kind != "dense"}
     with torch.no_grad():
         assert torch.equal(logits, model(random_tokens(1, 7)).logits[0].float())
@@ -109,7 +98,7 @@ def test_of_grafts(family, tokenizer):
     seen = []
     graft.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     reader = ExpertReader(model)
-    (label,) = reader.labels
+    (label,) = reader.sets
     assert label == "layer_1_default"
     read, _ = reader.read(input_ids=random_tokens(1, 5))
     retrieved = read[label]
@@ -132,7 +121,7 @@ def test_of_grafts_that_were_merged_one_after_the_other():
         graft.register_forward_hook(lambda module, args, output, label=label: outputs.update({label: output[0]}))
     reader = ExpertReader(model)
     read, _ = reader.read(input_ids=random_tokens(1, 5))
-    assert set(read) == set(reader.labels) == set(outputs)
+    assert set(read) == set(reader.sets) == set(outputs)
     for label, retrieved in read.items():
         vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
         sums = (retrieved.coefficients[..., None] * vectors).sum(1)
@@ -173,16 +162,7 @@ def test_layers_are_chosen(tokenizer):
     assert list(explanation.layers) == ["layer_2"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"text": ""}, "`text` must have at least one token, got ''"),
-        ({"text": ["w1"]}, r"`text` must be a string, got \['w1'\] \(list\)"),
-        ({"num_experts": 0}, "`num_experts` must be an integer of at least 1, got 0"),
-        ({"num_words": 1.5}, "`num_words` must be an integer of at least 1, got 1.5"),
-        ({"layers": 1}, r"`layers` must be some of \[0, 2\]"),
-    ],
-)
-def test_other_arguments_are_refused(arguments, message, tokenizer):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("arguments", [{"text": ""}, {"layers": 1}], ids=str)
+def test_other_arguments_are_refused(arguments, tokenizer):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
         explain_tokens(model_of("peer"), tokenizer, **{"text": "w1", **arguments})

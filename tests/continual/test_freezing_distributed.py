@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Frozen experts in a training on two processes, each of which gets half of the rows of each batch."""
 
 import pytest
@@ -149,12 +138,6 @@ class TestDistributed:
 
     def test_split_tables_are_refused(self, distributed, rank):
         late, early = torch.load(distributed / f"fully_sharded-{rank}")
-        assert "another parameter has taken its place since, of shape (36, 24) (DTensor)" in late
-        (flat_late,) = torch.load(distributed / f"flat-{rank}")
-        assert "another parameter has taken its place since, of shape" in flat_late
-        assert (
-            "splits over processes cannot be frozen, got one of shape (36, 24) with placements (Shard(dim=0),)"
-            in early
-        )
-        (error,) = torch.load(distributed / f"tensor_parallel-{rank}")
-        assert "with placements (Shard(dim=1),)" in error
+        assert "another parameter has taken its place" in late and "splits over processes cannot be frozen" in early
+        assert "another parameter has taken its place" in torch.load(distributed / f"flat-{rank}")[0]
+        assert "splits over processes cannot be frozen" in torch.load(distributed / f"tensor_parallel-{rank}")[0]

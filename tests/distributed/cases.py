@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the worker scripts of the distributed tests share: tiny models, padded batches, and how results are handed over."""
 
 import json
@@ -113,10 +102,8 @@ def random_rows(*lengths: int) -> list[list[int]]:
 
 def outputs(model: PeerForCausalLM, padded_cache: bool = True) -> dict[str, torch.Tensor]:
     """
-    In evaluation, logits where a left-padded batch has tokens, and greedy continuations of rows with and without padding.
-
-    Args:
-        padded_cache (`bool`): Whether to continue padded rows with a cache.
+    In evaluation, logits where a left-padded batch has tokens, and greedy continuations of rows with and without padding;
+    of padded rows with a cache if `padded_cache`.
     """
     model.eval()
     padded, whole = padded_batch(random_rows(7, 3), "left"), padded_batch(random_rows(5, 5), "left")

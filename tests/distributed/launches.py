@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """How the distributed tests launch the scripts beside them, and what they compare of what these hand over."""
 
 import json
@@ -100,12 +89,7 @@ def launch_ranks(num_processes: int, script: str, folder: Path, *arguments: str)
     """
     Runs a script of `tests/distributed/` in this many processes, as torchrun does, in ones that need not import the
     libraries. Fails with what they print if one of them fails or takes too long, or if it leaves others waiting.
-
-    Args:
-        num_processes (`int`): 1 for a process without others.
-        script (`str`): Its file name.
-        folder (`Path`): For its results, its first argument.
-        arguments (`str`): Its other arguments.
+    `folder`, for results, is the first argument of the script.
     """
     ranks = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": free_port()}
     output, processes = folder / f"{script}-{num_processes}.log", []
@@ -137,6 +121,6 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def assert_same_training(actual: dict, expected: dict) -> None:
-    for log in ("losses", "gradient_norms"):
+def assert_same_training(actual: dict, expected: dict, logs: tuple[str, ...] = ("losses", "gradient_norms")) -> None:
+    for log in logs:
         torch.testing.assert_close(torch.tensor(actual[log]), torch.tensor(expected[log]), rtol=1e-5, atol=0)

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Trains tiny models whose expert tables are split over memory groups, by the stock `Trainer` and by a plain loop, and in
 one process on the joint batch.
@@ -29,7 +18,6 @@ import torch
 import torch.distributed as dist
 import train
 from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from train import RANK, WORLD_SIZE, local, whole
@@ -37,26 +25,19 @@ from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import (
-    ExpertBackground,
     PeerForCausalLM,
     RowAdamW,
-    SparseFinetuningCallback,
-    add_experts,
     expert_parameter_groups,
-    fit_gates,
-    freeze_experts,
-    gradient_exchange,
-    memory_group,
     shard_experts,
-    split_initialization,
-    token_exchange,
-    train_added_experts_only,
 )
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.gradient_exchange import average_gradients
-from modeling_peer.product_key_router import ProductKeyRouter
+from modeling_peer.experts import expert_tables
+from modeling_peer.feed_forward import PeerFeedForward
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.optim.frozen_rows import freeze_rows
+from modeling_peer.parallel import gradient_exchange, split_initialization, token_exchange
+from modeling_peer.parallel.gradient_exchange import average_gradients
+from modeling_peer.parallel.split_initialization import make_split_model
+from modeling_peer.router import ProductKeyRouter
 
 
 ROWS_PER_STEP = 4
@@ -66,7 +47,6 @@ STEPS = 6
 NUM_TOKENS, NUM_ACTIVE = 13, 5
 UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
 
-OPEN_ADDITION = [{"layers": [1], "mode": "open", "num_experts": 17}]
 FROZEN = range(0, 64, 2)  # experts
 FROZEN_FROM = 3  # the step
 
@@ -79,28 +59,18 @@ LOOPS = {
     "idle": MODELS["rms_norm"],
     "compiled": MODELS["gated_experts"],
     "frozen": tiny_config("peer", "pkm", gated_experts=True),
-    "frozen_copies": MODELS["peer"],
-    "added": MODELS["grown"],
-    "open": tiny_config("dense", "peer", expert_additions=OPEN_ADDITION),
     "replicated": MODELS["rms_norm"],
-    "bfloat16": MODELS["shared_pool"],
 }
 # How, if not as all of them; see `train_in_loop`.
 OPTIONS = {
-    # In which rounding without bias has to show.
-    "shared_pool": {"steps": 10},
-    "bfloat16": {"steps": 10},
     "gated_experts": {"second_moment": "row"},
     "grown": {"second_moment": "row"},
     "idle": {"idle": True},
     "compiled": {"compiled": True},
     "frozen": {"freezes": True},
-    "frozen_copies": {"freezes": True, "optimizer_class": torch.optim.AdamW},
-    "added": {"added_alone": True},
-    "open": {"added_alone": True},
 }
 ON_FOUR = {
-    "loops": ("pkm", "shared_pool", "grown", "many_experts", "idle", "replicated", "bfloat16", "rms_norm", "frozen"),
+    "loops": ("pkm", "shared_pool", "grown", "many_experts", "idle", "replicated", "rms_norm", "frozen"),
     "trainers": ("accumulated", "rows"),
 }
 # What the stock Trainer trains under DistributedDataParallel.
@@ -115,12 +85,8 @@ def rows_of_step(step: int) -> list[list[int]]:
 
 def own_batch(rows: list[list[int]], idle: bool = False) -> dict[str, torch.Tensor]:
     """
-    The part of the joint batch that this process sees.
-
-    Args:
-        idle (`bool`):
-            Whether the last process learns from none of it, and its neighbor from what it would have seen. Attention in
-            Transformers takes no empty batch: there is a row without targets.
+    The part of the joint batch that this process sees. If `idle`, the last process learns from none of it, and its
+    neighbor from what it would have seen. Attention takes no empty batch: there is a row without targets.
     """
     size = ROWS_PER_STEP // WORLD_SIZE
     first, last = RANK * size, (RANK + 1) * size
@@ -150,47 +116,30 @@ def train_in_loop(
     model: torch.nn.Module,
     steps: int = STEPS,
     second_moment: str = "full",
-    optimizer_class: type[torch.optim.Optimizer] = RowAdamW,
     idle: bool = False,
     compiled: bool = False,
     freezes: bool = False,
-    added_alone: bool = False,
 ) -> tuple[dict, dict]:
     """
-    The weights and statistics after clipped steps, and what is seen of each step.
-
-    Args:
-        model (`torch.nn.Module`)
-        steps (`int`): Their number.
-        second_moment (`str`): Of [`RowAdamW`].
-        optimizer_class (`type`): [`RowAdamW`], or `torch.optim.AdamW`.
-        idle (`bool`): Whether a process learns from none of a batch, see `own_batch`.
-        compiled (`bool`): Whether its PEER layers are compiled, where there are several processes.
-        freezes (`bool`): Whether experts are frozen in the midst of the training.
-        added_alone (`bool`): Whether only added experts are trained.
+    The weights and statistics after clipped steps, and what is seen of each step: where a process may be `idle`, PEER
+    layers `compiled` in several processes, and every second expert frozen in the midst of the training (`freezes`).
     """
-    if added_alone:
-        train_added_experts_only(model)
     groups = expert_parameter_groups(model.train(), learning_rate=1e-2, weight_decay=0.1)
     # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-    if optimizer_class is RowAdamW:
-        optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
-    else:
-        groups = [{key: value for key, value in group.items() if key != "rows"} for group in groups]
-        optimizer = optimizer_class(groups, eps=1e-2, foreach=False)  # or torch takes DTensors of one mesh alone
-    run: torch.nn.Module = model
-    if WORLD_SIZE > 1 and not has_parts_of_all(model):
-        run = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = RowAdamW(groups, second_moment=second_moment, eps=1e-2)
     if compiled and WORLD_SIZE > 1:
-        compile_layers(model)
+        # PEER layers alone: to compile what FSDP2 does around all layers takes minutes.
+        for module in model.modules():
+            if isinstance(module, PeerFeedForward):
+                module.compile(backend="aot_eager", dynamic=True)
     facts = {"losses": [], "gradient_norms": [], "in_factors": []}
     frozen = {}
     for step in range(steps):
         if freezes and step == FROZEN_FROM:
-            freeze_experts(model, FROZEN)
+            freeze_every_second(model)
             frozen = {f"frozen.{name}": tensor for name, tensor in rows_of(model, FROZEN).items()}
         optimizer.zero_grad()
-        loss = joint_loss(run, rows_of_step(step), idle)
+        loss = joint_loss(model, rows_of_step(step), idle)
         loss.backward()
         facts["losses"].append(over_processes(loss))
         gradients = [local(parameter.grad) for parameter in model.parameters()]
@@ -201,25 +150,16 @@ def train_in_loop(
     return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()} | frozen, facts
 
 
-def compile_layers(model: torch.nn.Module) -> None:
-    """PEER layers alone: to compile what FSDP2 does around all layers takes minutes."""
-    for module in model.modules():
-        if isinstance(module, PeerFeedForward):
-            module.compile(backend="aot_eager", dynamic=True)
-
-
-def has_parts_of_all(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 splits what a memory group does not."""
-    return isinstance(model, FSDPModule)
+def freeze_every_second(model: torch.nn.Module) -> None:
+    """Freezes every second expert."""
+    for table in expert_tables(model).values():
+        freeze_rows(table, "weight", torch.arange(len(table.weight)) % 2 == 0)
 
 
 def rows_of(model: torch.nn.Module, rows: range) -> dict[str, torch.Tensor]:
     """Copies of some rows of all expert tables."""
-    return {
-        f"{name}.weight": whole(module.weight.detach())[rows].clone()
-        for name, module in model.named_modules()
-        if isinstance(module, ExpertTable)
-    }
+    tables = expert_tables(model).items()
+    return {f"{name}.weight": whole(table.weight.detach())[rows].clone() for name, table in tables}
 
 
 def layout(model: torch.nn.Module) -> dict[str, list]:
@@ -242,7 +182,7 @@ def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, di
     their gradients, and the bytes that were received in forward and backward. All in the dtype of the models.
     """
     torch.manual_seed(3)
-    pool, values = model.model.expert_pool, memory.model.layers[1].mlp.values
+    pool, layer = model.model.expert_pool, memory.model.layers[1].mlp
     hidden_states, factors = torch.randn(2, NUM_TOKENS, 16)
     indices = torch.randint(64, (NUM_TOKENS, NUM_ACTIVE))
     weights = torch.rand(NUM_TOKENS, NUM_ACTIVE)
@@ -251,12 +191,12 @@ def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, di
     first = sum(counts[:RANK])
     own = slice(first, first + counts[RANK])
     hidden_states, weights = hidden_states[own].requires_grad_(), weights[own].requires_grad_()
-    group = model.model.memory_group
+    group = getattr(model.model, "memory_group", None)
     of_group = [counts[rank] for rank in ([0] if group is None else dist.get_process_group_ranks(group.columns))]
     tensors, facts = {}, {"num_tokens": max(of_group)}
     for name, run in {
         "peer": lambda: pool(hidden_states, indices[own], weights),
-        "pkm": lambda: values(weights, indices[own]),
+        "pkm": lambda: layer.sum_values(hidden_states, indices[own], weights),
     }.items():
         with counted_bytes() as forward:
             output = run()
@@ -268,7 +208,7 @@ def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, di
         facts[name] = {"forward": forward, "backward": backward}
         weights.grad = None
     tensors["peer.of_hidden_states"] = hidden_states.grad / WORLD_SIZE
-    tables = {f"pool.{name}": table for name, table in pool.named_parameters()} | {"values": values.weight}
+    tables = {f"pool.{name}": table for name, table in pool.named_parameters()} | {"values": layer.values.weight}
     if group is not None and group.replicas is not None:
         average_gradients(tables.values(), group.replicas)
     return tensors | {name: whole(table.grad) for name, table in tables.items()}, facts
@@ -320,62 +260,27 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         yield counted
 
 
-class Started:
-    """A collective that runs, until it is waited for."""
-
-    def __init__(self, work, wait):
-        self.work, self.waits = work, wait
-
-    def wait(self):
-        self.waits()
-        return self.work.wait()
-
-
 def order_of_a_forward(model: torch.nn.Module) -> list[str]:
     """What the PEER layers of a model do in a forward, in order."""
     events = []
     all_to_all, all_gather = dist.all_to_all_single, token_exchange.all_gather
 
     def watched_all_to_all(output, part, group=None, async_op=False):
-        work = all_to_all(output, part, group=group, async_op=async_op)
-        events.append("all-to-all starts" if async_op else "all-to-all")
-        return Started(work, lambda: events.append("all-to-all is waited for")) if async_op else work
+        events.append("hidden states start" if async_op else "outputs")
+        return all_to_all(output, part, group=group, async_op=async_op)
 
     def watched_all_gather(output, part, group=None):
-        events.append("indices are gathered" if part.dtype == torch.int32 else "weighted activations are gathered")
+        events.append("indices" if part.dtype == torch.int32 else "weighted activations")
         return all_gather(output, part, group=group)
 
-    routers = [each for each in model.modules() if isinstance(each, ProductKeyRouter)]
-    hooks = [each.register_forward_hook(lambda *_: events.append("experts are retrieved")) for each in routers]
+    for router in (each for each in model.modules() if isinstance(each, ProductKeyRouter)):
+        router.register_forward_hook(lambda *_: events.append("retrieval"))
     with (
         mock.patch.object(dist, "all_to_all_single", watched_all_to_all),
         mock.patch.object(token_exchange, "all_gather", watched_all_gather),
     ):
         joint_loss(model.train(), rows_of_step(0))
-    for hook in hooks:
-        hook.remove()
     return events
-
-
-def process_groups(model: torch.nn.Module) -> dict[str, list[str]]:
-    """The names of the groups that a model has, by what is sent in them."""
-    sums, all_reduce = set(), dist.all_reduce
-
-    def watched_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, **options):
-        if op == dist.ReduceOp.SUM:
-            sums.add((dist.group.WORLD if group is None else group).group_name)
-        return all_reduce(tensor, op, group=group, **options)
-
-    group = model.model.memory_group
-    meshes = {weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)}
-    with mock.patch.object(dist, "all_reduce", watched_all_reduce):
-        joint_loss(model.train(), rows_of_step(0))
-    return {
-        "query norms": sorted(sums),
-        "memory group": [group.columns.group_name],
-        "replicas": [] if group.replicas is None else [group.replicas.group_name],
-        "fsdp2": [mesh.get_group().group_name for mesh in meshes if mesh.mesh_dim_names == ("fsdp",)],
-    }
 
 
 def refusal(make: Callable, *arguments, **options) -> str:
@@ -405,15 +310,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 class Cases:
-    """
-    Args:
-        output (`Path`): Where results go.
-        group_size (`int`): Number of processes of a memory group, 1 in one process.
-    """
-
     def __init__(self, output: Path, group_size: int):
-        self.output = output
-        self.group_size = group_size
+        self.output, self.group_size = output, group_size
 
     def save_start(self, name: str, config) -> None:
         """Before there is a process group: afterwards only the first process would write."""
@@ -423,16 +321,11 @@ class Cases:
         return self.output / f"{name}-begin-{RANK}"
 
     def load(self, name: str, **arguments) -> torch.nn.Module:
-        if name == "open" and WORLD_SIZE > 1:
-            # The old keys are frozen, of which FSDP2 would take parts.
-            return shard_experts(PeerForCausalLM.from_pretrained(self.start(name)), self.group_size)
         if WORLD_SIZE > 1:
             replicas = self.group_size if name == "replicated" else 1
             arguments["distributed_config"] = DistributedConfig(
                 dp_replicate_size=replicas, fsdp_size=WORLD_SIZE // replicas, ep_size=self.group_size
             )
-        if name == "bfloat16":
-            arguments["dtype"] = torch.bfloat16
         return PeerForCausalLM.from_pretrained(self.start(name), **arguments)
 
     def hand_over(self, name: str, tensors: dict, facts: dict | None = None) -> None:
@@ -445,7 +338,7 @@ class Cases:
             arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
         torch.manual_seed(4)
         with mock.patch.object(split_initialization, "CHUNK_ELEMENTS", 512), LargestTensor() as largest:
-            model = PeerForCausalLM.from_config(tiny_config("peer", "dense", num_experts=4096), **arguments)
+            model = make_split_model(PeerForCausalLM, tiny_config("peer", "dense", num_experts=4096), **arguments)
         tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         self.hand_over("new", tensors, {"training": model.training, "largest": largest.num_elements})
 
@@ -465,57 +358,27 @@ class Cases:
 
     def refusals(self) -> None:
         """The messages with which models are refused."""
-        own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size)
-        other = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size // 2 if RANK else self.group_size)
+        size, config = self.group_size, tiny_config("peer")
+        own = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=size)
+        other = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=size // 2 if RANK else size)
         both = DistributedConfig(fsdp_size=1, tp_size=WORLD_SIZE, ep_size=WORLD_SIZE)
-        pipeline = {"pp_size": WORLD_SIZE, "ep_size": WORLD_SIZE}  # Transformers makes no `DistributedConfig` of it
-        theirs = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_implementation="all_to_all")
-        dispatched = {"model.layers.*.mlp.expert_pool": "ep_dispatch_experts"}
-        their_plan = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=self.group_size, ep_plan=dispatched)
-        config = tiny_config("peer")
         cases = {
-            "width": (tiny_config("peer", hidden_size=16 + self.group_size // 2), own),
             "configuration": (tiny_config("peer", num_experts_per_head=2 + RANK), own),
             "group": (config, other),
             "tensor_parallel": (config, both),
-            "pipeline_parallel": (config, pipeline),
-            "implementation": (config, theirs),
-            "plan": (config, their_plan),
+            "unknown": (config, {"fsdp_size": WORLD_SIZE, "ep_sizes": size}),
         }
-        from_config = PeerForCausalLM.from_config
-        messages = {
-            name: refusal(from_config, config, distributed_config=split) for name, (config, split) in cases.items()
-        }
-        with mock.patch.object(memory_group, "_own_release", lambda: f"0.{RANK}"):
-            messages["release"] = refusal(from_config, config, distributed_config=own)
+        messages = {name: refusal(make_split_model, PeerForCausalLM, *case) for name, case in cases.items()}
         torch.manual_seed(RANK)
-        messages["seed"] = refusal(from_config, config, distributed_config=own)
-        torch.manual_seed(0)
-        # All raise, also that which lacks what another has.
-        more = tiny_config("peer", **({"only_here": 1} if RANK == 0 else {}))
-        messages["field"] = refusal(from_config, more, distributed_config=own)
+        messages["seed"] = refusal(make_split_model, PeerForCausalLM, config, own)
         grid = (4 + RANK) ** 2
-        messages["tables"] = refusal(shard_experts, tiny_model(tiny_config("peer", num_experts=grid)), self.group_size)
+        messages["tables"] = refusal(shard_experts, tiny_model(tiny_config("peer", num_experts=grid)), size)
         torch.manual_seed(0)
-        messages["hooks"] = refusal(run_with_a_hook, from_config(config, distributed_config=own))
-        messages |= self.refused_of_a_split_model(own)
+        messages["hooks"] = refusal(run_with_a_hook, make_split_model(PeerForCausalLM, config, own))
+        frozen = tiny_model(config)
+        freeze_every_second(frozen)
+        messages["frozen"] = refusal(shard_experts, frozen, size)
         self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
-
-    def refused_of_a_split_model(self, split: DistributedConfig) -> dict[str, str]:
-        """The messages with which a split model refuses to get other experts, and one that is to be split."""
-        config = tiny_config("peer")
-        model = PeerForCausalLM.from_config(config, distributed_config=split)
-        whole_model = tiny_model(config)
-        background = ExpertBackground.measure(whole_model, [{"input_ids": [1, 2, 3]}], progress_bar=False)
-        freeze_experts(whole_model, FROZEN)
-        grown = PeerForCausalLM.from_config(LOOPS["open"], distributed_config=split)
-        return {
-            "growth": refusal(add_experts, model, 16),
-            "gates": refusal(fit_gates, model, [], []),
-            "sparse_finetuning": refusal(SparseFinetuningCallback, model, background),
-            "frozen": refusal(shard_experts, whole_model, self.group_size),
-            "old_keys": refusal(train_added_experts_only, grown),
-        }
 
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
@@ -543,7 +406,6 @@ class Cases:
         self.new_weights()
         if WORLD_SIZE > 1:
             self.hand_over("order", {}, {"events": order_of_a_forward(self.load("grown"))})
-            self.hand_over("groups", {}, process_groups(self.load("grown")))
             self.refusals()
         for name in trainers:
             with counted_exchanges() as exchanges:

@@ -1,23 +1,12 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Saves and resumes tiny models with the stock `Trainer` on however many processes it is launched in.
 
     python saves.py OUTPUT '{"name": …}' …                          one process
     torchrun --nproc_per_node 2 saves.py OUTPUT '{"name": …}' …     memory groups
 
-Each job is the arguments of `train`, or those of `measure` or `disagree` if it has the name "memory" or "seeds".
+Each job is the arguments of `train`, or those of `measure` if it has the name "memory".
 """
 
 import argparse
@@ -49,9 +38,10 @@ from modeling_peer import (
     expert_parameter_groups,
     last_complete_checkpoint,
     shard_experts,
-    split_checkpoints,
     whole_state_dict,
 )
+from modeling_peer.parallel import split_checkpoints
+from modeling_peer.parallel.split_initialization import make_split_model
 
 
 CONFIG = tiny_config("peer", "pkm", "dense")
@@ -99,7 +89,7 @@ def new_model(config, group_size: int, beside_replicas: bool = False, dtype=torc
     arguments = {"dtype": dtype}
     if WORLD_SIZE > 1 and not beside_replicas:
         arguments["distributed_config"] = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=group_size)
-    model = PeerForCausalLM.from_config(config, **arguments)
+    model = make_split_model(PeerForCausalLM, config, **arguments)
     return shard_experts(model, group_size) if beside_replicas else model
 
 
@@ -168,17 +158,8 @@ def train(
     is_graft: bool = False,
 ) -> None:
     """
-    Trains eight steps.
-
-    Args:
-        output (`Path`): Where results go.
-        name (`str`): Of the training, under which it saves.
-        group_size (`int`): Number of processes of a memory group.
-        beside_replicas (`bool`): Whether the rest of the model is in replicas, and not split by FSDP2.
-        resumes (`str`, *optional*): The training whose checkpoint to resume from.
-        continues (`bool`): Whether to resume from the training's own last checkpoint, which has to be found.
-        killed (`bool`): Whether the second process is killed before the second checkpoint.
-        is_graft (`bool`): Whether the model is a graft in another one.
+    Trains eight steps and saves under `name`, from the checkpoint of the training that it `resumes`, or from its own
+    last one if it `continues`. The second process may be `killed` before the second checkpoint.
     """
     checkpoint = last_complete_checkpoint(output / name) if continues else checkpoint_of(output, resumes)
     # What is resumed starts with other weights, and with another seed of the rounding.
@@ -202,16 +183,6 @@ def train(
     }
     tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
     hand_over(output, f"{name}-{RANK}", tensors, facts)
-
-
-def disagree(output: Path, name: str, group_size: int) -> None:
-    """Hands over what is said to ranks with other seeds, whose first model is split before there is a process group."""
-    assert not dist.is_initialized()
-    torch.manual_seed(RANK)
-    try:
-        new_model(CONFIG, group_size)
-    except ValueError as error:
-        hand_over(output, f"{name}-{RANK}", {}, {"error": str(error)})
 
 
 class PeakMemory:
@@ -282,7 +253,7 @@ def main() -> None:
         # Before there is a process group: afterwards only the first process would write.
         base_model_of("llama", **BASE_MODEL).save_pretrained(base_folder(arguments.output))
     for job in arguments.jobs:
-        {"memory": measure, "seeds": disagree}.get(job["name"], train)(arguments.output, **job)
+        (measure if job["name"] == "memory" else train)(arguments.output, **job)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What the launch files of memory groups say is executed, on gloo processes of this machine: `examples/run_clm.py` trains
 from scratch and from a checkpoint as one process does on the joint batch, with tables that are split.
@@ -22,12 +11,21 @@ import subprocess
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from launches import LAUNCH_FILES, accelerate_launch, handed_over, launch
 from preloaded import python
 from safetensors.torch import load_file
+from tiny_models import tiny_config
+from transformers import Trainer, TrainingArguments
 from two_processes import free_port
 
-from modeling_peer.library_releases import is_at_least
+from common.model_arguments import DistributedArguments
+from common.training import OptimizerArguments, make_optimizers
+from modeling_peer import PeerForCausalLM
+from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
 
 
 LAUNCHER = ["sh", str(LAUNCH_FILES / "memory_group.sh")]
@@ -58,7 +56,7 @@ SCONTROL = """#!/bin/sh
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    if not is_at_least("Transformers", "5.24"):
+    if not HAS_PARALLEL_STYLES:
         pytest.skip("memory groups need Transformers 5.24")
     folder = tmp_path_factory.mktemp("launches")
     (folder / "bin").mkdir()
@@ -122,16 +120,30 @@ def slurm(folder, joint):
 RUNS = {"torchrun": "joint", "accelerate": "joint", "slurm": "continued"}
 
 
+@pytest.mark.parametrize(("name", "expected"), RUNS.items())
+def test_training_is_that_of_one_process_on_the_joint_batch(request, folder, name, expected):
+    """From the same weights at the start, drawn or of a checkpoint; and the model is saved whole."""
+    ((state, steps),), _ = request.getfixturevalue(expected)
+    ranks, _ = request.getfixturevalue(name)
+    starts = [key for key in state if key.startswith("start.")]
+    assert len(steps["losses"]) == 4 and any("expert_pool" in key for key in starts)
+    for tensors, facts in ranks:
+        for log in ("losses", "gradient_norms"):
+            torch.testing.assert_close(torch.tensor(facts[log]), torch.tensor(steps[log]), rtol=1e-3, atol=0)
+        assert tensors.keys() == state.keys()
+        assert all(torch.equal(tensors[key], state[key]) for key in starts)
+    saved = load_file(folder / name / "model" / "model.safetensors")
+    assert all(torch.equal(ranks[0][0][key], tensor) for key, tensor in saved.items())
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_tables_are_split(request, name):
     ranks, output = request.getfixturevalue(name)
     for _, facts in ranks:
         assert facts["processes"] == len(ranks)
-        tables = {key for key in facts["shapes"] if "expert_pool" in key}
-        assert tables
         for key, (num_rows, *width) in facts["shapes"].items():
             mesh, held = facts["layout"][key]
-            if key in tables:
+            if "expert_pool" in key:
                 assert (mesh, held) == (["ep"], [num_rows, HIDDEN_SIZE // 2])
             else:
                 assert mesh == ["fsdp"] and held[1:] == width and held[0] <= -(-num_rows // len(ranks))
@@ -139,26 +151,6 @@ def test_tables_are_split(request, name):
     said, *_ = re.findall(rf"A model of {number} parameters, {number} of them in this process", output)
     whole, held = (int(each.replace(",", "")) for each in said)
     assert whole / len(ranks) <= held < 0.6 * whole
-
-
-@pytest.mark.parametrize(("name", "expected"), RUNS.items())
-def test_training_is_that_of_one_process_on_the_joint_batch(request, name, expected):
-    ((state, steps),), _ = request.getfixturevalue(expected)
-    assert len(steps["losses"]) == 4
-    for tensors, facts in request.getfixturevalue(name)[0]:
-        for log in ("losses", "gradient_norms"):
-            torch.testing.assert_close(torch.tensor(facts[log]), torch.tensor(steps[log]), rtol=1e-3, atol=0)
-        assert tensors.keys() == state.keys()
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_weights_at_the_start_do_not_depend_on_the_number_of_processes(request, name):
-    """Neither those that are drawn nor those of a checkpoint."""
-    ((expected, _),), _ = request.getfixturevalue(RUNS[name])
-    starts = [key for key in expected if key.startswith("start.")]
-    assert any("expert_pool" in key for key in starts)
-    for tensors, _ in request.getfixturevalue(name)[0]:
-        assert all(torch.equal(tensors[key], expected[key]) for key in starts)
 
 
 def test_the_same_command_resumes_and_ends(torchrun, folder):
@@ -176,14 +168,6 @@ def test_the_same_command_resumes_and_ends(torchrun, folder):
             assert torch.equal(resumed[key], expected[key]), key
             assert torch.equal(finished[key], expected[key]), key
     assert (model / "checkpoint-4" / "training_state" / ".metadata").exists()
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_model_is_saved_whole(request, folder, name):
-    ranks, _ = request.getfixturevalue(name)
-    saved = load_file(folder / name / "model" / "model.safetensors")
-    assert all(torch.equal(ranks[0][0][key], tensor) for key, tensor in saved.items())
-    assert any("expert_pool" in key for key in saved)
 
 
 def test_a_memory_group_is_within_a_node(slurm):
@@ -219,15 +203,64 @@ def arguments_of_torchrun(tmp_path, **variables):
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
 
 
-def test_without_variables_a_node_of_eight_is_one_group(tmp_path):
+def test_a_node_of_eight_is_one_group_and_variables_reach_torchrun(tmp_path):
     words = arguments_of_torchrun(tmp_path)
     assert words[:4] == ["--nnodes", "1", "--nproc_per_node", "8"]
     assert words[-4:] == ["script.py", "--do_train", "--ep_size", "8"]
-
-
-def test_variables_reach_torchrun(tmp_path):
     variables = {"NNODES": "3", "GPUS_PER_NODE": "4", "GROUP_SIZE": "2", "RDZV_ENDPOINT": "node:1234", "RDZV_ID": "7"}
     assert arguments_of_torchrun(tmp_path, **variables) == [
         *("--nnodes", "3", "--nproc_per_node", "4", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node:1234"),
         *("--rdzv_id", "7", "script.py", "--do_train", "--ep_size", "2"),
     ]
+
+
+def launched_with(launch_file: str, monkeypatch) -> tuple:
+    """Accelerate's arguments and environment for a launch file, of which the environment is set."""
+    command = ["--config_file", str(LAUNCH_FILES / launch_file), "--main_process_port", "0", "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    environment = prepare_multi_gpu_env(arguments)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    return arguments, environment
+
+
+@pytest.mark.parametrize("launch_file", ["ddp.yaml", "fsdp2.yaml"])
+def test_accelerate_parses_launch_file(launch_file, monkeypatch):
+    arguments, environment = launched_with(launch_file, monkeypatch)
+    assert (arguments.num_processes, arguments.num_machines) == (8, 1)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (launch_file == "ddp.yaml", launch_file == "fsdp2.yaml")
+
+
+def test_fsdp2_launch_file_shards_by_decoder_layer(monkeypatch):
+    launched_with("fsdp2.yaml", monkeypatch)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.transformer_cls_names_to_wrap == PeerForCausalLM._no_split_modules
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading
+
+
+@pytest.fixture
+def launched_by_fsdp2(monkeypatch, tmp_path):
+    """Training arguments in the environment of that launch file, of a process that has a GPU as far as Accelerate knows."""
+    launched_with("fsdp2.yaml", monkeypatch)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    yield arguments
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_fsdp2_launch_file_leaves_the_optimizer_to_the_trainer(launched_by_fsdp2):
+    """The arguments of `Trainer` do not say that it is FSDP, and it refuses any other optimizer than its own."""
+    model = PeerForCausalLM(tiny_config("peer", "dense"))
+    optimizers = make_optimizers(OptimizerArguments(), launched_by_fsdp2, model, is_new=True)
+    trainer = Trainer(model, launched_by_fsdp2, optimizers=optimizers)
+    assert not launched_by_fsdp2.fsdp and trainer.is_fsdp_enabled and trainer.optimizer is None
+
+
+def test_memory_groups_are_refused_beside_the_fsdp2_launch_file(launched_by_fsdp2):
+    with pytest.raises(ValueError, match="--ep_size"):
+        DistributedArguments(ep_size=2).make_config(launched_by_fsdp2, tiny_config("peer"))

@@ -1,20 +1,8 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Tables of replicas get the gradient of the joint batch: two processes under DistributedDataParallel are as one."""
 
 import contextlib
-import itertools
 from unittest import mock
 
 import pytest
@@ -35,9 +23,11 @@ from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, gradient_exchange
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_exchange import average_gradients
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Factors
+from modeling_peer.parallel import gradient_exchange
+from modeling_peer.parallel.gradient_exchange import average_gradients
 
 
 # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
@@ -176,48 +166,6 @@ def trainings(rank):
     return found
 
 
-ALLOWED = ("broadcast", "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "barrier")
-REFUSED = (
-    *("all_gather_object", "all_to_all", "all_to_all_single", "batch_isend_irecv", "broadcast_object_list", "gather"),
-    *("gather_object", "irecv", "isend", "recv", "recv_object_list", "reduce", "reduce_scatter", "scatter"),
-    *("scatter_object_list", "send", "send_object_list", "all_gather_coalesced", "all_reduce_coalesced"),
-)
-
-
-def dense_collectives_alone(rank):
-    """As on a backend that has no others, and none of sparse tensors or of tensors of different sizes."""
-    calls, before = set(), {name: getattr(dist, name) for name in (*ALLOWED, *REFUSED)}
-
-    def allowed(name):
-        def run(*args, **kwargs):
-            calls.add(name)
-            tensors = [each for each in args if isinstance(each, torch.Tensor)]
-            lists = [each for each in args if isinstance(each, list)]
-            assert all(each.layout is torch.strided for each in [*tensors, *itertools.chain(*lists)]), name
-            assert all(each.is_contiguous() for each in tensors), name
-            for parts in lists:
-                assert {(part.shape, part.dtype) for part in parts} == {(tensors[0].shape, tensors[0].dtype)}, name
-            return before[name](*args, **kwargs)
-
-        return run
-
-    def refused(name):
-        def run(*args, **kwargs):
-            raise NotImplementedError(f"This backend has no {name}.")
-
-        return run
-
-    for name in ALLOWED:
-        setattr(dist, name, allowed(name))
-    for name in REFUSED:
-        setattr(dist, name, refused(name))
-    try:
-        return training(rank, **CASES["factors"]) | {"calls": calls}
-    finally:
-        for name, function in before.items():
-            setattr(dist, name, function)
-
-
 SHAPES = {0: [(3, 4), (6, 2)], 1: [(8, 1)]}  # tokens and entries of each
 
 
@@ -225,7 +173,9 @@ def random_gradients(rank, num_rows):
     """Gradients of five tables of a process: two share their entries; some are dense, without entries or not there."""
     table = torch.empty(num_rows, 19)
     first, second = (random_parts(10 * rank + seed, num_rows, 19, SHAPES[rank]) for seed in (0, 1))
-    second = [each._replace(entries=other.entries) for each, other in zip(second, first, strict=True)]
+    second = [
+        Factors(each.coefficients, each.tokens, other.assignments) for each, other in zip(second, first, strict=True)
+    ]
     in_factors = [FactoredGradient(table, parts) for parts in (first, second)]
     others = random_parts(10 * rank + 2, num_rows, 19, SHAPES[rank])
     exact = [literal_rows(parts, num_rows, 19) for parts in (first, second, others)]
@@ -250,7 +200,7 @@ def averages(rank):
         found[num_rows] = {
             "rows": [dense(table.grad).clone() for table in tables],
             "kinds": [type(table.grad).__name__ for table in tables],
-            "shared": shared[0].entries is shared[1].entries,
+            "shared": shared[0].assignments is shared[1].assignments,
         }
         for table in tables:  # what is added to an average
             table.grad += random_gradients(1 - rank, num_rows)[0][0]
@@ -284,22 +234,7 @@ def compiled_after(rank):
     return gradients_of(rank, "after")
 
 
-def groups_of_sums(rank):
-    """The names of the groups of the sums in a forward, and that of the default group."""
-    names, all_reduce = set(), dist.all_reduce
-
-    def watched(tensor, op=dist.ReduceOp.SUM, group=None, **options):
-        names.add((dist.group.WORLD if group is None else group).group_name)
-        return all_reduce(tensor, op, group=group, **options)
-
-    wrapped = DistributedDataParallel(new_model())
-    with mock.patch.object(dist, "all_reduce", watched):
-        for step in range(2):
-            causal_loss(wrapped, random_tokens(4, 12, seed=step))
-    return names, dist.group.WORLD.group_name
-
-
-PARTS = (trainings, dense_collectives_alone, averages, groups_of_sums)
+PARTS = (trainings, averages)
 
 
 @pytest.fixture(scope="module")
@@ -315,43 +250,25 @@ def found(folder):
     return {part.__name__: [torch.load(folder / f"{part.__name__}-{rank}") for rank in (0, 1)] for part in PARTS}
 
 
-def test_query_norms_have_a_group_of_their_own(found):
-    """DistributedDataParallel has the default group."""
-    for names, default in found["groups_of_sums"]:
-        assert len(names) == 1
-        assert default not in names
-
-
-def assert_as_one_process(ranks, case):
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_that_of_one_process(found, name):
+    """Also where values differ at first: those of the first process are taken. The norm is the same on both."""
+    case = CASES[name]
     expected = training(**case)
+    ranks = [rank[name] for rank in found["trainings"]]
     for rank in ranks:
         assert_close(rank["norms"], expected["norms"], rtol=1e-4, atol=1e-6)
         assert rank["kinds"] == expected["kinds"]
-        for name, tensor in expected["state"].items():
-            assert_close(rank["state"][name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        for key, tensor in expected["state"].items():
+            assert_close(rank["state"][key], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
     assert torch.equal(ranks[0]["norms"], ranks[1]["norms"])
-    for name, tensor in ranks[0]["state"].items():
-        if "running_" not in name:
-            assert torch.equal(tensor, ranks[1]["state"][name]), name
-
-
-class TestTraining:
-    @pytest.mark.parametrize("name", CASES)
-    def test_is_that_of_one_process(self, found, name):
-        """Also where values differ at first: those of the first process are taken. The norm is the same on both."""
-        case = CASES[name]
-        ranks = [rank[name] for rank in found["trainings"]]
-        assert_as_one_process(ranks, case)
-        kinds = {"Tensor"} if case.get("optimizer") is stock else {"FactoredGradient"}
-        assert ranks[0]["kinds"] == kinds
-        assert ranks[0]["averages"] == AVERAGES.get(name, 3)
-        assert ranks[0]["ignored"] == IGNORED.get(name, ranks[0]["ignored"])
-        assert ranks[0]["norms"].min() > CLIPPING
-
-    def test_needs_no_more_than_dense_collectives(self, found):
-        ranks = found["dense_collectives_alone"]
-        assert_as_one_process(ranks, CASES["factors"])
-        assert {"broadcast", "all_gather"} <= ranks[0]["calls"] <= set(ALLOWED)
+    for key, tensor in ranks[0]["state"].items():
+        if "running_" not in key:
+            assert torch.equal(tensor, ranks[1]["state"][key]), key
+    assert ranks[0]["kinds"] == ({"Tensor"} if case.get("optimizer") is stock else {"FactoredGradient"})
+    assert ranks[0]["averages"] == AVERAGES.get(name, 3)
+    assert ranks[0]["ignored"] == IGNORED.get(name, ranks[0]["ignored"])
+    assert ranks[0]["norms"].min() > CLIPPING
 
 
 def test_keep_their_tables_where_torch_does_not_tell_of_them(monkeypatch):
@@ -379,50 +296,29 @@ def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
 
 
 @pytest.mark.parametrize("num_rows", [1000, 7])
-class TestAverages:
-    def test_are_means_and_the_same_on_all(self, found, num_rows):
-        ranks = [rank[num_rows] for rank in found["averages"]]
-        exact = [random_gradients(rank, num_rows)[1] for rank in (0, 1)]
-        for place in range(5):
-            mean = (exact[0][place] + exact[1][place]) / 2
-            assert_close(ranks[0]["rows"][place].double(), mean, rtol=1e-5, atol=1e-6)
-            assert torch.equal(ranks[0]["rows"][place], ranks[1]["rows"][place])
-            for rank in (0, 1):
-                assert_close(ranks[rank]["sums"][place].double(), mean + exact[1 - rank][0], rtol=1e-5, atol=1e-5)
-
-    def test_stay_in_factors(self, found, num_rows):
-        first, second = (rank[num_rows] for rank in found["averages"])
-        assert first["kinds"] == ["FactoredGradient"] * 2 + ["Tensor"] + ["FactoredGradient"] * 2
-        assert second["kinds"] == ["FactoredGradient"] * 5
-        assert first["shared"] == second["shared"] == (num_rows == 1000)
+def test_averages_are_means_and_the_same_on_all(found, num_rows):
+    """And stay in factors, of which tables with the same assignments share them if the factors were exchanged."""
+    ranks = [rank[num_rows] for rank in found["averages"]]
+    exact = [random_gradients(rank, num_rows)[1] for rank in (0, 1)]
+    for place in range(5):
+        mean = (exact[0][place] + exact[1][place]) / 2
+        assert_close(ranks[0]["rows"][place].double(), mean, rtol=1e-5, atol=1e-6)
+        assert torch.equal(ranks[0]["rows"][place], ranks[1]["rows"][place])
+        for rank in (0, 1):
+            assert_close(ranks[rank]["sums"][place].double(), mean + exact[1 - rank][0], rtol=1e-5, atol=1e-5)
+    assert ranks[0]["kinds"] == ["FactoredGradient"] * 2 + ["Tensor"] + ["FactoredGradient"] * 2
+    assert ranks[1]["kinds"] == ["FactoredGradient"] * 5
+    assert ranks[0]["shared"] == ranks[1]["shared"] == (num_rows == 1000)
 
 
-class TestDecisions:
-    """What has to be the same on processes that do not ask each other."""
-
-    def test_widths_are_those_of_the_widest_part(self):
-        found = []
-        for rank in range(2):
-            dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
-            mesh = init_device_mesh("cpu", (2,))
-            part = torch.zeros(4, 3 - rank)  # of five columns
-            table = DTensor.from_local(part, mesh, [Shard(1)], run_check=False, shape=(4, 5), stride=(5, 1))
-            found.append(gradient_exchange._width_of_the_widest_part(table))
-            dist.destroy_process_group()
-        assert found == [3, 3]
-        assert gradient_exchange._width_of_the_widest_part(torch.zeros(4, 5)) == 5
-
-    @pytest.mark.parametrize("in_backward", [False, True])
-    def test_gradients_are_averaged_where_others_are(self, in_backward, monkeypatch):
-        """FSDP2 reads in the backward whether it reduces gradients, DistributedDataParallel in the forward."""
-        averaged = []
-        monkeypatch.setattr(gradient_exchange, "average_gradients", lambda *arguments: averaged.append(arguments))
-        for in_forward_now, in_backward_now in ((True, False), (False, True)):
-            now = [in_forward_now]
-            tables = gradient_exchange.ReplicatedTables([], None, lambda now=now: now[0], in_backward)
-            output = torch.ones(2, requires_grad=True) * 2
-            tables.average_after_backward(output)
-            now[0] = in_backward_now
-            averaged.clear()
-            output.sum().backward()
-            assert len(averaged) == (in_backward_now if in_backward else in_forward_now)
+def test_widths_are_those_of_the_widest_part_on_all_processes():
+    """Or they would decide differently what moves fewer bytes."""
+    found = []
+    for rank in range(2):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        mesh = init_device_mesh("cpu", (2,))
+        part = torch.zeros(4, 3 - rank)  # of five columns
+        table = DTensor.from_local(part, mesh, [Shard(1)], run_check=False, shape=(4, 5), stride=(5, 1))
+        found.append(gradient_exchange._widest_part(table))
+        dist.destroy_process_group()
+    assert found == [3, 3]

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Trainings whose expert tables are split over gloo processes are saved and resumed by the stock `Trainer`, on other
 numbers of processes too, and after one of them was killed.
@@ -26,7 +15,7 @@ from launches import assert_same, assert_same_training, handed_over, launch_rank
 from safetensors.torch import load_file
 from slow_tests import slow
 
-from modeling_peer.library_releases import is_at_least
+from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
 
 
 SAVED_AT = 3
@@ -35,7 +24,6 @@ SAVED_AT = 3
 # one second moment for each row, one of "graft" in its name a graft in a base model.
 UNBROKEN = {"whole": {}, "whole-row": {}, "whole-graft": {"is_graft": True}}
 ON_TWO = {
-    "seeds": {"group_size": 2},
     "split": {"group_size": 2},
     "split-again": {"group_size": 2, "resumes": "split"},
     "row-replicas": {"group_size": 2, "beside_replicas": True},
@@ -63,7 +51,7 @@ TRAININGS = {
     name: (processes, training)
     for processes, trainings in LAUNCHES
     for name, training in trainings.items()
-    if name not in ("memory", "seeds")
+    if name != "memory"
 }
 RESUMED = [name for name, (_, training) in TRAININGS.items() if "resumes" in training]
 
@@ -74,7 +62,7 @@ def jobs(trainings: dict[str, dict]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    if not is_at_least("Transformers", "5.24"):
+    if not HAS_PARALLEL_STYLES:
         pytest.skip("memory groups need Transformers 5.24")
     folder = tmp_path_factory.mktemp("saves")
     for processes, trainings in LAUNCHES:
@@ -121,13 +109,6 @@ def test_as_many_processes_resume_to_the_bit(output, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrapper"), [("split", "FSDPPeerForCausalLM"), ("row-replicas", "DistributedDataParallel")]
-)
-def test_trainings_are_split_as_they_say(output, name, wrapper):
-    assert handed_over(output, f"{name}-1")[1]["wrapper"] == wrapper
-
-
-@pytest.mark.parametrize(
     ("name", "others"), [("graft", {("fsdp",)}), ("graft-groups", {("fsdp",)}), ("graft-replicas", set())]
 )
 def test_of_a_graft_the_memory_group_splits_tables_and_fsdp_the_base_model(output, name, others):
@@ -158,7 +139,7 @@ def test_checkpoints_are_ordinary_ones(output, name):
     assert shapes == {key: tensor.shape for key, tensor in weights.items()}
     processes = TRAININGS[name][0]
     assert {file.name for file in checkpoint.iterdir()} == {
-        *("README.md", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
+        *("config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
         *("training_state", "trainer_state.json"),
         *(f"rng_state_{rank}.pth" for rank in range(processes)),
         *(file.name for file in checkpoint.glob("*.py")),
@@ -174,13 +155,6 @@ def test_no_process_has_a_whole_table_in_memory(output):
             assert facts[step] < table / 4, step
         # The two tables, of which a process has half.
         assert table <= facts["load"] + table / 50 and facts["load"] < table * 5 / 4
-
-
-def test_ranks_with_other_seeds_are_refused(output):
-    """Also by the first model of a process, which makes the process group."""
-    for rank in range(2):
-        _, facts = handed_over(output, f"seeds-{rank}")
-        assert "Ranks 0 and 1 disagree on what they draw new weights from, `torch.manual_seed`" in facts["error"]
 
 
 @slow

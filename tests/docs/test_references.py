@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the pages name and link to exists: files, headings, pictures, tests, fields and their defaults."""
 
 import ast
@@ -18,6 +7,7 @@ import re
 
 import pytest
 from documentation import PAGES, ROOT, STUDY_PAGES, name_of, prose
+from teach_domain import DomainTrainingArguments, TeachingArguments
 
 from modeling_peer import PeerConfig, configuration_path
 
@@ -47,9 +37,8 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), link
 
 
-@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page.name != "CONTRIBUTING.md"], ids=name_of)
+@every_page
 def test_files_that_it_names_exist(page):
-    """The table of files in CONTRIBUTING.md is held by test_layout.py."""
     spans = re.findall(r"`([^`\n]+)`", prose(page))
     for span in spans:
         if re.match(r"(modeling_peer|examples|tests|docs|configuration|model_cards)/[\w./-]*$", span):
@@ -98,30 +87,29 @@ def test_options_and_their_defaults():
             assert getattr(model, name) == eval(value), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/compatibility.md"])
-def test_the_lowest_releases_are_those_of_the_project(page):
+def test_flags_and_their_defaults():
+    """Of the script that teaches a domain."""
+    rows = re.findall(r"^\| `--(\w+)` \| ([\d.,]+) \|", (ROOT / "docs/teach-a-domain.md").read_text(), flags=re.M)
+    assert len(rows) > 3
+    fields = TeachingArguments.__dataclass_fields__ | DomainTrainingArguments.__dataclass_fields__
+    assert {name: float(shown.replace(",", "")) for name, shown in rows} == {
+        name: fields[name].default for name, _ in rows
+    }
+
+
+def test_the_lowest_releases_are_those_of_the_project():
     """Of pyproject.toml, which pip reads, and of the constraints of `./run tests --lowest`."""
-    text, project = ((ROOT / name).read_text() for name in (page, "pyproject.toml"))
-    constraints = (ROOT / "tests/lowest-releases.txt").read_text()
-    for library, name in (("Transformers", "transformers"), ("torch", "torch"), ("PEFT", "peft")):
+    project, constraints, *pages = (
+        (ROOT / name).read_text()
+        for name in ("pyproject.toml", "tests/lowest-releases.txt", "README.md", "docs/compatibility.md")
+    )
+    for name in ("transformers", "torch", "peft"):
         lowest = re.search(rf'"{name}>=([\d.]+)', project)[1]
-        assert re.search(rf"{library}[ |]+{re.escape(lowest)} (to|and later)", text), library
-        assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), library
-    python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
-    assert re.search(rf"Python[ |]+{re.escape(python)}\s+to", text)
+        assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), name
+        assert all(re.search(rf"{name}[ |]+{re.escape(lowest)}\b", page, flags=re.I) for page in pages), name
 
 
 def test_the_index_names_every_page():
     index = (ROOT / "docs/README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.stem != "README"])
-def test_a_page_starts_with_what_it_is_for(page):
-    _, _, first, *_ = page.read_text().splitlines()
-    assert re.match(r"After this page you (can|know) ", first), first
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

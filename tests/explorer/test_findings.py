@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the explorer says of experts, against what is computed by hand."""
 
 import json
@@ -19,17 +8,17 @@ import pytest
 import torch
 from documentation import ROOT
 from graft_models import merged_in_turn
-from tiny_models import random_tokens, tiny_config, tiny_model
+from tiny_models import PROTECTED, random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 from word_tokenizer import word_tokenizer
 
-from modeling_peer import add_experts, masked_experts
+from modeling_peer import masked_experts
+from modeling_peer.analysis.expert_mask import masked_sets
 from modeling_peer.analysis.token_explanation import ExpertReader
 from modeling_peer.explorer import ExpertContexts
-from modeling_peer.explorer.app import experts_off
-from modeling_peer.explorer.findings import _neighbors, _Words, addition_of, explore
-from modeling_peer.product_key_retrieval import ExpertMask
+from modeling_peer.explorer.app import MAX_CHARACTERS, experts_off, visitors_page
+from modeling_peer.explorer.findings import _neighbors, _words, addition_of, explore
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def test_contexts_are_those_of_largest_weight(model, tokenizer):
     contexts = ExpertContexts.measure(model, tokenizer, ["", *corpus], num_contexts=2, progress_bar=False)
     reader = ExpertReader(model)
     seen = 0
-    for label in reader.labels:
+    for label in reader.sets:
         for expert in range(model.config.num_experts):
             everywhere = []
             for text in corpus:
@@ -77,37 +66,30 @@ def cells_in_shells(size):
 
 
 @pytest.mark.parametrize("fields", [{}, {"sub_keys_per_head": True}, {"query_norm": "rms"}], ids=str)
-def test_neighbors_have_the_most_similar_keys(fields):
-    model = tiny_model(tiny_config("peer", **fields))
-    router = model.model.layers[0].mlp.router
+@pytest.mark.parametrize(("added", "size"), [(False, 6), (True, 5)])
+def test_neighbors_have_the_most_similar_keys(fields, added, size):
+    """Also those of experts that were added, whose indices begin behind the first ones."""
+    model = tiny_model(tiny_config("peer", expert_additions=[{"layers": [0], **PROTECTED}], **fields))
+    router = model.model.layers[0].mlp.added_routers[0] if added else model.model.layers[0].mlp.router
+    first_expert = 36 * added
     keys = router.sub_keys if router.key_norm is None else router.key_norm(router.sub_keys)
-    first, second = (keys[:, half].transpose(0, 1).flatten(1) for half in (0, 1))
-    whole = torch.stack([torch.cat([first[row], second[column]]) for row, column in cells_in_shells(6)])
+    rows, columns = (keys[:, half].transpose(0, 1).flatten(1) for half in (0, 1))
+    whole = torch.stack([torch.cat([rows[row], columns[column]]) for row, column in cells_in_shells(size)])
     cosines = F.cosine_similarity(whole[:, None], whole[None], dim=-1).fill_diagonal_(-2)
-    for expert in (0, 17, 35):
+    for expert in (0, 17, size**2 - 1):
         best = cosines[expert].topk(5)
-        assert [index for index, _ in _neighbors(router, expert)] == best.indices.tolist()
-        assert [cosine for _, cosine in _neighbors(router, expert)] == pytest.approx(best.values.tolist(), abs=1e-4)
-
-
-def test_neighbors_of_added_experts_are_added_with_them(tokenizer):
-    model = tiny_model(tiny_config("peer"))
-    add_experts(model, 16, mode="protected")
-    experts = explore(model, tokenizer, *texts(tokenizer, 20), num_switched_off=0)["experts"]["layer_0"]
-    generations = {
-        int(expert) < 36: [index < 36 for index, _ in each["neighbors"]] for expert, each in experts.items()
-    }
-    assert generations == {True: [True] * 5, False: [False] * 5}
+        indices, found = zip(*_neighbors(router, first_expert + expert), strict=True)
+        assert list(indices) == (first_expert + best.indices).tolist()
+        assert list(found) == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 def test_experts_know_when_they_were_added():
-    model = tiny_model(tiny_config("peer", "peer"))
-    add_experts(model, 13, mode="open")
-    add_experts(model, 16, mode="protected", layers=[1])
+    additions = [{"layers": [0, 1], "mode": "open", "num_experts": 13}, {"layers": [1], **PROTECTED}]
+    model = tiny_model(tiny_config("peer", "peer", expert_additions=additions))
     for layer, last in ((0, None), (1, "addition 2 (protected)")):
         routers = [model.model.layers[layer].mlp.router, *model.model.layers[layer].mlp.added_routers]
-        said = [addition_of(router, layer, expert) for router in routers for expert in router.generation.experts]
-        assert said == [None] * 36 + ["addition 1 (open)"] * 13 + [last] * (16 if last else 0)
+        said = [addition_of(routers[-1], layer, expert) for expert in range(74 if last else 49)]
+        assert said == [None] * 36 + ["addition 1 (open)"] * 13 + [last] * (25 if last else 0)
 
 
 def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, tokenizer):
@@ -139,7 +121,7 @@ def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, to
 def test_tokens_that_are_no_text_have_the_name_that_the_tokenizer_gives_them():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "peer-nano")
     tokens = torch.tensor(tokenizer("é").input_ids + tokenizer("\x00\n x").input_ids)
-    assert _Words(tokenizer)(tokens) == ["Ã", "©", "Ā", "\n", " x"]
+    assert _words(tokenizer, tokens) == ["Ã", "©", "Ā", "\n", " x"]
 
 
 def test_all_named_experts_are_described(model, tokenizer):
@@ -176,10 +158,10 @@ def test_experts_of_one_graft_alone_are_off(sizes, tokenizer):
         label = f"layer_1_graft_{graft}"
         (router,) = reader.routers(label)
         expert, own = next((int(each), own) for each, own in found["experts"][label].items() if "without" in own)
-        router.expert_mask = ExpertMask(torch.arange(sizes[graft]) != expert)
-        with torch.no_grad():
+        with torch.no_grad(), masked_sets([reader.sets[label]], torch.tensor([expert])):
             expected = model(tokens).logits
-        router.expert_mask = None
+            indices, _ = router(torch.randn(1, 200, 24))
+            assert not (indices == expert).any()
         with torch.no_grad(), experts_off(model, f"1 graft {graft}: {expert}"):
             assert torch.equal(model(tokens).logits, expected)
         losses = F.cross_entropy(expected[0, :-1], tokens[0, 1:], reduction="none")
@@ -190,9 +172,9 @@ def test_the_layer_of_a_single_graft_is_its_number():
     model = merged_in_turn(64)
     (router,) = ExpertReader(model).routers("layer_1_graft_0")
     with experts_off(model, "1: 3"):
-        assert router.expert_mask.experts.logical_not().nonzero().tolist() == [[3]]
-    message = "one of 1 graft 1, 1 graft 0, got '1'"
-    with pytest.raises(ValueError, match=message), experts_off(merged_in_turn(64, 36), "1: 3"):
+        indices, _ = router(torch.randn(1, 200, 24))
+    assert len(indices.unique()) == 63 and not (indices == 3).any()
+    with pytest.raises(ValueError, match="1 graft 1, 1 graft 0"), experts_off(merged_in_turn(64, 36), "1: 3"):
         pass
 
 
@@ -208,9 +190,15 @@ def test_experts_of_a_shared_pool_are_off_in_all_of_its_layers():
 
 @pytest.mark.parametrize(
     ("description", "message"),
-    [("3, 5", "must be like .* got '3, 5'"), ("0: 1;1: x", "got '1: x'"), ("4: 1", "one of 0, 1, got '4'")],
+    [("3, 5", "one of 0, 1, got '3, 5'"), ("0: 1;1: x", "x"), ("4: 1", "one of 0, 1, got '4'")],
 )
 def test_other_descriptions_are_refused_and_nothing_stays_off(model, description, message):
     with pytest.raises(ValueError, match=message), experts_off(model, description):
         pass
-    assert all(router.expert_mask is None for router in (layer.mlp.router for layer in model.model.layers))
+    assert not any("retrieve" in vars(layer.mlp.router) for layer in model.model.layers)
+
+
+def test_a_text_of_a_visitor_is_limited(model, tokenizer):
+    with pytest.raises(ValueError, match="4000"):
+        visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1), "")
+    assert visitors_page(model, tokenizer, "w1 w2", "0: 3; 1: 7").startswith("<iframe")

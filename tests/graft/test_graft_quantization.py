@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Grafts whose tables are quantized: merged ones are saved and loaded so, live ones only run."""
 
 import json
@@ -19,17 +8,15 @@ import pytest
 import torch
 from graft_models import grafted, logits_of, trained
 from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerQuantizationConfig, dequantize_experts, quantize_experts
-from modeling_peer.expert_table import ExpertTable
+from modeling_peer.experts import expert_tables
+from modeling_peer.quantization.table import QuantizedTable
 
 
 FORMATS = pytest.mark.parametrize("bits, group_size", [(8, None), (4, 16)])
-
-
-def tables_of(model):
-    return [module for module in model.modules() if isinstance(module, ExpertTable)]
 
 
 @FORMATS
@@ -50,8 +37,17 @@ def test_merged(family, bits, group_size, tmp_path):
     assert json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]["bits"] == bits
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", output_loading_info=True)
     assert not any(report.values())
-    assert all(table.is_quantized for table in tables_of(loaded)) and tables_of(loaded)
+    assert {type(table) for table in expert_tables(loaded).values()} == {QuantizedTable}
     assert torch.equal(logits_of(loaded), expected)
+
+
+def test_what_a_merged_checkpoint_lacks_is_refused(tmp_path):
+    quantize_experts(trained(grafted()).merge_and_unload()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    rest = {name: each for name, each in tensors.items() if not name.endswith("up_proj.scales")}
+    save_file(rest, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="scales"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @FORMATS
@@ -59,9 +55,9 @@ def test_live(bits, group_size):
     model = trained(grafted())
     quantize_experts(model, bits, group_size)
     logits = logits_of(model)
-    with pytest.raises(ValueError, match="The state dict of an adapter needs expert tables in floating point"):
+    with pytest.raises(ValueError, match="state dict"):
         get_peft_model_state_dict(model)
-    with pytest.raises(ValueError, match="`merge_and_unload` needs expert tables in floating point"):
+    with pytest.raises(ValueError, match="merge_and_unload"):
         model.merge_and_unload()
     assert not hasattr(model.get_base_model().config, "quantization_config")
     dequantize_experts(model)

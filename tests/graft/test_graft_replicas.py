@@ -1,26 +1,11 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Grafts on two processes, beside DistributedDataParallel or FSDP2 for their base model: as one process on the joint batch.
 """
 
 import copy
 import os
-import re
-from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,13 +24,13 @@ from modeling_peer import (
     RowAdamW,
     expert_parameter_groups,
     shard_experts,
-    split_checkpoints,
     whole_state_dict,
 )
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.library_releases import is_at_least
-from modeling_peer.memory_group import ExpertColumns, is_split
+from modeling_peer.experts import expert_tables
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.parallel import split_checkpoints
+from modeling_peer.parallel.columns import is_split
+from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
 
 
 STEPS = 10
@@ -59,16 +44,13 @@ WITH_BIASES = {"base_model": "gpt2", "placement": "in_place", "num_experts": 10*
 REPLICAS = {"whole tables": {"group_size": 1}}
 GROUPS = {
     "split tables": {},
-    "biases": {"graft": WITH_BIASES},
     "biases and a moment for each row": {"graft": WITH_BIASES, "second_moment": "row"},
     "fsdp2": {"beside_fsdp": True},
     "fsdp2 and biases": {"graft": WITH_BIASES, "beside_fsdp": True},
 }
-CASES = REPLICAS | (GROUPS if is_at_least("Transformers", "5.24") else {})
+CASES = REPLICAS | (GROUPS if HAS_PARALLEL_STYLES else {})
 
-needs_groups = pytest.mark.skipif(
-    not is_at_least("Transformers", "5.24"), reason="memory groups need Transformers 5.24"
-)
+needs_groups = pytest.mark.skipif(not HAS_PARALLEL_STYLES, reason="memory groups need Transformers 5.24")
 
 
 def whole(tensor):
@@ -79,7 +61,7 @@ def fully_sharded(model):
     """The model with its layers and all else under FSDP2, except for the tables."""
     from torch.distributed.fsdp import fully_shard
 
-    tables = {module.weight for module in model.modules() if isinstance(module, ExpertTable)}
+    tables = set(tables_of(model))
     for layer in grafts_of(model)[0].decoder_forward.decoder.get_submodule(LAYERS[model.config.model_type]):
         fully_shard(layer, ignored_params=tables)
     return fully_shard(model, ignored_params=tables)
@@ -140,7 +122,7 @@ def mean_over_processes(loss, rank):
 
 def save(model, folder):
     """Saves a model whose tables are split, in chunks of four rows."""
-    with pytest.raises(ValueError, match="`shard_experts` split the expert tables of this model, so one process"):
+    with pytest.raises(ValueError, match="shard_experts"):
         model.save_pretrained(folder)
     chunk_elements, split_checkpoints.CHUNK_ELEMENTS = split_checkpoints.CHUNK_ELEMENTS, 100
     state_dict = whole_state_dict(model, folder)
@@ -180,7 +162,7 @@ def copies(rank=None):
 
 
 def tables_of(model):
-    return [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+    return [table.weight for table in expert_tables(model).values()]
 
 
 def work(rank, folder, has_groups):
@@ -202,7 +184,7 @@ def work(rank, folder, has_groups):
 def folder(tmp_path_factory):
     """Where the results of both processes are, and the adapters that they saved."""
     folder = tmp_path_factory.mktemp("replicas")
-    run_on_two_processes(work, str(folder), is_at_least("Transformers", "5.24"))
+    run_on_two_processes(work, str(folder), HAS_PARALLEL_STYLES)
     return folder
 
 
@@ -275,19 +257,3 @@ def test_a_copy_of_a_split_model_has_tables_of_its_own(folder, name):
         for key in ("copy", "model"):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
         assert found["gradients"] == expected["gradients"]
-
-
-@needs_groups
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (4, None),
-        (5, "`ep_size` = 5 does not divide the width 24 of up_proj.weight"),
-        (6, "`ep_size` = 6 leaves the last rank of a memory group no column of up_proj.weight: its 25 columns, 1"),
-    ],
-)
-def test_groups_that_tables_with_biases_fit(size, message):
-    table = grafts_of(grafted(**WITH_BIASES))[0].expert_pool.up_proj
-    check = partial(ExpertColumns().validate_param, table, "weight", SimpleNamespace(size=lambda: size))
-    with nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
-        check(parameter_name="up_proj.weight")

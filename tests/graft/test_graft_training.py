@@ -1,23 +1,11 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Grafts in the stock `Trainer` and in TRL's `SFTTrainer`, with the optimizer and the measures of PEER models."""
 
 import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, grafts_of, merged_in_turn
 from peft import PeftModel, get_peft_model
-from release_names import CHECKPOINTING
 from sft import save_tokenizer, sft_trainer
 from table_gradients import DenseRowAdamW, tables_of
 from torch.testing import assert_close
@@ -36,8 +24,8 @@ from modeling_peer import (
     measure_usage,
 )
 from modeling_peer.analysis.expert_sets import find_expert_sets, observe_retrievals
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.experts import expert_tables
+from modeling_peer.ops.factored_gradient import FactoredGradient
 
 
 def model_of(family="llama", **fields):
@@ -74,21 +62,12 @@ class TestTrainer:
         assert logged(resumed)[-4:] == logged(whole)[-4:]
         assert_close(copy_of_state(resumed.model), copy_of_state(whole.model), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
-    def test_activation_checkpointing_changes_nothing(self, tmp_path, query_norm):
-        plain, checkpointed = (
-            train(model_of(query_norm=query_norm), tmp_path, max_steps=5, **{CHECKPOINTING: checkpointing})
-            for checkpointing in (False, True)
-        )
-        assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
-        assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
-
     def test_row_adamw_moves_the_same_rows_by_factors(self, tmp_path):
         trainers = []
         for factored in (False, True):
             model = model_of()
             groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
-            tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+            tables = [table.weight for table in expert_tables(model).values()]
             rows = next(group for group in groups if group["rows"])["params"]
             assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
             trainer = trainer_of(model, tmp_path, max_steps=5)
@@ -157,16 +136,7 @@ class TestTrainer:
             assert torch.cat(seen).min() >= num_experts // 2
             assert torch.equal(logits_of(model), logits)
 
-    def test_there_is_nothing_to_measure_while_adapters_are_off(self):
-        model = grafted()
-        with (
-            model.disable_adapter(),
-            pytest.raises(ValueError, match="no PEER or PKM layer but grafts of adapters that"),
-        ):
-            measure_usage(model, input_ids=torch.arange(9)[None])
-
-    @pytest.mark.parametrize("query_norm", ["rms", "batch"])
-    def test_sparse_finetuning_of_a_graft(self, tmp_path, query_norm):
+    def test_sparse_finetuning_of_a_graft(self, tmp_path):
         """Whatever makes all of the adapter require gradients, before the training or in it."""
 
         class SwitchOff(TrainerCallback):
@@ -174,7 +144,7 @@ class TestTrainer:
                 with model.disable_adapter():
                     pass
 
-        model = model_of(query_norm=query_norm)
+        model = model_of(query_norm="batch")
         background = ExpertBackground.measure(model, counting_sequences(8), progress_bar=False)
         callback = SparseFinetuningCallback(model, background, num_trained_experts=5)
         with model.disable_adapter():
@@ -186,18 +156,6 @@ class TestTrainer:
         (name,) = find_expert_sets(model)
         assert moved == {f"{name}.down_proj.weight"}
         assert logged(trainer, "sparse_finetuning/trained_experts/layer_1_default") == [5.0] * 3
-
-    def test_usage_leaves_padding_out(self, tmp_path):
-        usages = []
-        for width in (0, 6):
-            examples = [{"input_ids": torch.arange(1, 8), "labels": torch.arange(1, 8)}] * 7
-            examples.append({"input_ids": torch.arange(1, 8 + width), "labels": torch.arange(1, 8 + width)})
-            model = model_of()
-            router, seen = grafts_of(model)[0].router, []
-            router.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[1]))
-            train(model, tmp_path, examples, max_steps=1, per_device_train_batch_size=8)
-            usages.append([int(mask.sum()) for mask in seen if mask is not None])
-        assert usages == [[56], [62]]
 
 
 class TestSupervisedFineTuning:

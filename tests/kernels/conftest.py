@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """A cache of compiled kernels of a test's own, a number of threads, and tests in Triton's interpreter."""
 
 import subprocess
@@ -19,9 +8,9 @@ import pytest
 import torch
 from triton_programs import watched_launches
 
-from modeling_peer import native_library
-from modeling_peer.native_library import load_library
-from modeling_peer.triton_launch import INTERPRETED
+from modeling_peer.ops import native
+from modeling_peer.ops.native import load_library
+from modeling_peer.ops.triton_launch import INTERPRETED
 
 
 def pytest_configure(config):
@@ -50,8 +39,8 @@ def _watched(request):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, and nothing loaded yet."""
-    monkeypatch.setattr(native_library.constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(native_library.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(native.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
     load_library.cache_clear()
     yield tmp_path / "home" / "modeling_peer"
     load_library.cache_clear()

@@ -1,163 +1,151 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""
-The operators in front of the experts: autograd, compilers, checkpointing, autocast and the transforms of `torch.func`.
-"""
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Experts and retrieval on kernels: autograd, compilers, checkpointing, autocast and the transforms of `torch.func`."""
 
-from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from kernel_cases import IMPLEMENTATIONS, experts
 from table_gradients import dense
 from tiny_models import random_tokens, tiny_config, tiny_model
+from torch import nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from modeling_peer import product_key_retrieval as product_key_retrieval_module
-from modeling_peer.expert_kernels_torch import EagerKernels
-from modeling_peer.expert_operators import expert_down, expert_row_gradient, expert_up
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_outlet import leave_graph
-from modeling_peer.product_key_retrieval import product_key_retrieval, product_key_retrieval_gradients, retrieve
+from modeling_peer import RowAdamW
+from modeling_peer.experts import retrieve, run_experts_eager
+from modeling_peer.ops.experts import expert_down, expert_row_gradient, expert_up, run_expert_pool
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.quantized_rows import dequantize, quantize
+from modeling_peer.ops.retrieval import product_key_retrieval, product_key_retrieval_gradients, retrieve_on_kernels
+
+
+retrieve_on_cpu = partial(retrieve_on_kernels, kernels="cpu")
 
 
 def samples(kernels):
     """Every operator with arguments."""
-    hidden_states, weights, indices, table = experts(5, 6, 24, 36, torch.float32)
+    hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float32)
     hidden_states, weights, table = (x.requires_grad_() for x in (hidden_states, weights, table))
-    yield expert_up, (hidden_states, indices, table, kernels, False)
-    yield expert_down, (weights, indices, table, kernels, False)
-    values, outlet = torch.randn(5, 6, requires_grad=True), torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    entries = torch.zeros_like(outlet)
-    yield leave_graph, ([values], hidden_states.detach(), indices, [outlet], entries, 36, kernels, False)
-    yield expert_row_gradient, (weights.detach(), hidden_states.detach(), indices, 36, torch.float32, kernels)
+    quantized = quantize(table.detach(), 4, 8)
+    yield expert_up, (hidden_states, rows, table, None, 24, 1, kernels)
+    yield expert_down, (weights, rows, table, None, 24, 1, kernels)
+    yield expert_up, (hidden_states, rows, quantized.integers, quantized.scales, 24, 4, kernels)
+    yield expert_down, (weights, rows, quantized.integers, quantized.scales, 24, 4, kernels)
+    yield expert_row_gradient, (weights.detach(), hidden_states.detach(), rows, 36, torch.float32, kernels)
     if kernels == "cpu":
         queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8, requires_grad=True)
         yield product_key_retrieval, (queries, sub_keys, 3, kernels)
-        indices, scores = retrieve(queries.detach(), sub_keys.detach(), 3, kernels)
+        indices, scores = retrieve(queries.detach(), sub_keys.detach(), 3)
         for wanted in ([True, True], [False, True], [True, False]):
             leaves = queries.detach(), sub_keys.detach()
             yield product_key_retrieval_gradients, (scores, indices, *leaves, wanted, kernels)
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
-class TestOperators:
-    def test_opcheck(self, kernels):
-        for operator, arguments in samples(kernels):
-            torch.library.opcheck(operator, arguments)
+def test_operators_are_as_torch_wants_them(kernels):
+    for operator, arguments in samples(kernels):
+        torch.library.opcheck(operator, arguments)
 
+
+def tables_of(kind):
+    """Weights of up, gate and down, or `None`; float64."""
+    generator = torch.Generator().manual_seed(1)
+    tables = [torch.randn(36, 24, generator=generator, dtype=torch.float64) for _ in range(3)]
+    kept = {"plain": (0, 2), "gated": (0, 1, 2), "values": (2,)}[kind]
+    return [table if place in kept else None for place, table in enumerate(tables)]
+
+
+def literal(hidden_states, rows, weights, tables, act_fn):
+    modules = [None if table is None else (lambda rows, table=table: table[rows]) for table in tables]
+    return run_experts_eager(hidden_states, rows, weights, *modules, act_fn)
+
+
+class TestPools:
+    @pytest.mark.parametrize("kind", ["plain", "gated", "values"])
     @pytest.mark.parametrize("factored", [False, True], ids=["dense", "factored"])
-    def test_gradients_are_those_of_the_literal_ones(self, kernels, factored):
-        hidden_states, weights, indices, table = experts(7, 6, 24, 36, torch.float64)
-        literal = {expert_up: EagerKernels.up, expert_down: EagerKernels.down}
-        for operator, first in ((expert_up, hidden_states), (expert_down, weights)):
-            first, leaf = first.clone().requires_grad_(), table.clone().requires_grad_()
-            output = operator(first, indices, leaf, kernels, factored)
-            direction = torch.randn_like(output)
-            actual = torch.autograd.grad(output, (first, leaf), direction)
-            expected = torch.autograd.grad(literal[operator](first, indices, leaf), (first, leaf), direction)
-            assert isinstance(actual[1], FactoredGradient) == factored
-            for x, y in zip(actual, expected, strict=True):
-                torch.testing.assert_close(dense(x), y, rtol=1e-10, atol=1e-10)
+    @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+    def test_gradients_are_those_of_the_literal_algorithm(self, kernels, factored, kind):
+        hidden_states, weights, rows, _ = experts(7, 6, 24, 36, torch.float64)
+        tables = [None if table is None else nn.Parameter(table) for table in tables_of(kind)]
+        leaves = [hidden_states.requires_grad_(), weights.requires_grad_(), *filter(lambda t: t is not None, tables)]
+        expected = literal(hidden_states, rows, weights, tables, F.gelu)
+        optimizer = RowAdamW([{"params": leaves[2:], "rows": factored}])
+        actual = run_expert_pool(hidden_states, rows, weights, *tables, F.gelu, kernels)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            assert torch.equal(run_expert_pool(hidden_states, rows, weights, *tables, F.gelu, kernels), actual)
+        direction = torch.randn_like(expected)
+        found, exact = (torch.autograd.grad(y, leaves, direction, allow_unused=True) for y in (actual, expected))
+        assert all(isinstance(each, FactoredGradient) == factored for each in found[2:])
+        assert (found[0] is None) == (kind == "values")
+        for mine, its in zip(found, exact, strict=True):
+            if its is not None:
+                torch.testing.assert_close(dense(mine), its, rtol=1e-10, atol=1e-10)
+        assert optimizer.param_groups
 
-    def test_double_backward_is_refused(self, kernels):
-        for operator, arguments in samples(kernels):
-            if operator in (expert_row_gradient, product_key_retrieval_gradients):
-                continue
-            outputs = operator(*arguments)
-            output = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-            with pytest.raises(RuntimeError, match=r'second derivative.*expert_kernels="eager"'):
-                torch.autograd.grad(output.sum(), arguments[0], create_graph=True)
+    @pytest.mark.parametrize("trained", [0, 1, 2])
+    @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+    def test_of_quantized_tables(self, kernels, trained):
+        """One of which is plain and trained."""
+        hidden_states, weights, rows, _ = experts(7, 6, 24, 36, torch.float64)
+        hidden_states.requires_grad_()
+        quantized = [quantize(table, 8, None) for table in tables_of("gated")]
+        plain = [dequantize(table, torch.float64) for table in quantized]
+        quantized[trained] = plain[trained].requires_grad_()
+        expected = literal(hidden_states, rows, weights, plain, F.gelu)
+        actual = run_expert_pool(hidden_states, rows, weights, *quantized, F.gelu, kernels)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)  # sums of quantized rows are in float32
+        leaves = hidden_states, plain[trained]
+        for mine, its in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (actual, expected)), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-3)
 
-    def test_frozen_inputs_get_no_gradient(self, kernels, used_kernels):
-        hidden_states, _, indices, table = experts(5, 6, 24, 36, torch.float32)
-        output = expert_up(hidden_states.requires_grad_(), indices, table, kernels, False)
+    def test_frozen_tables_get_no_gradient(self, used_kernels):
+        hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float32)
+        output = run_expert_pool(hidden_states.requires_grad_(), rows, weights, table, None, table, F.gelu, "cpu")
         output.sum().backward()
         assert hidden_states.grad is not None
-        assert table.grad is None
-        assert used_kernels == {(kernels, "up"), (kernels, "down")}  # and none is computed
+        assert used_kernels == {("cpu", "up"), ("cpu", "down")}  # and none is computed
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_activation_checkpointing(self, kernels, use_reentrant):
-        hidden_states, _, indices, table = experts(5, 6, 24, 36, torch.float64)
+    def test_activation_checkpointing(self, use_reentrant):
+        hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float64)
+        queries, sub_keys = torch.randn(5, 2, 2, 8), torch.randn(1, 2, 6, 8)
         grads = []
         for run in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=use_reentrant)):
-            leaves = hidden_states.clone().requires_grad_(), table.clone().requires_grad_()
-            run(lambda x, t: expert_up(x, indices, t, kernels, False).square(), *leaves).sum().backward()
+            leaves = [each.clone().requires_grad_() for each in (hidden_states, table, queries, sub_keys)]
+
+            def forward(x, t, q, c):
+                output = run_expert_pool(x, rows, weights, t, None, t, F.gelu, "cpu")
+                return output.square().sum() + retrieve_on_cpu(q, c, 3)[1].square().sum()
+
+            run(forward, *leaves).backward()
             grads.append([leaf.grad for leaf in leaves])
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
-class Recorded(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*arguments, **(keywords or {}))
+def test_retrieval_is_the_same_behind_an_operator():
+    leaves = [torch.randn(*shape).requires_grad_() for shape in ((5, 2, 2, 8), (1, 2, 6, 8))]
+    outcomes = []
+    for indices, scores in (retrieve_on_cpu(*leaves, 3), product_key_retrieval(*leaves, 3, "cpu")[::-1]):
+        assert scores.requires_grad and not indices.requires_grad
+        outcomes.append((indices, scores, *torch.autograd.grad(scores.square().sum(), leaves)))
+    assert all(torch.equal(x, y) for x, y in zip(*outcomes, strict=True))
 
 
-class TestPlainRetrieval:
-    """In training that nothing but autograd observes, retrieval is no operator."""
-
-    def run(self, mode=nullcontext):
-        generator = torch.Generator().manual_seed(0)
-        leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((5, 2, 2, 8), (1, 2, 6, 8))]
-        with mode():
-            indices, scores = retrieve(*leaves, 3, "cpu")
-            return indices, scores, *torch.autograd.grad(scores.square().sum(), leaves)
-
-    def test_it_equals_the_operators_to_the_bit(self):
-        mode = Recorded()
-        observed = self.run(lambda: mode)
-        assert {"product_key_retrieval", "product_key_retrieval_gradients"} <= set(mode.names)
-        assert all(torch.equal(x, y) for x, y in zip(self.run(), observed, strict=True))
-
-    def test_it_calls_no_operator(self, monkeypatch):
-        def refuse(*arguments):
-            raise AssertionError
-
-        for name in ("product_key_retrieval", "product_key_retrieval_gradients"):
-            monkeypatch.setattr(product_key_retrieval_module, name, refuse)
-        self.run()
-
-    def test_indices_have_no_gradient(self):
-        queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8)
-        indices, scores = retrieve(queries, sub_keys, 3, "cpu")
-        assert scores.requires_grad
-        assert not indices.requires_grad
-
-    def test_double_backward_is_refused(self):
-        queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8)
-        scores = retrieve(queries, sub_keys, 3, "cpu")[1]
-        with pytest.raises(RuntimeError, match=r'second derivative.*expert_kernels="eager"'):
-            torch.autograd.grad(scores.sum(), queries, create_graph=True)
-
-    @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_activation_checkpointing(self, use_reentrant):
-        leaves = torch.randn(5, 2, 2, 8), torch.randn(1, 2, 6, 8)
-        grads = []
-        for run in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=use_reentrant)):
-            mine = [leaf.clone().requires_grad_() for leaf in leaves]
-            run(lambda q, c: retrieve(q, c, 3, "cpu")[1].square(), *mine).sum().backward()
-            grads.append([leaf.grad for leaf in mine])
-        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+def test_a_second_derivative_is_refused():
+    hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float32)
+    leaf = hidden_states.requires_grad_()
+    queries, sub_keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(1, 2, 6, 8)
+    for output, x in (
+        (run_expert_pool(leaf, rows, weights, table, None, table, F.gelu, "cpu"), leaf),
+        (retrieve_on_cpu(queries, sub_keys, 3)[1], queries),
+    ):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError):
+            gradient.sum().backward()
 
 
 def test_compiled_without_a_graph_break():
@@ -175,17 +163,12 @@ def test_compiled_without_a_graph_break():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_exported_with_kernels_that_were_chosen():
-    """Behind operators. Those that are chosen for a user are not exported: see `tests/model/test_export.py`."""
-    layer = tiny_model(tiny_config(expert_kernels="torch")).model.layers[0].mlp
-    hidden_states = torch.randn(2, 5, 24)
-    program = torch.export.export(
-        layer, (hidden_states,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=64)},)
-    )
-    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {name.partition(".")[2].partition(".")[0] for name in operators} >= {"expert_up", "expert_down"}
-    longer = torch.randn(2, 11, 24)
-    torch.testing.assert_close(program.module()(longer), layer(longer))
+@torch.no_grad()
+def test_traced():
+    layer = tiny_model(tiny_config()).model.layers[0].mlp
+    hidden_states = torch.randn(1, 4, 24)
+    traced = torch.jit.trace(layer, hidden_states)
+    torch.testing.assert_close(traced(hidden_states), layer(hidden_states))
 
 
 @pytest.mark.parametrize("kernels", ["eager", *IMPLEMENTATIONS])
@@ -194,62 +177,44 @@ def test_autocast(kernels, dtype):
     """Whatever dtype the tokens come in, tables stay in theirs, and so do their gradients."""
     config = tiny_config(expert_kernels=kernels)
     pool = tiny_model(config).model.layers[0].mlp.expert_pool
-    hidden_states, weights, indices, _ = experts(5, 6, 24, 36, torch.float32)
+    hidden_states, weights, rows, _ = experts(5, 6, 24, 36, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = pool(hidden_states.to(dtype), indices, weights.to(dtype))
+        output = pool(hidden_states.to(dtype), rows, weights.to(dtype))
     output.float().sum().backward()
     config.expert_kernels = "eager"
-    torch.testing.assert_close(output.float(), pool(hidden_states, indices, weights), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(output.float(), pool(hidden_states, rows, weights), rtol=0.05, atol=0.1)
     assert pool.up_proj.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grad", [True, False])
 class TestTransforms:
-    """Transforms of `torch.func` and forward mode: right, or refused, but never a gradient of zero."""
-
-    @pytest.fixture(params=[True, False], ids=["grad", "no_grad"], autouse=True)
-    def grad_mode(self, request):
-        with torch.set_grad_enabled(request.param):
-            yield
-
-    @staticmethod
-    def layer(kernels):
-        return tiny_model(tiny_config(expert_kernels=kernels)).double().model.layers[0].mlp
-
-    def parts(self, kernels):
-        """Functions of one tensor, float32 for retrieval in C, with an argument."""
-        layer = self.layer(kernels)
-        hidden_states, weights, indices, _ = experts(5, 6, 24, 36, torch.float64)
-        yield lambda x: layer.expert_pool.up_proj(x, indices), hidden_states
-        yield lambda x: layer.expert_pool.down_proj(x, indices), weights
-        sub_keys = torch.randn(1, 2, 6, 8)
-        yield lambda x: retrieve(x, sub_keys, 3, kernels)[1], torch.randn(5, 2, 2, 8)
+    """Transforms of `torch.func` and forward mode are refused, and never give a gradient of zero."""
 
     @staticmethod
     def forward_mode(function, x):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
-    def test_forward_mode_needs_the_literal_experts(self):
-        for function, x in self.parts("cpu"):
+    def test_kernels_refuse_them(self, grad):
+        hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float64)
+        sub_keys = torch.randn(1, 2, 6, 8)
+        for function, x in (
+            (lambda x: run_expert_pool(x, rows, weights, table, None, table, F.gelu, "cpu"), hidden_states),
+            (lambda x: retrieve_on_cpu(x, sub_keys, 3)[1], torch.randn(5, 2, 2, 8)),
+        ):
             for run in (
                 lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
                 self.forward_mode,
                 lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-                lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(torch.stack([x, x])),
+                lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
             ):
-                with pytest.raises(RuntimeError, match=r'Forward-mode.*need `expert_kernels="eager"`'):
+                with torch.set_grad_enabled(grad), pytest.raises(RuntimeError):
                     run(function, x)
 
-    def test_the_literal_experts_have_forward_mode(self):
-        layer = self.layer("eager")
+    def test_the_literal_experts_have_forward_mode(self, grad):
+        layer = tiny_model(tiny_config(expert_kernels="eager")).double().model.layers[0].mlp
         x, direction = torch.randn(2, 1, 3, 24, dtype=torch.float64)
-        difference = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
-        tangent = torch.func.jvp(layer, (x,), (direction,))[1]
+        with torch.set_grad_enabled(grad):
+            difference = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
+            tangent = torch.func.jvp(layer, (x,), (direction,))[1]
         torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
-
-    @pytest.mark.filterwarnings("ignore:There is a performance drop")
-    def test_vmap(self):
-        for function, x in self.parts("cpu"):
-            several = torch.stack([x, 2 * x, -x])
-            expected = torch.stack([function(each) for each in several])
-            torch.testing.assert_close(torch.func.vmap(function)(several), expected)

@@ -1,17 +1,6 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Which gradients of tables come in factors, who takes them, and how often their entries are grouped."""
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which gradients of tables come in factors, who takes them, and how often their assignments are grouped."""
 
 import copy
 import gc
@@ -26,8 +15,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
-from modeling_peer.expert_kernels_cpu import CpuKernels
-from modeling_peer.factored_gradient import FactoredGradient, takes_factors
+from modeling_peer.ops.factored_gradient import FactoredGradient, takes_factors
+from modeling_peer.ops.kernels_cpu import CpuKernels
 
 
 def model_of(*feed_forward_types, **fields) -> PeerForCausalLM:
@@ -98,10 +87,10 @@ class TestTakers:
         assert come_in_factors(model) == {True}
 
     def test_a_refused_group_takes_none(self):
-        table, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+        table = nn.Parameter(torch.ones(3, 4))
         optimizer = RowAdamW([nn.Parameter(torch.ones(2))])
-        with pytest.raises(ValueError, match="must be real, of shape"):
-            optimizer.add_param_group({"params": [table, vector], "rows": True})
+        with pytest.raises(ValueError):
+            optimizer.add_param_group({"params": [table], "rows": True, "lr": -1.0})
         assert not takes_factors(table)
 
     def test_casts_and_loaded_states_keep_them(self):
@@ -171,11 +160,18 @@ class TestTakers:
             assert not taker.state
         assert_close(*states, rtol=1e-9, atol=1e-12)
 
+    def test_a_shallow_copy_of_a_table_does_not_take_them(self):
+        table = nn.Parameter(torch.ones(3, 4))
+        optimizer = RowAdamW([{"params": [table], "rows": True}])
+        assert takes_factors(table) and not takes_factors(copy.copy(table))
+        assert optimizer.param_groups
+
     def test_tables_that_grow_need_an_optimizer_of_their_own(self):
         model = model_of()
         optimizer = optimizer_of(model)
         pool = model.model.layers[0].mlp.expert_pool
-        pool.up_proj.append_rows(torch.zeros(3, pool.up_proj.embedding_dim))
+        more = torch.zeros(3, pool.up_proj.embedding_dim, dtype=torch.float64)
+        pool.up_proj.weight = nn.Parameter(torch.cat([pool.up_proj.weight.detach(), more]))
         backward(model)
         assert type(pool.up_proj.weight.grad) is torch.Tensor
         assert pool.up_proj.weight.grad.shape == pool.up_proj.weight.shape
@@ -183,43 +179,43 @@ class TestTakers:
         assert optimizer.param_groups
 
 
-def test_a_pool_is_one_operation_unless_something_is_to_see_its_tables():
-    """The same gradients, in factors either way."""
-    model = model_of("peer", "peer", gated_experts=True)
+def test_a_pool_whose_tables_something_is_to_see_has_dense_gradients():
+    """The same ones: the module is called."""
+    model = model_of("peer", gated_experts=True)
     optimizer = optimizer_of(model)
     assert come_in_factors(model) == {True}
     expected = {name: dense(parameter.grad) for name, parameter in model.named_parameters()}
-    seen = []
-    pool = model.model.layers[0].mlp.expert_pool
-    for table in (pool.up_proj, pool.gate_proj, pool.down_proj):
-        handle = table.register_forward_hook(lambda module, args, output: seen.append(module))
-        assert come_in_factors(model) == {True}
-        assert len(seen) == 1 and seen.pop() is table
+    seen, pool = [], model.model.layers[0].mlp.expert_pool
+    handle = pool.gate_proj.register_forward_hook(lambda module, args, output: seen.append(module))
+    own, table = pool.up_proj.forward, pool.up_proj
+    for change, undo in (
+        (lambda: None, handle.remove),
+        (
+            lambda: setattr(table, "forward", lambda *args: seen.append(table) or own(*args)),
+            lambda: delattr(table, "forward"),
+        ),
+    ):
+        change()
+        assert come_in_factors(model) == {False}
+        assert len(seen) == 1 and seen.pop() in (pool.gate_proj, table)
         for name, parameter in model.named_parameters():
             assert_close(dense(parameter.grad), expected[name], rtol=1e-12, atol=1e-14)
-        handle.remove()
-    own, table = pool.up_proj.forward, pool.up_proj
-    table.forward = lambda *args: seen.append(table) or own(*args)
-    assert come_in_factors(model) == {True}
-    assert seen == [table]
-    for name, parameter in model.named_parameters():
-        assert_close(dense(parameter.grad), expected[name], rtol=1e-12, atol=1e-14)
-    del table.forward
-    assert come_in_factors(model) == {True} and seen == [table]
+        undo()
+    assert come_in_factors(model) == {True} and not seen
     assert optimizer.param_groups
 
 
 class TestGrouping:
-    """Sorting entries is dear, and the tables of a pool have the same."""
+    """Sorting assignments is dear, and the tables of a pool have the same."""
 
     @pytest.fixture
     def groupings(self, monkeypatch):
-        """The numbers of entries that were grouped."""
+        """The numbers of assignments that were grouped."""
         found, group = [], CpuKernels.group
 
-        def recorded(indices, num_rows):
-            found.append(len(indices))
-            return group(indices, num_rows)
+        def recorded(rows, num_rows):
+            found.append(len(rows))
+            return group(rows, num_rows)
 
         monkeypatch.setattr(CpuKernels, "group", recorded)
         return found

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Memory of a million experts: loading, forward and generation take only that of the rows that tokens read."""
 
 import json
@@ -27,7 +16,7 @@ from tiny_models import tiny_config
 from transformers import AutoConfig
 
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.feed_forward import PeerFeedForward
 
 
 ROOT = Path(__file__).parents[2]
@@ -145,13 +134,13 @@ for name, length in (("short", 3), ("long", 1000)):
         "tokens": tokens.shape[1], "own": generating.peak, "resident": resident("VmHWM"), "file": resident("RssFile")
     }
 facts |= {
-    "kernels": table.kernels, "dtype": str(table.weight.dtype), "loading": loading.peak,
+    "dtype": str(table.weight.dtype), "loading": loading.peak,
     "advised": advised(table.weight.data_ptr()),
 }
 print(json.dumps(facts))
 """
     facts = run(script, tmp_path)
-    assert (facts["kernels"], facts["dtype"]) == ("cpu", "torch.bfloat16")
+    assert facts["dtype"] == "torch.bfloat16"
     assert (facts["short"]["tokens"], facts["long"]["tokens"]) == (23, 1020)
     assert facts["loading"] < 500
     assert facts["short"]["own"] < 500 and facts["short"]["resident"] < 1000
@@ -166,7 +155,7 @@ def test_no_gathered_rows_are_held(kernels):
     script = """
 import json, torch
 from modeling_peer import PeerConfig
-from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.feed_forward import PeerFeedForward
 sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 128**2, "query_size": 64}
 config = PeerConfig(**sizes, expert_kernels=sys.argv[1])
 layer = PeerFeedForward(config, 0)
@@ -189,7 +178,7 @@ def test_factors_take_memory_for_tokens():
     script = """
 import json, torch
 from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
-from modeling_peer.feed_forward_peer import PeerFeedForward
+from modeling_peer.feed_forward import PeerFeedForward
 sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 512**2, "query_size": 64}
 layer = PeerFeedForward(PeerConfig(**sizes), 0)
 for parameter in layer.parameters():
@@ -204,11 +193,11 @@ before = resident("VmRSS")
 start_of_peak()
 backward(2048)
 tables = layer.expert_pool.up_proj, layer.expert_pool.down_proj
-factors = sum(part.nbytes for table in tables for part in table.weight.grad._factors)
+factors = sum(part.nbytes for table in tables for part in table.weight.grad._sum.factors)
 print(json.dumps({"more": resident("VmHWM") - before, "factors": factors}))
 """
     facts = run(script)
-    # 2,048 tokens of 2 KB with 128 entries of 12 bytes each, twice. The rows would take 512 MB for each table.
+    # 2,048 tokens of 2 KB with 128 assignments of 12 bytes each, twice. The rows would take 512 MB for each table.
     assert facts["factors"] == 2 * 2048 * (2048 + 128 * 12)
     assert facts["more"] < 100
 
@@ -219,15 +208,15 @@ def test_accumulated_factors_take_a_multiple_of_the_rows():
     script = """
 import json, torch
 from modeling_peer import RowAdamW
-from modeling_peer.expert_operators import run_expert_pool
-from modeling_peer.factored_gradient import MOST_FACTORS
+from modeling_peer.ops.experts import run_expert_pool
+from modeling_peer.ops.factored_gradient import MOST_FACTORS
 up, down = tables = [torch.nn.Parameter(torch.randn(1024, 512)) for _ in range(2)]
 optimizer = RowAdamW([{"params": tables, "rows": True}])
 def backward():
     tokens, weights, indices = torch.randn(512, 512), torch.randn(512, 64), torch.randint(1024, (512, 64))
     act = torch.nn.functional.gelu
     run_expert_pool(tokens, indices, weights, up, None, down, act, "cpu").square().sum().backward()
-    return sum(part.nbytes for table in tables for part in table.grad._factors) / (up.nbytes + down.nbytes)
+    return sum(part.nbytes for table in tables for part in table.grad._sum.factors) / (up.nbytes + down.nbytes)
 backward()
 before = resident("VmRSS")
 start_of_peak()

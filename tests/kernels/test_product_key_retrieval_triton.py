@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Product-key retrieval in Triton, in its interpreter, against sorting, against C, and against autograd in float64."""
 
 import math
@@ -19,12 +8,12 @@ import pytest
 import torch
 from slow_tests import slow
 
-from modeling_peer import product_key_retrieval_triton
-from modeling_peer.expert_kernels_cpu import CpuKernels
-from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.key_grid import expert_cell, expert_index
-from modeling_peer.product_key_retrieval import retrieve
-from modeling_peer.product_key_retrieval_triton import score_halves, select
+from modeling_peer.experts import expert_cell, retrieve
+from modeling_peer.ops import retrieval_triton
+from modeling_peer.ops.kernels_cpu import CpuKernels
+from modeling_peer.ops.kernels_triton import TritonKernels
+from modeling_peer.ops.retrieval import retrieve_on_kernels
+from modeling_peer.ops.retrieval_triton import select
 
 
 pytestmark = pytest.mark.interpreted
@@ -86,12 +75,12 @@ class TestSelection:
 class TestRetrieval:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_equals_the_reference(self, shape, monkeypatch):
-        monkeypatch.setattr(product_key_retrieval_triton, "PIECE_SIZE", 2**9)  # of several tokens or heads
+        monkeypatch.setattr(retrieval_triton, "PIECE_SIZE", 2**9)  # of several tokens or heads
         *sizes, k = shape
         queries, sub_keys = (each.requires_grad_() for each in random_inputs(*sizes))
-        indices, scores = retrieve(queries, sub_keys, k, "triton")
+        indices, scores = retrieve_on_kernels(queries, sub_keys, k, "triton")
         exact = [x.detach().double().requires_grad_() for x in (queries, sub_keys)]
-        exact_indices, exact_scores = retrieve(*exact, k, "eager")
+        exact_indices, exact_scores = retrieve(*exact, k)
         assert torch.equal(indices, exact_indices)
         torch.testing.assert_close(scores.double(), exact_scores, rtol=1e-5, atol=1e-5)
         direction = torch.randn(scores.shape, generator=torch.Generator().manual_seed(7))
@@ -110,11 +99,6 @@ class TestRetrieval:
         expected_indices, expected_scores = CpuKernels.retrieve(queries, sub_keys, k)
         assert torch.equal(scores, expected_scores)
         assert torch.equal(indices, expected_indices)
-
-    def test_scores(self):
-        queries, sub_keys = random_inputs(70, 2, 2, 130, 40)  # several blocks of each
-        expected = torch.einsum("thpc,hpnc->thpn", queries.double(), sub_keys.double())
-        torch.testing.assert_close(score_halves(queries, sub_keys).double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_not_a_number_is_seen(self):
         queries, sub_keys = torch.randn(2, 2, 2, 3), torch.randn(1, 2, 37, 3)
@@ -143,7 +127,7 @@ class TestRetrieval:
 
     @pytest.mark.parametrize("k", [0, 7])
     def test_more_experts_than_sub_keys(self, k):
-        with pytest.raises(ValueError, match="at most √num_experts = 6"):
+        with pytest.raises(ValueError, match="num_experts_per_head"):
             TritonKernels.retrieve(*random_inputs(2, 1, 1, 6, 3), k)
 
 
@@ -151,11 +135,11 @@ class TestGradients:
     @pytest.mark.parametrize("frozen", [0, 1], ids=["queries", "sub_keys"])
     def test_what_is_frozen_gets_no_gradient(self, frozen):
         leaves = [each.requires_grad_() for each in random_inputs(5, 2, 2, 6, 8)]
-        scores = retrieve(*leaves, 3, "triton")[1]
+        scores = retrieve_on_kernels(*leaves, 3, "triton")[1]
         gradient = torch.randn_like(scores)
         expected = torch.autograd.grad(scores, leaves, gradient)[1 - frozen]
         leaves[frozen].requires_grad_(False)
-        retrieve(*leaves, 3, "triton")[1].backward(gradient)
+        retrieve_on_kernels(*leaves, 3, "triton")[1].backward(gradient)
         assert leaves[frozen].grad is None
         assert torch.equal(leaves[1 - frozen].grad, expected)
 
@@ -179,12 +163,3 @@ class TestGradients:
         indices = torch.tensor([[[0, 35]], [[index, 1]]])
         with pytest.raises(IndexError, match=rf"at least 0 and below the number of experts 36, got {index}"):
             TritonKernels.retrieval_gradients(torch.randn(2, 1, 2), indices, queries, sub_keys)
-
-
-def test_indices_are_those_of_the_grid():
-    queries, sub_keys = random_inputs(5, 2, 1, 12, 8)
-    indices, scores = TritonKernels.retrieve(queries, sub_keys, 6)
-    rows, columns = expert_cell(indices)
-    assert torch.equal(expert_index(rows, columns), indices)
-    halves = score_halves(queries, sub_keys)
-    assert torch.equal(scores, halves[:, :, 0].gather(-1, rows) + halves[:, :, 1].gather(-1, columns))

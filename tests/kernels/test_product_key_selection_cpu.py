@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Which experts the C selects, in which order, against stable sorts: bit for bit, whatever the scores.
 
@@ -18,15 +7,12 @@ Queries are powers of two and sub-keys have one element, so that scores are the 
 be given.
 """
 
-import os
-
 import pytest
 import torch
+from kernel_cases import retrieve_as_compiled_with
 
-from modeling_peer import native_library
-from modeling_peer.key_grid import expert_index
-from modeling_peer.native_library import load_library
-from modeling_peer.product_key_retrieval_cpu import retrieve
+from modeling_peer.experts import expert_index
+from modeling_peer.ops.kernels_cpu import CpuKernels
 
 
 PROCESSORS = {
@@ -41,11 +27,8 @@ PROCESSORS = {
 def processor(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {request.param}")
-            patch.setattr(native_library.constants, "HF_HOME", str(tmp_path_factory.mktemp("home")))
-        load_library.cache_clear()
+            retrieve_as_compiled_with(request.param, patch, tmp_path_factory.mktemp("home"))
         yield
-        load_library.cache_clear()
 
 
 def bits(tensor):
@@ -92,8 +75,8 @@ SCORES = {
 }
 
 # √N and k: around multiples of the width of registers and of what is compared at a time, and all sub-keys.
-SIZES = [(1, 1), (2, 1), (3, 3), (7, 4), (16, 16), (17, 5), (31, 16), (33, 16), (33, 33), (64, 8), (65, 17), (96, 32)]
-SIZES += [(128, 1), (128, 16), (200, 15), (256, 16), (256, 33), (257, 128), (300, 300), (1024, 16)]
+SIZES = [(1, 1), (3, 3), (7, 4), (16, 16), (17, 5), (33, 16), (33, 33), (65, 17), (96, 32)]
+SIZES += [(128, 16), (256, 16), (256, 33), (257, 128), (300, 300), (1024, 16)]
 
 
 @pytest.mark.parametrize("size, k", SIZES, ids=str)
@@ -103,7 +86,7 @@ def test_equals_stable_sorts(scores, size, k):
     for num_sets, num_tokens in ((1, 7), (3, 5)):
         sub_keys = scores((num_sets, 2, size, 1))
         queries = 2.0 ** torch.randint(-1, 2, (num_tokens, 3, 2, 1))
-        indices, top_scores = retrieve(queries, sub_keys, k)
+        indices, top_scores = CpuKernels.retrieve(queries, sub_keys, k)
         expected_indices, expected_scores = literal_retrieval(queries, sub_keys, k)
         assert torch.equal(bits(top_scores), bits(expected_scores))
         assert torch.equal(indices, expected_indices)

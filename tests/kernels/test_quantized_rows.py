@@ -1,23 +1,12 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Rows in integers of 8 and 4 bits: what each byte and scale means, how close they are, how many there are."""
 
 import pytest
 import torch
 
-from modeling_peer import quantized_rows
-from modeling_peer.quantized_rows import dequantize, quantize, quantized_shapes
+from modeling_peer.ops import quantized_rows
+from modeling_peer.ops.quantized_rows import dequantize, quantize, quantized_shapes
 
 
 FORMATS = [(8, None), (8, 30), (4, None), (4, 16), (4, 64)]
@@ -81,9 +70,3 @@ def test_elements_without_a_size_are_refused(element):
     table[2, 9] = element
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize(table, 8, None)
-
-
-@pytest.mark.parametrize("bits, group_size, most", [(8, None, 2.2e9), (4, 64, 1.2e9)])
-def test_bytes_of_a_million_experts(bits, group_size, most):
-    (rows, num_bytes), (_, num_groups) = quantized_shapes(1024**2, 1024, bits, group_size)
-    assert 2 * rows * (num_bytes + 2 * num_groups) <= most  # two tables

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """AdamW's step in Triton, in its interpreter, against the same step in torch operations."""
 
 import math
@@ -19,12 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from modeling_peer import RowAdamW, factored_gradient_triton
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_factors import Entries, Factors
+from modeling_peer import RowAdamW
+from modeling_peer.ops import gradient_triton
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Assignments, Factors
+from modeling_peer.ops.triton_launch import launch, tl, triton
 from modeling_peer.optim import row_adamw, row_adamw_triton
 from modeling_peer.optim.stochastic_rounding import random_bits, round_stochastically
-from modeling_peer.triton_launch import launch, tl, triton
 
 
 pytestmark = pytest.mark.interpreted
@@ -88,13 +78,13 @@ def table_and_state(dtype, second_moment):
 
 
 def factors_of(step, dtype=torch.float32, num_tokens=4, kernels="triton"):
-    """Of half of the rows, one of them with many entries, one with a gradient of zero."""
+    """Of half of the rows, one of them with many assignments, one with a gradient of zero."""
     generator = torch.Generator().manual_seed(step)
     indices = torch.randint(NUM_ROWS // 2, (num_tokens, 3), generator=generator) + step % 4
     indices[:, 0] = 2
     coefficients = torch.randn(indices.shape, generator=generator) * (indices != 4)
     tokens = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
-    return Factors.of(coefficients, tokens, Entries(indices, NUM_ROWS, kernels))
+    return Factors(coefficients, tokens, Assignments(indices, NUM_ROWS, kernels))
 
 
 def steps_in_torch(monkeypatch, table, state, number, group, **options):
@@ -109,7 +99,7 @@ class TestSteps:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("chunk", [4, 256])
     def test_are_those_of_torch(self, monkeypatch, chunk, dtype, second_moment):
-        monkeypatch.setattr(factored_gradient_triton, "CHUNK", chunk)
+        monkeypatch.setattr(gradient_triton, "CHUNK", chunk)
         table, state = table_and_state(dtype, second_moment)
         expected, expected_state = table_and_state(dtype, second_moment)
         before = table.clone()
@@ -136,7 +126,7 @@ class TestSteps:
         group = {**OPTIONS, "betas": betas, "eps": 1e-3}
         table, state = table_and_state(torch.float32, "full")
         expected, expected_state = table_and_state(torch.float32, "full")
-        # Of one entry each: a sum that cancels out decides the direction of a step where there is no history.
+        # Of one assignment each: a sum that cancels out decides the direction of a step where there is no history.
         for step in range(3):
             row_adamw.update_by_factors(table, state, factors_of(step, num_tokens=1), group)
         steps_in_torch(monkeypatch, expected, expected_state, 3, group, num_tokens=1)
@@ -160,13 +150,13 @@ class TestSteps:
         tokens = torch.ones(2, WIDTH)
         tokens[1, 5] = math.nan
         coefficients = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
-        factors = Factors.of(coefficients, tokens, Entries(indices, NUM_ROWS, "triton"))
+        factors = Factors(coefficients, tokens, Assignments(indices, NUM_ROWS, "triton"))
         row_adamw.update_by_factors(table, state, factors, OPTIONS)
         assert state["row_steps"].nonzero().flatten().tolist() == [1, 2, 3]
         assert table.isnan().nonzero().tolist() == [[3, 5]]
         again = table.clone()
-        cancelled = Factors.of(
-            torch.tensor([[1.0], [-1.0]]), torch.ones(2, WIDTH), Entries(indices[:, :1], 11, "triton")
+        cancelled = Factors(
+            torch.tensor([[1.0], [-1.0]]), torch.ones(2, WIDTH), Assignments(indices[:, :1], 11, "triton")
         )
         row_adamw.update_by_factors(table, state, cancelled, OPTIONS)
         assert state["row_steps"][1] == 1

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What Triton's compiler makes of the kernels: no spills, few registers, loads of 16 bytes where rows are aligned."""
 
 import platform
@@ -21,12 +10,12 @@ import torch
 from slow_tests import slow
 from triton_compiler import compile_launch, missing_target, recorded_launches
 
-from modeling_peer import expert_kernels_triton, quantized_kernels_triton
-from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.gradient_factors import Entries, EntryGroups, Factors
+from modeling_peer.ops import kernels_triton
+from modeling_peer.ops.gradient_factors import Assignments, Factors, SortedAssignments
+from modeling_peer.ops.kernels_triton import TritonKernels
+from modeling_peer.ops.quantized_rows import quantize
+from modeling_peer.ops.retrieval_triton import _select_pairs_of, score_halves, select
 from modeling_peer.optim import row_adamw_triton
-from modeling_peer.product_key_retrieval_triton import _select_pairs_of, score_halves, select
-from modeling_peer.quantized_rows import quantize
 
 
 # Where its wheels are, Triton is a part of the test environment, and its absence a failure.
@@ -87,7 +76,7 @@ def assert_wide_loads(code, options, target):
 
 @pytest.mark.parametrize("many", [False, True], ids=["few-tokens", "many-tokens"])
 def test_halves(target, many, monkeypatch, tmp_path):
-    monkeypatch.setattr(expert_kernels_triton, "MANY_TOKENS", 0 if many else 100)
+    monkeypatch.setattr(kernels_triton, "MANY_TOKENS", 0 if many else 100)
     hidden, weights, table = (
         torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32), (4, target.width))
     )
@@ -116,14 +105,14 @@ def test_halves(target, many, monkeypatch, tmp_path):
     ids=str,
 )
 def test_quantized_halves(target, bits, group_size, many, monkeypatch, tmp_path):
-    monkeypatch.setattr(quantized_kernels_triton, "MANY_TOKENS", 0 if many else 100)
+    monkeypatch.setattr(kernels_triton, "MANY_TOKENS", 0 if many else 100)
     hidden, weights = (torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32)))
     rows = quantize(torch.zeros(4, target.width), bits, group_size)
     indices = torch.zeros(2, 32, dtype=torch.int64)
     launches = recorded_launches(
         lambda: (
-            TritonKernels.quantized_up(hidden, indices, rows),
-            TritonKernels.quantized_down(weights, indices, rows),
+            TritonKernels.up(hidden, indices, rows),
+            TritonKernels.down(weights, indices, rows),
         )
     )
     codes = compiled(launches, target, tmp_path)
@@ -134,16 +123,16 @@ def test_quantized_halves(target, bits, group_size, many, monkeypatch, tmp_path)
 
 def factors_of(target):
     indices = torch.zeros(2, 32, dtype=torch.int64)
-    entries = Entries(indices, 4, "torch")
-    entries.groups = EntryGroups(*(torch.zeros(size, dtype=torch.int32) for size in (4, 5, 64, 64)))
-    return Factors.of(torch.zeros(2, 32), torch.zeros(2, target.width, dtype=target.dtype), entries)
+    assignments = Assignments(indices, 4, "torch")
+    assignments.by_row = SortedAssignments(*(torch.zeros(size, dtype=torch.int32) for size in (4, 5, 64, 64)))
+    return Factors(torch.zeros(2, 32), torch.zeros(2, target.width, dtype=target.dtype), assignments)
 
 
 def test_gradients(target, tmp_path):
     factors = factors_of(target)
 
     def run():
-        out, places = torch.zeros(4, target.width, dtype=target.dtype), factors.entries.groups.rows
+        out, places = torch.zeros(4, target.width, dtype=target.dtype), factors.assignments.by_row.rows
         TritonKernels.row_gradient(*factors.in_groups(), out, places)
         TritonKernels.squared_norm(*factors.in_groups())
 

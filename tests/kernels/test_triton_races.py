@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 That programs of a launch do not get in each other's way: their order changes nothing, and neither would running at the
 same time. All other tests in the interpreter look for races too, see `conftest.py`.
@@ -21,11 +10,11 @@ import torch
 from slow_tests import slow
 from triton_programs import Race, watched_launches
 
-from modeling_peer import factored_gradient_triton
-from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.gradient_factors import Entries, Factors
+from modeling_peer.ops import gradient_triton
+from modeling_peer.ops.gradient_factors import Assignments, Factors
+from modeling_peer.ops.kernels_triton import TritonKernels
+from modeling_peer.ops.triton_launch import launch, tl, triton
 from modeling_peer.optim import row_adamw_triton
-from modeling_peer.triton_launch import launch, tl, triton
 
 
 pytestmark = pytest.mark.interpreted
@@ -75,13 +64,6 @@ class TestTheWatch:
         with pytest.raises(Race, match=f"{kernel}: [48] addresses"), watched_launches(seed):
             launch(globals()[kernel], (2,), values, total, WIDTH=4)
 
-    def test_finds_it_where_the_result_is_right(self):
-        """In the order of their numbers, one after another."""
-        values, total = torch.ones(2, 4), torch.zeros(4)
-        with pytest.raises(Race), watched_launches():
-            launch(_add_without_atomics, (2,), values, total, WIDTH=4)
-        assert total.tolist() == [2] * 4
-
     def test_lets_atomics_pass(self):
         total = torch.zeros(4)
         with watched_launches() as launches:
@@ -112,7 +94,7 @@ def down():
 
 def factors():
     hidden, weights, indices, table = experts()
-    return Factors.of(weights, hidden, Entries(indices.clamp(max=6), len(table), "triton"))
+    return Factors(weights, hidden, Assignments(indices.clamp(max=6), len(table), "triton"))
 
 
 def gradient():
@@ -141,7 +123,7 @@ def retrieval():
     [(up, 1), (down, 1), (gradient, 6), (step, 2), pytest.param(retrieval, 7, marks=slow)],
 )
 def test_the_order_of_programs_does_not_matter(run, kernels, monkeypatch):
-    monkeypatch.setattr(factored_gradient_triton, "CHUNK", 4)
+    monkeypatch.setattr(gradient_triton, "CHUNK", 4)
     results = []
     for seed in (None, 0, 1, 2):
         with watched_launches(seed) as launches:

@@ -1,25 +1,15 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Training on the kernels in Triton, in its interpreter: a model with all of them, against torch operations."""
 
 import pytest
 import torch
+from table_gradients import tables_of
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.nn.utils import clip_grad_norm_
 
 from modeling_peer import RowAdamW, expert_parameter_groups
-from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.optim import row_adamw
 
 
@@ -38,10 +28,10 @@ def trained(kernels):
             tokens = random_tokens(1, 4, seed=2 * step + part)
             loss = model(tokens, labels=tokens).loss
             loss.backward()
-        gradients = [each.grad for each in model.parameters() if isinstance(each.grad, FactoredGradient)]
+        gradients = [table.grad for table in tables_of(model).values()]
+        assert {isinstance(gradient, FactoredGradient) for gradient in gradients} == {kernels == "triton"}
         norms = [gradient.norm() for gradient in gradients]
         history.append([loss.detach(), clip_grad_norm_(model.parameters(), 0.5), *norms])
-        assert norms
         optimizer.step()
         optimizer.zero_grad()
     return history, model.state_dict()

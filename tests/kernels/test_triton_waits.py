@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 That the host never waits for a GPU: a step of training runs on tensors without values, where every look at one fails.
 """
@@ -23,10 +12,10 @@ from tiny_models import tiny_config
 from torch.nn.utils import clip_grad_norm_
 from triton_compiler import recorded_launches
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_kernels_triton, expert_parameter_groups
-from modeling_peer.expert_kernels_triton import TritonKernels
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.key_grid import winning_pairs
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
+from modeling_peer.ops import kernels_triton, retrieval_triton
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.kernels_triton import TritonKernels
 from modeling_peer.optim import row_adamw_triton
 
 
@@ -38,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def kernels_on_meta(monkeypatch):
-    for module in (expert_kernels_triton, row_adamw_triton):
+    for module in (kernels_triton, row_adamw_triton):
         monkeypatch.setattr(module, "can_run_on", lambda device: device.type == "meta")
 
 
@@ -70,23 +59,8 @@ def test_retrieval():
     assert names == {"_score", "_select", "_select_pairs", "_sum_chunk", "_row_gradient"}
 
 
-def test_dense_gradients_of_halves():
-    hidden, table = torch.empty(9, 24, device="meta"), torch.empty(12, 24, device="meta")
-    indices = torch.empty(9, 7, dtype=torch.int64, device="meta")
-
-    def run():
-        rows, starts, order = TritonKernels.group(indices.flatten(), 12)
-        TritonKernels.row_gradient(torch.empty(63, device="meta"), order // 7, starts, hidden, table, rows)
-
-    assert [kernel.__name__ for kernel, *_ in recorded_launches(run)] == ["_sum_chunk", "_row_gradient"]
-
-
 def test_pairs_are_copied_to_a_device_once():
-    assert winning_pairs(16, torch.device("cpu")) is winning_pairs(16, torch.device("cpu"))
-
-
-def test_pairs_that_inference_copied_can_be_trained_with():
     with torch.inference_mode():
-        pairs = winning_pairs(13, torch.device("cpu"))
+        pairs = retrieval_triton._pairs(13, torch.device("cpu"))
     assert not any(each.is_inference() for each in pairs)
-    assert winning_pairs(13, torch.device("cpu")) is pairs
+    assert retrieval_triton._pairs(13, torch.device("cpu")) is pairs

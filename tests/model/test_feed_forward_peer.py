@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The PEER layer against the literal Algorithm 1, in float64, outputs and gradients."""
 
 import pytest
@@ -19,10 +8,9 @@ from literal_algorithm import literal_peer, retrieve
 from tiny_models import EXPERTS, ROUTERS, tiny_config
 from torch.nn import functional as F
 
-from modeling_peer.expert_generations import first_generation
-from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
-from modeling_peer.feed_forward_pkm import PkmFeedForward
-from modeling_peer.key_grid import expert_index
+from modeling_peer.configuration_peer import generations_of
+from modeling_peer.experts import ExpertPool, expert_index
+from modeling_peer.feed_forward import PeerFeedForward, PkmFeedForward
 
 
 CONFIGS = {
@@ -51,11 +39,9 @@ def gradients(output, modules, hidden_states):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_outputs_and_gradients_equal_algorithm_1(config):
     layer = layer_in_float64(config)
-    pool = (
-        layer_in_float64(config, lambda config, _: ExpertPool(config, [first_generation(config)]))
-        if layer.expert_pool is None
-        else None
-    )
+    pool = None
+    if layer.expert_pool is None:
+        pool = layer_in_float64(config, lambda config, _: ExpertPool(config, generations_of(config)))
     hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
     output = layer(hidden_states, expert_pool=pool)
     expected = literal_peer(config, layer, hidden_states, pool)
@@ -122,17 +108,3 @@ def test_scores_are_computed_in_float32_whatever_the_dtype():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             indices, _ = layer.router(hidden_states)
         assert torch.equal(indices.view(64, 2, 8).sort().values, expected)
-
-
-def test_a_shared_pool_has_to_be_given():
-    layer = PeerFeedForward(tiny_config("peer", "peer", share_experts_across_layers=True), 0)
-    with pytest.raises(ValueError, match="`expert_pool` must be the pool of the base model.*got None"):
-        layer(torch.randn(1, 3, 24))
-
-
-def test_experts_per_head_of_an_added_router_cannot_be_set():
-    addition = {"layers": [0], "mode": "protected", "num_experts": 16}
-    config = tiny_config("peer", expert_additions=[addition | {"num_retrieval_heads": 1, "num_experts_per_head": 2}])
-    (router,) = PeerFeedForward(config, 0).added_routers
-    with pytest.raises(ValueError, match="of added experts cannot be set, got 3: it is fixed.*here to 2"):
-        router.num_experts_per_head = 3

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """At initialization, the outputs of all feed-forward variants have the same variance."""
 
 import pytest
@@ -18,9 +7,9 @@ import torch
 from torch import nn
 
 from modeling_peer import PeerConfig, PeerModel
-from modeling_peer.expert_table import ExpertTable
-from modeling_peer.forward_pass import ForwardPass
-from modeling_peer.named_configurations import configuration_path
+from modeling_peer.configurations import configuration_path
+from modeling_peer.experts import expert_tables
+from modeling_peer.router import ForwardPass
 
 
 NUM_TOKENS = 256
@@ -29,13 +18,11 @@ NUM_TOKENS = 256
 class Retrieved(nn.Module):
     """Stands for a router whose result is known."""
 
-    is_off = False
-
     def __init__(self, indices, weights):
         super().__init__()
         self.indices, self.weights = indices, weights
 
-    def forward(self, hidden_states, padding_mask=None, forward_pass=None):
+    def forward(self, hidden_states, *args):
         return self.indices, self.weights
 
 
@@ -55,9 +42,8 @@ def initialized(config, variant, hidden_states, training):
         indices, weights = router(hidden_states, forward_pass=ForwardPass(learns=training))
         retrieved, rows = indices.unique(return_inverse=True)
         feed_forward.router = Retrieved(rows, weights)
-        for table in feed_forward.modules():
-            if isinstance(table, ExpertTable):
-                table.weight = nn.Parameter(torch.empty(len(retrieved), config.hidden_size, device="meta"))
+        for table in expert_tables(feed_forward).values():
+            table.weight = nn.Parameter(torch.empty(len(retrieved), config.hidden_size, device="meta"))
     return feed_forward.to_empty(device="cpu").apply(model._init_weights)
 
 

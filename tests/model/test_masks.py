@@ -1,25 +1,11 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Attention and padding masks: which tokens query norms learn from, and shapes that are refused."""
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Attention and padding masks: which tokens query norms learn from."""
 
-import pytest
 import torch
 from release_names import CACHE
 from tiny_models import VARIANTS, random_tokens, tiny_model
-from transformers import DynamicCache, StaticCache
-
-from modeling_peer import PeerModel
+from transformers import StaticCache
 
 
 def training_statistics(*chunks):
@@ -63,31 +49,6 @@ def test_a_padding_mask_beside_a_mask_of_attention():
     assert not torch.allclose(implied, unknown, atol=1e-4)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", ["attention_mask", "padding_mask"])
-@pytest.mark.parametrize("shape", [(3, 9), (3, 7), (8, 3), (1, 8)], ids=["longer", "shorter", "transposed", "one_row"])
-def test_a_mask_of_another_shape_is_refused(name, shape, training):
-    model = tiny_model(VARIANTS["peer"]).train(training)
-    expected = rf"`{name}` must have the shape \(batch size, .* = \(3, 8\), got \({shape[0]}, {shape[1]}\)"
-    with pytest.raises(ValueError, match=expected):
-        model(random_tokens(3, 8), **{name: torch.ones(shape, dtype=torch.long)})
-
-
-def test_a_longer_mask_is_refused_in_training_with_a_cache_too():
-    model = tiny_model(VARIANTS["peer"]).train()
-    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape .* = \(3, 8\), got \(3, 9\)"):
-        model(random_tokens(3, 8), attention_mask=torch.ones(3, 9), **{CACHE: DynamicCache(config=model.config)})
-
-
-def test_a_mask_of_the_present_alone_is_refused():
-    """Attention would take it for the past."""
-    model = tiny_model(VARIANTS["peer"])
-    tokens = random_tokens(2, 10)
-    cache = model(tokens[:, :6], use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match=r"\(batch size, past and present length\) = \(2, 10\), got \(2, 4\)"):
-        model(tokens[:, 6:], attention_mask=torch.ones(2, 4), use_cache=True, **{CACHE: cache})
-
-
 def test_a_static_cache_takes_masks_of_its_whole_length():
     model = tiny_model(VARIANTS["peer"])
     tokens = random_tokens(2, 10)
@@ -108,10 +69,3 @@ def test_masks_of_other_forms_are_left_to_the_attention():
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
         assert torch.allclose(model(tokens, attention_mask=causal).logits, model(tokens).logits, atol=1e-5)
-
-
-def test_exactly_one_of_tokens_and_embeddings():
-    model = PeerModel(VARIANTS["peer"])
-    for inputs in ({}, {"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 24)}):
-        with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
-            model(**inputs)

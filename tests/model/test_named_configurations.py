@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The named configurations load, say only what they mean, and are found in a checkout and in a wheel."""
 
 import json
@@ -24,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_peer import PeerConfig, PeerForCausalLM, model_costs
-from modeling_peer.named_configurations import configuration_path, list_configurations
+from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path, list_configurations, model_costs
 from studies.common.training_plan import Run, configuration_of
 from studies.recipe.plan import RECIPE, read_plan
 
@@ -45,7 +33,7 @@ def test_listed():
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"'peer-huge'; known are .*'peer-paper'"):
+    with pytest.raises(ValueError, match="peer-huge"):
         configuration_path("peer-huge")
 
 
@@ -76,12 +64,6 @@ def test_builds(name):
         model = AutoModelForCausalLM.from_config(config)
     assert type(model) is PeerForCausalLM
     assert model.num_parameters() == model_costs(config).parameters
-
-
-def test_new_models_name_no_base_model():
-    config = PeerConfig.from_pretrained(configuration_path("peer-nano"))
-    model = PeerForCausalLM.from_config(config)
-    assert (model.name_or_path, model.config.name_or_path) == ("", "")
 
 
 def test_paper_sizes():
@@ -118,7 +100,7 @@ def test_found_in_a_wheel(tmp_path):
     program = (
         "import modeling_peer\n"
         "from transformers import AutoConfig\n"
-        "from modeling_peer.named_configurations import configuration_path, list_configurations\n"
+        "from modeling_peer import configuration_path, list_configurations\n"
         "print(modeling_peer.__file__, *list_configurations())\n"
         "AutoConfig.from_pretrained(configuration_path('peer-tiny'))\n"
     )

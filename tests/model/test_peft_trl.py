@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 PEFT's adapters and TRL's trainers on PEER models: adapters of every part train, save, load and merge; batches without
 padding train as padded ones; a policy starts as its reference.
@@ -20,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from release_names import CHECKPOINTING
 from sft import TRL_OPTIONS, preferences, save_tokenizer, sft_trainer
 from torch.testing import assert_close
@@ -37,22 +26,20 @@ from trainer_worker import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from modeling_peer import PeerForCausalLM, freeze_query_norm
+from modeling_peer.experts import expert_tables, plain_weight
 
 
-# A table of experts is a parameter to PEFT, as its LoRA of an embedding looks rows up by the first argument.
 TABLES = ["expert_pool.up_proj.weight", "expert_pool.down_proj.weight"]
 
-# What most recipes name.
+# What most recipes name: tables of experts, too.
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 ADAPTERS = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
     "queries": {"target_modules": ["query_proj"]},
-    "tables": {"target_parameters": TABLES},
-    "all": {"target_modules": "all-linear", "target_parameters": TABLES},
+    "usual": {"target_modules": USUAL},
+    "parameters": {"target_modules": "all-linear", "target_parameters": TABLES},
     "norm_saved": {"target_modules": ["q_proj", "query_proj"], "modules_to_save": ["query_norm"]},
-    "router_saved": {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
-    "experts_saved": {"target_modules": ["q_proj"], "modules_to_save": ["expert_pool"]},
+    "experts_saved": {"target_modules": ["q_proj"], "modules_to_save": ["router", "expert_pool"]},
 }
 
 
@@ -76,13 +63,6 @@ def logits_of(model):
     return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def assert_learns(peft_model, folder):
-    trainer = trainer_of(peft_model, folder, max_steps=20, learning_rate=5e-2)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.99 * before
-
-
 class TestAdapters:
     @pytest.mark.parametrize("query_norm", ["batch", "rms"])
     @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
@@ -90,41 +70,32 @@ class TestAdapters:
         base = small_model(query_norm=query_norm)
         before, logits_before = copy_of_state(base), logits_of(base)
         model = adapted(adapter, query_norm=query_norm)
-        assert_learns(model, tmp_path)
+        trainer = trainer_of(model, tmp_path, max_steps=20, learning_rate=5e-2)
+        loss = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.99 * loss
         logits = logits_of(model)
         assert (logits - logits_before).abs().max() > 0.1
 
         assert_close(state_of_base(model), before, rtol=0, atol=0)
         with model.disable_adapter():
-            assert_close(logits_of(model), logits_before, rtol=0, atol=0)
+            assert_close(logits_of(model), logits_before, rtol=1e-5, atol=1e-5)
 
         model.save_pretrained(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
         assert_close(logits_of(loaded), logits, rtol=0, atol=0)
 
         merged = loaded.merge_and_unload()
+        assert all(plain_weight(table) is not None for table in expert_tables(merged).values())
         assert_close(logits_of(merged), logits, rtol=1e-4, atol=1e-5)
         merged.save_pretrained(tmp_path / "merged")
         assert_close(logits_of(PeerForCausalLM.from_pretrained(tmp_path / "merged")), logits_of(merged))
-
-    @pytest.mark.parametrize(
-        ("adapter", "fields"),
-        [
-            ({"target_parameters": ["expert_pool.gate_proj.weight"]}, {"gated_experts": True}),
-            ({"target_parameters": TABLES}, {"share_experts_across_layers": True, "query_norm": "rms"}),
-        ],
-        ids=["gates", "one_pool"],
-    )
-    def test_of_other_tables_train(self, tmp_path, adapter, fields):
-        model = adapted(adapter, **fields)
-        assert any("expert_pool" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        assert_learns(model, tmp_path)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_activation_checkpointing_changes_nothing(self, tmp_path, use_reentrant):
         plain, checkpointed = (
             train(
-                adapted(ADAPTERS["all"]),
+                adapted(ADAPTERS["usual"]),
                 tmp_path,
                 max_steps=5,
                 **{CHECKPOINTING: checkpointing},
@@ -137,53 +108,56 @@ class TestAdapters:
         assert logged(plain)[-1] != logged(plain)[0]
 
 
-class TestTargetModules:
-    """Expert tables, whose names are those of linear layers, are left out of them."""
+class TestTables:
+    """Tables are adapted as embeddings, or as parameters."""
 
     @pytest.mark.parametrize(
-        ("config", "adapted_of_dense", "adapted_of_attention"),
+        ("adapter", "feed_forward", "fields"),
         [
-            (LoraConfig(target_modules=USUAL), ["down_proj", "gate_proj", "up_proj"], 4),
-            (LoraConfig(target_modules=USUAL, target_parameters=TABLES), ["down_proj", "gate_proj", "up_proj"], 4),
-            (LoraConfig(target_modules=r".*\.(q_proj|up_proj)", exclude_modules=r".*\.1\..*q_proj"), ["up_proj"], 1),
-            (LoraConfig(), [], 2),
-            (IA3Config(), ["down_proj"], 2),
-            (
-                IA3Config(target_modules=USUAL, feedforward_modules=["down_proj"]),
-                ["down_proj", "gate_proj", "up_proj"],
-                4,
-            ),
+            ({"target_modules": ["up_proj", "down_proj"]}, "peer", {}),
+            ({"target_modules": USUAL}, "peer", {"share_experts_across_layers": True, "gated_experts": True}),
+            ({"target_modules": ["values"]}, "pkm", {}),
+            ({"target_parameters": TABLES, "target_modules": ["q_proj"]}, "peer", {}),
         ],
-        ids=["list", "list_and_tables", "pattern", "defaults", "defaults_of_ia3", "ia3"],
+        ids=["tables", "all_of_one_pool", "values", "parameters"],
     )
+    def test_are_those_of_the_merged_model_and_so_are_gradients(self, adapter, feed_forward, fields):
+        model = small_model(feed_forward, feed_forward, **fields).double().eval()
+        config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **adapter)
+        model = get_peft_model(model, config)
+        merged = copy.deepcopy(model).merge_and_unload()
+        tokens = pad_right(counting_sequences(8, seed=3))["input_ids"]
+        losses = [each(input_ids=tokens, labels=tokens).loss for each in (model, merged.requires_grad_(True))]
+        assert_close(*losses, rtol=1e-12, atol=0)
+        for loss in losses:
+            loss.backward()
+        adapters = dict(model.named_parameters())
+        found = 0
+        for name, table in expert_tables(merged).items():
+            prefix = f"base_model.model.{name}.lora_"
+            if f"{prefix}embedding_A.default" in adapters:  # the table has (B A)ᵀ added to it
+                a, b = (adapters[f"{prefix}embedding_{part}.default"] for part in "AB")
+                of_delta = 2 * table.weight.grad.T
+            else:  # a parameter of shape (out, in) has B A
+                a, b = (adapters[f"{prefix}{part}.default.weight"] for part in "AB")
+                of_delta = 2 * (table.weight.grad if b.shape[0] == len(table.weight) else table.weight.grad.T)
+            assert_close(a.grad, b.T @ of_delta, rtol=1e-9, atol=1e-12)
+            assert_close(b.grad, of_delta @ a.T, rtol=1e-9, atol=1e-12)
+            found += a.grad.any() and b.grad.any()
+        assert found == len(expert_tables(merged))
+
+    @pytest.mark.parametrize("config", [LoraConfig(), IA3Config(), LoraConfig(target_modules="all-linear")], ids=str)
     @pytest.mark.parametrize("fields", [{}, {"share_experts_across_layers": True, "gated_experts": True}], ids=str)
-    def test_of_linear_layers(self, tmp_path, config, adapted_of_dense, adapted_of_attention, fields):
+    def test_are_not_among_the_defaults(self, config, fields):
         model = get_peft_model(small_model(**fields), copy.deepcopy(config))
-        names = [name for name in model.targeted_module_names if ".self_attn." not in name]
-        assert sorted(names) == [f"model.layers.0.mlp.{name}" for name in adapted_of_dense]
-        assert len({name for name in model.targeted_module_names if ".0.self_attn." in name}) == adapted_of_attention
-        assert bool(model.targeted_parameter_names) == bool(getattr(config, "target_parameters", None))
-        logits = logits_of(model)
-        model.save_pretrained(tmp_path)
-        assert_close(logits_of(PeftModel.from_pretrained(small_model(**fields), tmp_path)), logits, rtol=0, atol=0)
+        assert model.targeted_module_names
+        assert all(plain_weight(table) is not None for table in expert_tables(model).values())
 
-    def test_of_models_without_dense_feed_forwards(self):
-        model = small_model("peer", "peer")
-        inject_adapter_in_model(LoraConfig(target_modules=USUAL), model)
-        assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * 4
-
-    @pytest.mark.parametrize("targets", [["up_proj"], ["q_proj", "expert_pool.up_proj"], r".*\.expert_pool\.up_proj"])
-    def test_that_are_tables_raise(self, targets):
-        """Rather than computing something else."""
-        with pytest.raises(ValueError, match=r"target_parameters=\['expert_pool.up_proj.weight'\]"):
-            get_peft_model(small_model("peer", "peer"), LoraConfig(target_modules=targets))
-
-    def test_beside_an_adapter_of_tables(self):
-        model = adapted(ADAPTERS["tables"])
-        model.add_adapter("second", LoraConfig(target_modules=USUAL))
-        assert not [name for name, _ in model.named_parameters() if "expert_pool" in name and ".second." in name]
-        model.set_adapter("second")
-        assert logits_of(model).isfinite().all()
+    def test_beside_linear_layers_of_the_same_names(self):
+        model = get_peft_model(small_model(), LoraConfig(target_modules=["mlp.up_proj"]))
+        assert model.targeted_module_names == ["model.layers.0.mlp.up_proj"]
+        model = get_peft_model(small_model(), LoraConfig(target_modules=["expert_pool.up_proj"]))
+        assert model.targeted_module_names == ["model.layers.1.mlp.expert_pool.up_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -234,19 +208,8 @@ class TestSupervisedFineTuning:
         assert len(packed.eval_dataset) < len(apart.eval_dataset)
         assert packed.evaluate()["eval_loss"] == pytest.approx(apart.evaluate()["eval_loss"], rel=1e-5)
 
-    def test_of_a_mixture_of_experts(self, tmp_path, checkpoint):
-        """TRL would balance as many experts as PEER has: the balancing loss has to be turned off."""
-        trainer = sft(
-            PeerForCausalLM.from_pretrained(checkpoint, feed_forward_types=["dense", "moe"]),
-            tmp_path,
-            router_aux_loss_coef=0.0,
-        )
-        assert logged(trainer)[-1] < 0.5 * logged(trainer)[0]
-
-    @pytest.mark.parametrize("by_path", [True, False], ids=["path", "object"])
-    def test_of_an_adapter(self, tmp_path, checkpoint, by_path):
-        model = str(checkpoint) if by_path else PeerForCausalLM.from_pretrained(checkpoint)
-        trainer = sft(model, tmp_path, LoraConfig(r=4, task_type="CAUSAL_LM", **ADAPTERS["all"]))
+    def test_of_an_adapter(self, tmp_path, checkpoint):
+        trainer = sft(str(checkpoint), tmp_path, LoraConfig(r=4, task_type="CAUSAL_LM", **ADAPTERS["usual"]))
         assert logged(trainer)[-1] < 0.95 * logged(trainer)[0]
         trainer.save_model(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(PeerForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
@@ -256,7 +219,7 @@ class TestSupervisedFineTuning:
 class TestPolicies:
     """Before the first update a policy is its reference, although it is in training mode and has a query BatchNorm."""
 
-    @pytest.mark.parametrize("adapter", [None, "all"])
+    @pytest.mark.parametrize("adapter", [None, "usual"])
     def test_direct_preference_optimization(self, tmp_path, checkpoint, adapter):
         model = PeerForCausalLM.from_pretrained(checkpoint)
         if adapter is None:
@@ -274,7 +237,7 @@ class TestPolicies:
         assert margins[-1] > 0.0
         assert_close([norm.state_dict() for norm in query_batch_norms(trainer.model)], before, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("adapter", [None, "all"])
+    @pytest.mark.parametrize("adapter", [None, "usual"])
     def test_group_relative_policy_optimization(self, tmp_path, checkpoint, adapter):
         trainer = GRPOTrainer(
             str(checkpoint),

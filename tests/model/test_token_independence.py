@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """In evaluation a token depends on its own sequence's past and on nothing else, for every variant and option."""
 
 import copy
@@ -21,7 +10,7 @@ from release_names import CACHE
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from transformers import QuantizedCache, StaticCache
 
-from modeling_peer.product_key_router import ProductKeyRouter
+from modeling_peer.router import ProductKeyRouter
 
 
 every_config = pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """A step on a gradient in factors is that on the rows that they sum to."""
 
 import pytest
@@ -21,8 +10,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
-from modeling_peer.factored_gradient import FactoredGradient
-from modeling_peer.gradient_factors import Entries, Factors
+from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.optim import row_adamw
 
 
@@ -102,7 +91,7 @@ def test_rows_whose_entries_cancel_are_not_touched(path, dtype, second_moment):
     tokens = torch.ones(3, 37).to(dtype)
     indices = torch.tensor([[4, 9, 30], [4, 9, 31], [59, 7, 7]])
     coefficients = torch.tensor([[2.0, 1.0, 0.0], [-2.0, 1.0, 0.0], [0.5, 3.0, -3.0]])
-    table.grad = FactoredGradient(table, [Factors.of(coefficients, tokens, Entries(indices, NUM_ROWS, "cpu"))])
+    table.grad = FactoredGradient(table, [Factors(coefficients, tokens, Assignments(indices, NUM_ROWS, "cpu"))])
     optimizer.step()
     moved = [9, 59]
     assert table.ne(before).any(1).nonzero()[:, 0].tolist() == moved
@@ -118,18 +107,3 @@ def test_without_entries_moves_nothing(path):
         table.grad = FactoredGradient(table, parts)
         optimizer.step()
     assert torch.equal(table, before) and not optimizer.state[table]["row_steps"].any()
-
-
-def test_of_a_table_that_is_not_contiguous():
-    """C reads none of it; the step is the same."""
-    tables = []
-    for transposed in (True, False):
-        table = random_table(37, torch.float32)
-        if transposed:
-            table = nn.Parameter(table.detach().T.contiguous().T)
-            assert not table.is_contiguous()
-        optimizer = rows_of(table)
-        table.grad = FactoredGradient(table, random_parts(0, NUM_ROWS, 37, SHAPES))
-        optimizer.step()
-        tables.append(table.detach())
-    assert_close(*tables, rtol=1e-6, atol=1e-7)

@@ -1,32 +1,18 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Frozen rows keep their values to the bit, whatever optimizer steps, and all others move as without the freeze."""
 
 import copy
 import gc
 import io
 import math
-import pickle
-import re
-from types import SimpleNamespace
+import weakref
 
 import pytest
 import torch
 from rows_by_hand import (
     FROZEN,
     NUM_ROWS,
-    OF_SPARSE_GRADIENTS,
     OPTIMIZERS,
     WIDTH,
     backward,
@@ -63,8 +49,7 @@ def put_back_by_hand(parameter, step):
     parameter.data = torch.where(FROZEN[:, None], before, parameter.data)
 
 
-CASES = [("dense", name) for name in OPTIMIZERS] + [("sparse", name) for name in OF_SPARSE_GRADIENTS]
-CASES += [("factored", name) for name in OPTIMIZERS]
+CASES = [(layout, name) for layout in ("dense", "factored") for name in OPTIMIZERS]
 
 
 class TestRows:
@@ -72,8 +57,7 @@ class TestRows:
     def test_stay_and_others_move_as_by_hand(self, layout, name):
         module, other = random_module(), random_parameter()
         parameter = module.weight
-        make = (OF_SPARSE_GRADIENTS if layout == "sparse" else OPTIMIZERS)[name]
-        optimizer, by_hand = make(parameter), make(other)
+        optimizer, by_hand = OPTIMIZERS[name](parameter), OPTIMIZERS[name](other)
         for step in range(30):
             if step == 5:
                 for each in (parameter, other):
@@ -92,26 +76,19 @@ class TestRows:
         assert parameter.ne(before).any(1)[~FROZEN].all()
         assert torch.equal(bits(parameter), bits(other))
 
-    @pytest.mark.parametrize(
-        ("name", "copies"),
-        [("AdamW", True), ("SGD with momentum", True), ("SGD with decay", True), ("RowAdamW", False), ("SGD", False)],
-    )
+    @pytest.mark.parametrize(("name", "copies"), [("AdamW", 1), ("SGD with decay", 1), ("RowAdamW", 0), ("SGD", 0)])
     def test_are_copied_where_the_optimizer_moves_them(self, monkeypatch, name, copies):
         copied = []
-        state_class = frozen_rows._FrozenParameter
-        original = state_class.copy_of_rows
-        monkeypatch.setattr(state_class, "copy_of_rows", lambda *args: copied.append(1) or original(*args))
+        original = frozen_rows.FrozenRows.copy_of_rows
+        monkeypatch.setattr(frozen_rows.FrozenRows, "copy_of_rows", lambda *args: copied.append(1) or original(*args))
         module = random_module()
-        parameter = module.weight
         freeze_rows(module, "weight", FROZEN)
-        optimizer = OPTIMIZERS[name](parameter)
-        backward(parameter, 0)
+        optimizer = OPTIMIZERS[name](module.weight)
+        backward(module.weight, 0)
         optimizer.step()
-        assert bool(copied) == copies
         optimizer.zero_grad()
         optimizer.step()  # has no gradient to step with
-        assert len(copied) == copies
-        assert not any(vars(optimizer)[frozen_rows.SAVED_ROWS])
+        assert len(copied) == copies and not any(vars(optimizer)[frozen_rows.SAVED_ROWS])
 
     @pytest.mark.parametrize("layout", ["dense", "factored"])
     def test_do_not_count_in_the_norm(self, layout):
@@ -231,45 +208,32 @@ class TestRows:
         assert torch.equal(bits(parameter[:, columns]), bits(before[:, columns]))
         assert parameter[:, ~columns].ne(before[:, ~columns]).all()
 
-    def test_of_several_freezes_add_up_and_these_end_in_any_order(self):
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_of_several_freezes_add_up_and_these_end_in_any_order(self, order):
         first, second = torch.arange(NUM_ROWS) < 4, torch.arange(NUM_ROWS) >= 9
-        for order in (0, 1), (1, 0):
-            module = random_module()
-            parameter = module.weight
-            optimizer = OPTIMIZERS["AdamW"](parameter)
-            freezes = [freeze_rows(module, "weight", first), freeze_rows(module, "weight", second)]
-            assert torch.equal(freezes[0].frozen_by_others(), second)
-            held = [first | second, (second, first)[order[0]], torch.zeros_like(first)]
-            for step, rows in enumerate(held):
-                before = parameter.detach().clone()
-                optimizer.zero_grad()
-                backward(parameter, step)
-                assert torch.equal(parameter.grad.ne(0).any(1), ~rows)
-                optimizer.step()
-                assert torch.equal(parameter.ne(before).any(1), ~rows)
-                if step < 2:
-                    freezes[order[step]].remove()
-                    freezes[order[step]].remove()  # once more does nothing
-            with pytest.raises(RuntimeError, match="no longer frozen"):
-                freezes[0].set_rows(first)
-
-    def test_of_a_whole_parameter_may_become_fewer(self):
         module = random_module()
         parameter = module.weight
-        freeze = freeze_rows(module, "weight", torch.ones(NUM_ROWS, dtype=torch.bool))
-        freeze.set_rows(FROZEN)
-        assert parameter.requires_grad
+        optimizer = OPTIMIZERS["AdamW"](parameter)
+        freezes = [freeze_rows(module, "weight", first), freeze_rows(module, "weight", second)]
+        for step, rows in enumerate([first | second, (second, first)[order[0]], torch.zeros_like(first)]):
+            before = parameter.detach().clone()
+            optimizer.zero_grad()
+            backward(parameter, step)
+            assert torch.equal(parameter.grad.ne(0).any(1), ~rows)
+            optimizer.step()
+            assert torch.equal(parameter.ne(before).any(1), ~rows)
+            if step < 2:
+                freezes[order[step]].remove()
+                freezes[order[step]].remove()  # once more does nothing
+        with pytest.raises(RuntimeError, match="no longer frozen"):
+            freezes[0].set_rows(first)
 
     def test_may_change(self):
         module = random_module()
         parameter = module.weight
         optimizer = OPTIMIZERS["AdamW"](parameter)
-        rows = FROZEN.clone()
-        freeze = freeze_rows(module, "weight", rows)
-        rows.logical_not_()  # its own business
-        freeze_rows(module, "weight", torch.zeros_like(FROZEN))
-        backward(parameter, 0)
-        assert torch.equal(parameter.grad.ne(0).any(1), ~FROZEN)
+        freeze = freeze_rows(module, "weight", torch.ones_like(FROZEN))
+        assert not parameter.requires_grad
         for step, held in enumerate([FROZEN, ~FROZEN, torch.zeros_like(FROZEN)]):
             freeze.set_rows(held)
             before = parameter.detach().clone()
@@ -291,15 +255,6 @@ class TestRows:
                 freezes[index].remove()
             assert parameter.requires_grad == required
 
-    def test_a_whole_parameter_stays_with_a_gradient_from_before(self):
-        module = random_module()
-        parameter = module.weight
-        optimizer, before = OPTIMIZERS["AdamW"](parameter), parameter.detach().clone()
-        backward(parameter, 0)
-        freeze_rows(module, "weight", torch.ones(NUM_ROWS, dtype=torch.bool))
-        optimizer.step()
-        assert torch.equal(parameter, before)
-
     def test_of_what_requires_no_gradient_yet(self):
         module = random_module()
         parameter = module.weight.requires_grad_(False)
@@ -308,15 +263,6 @@ class TestRows:
         parameter.requires_grad_(True)
         backward(parameter, 0)
         assert torch.equal(parameter.grad.ne(0).any(1), ~FROZEN)
-
-    def test_survive_a_cast(self):
-        module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
-        freeze_rows(module, "weight", FROZEN)
-        module.double()
-        before = module.weight.detach().clone()
-        backward(module.weight, 0)
-        OPTIMIZERS["AdamW"](module.weight).step()
-        assert torch.equal(module.weight[FROZEN], before[FROZEN])
 
     def test_do_not_travel_to_copies_and_hinder_none(self):
         module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
@@ -330,35 +276,21 @@ class TestRows:
             again = freeze_rows(other, "weight", ~FROZEN)
             assert freezes_of(other) == [again] and freezes_of(module) == [freeze]
 
-    def test_of_a_state_dict_and_a_parameter_do_not_travel(self):
-        module = random_module()
-        freeze_rows(module, "weight", FROZEN)
-        for saved_object in (module.state_dict(keep_vars=True), module.weight):
-            found = torch.load(saved(saved_object), weights_only=True)
-            (parameter,) = found.values() if isinstance(found, dict) else [found]
-            assert torch.equal(parameter, module.weight) and not vars(parameter)
-
     def test_are_not_held_by_a_copy_of_their_handle(self):
         module = random_module()
-        freeze = freeze_rows(module, "weight", FROZEN, holder=module)
-        for other in (copy.deepcopy(freeze), pickle.loads(pickle.dumps(freeze))):
-            other.remove()
-            with pytest.raises(RuntimeError, match="no longer frozen"):
-                other.set_rows(~FROZEN)
+        freeze = freeze_rows(module, "weight", FROZEN)
+        other = copy.deepcopy(freeze)
+        other.remove()
+        with pytest.raises(RuntimeError, match="no longer frozen"):
+            other.set_rows(~FROZEN)
         assert freezes_of(module) == [freeze] and torch.equal(freeze.rows, FROZEN)
-
-    def test_are_found_by_what_made_the_freeze(self):
-        module = nn.Sequential(random_module())
-        freezes = [freeze_rows(module[0], "weight", FROZEN, holder=holder) for holder in ("first", None, "first")]
-        assert freezes_of(module[0]) == freezes and not freezes_of(module)
-        assert [freeze.holder for freeze in freezes_of(module[0])] == ["first", None, "first"]
 
     def test_for_the_steps_of_one_optimizer_stop_those_of_others(self):
         module, other = random_module(), random_module()
         own = OPTIMIZERS["AdamW"](module.weight)
-        freeze = freeze_rows(module, "weight", FROZEN, holder=module, optimizer=own)
+        freeze = freeze_rows(module, "weight", FROZEN, optimizer=own)
         before = module.weight.detach().clone()
-        with pytest.raises(RuntimeError, match=r"A Module .* another optimizer, a SGD, .* `remove\(\)`"):
+        with pytest.raises(RuntimeError, match="another optimizer"):
             OPTIMIZERS["SGD"](module.weight).step()
         OPTIMIZERS["SGD"](other.weight).step()
         backward(module.weight, 0)
@@ -379,10 +311,9 @@ class TestRows:
         before = module.weight.detach().clone()
         optimizer = OPTIMIZERS["AdamW"](module.weight)
         backward(module.weight, 0)
-        with pytest.raises(
-            RuntimeError, match=re.escape("another parameter has taken its place since, of shape (11, 5)")
-        ):
+        with pytest.raises(RuntimeError, match="another parameter has taken its place"):
             optimizer.step()
+        assert not vars(optimizer).get(frozen_rows.SAVED_ROWS)
         assert torch.equal(module.weight, before)
         OPTIMIZERS["AdamW"](random_parameter()).step()  # another's business
         again = freeze_rows(module, "weight", FROZEN)
@@ -393,48 +324,34 @@ class TestRows:
         optimizer.step()
         assert module.weight.ne(before).all()
 
-    @pytest.mark.parametrize(
-        ("rows", "dim", "message"),
-        [
-            (
-                FROZEN[:-1],
-                0,
-                "`rows` must be a torch.bool tensor of shape (11,), one for each row, got torch.bool of shape (10,)",
-            ),
-            (
-                FROZEN.long(),
-                0,
-                "`rows` must be a torch.bool tensor of shape (11,), one for each row, got torch.int64 of",
-            ),
-            (
-                FROZEN,
-                1,
-                "`rows` must be a torch.bool tensor of shape (5,), one for each row, got torch.bool of shape (11,)",
-            ),
-            ([True] * 11, 0, "`rows` must be a torch.bool tensor of shape (11,), one for each row, got [True, "),
-            (FROZEN, 2, "`dim` must be a dimension of the parameter, of shape (11, 5), got 2"),
-        ],
-    )
-    def test_of_another_size_are_refused(self, rows, dim, message):
+    @pytest.mark.parametrize(("rows", "dim"), [(FROZEN[:-1], 0), (FROZEN.long(), 0), (FROZEN, 1), ([True] * 11, 0)])
+    def test_of_another_size_are_refused(self, rows, dim):
         module = random_module()
-        parameter = module.weight
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match="`rows`"):
             freeze_rows(module, "weight", rows, dim)
-        assert not freezes_of(module)
-        assert not parameter._post_accumulate_grad_hooks
+        assert not freezes_of(module) and not module.weight._post_accumulate_grad_hooks
+        freeze = freeze_rows(module, "weight", FROZEN)
+        with pytest.raises(ValueError, match="`rows`"):
+            freeze.set_rows(FROZEN[:-1])
+        assert torch.equal(freeze.rows, FROZEN)
 
-    def test_what_else_is_refused(self):
-        with pytest.raises(ValueError, match="Rows of an `nn.Parameter` can be frozen, got a Tensor"):
-            freeze_rows(SimpleNamespace(weight=torch.ones(NUM_ROWS, WIDTH)), "weight", FROZEN)
+    def test_go_with_the_parameter_and_do_not_hold_it(self):
+        """Without the garbage collector: a table may take most of the memory."""
         module = random_module()
         freeze = freeze_rows(module, "weight", FROZEN)
-        with pytest.raises(ValueError, match="`dim` must be 0, along which rows of this parameter are frozen, got 1"):
-            freeze_rows(module, "weight", torch.ones(WIDTH, dtype=torch.bool), dim=1)
-        with pytest.raises(
-            ValueError, match=re.escape("of shape (11,), one for each row, got torch.bool of shape (5,)")
-        ):
-            freeze.set_rows(torch.ones(WIDTH, dtype=torch.bool))
-        assert [found.rows.tolist() for found in freezes_of(module)] == [FROZEN.tolist()]
+        optimizer = OPTIMIZERS["AdamW"](module.weight)
+        backward(module.weight, 0)
+        optimizer.step()
+        references = [weakref.ref(module), weakref.ref(module.weight)]
+        gc.disable()
+        try:
+            del module, optimizer
+            assert [reference() for reference in references] == [None, None]
+        finally:
+            gc.enable()
+        freeze.remove()
+        with pytest.raises(RuntimeError, match="no longer frozen"):
+            freeze.set_rows(FROZEN)
 
 
 def test_required_gradients_outlast_the_end_of_an_earlier_freeze():

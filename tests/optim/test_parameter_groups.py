@@ -1,29 +1,30 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Parameter groups of a model: expert tables by rows, all else as `Trainer` groups it."""
 
-import math
+import copy
+import warnings
 
 import pytest
 import torch
-from torch import nn
-from torch.testing import assert_close
+from grown_models import CONFIGS, SIZES
+from tiny_models import tiny_model
 from trainer_worker import small_model
 from transformers import Trainer, TrainingArguments
 
-from modeling_peer import RowAdamW, add_experts, expert_parameter_groups, make_optimizer
-from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
+from modeling_peer import (
+    RowAdamW,
+    add_experts,
+    expert_parameter_groups,
+    freeze_experts,
+    make_optimizer,
+    train_added_experts_only,
+)
+from modeling_peer.experts import expert_tables
+
+
+def is_down(name):
+    return name.endswith(("down_proj", "values"))
 
 
 class TestGroups:
@@ -43,7 +44,7 @@ class TestGroups:
         names = {parameter: name for name, parameter in model.named_parameters()}
         found = [names[parameter] for group in groups for parameter in group["params"]]
         assert sorted(found) == sorted(names.values())
-        tables = {module.weight for module in model.modules() if isinstance(module, ExpertTable)}
+        tables = {table.weight for table in expert_tables(model).values()}
         assert {parameter for group in groups if group["rows"] for parameter in group["params"]} == tables
         decayed = {names[parameter] for group in groups if group["weight_decay"] for parameter in group["params"]}
         assert decayed == set(Trainer.get_decay_parameter_names(None, model)) & set(names.values())
@@ -58,10 +59,8 @@ class TestGroups:
         model = small_model("dense", variant)
         groups = expert_parameter_groups(model, 0.1, expert_lr_multiplier=2.0, down_proj_lr_multiplier=5.0)
         rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
-        for module in model.modules():
-            if isinstance(module, ExpertTable):
-                expected = 1.0 if isinstance(module, ExpertDownProjection) else 0.2
-                assert rates[module.weight] == pytest.approx(expected)
+        for name, table in expert_tables(model).items():
+            assert rates[table.weight] == pytest.approx(1.0 if is_down(name) else 0.2)
         assert sorted(rates.values())[0] == 0.1 and all(each["rows"] == (each["lr"] > 0.1) for each in groups)
 
     def test_leave_out_what_is_frozen(self):
@@ -77,10 +76,10 @@ class TestGroups:
             add_experts(model, 16)
         rates = {p: group["lr"] for group in make_optimizer(model, args).param_groups for p in group["params"]}
         expected = {"whole": (0.025, 4.8), "added": (0.1, 0.1)}[part]
-        tables = [each for each in model.modules() if isinstance(each, ExpertTable) and each.weight.requires_grad]
+        tables = {name: each for name, each in expert_tables(model).items() if each.weight.requires_grad}
         assert len(tables) == 2
-        for table in tables:
-            assert rates[table.weight] == pytest.approx(expected[isinstance(table, ExpertDownProjection)])
+        for name, table in tables.items():
+            assert rates[table.weight] == pytest.approx(expected[is_down(name)])
         own = make_optimizer(model, args, expert_lr_multiplier=2.0, down_proj_lr_multiplier=3.0)
         assert max(group["lr"] for group in own.param_groups) == pytest.approx(0.6)
 
@@ -89,33 +88,45 @@ class TestGroups:
         groups = make_optimizer(small_model(), args).param_groups
         assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.95), 1e-5)}
 
-    def test_multiplier_lasts_through_a_schedule(self):
-        model, references = small_model(), []
-        optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=0.1, expert_lr_multiplier=3.0))
+    def test_rates_last_through_a_schedule(self):
+        groups = expert_parameter_groups(small_model(), learning_rate=0.1, expert_lr_multiplier=3.0)
+        optimizer = RowAdamW(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        others = {}
-        for rate in (0.1, 0.3):
-            others[rate] = [
-                nn.Parameter(p.detach().clone())
-                for group in optimizer.param_groups
-                if math.isclose(group["lr"], rate)
-                for p in group["params"]
-            ]
-            references.append(torch.optim.AdamW(others[rate], lr=rate, weight_decay=0.0))
-        schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in references]
         for _ in range(3):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.ones_like(parameter)
-            for other in others[0.1] + others[0.3]:
-                other.grad = torch.ones_like(other)
-            for one in (
-                optimizer,
-                scheduler,
-                *(one for pair in zip(references, schedules, strict=True) for one in pair),
-            ):
-                one.step()
+            optimizer.step()
+            scheduler.step()
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx((0.3 if group["rows"] else 0.1) / 4)
-            expected = [others[0.3 if group["rows"] else 0.1].pop(0) for _ in group["params"]]
-            assert_close(group["params"], expected, rtol=1e-5, atol=1e-6)
+
+
+def warnings_of(model):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        make_optimizer(model, TrainingArguments("unused"))
+    return [each for each in found if "train_added_experts_only" in str(each.message)]
+
+
+@pytest.mark.parametrize("mode", SIZES)
+@pytest.mark.parametrize("config", ["one layer", "shared pool"])
+class TestWarningOfGrownModels:
+    @pytest.fixture
+    def grown(self, config, mode):
+        model = tiny_model(CONFIGS[config])
+        add_experts(model, SIZES[mode], mode=mode)
+        return model
+
+    def test_is_given_to_a_copy_until_its_old_experts_are_frozen(self, grown):
+        assert not warnings_of(grown)
+        copied = copy.deepcopy(grown).requires_grad_(True)
+        assert warnings_of(copied)
+        train_added_experts_only(copied)
+        assert not warnings_of(copied)
+
+    def test_is_not_given_if_they_are_frozen(self, grown):
+        copied = copy.deepcopy(grown).requires_grad_(True)
+        freeze_experts(copied, range(36))
+        assert not warnings_of(copied)
+
+
+def test_models_that_did_not_grow_are_not_warned_of():
+    assert not warnings_of(small_model("peer", "pkm")) and not warnings_of(torch.nn.Linear(2, 2))

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """`RowAdamW` in the stock `Trainer`, and on tables that are split over two processes."""
 
 import copy
@@ -32,7 +21,7 @@ from trainer_worker import counting_sequences, logged, small_model, trainer_of
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
-from modeling_peer.factored_gradient import FactoredGradient
+from modeling_peer.ops.factored_gradient import FactoredGradient
 
 
 def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optimizer_options=None, **options):

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Makes one run of a study, in a process of its own: trains a model with run_clm.py, and measures it.
 
@@ -38,10 +27,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from common.cards import RESULTS
 from common.machine import machine
-from modeling_peer import measure_usage
+from modeling_peer import keep_heads, measure_usage
 from modeling_peer.analysis.evaluation import evaluation
-from modeling_peer.feed_forward_peer import PeerFeedForward
-from modeling_peer.feed_forward_pkm import PkmFeedForward
+from modeling_peer.feed_forward import PeerFeedForward, PkmFeedForward
 from studies.common.study_folder import read_json, write_json
 from studies.common.training_plan import CORPUS
 
@@ -194,9 +182,15 @@ def digests(texts: dict[str, torch.Tensor]) -> dict[str, str]:
     return {name: hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()[:16] for name, text in texts.items()}
 
 
-def load(folder: Path, **fields: Any) -> PreTrainedModel:
-    """Loads a trained model with changed fields of its configuration, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, **fields).to(DEVICE).eval()
+def load(folder: Path, num_retrieval_heads: int | None = None, **fields: Any) -> PreTrainedModel:
+    """
+    Loads a trained model with its first retrieval heads alone, or with changed fields of its configuration, in
+    evaluation mode.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, **fields)
+    if num_retrieval_heads is not None:
+        keep_heads(model, num_retrieval_heads)
+    return model.to(DEVICE).eval()
 
 
 @torch.no_grad()

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What the recipe study tries in the training of a run that no flag of run_clm.py gives, and the initialization that runs
 share.
@@ -25,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
+from modeling_peer.experts import expert_tables
 
 
 def share_initialization(model: PeerForCausalLM, seed: int) -> None:
@@ -69,7 +58,8 @@ def apply_trial(
 
 def _change_down_rate(trainer, first, last):
     args, optimizer = trainer.args, trainer.optimizer
-    down = {module.weight for module in trainer.model.modules() if isinstance(module, ExpertDownProjection)}
+    tables = expert_tables(trainer.model).items()
+    down = {table.weight for name, table in tables if name.endswith((".down_proj", ".values"))}
     usual = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps)
 
     def changed(rate):
@@ -85,7 +75,7 @@ def _change_down_rate(trainer, first, last):
 
 
 def _tables(model) -> list[nn.Parameter]:
-    return [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+    return [table.weight for table in expert_tables(model).values()]
 
 
 class ClipTablesApart(TrainerCallback):
@@ -109,10 +99,9 @@ class DecayMoments(TrainerCallback):
         groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
         for table in _tables(model):
             own = optimizer.state[table]
-            if not own or table.grad is None or table.grad.factors is None:
+            if not own or table.grad is None:
                 continue
-            factors = table.grad.factors
-            rows = factors.entries.groups.rows.long()[factors.sums().ne(0).any(1)]
+            rows = table.grad.ne(0).any(1).nonzero().squeeze(1)
             # A row's number of steps is that of all steps, up to its last: so m and v are corrected for bias.
             missed = (state.global_step - own["row_steps"][rows]).clamp(min=0)[:, None]
             for name, beta in zip(("exp_avg", "exp_avg_sq"), groups[id(table)]["betas"], strict=True):

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Feed-forwards of the recipe study that are no variants of the package: a product-key memory with an output gate, and
 PEER with rows narrower than the model.
@@ -24,9 +13,10 @@ from torch.nn import functional as F
 
 from modeling_peer import FeedForwardInterface, PartCosts, PeerConfig
 from modeling_peer.analysis.costs import model_costs
-from modeling_peer.expert_generations import first_generation
-from modeling_peer.feed_forward_peer import ExpertPool, PeerFeedForward
-from modeling_peer.feed_forward_pkm import PkmFeedForward
+from modeling_peer.configuration_peer import generations_of
+from modeling_peer.experts import ExpertPool
+from modeling_peer.feed_forward import PeerFeedForward, PkmFeedForward
+from modeling_peer.router import ForwardPass
 
 
 def _costs_of(config, variant):
@@ -68,7 +58,7 @@ class NarrowPeerFeedForward(PeerFeedForward):
             raise ValueError("`narrow_peer` must not have `share_experts_across_layers`: each layer has its own pool.")
         super().__init__(config, layer_idx)
         narrow = self._narrow(config)
-        self.expert_pool = ExpertPool(narrow, [first_generation(narrow)])
+        self.expert_pool = ExpertPool(narrow, generations_of(narrow)[:1])
         self.in_proj = nn.Linear(config.hidden_size, narrow.hidden_size, bias=False)
         self.out_proj = nn.Linear(narrow.hidden_size, config.hidden_size, bias=False)
 
@@ -78,11 +68,18 @@ class NarrowPeerFeedForward(PeerFeedForward):
         narrow.hidden_size = config.hidden_size // 2
         return narrow
 
-    def _retrieve_and_run(self, router, pool, hidden_states, padding_mask, forward_pass):
-        indices, weights = router(hidden_states, padding_mask, forward_pass)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        forward_pass: ForwardPass | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        indices, weights = self.router(hidden_states, padding_mask, forward_pass)
         tokens = self.in_proj(hidden_states).flatten(0, -2)
-        output = pool(tokens, indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2))
-        return self.out_proj(output).view_as(hidden_states)
+        output = self.expert_pool(tokens, indices.flatten(-2).flatten(0, -2), weights.flatten(-2).flatten(0, -2))
+        output = self.out_proj(output).view_as(hidden_states)
+        return output if self.shared_expert is None else output + self.shared_expert(hidden_states)
 
     @staticmethod
     def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:

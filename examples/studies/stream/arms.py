@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The arms of the study of streams: ways to teach a trained model a new text, stage by stage.
 
@@ -34,7 +23,7 @@ from modeling_peer import (
     fit_gates,
     generate_text,
 )
-from modeling_peer.expert_table import ExpertTable
+from modeling_peer.experts import expert_tables
 from studies.common.arms import train, with_rates
 
 
@@ -117,9 +106,8 @@ def replay(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, floa
 def experts_only(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]) -> PreTrainedModel:
     """Trains the expert tables, all rows of u and v, and nothing else."""
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, ExpertTable):
-            module.weight.requires_grad_(True)
+    for table in expert_tables(model).values():
+        table.requires_grad_(True)
     train_stage(model, stage, hyperparameters["learning_rate"])
     return model
 

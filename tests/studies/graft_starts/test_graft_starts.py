@@ -1,21 +1,9 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of initializations of a graft: its measurements, resuming, and the committed table."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,9 +60,3 @@ def test_measures_and_goes_on(compare, monkeypatch, tmp_path):
 
     monkeypatch.setattr(graft_starts, "train", trains)
     assert compare() == results
-
-
-def test_committed_table_is_that_of_the_raw_results():
-    folder = Path(graft_starts.__file__).parent
-    results = json.loads((folder / "results.json").read_text())
-    assert graft_starts.describe(results) in (folder / "README.md").read_text()

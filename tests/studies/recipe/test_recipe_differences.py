@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Paired differences, their intervals, and the size of a dense model that predicts as well."""
 
 import math
@@ -98,9 +87,3 @@ def test_effects_of_factors():
     assert found["two"].high < 0  # it raises the loss
     diverged = factor_effects([*losses, math.nan], [*levels, {"one": True, "two": True}])
     assert diverged == found
-
-
-@pytest.mark.parametrize("levels", [[{"one": True}] * 8, [{"one": True}, {"one": False}]])
-def test_effects_that_cannot_be_told(levels):
-    with pytest.raises(ValueError, match=f"got {len(levels)} runs"):
-        factor_effects([1.0] * len(levels), levels)

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the recipe study tries beside flags: shared initialization, changes of the training, other feed-forwards."""
 
 from types import SimpleNamespace
@@ -23,9 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer_worker import counting_sequences, small_model, trainer_of
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, model_costs
-from modeling_peer.expert_table import ExpertDownProjection, ExpertTable
-from studies.common import single_run
-from studies.common.training_plan import CORPUS
+from modeling_peer.experts import expert_tables
 from studies.recipe.trials import DecayMoments, apply_trial, share_initialization
 
 
@@ -53,16 +40,6 @@ def test_models_of_a_seed_share_what_they_have_in_common():
     assert before.std() == pytest.approx(0.1, rel=0.1)
 
 
-def test_runs_of_a_seed_see_the_same_in_the_same_order(tmp_path):
-    """Though their models draw different numbers before."""
-    seen = []
-    for kind in (("dense", "dense"), ("dense", "peer")):
-        arguments = {"data_seed": 3, "seed": 3, "max_steps": 3}
-        trainer = trainer_of(small_model(*kind), tmp_path, counting_sequences(40), **arguments)
-        seen.append([batch["input_ids"] for batch in trainer.get_train_dataloader()])
-    assert len(seen[0]) == 10 and all(torch.equal(*pair) for pair in zip(*seen, strict=True))
-
-
 def trained(folder, trial, steps=6, **options):
     """The trainer of a tiny model, and the rates of its groups and the norms of its gradients in each step."""
     model = small_model("dense", "peer")
@@ -73,7 +50,7 @@ def trained(folder, trial, steps=6, **options):
     step = trainer.optimizer.step
 
     def observed(*args, **kwargs):
-        tables = [module.weight for module in model.modules() if isinstance(module, ExpertTable)]
+        tables = [table.weight for table in expert_tables(model).values()]
         others = [each.grad for each in model.parameters() if not any(each is table for table in tables)]
         norms = [*(table.grad.norm() for table in tables), torch.cat([each.flatten() for each in others]).norm()]
         seen.append(([group["lr"] for group in trainer.optimizer.param_groups], torch.stack(norms)))
@@ -82,16 +59,6 @@ def trained(folder, trial, steps=6, **options):
     trainer.optimizer.step = observed
     trainer.train()
     return trainer, seen
-
-
-def test_the_rate_of_down_projections_falls_against_the_others(tmp_path):
-    _, usual = trained(tmp_path / "usual", {})
-    trainer, falling = trained(tmp_path / "falling", {"down_rate": [10.0, 1.0]})
-    down = {module.weight for module in trainer.model.modules() if isinstance(module, ExpertDownProjection)}
-    for step, ((before, _), (after, _)) in enumerate(zip(usual, falling, strict=True)):
-        for group, one, other in zip(trainer.optimizer.param_groups, before, after, strict=True):
-            factor = 10.0 * 0.1 ** (step / 6) if down.issuperset(group["params"]) else 1.0
-            assert other == pytest.approx(factor * one)
 
 
 def test_tables_are_clipped_apart(tmp_path):
@@ -106,7 +73,7 @@ def test_tables_are_clipped_apart(tmp_path):
 def test_moments_decay_in_steps_that_do_not_touch_a_row():
     model = small_model("dense", "peer")
     optimizer = RowAdamW(expert_parameter_groups(model, 0.0))
-    table = next(module.weight for module in model.modules() if isinstance(module, ExpertDownProjection))
+    table = next(each.weight for name, each in expert_tables(model).items() if name.endswith("down_proj"))
     reference = torch.zeros_like(table), torch.zeros_like(table)
     callback = DecayMoments()
     for step in range(4):
@@ -131,11 +98,6 @@ def test_the_gate_of_a_product_key_memory():
         memory = super(type(layer), layer).forward(hidden_states)
         gate = F.silu(hidden_states @ layer.gate_proj.weight.T)
         torch.testing.assert_close(layer(hidden_states), (memory * gate) @ layer.output_proj.weight.T)
-
-
-def test_narrow_experts_share_no_pool():
-    with pytest.raises(ValueError, match="must not have `share_experts_across_layers`"):
-        PeerForCausalLM(tiny_config("narrow_peer", "narrow_peer", share_experts_across_layers=True))
 
 
 def test_narrow_experts():
@@ -164,14 +126,5 @@ def test_costs_are_those_of_the_model(variant, options):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(random_tokens(1, 6), use_cache=False)
     counted = counter.get_flop_counts()["PeerForCausalLM.model.layers.1.mlp"]
-    assert sum(counted.values()) == 6 * costs.feed_forward_flops[1]
+    assert sum(counted.values()) == 6 * costs.feed_forwards[1].flops
     assert sum(each.numel() for each in model.parameters()) == costs.total.parameters
-
-
-@pytest.mark.parametrize("variant", ["narrow_peer", "gated_pkm"])
-def test_usage_of_variants_of_the_study_is_measured(tmp_path, variant):
-    model = tiny_model(tiny_config("dense", variant))
-    model.save_pretrained(tmp_path)
-    measured = single_run.measure(tmp_path, {CORPUS: random_tokens(8, 16)}, 4)
-    (of_layer,) = measured["usage"].values()
-    assert sum(of_layer["histogram"]) + of_layer["unused"] == model.config.num_experts

@@ -1,0 +1,78 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The card of a saved adapter. PEFT has no entry points by which an installed package could announce its methods, so the
+card is where a reader learns that importing the package is enough.
+"""
+
+from pathlib import Path
+
+
+PACKAGE = "modeling-peer"
+
+# The address of the package's repository, once it has one. It is set here and in pyproject.toml.
+REPOSITORY: str | None = None
+
+# What `create_or_update_model_card` of PEFT, by a template of huggingface_hub, leaves to be filled in: how to load an
+# adapter. If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
+CARD_PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
+
+# The auto class of a base model, by the task type of an adapter.
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+_USE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. Install it from {where}:
+
+```bash
+pip install {pip_name}
+```
+
+Import `modeling_peer` before PEFT loads the adapter, which otherwise fails with `KeyError: 'PEER_GRAFT'`:
+
+```python
+import modeling_peer
+from peft import PeftModel
+from transformers import {auto_class}
+
+base_model = {auto_class}.from_pretrained("{base_model}")
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```"""
+
+_CARD = """---
+library_name: peft
+tags:
+- peer
+---
+
+# PEER graft
+
+"""
+
+
+def write_adapter_card(folder: str | Path, base_model: str | None, task_type: str | None) -> None:
+    """
+    Say in the card of an adapter how to load it: in the place that PEFT's card leaves for it, or in a card of its own
+    where there is none. Any other README.md stays as it is.
+    """
+    card = Path(folder, "README.md")
+    where, package = "a clone of its repository", '".[graft]"'
+    if REPOSITORY is not None:
+        where, package = "its repository", f'"{PACKAGE}[graft] @ git+{REPOSITORY}"'
+    usage = _USE.format(
+        package=PACKAGE,
+        where=where,
+        pip_name=package,
+        auto_class=_AUTO_CLASSES.get(task_type or "", "AutoModel"),
+        base_model=base_model or "path/to/the/base/model",
+    )
+    if not card.exists():
+        card.parent.mkdir(parents=True, exist_ok=True)
+        card.write_text(f"{_CARD}{usage}\n", encoding="utf-8")
+        return
+    text = card.read_text(encoding="utf-8")
+    if text.count(CARD_PLACEHOLDER) == 1:
+        card.write_text(text.replace(CARD_PLACEHOLDER, usage), encoding="utf-8")

@@ -1,0 +1,17 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Kernels for experts and their retrieval, and the gradient of a table in factors. Importing registers the kernels with
+the core, under their names and as the fastest of their types of device.
+"""
+
+from functools import partial
+
+from ..experts import ExpertsInterface, RetrievalInterface
+from .experts import run_experts_on_kernels
+from .retrieval import retrieve_on_kernels
+
+
+for _name, _kernels in (("cpu", "cpu"), ("triton", "triton"), ("auto:cpu", None), ("auto:cuda", None)):
+    ExpertsInterface.register(_name, partial(run_experts_on_kernels, kernels=_kernels))
+    RetrievalInterface.register(_name, partial(retrieve_on_kernels, kernels=_kernels))

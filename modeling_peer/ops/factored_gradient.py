@@ -1,0 +1,330 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The gradient of an expert table as the factors of which it is the sum (see `gradient_factors.py`), from backward to the
+optimizer.
+
+A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is
+then a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
+freezing need on the factors. Any other operation on it computes the dense gradient; once that is written, or viewed as
+by a range of rows, the gradient is the dense one from then on.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from transformers.utils import logging
+
+from .gradient_factors import Factors
+
+
+logger = logging.get_logger(__name__)
+
+# The attribute of a table under which it is noted which optimizer takes its factors.
+OPTIMIZER = "_optimizer_of_factors"
+
+# Factors may take this much more memory than the rows that they sum to, before they are summed.
+MOST_FACTORS = 2.0
+
+# From this size of a table on, a warning says that its gradient is dense.
+LEAST_BYTES_TO_WARN = 2**24
+
+
+class _Sum:
+    """What a gradient shares with what is detached from it: its factors or, in their place, the dense gradient."""
+
+    def __init__(self, factors: Sequence[Factors]):
+        self.factors = list(factors)
+        self.rows: torch.Tensor | None = None
+
+
+class FactoredGradient(torch.Tensor):
+    """
+    The gradient of an expert table, of its shape and dtype, as a sum of [`Factors`]. See the module's docstring.
+
+    Sums are accumulated in float32, in float64 for a float64 table, whatever the dtype of the table.
+    """
+
+    _sum: _Sum
+
+    @staticmethod
+    def __new__(cls, table: torch.Tensor, factors: Sequence[Factors] | _Sum):
+        """
+        Args:
+            table (`torch.Tensor` of shape `(num_rows, width)`): The table, or its gradient.
+            factors (`Sequence[Factors]`)
+        """
+        # A view has the version counter of nothing: what autograd saves of a gradient, it saves as it is.
+        self = torch.Tensor._make_wrapper_subclass(cls, table.shape, dtype=table.dtype, device=table.device)
+        self._sum = factors if isinstance(factors, _Sum) else _Sum(factors)
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        tokens = sum(each.assignments.num_tokens for each in self._sum.factors)
+        return f"FactoredGradient(shape={tuple(self.shape)}, dtype={self.dtype}, num_tokens={tokens})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.to_rows())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.to_rows().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        name, kwargs, result = operator.name(), kwargs or {}, NotImplemented
+        if name in ("aten::detach", "aten::alias"):
+            return FactoredGradient(args[0], args[0]._sum)
+        if name == "aten::mul.Tensor":
+            args = sorted(args, key=_is_factored, reverse=True)  # also where a number comes first
+        if name in _HANDLERS and _is_factored(args[0]):
+            result = _HANDLERS[name](*args, **kwargs)
+        elif name in _HANDLERS_OF_LISTS:
+            result = _on_list(operator, _HANDLERS_OF_LISTS[name], *args, **kwargs)
+        return _on_rows(operator, args, kwargs) if result is NotImplemented else result
+
+    @property
+    def factors(self) -> Factors | None:
+        """All factors joined, as those of one backward; `None` if there are no assignments."""
+        if self._sum.rows is not None:
+            return Factors.of_rows(self._sum.rows)
+        factors = [each for each in self._sum.factors if each.coefficients.numel()]
+        self._sum.factors = [Factors.joined(factors)] if factors else []
+        return self._sum.factors[0] if factors else None
+
+    def to_rows(self) -> torch.Tensor:
+        """The dense gradient, `(num_rows, width)`, a copy."""
+        if self._sum.rows is not None:
+            return self._sum.rows.clone()
+        factors = self.factors
+        if factors is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return factors.to_rows(self.dtype)
+
+    def become_rows(self) -> torch.Tensor:
+        """Become the dense gradient, and return it: what is written there is written to this gradient."""
+        if self._sum.rows is None:
+            self._sum.rows, self._sum.factors = self.to_rows(), []
+        return self._sum.rows
+
+    def total_norm(self, order: float = 2.0) -> torch.Tensor:
+        """The norm of all elements, at least in float32, `()`. No row is written for `order=2.0`."""
+        factors = self.factors
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if factors is None:
+            return torch.zeros((), dtype=dtype, device=self.device)
+        if order == 2.0:
+            return factors.assignments.run.squared_norm(*factors.in_groups()).sqrt().to(dtype)
+        return torch.linalg.vector_norm(self.to_rows().to(dtype), order)
+
+    def is_finite(self) -> torch.Tensor:
+        """Whether all factors are finite, and so the rows that they sum to: bool, `()`."""
+        finite = [
+            torch.isfinite(part).all() for each in self._sum.factors for part in (each.coefficients, each.tokens)
+        ]
+        return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=self.device)
+
+    def zero_rows(self, rows: torch.Tensor) -> None:
+        """Zero rows in place: bool, `(num_rows,)`."""
+        if self._sum.rows is None:
+            self.set_factors([each.without(rows) for each in self._sum.factors])
+        else:
+            self._sum.rows.masked_fill_(rows[:, None], 0)
+
+    def set_factors(self, factors: Sequence[Factors]) -> "FactoredGradient":
+        """Become the sum of these factors, in place, and return itself."""
+        if self._sum.rows is None:
+            self._sum.factors = list(factors)
+        else:
+            self._sum.rows.copy_(FactoredGradient(self, factors).to_rows())
+        return self
+
+    def add_factors(self, others: Sequence[Factors]) -> "FactoredGradient":
+        """Add in place, and return itself. Factors that take much more memory than their rows are summed."""
+        factors = [*self._sum.factors, *others]
+        size, count = sum(each.nbytes for each in factors), sum(each.assignments.rows.numel() for each in factors)
+        rows = min(count, self.shape[0]) * self.shape[1] * max(torch.float32.itemsize, self.dtype.itemsize)
+        self._sum.factors = factors
+        if len(factors) > 1 and size > MOST_FACTORS * rows and (joined := self.factors) is not None:
+            self._sum.factors = [joined.summed()]
+        return self
+
+
+class _Note:
+    """Which optimizer takes the factors of a table. A copy of the table has no note of its own, or this one."""
+
+    def __init__(self, table: torch.Tensor, optimizer: torch.optim.Optimizer):
+        # Not a weak reference to the table: `Module.to` refuses to move a DTensor that has one.
+        self.table, self.optimizer = id(table), weakref.ref(optimizer)
+
+    def __reduce__(self):
+        return OrderedDict, ()  # weak references cannot be pickled, and `torch.load` takes this for weights
+
+
+def optimizer_of(table: torch.Tensor) -> torch.optim.Optimizer | None:
+    """The optimizer that takes the gradient of a table in factors, if there is one."""
+    note = getattr(table, OPTIMIZER, None)
+    return note.optimizer() if isinstance(note, _Note) and note.table == id(table) else None
+
+
+def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Let the gradient of a table come in factors, as long as the optimizer lives. It is noted on the table, where the
+    backward finds it; copies of the table do not have it.
+    """
+    setattr(table, OPTIMIZER, _Note(table, optimizer))
+
+
+def let_follow(table: torch.Tensor, local: torch.Tensor) -> None:
+    """Let the gradient of a process's part of a table come in factors if that of the table does."""
+    optimizer = optimizer_of(table)
+    if optimizer is not None:
+        take_factors(local, optimizer)
+
+
+@torch.compiler.assume_constant_result
+def takes_factors(table: torch.Tensor) -> bool:
+    """Whether there is an optimizer that takes the gradient of a table in factors."""
+    return optimizer_of(table) is not None
+
+
+def warn_of_dense_gradient(table: torch.Tensor) -> None:
+    """Say once that the gradient of a large table is dense, and what avoids it."""
+    if table.numel() * table.element_size() >= LEAST_BYTES_TO_WARN:
+        logger.warning_once(
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense. With an optimizer of "
+            "`make_optimizer`, it has the rows of retrieved experts only."
+        )
+
+
+def _is_factored(value):
+    return isinstance(value, FactoredGradient) and value._sum.rows is None
+
+
+def _clone(gradient, *, memory_format=None):
+    return FactoredGradient(gradient, gradient._sum.factors)
+
+
+def _view(gradient, shape):
+    same = tuple(shape) == tuple(gradient.shape)
+    return FactoredGradient(gradient, gradient._sum) if same else NotImplemented
+
+
+def _new_empty_strided(gradient, size, stride, *, dtype=None, **kwargs):
+    # Autograd copies a gradient into it if strides are not those of the parameter, as of a table that does not divide
+    # by the number of processes.
+    same = tuple(size) == tuple(gradient.shape) and dtype in (None, gradient.dtype)
+    return FactoredGradient(gradient, []) if same else NotImplemented
+
+
+def _copy_(gradient, other, non_blocking=False):
+    return gradient.set_factors(other._sum.factors) if _is_factored(other) else NotImplemented
+
+
+def _zero_(gradient):
+    return gradient.set_factors([])
+
+
+def _add_(gradient, other, *, alpha=1):
+    if not _is_factored(other):
+        return NotImplemented
+    return gradient.add_factors([each if alpha == 1 else each.scaled(alpha) for each in other._sum.factors])
+
+
+def _mul_(gradient, factor):
+    if getattr(factor, "ndim", 0):
+        return NotImplemented
+    return gradient.set_factors([each.scaled(factor) for each in gradient._sum.factors])
+
+
+def _div_(gradient, divisor):
+    return _mul_(gradient, 1 / divisor)
+
+
+def _of_copy(in_place):
+    return lambda gradient, *args, **kwargs: in_place(_clone(gradient), *args, **kwargs)
+
+
+def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
+    if dim is not None or keepdim:
+        return NotImplemented
+    return gradient.total_norm(float(ord)).to(dtype or torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _unscale_(gradient, found_inf, inverse_scale):
+    """As gradient scalers call it: `found_inf` becomes 1 if an element is infinite or NaN."""
+    found_inf.copy_(torch.maximum(found_inf, (~gradient.is_finite()).to(found_inf)))
+    return _mul_(gradient, inverse_scale)
+
+
+# By operator: what is done on factors.
+_HANDLERS: dict[str, Callable] = {
+    "aten::view": _view,
+    "aten::clone": _clone,
+    "aten::new_empty_strided": _new_empty_strided,
+    "aten::add.Tensor": _of_copy(_add_),
+    "aten::add_.Tensor": _add_,
+    "aten::copy_": _copy_,
+    "aten::zero_": _zero_,
+    "aten::mul.Tensor": _of_copy(_mul_),
+    "aten::mul_.Tensor": _mul_,
+    "aten::mul_.Scalar": _mul_,
+    "aten::div.Tensor": _of_copy(_div_),
+    "aten::div_.Tensor": _div_,
+    "aten::div_.Scalar": _div_,
+    "aten::linalg_vector_norm": _vector_norm,
+}
+
+# The same by operator of lists, for each of the list.
+_HANDLERS_OF_LISTS: dict[str, Callable] = {
+    "aten::_foreach_norm.Scalar": _vector_norm,
+    "aten::_foreach_mul_.Scalar": _mul_,
+    "aten::_foreach_mul_.Tensor": _mul_,
+    "aten::_foreach_div_.Scalar": _div_,
+    "aten::_foreach_div_.Tensor": _div_,
+    "aten::_foreach_zero_": _zero_,
+    "aten::_amp_foreach_non_finite_check_and_unscale_": _unscale_,
+}
+
+
+def _dense(value):
+    """A gradient that is no sum of factors any more as the plain tensor that it is."""
+    return value.become_rows() if isinstance(value, FactoredGradient) and not _is_factored(value) else value
+
+
+def _on_list(operator, single, tensors, *args, **kwargs):
+    """An operator of a list of tensors some of which are factored: these one by one, the others as before."""
+    if any(isinstance(each, (list, tuple)) for each in args):
+        return NotImplemented
+    dense = [_dense(each) for each in tensors if not _is_factored(each)]
+    results = iter((operator(dense, *args, **kwargs) if dense else ()) or ())
+    found = [single(each, *args, **kwargs) if _is_factored(each) else next(results, None) for each in tensors]
+    if any(each is NotImplemented for each in found):
+        return NotImplemented
+    return found if operator._schema.returns else None
+
+
+def _on_rows(operator, args, kwargs):
+    """Run an operator on dense gradients. One that it writes, or makes a view of, is dense from then on."""
+    logger.warning_once(
+        f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of "
+        "the shape of the table."
+    )
+    arguments = operator._schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    gradients: dict[int, FactoredGradient] = {}
+    for value in [named.get(argument.name) for argument in arguments if argument.alias_info is not None]:
+        for gradient in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(gradient, FactoredGradient):
+                gradients[id(gradient.become_rows())] = gradient
+
+    def rows_of(value):
+        return value.to_rows() if _is_factored(value) else _dense(value)
+
+    result = operator(*tree_map(rows_of, args), **tree_map(rows_of, kwargs))
+    return tree_map(lambda value: gradients.get(id(value), value), result)

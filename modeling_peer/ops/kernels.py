@@ -1,0 +1,60 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Implementations of the linear maps of a pool of experts, and of product-key retrieval, by name.
+
+    up:   (hidden [T, d],  rows [T, A], table [N, d]) -> [T, A],   hidden[t] · table[rows[t, a]]
+    down: (weights [T, A], rows [T, A], table [N, d]) -> [T, d],   Σ_a weights[t, a] table[rows[t, a]]
+
+Each is the backward of the other, together with one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`,
+row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `rows[t, a] = n` (see `gradient_factors.py`). A table
+is a tensor, or [`QuantizedRows`].
+
+| name | | where |
+|---|---|---|
+| `"torch"` | PyTorch operations on any device, `[T, A, d]` in pieces | `kernels_torch.py` |
+| `"cpu"` | C, compiled for this processor on first use | `kernels_cpu.py` |
+| `"triton"` | Triton, on a GPU | `kernels_triton.py` |
+"""
+
+from typing import Any
+
+import torch
+
+from .kernels_cpu import CpuKernels
+from .kernels_torch import TorchKernels
+from .kernels_triton import TritonKernels
+
+
+KERNELS: dict[str, Any] = {"torch": TorchKernels, "cpu": CpuKernels, "triton": TritonKernels}
+
+FASTEST_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # by type of device
+
+
+# Decided once where a model is compiled: it depends on compilers and devices only.
+@torch.compiler.assume_constant_result
+def resolve_kernels(name: str | None, tensor: torch.Tensor) -> str:
+    """
+    The name of the kernels that run on a tensor of the dtype and device of a table: `name`, or the fastest if `None`.
+    Raises `RuntimeError` if the named ones cannot run here.
+    """
+    if name is None:
+        fastest = FASTEST_KERNELS.get(tensor.device.type, "torch")
+        return fastest if KERNELS[fastest].unavailable_reason(tensor) is None else "torch"
+    reason = KERNELS[name].unavailable_reason(tensor)
+    if reason is not None:
+        raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` selects what can.')
+    return name
+
+
+def is_traced() -> bool:
+    """Whether operators are traced, so that what runs must be one."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def needs_autograd() -> bool:
+    """
+    Whether autograd must see what runs. For a single token it takes as long as the experts; in forward mode, which
+    knows neither grad mode nor kernels, it refuses.
+    """
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,200 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Experts on a GPU, in Triton. A program reads whole rows, several at a time, 16 bytes a load where the width allows.
+
+Without Triton the module can be imported, and `TritonKernels.unavailable_reason` says what is missing.
+"""
+
+import torch
+
+from .gradient_triton import group, row_gradient, squared_norm
+from .quantized_rows import QuantizedRows
+from .retrieval_triton import retrieval_gradients, retrieve
+from .triton_launch import DTYPES, can_run_on, check_indices, launch, row_blocks, tl, triton
+
+
+# Rows that a program reads at the same time.
+ROWS = 4
+
+# Of fewer tokens, `down` divides the columns among more programs, each of which reads more rows at the same time.
+MANY_TOKENS = 512
+
+
+if triton is not None:
+
+    @triton.jit
+    def _up(hidden, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """`output[t, a] = hidden[t] · table[indices[t, a]]`, one t and a block of a."""
+        token = tl.program_id(0).to(tl.int64)
+        places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        present = places < active
+        row_starts = tl.load(indices + token * active + places, mask=present, other=0) * WIDTH
+        products = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for first in range(0, WIDTH, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            mask = present[:, None] & (columns < WIDTH)[None, :]
+            row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
+            state = tl.load(hidden + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+            products += state.to(tl.float32)[None, :] * row.to(tl.float32)
+        tl.store(output + token * active + places, tl.sum(products, axis=1), mask=present)
+
+    @triton.jit
+    def _down(weights, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """`output[t] = Σ_a weights[t, a] table[indices[t, a]]`, one t and a block of columns."""
+        token = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros([COLUMNS], dtype=tl.float32)
+        for first in range(0, active, ROWS):
+            places = first + tl.arange(0, ROWS)
+            present = places < active
+            weight = tl.load(weights + token * active + places, mask=present, other=0.0).to(tl.float32)
+            row_starts = tl.load(indices + token * active + places, mask=present, other=0) * WIDTH
+            mask = present[:, None] & (columns < WIDTH)[None, :]
+            row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
+            sums += tl.sum(weight[:, None] * row.to(tl.float32), axis=0)
+        tl.store(output + token * WIDTH + columns, sums, mask=columns < WIDTH)
+
+    @triton.jit
+    def _quantized_up(
+        hidden,
+        indices,
+        integers,
+        scales,
+        output,
+        active,
+        width,
+        SPAN: tl.constexpr,
+        GROUPS: tl.constexpr,
+        BITS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """`output[t, a] = hidden[t] · table[indices[t, a]]`, one t and a block of a. WIDTH is in bytes."""
+        token = tl.program_id(0).to(tl.int64)
+        places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        present = places < active
+        rows = tl.load(indices + token * active + places, mask=present, other=0)
+        products = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for first in range(0, WIDTH, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            inside = columns < WIDTH
+            mask = present[:, None] & inside[None, :]
+            values = tl.load(integers + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
+            scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
+            state = tl.load(hidden + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+            if BITS == 8:
+                sums = state[None, :] * values.to(tl.float32)
+            else:
+                behind = tl.load(hidden + token * width + WIDTH + columns, mask=columns < width - WIDTH, other=0.0)
+                signed = values.to(tl.int32)
+                sums = state[None, :] * ((signed << 28) >> 28).to(tl.float32)
+                sums += behind.to(tl.float32)[None, :] * ((signed << 24) >> 28).to(tl.float32)
+            products += scale.to(tl.float32) * sums
+        tl.store(output + token * active + places, tl.sum(products, axis=1), mask=present)
+
+    @triton.jit
+    def _quantized_down(
+        weights,
+        indices,
+        integers,
+        scales,
+        output,
+        active,
+        width,
+        SPAN: tl.constexpr,
+        GROUPS: tl.constexpr,
+        BITS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """`output[t] = Σ_a weights[t, a] table[indices[t, a]]`, one t and a block of bytes of the rows."""
+        token = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < WIDTH
+        sums = tl.zeros([COLUMNS], dtype=tl.float32)
+        behind = tl.zeros([COLUMNS], dtype=tl.float32)
+        for first in range(0, active, ROWS):
+            places = first + tl.arange(0, ROWS)
+            present = places < active
+            weight = tl.load(weights + token * active + places, mask=present, other=0.0).to(tl.float32)
+            rows = tl.load(indices + token * active + places, mask=present, other=0)
+            mask = present[:, None] & inside[None, :]
+            values = tl.load(integers + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
+            scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
+            factors = weight[:, None] * scale.to(tl.float32)
+            if BITS == 8:
+                sums += tl.sum(factors * values.to(tl.float32), axis=0)
+            else:
+                signed = values.to(tl.int32)
+                sums += tl.sum(factors * ((signed << 28) >> 28).to(tl.float32), axis=0)
+                behind += tl.sum(factors * ((signed << 24) >> 28).to(tl.float32), axis=0)
+        tl.store(output + token * width + columns, sums, mask=inside)
+        if BITS == 4:
+            tl.store(output + token * width + WIDTH + columns, behind, mask=columns < width - WIDTH)
+
+
+class TritonKernels:
+    """
+    The experts and their gradients in Triton. Signatures are those of [`TorchKernels`], with product-key retrieval and
+    its gradients in addition; sums are accumulated in float32 whatever the dtypes.
+
+    No method waits for the GPU, unless the environment variable `MODELING_PEER_CHECK_INDICES` is 1: an index that is
+    out of range then raises `IndexError`.
+    """
+
+    group = staticmethod(group)
+    row_gradient = staticmethod(row_gradient)
+    squared_norm = staticmethod(squared_norm)
+    retrieve = staticmethod(retrieve)
+    retrieval_gradients = staticmethod(retrieval_gradients)
+
+    @staticmethod
+    def unavailable_reason(table: torch.Tensor) -> str | None:
+        """Why these kernels cannot run on a table, a sentence, or `None` if they can."""
+        if triton is None:
+            return "Triton is not installed."
+        if not can_run_on(table.device):
+            return f"Triton kernels are for a GPU, the experts are on {table.device}."
+        if table.dtype not in DTYPES:
+            return f"Triton kernels support {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
+        return None
+
+    @staticmethod
+    def up(hidden_states: torch.Tensor, rows: torch.Tensor, table: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        """`(hidden [T, d], rows [T, A], table [N, d]) -> [T, A]`"""
+        output = hidden_states.new_empty(rows.shape)
+        blocks = row_blocks(_elements(table).shape[1], ROWS)
+        grid = len(rows), triton.cdiv(rows.shape[1], blocks["ROWS"])
+        _launch(_up, _quantized_up, grid, hidden_states, rows, table, output, blocks)
+        return output
+
+    @staticmethod
+    def down(weights: torch.Tensor, rows: torch.Tensor, table: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        """`(weights [T, A], rows [T, A], table [N, d]) -> [T, d]`"""
+        width = _elements(table).shape[1]
+        output = weights.new_empty(len(rows), table.width if isinstance(table, QuantizedRows) else width)
+        many = len(rows) >= MANY_TOKENS
+        blocks = row_blocks(width, ROWS) if many else row_blocks(width, 128, most_columns=64)
+        grid = len(rows), triton.cdiv(width, blocks["COLUMNS"])
+        _launch(_down, _quantized_down, grid, weights, rows, table, output, blocks)
+        return output
+
+
+def _elements(table):
+    return table.integers if isinstance(table, QuantizedRows) else table
+
+
+def _launch(plain, quantized, grid, tokens, rows, table, output, blocks):
+    """Launch the kernel for a plain table or for a quantized one."""
+    elements = _elements(table).contiguous()
+    check_indices(rows, len(elements))
+    tokens, rows, active = tokens.contiguous(), rows.contiguous(), rows.shape[1]
+    if not isinstance(table, QuantizedRows):
+        launch(plain, grid, tokens, rows, elements, output, active, **blocks)
+        return
+    options = {"SPAN": table.bytes_per_scale, "GROUPS": table.scales.shape[1], "BITS": table.bits, **blocks}
+    scales = table.scales.contiguous()
+    launch(quantized, grid, tokens, rows, elements, scales, output, active, table.width, **options)

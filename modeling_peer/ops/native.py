@@ -1,0 +1,200 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Kernels in C: compiled on the user's machine on first use, kept in a cache, and called through ctypes.
+
+The sources in `csrc` are one library with a plain C interface: no header of torch or Python is needed, and a compiled
+library keeps working when either is upgraded. Its functions run on the OpenMP threads that torch has already started.
+The environment variable `MODELING_PEER_COMPILE_KERNELS=0` switches compilation off for the whole process, and
+`expert_kernels="torch"` in a configuration keeps one model from using it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+COMPILE_VARIABLE = "MODELING_PEER_COMPILE_KERNELS"
+
+COMPILER_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC", "-march=native")
+
+SOURCES = Path(__file__).parent / "csrc"
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# The process that imported this module. A child that it forks has another id, and none of its OpenMP threads.
+_PROCESS = os.getpid()
+
+
+# Cached for the life of the process: dlopen'd code that may be running cannot be unloaded, and that there is no
+# compiler is not found out again in every forward.
+@functools.cache
+def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
+    """
+    Return the library that is compiled from the C files of a folder: from `$HF_HOME/modeling_peer`, where it is kept
+    for this compiler and processor. Where that folder is not this user's alone, or cannot be used, every process
+    compiles its own, which leaves no file. `None` if `MODELING_PEER_COMPILE_KERNELS=0` is set and, after a notice, if
+    there is no compiler that works.
+    """
+    if is_compilation_off():
+        return None
+    try:
+        compiler = compiler_command()
+        content = [file.name + file.read_text(encoding="utf-8") for file in sorted(sources.iterdir())]
+        key = "\0".join([*content, *compiler, *COMPILER_FLAGS, _run([*compiler, "--version"]), _processor()])
+        folder = Path(constants.HF_HOME) / "modeling_peer"
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        try:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            status = folder.stat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise PermissionError(f"others could put code in {folder}")
+            if not path.exists():
+                _build(compiler, sources, path)
+            return ctypes.CDLL(str(path))
+        # The folder cannot be written, is another's, is full, has no locks, or is mounted `noexec`.
+        except (OSError, NotImplementedError):
+            with tempfile.TemporaryDirectory() as workplace:
+                return ctypes.CDLL(str(_compile(compiler, sources, Path(workplace))))
+    # ValueError: CC cannot be parsed.
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            f"PEER runs on PyTorch operations, several times slower than with C kernels, which could not be compiled: "
+            f"{reason[0] if reason else repr(error)}. Install gcc, or set the environment variable CC to a compiler "
+            f"that supports OpenMP. {COMPILE_VARIABLE}=0 switches compilation, and this notice, off."
+        )
+        return None
+
+
+def is_compilation_off() -> bool:
+    """Whether `MODELING_PEER_COMPILE_KERNELS` is set, and not to 1, on, yes or true."""
+    return (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES
+
+
+def missing_library_reason() -> str:
+    """Why [`load_library`] returned `None`, a sentence."""
+    if is_compilation_off():
+        return f"the environment variable {COMPILE_VARIABLE}={os.environ[COMPILE_VARIABLE]} switches C kernels off."
+    return "there is no C compiler that works."
+
+
+def compiler_command() -> list[str]:
+    """The compiler that the environment names, `cc` if it names none."""
+    if sys.platform == "win32":
+        raise OSError("C kernels are for Linux and macOS")
+    return shlex.split(os.environ.get("CC") or "cc")
+
+
+def _run(command, **options):
+    english = {"env": os.environ | {"LC_ALL": "C"}, "encoding": "utf-8", "errors": "replace"}
+    return subprocess.run(command, capture_output=True, check=True, text=True, **english, **options).stdout
+
+
+def _processor():
+    """What `-march=native` depends on."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
+
+
+def _build(compiler, sources, path):
+    """Compile a library. Of several processes only one does, and none sees an incomplete file."""
+    with FileLock(path.parent / "lock"), tempfile.TemporaryDirectory() as workplace:
+        if path.exists():
+            return
+        logger.warning_once(
+            f"PEER compiles C kernels for this processor with `{shlex.join(compiler)}`, and keeps them in "
+            f'{path.parent}. {COMPILE_VARIABLE}=0 in the environment, or `expert_kernels="torch"` in the '
+            "configuration of a model, runs PyTorch operations instead."
+        )
+        part = shutil.copy(_compile(compiler, sources, Path(workplace)), path.with_suffix(".part"))
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # or its name may be on the disk before its content
+        os.replace(part, path)
+
+
+def _compile(compiler, sources, workplace):
+    """Compile the C files of a folder in an empty one, several at a time, and return the library there."""
+    files, linked = sorted(sources.resolve().glob("*.c")), workplace / "kernels.so"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda file: _run([*compiler, *COMPILER_FLAGS, "-c", str(file)], cwd=workplace), files))
+    # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    compiled = [str(workplace / f"{file.stem}.o") for file in files]
+    _run([*compiler, "-shared", *undefined, *compiled, "-o", str(linked)])
+    return linked
+
+
+def num_threads() -> int:
+    """Threads of a kernel: torch's, but 1 in a forked process, which would wait for ever for its parent's."""
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
+
+
+@functools.cache
+def _function(library, name):
+    function = getattr(library, name)
+    function.restype = ctypes.c_int64
+    return function
+
+
+def call(name: str, *arguments: torch.Tensor | int | float | None) -> int:
+    """
+    Call a function of the library, which takes the number of threads last. Tensors are passed by address, contiguous
+    as they are, integers as int64, floats as double, `None` as NULL. C trusts them: see [`check_tensor`]. Raises
+    `RuntimeError` if a tensor is not on the CPU or has no memory of its own.
+    """
+    return _function(load_library(), name)(*map(_argument, arguments), ctypes.c_int(num_threads()))
+
+
+def _argument(value):
+    if isinstance(value, torch.Tensor):
+        address = value.data_ptr()
+        plain = type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        if not plain or not value.is_cpu or (value.numel() and not address):
+            raise RuntimeError(f"C kernels take plain tensors in memory, got a {type(value)} on {value.device}.")
+        return ctypes.c_void_p(address)
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, dtypes: Collection[torch.dtype] | None, shape: tuple[int, ...] | int
+) -> None:
+    """
+    Raise `ValueError`, naming the argument, if C cannot read a tensor: strided, on the CPU, of one of these dtypes
+    (of any if `None`), and of this shape, or this number of dimensions.
+    """
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
+        raise ValueError(f"`{name}` must be a strided tensor on the CPU, got {tensor.layout} on {tensor.device}.")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(f"`{name}` must be of dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}.")
+    if (tensor.dim() if isinstance(shape, int) else tensor.shape) != shape:
+        expected = f"have {shape} dimensions" if isinstance(shape, int) else f"be of shape {tuple(shape)}"
+        raise ValueError(f"`{name}` must {expected}, got shape {tuple(tensor.shape)}.")
+
+
+def refuse_index(indices: torch.Tensor, num_rows: int) -> None:
+    """Raise `IndexError` for expert indices one of which is negative or not below `num_rows`."""
+    least, most = (int(bound) for bound in indices.aminmax())
+    found = least if least < 0 else most
+    raise IndexError(f"An expert index must be at least 0 and below the number of experts {num_rows}, got {found}.")

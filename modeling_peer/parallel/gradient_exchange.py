@@ -1,0 +1,211 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The gradients of expert tables in replicas: of a model that DistributedDataParallel (DDP) trains, or of a process's
+columns of the tables where there are several memory groups (see `memory_group.py`).
+
+DDP reduces the gradient of a parameter by a dense sum in the midst of the backward. Tables are on its ignore list
+instead: they are broadcast once, and their gradients averaged here, once for each optimizer step, at the end of the
+last micro-batch's backward, before anything clips them. What is exchanged is the factors, by an all-gather, or a dense
+sum where that moves fewer bytes; both are collectives that every backend has.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..experts import expert_tables
+from ..ops.factored_gradient import FactoredGradient, takes_factors
+from ..ops.gradient_factors import Factors
+from .columns import decoder_of, is_split
+from .releases import call_after_backward, can_exchange_gradients, reduces_gradients, replicas_in_forward
+
+
+def leave_tables_out_of_ddp(model: nn.Module) -> list[str]:
+    """
+    Names of the parameters that DDP is to leave alone, whose gradients are averaged here from now on: the expert
+    tables that are trained, and those that a memory group splits. Only the latter if nothing else is trained, as DDP
+    refuses a model without a parameter of its own, or if torch does not let us exchange gradients.
+    """
+    weights = _weights_of_tables(model)
+    split = {id(weight) for weight in weights if is_split(weight)}
+    trained = {id(weight) for weight in weights if weight.requires_grad}
+    others = any(each.requires_grad and id(each) not in trained for each in model.parameters())
+    left_out = split | trained if others and can_exchange_gradients() else split
+    if left_out:
+        average_in_replicas(decoder_of(model))
+    return [name for name, parameter in model.named_parameters() if id(parameter) in left_out]
+
+
+def _weights_of_tables(model):
+    """With those that an adapter has in the place of a table."""
+    inside = (each for table in expert_tables(model).values() for each in table.modules())
+    return [each.weight for each in inside if isinstance(each, nn.Embedding)]
+
+
+def average_in_replicas(decoder: nn.Module) -> None:
+    """Average the gradients of tables in replicas at the end of each backward through a decoder that has them all."""
+    if _broadcast_tables not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_broadcast_tables)
+        decoder.register_forward_hook(_average_after_backward)
+
+
+# A compiler that traces the decoder does not get through the module that contains it.
+@torch.compiler.disable
+@torch.no_grad()
+def _broadcast_tables(decoder, args):
+    """Make the tables that DDP leaves out those of its first process, in its first forward."""
+    replicas = replicas_in_forward()
+    if replicas is None or hasattr(replicas, "_broadcast_expert_tables") or hasattr(decoder, "memory_group"):
+        return
+    for table in _tables_left_out(replicas, decoder):
+        dist.broadcast(table, dist.get_global_rank(replicas.process_group, 0), replicas.process_group)
+    replicas._broadcast_expert_tables = True
+
+
+@torch.compiler.disable
+def _average_after_backward(decoder, args, output):
+    """Have gradients averaged when a backward through this forward ends, if other gradients are reduced in it."""
+    output = output if isinstance(output, torch.Tensor) else output[0]
+    replicas, memory_group = replicas_in_forward(), getattr(decoder, "memory_group", None)
+    if not output.requires_grad or (replicas is not None and not replicas.require_backward_grad_sync):
+        return
+    if memory_group is not None:
+        tables, group = _weights_of_tables(decoder), memory_group.replicas
+    else:
+        tables = [] if replicas is None else _tables_left_out(replicas, decoder)
+        group = None if replicas is None else replicas.process_group
+
+    def average():
+        # FSDP2 is asked in the backward, where it decides, and DDP in the forward.
+        if replicas is not None or reduces_gradients(decoder):
+            average_gradients(tables, group)
+
+    if tables and group is not None:
+        output.register_hook(lambda gradient: call_after_backward(average))
+
+
+def _tables_left_out(replicas, decoder):
+    """The tables of a decoder that DDP leaves to us, in the order of their names."""
+    names = {id(parameter): name for name, parameter in replicas.module.named_parameters()}
+    return [weight for weight in _weights_of_tables(decoder) if names.get(id(weight)) in replicas.parameters_to_ignore]
+
+
+@torch.no_grad()
+def average_gradients(tables: Iterable[Any], group: dist.ProcessGroup) -> None:
+    """
+    Average the gradients of some tables over the processes of a group: `parameter.grad` is the same on all of them
+    afterwards, to the bit. A table without a gradient on a process counts as zero there. All processes pass the same
+    tables in the same order.
+    """
+    tables = [table for table in tables if table.requires_grad]
+    if not tables:
+        return
+    gradients = [_local_gradient(table) for table in tables]
+    # Of each process and table: how many assignments and tokens its factors have, and the first table with the same
+    # assignments; -1 of a dense gradient.
+    own = torch.tensor(_sizes(gradients), device=gradients[0].device)
+    sizes = _gather(own[None], group).tolist()
+    sharing: dict[int, list[int]] = {}  # tables with the same assignments on all processes, which are sent once
+    for place in range(len(tables)):
+        firsts = {of_rank[place][2] for of_rank in sizes}
+        sharing.setdefault(firsts.pop() if len(firsts) == 1 and min(firsts) >= 0 else place, []).append(place)
+    for places in sharing.values():
+        several = [gradients[place] for place in places]
+        widths = [_widest_part(tables[place]) for place in places]
+        num_assignments, num_tokens, _ = zip(*(of_rank[places[0]] for of_rank in sizes), strict=True)
+        in_factors, assignments = _factors_are_smaller(several, widths, num_assignments, num_tokens), None
+        for gradient in several:
+            if in_factors:
+                assignments = _average_factors(gradient, num_assignments, num_tokens, assignments, group)
+            else:
+                _average_rows(gradient, group)
+
+
+def _local_gradient(table):
+    """The gradient of what this process holds of a table, to be changed in place. Zero if there was none."""
+    if table.grad is None:
+        local = table.to_local() if isinstance(table, DTensor) else table
+        zero = FactoredGradient(local, []) if takes_factors(table) else torch.zeros_like(local)
+        if isinstance(table, DTensor):
+            whole = {"shape": table.shape, "stride": table.stride()}
+            zero = DTensor.from_local(zero, table.device_mesh, table.placements, run_check=False, **whole)
+        table.grad = zero
+    return table.grad.to_local() if isinstance(table.grad, DTensor) else table.grad
+
+
+def _sizes(gradients):
+    found, firsts = [], {}
+    for place, gradient in enumerate(gradients):
+        if not isinstance(gradient, FactoredGradient):
+            found.append([-1, -1, -1])
+        elif (factors := gradient.factors) is None:
+            found.append([0, 0, place])
+        else:
+            first = firsts.setdefault(factors.assignments, place)
+            found.append([factors.coefficients.numel(), len(factors.tokens), first])
+    return found
+
+
+def _widest_part(table):
+    """How many columns a process of a table's group has at most: all have to decide alike, and so by this."""
+    return -(-table.shape[1] // table.device_mesh.size()) if isinstance(table, DTensor) else table.shape[1]
+
+
+def _factors_are_smaller(gradients, widths, num_assignments, num_tokens):
+    """
+    Whether an all-gather of the factors of gradients with the same assignments moves fewer bytes than dense sums.
+
+    A process receives the factors of each other one, in at least float32 and padded to the most, and with them once
+    for all gradients the assignments, a row and a token in int32. Of an all-reduce by n processes it receives
+    2 (n − 1) / n of a gradient, in the gradient's own dtype.
+    """
+    if min(num_assignments) < 0:
+        return False
+    factors, rows = max(num_assignments) * 2 * torch.int32.itemsize, 0
+    for gradient, width in zip(gradients, widths, strict=True):
+        itemsize = max(gradient.dtype.itemsize, torch.float32.itemsize)
+        factors += (max(num_tokens) * width + max(num_assignments)) * itemsize
+        rows += len(gradient) * width * gradient.dtype.itemsize
+    return len(num_tokens) * factors < 2 * rows
+
+
+def _average_rows(gradient, group):
+    rows = gradient.to_rows() if isinstance(gradient, FactoredGradient) else gradient
+    dist.all_reduce(rows, group=group)
+    rows /= dist.get_world_size(group)
+    if isinstance(gradient, FactoredGradient):
+        gradient.set_factors([Factors.of_rows(rows)])
+
+
+def _average_factors(gradient, num_assignments, num_tokens, assignments, group):
+    """Average a gradient by its factors; return its assignments, which other tables of its pool share."""
+    factors = gradient.factors or Factors.empty(gradient)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    coefficients = _gather_parts(factors.coefficients.reshape(-1, 1).to(dtype), num_assignments, group)
+    tokens = _gather_parts(factors.tokens.to(dtype), num_tokens, group)
+    if assignments is None:
+        own = factors.assignments
+        parts = torch.stack([own.rows.reshape(-1).int(), own.sources], dim=1)
+        assignments = own.of_processes(_gather_parts(parts, num_assignments, group), num_tokens)
+    gradient.set_factors([Factors(torch.cat(coefficients) / len(num_tokens), torch.cat(tokens), assignments)])
+    return assignments
+
+
+def _gather_parts(part, sizes, group):
+    """Tensors of different lengths of all processes, in the order of their ranks: padded, as all-gathers are even."""
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    return [whole[:size] for whole, size in zip(_gather(padded[None], group), sizes, strict=True)]
+
+
+def _gather(part, group):
+    """`(1, ...)` of each process -> `(world_size, ...)`."""
+    whole = part.new_empty(dist.get_world_size(group), *part.shape[1:])
+    if whole.numel():
+        dist.all_gather(list(whole.split(1)), part.contiguous(), group=group)
+    return whole

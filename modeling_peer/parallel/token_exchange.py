@@ -1,0 +1,182 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What processes exchange that each hold some columns of every row of the expert tables. Tables and their gradients never
+travel.
+
+In a memory group ([`TokenExchange`]) a process has tokens of its own. It gets from the others the columns of their
+hidden states that go with its columns of the tables, and what comes of them is summed where the tokens are. Under
+tensor parallelism ([`ReplicatedExchange`]) all processes have the same tokens.
+
+All collectives are those that NCCL and gloo have, of equal parts: tokens are padded to the largest number of a
+process, and columns to the widest part.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from ..ops.experts import NoExchange
+from .releases import all_gather, reduce_scatter
+
+
+class ColumnExchange(NoExchange):
+    """
+    What both exchanges share.
+
+    Args:
+        group (`dist.ProcessGroup`): Each of its processes holds a part of the columns, in the order of their ranks.
+        width (`int`): Number of columns of whole tables. Where they do not divide, the last process has fewer.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, width: int):
+        self.group, self.size, self.width = group, dist.get_world_size(group), width
+        # Columns of a part, as DTensor splits a dimension, and where this process's part starts and ends.
+        self.part = math.ceil(width / self.size)
+        first = dist.get_rank(group) * self.part
+        self.own = slice(min(first, width), min(first + self.part, width))
+
+    def input_columns(self, tokens):
+        return self.to_columns(tokens)
+
+    def products(self, kernels, columns, rows, tables):
+        # Each process has a part of every sum. The parts are added in float32 at least, and rounded once.
+        exact = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        sums = self._sum(torch.cat([kernels.up(exact, rows, table) for table in tables], dim=1))
+        return list(sums.to(columns.dtype).chunk(len(tables), dim=1))
+
+    def _sum(self, parts):
+        raise NotImplementedError
+
+    def _with_columns(self, columns):
+        """Columns of this process, padded to the widest part."""
+        return _padded(columns, columns=self.part - columns.shape[1]).contiguous()
+
+
+class ReplicatedExchange(ColumnExchange):
+    """The exchange of tokens that all processes have: products are summed, columns of the output gathered."""
+
+    def to_columns(self, tokens):
+        return tokens[:, self.own].contiguous()
+
+    def to_tokens(self, columns):
+        parts = columns.new_empty(self.size * len(columns), self.part)
+        if parts.numel():
+            all_gather(parts, self._with_columns(columns), group=self.group)
+        return parts.view(self.size, len(columns), self.part).transpose(0, 1).flatten(1)[:, : self.width]
+
+    def _sum(self, parts):
+        dist.all_reduce(parts, group=self.group)
+        return parts
+
+
+class TokenExchange(ColumnExchange):
+    """
+    The exchange of the tokens of one forward, and of its backward, between processes that have different ones.
+
+    Args:
+        group, width: See [`ColumnExchange`].
+        num_tokens (`int`): Number of tokens of this process. May be 0, and differ between processes.
+        most_tokens (`int`): The largest number of tokens of a process of the group.
+    """
+
+    keeps_coefficients = True
+
+    def __init__(self, group: dist.ProcessGroup, width: int, num_tokens: int, most_tokens: int):
+        super().__init__(group, width)
+        self.num_tokens, self.most_tokens = num_tokens, most_tokens
+        # Each process has the mean loss of its own tokens, and its columns get the gradients of all of them: as the
+        # gradients of everything else, they are averaged.
+        self.share = 1 / self.size
+        self._started: tuple[torch.Tensor, torch.Tensor, dist.Work] | None = None
+
+    def gather(self, part):
+        whole = part.new_empty(self.size * self.most_tokens, *part.shape[1:])
+        if whole.numel():
+            padded = _padded(part, tokens=self.most_tokens - self.num_tokens)
+            all_gather(whole, padded.contiguous(), group=self.group)
+        return whole
+
+    def start_to_columns(self, tokens: torch.Tensor) -> None:
+        """Start [`to_columns`] of some tokens, for which the next [`input_columns`] waits."""
+        parts = self._parts(tokens)
+        received = torch.empty_like(parts)
+        if received.numel():
+            work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
+            self._started = received, parts, work  # what is sent has to be there until it is received
+
+    def input_columns(self, tokens):
+        if self._started is None:
+            return self.to_columns(tokens)
+        (received, _, work), self._started = self._started, None
+        work.wait()
+        return self._of_process(received)
+
+    def to_columns(self, tokens):
+        return self._of_process(self._all_to_all(self._parts(tokens)))
+
+    def to_tokens(self, columns):
+        parts = self._with_columns(columns).unflatten(0, (self.size, self.most_tokens))
+        return self._all_to_all(parts).transpose(0, 1).flatten(1)[: self.num_tokens, : self.width]
+
+    def _sum(self, parts):
+        sums = parts.new_empty(self.most_tokens, parts.shape[1])
+        if sums.numel():
+            reduce_scatter(sums, parts, group=self.group)
+        return sums[: self.num_tokens]
+
+    def _parts(self, tokens):
+        """`(num_tokens, width) -> (size, most_tokens, part)`, what goes to each process."""
+        padded = _padded(tokens, self.size * self.part - self.width, self.most_tokens - self.num_tokens)
+        return padded.unflatten(1, (self.size, self.part)).transpose(0, 1).contiguous()
+
+    def _of_process(self, parts):
+        return parts.flatten(0, 1)[:, : self.own.stop - self.own.start].contiguous()
+
+    def _all_to_all(self, parts):
+        """`(size, ...)`, a part for each process -> `(size, ...)`, a part of each process."""
+        received = torch.empty_like(parts)
+        if received.numel():
+            dist.all_to_all_single(received, parts, group=self.group)
+        return received
+
+
+def _padded(matrix, columns=0, tokens=0):
+    """A matrix with columns and tokens of zeros added."""
+    return F.pad(matrix, (0, columns, 0, tokens)) if columns or tokens else matrix
+
+
+def memory_group_bytes(
+    hidden_size: int, num_active: int, group_size: int, element_bytes: int, num_up_projections: int = 1
+) -> dict[str, int]:
+    """
+    Bytes that a process of a memory group receives for each of its own tokens, in a forward and backward of a layer,
+    by what is exchanged, in the order of the collectives.
+
+    Of an all-to-all it receives `hidden_size / group_size` elements of each of the others, of an all-gather the
+    `num_active` elements of each, of a reduce-scatter a partial sum of its own `num_active` elements from each, in
+    float32 at least. Its own part is not counted.
+
+    Args:
+        hidden_size (`int`): Width of the rows, which `group_size` divides.
+        num_active (`int`): Active experts per token, h · k.
+        group_size (`int`): Number of processes of the group.
+        element_bytes (`int`): Bytes of an element of the hidden states, 2 for bfloat16.
+        num_up_projections (`int`, *optional*, defaults to 1): 2 for gated experts, 0 for PKM.
+    """
+    others = group_size - 1
+    columns = others * hidden_size // group_size * element_bytes
+    partial_sums, neurons = (others * num_active * size for size in (max(element_bytes, 4), element_bytes))
+    return {
+        "indices": others * num_active * 4,
+        "hidden states": min(num_up_projections, 1) * columns,
+        "dot products": num_up_projections * partial_sums,
+        "weighted activations": neurons,
+        "outputs": columns,
+        "output gradients": columns,
+        "weight gradients": partial_sums,
+        "neuron gradients": num_up_projections * neurons,
+        "hidden state gradients": min(num_up_projections, 1) * columns,
+    }

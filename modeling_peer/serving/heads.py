@@ -1,0 +1,57 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A smaller model of fewer retrieval heads."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..router import AddedRouter, ProductKeyRouter
+
+
+@torch.no_grad()
+def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
+    """
+    Keep the first retrieval heads of every PEER and PKM layer, and drop the others: each layer then returns the sum
+    over the heads that are left. Routers of added experts keep all of theirs. Call it before an optimizer, an adapter
+    or a quantizer of another library gets the model. Saved, the model loads with as many heads as it has now.
+
+    Args:
+        model (`PreTrainedModel`): A PEER model, which is changed in place.
+        num_heads (`int`): How many heads to keep, at least one.
+
+    Returns:
+        `PreTrainedModel`: the model.
+
+    Raises:
+        `ValueError`: for more heads than there are.
+
+    ```python
+    >>> model = keep_heads(PeerForCausalLM.from_pretrained("checkpoint"), 4)
+    ```
+    """
+    if num_heads > model.config.num_retrieval_heads:
+        raise ValueError(f"`num_heads` must be at most {model.config.num_retrieval_heads}, got {num_heads}.")
+    for router in model.modules():
+        if not isinstance(router, ProductKeyRouter) or isinstance(router, AddedRouter):
+            continue
+        router.num_heads, router.generation = num_heads, replace(router.generation, num_heads=num_heads)
+        size = num_heads * router.query_size
+        _keep_rows(router.query_proj, size, "weight")
+        router.query_proj.out_features = size
+        if router.norm_type == "batch":
+            _keep_rows(router.query_norm, size, "weight", "bias", "running_mean", "running_var")
+            router.query_norm.num_features = size
+        if len(router.sub_keys) > 1:
+            _keep_rows(router, num_heads, "sub_keys")
+    model.config.num_retrieval_heads = num_heads
+    return model
+
+
+def _keep_rows(module, number, *names):
+    for name in names:
+        tensor = getattr(module, name)
+        kept = tensor[:number].clone()
+        setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if name in module._parameters else kept)

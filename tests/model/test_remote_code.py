@@ -1,0 +1,265 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint carries the code it needs: it loads with `trust_remote_code=True` where the package is not."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VARIANTS, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = ROOT / "tests" / "checkpoints"
+SHIPPED = sorted((ROOT / "examples" / "checkpoints").iterdir())
+
+CORE = {
+    f"{name}.py": ROOT / "modeling_peer" / f"{name}.py"
+    for name in ("configuration_peer", "experts", "feed_forward", "modeling_peer", "router")
+}
+
+AUTO_CLASSES = {
+    *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForQuestionAnswering"),
+    *("AutoModelForSequenceClassification", "AutoModelForTokenClassification"),
+}
+
+EARLIER = ["plain", "variants", "pkm", "shared_pool", "grown", "grown_shared_pool", "sequence_classification"]
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+import torch
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_peer":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+import transformers
+from safetensors.torch import load_file
+
+def load(folder, auto_class="AutoModelForCausalLM", **fields):
+    return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True, **fields)
+
+found = {}
+"""
+
+
+def run(script, *arguments, home, isolated=True, **environment):
+    """What a script prints last, as JSON. Isolated, it has neither the current folder nor `PYTHONPATH`."""
+    done = subprocess.run(
+        [sys.executable, *(["-I"] if isolated else []), "-c", script, *map(str, arguments)],
+        cwd=home,
+        env=os.environ | {"HF_HOME": str(home / "huggingface"), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def with_code(name, folder):
+    """A copy of a checkpoint of tests/checkpoints/, which are without code."""
+    shutil.copytree(CHECKPOINTS / name, folder / name)
+    for file in CORE.values():
+        shutil.copy(file, folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """What comes of each checkpoint of earlier code where the package cannot be imported."""
+    home = tmp_path_factory.mktemp("home")
+    folders = [with_code(name, home) for name in EARLIER]
+    script = """
+saved = load_file(sys.argv[1])
+for folder in sys.argv[2:]:
+    name = folder.rpartition("/")[2]
+    classifies = name == "sequence_classification"
+    auto_class = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    tokens, mask, expected = (saved[f"{name}.{each}"] for each in ("input_ids", "attention_mask", "logits"))
+    chosen = slice(None) if classifies else mask.bool()
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    differences = {}
+    for kernels in ("auto", "eager", "torch", "cpu", "of somebody else"):
+        model = load(folder, auto_class, expert_kernels=kernels)
+        with torch.no_grad():
+            differences[kernels] = (model(**inputs).logits - expected)[chosen].abs().max().item()
+    generated = 0 if classifies else model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1]
+    labels = torch.zeros(len(tokens), dtype=torch.int64) if classifies else tokens
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(model(**inputs, labels=labels).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    tables = [p.grad.abs().sum().item() for key, p in model.named_parameters() if "down_proj" in key]
+    found[name] = {
+        "differences": differences,
+        "generated": generated - tokens.shape[1],
+        "losses": [loss.item() for loss in losses],
+        "gradients": min(tables, default=1.0),
+        "module": type(model).__module__.partition(".")[0],
+    }
+print(json.dumps(found))
+"""
+    return run(WITHOUT_THE_PACKAGE + script, CHECKPOINTS / "logits.safetensors", *folders, home=home)
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_checkpoints_of_earlier_code_compute_the_same(name, earlier):
+    found = earlier[name]
+    assert found["module"] == "transformers_modules"
+    assert all(difference < 1e-5 for difference in found["differences"].values()), found["differences"]
+    assert found["generated"] == 3 or name == "sequence_classification"
+    assert found["losses"][-1] < found["losses"][0] and found["gradients"] > 0
+
+
+def test_a_saved_model_travels_on(tmp_path):
+    """With all its classes, heads first: nothing else has made the base model known."""
+    folder = tmp_path / "checkpoint"
+    model = tiny_model(VARIANTS["all_in_one"])
+    model.save_pretrained(folder)
+    tokens = random_tokens(2, 9)
+    torch.save((tokens, model(tokens).logits.detach()), folder / "expected.pt")
+    script = """
+folder = sys.argv[1]
+tokens, expected = torch.load(folder + "/expected.pt")
+names = json.load(open(folder + "/config.json"))["auto_map"]
+for auto_class in sorted(set(names) - {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}) + ["AutoModel"]:
+    found[auto_class] = type(load(folder, auto_class)).__name__
+model = load(folder)
+model.save_pretrained(folder + "/again")
+again = load(folder + "/again", num_experts_per_head=3)
+for each in (model, again):
+    torch.testing.assert_close(each(tokens).logits, expected)
+print(json.dumps(found))
+"""
+    found = run(WITHOUT_THE_PACKAGE + script, folder, home=tmp_path)
+    assert found == {
+        "AutoModel": "PeerModel",
+        "AutoModelForQuestionAnswering": "PeerForQuestionAnswering",
+        "AutoModelForSequenceClassification": "PeerForSequenceClassification",
+        "AutoModelForTokenClassification": "PeerForTokenClassification",
+    }
+    first, second = (json.loads((each / "config.json").read_text()) for each in (folder, folder / "again"))
+    assert first["auto_map"] == second["auto_map"]
+    for each in (folder, folder / "again"):
+        assert {file.name: file.read_bytes() for file in each.glob("*.py")} == core_files()
+
+
+def test_a_quantized_checkpoint_asks_for_the_package(tmp_path):
+    script = """
+for folder in sys.argv[1:]:
+    try:
+        load(folder)
+    except ImportError as error:
+        found[folder] = "`modeling_peer`" in str(error)
+print(json.dumps(list(found.values())))
+"""
+    folders = [with_code(name, tmp_path) for name in ("quantized_8", "quantized_4")]
+    assert run(WITHOUT_THE_PACKAGE + script, *folders, home=tmp_path) == [True, True]
+
+
+def core_files():
+    return {name: file.read_bytes() for name, file in CORE.items()}
+
+
+def test_the_code_of_a_checkpoint_stands_alone():
+    """It imports nothing of the package but itself, and stays short."""
+    allowed = {"huggingface_hub", "packaging", "torch", "transformers", *sys.stdlib_module_names}
+    lines = 0
+    for file in CORE.values():
+        text = file.read_text()
+        lines += len(text.splitlines()) - 13  # the licence
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed, file
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and f"{node.module}.py" in CORE, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.partition(".")[0] in allowed, file
+    assert lines <= 1600
+
+
+def test_the_package_and_a_copy_live_in_one_process(tmp_path):
+    folder = tmp_path / "checkpoint"
+    model = tiny_model(VARIANTS["all_in_one"])
+    model.save_pretrained(folder)
+    tokens = random_tokens(2, 9)
+    torch.save((tokens, model(tokens).logits.detach()), folder / "expected.pt")
+    script = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+tokens, expected = torch.load(folder + "/expected.pt")
+copy = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+import modeling_peer
+package = AutoModelForCausalLM.from_pretrained(folder)
+again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(package) is modeling_peer.PeerForCausalLM and type(copy) is not type(package)
+for model in (copy, package, again):
+    torch.testing.assert_close(model.eval()(tokens).logits, expected)
+    assert len(model(tokens, output_router_indices=True).router_indices) == 3
+    model.train()(tokens, labels=tokens).loss.backward()
+print("true")
+"""
+    assert run(script, folder, home=tmp_path, isolated=False, PYTHONPATH=str(ROOT))
+
+
+class TestShipped:
+    """The checkpoints of examples/checkpoints/."""
+
+    @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+    def test_carry_the_code_of_the_package(self, folder):
+        renew = "for name in peer dense; do cp modeling_peer/{%s}.py examples/checkpoints/$name-nano/; done"
+        found = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+        assert found == core_files(), f"renew it: {renew % ','.join(name[:-3] for name in CORE)}"
+        assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == AUTO_CLASSES
+
+    def test_load_where_the_package_is_not(self, tmp_path):
+        script = """
+for folder in sys.argv[1:]:
+    model = load(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer("def main(", return_tensors="pt")
+    found[folder] = {
+        "logits": model(**inputs).logits[0, -1].tolist(),
+        "generated": model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist(),
+    }
+print(json.dumps(found))
+"""
+        found = run(WITHOUT_THE_PACKAGE + script, *SHIPPED, home=tmp_path)
+        for folder in SHIPPED:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            inputs = AutoTokenizer.from_pretrained(folder)("def main(", return_tensors="pt")
+            generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            assert found[str(folder)]["generated"] == generated.tolist()
+            logits = model(**inputs).logits[0, -1].tolist()
+            assert found[str(folder)]["logits"] == pytest.approx(logits, abs=1e-4)
+
+    def test_load_where_the_package_is_not_imported(self, tmp_path):
+        """By the code that they carry, though the package is installed."""
+        script = """
+import json, sys
+from transformers import AutoModelForCausalLM, pipeline
+found = []
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    generate = pipeline("text-generation", model=folder, trust_remote_code=True)
+    (said,) = generate("def main(", max_new_tokens=5, do_sample=False)
+    assert said["generated_text"].startswith("def main(")
+    found += [type(each).__module__.partition(".")[0] for each in (model, generate.model)]
+print(json.dumps([*found, "modeling_peer" in sys.modules]))
+"""
+        found = run(script, *SHIPPED, home=tmp_path, isolated=False, PYTHONPATH=str(ROOT))
+        assert found == [*["transformers_modules"] * 4, False]
