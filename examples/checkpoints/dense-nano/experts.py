@@ -220,7 +220,7 @@ def find_function(registry: GeneralInterface, name: str, device_type: str) -> Ca
     if name in registry:
         return registry[name]
     # Checkpoints that were saved with the package may name its kernels.
-    if name not in (*ALL_EXPERTS_FUNCTIONS, *ALL_RETRIEVAL_FUNCTIONS, "auto", "cpu", "triton"):
+    if not (name in ("auto", "cpu", "triton") or name in ALL_EXPERTS_FUNCTIONS or name in ALL_RETRIEVAL_FUNCTIONS):
         logger.warning_once(f"`expert_kernels` is {name!r}, which is not registered: it counts as 'auto'.")
     if is_exporting():
         return registry["eager"]
