@@ -5,11 +5,11 @@ Training on many processes: memory groups, tensor parallelism, replicas, and che
 registers, for the models of the core, how Transformers splits, loads and saves them.
 """
 
-from ..modeling_peer import CheckpointInterface
+from ..modeling_peer import CheckpointInterface, PeerForCausalLM
 from .columns import ExpertColumns
 from .gradient_exchange import leave_tables_out_of_ddp
 from .plans import init_parallel_plans, maybe_distribute_model, prepare_distribute_model
-from .releases import PARALLEL_STYLES
+from .releases import PARALLEL_STYLES, show_cache_name
 from .split_checkpoints import from_pretrained, gather_sharded_state_dict_for_save, load_state_dict, save_pretrained
 
 
@@ -27,3 +27,5 @@ for _extend in (
 ):
     CheckpointInterface.register(_extend.__name__, _extend)
 CheckpointInterface.register("_ddp_params_and_buffers_to_ignore", leave_tables_out_of_ddp)
+
+show_cache_name(PeerForCausalLM)

@@ -5,6 +5,7 @@ Private functions of Transformers and torch that training on many processes need
 releases. Each says what happens without it.
 """
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -27,7 +28,22 @@ try:
 except ImportError:
     PARALLEL_STYLES, TensorParallelLayer = None, object  # type: ignore[assignment,misc]
 
-HAS_PARALLEL_STYLES = PARALLEL_STYLES is not None and Version(transformers.__version__).release >= (5, 24)
+IS_NEW = Version(transformers.__version__).release >= (5, 24)
+HAS_PARALLEL_STYLES = PARALLEL_STYLES is not None and IS_NEW
+
+
+def show_cache_name(model_class: Any) -> None:
+    """
+    Before 5.24, name the cache of a forward `past_key_values` in its signature, by which stages of pipeline
+    parallelism bind it. Without this they lose it.
+    """
+    if not IS_NEW:
+        shown = inspect.signature(model_class.forward)
+        named = [
+            each.replace(name="past_key_values") if name == "cache" else each
+            for name, each in shown.parameters.items()
+        ]
+        model_class.forward.__signature__ = shown.replace(parameters=named)
 
 
 def require_parallel_styles() -> None:

@@ -100,10 +100,10 @@ def random_rows(*lengths: int) -> list[list[int]]:
     return [torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
-def outputs(model: PeerForCausalLM, padded_cache: bool = True, cache: bool = True) -> dict[str, torch.Tensor]:
+def outputs(model: PeerForCausalLM, padded_cache: bool = True) -> dict[str, torch.Tensor]:
     """
     In evaluation, logits where a left-padded batch has tokens, and greedy continuations of rows with and without padding;
-    with a cache if `cache`, that of padded rows if `padded_cache`.
+    of padded rows with a cache if `padded_cache`.
     """
     model.eval()
     padded, whole = padded_batch(random_rows(7, 3), "left"), padded_batch(random_rows(5, 5), "left")
@@ -113,7 +113,7 @@ def outputs(model: PeerForCausalLM, padded_cache: bool = True, cache: bool = Tru
     greedy = {"max_new_tokens": 6, "do_sample": False}
     return {
         "logits": logits,
-        "tokens": model.generate(**whole, **greedy, use_cache=cache),
+        "tokens": model.generate(**whole, **greedy),
         "padded_tokens": model.generate(**padded, **greedy, use_cache=padded_cache),
     }
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import MODELS, hand_over, outputs, tiny_model
-from release_names import is_at_least
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import PeerForCausalLM
@@ -24,8 +23,7 @@ RANK = int(os.environ["RANK"])
 
 def run(model: PeerForCausalLM) -> dict[str, torch.Tensor]:
     # A stage without the first layer takes its cache for empty and forgets the padding: so does Llama in Transformers.
-    # Before 5.24 generation takes no positions from elsewhere.
-    return outputs(model, padded_cache=False, cache=is_at_least("5.24"))
+    return outputs(model, padded_cache=False)
 
 
 def main() -> None:

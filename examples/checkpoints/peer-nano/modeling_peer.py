@@ -13,7 +13,6 @@
 # limitations under the License.
 """PEER models in PyTorch: a Llama-style decoder whose layers take their feed-forward from the registry of variants."""
 
-import inspect
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -44,10 +43,6 @@ from .configuration_peer import PeerConfig, generations_of
 from .experts import ExpertPool
 from .feed_forward import ALL_FEED_FORWARDS, MoeRouter
 from .router import ForwardPass, ProductKeyRouter
-
-
-# The argument that a release of Transformers has for the KV cache.
-CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class CheckpointInterface(GeneralInterface):
@@ -234,7 +229,7 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerModelOutputWithPast:
         r"""
-        cache (`Cache`, *optional*): The KV cache, also under its former name `past_key_values`.
+        cache (`Cache`, *optional*): The KV cache, `past_key_values` before Transformers 5.24.
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             True (or 1) where there is a token, which feed-forwards learn from; taken from a two-dimensional
             `attention_mask` if not given. Attention does not read it.
@@ -243,7 +238,7 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
             [`PeerModelOutputWithPast`], or a tuple of its elements if `return_dict=False`.
         """
         if cache is not None:
-            kwargs[CACHE] = cache
+            kwargs["cache"] = cache
         if padding_mask is None:
             padding_mask = _padding_mask(attention_mask, input_ids, inputs_embeds)
         forward_pass = ForwardPass(learns=self.training and torch.is_grad_enabled())
@@ -302,7 +297,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerCausalLMOutputWithPast:
         r"""
-        cache (`Cache`, *optional*): The KV cache, also under its former name `past_key_values`.
+        cache (`Cache`, *optional*): The KV cache, `past_key_values` before Transformers 5.24.
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             True (or 1) where there is a token, as in [`PeerModel`]. The load-balancing loss leaves padding out.
 

@@ -91,7 +91,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Moments are computed in float32 (float64 for float64 queries). Where `torch.distributed` is initialized they are
     those of the joint batch of all ranks, with gradients: every rank must run equally many training forward passes.
-    Running statistics take up each micro-batch once, also under activation checkpointing: see [`ForwardPass`].
+    Running statistics take up each micro-batch once, also where layers are checkpointed: see [`ForwardPass`].
 
     Args:
         num_features (`int`): Elements of a query, of all heads together.
