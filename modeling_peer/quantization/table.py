@@ -36,9 +36,9 @@ class QuantizedTable(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
         self.bytes_per_scale = bytes_per_scale(embedding_dim, bits, group_size)
-        of_integers, of_scales = quantized_shapes(num_embeddings, embedding_dim, bits, group_size)
-        self.weight = Parameter(torch.empty(of_integers, dtype=INTEGER_DTYPES[bits]), requires_grad=False)
-        self.scales = Parameter(torch.empty(of_scales, dtype=SCALE_DTYPE), requires_grad=False)
+        self.shapes = quantized_shapes(num_embeddings, embedding_dim, bits, group_size)
+        self.weight = Parameter(torch.empty(self.shapes[0], dtype=INTEGER_DTYPES[bits]), requires_grad=False)
+        self.scales = Parameter(torch.empty(self.shapes[1], dtype=SCALE_DTYPE), requires_grad=False)
 
     @property
     def quantized_rows(self) -> QuantizedRows | None:
@@ -55,8 +55,13 @@ class QuantizedTable(nn.Module):
         return dequantize(self._all_rows().select(rows))
 
     def init_own_weights(self) -> None:
-        """Called for what a checkpoint lacks. Raises `ValueError`: integers cannot be drawn."""
-        if any(not (each.is_meta or getattr(each, "_is_hf_initialized", False)) for each in self.parameters()):
+        """
+        Called after loading. Raises `ValueError` for what a checkpoint lacks, as integers cannot be drawn, and for
+        other shapes, which Transformers before 5.24 loads.
+        """
+        for each, shape in zip((self.weight, self.scales), self.shapes, strict=True):
+            if each.shape == shape and (each.is_meta or getattr(each, "_is_hf_initialized", False)):
+                continue
             raise ValueError(
                 "The checkpoint lacks the `weight` or `scales` of a quantized table, or has them in other shapes than "
                 "the `quantization_config` says."
