@@ -93,8 +93,12 @@ class RowAdamW(torch.optim.Optimizer):
         self._take_factors(self.param_groups[-1])
 
     def _take_factors(self, group):
-        for parameter in group["params"] if group["rows"] else ():
-            take_factors(parameter, self)
+        rows = group["params"] if group["rows"] else ()
+        for each in rows:
+            if each.ndim != 2 or not each.is_floating_point():
+                raise ValueError(f"Row parameters must be real matrices, got {each.dtype} of shape {each.shape}.")
+        for each in rows:
+            take_factors(each, self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -223,8 +227,6 @@ def _dense_state(parameter):
 
 def _row_state(parameter, second_moment):
     """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded like the parameter."""
-    if parameter.ndim != 2 or not parameter.is_floating_point():
-        raise ValueError(f"Row parameters must be real matrices, got {parameter.dtype} of shape {parameter.shape}.")
     dtype = _state_dtype(parameter)
     return {
         "row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32),

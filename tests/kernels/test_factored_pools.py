@@ -87,10 +87,10 @@ class TestTakers:
         assert come_in_factors(model) == {True}
 
     def test_a_refused_group_takes_none(self):
-        table = nn.Parameter(torch.ones(3, 4))
+        table, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
         optimizer = RowAdamW([nn.Parameter(torch.ones(2))])
         with pytest.raises(ValueError):
-            optimizer.add_param_group({"params": [table], "rows": True, "lr": -1.0})
+            optimizer.add_param_group({"params": [table, vector], "rows": True})
         assert not takes_factors(table)
 
     def test_casts_and_loaded_states_keep_them(self):
