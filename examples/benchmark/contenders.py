@@ -20,6 +20,8 @@ from modeling_peer import PeerConfig, PeerForCausalLM, configuration_path, quant
 from modeling_peer.configuration_peer import generations_of, grid_size
 from modeling_peer.experts import ExpertPool
 from modeling_peer.feed_forward import DenseFeedForward, PeerFeedForward, PkmFeedForward
+from modeling_peer.memory.advice import advise_huge_pages
+from modeling_peer.memory.host_tables import advise_tables
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ def build(task: Task, device: str) -> nn.Module:
     try:
         with no_init_weights(), torch.device(device):
             module = CONTENDERS[task.contender](task)
+            if task.contender != "peer_torch":
+                advise_tables(module, advise_huge_pages)  # as where the package makes a model
     finally:
         torch.set_default_dtype(default)
     for parameter in module.parameters():

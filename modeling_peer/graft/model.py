@@ -23,6 +23,8 @@ from ..graft_layer import (
     watch_decoder,
 )
 from ..graft_merged import check_mergeable, merge_grafts
+from ..memory.advice import advise_huge_pages
+from ..memory.host_tables import advise_tables
 from ..parallel.columns import is_split
 from ..parallel.gradient_exchange import leave_tables_out_of_ddp
 from ..parallel.split_checkpoints import state_dict_to_save
@@ -160,6 +162,7 @@ class PeerGraftModel(BaseTuner):
         fields = {name: getattr(peft_config, name) for name in LAYER_FIELDS}
         sizes = parts.hidden_size + has_biases, parts.intermediate_size
         graft = PeerGraft(peer_config_of_base_model(self.model.config.get_text_config(), *sizes, **fields), has_biases)
+        advise_tables(graft, advise_huge_pages)
         if not graft.router.sub_keys.is_meta:
             init_graft(graft, parts, peft_config.placement, starts_as_neurons)
         layer.add_graft(adapter_name, graft, peft_config.placement)
