@@ -5,6 +5,7 @@
 import functools
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from transformers import StaticCache
 
 from gpu.device import WARM_UP, Device
 from gpu.inputs import DTYPES
-from gpu.rows import Row
+from gpu.rows import Row, SkippedError
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups, host_table_device_map
 from modeling_peer.experts import expert_tables
@@ -336,6 +337,8 @@ def check_decode_graph(settings: Settings, device: Device) -> dict[str, Any]:
 
 def check_host_tables(settings: Settings) -> dict[str, Any]:
     """Logits of a model whose tables a device map leaves in host memory against those of the model on the CPU."""
+    if find_spec("accelerate") is None:
+        raise SkippedError("accelerate is not installed.")
     config = layer_config(settings, vocab_size=VOCABULARY, expert_kernels="auto")
     model = PeerForCausalLM(config).eval()
     tokens = torch.randint(VOCABULARY, (2, SEQUENCE))
