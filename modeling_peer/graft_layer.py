@@ -73,11 +73,6 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
     return names[0], model.get_submodule(names[0].rpartition(".")[0])
 
 
-def in_backward() -> bool:
-    """Whether the caller runs in a backward, as what activation checkpointing runs again does."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class DecoderForward(threading.local):
     """
     What the grafts in a decoder read about the forward pass in which they run: its `attention_mask`, and whether it
@@ -161,7 +156,7 @@ class PeerGraft(PeerFeedForward):
         """
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(self.router.sub_keys.dtype)
-        recomputes = in_backward()  # as activation checkpointing does
+        recomputes = torch._C._current_graph_task_id() != -1  # in a backward, as activation checkpointing does
         decoder = self.decoder_forward
         learns = torch.is_grad_enabled() if decoder is None or decoder.learns is None else decoder.learns
         padding_mask = self._padding_mask(hidden_states, learns or recomputes, recomputes)

@@ -3,6 +3,7 @@
 """Background counts: how many documents of a reference corpus use each expert, saved beside the model."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
 from .evaluation import evaluation
-from .expert_sets import find_expert_sets, observe_retrievals
+from .expert_sets import find_expert_sets, observe_routers
 
 
 FILE_NAME = "expert_background.safetensors"
 COUNTS = "document_counts."
 
 
+@dataclass(eq=False)
 class ExpertBackground:
     """
     The number of documents of a reference corpus that use each expert. A document is one sequence of a batch. It uses
@@ -42,9 +44,8 @@ class ExpertBackground:
     ```
     """
 
-    def __init__(self, document_counts: dict[str, torch.Tensor], num_documents: int):
-        self.document_counts = document_counts
-        self.num_documents = num_documents
+    document_counts: dict[str, torch.Tensor]
+    num_documents: int
 
     @classmethod
     def measure(
@@ -76,17 +77,17 @@ class ExpertBackground:
         num_documents = 0
         used: dict[str, torch.Tensor] = {}
 
-        def note(name, indices, count):
+        def note(name, indices, weights):
             if name not in used:
                 used[name] = torch.zeros(len(indices), len(counts[name]), dtype=torch.bool, device=indices.device)
             documents = torch.arange(len(indices), device=indices.device)[:, None]
-            cells = (documents * len(counts[name]) + indices.flatten(1))[count.flatten(1)]
+            cells = (documents * len(counts[name]) + indices.flatten(1))[weights.flatten(1) != 0]
             used[name].view(-1)[cells.to(used[name].device)] = True
 
         # Without the head, if there is one: its output is not needed.
         decoder = getattr(model, "base_model", model)
         device = next(model.parameters()).device
-        hooks = observe_retrievals(sets, note)
+        hooks = observe_routers(sets, note)
         with evaluation(model, hooks):
             for batch in tqdm(batches_of(dataset, batch_size, data_collator), "Background", disable=not progress_bar):
                 decoder(**{name: value.to(device) for name, value in batch.items() if name != "labels"})

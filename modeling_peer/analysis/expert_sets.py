@@ -160,10 +160,8 @@ def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = No
     return selected
 
 
-def layer_indices(layers: Any) -> list[int] | None:
-    """Layers as a list of Python integers, `None` for all. Raises `TypeError` for what is no index."""
-    if layers is None:
-        return None
+def layer_indices(layers: Any) -> list[int]:
+    """Layers as a list of Python integers. Raises `TypeError` for what is no index."""
     return [operator.index(layer) for layer in ([layers] if isinstance(layers, Integral) else layers)]
 
 
@@ -186,13 +184,13 @@ def mask_of_indices(experts: ExpertSet, indices: torch.Tensor) -> torch.Tensor:
 
 def observe_routers(
     sets: dict[str, ExpertSet],
-    on_output: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None],
+    on_output: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> list[RemovableHandle]:
     """
     Call a function with the output of each router. Forward passes that activation checkpointing repeats are skipped.
 
     It gets the name of the set, the expert indices (int64) and their router weights, both of shape `(batch_size,
-    sequence_length, num_heads, k)`, and the padding mask of shape `(batch_size, sequence_length)` or `None`.
+    sequence_length, num_heads, k)`. Weights are zero at padding, as those of experts behind a closed gate are.
     """
     return [
         observe_router(router, lambda _, *output, name=name: on_output(name, *output))
@@ -202,30 +200,18 @@ def observe_routers(
 
 
 def observe_router(router: ProductKeyRouter, on_output: Callable) -> RemovableHandle:
-    """As [`observe_routers`], for one router: `on_output(router, indices, weights, padding_mask)`."""
+    """As [`observe_routers`], for one router: `on_output(router, indices, weights)`."""
 
     @torch.compiler.disable
     def observe(router, args, kwargs, output):
         _, padding_mask, forward_pass = [*args, None, None][:3]
+        indices, weights = output
+        padding_mask = kwargs.get("padding_mask", padding_mask)
         # Activation checkpointing runs a layer again when the forward pass is over.
-        if not getattr(kwargs.get("forward_pass", forward_pass), "has_ended", False):
-            on_output(router, *output, kwargs.get("padding_mask", padding_mask))
+        if getattr(kwargs.get("forward_pass", forward_pass), "has_ended", False):
+            return
+        if padding_mask is not None:  # selected rather than multiplied by zero: weights of padding may be NaN
+            weights = torch.where(padding_mask.to(weights.device, torch.bool)[..., None, None], weights.detach(), 0.0)
+        on_output(router, indices, weights)
 
     return router.register_forward_hook(observe, with_kwargs=True)
-
-
-def observe_retrievals(
-    sets: dict[str, ExpertSet], on_retrieval: Callable[[str, torch.Tensor, torch.Tensor], None]
-) -> list[RemovableHandle]:
-    """
-    As [`observe_routers`], with whether experts count (bool) in place of weights and mask. Experts of padding do not
-    count, nor do those of zero weight, such as experts behind a closed gate.
-    """
-
-    def on_output(name, indices, weights, padding_mask):
-        counts = weights != 0
-        if padding_mask is not None:
-            counts = counts & padding_mask.to(counts.device, torch.bool)[..., None, None]
-        on_retrieval(name, indices, counts)
-
-    return observe_routers(sets, on_output)

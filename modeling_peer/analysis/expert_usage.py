@@ -3,7 +3,6 @@
 """How evenly experts are used: the measures of the paper's table 3, on their own or in the logs of a `Trainer`."""
 
 import inspect
-import math
 import re
 from typing import Any
 
@@ -61,7 +60,7 @@ class ExpertUsageMeter:
 
     def compute(self) -> dict[str, float]:
         """
-        Compute the measures of what was accumulated; they are NaN if nothing was.
+        Compute the measures of what was accumulated; the unevenness is NaN if nothing was.
 
         Returns:
             `dict[str, float]`:
@@ -71,10 +70,7 @@ class ExpertUsageMeter:
                 - `top1_usage`: fraction of experts that were ever the best of a head.
         """
         scores = self.scores.cpu().double()
-        total = scores.sum()
-        if total == 0:
-            return dict.fromkeys(("usage", "unevenness", "top1_usage"), math.nan)
-        shares = scores / total
+        shares = scores / scores.sum()
         return {
             "usage": (scores > 0).double().mean().item(),
             "unevenness": torch.xlogy(shares, shares * len(shares)).sum().item(),
@@ -127,7 +123,8 @@ class ExpertUsageCallback(TrainerCallback):
     the prefix of the other metrics (`eval_`).
 
     All of them are in `trainer.state.log_history`, and reach TensorBoard, trackio, Weights & Biases and the other
-    integrations of `report_to`: when a training begins, the callback puts itself before all others.
+    integrations of `report_to`: when a training begins, the callback puts itself before all others. If a release of
+    Transformers calls callbacks otherwise, the measures reach the history of the training alone.
     """
 
     def __init__(self):
@@ -136,7 +133,12 @@ class ExpertUsageCallback(TrainerCallback):
         self._meters = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _put_first(self)
+        # An event hands on everything but the list of callbacks, which its caller has. Changed in place, so that
+        # callbacks that come later keep their turns in the event that runs now.
+        handler = inspect.currentframe().f_back.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
         self.on_train_end(args, state, control)
         modules = dict(model.named_modules())
         for name, router in modules.items():
@@ -169,8 +171,8 @@ class ExpertUsageCallback(TrainerCallback):
         own = [ExpertUsageMeter(router.generation.num_experts, device) for _ in range(2)]
         self._meters.append((label, own))
 
-        def measure(router, indices, *others):
-            own[router.training].update(indices - router.generation.first_expert, *others)
+        def measure(router, indices, weights):
+            own[router.training].update(indices - router.generation.first_expert, weights)
 
         self._hooks.append(observe_router(router, measure))
 
@@ -193,20 +195,3 @@ def _evaluation_prefix(metrics):
     """`"eval_"` if there is an `"eval_runtime"`, and so on; `None` if these are not metrics of an evaluation."""
     names = (name for name in metrics if name.endswith("_runtime") and name != "train_runtime")
     return next((name.removesuffix("runtime") for name in names), None)
-
-
-def _put_first(callback):
-    """
-    Put a callback before the others of the `Trainer` that calls it now, so that trackers see what it adds to logs. An
-    event hands on everything but the list of callbacks, so the caller is asked for it. If a release of Transformers
-    calls events otherwise, what is added reaches the history of the training but no tracker.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            # In place: callbacks that come later keep their turns in the event that runs now.
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back

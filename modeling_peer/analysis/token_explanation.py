@@ -48,7 +48,7 @@ class TokenExplanation:
     The experts of a token.
 
     Args:
-        token (`str`): The token, as text.
+        token (`str`): The token, as text; where it is none, the name that the tokenizer has for it.
         layers (`dict[str, list[ExpertUse]]`):
             For each layer with experts, `"layer_1"` and so on (`"layer_1_default"` for the graft of the adapter of
             this name), the experts of largest router weight, the largest first.
@@ -69,11 +69,15 @@ class RetrievedExperts:
     weights: torch.Tensor
     coefficients: torch.Tensor
 
-    def largest(self, token: int, number: int) -> list[tuple[int, float, float]]:
-        """The experts of a token of largest weight, each once: index, weight and coefficient, the largest first."""
+    def largest(self, token: int | slice, number: int) -> list[tuple[int, float, float]]:
+        """
+        The experts of largest weight of a token, or of several together, each once: index, weight and coefficient, the
+        largest first.
+        """
         experts, places = self.experts[token].unique(return_inverse=True)
         weights, coefficients = (
-            torch.zeros(len(experts)).index_add_(0, places, each[token]) for each in (self.weights, self.coefficients)
+            torch.zeros(len(experts)).index_add_(0, places.flatten(), each[token].flatten())
+            for each in (self.weights, self.coefficients)
         )
         order = weights.argsort(descending=True, stable=True)[:number]
         return [
@@ -217,13 +221,12 @@ def explain_tokens(
         place = {int(expert): number for number, expert in enumerate(experts)}
         for own, uses in zip(layers_of, largest, strict=True):
             own[label] = [
-                ExpertUse(expert, weight, coefficient, _words(tokenizer, side[place[expert]]))
+                ExpertUse(expert, weight, coefficient, tuple(token_texts(tokenizer, side[place[expert]])))
                 for expert, weight, coefficient in uses
                 for side in [lowered if coefficient < 0 else raised]
             ]
-    return [
-        TokenExplanation(token, own) for token, own in zip(_words(tokenizer, input_ids[0]), layers_of, strict=True)
-    ]
+    tokens = token_texts(tokenizer, input_ids[0])
+    return [TokenExplanation(token, own) for token, own in zip(tokens, layers_of, strict=True)]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -234,5 +237,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return input_ids
 
 
-def _words(tokenizer, tokens):
-    return tuple(tokenizer.decode([token]) for token in tokens.tolist())
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:
+    """Tokens as text; a part of a character or a control character by the name that the tokenizer has for it."""
+    words = [tokenizer.decode([token]) for token in tokens.tolist()]
+    return [
+        word
+        if "\ufffd" not in word and all(each.isprintable() or each.isspace() for each in word)
+        else tokenizer.convert_ids_to_tokens(token)
+        for word, token in zip(words, tokens.tolist(), strict=True)
+    ]

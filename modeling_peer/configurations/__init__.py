@@ -36,6 +36,3 @@ def configuration_path(name: str) -> str:
     if name not in list_configurations():
         raise ValueError(f"There is no configuration {name!r}; known are {list_configurations()}.")
     return str(_root() / name)
-
-
-__all__ = ["configuration_path", "list_configurations"]

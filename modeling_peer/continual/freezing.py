@@ -3,6 +3,7 @@
 """Freezing experts of a model: by layer, by expert index, or by what a corpus uses."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +14,19 @@ from ..analysis.expert_sets import expert_indices, mask_of_indices, select_exper
 from ..optim.frozen_rows import FrozenRows, freeze_rows
 
 
+@dataclass(eq=False)
 class FrozenExperts:
     """
     Handle of what [`freeze_experts`] froze. The model keeps the freeze, also if the handle is dropped.
 
-    Attributes:
+    Args:
         num_frozen (`dict[str, int]`):
             How many experts of each set are frozen, under the path of the module that holds their tables.
+        handles (`list[FrozenRows]`): Those of the tables.
     """
 
-    def __init__(self, num_frozen: dict[str, int], handles: list[FrozenRows]):
-        self.num_frozen = num_frozen
-        self.handles = handles
+    num_frozen: dict[str, int]
+    handles: list[FrozenRows]
 
     def remove(self) -> None:
         """Let the experts be trained again, except those that another freeze holds. A second call does nothing."""

@@ -9,24 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
+from transformers.modeling_utils import local_torch_dtype
 
-from ..analysis.evaluation import evaluation
 from ..analysis.expert_sets import layer_indices
 from ..configuration_peer import generations_of, grid_size
 from ..experts import ExpertPool
 from ..feed_forward import PeerFeedForward
 from ..memory.advice import advise_huge_pages
 from ..modeling_peer import PeerPreTrainedModel
-from ..optim.frozen_rows import check_can_freeze, freeze_rows, require_gradients
+from ..optim.frozen_rows import check_can_freeze, freeze_rows
 from ..router import AddedRouter
 from .freezing import FrozenExperts
-
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,9 @@ class Addition:
 
     Args:
         experts (`dict[int, range]`): Expert indices of the new experts, by layer.
-        deviation (`float`):
-            The largest absolute difference that the growth made to an element of the model's outputs, before any
-            training.
     """
 
     experts: dict[int, range]
-    deviation: float
 
 
 def add_experts(
@@ -53,7 +45,6 @@ def add_experts(
     mode: str = "protected",
     num_retrieval_heads: int | None = None,
     num_experts_per_head: int | None = None,
-    inputs: torch.Tensor | None = None,
 ) -> Addition:
     """
     Add experts to a trained model and to its configuration, and leave only them to be trained (see
@@ -79,17 +70,15 @@ def add_experts(
         num_retrieval_heads, num_experts_per_head (`int`, *optional*):
             Number of heads that retrieve protected new experts, at most that of the configuration, and of experts
             that each retrieves. Those of the configuration if not given.
-        inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Tokens to measure the deviation on, random ones if not given.
 
     Returns:
-        [`Addition`]: the indices of the new experts, and how much the outputs changed.
+        [`Addition`]: the indices of the new experts.
 
     Raises:
         `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or for
             arguments out of range. The model is left as it was, except if memory does not suffice for an open
             addition.
-        `AttributeError`: for a model that is quantized.
+        `NotImplementedError`: for an open addition to a model that is quantized, for a protected one `ValueError`.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
@@ -103,7 +92,7 @@ def add_experts(
     """
     if not isinstance(model, PeerPreTrainedModel) or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(f"Experts can be added to PEER models without adapters, got a {type(model).__name__}.")
-    if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("Experts are added before a model is split over processes: do so in one, and save the model.")
     grown = _peer_layers(model, layers)
     old_config, config = model.config, copy.deepcopy(model.config)
@@ -121,7 +110,6 @@ def add_experts(
         raise ValueError(f"Open experts share the heads of the layer and their number of experts, got {budget}.")
     config.expert_additions = [*(config.expert_additions or []), addition]
     config.validate_expert_additions()
-    before = _outputs(model, inputs)
     (_grow_protected if mode == "protected" else _grow_open)(model, grown, config)
     module: Any
     for module in model.modules():
@@ -130,8 +118,7 @@ def add_experts(
     train_added_experts_only(model)
     last = [generations_of(config, index)[-1] for index in grown]
     stops = [generation.first_expert + generation.num_experts for generation in last]
-    experts = {index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)}
-    return Addition(experts, (_outputs(model, inputs) - before).abs().max().item())
+    return Addition({index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)})
 
 
 # The last freeze of old rows of each base model.
@@ -142,7 +129,8 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     Freeze a grown model except for the experts of its last addition, their keys and, if the addition is protected,
     their query network. Gates of added experts are left to [`fit_gates`]. [`add_experts`] calls it. Call it again
-    after loading or copying a model, before an optimizer gets the parameters.
+    after loading or copying a model, before an optimizer gets the parameters. A freeze of whole tables by
+    [`freeze_experts`] has to end before it.
 
     In layers with an open addition, the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds
     them at no cost, other optimizers at that of a copy in each step.
@@ -164,21 +152,21 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     for layer in layers.values() if addition["mode"] == "open" else ():
         check_can_freeze(layer.router.sub_keys)
     _FREEZES.pop(model.base_model, FrozenExperts({}, [])).remove()
-    require_gradients(model.parameters(), False)
+    model.requires_grad_(False)
     frozen = FrozenExperts({}, [])
     for index, layer in layers.items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
-            require_gradients([*layer.added_routers[-1].parameters(), *pool.added[-1].parameters()])
-            require_gradients(layer.added_routers[-1].gate.parameters(), False)
+            pool.added[-1].requires_grad_(True)
+            layer.added_routers[-1].requires_grad_(True)
+            layer.added_routers[-1].gate.requires_grad_(False)
             continue
         num_old = layer.router.generation.num_experts - addition["num_experts"]
         frozen.num_frozen[f"layer_{index}"] = num_old
         parts = [(layer.router, "sub_keys", 2, grid_size(num_old))]
         parts += [(table, "weight", 0, num_old) for table in _tables(pool)]
         for module, name, dim, size in parts:
-            parameter = getattr(module, name)
-            require_gradients([parameter])
+            parameter = getattr(module, name).requires_grad_(True)
             frozen.handles.append(freeze_rows(module, name, torch.arange(parameter.shape[dim]) < size, dim))
     _FREEZES[model.base_model] = frozen
     return frozen
@@ -186,10 +174,8 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
 
 def _peer_layers(model, layers):
     """The PEER layers of a model by their index in it, all or those named."""
-    indices = layer_indices(layers)
     found = {module.layer_idx: module for module in model.modules() if isinstance(module, PeerFeedForward)}
-    if indices is None and found:
-        return found
+    indices = [*found] if layers is None else layer_indices(layers)
     if not indices or not set(indices) <= found.keys():
         raise ValueError(f"`layers` must be some of the PEER layers {sorted(found)}, got {indices}.")
     return {layer: found[layer] for layer in indices}
@@ -202,16 +188,6 @@ def _pool(model, layer):
 def _tables(pool):
     """The expert tables of a pool's first generation."""
     return [table for name in pool.expert_table_names if (table := getattr(pool, name)) is not None]
-
-
-def _outputs(model, inputs):
-    """The model's outputs in evaluation, on random tokens if `inputs` is `None`."""
-    if inputs is None:
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randint(model.config.vocab_size, (4, 64), generator=generator)
-    with evaluation(model):
-        # Row by row: a classifier without a padding token takes one sequence at a time.
-        return torch.cat([model(row, use_cache=False)[0].float() for row in inputs.to(model.device).split(1)])
 
 
 def _grow_protected(model, grown, config):
@@ -230,13 +206,9 @@ def _grow_protected(model, grown, config):
 
 def _initialized(model, reference, module_class, *arguments):
     """A new module with the device and dtype of a parameter of the model, initialized as in a new model."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(reference.dtype)  # not of what is made in float32, as statistics are
-    try:
-        with torch.device(reference.device):
-            module = module_class(*arguments)
-    finally:
-        torch.set_default_dtype(dtype)
+    # The dtype is not that of what is made in float32, as statistics are.
+    with torch.device(reference.device), local_torch_dtype(reference.dtype):
+        module = module_class(*arguments)
     return module.apply(model._init_weights).train(model.training)
 
 

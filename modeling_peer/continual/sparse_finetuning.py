@@ -11,16 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.expert_background import ExpertBackground
-from ..analysis.expert_sets import observe_retrievals, select_expert_sets
-from ..optim.frozen_rows import FrozenRows, freeze_rows, freezes_of, require_gradients
-
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
+from ..analysis.expert_sets import observe_routers, select_expert_sets
+from ..optim.frozen_rows import FrozenRows, freeze_rows, freezes_of
 
 
 def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: int) -> torch.Tensor:
@@ -95,7 +92,7 @@ class SparseFinetuningCallback(TrainerCallback):
     ):
         self.sets = select_expert_sets(model, layers)
         background.check(model)
-        if dist.is_available() and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("A model that is split over processes cannot be trained by sparse memory finetuning.")
         roles = (tables,) if isinstance(tables, str) else tuple(tables)
         # Of each set, the tables to train, each with the index of the expert of its first row.
@@ -120,8 +117,9 @@ class SparseFinetuningCallback(TrainerCallback):
                 owner = getattr(hook, "__self__", None)
                 if isinstance(owner, SparseFinetuningCallback):
                     owner.remove()  # a training that was interrupted left it
-        require_gradients(model.parameters(), False)
-        require_gradients(self._trained_weights())
+        model.requires_grad_(False)
+        for weight in self._trained_weights():
+            weight.requires_grad_(True)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.remove()
@@ -136,7 +134,7 @@ class SparseFinetuningCallback(TrainerCallback):
             none_yet = [(table, torch.zeros(table.num_embeddings, dtype=torch.bool)) for _, table in tables]
             self._freezes[name] = [freeze_rows(table, "weight", rows, optimizer=optimizer) for table, rows in none_yet]
             self._document_counts[name] = self.background.document_counts[name].to(tables[0][1].weight.device)
-        self._hooks = observe_retrievals(self.sets, self._count)
+        self._hooks = observe_routers(self.sets, self._count)
         self._hooks.append(model.register_forward_pre_hook(self._before_forward))
         self._hooks.append(model.register_forward_hook(self._after_forward))
 
@@ -189,13 +187,13 @@ class SparseFinetuningCallback(TrainerCallback):
         # Decided once, here: under reentrant checkpointing a layer runs without gradients and yet is trained.
         self._counting = model.training and torch.is_grad_enabled()
 
-    def _count(self, name, indices, counts):
+    def _count(self, name, indices, weights):
         if not self._counting:
             return
         own = self._counts.setdefault(
             name, torch.zeros(self.sets[name].num_experts, dtype=torch.int64, device=indices.device)
         )
-        own.index_add_(0, indices.flatten().to(own.device), counts.flatten().to(own.device, torch.int64))
+        own.index_add_(0, indices.flatten().to(own.device), (weights != 0).flatten().to(own.device, torch.int64))
 
     @torch.compiler.disable
     def _after_forward(self, model, args, output):

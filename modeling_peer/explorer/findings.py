@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.expert_mask import masked_sets
-from ..analysis.token_explanation import ExpertReader, RetrievedExperts, token_ids
+from ..analysis.token_explanation import ExpertReader, token_ids, token_texts
 from ..experts import expert_cell
 from ..router import ProductKeyRouter
 from .contexts import ExpertContexts
@@ -44,30 +44,20 @@ def explore(
     input_ids = token_ids(tokenizer, text)
     inputs = {"input_ids": input_ids.to(next(model.parameters()).device)}
     read, logits = reader.read(**inputs)
-    words = partial(_words, tokenizer)
+    words = partial(token_texts, tokenizer)
     found = {"tokens": words(input_ids[0]), **_predicted(logits, input_ids[0], words), "layers": {}, "experts": {}}
     for label, retrieved in read.items():
         uses = [retrieved.largest(token, EXPERTS_OF_A_TOKEN) for token in range(input_ids.shape[1])]
         found["layers"][label] = [[_rounded(*use) for use in own] for own in uses]
         experts = sorted({expert for own in uses for expert, *_ in own})
         about = _about(reader, label, experts, words, contexts)
-        for expert in about.keys() & set(_most_used(retrieved, num_switched_off)):
+        most_used = {expert for expert, *_ in retrieved.largest(slice(None), num_switched_off)}
+        for expert in about.keys() & most_used:
             # A head that would be left with less than its k experts is an error.
             with contextlib.suppress(ValueError), masked_sets([reader.sets[label]], torch.tensor([expert])):
                 about[expert]["without"] = _predicted(reader.read(**inputs)[1], input_ids[0], words)
         found["experts"][label] = {str(expert): own for expert, own in about.items()}
     return found
-
-
-def _words(tokenizer, tokens):
-    """Tokens as text; a part of a character or a control character by the name that the tokenizer has for it."""
-    words = [tokenizer.decode([token]) for token in tokens.tolist()]
-    return [
-        word
-        if "\ufffd" not in word and all(each.isprintable() or each.isspace() for each in word)
-        else tokenizer.convert_ids_to_tokens(token)
-        for word, token in zip(words, tokens.tolist(), strict=True)
-    ]
 
 
 def _rounded(expert, *numbers):
@@ -87,22 +77,16 @@ def _predicted(logits, tokens, words):
     }
 
 
-def _most_used(retrieved: RetrievedExperts, number: int) -> list[int]:
-    experts, places = retrieved.experts.unique(return_inverse=True)
-    sums = torch.zeros(len(experts)).index_add_(0, places.flatten(), retrieved.weights.flatten())
-    return experts[sums.argsort(descending=True, stable=True)[:number]].tolist()
-
-
 def _about(reader, label, experts, words, contexts):
     raised, lowered = reader.writes(label, torch.tensor(experts, dtype=torch.int64), WORDS)
-    about, first_layer = {}, reader.sets[label].layers[0]
+    about = {}
     for place, expert in enumerate(experts):
         router = next(each for each in reversed(reader.routers(label)) if expert >= each.generation.first_expert)
         about[expert] = {
             "raises": words(raised[place]),
             "lowers": words(lowered[place]),
             "neighbors": _neighbors(router, expert),
-            "added": addition_of(router, first_layer, expert),
+            "added": expert >= router.config.num_experts,
             "contexts": [list(each) for each in contexts.of(label, expert)] if contexts else [],
         }
     return about
@@ -125,16 +109,3 @@ def _neighbors(router: ProductKeyRouter, expert: int) -> list[list[float]]:
         _rounded(int(index) + router.generation.first_expert, cosine.item())
         for cosine, index in zip(*best, strict=True)
     ]
-
-
-def addition_of(router: ProductKeyRouter, layer: int, expert: int) -> str | None:
-    """With which call of `add_experts` an expert came, `None` if it was there from the start."""
-    first = router.config.num_experts
-    additions = enumerate(router.config.expert_additions or (), start=1)
-    # Indices run through the open additions, which enlarge the first generation, and then through the protected ones.
-    for number, addition in sorted(additions, key=lambda each: each[1]["mode"] == "protected"):
-        if layer in addition["layers"]:
-            if first <= expert < first + addition["num_experts"]:
-                return f"addition {number} ({addition['mode']})"
-            first += addition["num_experts"]
-    return None

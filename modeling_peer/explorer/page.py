@@ -41,7 +41,8 @@ def save_explorer_page(
 ) -> None:
     """
     Save a page that shows the experts of every token of a text, layer by layer, and of each expert what it writes, the
-    contexts that use it most, its neighbors among the keys, when it was added, and what the model predicts without it.
+    contexts that use it most, its neighbors among the keys, whether it was added, and what the model predicts without
+    it.
 
     Args:
         model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.

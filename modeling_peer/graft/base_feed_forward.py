@@ -89,15 +89,8 @@ def recognize_feed_forward(module: nn.Module) -> FeedForwardParts | None:
         layers = [getattr(module, name or "", None) for name in names]
         found = [layer for layer, name in zip(layers, names, strict=True) if name]
         if all(isinstance(layer, (nn.Linear, Conv1D)) for layer in found):
-            parts = FeedForwardParts(*layers)
             others = [each for each in module.modules() if isinstance(each, (nn.Linear, Conv1D)) and each not in found]
             parameters = inspect.signature(module.forward).parameters.values()
             required = [each for each in parameters if each.kind not in VARIADIC and each.default is each.empty]
-            return None if others or len(required) != 1 or not _fit_together(parts) else parts
+            return None if others or len(required) != 1 else FeedForwardParts(*layers)
     return None
-
-
-def _fit_together(parts):
-    sizes = (parts.intermediate_size, parts.hidden_size)
-    into_neurons = [layer for layer in (parts.gate, parts.up) if layer is not None]
-    return all(_sizes(layer) == sizes for layer in into_neurons) and _sizes(parts.down) == sizes[::-1]

@@ -94,8 +94,6 @@ class Assignments:
     def joined(several: Sequence["Assignments"]) -> "Assignments":
         """Those of several forwards as if it had been one. Tables that share theirs share the result."""
         *others, last = several
-        if not others:
-            return last
         if last._joined is None or last._joined[0] != tuple(others):
             rows = [each.rows.reshape(-1, 1) for each in several]
             sources, num_tokens = [each.sources for each in several], [each.num_tokens for each in several]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .kernels_torch import check_num_retrieved, empty_gradients
-from .native import DTYPES, call, check_tensor, load_library, missing_library_reason, refuse_index
+from .native import COMPILE_VARIABLE, DTYPES, call, check_tensor, load_library, refuse_index
 from .quantized_rows import INTEGER_DTYPES, SCALE_DTYPE, QuantizedRows
 
 
@@ -27,7 +27,9 @@ class CpuKernels:
             return f"CPU kernels are for the CPU, the experts are on {table.device}."
         if table.dtype not in DTYPES:
             return f"CPU kernels support {sorted(map(str, DTYPES))}, the experts are {table.dtype}."
-        return None if load_library() is not None else missing_library_reason()
+        if load_library() is None:
+            return f"there is no C compiler that works, or {COMPILE_VARIABLE} in the environment switches it off."
+        return None
 
     @staticmethod
     def up(hidden_states: torch.Tensor, rows: torch.Tensor, table: torch.Tensor | QuantizedRows) -> torch.Tensor:
@@ -62,7 +64,7 @@ class CpuKernels:
     @staticmethod
     def squared_norm(coefficients, sources, starts, tokens) -> torch.Tensor:
         """See [`TorchKernels.squared_norm`]."""
-        dtype = _sum_dtype(coefficients.dtype)
+        dtype = torch.promote_types(coefficients.dtype, torch.float32)
         factors = _factors(coefficients, sources, starts, tokens, dtype)
         total = torch.empty((), dtype=torch.float64, device="cpu")
         _check_memory(call(f"squared_norm_{DTYPES[dtype]}", *factors, total, len(starts) - 1, *tokens.shape))
@@ -102,10 +104,6 @@ class CpuKernels:
         return results
 
 
-def _sum_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _on_table(function, name, tokens, rows, table):
     """Call `up` or `down` of a plain table or a quantized one; `name` is that of the argument `tokens`."""
     check_tensor("rows", rows, (torch.int64,), 2)
@@ -118,7 +116,8 @@ def _on_table(function, name, tokens, rows, table):
     else:
         check_tensor("table", table, DTYPES, 2)
         num_rows, width = table.shape
-        dtype, suffix, tensors, sizes = _sum_dtype(table.dtype), DTYPES[table.dtype], (table,), (width,)
+        dtype, suffix = torch.promote_types(table.dtype, torch.float32), DTYPES[table.dtype]
+        tensors, sizes = (table,), (width,)
     shapes = [(len(rows), width), rows.shape]
     if function == "down":
         shapes.reverse()
@@ -132,7 +131,8 @@ def _on_table(function, name, tokens, rows, table):
 
 def _factors(coefficients, sources, starts, tokens, dtype):
     """The factors of a gradient as C reads them, for rows of `dtype`."""
-    coefficients, tokens = (each.to(_sum_dtype(dtype)).contiguous() for each in (coefficients, tokens))
+    dtype = torch.promote_types(dtype, torch.float32)
+    coefficients, tokens = (each.to(dtype).contiguous() for each in (coefficients, tokens))
     return coefficients, sources.contiguous(), starts.contiguous(), tokens
 
 

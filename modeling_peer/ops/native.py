@@ -50,10 +50,10 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
     """
     Return the library that is compiled from the C files of a folder: from `$HF_HOME/modeling_peer`, where it is kept
     for this compiler and processor. Where that folder is not this user's alone, or cannot be used, every process
-    compiles its own, which leaves no file. `None` if `MODELING_PEER_COMPILE_KERNELS=0` is set and, after a notice, if
-    there is no compiler that works.
+    compiles its own, which leaves no file. `None` if `MODELING_PEER_COMPILE_KERNELS` is set, and not to 1, on, yes or
+    true, and, after a notice, if there is no compiler that works.
     """
-    if is_compilation_off():
+    if (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES:
         return None
     try:
         compiler = compiler_command()
@@ -82,18 +82,6 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
             f"that supports OpenMP. {COMPILE_VARIABLE}=0 switches compilation, and this notice, off."
         )
         return None
-
-
-def is_compilation_off() -> bool:
-    """Whether `MODELING_PEER_COMPILE_KERNELS` is set, and not to 1, on, yes or true."""
-    return (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES
-
-
-def missing_library_reason() -> str:
-    """Why [`load_library`] returned `None`, a sentence."""
-    if is_compilation_off():
-        return f"the environment variable {COMPILE_VARIABLE}={os.environ[COMPILE_VARIABLE]} switches C kernels off."
-    return "there is no C compiler that works."
 
 
 def compiler_command() -> list[str]:

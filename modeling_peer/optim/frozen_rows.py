@@ -4,7 +4,6 @@
 
 import functools
 import weakref
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -34,8 +33,7 @@ class FrozenRows:
         # It holds neither the parameter nor the module.
         self.parameter, self.name, self.dim = TensorWeakRef(parameter), name, dim
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
-        # Of a freeze that began with all rows: whether the parameter required a gradient before.
-        self.required_gradient: bool | None = None
+        self.took_gradient = False  # whether the parameter requires no gradient because of it
         requires_gradient = parameter.requires_grad
         parameter.requires_grad_(True)  # or torch takes no hook
         self._hook = parameter.register_post_accumulate_grad_hook(lambda parameter: self.zero(parameter.grad))
@@ -51,25 +49,21 @@ class FrozenRows:
             raise RuntimeError("These rows are no longer frozen: the freeze was removed, or the parameter is gone.")
         _check_rows(parameter, rows, self.dim)
         self.rows, self._indices = rows.clone(), rows.nonzero()[:, 0]
-        if not rows.all():
-            self._allow_gradient()
+        if self.took_gradient and not rows.all():
+            parameter.requires_grad_(True)
 
     def remove(self) -> None:
         """
-        End the freeze; do nothing if it has ended. A parameter that required no gradient because of it requires one
-        again, if it did before.
+        End the freeze; do nothing if it has ended. A parameter that requires no gradient because of it requires one
+        again.
         """
         for freezes in _FREEZES.values():
             if self in freezes:
                 freezes.remove(self)
                 self._hook.remove()
-                self._allow_gradient()
-
-    def _allow_gradient(self):
-        required, self.required_gradient = self.required_gradient, None
-        parameter = self.parameter()
-        if required is not None and parameter is not None and _gradient_without_freezes(parameter) is None:
-            parameter.requires_grad_(required)
+                parameter = self.parameter()
+                if self.took_gradient and parameter is not None:
+                    parameter.requires_grad_(True)
 
     @torch.no_grad()
     def zero(self, gradient: torch.Tensor) -> None:
@@ -109,16 +103,16 @@ def freeze_rows(
     each step and put back after it, which takes their memory for the time of a step. Sparse gradients are not
     supported.
 
-    If all rows are frozen, the parameter requires no gradient until [`~FrozenRows.remove`]; freeze before
-    DistributedDataParallel wraps the model. A freeze is of this parameter object: a copy of it, or a checkpoint that
-    is loaded, has none, and a step on another parameter that has taken its place in the module raises `RuntimeError`.
-    In a memory group, freeze rows of the tables after they are split.
+    If all rows are frozen, a parameter that requires a gradient requires none until [`~FrozenRows.remove`], and then
+    again, whatever was set since; freeze before DistributedDataParallel wraps the model. A freeze is of this parameter
+    object: a copy of it, or a checkpoint that is loaded, has none, and a step on another parameter that has taken its
+    place in the module raises `RuntimeError`. In a memory group, freeze rows of the tables after they are split.
 
     Args:
         module (`nn.Module`): The module that holds the parameter.
         name (`str`): Name of the parameter in the module.
         rows (`torch.Tensor` of shape `(parameter.shape[dim],)`): bool, True where a row is frozen.
-        dim (`int`, *optional*, defaults to 0): The dimension along which rows are counted.
+        dim (`int`, *optional*, defaults to 0): The dimension along which rows are counted, from 0 on.
         optimizer (`torch.optim.Optimizer`, *optional*):
             The only optimizer that may move the parameter while the freeze lasts. Steps of all others on it raise
             `RuntimeError`. Any may if not given.
@@ -132,13 +126,11 @@ def freeze_rows(
     """
     parameter = getattr(module, name)
     check_can_freeze(parameter)
-    dim = range(parameter.ndim)[dim]
     _check_rows(parameter, rows, dim)
     _hold_rows_in_steps()
     freeze = FrozenRows(parameter, name, dim, optimizer)
     if rows.all():
-        before = _gradient_without_freezes(parameter)
-        freeze.required_gradient = parameter.requires_grad if before is None else before
+        freeze.took_gradient = parameter.requires_grad
         parameter.requires_grad_(False)
     _FREEZES.setdefault(module, []).append(freeze)
     freeze.set_rows(rows)
@@ -148,15 +140,6 @@ def freeze_rows(
 def freezes_of(module: nn.Module) -> list[FrozenRows]:
     """All freezes of rows of the module's own parameters, those of its submodules not among them."""
     return list(_FREEZES.get(module, ()))
-
-
-def require_gradients(parameters: Iterable[torch.Tensor], required: bool = True) -> None:
-    """Call `requires_grad_(required)` of each parameter, such that the end of an earlier freeze does not undo it."""
-    for parameter in parameters:
-        parameter.requires_grad_(required)
-        for freeze in _every_freeze():
-            if freeze.parameter() is parameter and freeze.required_gradient is not None:
-                freeze.required_gradient = required
 
 
 def check_can_freeze(parameter: torch.Tensor) -> None:
@@ -171,12 +154,6 @@ def check_can_freeze(parameter: torch.Tensor) -> None:
 
 def _every_freeze():
     return [freeze for freezes in list(_FREEZES.values()) for freeze in freezes]
-
-
-def _gradient_without_freezes(parameter):
-    """Whether a parameter of which freezes hold all rows required a gradient before them, `None` if none holds all."""
-    required = (freeze.required_gradient for freeze in _every_freeze() if freeze.parameter() is parameter)
-    return next((each for each in required if each is not None), None)
 
 
 def _check_rows(parameter, rows, dim):

@@ -83,7 +83,6 @@ class RowAdamW(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"second_moment": second_moment, "rows": False, "rounding_seed": rounding_seed}
-        _check_group(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -215,10 +214,6 @@ def _local_gradient(parameter):
     return _local(gradient.redistribute(placements=parameter.placements) if split else gradient)
 
 
-def _state_dtype(parameter):
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
 def _dense_state(parameter):
     zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
     # As torch does for its fused kernel, whatever the default dtype: bfloat16 stops counting at 256.
@@ -227,7 +222,7 @@ def _dense_state(parameter):
 
 def _row_state(parameter, second_moment):
     """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded like the parameter."""
-    dtype = _state_dtype(parameter)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
     return {
         "row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32),
         "exp_avg": _zeros(parameter, lambda n, d: (n, d), dtype),
@@ -242,7 +237,7 @@ def _state_for(parameter, state):
         found = tuple(state[name].shape)
         if found[0] != num_rows or found[1:] not in widths:
             raise ValueError(f"`{name}` of shape {found} is not that of a table of shape {(num_rows, width)}.")
-    dtype = _state_dtype(parameter)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
     return {
         name: value.to(parameter.device, torch.int32 if name == "row_steps" else dtype)
         for name, value in state.items()
@@ -298,7 +293,7 @@ def _groups_of_rows(parameter):
 
 def _mean_squares(parameter, gradient):
     """Mean squares of whole rows of a gradient, of which this process has parts: `(num_rows, 1)`."""
-    squares = gradient.to(_state_dtype(parameter)).square().sum(1, keepdim=True)
+    squares = gradient.to(torch.promote_types(parameter.dtype, torch.float32)).square().sum(1, keepdim=True)
     for process_group in _groups_of_rows(parameter):
         dist.all_reduce(squares, group=process_group)
     return squares / parameter.shape[1]

@@ -10,7 +10,7 @@ from ..ops.native import DTYPES, call, load_library
 
 def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: tuple[torch.Tensor, ...] = ()) -> bool:
     """Whether these kernels run on a parameter, its gradient (if it is not in factors) and its moments here."""
-    sum_dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    sum_dtype = torch.promote_types(parameter.dtype, torch.float32)
     tensors = [parameter, *moments] if gradient is None else [parameter, *moments, gradient]
     return (
         parameter.dtype in DTYPES

@@ -52,9 +52,9 @@ def form_memory_group(model: Any, ep_size: int, device_type: str) -> None:
     releases = {"Transformers": transformers.__version__, "torch": torch.__version__}
     shapes = {name: (tuple(table.weight.shape), table.weight.dtype) for name, table in tables.items()}
     check_agreement("the model", config | releases | shapes)
-    ranks = torch.arange(dist.get_world_size()).view(-1, ep_size)
-    columns = _own_group(ranks)
-    replicas = _own_group(ranks.T) if len(ranks) > 1 else None
+    ranks = [tuple(range(first, first + ep_size)) for first in range(0, dist.get_world_size(), ep_size)]
+    columns = _own_group(tuple(ranks), dist.group.WORLD)
+    replicas = _own_group(tuple(zip(*ranks, strict=True)), dist.group.WORLD) if len(ranks) > 1 else None
     mesh, style = DeviceMesh.from_group(columns, device_type, mesh_dim_names=("ep",)), ExpertColumns()
     group = MemoryGroup(columns, replicas)
     run_on_columns(model, group)
@@ -66,12 +66,8 @@ def form_memory_group(model: Any, ep_size: int, device_type: str) -> None:
     average_in_replicas(decoder)
 
 
-def _own_group(ranks):
-    return _groups(tuple(map(tuple, ranks.tolist())), dist.group.WORLD)
-
-
 @functools.cache
-def _groups(ranks, world):
+def _own_group(ranks, world):
     # In groups in which nothing else is sent, collectives do not queue behind those of FSDP2 or
     # DistributedDataParallel, and they have the time-out of the default group.
     own, _ = dist.new_subgroups_by_enumeration([list(each) for each in ranks], timeout=timeout_of_default_group())

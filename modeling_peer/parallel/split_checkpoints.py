@@ -201,7 +201,5 @@ def load_state_dict(method: Any, model: nn.Module, state_dict: Mapping[str, Any]
                 if is_simple and whole.shape == own.shape:
                     own.to_local().copy_(whole[own_part(own)])
                     loaded[name] = own
-        if hasattr(state_dict, "_metadata"):
-            loaded._metadata = state_dict._metadata  # type: ignore[attr-defined]
         state_dict = loaded
     return method(state_dict, *args, **kwargs)

@@ -24,7 +24,7 @@ from .releases import all_gather, reduce_scatter
 
 class ColumnExchange(NoExchange):
     """
-    What both exchanges share.
+    What both exchanges share; each has a `_sum` of its own.
 
     Args:
         group (`dist.ProcessGroup`): Each of its processes holds a part of the columns, in the order of their ranks.
@@ -46,9 +46,6 @@ class ColumnExchange(NoExchange):
         exact = columns.to(torch.promote_types(columns.dtype, torch.float32))
         sums = self._sum(torch.cat([kernels.up(exact, rows, table) for table in tables], dim=1))
         return list(sums.to(columns.dtype).chunk(len(tables), dim=1))
-
-    def _sum(self, parts):
-        raise NotImplementedError
 
     def _with_columns(self, columns):
         """Columns of this process, padded to the widest part."""

@@ -15,10 +15,10 @@ from word_tokenizer import word_tokenizer
 
 from modeling_peer import masked_experts
 from modeling_peer.analysis.expert_mask import masked_sets
-from modeling_peer.analysis.token_explanation import ExpertReader
+from modeling_peer.analysis.token_explanation import ExpertReader, token_texts
 from modeling_peer.explorer import ExpertContexts
 from modeling_peer.explorer.app import MAX_CHARACTERS, experts_off, visitors_page
-from modeling_peer.explorer.findings import _neighbors, _words, addition_of, explore
+from modeling_peer.explorer.findings import _neighbors, explore
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def test_neighbors_have_the_most_similar_keys(fields, added, size):
         assert list(found) == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_experts_know_when_they_were_added():
+def test_experts_know_whether_they_were_added(tokenizer):
     additions = [{"layers": [0, 1], "mode": "open", "num_experts": 13}, {"layers": [1], **PROTECTED}]
     model = tiny_model(tiny_config("peer", "peer", expert_additions=additions))
-    for layer, last in ((0, None), (1, "addition 2 (protected)")):
-        routers = [model.model.layers[layer].mlp.router, *model.model.layers[layer].mlp.added_routers]
-        said = [addition_of(routers[-1], layer, expert) for expert in range(74 if last else 49)]
-        assert said == [None] * 36 + ["addition 1 (open)"] * 13 + [last] * (25 if last else 0)
+    experts = explore(model, tokenizer, *texts(tokenizer, 30))["experts"]
+    for of_layer in experts.values():
+        assert {own["added"] for own in of_layer.values()} == {False, True}
+        assert all(own["added"] == (int(expert) >= 36) for expert, own in of_layer.items())
 
 
 def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, tokenizer):
@@ -121,7 +121,7 @@ def test_predictions_are_those_of_the_model_with_and_without_an_expert(model, to
 def test_tokens_that_are_no_text_have_the_name_that_the_tokenizer_gives_them():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "peer-nano")
     tokens = torch.tensor(tokenizer("é").input_ids + tokenizer("\x00\n x").input_ids)
-    assert _words(tokenizer, tokens) == ["Ã", "©", "Ā", "\n", " x"]
+    assert token_texts(tokenizer, tokens) == ["Ã", "©", "Ā", "\n", " x"]
 
 
 def test_all_named_experts_are_described(model, tokenizer):

@@ -177,12 +177,9 @@ class TestSeveralAdapters:
         model.add_adapter("second", graft_config(placement="in_place", layers_to_transform=[1]))
         model.add_adapter("elsewhere", graft_config(placement="in_place", layers_to_transform=[2]))
         logits = logits_of(model)
+        model.base_model.set_adapter(["first", "second"])
         with pytest.raises(ValueError, match=r"\['first', 'second'\]"):
-            model.base_model.set_adapter(["first", "second"])
-        assert torch.equal(logits_of(model), logits)
-        with pytest.raises(ValueError, match=r"\['first', 'second'\]"):
-            model.base_model.model.model.layers[1].mlp.set_adapter(["first", "second"])  # as the library does
-        assert torch.equal(logits_of(model), logits)
+            logits_of(model)
         before = state_of(model)
         with pytest.raises(ValueError, match=r"\['first', 'second'\]"):
             model.merge_and_unload(adapter_names=["first", "second"])

