@@ -3,9 +3,9 @@
 """
 A stand-in for the Hugging Face Hub on 127.0.0.1, so that tests can push and pull with the real client.
 
-It holds model repositories in memory, each with its last commit alone, and answers what `huggingface_hub` asks for when
-Transformers pushes or loads a model. It asks for all files within the commit, so that none takes the way of large
-files. Anything else (datasets, private repositories, branches, pull requests, deletions) is answered by an error.
+It holds model repositories of one user in memory, each with its last commit alone, and answers what `huggingface_hub`
+asks for when Transformers pushes or loads a model. It asks for all files within the commit, so that none takes the way
+of large files. Anything else is answered by an error.
 """
 
 import base64
@@ -13,14 +13,11 @@ import hashlib
 import json
 import re
 import secrets
-import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
 
 USER = "user"
@@ -31,48 +28,11 @@ def _sha1(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
-def _blob_id(data: bytes) -> str:
-    """What git calls a file, by which the client sees whether it changed."""
-    return _sha1(b"blob %d\0" % len(data) + data)
-
-
 class HubError(Exception):
     """A refusal: its status and message, and the code by which the client tells one missing thing from another."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        # In headers, as the answer to a HEAD request has no body to carry them.
-        self.headers = {"X-Error-Message": message.encode("ascii", "backslashreplace").decode()}
-        if code is not None:
-            self.headers["X-Error-Code"] = code
 
-
-@dataclass(frozen=True)
-class Request:
-    """One HTTP request, read whole."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Any
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Response:
-    """One HTTP answer; its Content-Length is that of `body`, also when the request is a HEAD."""
-
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of_json(cls, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> "Response":
-        return cls(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
-
-
-class HubServer:
+class HubServer(ThreadingHTTPServer):
     """
     A Hub with one user, whose `token` is asked for by every write.
 
@@ -84,21 +44,18 @@ class HubServer:
     """
 
     def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.token = f"hf_{secrets.token_hex(17)}"
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self._repositories: dict[str, dict[str, bytes]] = {}
-        self._lock = threading.Lock()
-        self._server = _Server(self.respond)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "HubServer":
-        self._thread.start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.shutdown()
+        self.server_close()
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The files of a repository, which must exist."""
@@ -111,118 +68,92 @@ class HubServer:
         Xet is turned off because the client does not negotiate it: with `hf_xet` installed it uploads in no other way.
         """
         cache = home / "huggingface"
+        folders = {"HF_HOME": "", "HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules", "HF_TOKEN_PATH": "token"}
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,
-            "HF_HOME": str(cache),
-            "HF_HUB_CACHE": str(cache / "hub"),
-            "HF_MODULES_CACHE": str(cache / "modules"),
-            "HF_TOKEN_PATH": str(cache / "token"),
+            **{name: str(cache / folder) for name, folder in folders.items()},
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            **{f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "UPDATE_CHECK")},
             "no_proxy": "127.0.0.1",
         }
 
-    def respond(self, request: Request) -> Response:
-        """Finds who answers a request, asks for the token where one is needed, and turns refusals into answers."""
+    def respond(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, dict, Any]:
+        """The status and headers of the answer to a request, and its body in bytes or what it is in JSON."""
         try:
-            for method, pattern, needs_token, answer in _ROUTES:
-                match = re.fullmatch(pattern, request.path)
-                if match is not None and request.method == method:
-                    if needs_token and request.headers.get("authorization") != f"Bearer {self.token}":
-                        raise HubError(401, "Invalid credentials in Authorization header")
+            for of_method, pattern, needs_token, answer in _ROUTES:
+                if method == of_method and (match := re.fullmatch(pattern, path)) is not None:
+                    if needs_token and authorization != f"Bearer {self.token}":
+                        raise HubError(401, "Invalid credentials in Authorization header", "")
                     parts = {name: unquote(text) for name, text in match.groupdict().items() if text is not None}
-                    return answer(self, request, **parts)
-            raise HubError(404, f"This stand-in for the Hub does not answer {request.method} {request.path!r}")
+                    return answer(self, body, **parts)
+            raise HubError(404, f"This stand-in for the Hub does not answer {method} {path!r}", "")
         except HubError as error:
-            return Response.of_json({"error": str(error)}, error.status, error.headers)
+            status, message, code = error.args
+            # In headers, as the answer to a HEAD request has no body to carry them.
+            return status, {"X-Error-Message": message, "X-Error-Code": code}, {"error": message}
 
     def _commit_of(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]]:
         """The last commit of a repository, by its sha and files."""
         if repo_id not in self._repositories:
             raise HubError(404, f"Repository not found: {repo_id!r}", "RepoNotFound")
         files = self._repositories[repo_id]
-        sha = _sha1(json.dumps([repo_id, {path: _blob_id(data) for path, data in files.items()}]).encode())
+        sha = _sha1(json.dumps([repo_id, {path: _sha1(data) for path, data in files.items()}]).encode())
         if revision not in (BRANCH, sha):
             raise HubError(404, f"Invalid rev id: {revision!r}", "RevisionNotFound")
         return sha, files
 
-    def _whoami(self, request: Request) -> Response:
-        return Response.of_json({"type": "user", "name": USER, "fullname": USER, "orgs": []})
-
-    def _create(self, request: Request) -> Response:
-        asked = json.loads(request.body)
-        if asked.get("type", "model") != "model" or asked.get("visibility") == "private":
-            raise HubError(400, "Only public model repositories are supported")
+    def _create(self, body):
+        asked = json.loads(body)
         repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
-        url = f"{self.endpoint}/{repo_id}"
-        with self._lock:
-            if repo_id in self._repositories:
-                return Response.of_json({"error": "You already created this model repo", "url": url}, 409)
-            self._repositories[repo_id] = {}
-        return Response.of_json({"url": url})
+        is_there = repo_id in self._repositories
+        self._repositories.setdefault(repo_id, {})
+        return 409 if is_there else 200, {}, {"url": f"{self.endpoint}/{repo_id}"}
 
-    def _validate_card(self, request: Request) -> Response:
-        """Accepts any card: the client asks before every commit of a README.md."""
-        return Response.of_json({"errors": [], "warnings": []})
+    def _preupload(self, body, repo_id, revision):
+        """Says that each file has to come within the commit."""
+        common = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+        return 200, {}, {"files": [{"path": asked["path"], **common} for asked in json.loads(body)["files"]]}
 
-    def _preupload(self, request: Request, repo_id: str, revision: str) -> Response:
-        """Says how each file has to come, and what is there already: the client skips a file that did not change."""
-        _, files = self._commit_of(repo_id, revision)
-        paths = [asked["path"] for asked in json.loads(request.body)["files"]]
-        oids = {path: _blob_id(files[path]) if path in files else None for path in paths}
-        common = {"uploadMode": "regular", "shouldIgnore": False}
-        return Response.of_json({"files": [{"path": path, "oid": oid, **common} for path, oid in oids.items()]})
-
-    def _commit(self, request: Request, repo_id: str, revision: str) -> Response:
+    def _commit(self, body, repo_id, revision):
         """Takes all files of a commit, or none."""
-        if revision != BRANCH or "create_pr" in request.query:
-            raise HubError(400, f"Commits are only taken to the branch {BRANCH!r}, without a pull request")
         _, files = self._commit_of(repo_id, revision)
-        operations = [json.loads(line) for line in request.body.splitlines()]
+        operations = [json.loads(line) for line in body.splitlines()]
         if not {operation["key"] for operation in operations} <= {"header", "file"}:
-            raise HubError(400, "Commits may only add files")
+            raise HubError(400, "Commits may only add files", "")
         values = [operation["value"] for operation in operations if operation["key"] == "file"]
-        with self._lock:
-            files.update({value["path"]: base64.b64decode(value["content"]) for value in values})
-        sha, _ = self._commit_of(repo_id, revision)
-        return Response.of_json({"commitOid": sha, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{sha}"})
+        files.update({value["path"]: base64.b64decode(value["content"]) for value in values})
+        sha, _ = self._commit_of(repo_id, BRANCH)
+        return 200, {}, {"commitOid": sha, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{sha}"}
 
-    def _info(self, request: Request, repo_id: str, revision: str = BRANCH) -> Response:
+    def _info(self, body, repo_id, revision=BRANCH):
         sha, files = self._commit_of(repo_id, revision)
         siblings = [{"rfilename": path} for path in sorted(files)]
-        info = {"id": repo_id, "author": repo_id.split("/")[0], "sha": sha, "private": False}
-        return Response.of_json({**info, "tags": [], "siblings": siblings})
+        return 200, {}, {"id": repo_id, "sha": sha, "private": False, "tags": [], "siblings": siblings}
 
-    def _tree(self, request: Request, repo_id: str, revision: str, folder: str = "") -> Response:
+    def _tree(self, body, repo_id, revision, folder=""):
         """Lists the files in a folder, those in its folders among them."""
         _, files = self._commit_of(repo_id, revision)
         found = {path: data for path, data in files.items() if path.startswith(f"{folder}/" if folder else "")}
         if folder and not found:
             raise HubError(404, f"{folder!r} does not exist on {revision!r}", "EntryNotFound")
-        entries = [
-            {"type": "file", "path": path, "oid": _blob_id(data), "size": len(data)} for path, data in found.items()
-        ]
-        return Response.of_json(entries)
+        entries = {path: {"oid": _sha1(data), "size": len(data)} for path, data in found.items()}
+        return 200, {}, [{"type": "file", "path": path, **entry} for path, entry in entries.items()]
 
-    def _resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Response:
+    def _resolve(self, body, repo_id, revision, path):
         sha, files = self._commit_of(repo_id, revision)
         if path not in files:
-            error = HubError(404, f"{path!r} does not exist on {revision!r}", "EntryNotFound")
-            error.headers["X-Repo-Commit"] = sha
-            raise error
-        return Response(files[path], headers={"X-Repo-Commit": sha, "ETag": f'"{_blob_id(files[path])}"'})
+            raise HubError(404, f"{path!r} does not exist on {revision!r}", "EntryNotFound")
+        return 200, {"X-Repo-Commit": sha, "ETag": f'"{_sha1(files[path])}"'}, files[path]
 
 
 _REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)?)"
 _REVISION = r"(?P<revision>[^/]+)"
-_ROUTES: tuple[tuple[str, str, bool, Callable[..., Response]], ...] = (
+_ROUTES = (
     # Method, path, whether the token is needed, who answers.
-    ("GET", "/api/whoami-v2", True, HubServer._whoami),
+    ("GET", "/api/whoami-v2", True, lambda hub, body: (200, {}, {"type": "user", "name": USER, "orgs": []})),
     ("POST", "/api/repos/create", True, HubServer._create),
-    ("POST", "/api/validate-yaml", False, HubServer._validate_card),
+    ("POST", "/api/validate-yaml", False, lambda hub, body: (200, {}, {"errors": [], "warnings": []})),  # any card
     ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", True, HubServer._preupload),
     ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", True, HubServer._commit),
     ("GET", f"/api/models/{_REPO}(?:/revision/{_REVISION})?", False, HubServer._info),
@@ -231,39 +162,26 @@ _ROUTES: tuple[tuple[str, str, bool, Callable[..., Response]], ...] = (
 )
 
 
-class _Server(ThreadingHTTPServer):
-    """Listens on a free port and hands every request, read whole, to `respond`."""
-
-    def __init__(self, respond: Callable[[Request], Response]):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.respond = respond
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in the middle of an answer is no error of the server."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-
 class _Handler(BaseHTTPRequestHandler):
     """Reads requests from, and writes answers to, one kept-alive connection."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         method = "GET" if self.command == "HEAD" else self.command
-        response = self.server.respond(Request(method, url.path, parse_qs(url.query), self.headers, body))
-        self.send_response(response.status)
-        for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
+        path = self.path.partition("?")[0]
+        status, headers, content = self.server.respond(method, path, self.headers.get("Authorization"), body)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            self.wfile.write(content)
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, *arguments: object) -> None:
         """Keeps the requests out of the output of the tests."""

@@ -94,27 +94,15 @@ def python() -> str:
 
 def _serve(listener):
     """Forks a process for each call of the program, until the process that started this one ends."""
-    parent, processes = multiprocessing.parent_process().sentinel, {}
-    while parent not in (
-        ready := wait([parent, listener, *processes, *(each.sentinel for each in processes.values())])
-    ):
-        if listener in ready:
-            caller, _ = listener.accept()
-            processes[caller] = _answer(caller)
-        for caller, process in [*processes.items()]:
-            if process.exitcode is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    caller.sendall(str(process.exitcode).encode())
-            elif caller in ready:  # it was killed
-                process.kill()
-                process.join()
-            else:
-                continue
-            del processes[caller]
-            caller.close()
+    parent = multiprocessing.parent_process().sentinel
+    while parent not in wait([parent, listener]):
+        caller, _ = listener.accept()
+        multiprocessing.get_context("fork").Process(target=_answer, args=(caller,)).start()
+        caller.close()
 
 
 def _answer(caller):
+    """Has a further process run what a call asks for, and kills it if the program that called is killed."""
     _, standard, _, _ = socket.recv_fds(caller, 1, 2)
     with caller.makefile("rb") as lines:
         (program, *arguments), environment, folder = json.loads(lines.readline())
@@ -124,7 +112,11 @@ def _answer(caller):
     process.start()
     for descriptor in standard:
         os.close(descriptor)
-    return process
+    if process.sentinel not in wait([caller, process.sentinel]):
+        process.kill()
+    process.join()
+    with contextlib.suppress(BrokenPipeError):
+        caller.sendall(str(process.exitcode).encode())
 
 
 def start_python(

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """For tests with TRL: texts, their tokenizer, `SFTTrainer` on them, and pairs of answers to prefer one of."""
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from trainer_worker import PERIOD, counting_sequences
+from trainer_worker import PERIOD, counting_sequences, pad_right
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -56,3 +57,10 @@ def sft_trainer(model, folder, peft_config=None, **options):
         eval_dataset=texts(16, seed=2),
         peft_config=peft_config,
     )
+
+
+@torch.no_grad()
+def logits_of(model):
+    """In evaluation, of padded sequences as trainers get them."""
+    batch = pad_right(counting_sequences(8, seed=3))
+    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

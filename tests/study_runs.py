@@ -1,16 +1,14 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of studies share: texts, and runs in processes that need not import the libraries."""
+"""What tests of studies that train models share: texts, and runs in processes that need not import the libraries."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
-from preloaded import start_python
+from main_runs import run_main
+from preloaded import python
 
 from studies.common import training_study
 
@@ -21,18 +19,9 @@ TEXTS = {
 }
 
 
-def run_preloaded(command, env, output, check=True):
-    """What `subprocess.run` does, in a process that need not import the libraries."""
-    process = start_python(command[1:], env, output)
-    process.join()
-    if check and process.exitcode:
-        raise subprocess.CalledProcessError(process.exitcode, command, output.read_text())
-    return subprocess.CompletedProcess(command, process.exitcode)
-
-
 def make_study(module, folder, plan):
     """
-    Makes a study of [`TrainingStudy`], and yields its folder and a function that goes on with it, with further flags.
+    Makes a study of [`TrainingStudy`], and returns its folder and a function that goes on with it, with further flags.
 
     Args:
         module: The `__main__` of the study.
@@ -45,14 +34,8 @@ def make_study(module, folder, plan):
     def main(*flags):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training_study, "load_corpus", TEXTS.get)
-            named = ["--plan", str(folder / "plan.json"), "--output_dir", str(folder)]
-            patch.setattr(sys, "argv", [module.__name__, *named, *flags])
-            module.main()
+            patch.setattr(sys, "executable", python())  # of the processes of runs
+            run_main(module, "--plan", folder / "plan.json", "--output_dir", folder, *flags)
 
-    def run_here(command, env, stdout=None, stderr=None, check=False):
-        return run_preloaded(command, env, folder / "seconds.log" if stdout is None else Path(stdout.name), check)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_study, "subprocess", SimpleNamespace(run=run_here))
-        main()
-        yield folder, main
+    main()
+    return folder, main

@@ -87,6 +87,12 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         grafts: list[Any] = [self.peer_graft_layer[name] for name in names if name in self.peer_graft_layer]
         return None if replacing else self.base_layer, grafts
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.branches(names)
+        super().set_adapter(names, inference_mode=inference_mode)
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
             return self.base_layer(hidden_states, **kwargs)
@@ -115,14 +121,12 @@ class PeerGraftModel(BaseTuner):
     Padding is taken from the attention mask that the base model's decoder gets. Where that is no mask of tokens, as in
     a multimodal Gemma 3, padding counts in the query BatchNorm and in measures of expert usage.
 
-    Several adapters may be active at a layer, one of them in place of its feed-forward: a forward with two there
-    raises `ValueError`. `merge_and_unload` returns a model without PEFT in which the grafts are modules, see
-    [`PeerGraftedConfig`].
+    Several adapters may be active at a layer, one of them in place of its feed-forward. `merge_and_unload` returns a
+    model without PEFT in which the grafts are modules, see [`PeerGraftedConfig`].
 
     Raises:
-        `ValueError`: for a layer whose feed-forward is not recognized, an adapter of another base model, or experts
-            that do not fit the feed-forward. The base model is left as it was.
-        `AttributeError`: for a layer that does not exist, or a base model that is none of Transformers.
+        `ValueError`: for a layer that does not exist or whose feed-forward is not recognized, an adapter of another
+            base model, or experts that do not fit the feed-forward. The base model is left as it was.
     """
 
     prefix = PREFIX
@@ -136,6 +140,8 @@ class PeerGraftModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As in PEFT, after every check that may refuse the adapter."""
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"A graft needs a base model of Transformers, got {type(model).__name__}.")
         # PEFT tells the weights of adapters apart by parts of their names.
         parts = {part for name in model.state_dict() if PREFIX not in name for part in name.split(".")}
         if adapter_name in parts | GRAFT_PARTS:
@@ -208,10 +214,7 @@ class PeerGraftModel(BaseTuner):
 def _find_targets(config: PeerGraftConfig, model: PreTrainedModel) -> dict[str, FeedForwardParts]:
     """Find the feed-forwards that get a graft, by name."""
     list_name, _ = find_decoder_layers(model)
-    layers = config.layers_to_transform
-    if layers is None:
-        layers = (model.config.get_text_config().num_hidden_layers - 1) // 2
-    layers = [layers] if isinstance(layers, int) else sorted(set(layers))
+    layers = _layer_indices(config, model.config.get_text_config().num_hidden_layers)
     if config.target_modules is None:
         names = [_find_feed_forward(f"{list_name}.{layer_idx}", model, layer_idx) for layer_idx in layers]
         return {name: _recognize(name, model.get_submodule(name)) for name in names}
@@ -247,6 +250,19 @@ def _within_grafted(name, module):
     while isinstance(module, GraftedFeedForward) and module.feed_forward is not None:
         name, module = f"{name}.feed_forward", module.feed_forward
     return name, module
+
+
+def _layer_indices(config: PeerGraftConfig, num_layers):
+    indices = config.layers_to_transform
+    if indices is None:
+        return [(num_layers - 1) // 2]
+    indices = [indices] if isinstance(indices, int) else sorted(set(indices))
+    if not indices or any(not 0 <= layer_idx < num_layers for layer_idx in indices):
+        raise ValueError(
+            f"`layers_to_transform` must be indices of layers, 0 to {num_layers - 1} in this base model, got "
+            f"{config.layers_to_transform}."
+        )
+    return indices
 
 
 def _recognize(name, module):

@@ -7,9 +7,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM, dequantize_experts, quantize_experts
-from modeling_peer.analysis.costs import PartCosts, model_costs
-from modeling_peer.configurations import configuration_path, list_configurations
+from modeling_peer import (
+    FeedForwardInterface,
+    PartCosts,
+    PeerConfig,
+    PeerForCausalLM,
+    configuration_path,
+    dequantize_experts,
+    list_configurations,
+    model_costs,
+    quantize_experts,
+)
 from modeling_peer.feed_forward import DenseFeedForward
 
 
@@ -86,13 +94,6 @@ def config(request):
     return small_config(**VARIANTS[request.param])
 
 
-@pytest.fixture
-def custom_variant():
-    """Registers a class as the variant `custom` for the length of a test."""
-    yield lambda variant: FeedForwardInterface.register("custom", variant)
-    FeedForwardInterface._global_mapping.pop("custom", None)
-
-
 class TestFlops:
     def test_equal_those_that_torch_counts(self, config):
         config.expert_kernels = "eager"  # torch counts nothing inside an operator of ours
@@ -108,15 +109,6 @@ class TestFlops:
         for layer_idx, layer in enumerate(costs.feed_forwards):
             counted = counter.get_flop_counts()[f"PeerForCausalLM.model.layers.{layer_idx}.mlp"]
             assert layer.flops * num_tokens == sum(counted.values())
-
-    def test_of_the_paper_layer_follow_its_formulas(self):
-        hidden_size, heads, k, side, query_size = 768, 8, 16, 1024, 256
-        query, keys, experts = (
-            2 * hidden_size * heads * query_size,
-            2 * heads * side * query_size,
-            4 * heads * k * hidden_size,
-        )
-        assert model_costs(PeerConfig()).feed_forwards[5].flops == query + keys + experts
 
     def test_grow_with_the_sequence_by_attention_alone(self):
         config = small_config(max_position_embeddings=64)
@@ -151,9 +143,8 @@ class TestParameters:
 
     def test_active_are_no_more_than_there_are(self):
         config = small_config(num_experts=16, num_retrieval_heads=8, feed_forward_types=["peer"] * 3)
-        assert (
-            model_costs(config).feed_forwards[0].active_parameters == model_costs(config).feed_forwards[0].parameters
-        )
+        layer = model_costs(config).feed_forwards[0]
+        assert layer.active_parameters == layer.parameters
         shared = model_costs(small_config(**config.to_diff_dict() | {"share_experts_across_layers": True}))
         pool = shared.parts["shared expert pool"]
         assert pool.active_parameters == pool.parameters == 2 * 16 * 56
@@ -167,21 +158,17 @@ class TestMemory:
         assert share * costs.training_bytes == pytest.approx(16 * 2 * 1024**2 * 1024, rel=5e-3)
         assert costs.optimizer_bytes == 2 * costs.gradient_bytes == 2 * costs.weight_bytes
 
-    def test_follows_the_data_type(self):
-        config = small_config()
-        assert model_costs(config).dtype == torch.float32
+    def test_follows_the_data_type(self, tmp_path):
+        """Also of a model that was saved, which makes the data type of its configuration a string."""
+        assert model_costs(small_config()).dtype == torch.float32
         for dtype in (torch.bfloat16, torch.float64):
-            costs = model_costs(config, dtype=dtype)
-            assert costs == model_costs(small_config(dtype=dtype))
+            config = small_config(dtype=dtype)
+            costs = model_costs(small_config(), dtype=dtype)
+            assert costs == model_costs(config)
             assert costs.training_bytes == 4 * costs.parameters * dtype.itemsize
             assert costs.weight_bytes_read == costs.active_parameters * dtype.itemsize
-
-    def test_of_a_model_that_was_saved(self, tmp_path):
-        """Saving it makes the data type of its configuration a string."""
-        config = small_config(dtype=torch.bfloat16)
-        costs = model_costs(config)
-        PeerForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-        assert model_costs(config) == costs
+            PeerForCausalLM(config).to(dtype).save_pretrained(tmp_path)
+            assert model_costs(config) == costs
 
 
 class TestQuantizedTables:
@@ -204,51 +191,42 @@ class TestQuantizedTables:
         num_rows, row, quantized_row = 3 * 12, 56 * 2, 56 // 2 + 4 * 2  # four scales, the last of 8 columns
         costs = model_costs(config)
         assert costs.weight_bytes_read == before.weight_bytes_read - num_rows * (row - quantized_row)
-
-    def test_other_quantization_is_not_counted(self):
-        config = small_config()
-        before = model_costs(config)
-        config.quantization_config = {"quant_method": "quanto", "weights": "int8"}
+        config.quantization_config = {"quant_method": "quanto", "weights": "int8"}  # is not counted
         assert model_costs(config) == before
 
 
-class TestTable:
-    def test_names_every_part_and_its_share(self):
-        costs = model_costs(PeerConfig(gated_experts=True, share_experts_across_layers=True))
-        rows = {line.split("  ")[0]: line.split()[-3:] for line in str(costs).splitlines()}
-        dense = 11 * 3 * 768 * 2048
-        assert rows["feed-forward dense x 11"] == [f"{2 * dense / 1e6:.3f}", f"{dense:,}", f"{dense:,}"]
-        assert rows["shared expert pool"] == ["0.000", f"{3 * 1024**2 * 768:,}", f"{3 * 128 * 768:,}"]
-        assert rows["total"] == [f"{costs.flops / 1e6:.3f}", f"{costs.parameters:,}", f"{costs.active_parameters:,}"]
-        assert rows["training, before activations"][1:] == [f"{costs.training_bytes / 2**30:.3f}", "GiB"]
+def test_the_table_names_every_part_and_its_share():
+    costs = model_costs(PeerConfig(gated_experts=True, share_experts_across_layers=True))
+    rows = {line.split("  ")[0]: line.split()[-3:] for line in str(costs).splitlines()}
+    dense = 11 * 3 * 768 * 2048
+    assert rows["feed-forward dense x 11"] == [f"{2 * dense / 1e6:.3f}", f"{dense:,}", f"{dense:,}"]
+    assert rows["shared expert pool"] == ["0.000", f"{3 * 1024**2 * 768:,}", f"{3 * 128 * 768:,}"]
+    assert rows["total"] == [f"{costs.flops / 1e6:.3f}", f"{costs.parameters:,}", f"{costs.active_parameters:,}"]
+    assert rows["training, before activations"][1:] == [f"{costs.training_bytes / 2**30:.3f}", "GiB"]
 
 
-class TestRegisteredVariant:
-    def test_of_unknown_cost_is_refused(self, custom_variant):
-        class Custom(DenseFeedForward):
-            """A subclass may cost anything."""
+def test_a_registered_variant_counts_itself(monkeypatch):
+    class Custom(nn.Module):
+        @staticmethod
+        def count_costs(config, layer_idx):
+            return PartCosts(flops=10 * layer_idx, parameters=5, active_parameters=config.hidden_size)
 
-        custom_variant(Custom)
-        with pytest.raises(ValueError, match="count_costs"):
-            model_costs(small_config(feed_forward_types=["dense", "peer", "custom"]))
+    class OfUnknownCost(DenseFeedForward):
+        """A subclass may cost anything."""
 
-    def test_counts_itself(self, custom_variant):
-        class Custom(nn.Module):
-            @staticmethod
-            def count_costs(config, layer_idx):
-                return PartCosts(flops=10 * layer_idx, parameters=5, active_parameters=config.hidden_size)
-
-        custom_variant(Custom)
-        costs = model_costs(small_config(feed_forward_types=["dense", "dense", "custom"]))
-        assert costs.feed_forwards[2] == PartCosts(20, 5, 56)
-        without = model_costs(small_config(feed_forward_types=["dense", "dense", "dense"]))
-        assert costs.parameters == without.parameters - without.feed_forwards[2].parameters + 5
+    monkeypatch.setitem(FeedForwardInterface._global_mapping, "custom", Custom)
+    monkeypatch.setitem(FeedForwardInterface._global_mapping, "unknown", OfUnknownCost)
+    costs = model_costs(small_config(feed_forward_types=["dense", "dense", "custom"]))
+    assert costs.feed_forwards[2] == PartCosts(20, 5, 56)
+    without = model_costs(small_config(feed_forward_types=["dense", "dense", "dense"]))
+    assert costs.parameters == without.parameters - without.feed_forwards[2].parameters + 5
+    with pytest.raises(ValueError, match="count_costs"):
+        model_costs(small_config(feed_forward_types=["dense", "peer", "unknown"]))
 
 
-class TestNamedConfigurations:
-    @pytest.mark.parametrize("size", ["tiny", "paper"])
-    def test_twins_take_equally_many_flops(self, size):
-        twins = [name for name in list_configurations() if name.endswith(f"-{size}")]
-        assert len(twins) == 4
-        flops = [model_costs(PeerConfig.from_pretrained(configuration_path(name))).flops for name in twins]
-        assert max(flops) <= 1.02 * min(flops)
+@pytest.mark.parametrize("size", ["tiny", "paper"])
+def test_named_twins_take_equally_many_flops(size):
+    twins = [name for name in list_configurations() if name.endswith(f"-{size}")]
+    assert len(twins) == 4
+    flops = [model_costs(PeerConfig.from_pretrained(configuration_path(name))).flops for name in twins]
+    assert max(flops) <= 1.02 * min(flops)

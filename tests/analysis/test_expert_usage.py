@@ -3,63 +3,28 @@
 """Expert usage is that of the paper's table 3, of every token of a training or an evaluation, each counted once."""
 
 import json
-import os
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from release_names import CHECKPOINTING
 from slow_tests import slow
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trainer_worker import counting_sequences, pad_right, small_model
+from trainer_worker import trainer_of as stock_trainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.analysis import expert_usage as usage
 from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter
 from modeling_peer.router import ProductKeyRouter
 
 
-SEQUENCE_LENGTH = 12
 NAMES = ("usage", "unevenness", "top1_usage")
 
 
-def tiny_config(**kwargs):
-    return PeerConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        feed_forward_types=["dense", "peer", "pkm"],
-        num_experts=12**2,
-        num_retrieval_heads=2,
-        num_experts_per_head=3,
-        query_size=8,
-        pad_token_id=0,
-        **kwargs,
-    )
-
-
-def tiny_model(model_class=PeerForCausalLM, **kwargs):
-    torch.manual_seed(0)
-    return model_class(tiny_config(**kwargs))
-
-
-def sequences(number, seed):
-    """Sequences of different lengths, padded on the left to `SEQUENCE_LENGTH`."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for _ in range(number):
-        padding = int(torch.randint(SEQUENCE_LENGTH // 2, (), generator=generator))
-        input_ids = torch.randint(1, 64, (SEQUENCE_LENGTH,), generator=generator)
-        attention_mask = (torch.arange(SEQUENCE_LENGTH) >= padding).long()
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        examples.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
-    return examples
+def model_of_three(**fields):
+    return small_model("dense", "peer", "pkm", num_experts=12**2, num_experts_per_head=3, **fields)
 
 
 def measured_by_hand(num_experts, records):
@@ -94,27 +59,11 @@ def record_router(model, layer_idx, router_name="router"):
     return records
 
 
-def trainer_of(model, folder, callbacks=None, **kwargs):
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-2,
-            **kwargs,
-        }
-    )
-    return Trainer(
-        model,
-        arguments,
-        train_dataset=sequences(12, seed=1),
-        eval_dataset=sequences(6, seed=2),
-        callbacks=[ExpertUsageCallback()] if callbacks is None else callbacks,
-    )
+def trainer_of(model, folder, callbacks=None, **options):
+    """Two sequences to a batch, of different lengths; the callback alone if there are no others."""
+    callbacks = [ExpertUsageCallback()] if callbacks is None else callbacks
+    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, **options}
+    return stock_trainer(model, folder, counting_sequences(12), counting_sequences(6, seed=2), callbacks, **options)
 
 
 def measures_of(entry, layer, prefix=""):
@@ -138,16 +87,13 @@ class TestMeter:
         assert meter.top1_counts.sum() == sum(m.sum() for _, _, m in records) * 4
 
     def test_without_mask_counts_every_position(self):
+        """An expert of weight zero was retrieved, not used, and is not the best of its head either."""
         meter = ExpertUsageMeter(16)
-        meter.update(torch.tensor([[[[3, 1]], [[3, 2]]]]), torch.tensor([[[[0.5, 0.5]], [[1.0, 0.0]]]]))
+        indices, weights = [[[[3, 1]], [[3, 2]], [[5, 4]]]], [[[[0.5, 0.5]], [[1.0, 0.0]], [[0.0, 0.0]]]]
+        meter.update(torch.tensor(indices), torch.tensor(weights))
         assert meter.scores.nonzero().flatten().tolist() == [1, 3]
-        assert meter.compute()["usage"] == 2 / 16  # the expert of weight zero was retrieved, not used
-        assert meter.top1_counts[3] == 2
-
-    def test_the_best_of_a_head_is_not_used_with_a_weight_of_zero(self):
-        meter = ExpertUsageMeter(16)
-        meter.update(torch.tensor([[[[3, 1]], [[4, 2]]]]), torch.tensor([[[[0.0, 0.0]], [[0.5, 0.5]]]]))
-        assert meter.top1_counts.nonzero().flatten().tolist() == [4]
+        assert meter.compute()["usage"] == 2 / 16
+        assert meter.top1_counts.tolist() == [0, 0, 0, 2] + [0] * 12
 
     def test_small_weights_are_not_lost_in_a_large_sum(self):
         meter = ExpertUsageMeter(4)
@@ -166,12 +112,12 @@ class TestMeter:
 class TestCallback:
     def test_logs_equal_a_meter_fed_by_hand(self, tmp_path):
         """Two micro-batches to a step, an evaluation between two logs that must keep its forwards to itself."""
-        model = tiny_model()
+        model = model_of_three()
         records = {layer_idx: record_router(model, layer_idx) for layer_idx in (1, 2)}
         trainer = trainer_of(
             model,
             tmp_path,
-            num_train_epochs=2,
+            max_steps=6,
             gradient_accumulation_steps=2,
             eval_strategy="steps",
             eval_steps=3,
@@ -193,10 +139,14 @@ class TestCallback:
                 assert measures_of(entry, layer, "eval_") == pytest.approx(by_hand, rel=1e-5)
         assert not any("layer_0" in name for entry in trainer.state.log_history for name in entry)
         json.dumps(trainer.state.log_history, allow_nan=False)
+        # Its hooks are gone, and ours are not.
+        routers = [module for module in model.modules() if isinstance(module, ProductKeyRouter)]
+        assert [len(router._forward_hooks) for router in routers] == [1, 1]
+        assert not any("expert_" in name for name in trainer.evaluate())
 
     def test_added_experts_are_measured_by_themselves(self, tmp_path):
         addition = {"layers": [1], "mode": "protected", "num_experts": 7**2}
-        model = tiny_model(expert_additions=[{**addition, "num_retrieval_heads": 1, "num_experts_per_head": 3}])
+        model = model_of_three(expert_additions=[{**addition, "num_retrieval_heads": 1, "num_experts_per_head": 3}])
         records = [record_router(model, 1, name) for name in ("router", "added_routers.0")]
         trainer = trainer_of(model, tmp_path, max_steps=1)
         trainer.train()
@@ -207,45 +157,8 @@ class TestCallback:
         by_hand = measured_by_hand(49, [(indices - 144, *others)])
         assert measures_of(entry, "layer_1_added_0") == pytest.approx(by_hand, rel=1e-5)
 
-    def test_values_stand_where_they_belong(self, tmp_path):
-        class Later(TrainerCallback):
-            seen = []
-
-            def on_log(self, args, state, control, logs=None, **kwargs):
-                self.seen.append(dict(logs))
-
-            def on_evaluate(self, args, state, control, metrics, **kwargs):
-                self.metrics = dict(metrics)
-
-            def on_epoch_end(self, args, state, control, model=None, **kwargs):
-                # A forward of the user's own, of neither.
-                model.eval()(torch.ones(1, 4, dtype=torch.int64))
-
-        later = Later()
-        trainer = trainer_of(
-            tiny_model(),
-            tmp_path,
-            [ExpertUsageCallback(), later],
-            max_steps=1,
-            eval_strategy="steps",
-            eval_steps=1,
-            include_num_input_tokens_seen="all",
-        )
-        trainer.train()
-        for logs, entry in zip(later.seen, trainer.state.log_history, strict=True):
-            assert logs | {"step": 1} == entry
-        training, evaluation, summary = (
-            {name for name in logs if "expert_" in name} for logs in trainer.state.log_history
-        )
-        names = {f"expert_{name}/layer_{layer_idx}" for name in NAMES for layer_idx in (1, 2)}
-        assert training == names
-        assert (
-            evaluation == {f"eval_{name}" for name in names} == {name for name in later.metrics if "expert_" in name}
-        )
-        assert not summary
-
     @pytest.mark.parametrize("added", ["argument", "later", "training"])
-    def test_trackers_get_the_values(self, tmp_path, added):
+    def test_logs_metrics_and_trackers_get_the_values(self, tmp_path, added):
         """However the callback was added; every callback is told once that the training begins."""
 
         class Tracker(TrainerCallback):  # as those of `report_to`, which come before all that a user adds
@@ -258,6 +171,13 @@ class TestCallback:
             def on_log(self, args, state, control, logs=None, **kwargs):
                 self.seen.append(dict(logs))
 
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                self.metrics = dict(metrics)
+
+            def on_epoch_end(self, args, state, control, model=None, **kwargs):
+                # A forward of the user's own, of neither.
+                model.eval()(torch.ones(1, 4, dtype=torch.int64))
+
         class Last(Tracker):
             pass
 
@@ -268,23 +188,26 @@ class TestCallback:
         tracker, last, adding = Tracker(), Last(), Adding()
         callbacks = {"argument": [ExpertUsageCallback()], "training": [adding]}
         trainer = trainer_of(
-            tiny_model(),
+            model_of_three(),
             tmp_path,
             [tracker, *callbacks.get(added, []), last],
             max_steps=1,
             eval_strategy="steps",
             eval_steps=1,
+            include_num_input_tokens_seen="all",
         )
         adding.trainer = trainer
         if added == "later":
             trainer.add_callback(ExpertUsageCallback())
         trainer.train()
         assert tracker.begun == last.begun == 1
-        for callback in (tracker, last):
-            training, evaluation, _ = callback.seen
-            assert 0 < measures_of(training, "layer_1")["usage"] <= 1
-            assert 0 < measures_of(evaluation, "layer_1", "eval_")["usage"] <= 1
         assert tracker.seen == last.seen
+        assert [logs | {"step": 1} for logs in last.seen] == trainer.state.log_history
+        found = [{name for name in logs if "expert_" in name} for logs in (*last.seen, last.metrics)]
+        names = {f"expert_{name}/layer_{layer_idx}" for name in NAMES for layer_idx in (1, 2)}
+        in_evaluation = {f"eval_{name}" for name in names}
+        assert found == [names, in_evaluation, set(), in_evaluation]
+        assert all(0 < last.seen[0][f"expert_usage/layer_{layer_idx}"] <= 1 for layer_idx in (1, 2))
 
     def test_other_logs_and_predictions_do_not_disturb(self, tmp_path):
         """A user's own log between two steps takes nothing away, nor does a prediction add to the next evaluation."""
@@ -294,12 +217,12 @@ class TestCallback:
                 self.trainer.log({"mine": 1.0})
 
             def on_step_end(self, args, state, control, **kwargs):
-                self.metrics = self.trainer.predict(sequences(4, seed=9)).metrics
+                self.metrics = self.trainer.predict(counting_sequences(4, seed=9)).metrics
 
         logs = []
         for disturb in ([], [Disturb()]):
             trainer = trainer_of(
-                tiny_model(),
+                model_of_three(),
                 tmp_path,
                 [ExpertUsageCallback(), *disturb],
                 max_steps=2,
@@ -317,29 +240,14 @@ class TestCallback:
                     assert disturbed[name] == pytest.approx(calm[name], rel=1e-5)
         assert 0 < disturb[0].metrics["test_expert_usage/layer_1"] <= 1
 
-    def test_hooks_are_gone_after_training(self, tmp_path):
-        trainer = trainer_of(tiny_model(), tmp_path, max_steps=1)
-        routers = [module for module in trainer.model.modules() if isinstance(module, ProductKeyRouter)]
-        before = [len(router._forward_hooks) for router in routers]
-        trainer.train()
-        trainer.train()
-        assert [len(router._forward_hooks) for router in routers] == before
-        assert not any("expert_" in name for name in trainer.evaluate())
-
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_checkpointing_counts_no_token_twice(self, tmp_path, monkeypatch, use_reentrant):
         """Measures alone would not tell: they are the same if every token counts twice."""
-        updates = []
-
-        class Counting(ExpertUsageMeter):
-            def update(self, *args):
-                updates.append(args)
-                super().update(*args)
-
-        monkeypatch.setattr(usage, "ExpertUsageMeter", Counting)
+        updates, update = [], ExpertUsageMeter.update
+        monkeypatch.setattr(ExpertUsageMeter, "update", lambda *args: updates.append(1) or update(*args))
         logs, forwards = [], []
         for checkpointing in (False, True):
-            model = tiny_model()
+            model = model_of_three()
             forwards.append(record_router(model, 1))
             updates.clear()
             trainer = trainer_of(
@@ -358,7 +266,7 @@ class TestCallback:
     def test_under_peft(self, tmp_path):
         """Of the routers that PEFT keeps for a layer, the original and a copy for each adapter, only one runs."""
         options = {"target_modules": ["q_proj"], "modules_to_save": ["router"]}
-        model = get_peft_model(tiny_model(), LoraConfig(r=2, **options))
+        model = get_peft_model(model_of_three(), LoraConfig(r=2, **options))
         model.add_adapter("idle", LoraConfig(r=2, **options))
         trainer = trainer_of(model, tmp_path, max_steps=1)
         trainer.train()
@@ -369,37 +277,30 @@ class TestCallback:
     def test_compiled(self, tmp_path):
         logs = []
         for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-            trainer = trainer_of(tiny_model(), tmp_path, max_steps=1, **options)
+            trainer = trainer_of(model_of_three(), tmp_path, max_steps=1, **options)
             trainer.train()
             logs.append(measures_of(trainer.state.log_history[0], "layer_1"))
         assert logs[1] == pytest.approx(logs[0], rel=1e-4)
 
 
-def run_rank(rank, folder, finish):
-    """One training forward of the rank's own sequences in a wrapped model, and a log."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(tiny_model())
+def training_of_rank(rank):
+    """The log of one training forward of the rank's own sequences in a wrapped model, and what its router found."""
+    model = nn.parallel.DistributedDataParallel(model_of_three())
     records = record_router(model, 1)
     callback, state, control = ExpertUsageCallback(), TrainerState(), TrainerControl()
-    arguments = TrainingArguments(output_dir=folder, use_cpu=True)
+    arguments = TrainingArguments("unused", use_cpu=True)
     callback.on_train_begin(arguments, state, control, model=model)
-    batch = torch.utils.data.default_collate(sequences(2, seed=10 + rank))
-    model.train()(**batch)
+    model.train()(**pad_right(counting_sequences(2, seed=10 + rank)))
     state.log_history.append({})
     logs = {"loss": 1.0}
     callback.on_log(arguments, state, control, logs=logs)
-    torch.save((logs, [record for _, record in records]), f"{folder}/{rank}.pt")
-    # Python would tear the reducer down with its lock held, and wait for a thread of gloo that waits for that lock.
-    finish.wait()
-    os._exit(0)
+    return logs, [record for _, record in records]
 
 
 def test_ranks_are_summed(tmp_path):
-    arguments = str(tmp_path), preloaded.context().Barrier(2)
-    mp.start_processes(run_rank, arguments, nprocs=2, start_method="forkserver")
+    run_on_two_processes(save_parts, str(tmp_path), (training_of_rank,))
     (logs, records), (other_logs, other_records) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)
+        torch.load(tmp_path / f"training_of_rank-{rank}", weights_only=False) for rank in range(2)
     )
     assert logs == other_logs
     assert measures_of(logs, "layer_1") == pytest.approx(measured_by_hand(144, records + other_records), rel=1e-5)

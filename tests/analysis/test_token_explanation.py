@@ -37,6 +37,21 @@ def model_of(name):
     return quantize_experts(model) if name == "quantized" else model
 
 
+def assert_sums(reader, label, retrieved, output, **tolerances):
+    """Coefficients times down-projections, added up for each token, are an output of a layer or graft."""
+    vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
+    sums = (retrieved.coefficients[..., None].to(output.dtype) * vectors).sum(1)
+    assert sums.any()
+    torch.testing.assert_close(sums, output, **tolerances)
+
+
+def assert_words(reader, label, use, head, norm):
+    """The words of an expert are those that the model would say if its down-projection were the last hidden state."""
+    vector = reader.down_projections(label, torch.tensor([use.expert]))[0]
+    lens = head(norm(vector)) * (1 if use.coefficient >= 0 else -1)
+    assert use.words == tuple(f"w{number}" for number in lens.topk(len(use.words)).indices.tolist())
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_coefficients_times_down_projections_are_what_layers_return(name):
     model = model_of(name)
@@ -53,9 +68,7 @@ def test_coefficients_times_down_projections_are_what_layers_return(name):
         assert torch.equal(logits, model(random_tokens(1, 7)).logits[0].float())
     for label, retrieved in read.items():
         assert retrieved.experts.shape[0] == 7
-        vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
-        sums = (retrieved.coefficients[..., None].double() * vectors).sum(1)
-        torch.testing.assert_close(sums, outputs[label], rtol=1e-5, atol=1e-6)
+        assert_sums(reader, label, retrieved, outputs[label], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -79,9 +92,8 @@ def test_tokens_are_explained_by_their_experts_and_these_by_the_vocabulary(name,
                 if use.expert < model.config.num_experts:
                     own = weights[token][experts[token] == use.expert].sum().item()
                     assert use.weight == pytest.approx(own, rel=1e-5)
-                vector = reader.down_projections(f"layer_{layer}", torch.tensor([use.expert]))[0]
-                lens = model.lm_head(model.model.norm(vector)) * (1 if use.coefficient >= 0 else -1)
-                assert use.words == tuple(f"w{number}" for number in lens.topk(3).indices.tolist())
+                assert len(use.words) == 3
+                assert_words(reader, f"layer_{layer}", use, model.lm_head, model.model.norm)
     assert any(use.coefficient < 0 for each in explained for uses in each.layers.values() for use in uses) == (
         name != "pkm"
     )
@@ -101,16 +113,12 @@ def test_of_grafts(family, tokenizer):
     (label,) = reader.sets
     assert label == "layer_1_default"
     read, _ = reader.read(input_ids=random_tokens(1, 5))
-    retrieved = read[label]
-    vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
-    sums = (retrieved.coefficients[..., None] * vectors).sum(1)
     bias = 0 if graft.output_bias is None else graft.output_bias
-    torch.testing.assert_close(sums, seen[0] - bias, rtol=1e-4, atol=1e-5)
+    assert_sums(reader, label, read[label], seen[0] - bias, rtol=1e-4, atol=1e-5)
     for explanation in explain_tokens(model, tokenizer, "w1 w2 w3", num_words=2):
         for use in explanation.layers[label]:
-            vector = reader.down_projections(label, torch.tensor([use.expert]))[0]
-            lens = base_model.lm_head(norm(vector)) * (1 if use.coefficient >= 0 else -1)
-            assert use.words == tuple(f"w{number}" for number in lens.topk(2).indices.tolist())
+            assert len(use.words) == 2
+            assert_words(reader, label, use, base_model.lm_head, norm)
 
 
 def test_of_grafts_that_were_merged_one_after_the_other():
@@ -123,10 +131,7 @@ def test_of_grafts_that_were_merged_one_after_the_other():
     read, _ = reader.read(input_ids=random_tokens(1, 5))
     assert set(read) == set(reader.sets) == set(outputs)
     for label, retrieved in read.items():
-        vectors = reader.down_projections(label, retrieved.experts.flatten()).view(*retrieved.experts.shape, -1)
-        sums = (retrieved.coefficients[..., None] * vectors).sum(1)
-        assert sums.any()
-        torch.testing.assert_close(sums, outputs[label], rtol=1e-4, atol=1e-5)
+        assert_sums(reader, label, retrieved, outputs[label], rtol=1e-4, atol=1e-5)
 
 
 def test_experts_of_several_heads_are_named_once(tokenizer):
@@ -137,32 +142,24 @@ def test_experts_of_several_heads_are_named_once(tokenizer):
         assert sum(use.weight for use in uses) == pytest.approx(4, rel=1e-5)  # a softmax for each head
 
 
-def test_what_is_masked_is_not_there(tokenizer):
+def test_what_is_masked_or_behind_a_shut_gate_is_not_there(tokenizer):
     model = model_of("added")
 
-    def most():
+    def uses():
         explained = explain_tokens(model, tokenizer, "w1 w2 w3 w4 w5 w6", num_experts=99)
-        return max(use.expert for explanation in explained for use in explanation.layers["layer_0"])
+        return [use for explanation in explained for use in explanation.layers["layer_0"]]
 
-    assert most() >= model.config.num_experts
+    assert any(use.expert >= model.config.num_experts for use in uses())
     with masked_experts(model):
-        assert most() < model.config.num_experts
-
-
-def test_what_a_gate_shuts_out_is_not_there(tokenizer):
-    model = model_of("added")
+        assert all(use.expert < model.config.num_experts for use in uses())
     torch.nn.init.constant_(model.model.layers[0].mlp.added_routers[0].gate.down_proj.bias, -5.0)
-    for explanation in explain_tokens(model, tokenizer, "w1 w2 w3", num_experts=99):
-        uses = explanation.layers["layer_0"]
-        assert uses and all(use.weight and use.expert < model.config.num_experts for use in uses)
-
-
-def test_layers_are_chosen(tokenizer):
-    (explanation,) = explain_tokens(model_of("peer"), tokenizer, "w1", layers=2)
-    assert list(explanation.layers) == ["layer_2"]
+    found = uses()
+    assert found and all(use.weight and use.expert < model.config.num_experts for use in found)
 
 
 @pytest.mark.parametrize("arguments", [{"text": ""}, {"layers": 1}], ids=str)
-def test_other_arguments_are_refused(arguments, tokenizer):
+def test_layers_are_chosen_and_others_refused(arguments, tokenizer):
+    (explanation,) = explain_tokens(model_of("peer"), tokenizer, "w1", layers=2)
+    assert list(explanation.layers) == ["layer_2"]
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
         explain_tokens(model_of("peer"), tokenizer, **{"text": "w1", **arguments})

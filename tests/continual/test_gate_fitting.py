@@ -1,13 +1,19 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Gates of added experts: they open for the new text, stay closed for the reference, and nothing else changes."""
+"""
+Gates of added experts: they open for the new text, stay closed for the reference, and nothing else changes. A reference
+that the model generates is sampled from all tokens at temperature 1, of one length, without a trace in the model.
+"""
 
 import math
 
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_model
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
+from trainer_worker import copy_of_state
+from transformers import GenerationConfig
 
 from modeling_peer import (
     ExpertBackground,
@@ -15,6 +21,7 @@ from modeling_peer import (
     add_experts,
     fit_gates,
     freeze_experts,
+    generate_text,
     measure_usage,
 )
 from modeling_peer.router import ExpertGate
@@ -41,6 +48,10 @@ def fit(model, new=NEW, reference=REFERENCE, **options):
     return fit_gates(model, new, reference, progress_bar=False, **{"num_steps": 200, **options})
 
 
+def gates_of(model):
+    return {name: tensor for name, tensor in copy_of_state(model).items() if ".gate." in name}
+
+
 def share_of_new(model, first_token):
     """Of the router weights of a text that training did not see, how much goes to added experts, layer by layer."""
     tokens = torch.stack([each["input_ids"] for each in text(first_token, seed=1)])
@@ -48,13 +59,15 @@ def share_of_new(model, first_token):
     return [(meter.scores[36:].sum() / meter.scores.sum()).item() for meter in meters]
 
 
-def test_opens_for_the_new_text_and_closes_for_the_reference(model):
+def test_opens_for_the_new_text_and_closes_for_the_reference(model, tmp_path):
     assert share_of_new(model, 40) == pytest.approx([0.5, 0.5])
     results = fit(model)
     assert sorted(results) == [0, 2]
     for result in results.values():
         assert result.open_for_new > result.open_for_reference + 0.3
     assert min(share_of_new(model, 1)) > 0.25 > 0.2 > max(share_of_new(model, 40))
+    model.save_pretrained(tmp_path)
+    assert share_of_new(PeerForCausalLM.from_pretrained(tmp_path), 40) == share_of_new(model, 40)
 
 
 def test_what_it_reports_is_of_the_sequences_it_did_not_fit(model):
@@ -72,14 +85,14 @@ def test_what_is_held_out_has_no_part_in_the_fit(model):
             [text(22, seed=other)[i] if i % 10 == 0 else each[i] for i in range(200)] for each in (NEW, REFERENCE)
         ]
         results.append(fit(model, *texts, num_steps=20))
-        gates.append({name: tensor.clone() for name, tensor in model.state_dict().items() if ".gate." in name})
-    assert all(torch.equal(tensor, gates[1][name]) for name, tensor in gates[0].items())
+        gates.append(gates_of(model))
+    assert_close(*gates, rtol=0, atol=0)
     assert results[0] != results[1]
 
 
 def test_changes_the_gates_of_the_last_addition_alone(model):
     add_experts(model, 16, layers=2)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = copy_of_state(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert sorted(fit(model.train())) == [2]
     assert model.training
@@ -89,12 +102,13 @@ def test_changes_the_gates_of_the_last_addition_alone(model):
     assert changed == gate and len(gate) == 4
 
 
-def test_is_the_same_every_time(model):
+def test_is_the_same_every_time_and_takes_any_iterable(model):
     fit(model, num_steps=20)
-    once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    once = copy_of_state(model)
     torch.randn(3)
-    fit(model, num_steps=20)
-    assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
+    for new in (NEW, (each for each in NEW), DataLoader(NEW, batch_size=8)):
+        fit(model, new=new, num_steps=20)
+        assert_close(copy_of_state(model), once, rtol=0, atol=0)
 
 
 def test_closes_the_more_the_reference_weighs():
@@ -116,23 +130,10 @@ def test_leaves_padding_out(model):
         }
         for each in NEW
     ]
-    results = fit(model, new=padded)
-    gates = [tensor.clone() for name, tensor in model.state_dict().items() if ".gate." in name]
-    again = fit(model)
+    results, gates, again = fit(model, new=padded), gates_of(model), fit(model)
     for index, result in results.items():
         assert result.open_for_new == pytest.approx(again[index].open_for_new, abs=1e-3)
-    for before, (_, after) in zip(
-        gates, [(n, t) for n, t in model.state_dict().items() if ".gate." in n], strict=True
-    ):
-        assert torch.allclose(before, after, atol=1e-2)
-
-
-def test_takes_any_iterable(model):
-    fit(model, num_steps=20)
-    gates = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for new in ((each for each in NEW), DataLoader(NEW, batch_size=8)):
-        fit(model, new=new, num_steps=20)
-        assert all(torch.equal(tensor, gates[name]) for name, tensor in model.state_dict().items())
+    assert_close(gates_of(model), gates, rtol=1e-5, atol=1e-2)
 
 
 def test_a_gate_is_shut_where_it_would_be_less_than_one_percent_open():
@@ -154,31 +155,18 @@ def test_experts_behind_a_shut_gate_are_not_used(model):
     assert set(freeze_experts(model, range(36, 61), used_in=background).num_frozen.values()) == {0}
 
 
-def test_is_saved_with_the_model(model, tmp_path):
-    fit(model)
-    model.save_pretrained(tmp_path)
-    loaded = PeerForCausalLM.from_pretrained(tmp_path)
-    assert share_of_new(loaded, 40) == share_of_new(model, 40)
-
-
 def test_works_in_bfloat16(model):
     fit(model.to(torch.bfloat16))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert min(share_of_new(model, 1)) > 0.25 > 0.2 > max(share_of_new(model, 40))
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"new": NEW[:1]}, "new_text"),
-        ({"reference": NEW[:1]}, "reference_text"),
-    ],
-)
-def test_refuses_arguments(options, name, model):
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=name):
-        fit(model, **options)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+def test_refuses_texts_of_one_sequence(model):
+    state = copy_of_state(model)
+    for option, name in (("new", "new_text"), ("reference", "reference_text")):
+        with pytest.raises(ValueError, match=name):
+            fit(model, **{option: NEW[:1]})
+    assert_close(copy_of_state(model), state, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", [None, "open"])
@@ -188,3 +176,82 @@ def test_refuses_models_without_gates(mode):
         add_experts(model, 13, mode=mode)
     with pytest.raises(ValueError, match="protected"):
         fit(model)
+
+
+BOS, EOS = 3, 7
+
+
+class TestGeneratedText:
+    @pytest.fixture
+    def model(self):
+        return tiny_model(tiny_config("peer", "dense", bos_token_id=BOS, eos_token_id=EOS))
+
+    def generate(self, model, number=20, **options):
+        """All sequences as one tensor."""
+        sequences = generate_text(model, number, 12, progress_bar=False, **options)
+        assert len(sequences) == number and all(list(sequence) == ["input_ids"] for sequence in sequences)
+        return torch.stack([sequence["input_ids"] for sequence in sequences])
+
+    def fix_predictions(self, model, probabilities):
+        """Lets a model predict the tokens with these probabilities after any text, and no others."""
+        logits = torch.full((model.config.vocab_size,), -torch.inf)
+        for token, probability in probabilities.items():
+            logits[token] = torch.tensor(probability).log()
+        model.lm_head.register_forward_hook(lambda module, args, output: logits.expand_as(output))
+
+    def test_is_of_one_length_and_begins_as_a_text_does(self, model):
+        tokens = self.generate(model, batch_size=8)
+        assert tokens.shape == (20, 12) and tokens.dtype == torch.int64 and (tokens[:, 0] == BOS).all()
+        assert len(tokens.unique(dim=0)) == 20
+
+    @pytest.mark.parametrize(("bos", "eos", "first"), [(0, EOS, 0), (None, EOS, EOS), (None, [9, 2], 9)])
+    def test_the_first_token_is_bos_or_else_eos(self, bos, eos, first):
+        model = tiny_model(tiny_config("peer", bos_token_id=bos, eos_token_id=eos))
+        assert (self.generate(model)[:, 0] == first).all()
+
+    def test_goes_on_after_the_end_of_a_text(self, model):
+        self.fix_predictions(model, {EOS: 0.5, 20: 0.5})
+        tokens = self.generate(model, 40)[:, 1:]
+        assert set(tokens.unique().tolist()) == {EOS, 20}
+        assert (tokens == EOS).float().mean().item() == pytest.approx(0.5, abs=0.1)
+        assert 20 in tokens[tokens[:, 0] == EOS][:, 1:]  # and no padding
+
+    def test_is_what_the_model_predicts_whatever_its_generation_configuration_says(self, model):
+        """62 tokens of about one percent are more than the 50 that Transformers samples from by default."""
+        rare = {token: 0.008 + 0.000064 * token for token in range(64) if token not in (0, 20)}
+        self.fix_predictions(model, {**rare, 20: 1 - sum(rare.values())})
+        own = GenerationConfig(
+            do_sample=False, temperature=0.1, top_k=2, top_p=0.3, repetition_penalty=1.5, eos_token_id=20, max_length=5
+        )
+        model.generation_config = own
+        tokens = self.generate(model, 400)[:, 1:]
+        counts = tokens.flatten().bincount(minlength=64) / tokens.numel()
+        assert counts[20].item() == pytest.approx(1 - sum(rare.values()), abs=0.03)
+        assert counts[list(rare)].min() > 0.003 and counts[0] == 0
+        assert model.generation_config is own
+
+    def test_draws_from_the_global_generator(self, model):
+        torch.manual_seed(1)
+        first, second = self.generate(model, 4), self.generate(model, 4)
+        torch.manual_seed(1)
+        assert torch.equal(self.generate(model, 4), first) and not torch.equal(second, first)
+
+    def test_leaves_the_model_as_it_was(self):
+        model = tiny_model(tiny_config("peer", "dense", bos_token_id=BOS, attention_dropout=0.5)).train()
+        model.model.layers[1].eval()
+        modes, state, own = (
+            [module.training for module in model.modules()],
+            copy_of_state(model),
+            model.generation_config,
+        )
+        torch.manual_seed(0)
+        in_training = self.generate(model)
+        assert [module.training for module in model.modules()] == modes and model.generation_config is own
+        assert_close(copy_of_state(model), state, rtol=0, atol=0)
+        model.eval()
+        torch.manual_seed(0)  # it generated in evaluation: without dropout
+        assert torch.equal(self.generate(model), in_training)
+
+    def test_is_refused_where_texts_begin_with_no_token(self):
+        with pytest.raises(ValueError, match="bos_token_id"):
+            self.generate(tiny_model(tiny_config("peer")))

@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Growing a model leaves old experts and outputs what they were, to the bit in protected mode."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from grown_models import CONFIGS, SIZES, logits_of, old_state, train_a_little
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, trainer_of
-from transformers import AutoModelForCausalLM
 
 from modeling_peer import (
     PeerForCausalLM,
@@ -19,9 +22,9 @@ from modeling_peer import (
     masked_experts,
     train_added_experts_only,
 )
-from modeling_peer.experts import ExpertPool, expert_cell, retrieve
+from modeling_peer.continual import growth
+from modeling_peer.experts import expert_cell
 from modeling_peer.optim.frozen_rows import freezes_of
-from modeling_peer.router import QueryBatchNorm
 
 
 # Each option of a grown layer once, for what does not depend on how these go together.
@@ -39,53 +42,20 @@ def mode(request):
 
 
 class TestProtected:
-    def test_leaves_outputs_as_they_were(self, model):
-        before = logits_of(model)
-        add_experts(model, 25)
-        assert_close(logits_of(model), before, rtol=0, atol=1e-6)
-
     def test_old_outputs_stay_to_the_bit_whatever_is_trained(self, model):
+        """And all is trained of the new experts, their keys, queries and statistics; nothing of the old, nor of gates."""
         before, state = logits_of(model), old_state(model)
         add_experts(model, 25)
+        assert_close(logits_of(model), before, rtol=0, atol=1e-6)
+        added = {n: t.clone() for n, t in model.state_dict().items() if n not in state and ".gate." not in n}
+        assert all(p.requires_grad == (name in added) for name, p in model.named_parameters())
         train_a_little(model)
         assert not torch.equal(logits_of(model), before)
         with masked_experts(model):
             assert torch.equal(logits_of(model), before)
-        for name, tensor in state.items():
-            assert torch.equal(model.state_dict()[name], tensor), name
-
-    def test_old_outputs_survive_even_broken_new_experts(self):
-        model = tiny_model(CONFIGS["two layers"])
-        before = logits_of(model)
-        add_experts(model, 25)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.fill_(1e3)
-        with masked_experts(model):
-            assert torch.equal(logits_of(model), before)
-
-    def test_trains_the_new_experts_their_keys_and_queries_alone(self, model):
-        state = old_state(model)
-        add_experts(model, 25)
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        added = {name for name, _ in model.named_parameters() if name not in state}
-        assert trainable == {name for name in added if ".gate." not in name}
-        added = {name: tensor.clone() for name, tensor in model.named_parameters() if name in trainable}
-        train_a_little(model)
-        assert all(not torch.equal(model.get_parameter(name), tensor) for name, tensor in added.items())
-
-    def test_trains_new_queries_on_their_own_statistics(self):
-        model = tiny_model(CONFIGS["one layer"])
-        add_experts(model, 25)
-        old, new = [module for module in model.modules() if isinstance(module, QueryBatchNorm)]
-        # What the old network knew of its queries is where the new one starts.
-        layer = model.model.layers[0].mlp
-        assert torch.equal(layer.added_routers[0].query_proj.weight, layer.router.query_proj.weight)
-        assert torch.equal(new.running_mean, old.running_mean) and torch.equal(new.running_var, old.running_var)
-        before = old.running_mean.clone()
-        train_a_little(model)
-        assert torch.equal(old.running_mean, before) and not torch.equal(new.running_mean, before)
+        after = model.state_dict()
+        assert_close({name: after[name] for name in state}, state, rtol=0, atol=0)
+        assert not any(torch.equal(after[name], tensor) for name, tensor in added.items())
 
     @pytest.mark.parametrize("query_norm", ["batch", "rms"])
     def test_starts_with_the_first_heads_and_their_norms(self, query_norm):
@@ -144,6 +114,7 @@ class TestProtected:
 
 class TestOpen:
     def test_experts_keep_indices_and_rows(self, model):
+        """And new ones put nothing out, but are not deaf."""
         old = {
             name: tensor.clone()
             for name, tensor in model.state_dict().items()
@@ -156,16 +127,9 @@ class TestOpen:
                 assert grown.shape[2] == 7 and torch.equal(grown[:, :, :6], tensor)
             elif "expert_pool" in name:
                 assert grown.shape[0] == 49 and torch.equal(grown[:36], tensor)
+                assert not grown[36:].any() if "down_proj" in name else grown[36:].any(1).all()
         row, column = expert_cell(torch.arange(36, 49))
         assert torch.equal(torch.maximum(row, column), torch.full((13,), 6))
-
-    def test_new_experts_start_silent_but_not_deaf(self, model):
-        add_experts(model, 13, mode="open")
-        pools = [module for module in model.modules() if isinstance(module, ExpertPool)]
-        assert pools
-        for pool in pools:
-            assert not pool.down_proj.weight[36:].any() and pool.down_proj.weight[:36].any(1).all()
-            assert pool.up_proj.weight[36:].any(1).all()
 
     def test_new_keys_and_rows_are_drawn_at_scale(self):
         """Keys at that of the present ones, which training moved, and rows at that of initialization."""
@@ -178,11 +142,13 @@ class TestOpen:
         assert layer.expert_pool.up_proj.weight[30**2 :].std().item() == pytest.approx(0.3, rel=0.05)
 
     def test_without_the_new_experts_is_the_old_model(self, model):
-        before = logits_of(model)
+        tokens = random_tokens(3, 30, seed=5)
+        before = logits_of(model, tokens)
         add_experts(model, 13, mode="open")
+        assert not torch.equal(logits_of(model, tokens), before)
         train_a_little(model)
         with masked_experts(model):
-            assert torch.equal(logits_of(model), before)
+            assert torch.equal(logits_of(model, tokens), before)
 
     @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, RowAdamW])
     def test_trains_the_new_rows_and_keys_alone(self, optimizer_class):
@@ -212,7 +178,7 @@ class TestOpen:
 
 
 class TestGrownModel:
-    def test_saves_and_loads(self, model, mode, tmp_path):
+    def test_saves_loads_and_goes_on_training(self, model, mode, tmp_path):
         add_experts(model, SIZES[mode], mode=mode)
         train_a_little(model)
         model.save_pretrained(tmp_path)
@@ -221,15 +187,10 @@ class TestGrownModel:
         assert torch.equal(logits_of(loaded), logits_of(model))
         with masked_experts(model), masked_experts(loaded):
             assert torch.equal(logits_of(loaded), logits_of(model))
-
-    def test_loads_with_the_code_of_its_checkpoint(self, tmp_path):
-        model = tiny_model(CONFIGS["two layers"])
-        add_experts(model, 25)
-        add_experts(model, 16)
-        train_a_little(model)
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-        assert torch.equal(logits_of(loaded), logits_of(model))
+        train_added_experts_only(loaded)
+        for each in (model, loaded):
+            train_a_little(each)
+        assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
     @pytest.mark.parametrize("model", SOME_CONFIGS, indirect=True)
     def test_grows_again(self, model, mode):
@@ -259,17 +220,6 @@ class TestGrownModel:
         model.save_pretrained(tmp_path)
         assert torch.equal(logits_of(PeerForCausalLM.from_pretrained(tmp_path)), logits_of(model))
 
-    def test_goes_on_training_after_it_was_loaded(self, mode, tmp_path):
-        model = tiny_model(CONFIGS["two layers"])
-        add_experts(model, SIZES[mode], mode=mode)
-        model.save_pretrained(tmp_path)
-        loaded = PeerForCausalLM.from_pretrained(tmp_path)
-        train_added_experts_only(loaded)
-        for each in (model, loaded):
-            train_a_little(each)
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], tensor), name
-
     @pytest.mark.parametrize(("mode", "by_rows"), [("protected", False), ("open", True)])
     def test_trains_in_the_stock_trainer(self, mode, by_rows, tmp_path):
         model = tiny_model(CONFIGS["two layers"])
@@ -290,12 +240,8 @@ class TestGrownModel:
         model = tiny_model(CONFIGS["two layers"]).to(torch.bfloat16).train()
         add_experts(model, SIZES[mode], mode=mode)
         assert model.training and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        statistics = []
-        for name, buffer in model.named_buffers():
-            if "added_routers" in name and "running_" in name:
-                assert buffer.dtype == torch.float32, name
-                statistics.append(name)
-        assert len(statistics) == (4 if mode == "protected" else 0)
+        statistics = [b.dtype for n, b in model.named_buffers() if "added_routers" in n and "running_" in n]
+        assert statistics == [torch.float32] * (4 if mode == "protected" else 0)
         assert logits_of(model).isfinite().all()
 
     def test_classifies(self, mode):
@@ -306,16 +252,88 @@ class TestGrownModel:
         with masked_experts(model):
             assert torch.equal(model(random_tokens(1, 9)).logits, before)
 
-    def test_has_every_expert_in_reach(self, mode):
-        """Each new expert is the best for the query that is its own key."""
-        model = tiny_model(CONFIGS["one layer"])
-        (experts,) = add_experts(model, SIZES[mode], mode=mode).experts.values()
-        layer = model.model.layers[0].mlp
-        router = layer.added_routers[0] if mode == "protected" else layer.router
-        row, column = expert_cell(torch.as_tensor(list(experts)) - router.generation.first_expert)
-        keys = router.sub_keys[0]
-        # Long enough to outdo any other key, along which no other is longer.
-        unit = torch.nn.functional.normalize(keys, dim=-1)
-        queries = torch.stack([unit[0, row], unit[1, column]], 1)[:, None]
-        indices, _ = retrieve(queries, unit[None], 1)
-        assert indices.flatten().tolist() == [each - router.generation.first_expert for each in experts]
+
+class TestRefusals:
+    """What cannot be added is refused, and leaves the model as it was."""
+
+    def assert_unchanged(self, model, state, config):
+        assert model.config.to_dict() == config
+        assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"num_experts": 24},
+            {"num_experts": 12, "mode": "open"},
+            {"num_experts": 25, "mode": "closed"},
+            {"num_experts": 4},  # fewer than a head retrieves
+            {"num_experts": 25, "layers": [0, 1]},
+            {"num_experts": 25, "num_retrieval_heads": 3},
+            {"num_experts": 13, "mode": "open", "num_experts_per_head": 2},
+            {"num_experts": -25},
+            {"num_experts": 25, "num_experts_per_head": 0},
+            {"num_experts": 25, "num_retrieval_heads": 0},
+        ],
+    )
+    def test_of_arguments(self, arguments):
+        model = tiny_model(CONFIGS["two layers"])
+        state, config = old_state(model), copy.deepcopy(model.config.to_dict())
+        with pytest.raises(ValueError):
+            add_experts(model, **arguments)
+        self.assert_unchanged(model, state, config)
+
+    # Two pools and two routers in turn.
+    @pytest.mark.parametrize("number", [0, 3])
+    def test_of_memory_that_is_not_there(self, number, monkeypatch):
+        """The making of the n-th new part fails."""
+        model = tiny_model(CONFIGS["two layers"])
+        before, state, config = logits_of(model), old_state(model), copy.deepcopy(model.config.to_dict())
+        calls, initialized = itertools.count(), growth._initialized
+
+        def failing(*args):
+            if next(calls) == number:
+                raise RuntimeError("out of memory")
+            return initialized(*args)
+
+        monkeypatch.setattr(growth, "_initialized", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            add_experts(model, 25)
+        monkeypatch.undo()
+        self.assert_unchanged(model, state, config)
+        assert torch.equal(logits_of(model), before)
+        assert add_experts(model, 25).experts[2].start == 36
+
+    def test_of_what_does_not_go_together(self):
+        with pytest.raises(ValueError, match="layers"):
+            add_experts(tiny_model(CONFIGS["shared pool"]), 25, layers=0)
+        model = tiny_model(CONFIGS["two layers"])
+        with pytest.raises(ValueError, match="expert_additions"):
+            train_added_experts_only(model)  # it never grew
+        add_experts(model, 25, layers=0)
+        with pytest.raises(ValueError, match="expert_additions"):
+            add_experts(model, 13, mode="open")
+        assert len(model.config.expert_additions) == 1
+        assert add_experts(model, 13, layers=2, mode="open").experts == {2: range(36, 49)}
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: tiny_model(tiny_config("dense", "pkm")),
+            lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_model(CONFIGS["one layer"])),
+            lambda: get_peft_model(tiny_model(CONFIGS["one layer"]), LoraConfig(target_modules=["q_proj"])),
+        ],
+        ids=["no PEER layer", "injected adapters", "adapters"],
+    )
+    def test_of_models_that_cannot_grow(self, make):
+        with pytest.raises(ValueError):
+            add_experts(make(), 25)
+
+
+def test_models_of_one_configuration_grow_by_themselves():
+    config = tiny_config("peer")
+    first, second = PeerForCausalLM(config), PeerForCausalLM(config)
+    add_experts(first, 25)
+    assert second.config.expert_additions is None and config.expert_additions is None
+    assert all(module.config is first.config for module in first.modules() if hasattr(module, "config"))
+    assert add_experts(second, 16).experts == {0: range(36, 52)}

@@ -3,8 +3,10 @@
 """What the worker scripts of the distributed tests share: tiny models, padded batches, and how results are handed over."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import tiny_models
 import torch
 from kernels_used import record_kernels
 from safetensors.torch import save_file
@@ -16,32 +18,16 @@ VOCAB_SIZE = 61  # odd, as the vocabularies of real tokenizers: the head splits 
 IGNORED = -100
 USED_KERNELS = record_kernels()
 
-TINY = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "num_experts": 64,
-    "num_retrieval_heads": 2,
-    "num_experts_per_head": 3,
-    "query_size": 8,
-    "moe_num_experts": 4,
-    "moe_intermediate_size": 8,
-    # Large, so that what goes wrong in one place is seen in the logits.
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def tiny_config(*feed_forward_types: str, **changes) -> PeerConfig:
-    """A tiny configuration with one layer for each of `feed_forward_types`."""
-    layers = {"feed_forward_types": list(feed_forward_types), "num_hidden_layers": len(feed_forward_types)}
-    return PeerConfig(**{**TINY, **layers, **changes})
+tiny_config = partial(
+    tiny_models.tiny_config,
+    vocab_size=VOCAB_SIZE,
+    hidden_size=16,
+    intermediate_size=20,
+    head_dim=4,
+    num_experts=64,
+    moe_intermediate_size=8,
+    initializer_range=0.2,  # large, so that what goes wrong in one place is seen in the logits
+)
 
 
 def tiny_model(config: PeerConfig) -> PeerForCausalLM:

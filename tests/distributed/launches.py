@@ -24,13 +24,12 @@ LAUNCH_FILES = ROOT / "configuration" / "launch"
 TIMEOUT = 150
 
 
-def torchrun(num_processes: int, forks: bool = True) -> list[str]:
+def torchrun(num_processes: int) -> list[str]:
     """
-    A command that launches a script in this many processes of this machine. Those that are not forked are reported in
-    the order in which they end, to the millisecond.
+    A command that launches a script in this many processes of this machine. They are not forked, and so reported in the
+    order in which they end, to the millisecond.
     """
-    launcher = [python() if forks else sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc_per_node", str(num_processes)]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
 
 
 def accelerate_launch() -> list[str]:
@@ -111,6 +110,11 @@ def launch_ranks(num_processes: int, script: str, folder: Path, *arguments: str)
 
 def handed_over(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+
+def of_ranks(folder: Path, name: str, number: int = 2) -> list[tuple[dict[str, torch.Tensor], dict]]:
+    """What each of a number of processes handed over."""
+    return [handed_over(folder, f"{name}-{rank}") for rank in range(number)]
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -20,16 +20,11 @@ import train
 from cases import IGNORED, MODELS, hand_over, outputs, padded_batch, random_rows, tiny_config, tiny_model
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from train import RANK, WORLD_SIZE, local, whole
+from train import RANK, WORLD_SIZE, layout, local, whole, whole_state
 from transformers import Trainer
 from transformers.distributed import DistributedConfig
 
-from modeling_peer import (
-    PeerForCausalLM,
-    RowAdamW,
-    expert_parameter_groups,
-    shard_experts,
-)
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups, shard_experts
 from modeling_peer.experts import expert_tables
 from modeling_peer.feed_forward import PeerFeedForward
 from modeling_peer.ops.factored_gradient import FactoredGradient
@@ -147,7 +142,7 @@ def train_in_loop(
         # As `Trainer` clips where parameters are on different meshes.
         facts["gradient_norms"].append(Trainer._mixed_mesh_grad_norm(None, model, 0.5).item())
         optimizer.step()
-    return {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()} | frozen, facts
+    return whole_state(model) | frozen, facts
 
 
 def freeze_every_second(model: torch.nn.Module) -> None:
@@ -160,15 +155,6 @@ def rows_of(model: torch.nn.Module, rows: range) -> dict[str, torch.Tensor]:
     """Copies of some rows of all expert tables."""
     tables = expert_tables(model).items()
     return {f"{name}.weight": whole(table.weight.detach())[rows].clone() for name, table in tables}
-
-
-def layout(model: torch.nn.Module) -> dict[str, list]:
-    """Of each split parameter, the names of the mesh that it is split over and the shape that is held here."""
-    return {
-        name: [list(parameter.device_mesh.mesh_dim_names), list(parameter.to_local().shape)]
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, DTensor)
-    }
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -218,19 +204,10 @@ def run_pools(model: torch.nn.Module, memory: torch.nn.Module) -> tuple[dict, di
 def counted_exchanges() -> Iterator[dict[str, int]]:
     """Counts how often gradients are averaged over replicas inside, and of how many tables by factors or by rows."""
     counted = dict.fromkeys(("average_gradients", "_average_factors", "_average_rows"), 0)
-
-    def counting(name, function):
-        def run(*arguments):
-            counted[name] += 1
-            return function(*arguments)
-
-        return run
-
-    with contextlib.ExitStack() as stack:
-        for name in counted:
-            counter = counting(name, getattr(gradient_exchange, name))
-            stack.enter_context(mock.patch.object(gradient_exchange, name, counter))
+    functions = {name: mock.Mock(wraps=getattr(gradient_exchange, name)) for name in counted}
+    with mock.patch.multiple(gradient_exchange, **functions):
         yield counted
+    counted |= {name: function.call_count for name, function in functions.items()}
 
 
 @contextlib.contextmanager
@@ -313,10 +290,6 @@ class Cases:
     def __init__(self, output: Path, group_size: int):
         self.output, self.group_size = output, group_size
 
-    def save_start(self, name: str, config) -> None:
-        """Before there is a process group: afterwards only the first process would write."""
-        tiny_model(config).save_pretrained(self.start(name))
-
     def start(self, name: str) -> Path:
         return self.output / f"{name}-begin-{RANK}"
 
@@ -339,22 +312,7 @@ class Cases:
         torch.manual_seed(4)
         with mock.patch.object(split_initialization, "CHUNK_ELEMENTS", 512), LargestTensor() as largest:
             model = make_split_model(PeerForCausalLM, tiny_config("peer", "dense", num_experts=4096), **arguments)
-        tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-        self.hand_over("new", tensors, {"training": model.training, "largest": largest.num_elements})
-
-    def saved_beside_replicas(self) -> dict[str, str]:
-        """Saves a model of which the tables alone are split; the message with which it is refused at first."""
-        model = shard_experts(tiny_model(LOOPS["peer"]), self.group_size)
-        folder = self.output / f"parts-{RANK}"
-        try:
-            model.save_pretrained(folder)
-            message = "not refused"
-        except ValueError as error:
-            message = str(error)
-        gathered = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-        if RANK == 0:
-            model.save_pretrained(folder, state_dict=gathered)
-        return {"parts": message}
+        self.hand_over("new", whole_state(model), {"training": model.training, "largest": largest.num_elements})
 
     def refusals(self) -> None:
         """The messages with which models are refused."""
@@ -378,13 +336,15 @@ class Cases:
         frozen = tiny_model(config)
         freeze_every_second(frozen)
         messages["frozen"] = refusal(shard_experts, frozen, size)
-        self.hand_over("refusals", {}, messages | self.saved_beside_replicas())
+        messages["parts"] = refusal(shard_experts(tiny_model(config), size).save_pretrained, self.output / "parts")
+        self.hand_over("refusals", {}, messages)
 
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
         trainers = ON_FOUR["trainers"] if WORLD_SIZE == 4 else [name for name in train.CASES if name != "moe"]
+        # Before there is a process group: afterwards only the first process would write.
         for name in loops:
-            self.save_start(name, LOOPS[name])
+            tiny_model(LOOPS[name]).save_pretrained(self.start(name))
         for name in trainers:
             tiny_model(train.CASES[name][0]).save_pretrained(train.start_folder(self.output, name))
         for name in loops:

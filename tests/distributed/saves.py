@@ -17,7 +17,6 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,10 +24,9 @@ import torch
 import torch.distributed as dist
 from cases import VOCAB_SIZE, hand_over, tiny_config
 from graft_models import base_model_of, grafted
-from memory_group import layout
 from safetensors.torch import load_file
-from train import RANK, ROWS, ROWS_PER_STEP, WORLD_SIZE, collate, whole
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from train import RANK, WORLD_SIZE, log_of, trainer_of, whole, whole_state
+from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import (
@@ -108,40 +106,6 @@ def new_graft(output: Path, group_size: int, beside_replicas: bool = False) -> t
     return shard_experts(model, group_size) if WORLD_SIZE > 1 else model
 
 
-def stock_trainer(
-    model: torch.nn.Module, output: Path, name: str, seed: int, callbacks: list, max_grad_norm: float = 0.5
-) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=output / name,
-        use_cpu=True,
-        per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
-        num_train_epochs=2,
-        max_grad_norm=max_grad_norm,
-        logging_steps=1,
-        save_steps=SAVED_AT,
-        save_only_model=True,
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-    )
-    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-    optimizer = RowAdamW(
-        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1),
-        eps=1e-2,
-        second_moment="row" if "row" in name else "full",
-        rounding_seed=seed,
-    )
-    rows = [{"input_ids": row} for row in ROWS]
-    return Trainer(
-        model,
-        arguments,
-        data_collator=partial(collate, side="right"),
-        train_dataset=rows,
-        optimizers=(optimizer, None),
-        callbacks=callbacks,
-    )
-
-
 def checkpoint_of(output: Path, resumes: str | None) -> str | None:
     """That of the step at which all are saved, of another training."""
     return str(output / resumes / f"checkpoint-{SAVED_AT}") if resumes else None
@@ -164,25 +128,29 @@ def train(
     checkpoint = last_complete_checkpoint(output / name) if continues else checkpoint_of(output, resumes)
     # What is resumed starts with other weights, and with another seed of the rounding.
     torch.manual_seed(4 if checkpoint is None else 5)
-    arguments = {}
-    if is_graft:
-        model, arguments = new_graft(output, group_size, beside_replicas), {"max_grad_norm": 0.1}
-    else:
-        model = new_model(CONFIG, group_size, beside_replicas)
-    seed = ROUNDING_SEED if checkpoint is None else 0
-    callbacks = [SplitCheckpointCallback(checkpoint_of(output, resumes)), Watch(output, name, killed)]
-    trainer = stock_trainer(model, output, name, seed, callbacks, **arguments)
+    model = (
+        new_graft(output, group_size, beside_replicas) if is_graft else new_model(CONFIG, group_size, beside_replicas)
+    )
+    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+    optimizer = RowAdamW(
+        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1),
+        eps=1e-2,
+        second_moment="row" if "row" in name else "full",
+        rounding_seed=ROUNDING_SEED if checkpoint is None else 0,
+    )
+    trainer = trainer_of(
+        model,
+        "right",
+        optimizer,
+        [SplitCheckpointCallback(checkpoint_of(output, resumes)), Watch(output, name, killed)],
+        output_dir=output / name,
+        max_grad_norm=0.1 if is_graft else 0.5,
+        save_steps=SAVED_AT,
+        save_only_model=True,
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
-    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    facts = {
-        "losses": [entry["loss"] for entry in steps],
-        "gradient_norms": [entry["grad_norm"] for entry in steps],
-        "layout": layout(trainer.model),
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "resumed_from": checkpoint,
-    }
-    tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
-    hand_over(output, f"{name}-{RANK}", tensors, facts)
+    facts = log_of(trainer) | {"resumed_from": checkpoint}
+    hand_over(output, f"{name}-{RANK}", whole_state(trainer.model), facts)
 
 
 class PeakMemory:

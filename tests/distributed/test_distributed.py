@@ -12,29 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import MODELS
 from kernels_used import INFERENCE, TRAINING
-from launches import accelerate_launch, assert_same, assert_same_training, handed_over, launch, launch_ranks
+from launches import accelerate_launch, assert_same, assert_same_training, handed_over, launch, launch_ranks, of_ranks
 from safetensors.torch import load_file
+from train import CASES
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
 
 
-TRAINING_CASES = ["right", "left", "accumulated", "shared_pool", "checkpointed", "moe", "rows"]
-MICRO_BATCHES = 8
-MODELS = [
-    "dense",
-    "moe",
-    "pkm",
-    "peer",
-    "rms_norm",
-    "gated_experts",
-    "shared_expert",
-    "shared_pool",
-    "tied_embeddings",
-    "grown",
-    "odd_width",
-]
 WITH_EXPERT_TABLES = [name for name in MODELS if name not in ("dense", "moe")]
 
 
@@ -43,50 +30,34 @@ def chunk_length(size: int, rank: int) -> int:
     return math.ceil(size / 2) if rank == 0 else size // 2
 
 
-@pytest.fixture(scope="module")
-def joint(tmp_path_factory) -> Path:
-    """What one process makes of the joint batch."""
-    folder = tmp_path_factory.mktemp("joint")
-    launch_ranks(1, "train.py", folder)
-    return folder
+def fixture_of(name, start):
+    """A fixture of a name: the folder in which a launch has left its results."""
+
+    @pytest.fixture(scope="module", name=name)
+    def launched(tmp_path_factory) -> Path:
+        if name == "tensor_parallel" and not HAS_PARALLEL_STYLES:
+            pytest.skip("tensor parallelism of experts needs Transformers 5.24")
+        folder = tmp_path_factory.mktemp(name)
+        start(folder)
+        return folder
+
+    return launched
 
 
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ddp")
-    launch(accelerate_launch(), "train.py", folder)
-    return folder
+joint = fixture_of("joint", lambda folder: launch_ranks(1, "train.py", folder))  # on the joint batch
+ddp = fixture_of("ddp", lambda folder: launch(accelerate_launch(), "train.py", folder))
+fsdp = fixture_of("fsdp", lambda folder: launch_ranks(2, "train.py", folder, "--fsdp"))
+tensor_parallel = fixture_of("tensor_parallel", lambda folder: launch_ranks(2, "model_parallel.py", folder, "tensor"))
+pipeline_parallel = fixture_of(
+    "pipeline_parallel", lambda folder: launch_ranks(2, "model_parallel.py", folder, "pipeline")
+)
 
 
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch_ranks(2, "train.py", folder, "--fsdp")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tensor_parallel(tmp_path_factory) -> Path:
-    if not HAS_PARALLEL_STYLES:
-        pytest.skip("tensor parallelism of experts needs Transformers 5.24")
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    launch_ranks(2, "tensor_parallel.py", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline_parallel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline_parallel")
-    launch_ranks(2, "pipeline_parallel.py", folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", TRAINING_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_ddp_trains_as_one_process_on_the_joint_batch(joint, ddp, name):
     """With gradients of tables in factors for an optimizer that takes them."""
     expected_state, expected = handed_over(joint, f"{name}-0")
-    for rank in (0, 1):
-        state, facts = handed_over(ddp, f"{name}-{rank}")
+    for state, facts in of_ranks(ddp, name):
         assert (facts["wrapper"], facts["processes"]) == ("DistributedDataParallel", 2)
         assert facts["in_factors"] == [2 if name == "rows" else 0] * len(facts["losses"])
         assert_same_training(facts, expected)
@@ -95,20 +66,8 @@ def test_ddp_trains_as_one_process_on_the_joint_batch(joint, ddp, name):
 
 def test_ddp_ranks_see_different_numbers_of_tokens(joint, ddp):
     """Or an average of each rank's moments would do."""
-    first, second, both = (
-        handed_over(folder, f"right-{rank}")[1]["tokens"] for folder, rank in ((ddp, 0), (ddp, 1), (joint, 0))
-    )
+    first, second, both = (facts["tokens"] for _, facts in (*of_ranks(ddp, "right"), handed_over(joint, "right-0")))
     assert all(a != b and a + b == c for a, b, c in zip(first, second, both, strict=True))
-
-
-@pytest.mark.parametrize("name", [name for name in TRAINING_CASES if name != "moe"])  # it has no query norm
-def test_each_micro_batch_counts_once_in_the_statistics(joint, ddp, name):
-    """Under activation checkpointing too, where a layer's forward runs twice."""
-    for folder in (joint, ddp):
-        state, _ = handed_over(folder, f"{name}-0")
-        counts = [tensor.item() for key, tensor in state.items() if key.endswith("num_batches_tracked")]
-        assert counts
-        assert set(counts) == {MICRO_BATCHES}
 
 
 def test_neither_padding_side_nor_checkpointing_changes_training(joint):
@@ -118,29 +77,21 @@ def test_neither_padding_side_nor_checkpointing_changes_training(joint):
     assert_same(state, plain_state)
 
 
-@pytest.mark.parametrize("name", ["bare", "bare-checkpointed"])
-def test_ddp_gradients_are_those_of_the_joint_batch(joint, ddp, name):
-    expected, _ = handed_over(joint, "bare-0")
-    for rank in (0, 1):
-        assert_same(handed_over(ddp, f"{name}-{rank}")[0], expected)
-
-
 # Under FSDP, `Trainer` makes its own optimizer.
-@pytest.mark.parametrize("name", [name for name in TRAINING_CASES if name != "rows"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "rows"])
 def test_fsdp_trains_as_one_process_on_the_joint_batch(joint, fsdp, name):
     whole = PeerForCausalLM.from_pretrained(joint / name)
-    for rank in (0, 1):
-        _, facts = handed_over(fsdp, f"{name}-{rank}")
+    for rank, (_, facts) in enumerate(of_ranks(fsdp, name)):
         shapes = {key: [chunk_length(len(p), rank), *p.shape[1:]] for key, p in whole.named_parameters()}
         assert (facts["wrapper"], facts["processes"]) == ("FSDPPeerForCausalLM", 2)
-        assert facts["local_shapes"] == shapes
+        assert {key: shape for key, (_, shape) in facts["layout"].items()} == shapes
         # Earlier releases log the norm of what each process holds.
         logs = ("losses", "gradient_norms") if HAS_PARALLEL_STYLES else ("losses",)
         assert_same_training(facts, handed_over(joint, f"{name}-0")[1], logs)
     assert_same(load_file(fsdp / name / "model.safetensors"), load_file(joint / name / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", TRAINING_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_fsdp_checkpoint_reloads_in_one_process(fsdp, name):
     tensors, _ = handed_over(fsdp, f"{name}-0")
     logits = tensors.pop("logits")
@@ -166,16 +117,12 @@ def joined(shards: list[torch.Tensor], dim: int, blocks: int) -> torch.Tensor:
 def test_tensor_parallelism_computes_what_one_process_does(tensor_parallel, name):
     """Logits, tokens and loss; gradients, or this process's slices of them; and statistics of the query norm."""
     expected, _ = handed_over(tensor_parallel, f"{name}-whole-0")
-    ranks = [handed_over(tensor_parallel, f"{name}-{rank}")[0] for rank in (0, 1)]
-    layout = handed_over(tensor_parallel, f"{name}-0")[1]
+    (first, layout), (second, _) = of_ranks(tensor_parallel, name)
     for key, tensor in expected.items():
+        parts = [first[key], second[key]]
         sharded = layout.get(key.removeprefix("gradient.")) if key.startswith("gradient.") else None
-        if sharded:
-            whole = joined([rank[key] for rank in ranks], sharded["dim"], sharded["blocks"])
-            assert_same({key: whole}, {key: tensor})
-        else:
-            for rank in ranks:
-                assert_same({key: rank[key]}, {key: tensor})
+        for found in [joined(parts, sharded["dim"], sharded["blocks"])] if sharded else parts:
+            assert_same({key: found}, {key: tensor})
 
 
 @pytest.mark.parametrize("name", WITH_EXPERT_TABLES)
@@ -183,8 +130,7 @@ def test_tensor_parallelism_splits_the_width_of_expert_tables(tensor_parallel, n
     whole = load_file(tensor_parallel / "start-0" / name / "model.safetensors")
     tables = {key: table.shape for key, table in whole.items() if "expert_pool" in key or "values" in key}
     assert tables
-    for rank in (0, 1):
-        _, facts = handed_over(tensor_parallel, f"{name}-{rank}")
+    for rank, (_, facts) in enumerate(of_ranks(tensor_parallel, name)):
         for key, (num_experts, width) in tables.items():
             assert facts[key] == {"dim": 1, "blocks": 1, "shape": [num_experts, chunk_length(width, rank)]}
 
@@ -194,8 +140,7 @@ def test_tensor_parallel_training_by_rows_is_that_of_one_process(tensor_parallel
     """Norms before clipping, which all ranks report alike, and the weights after some clipped steps."""
     expected, whole = handed_over(tensor_parallel, f"rows-{second_moment}-whole-0")
     norms = []
-    for rank in (0, 1):
-        actual, facts = handed_over(tensor_parallel, f"rows-{second_moment}-{rank}")
+    for actual, facts in of_ranks(tensor_parallel, f"rows-{second_moment}"):
         assert whole["in_factors"] == facts["in_factors"] == 4  # gates, up and down projections of a pool, values
         torch.testing.assert_close(torch.tensor(facts["norms"]), torch.tensor(whole["norms"]), rtol=1e-5, atol=0)
         assert_same(actual, expected)
@@ -219,13 +164,13 @@ def test_tensor_parallel_checkpoint_is_whole(tensor_parallel, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_pipeline_parallel_outputs_are_those_of_one_process(pipeline_parallel, name):
     expected, _ = handed_over(pipeline_parallel, f"{name}-whole-0")
-    for rank in (0, 1):
-        assert_same(handed_over(pipeline_parallel, f"{name}-{rank}")[0], expected)
+    for tensors, _ in of_ranks(pipeline_parallel, name):
+        assert_same(tensors, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pipeline_parallel_stages_hold_their_own_layers(pipeline_parallel, name):
-    stages = [handed_over(pipeline_parallel, f"{name}-{rank}")[1] for rank in (0, 1)]
+    stages = [stage for _, stage in of_ranks(pipeline_parallel, name)]
     layers = [{key.split(".")[2] for key in stage["parameters"] if "layers" in key} for stage in stages]
     assert all(layers)
     assert not layers[0] & layers[1]
@@ -247,7 +192,7 @@ def test_pipeline_parallel_stages_hold_their_own_layers(pipeline_parallel, name)
     ],
 )
 def test_experts_ran_on_the_native_kernels(request, run, name, expected):
-    folder = request.getfixturevalue(run)
-    used = [{tuple(call) for call in handed_over(folder, f"{name}-{rank}")[1]["kernels"]} for rank in (0, 1)]
+    ranks = of_ranks(request.getfixturevalue(run), name)
+    used = [{tuple(call) for call in facts["kernels"]} for _, facts in ranks]
     # A stage of a pipeline may have no experts.
     assert [each for each in used if each or run != "pipeline_parallel"] == [expected] * sum(map(bool, used))

@@ -5,6 +5,7 @@ What the launch files of memory groups say is executed, on gloo processes of thi
 from scratch and from a checkpoint as one process does on the joint batch, with tables that are split.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launches import LAUNCH_FILES, accelerate_launch, handed_over, launch
+from launches import LAUNCH_FILES, accelerate_launch, launch, of_ranks
 from preloaded import python
 from safetensors.torch import load_file
 from tiny_models import tiny_config
@@ -36,6 +37,7 @@ SMALL = f"vocab_size=300,hidden_size={HIDDEN_SIZE},intermediate_size=48,num_expe
 FLAGS = (
     *("--use_cpu", "--do_train", "--block_size", "32", "--max_steps", "4", "--logging_steps", "1"),
     *("--learning_rate", "1e-3", "--train_sampling_strategy", "sequential", "--report_to", "none"),
+    *("--save_strategy", "no"),
 )
 
 # As the script of that name, which is not beside every Python.
@@ -67,64 +69,45 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_clm(folder, name, command, num_processes, start, *flags, resumes=False, **environment):
-    """What each process hands over of a run, and what was printed. One that resumes is there twice more."""
-    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
-    batch = ("--per_device_train_batch_size", str(ROWS_PER_STEP // num_processes))
-    data = ("--train_file", folder / "numbers.txt", "--output_dir", folder / name / "model")
-    environment |= {"PATH": path}
-    saves = ("--save_strategy", "steps", "--save_steps", "2") if resumes else ("--save_strategy", "no")
-    arguments = [folder / name, *(["--resumes"] if resumes else []), *start, *FLAGS, *saves, *batch, *data, *flags]
-    output = launch(command, "watched_run_clm.py", *arguments, environment=environment)
-    return [handed_over(folder / name, f"run-{rank}") for rank in range(num_processes)], output
-
-
 @pytest.fixture(scope="module")
-def joint(folder):
-    """One process from scratch, on the joint batch."""
-    return run_clm(folder, "joint", [python()], 1, ("--config_name", "peer-tiny", "--config_overrides", SMALL))
-
-
-@pytest.fixture(scope="module")
-def continued(folder, joint):
-    """One process from the checkpoint of the first."""
-    return run_clm(folder, "continued", [python()], 1, ("--model_name_or_path", folder / "joint" / "model"))
-
-
-@pytest.fixture(scope="module")
-def torchrun(folder):
-    """Two processes from scratch."""
-    start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
-    return run_clm(folder, "torchrun", LAUNCHER, 2, start, resumes=True, GPUS_PER_NODE="2")
-
-
-@pytest.fixture(scope="module")
-def accelerate(folder):
-    """Two processes from scratch by the file for DDP of `accelerate launch`."""
-    start = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
-    return run_clm(folder, "accelerate", accelerate_launch(), 2, start, "--ep_size", "2")
-
-
-@pytest.fixture(scope="module")
-def slurm(folder, joint):
-    """Two nodes of two processes from the checkpoint of the one process."""
-    variables = {
-        "SLURM_JOB_ID": str(free_port()),
-        "SLURM_JOB_NODELIST": "localhost,elsewhere",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_GPUS_ON_NODE": "2",
+def run(folder):
+    """A function that returns what each process hands over of a run of a name, which is made once, and what it prints."""
+    scratch = ("--config_name", "peer-tiny", "--config_overrides", SMALL)
+    checkpoint = ("--model_name_or_path", folder / "joint" / "model")
+    two_nodes = {"SLURM_JOB_NODELIST": "localhost,elsewhere", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "2"}
+    saves = ("--save_strategy", "steps", "--save_steps", "2")
+    # The command, the number of processes, flags, and variables of the environment.
+    runs = {
+        "joint": ([python()], 1, scratch, {}),
+        "continued": ([python()], 1, checkpoint, {}),
+        "torchrun": (LAUNCHER, 2, (*scratch, *saves), {"GPUS_PER_NODE": "2"}),
+        "accelerate": (accelerate_launch(), 2, (*scratch, "--ep_size", "2"), {}),
+        "slurm": (SLURM, 4, checkpoint, {"SLURM_JOB_ID": str(free_port()), **two_nodes}),
     }
-    return run_clm(folder, "slurm", SLURM, 4, ("--model_name_or_path", folder / "joint" / "model"), **variables)
+
+    @functools.cache
+    def run_clm(name):
+        command, num_processes, flags, variables = runs[name]
+        batch = ("--per_device_train_batch_size", str(ROWS_PER_STEP // num_processes))
+        data = ("--train_file", folder / "numbers.txt", "--output_dir", folder / name / "model")
+        variables = {"PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]), **variables}
+        resumes = ["--resumes"] if name == "torchrun" else []  # it is run twice more
+        arguments = [folder / name, *resumes, *FLAGS, *flags, *batch, *data]
+        output = launch(command, "watched_run_clm.py", *arguments, environment=variables)
+        return of_ranks(folder / name, "run", num_processes), output
+
+    run_clm("joint")  # whose checkpoint others start from
+    return run_clm
 
 
 RUNS = {"torchrun": "joint", "accelerate": "joint", "slurm": "continued"}
 
 
 @pytest.mark.parametrize(("name", "expected"), RUNS.items())
-def test_training_is_that_of_one_process_on_the_joint_batch(request, folder, name, expected):
+def test_training_is_that_of_one_process_on_the_joint_batch(run, folder, name, expected):
     """From the same weights at the start, drawn or of a checkpoint; and the model is saved whole."""
-    ((state, steps),), _ = request.getfixturevalue(expected)
-    ranks, _ = request.getfixturevalue(name)
+    ((state, steps),), _ = run(expected)
+    ranks, _ = run(name)
     starts = [key for key in state if key.startswith("start.")]
     assert len(steps["losses"]) == 4 and any("expert_pool" in key for key in starts)
     for tensors, facts in ranks:
@@ -137,8 +120,8 @@ def test_training_is_that_of_one_process_on_the_joint_batch(request, folder, nam
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_tables_are_split(request, name):
-    ranks, output = request.getfixturevalue(name)
+def test_tables_are_split(run, name):
+    ranks, output = run(name)
     for _, facts in ranks:
         assert facts["processes"] == len(ranks)
         for key, (num_rows, *width) in facts["shapes"].items():
@@ -153,25 +136,23 @@ def test_tables_are_split(request, name):
     assert whole / len(ranks) <= held < 0.6 * whole
 
 
-def test_the_same_command_resumes_and_ends(torchrun, folder):
+def test_the_same_command_resumes_and_ends(run, folder):
     """Without its last checkpoint it trains the last two steps again, to the bit; with it, there is nothing to do."""
-    ranks, printed = torchrun
+    ranks, printed = run("torchrun")
     model = folder / "torchrun" / "model"
     assert f"Resuming training from {model}/checkpoint-2" in printed
     assert f"{model}/checkpoint-4 is the end of this training" in printed
-    for rank, (expected, steps) in enumerate(ranks):
-        resumed, facts = handed_over(folder / "torchrun", f"resumed-{rank}")
+    resumed, finished = (of_ranks(folder / "torchrun", name) for name in ("resumed", "finished"))
+    for (expected, steps), (again, facts), (end, _) in zip(ranks, resumed, finished, strict=True):
         assert facts["losses"] == steps["losses"]
         assert facts["gradient_norms"] == steps["gradient_norms"]
-        finished, _ = handed_over(folder / "torchrun", f"finished-{rank}")
-        for key in expected:
-            assert torch.equal(resumed[key], expected[key]), key
-            assert torch.equal(finished[key], expected[key]), key
+        for key, tensor in expected.items():
+            assert torch.equal(again[key], tensor) and torch.equal(end[key], tensor), key
     assert (model / "checkpoint-4" / "training_state" / ".metadata").exists()
 
 
-def test_a_memory_group_is_within_a_node(slurm):
-    ranks, _ = slurm
+def test_a_memory_group_is_within_a_node(run):
+    ranks, _ = run("slurm")
     nodes = [facts["node"] for _, facts in ranks]
     assert sorted(nodes) == [0, 0, 1, 1]
     for rank, (_, facts) in enumerate(ranks):
@@ -226,20 +207,17 @@ def launched_with(launch_file: str, monkeypatch) -> tuple:
 
 @pytest.mark.parametrize("launch_file", ["ddp.yaml", "fsdp2.yaml"])
 def test_accelerate_parses_launch_file(launch_file, monkeypatch):
+    """FSDP2 shards by decoder layer."""
     arguments, environment = launched_with(launch_file, monkeypatch)
     assert (arguments.num_processes, arguments.num_machines) == (8, 1)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     assert (arguments.multi_gpu, arguments.use_fsdp) == (launch_file == "ddp.yaml", launch_file == "fsdp2.yaml")
-
-
-def test_fsdp2_launch_file_shards_by_decoder_layer(monkeypatch):
-    launched_with("fsdp2.yaml", monkeypatch)
-    plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is True
-    assert plugin.transformer_cls_names_to_wrap == PeerForCausalLM._no_split_modules
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-    assert not plugin.cpu_ram_efficient_loading
+    if arguments.use_fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+        assert plugin.transformer_cls_names_to_wrap == PeerForCausalLM._no_split_modules
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert not plugin.cpu_ram_efficient_loading
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernels_used import TRAINING
-from launches import assert_same, assert_same_training, handed_over, launch_ranks
+from launches import assert_same, assert_same_training, handed_over, launch_ranks, of_ranks
 from memory_group import LOOPS, ON_FOUR
 from safetensors.torch import load_file
 from slow_tests import REASON, RUN_SLOW
@@ -67,15 +67,29 @@ def launched(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def ranks(launched, run):
+    """A function that returns what the processes of a run handed over under a name."""
+    return lambda name, folder=".": of_ranks(launched(*run) / folder, name, run[0])
+
+
+@pytest.fixture
+def whole(launched):
+    """The same of one process on the joint batch."""
+    return lambda name: handed_over(launched(1, 1), f"{name}-0")
+
+
+each_run = pytest.mark.parametrize("run", RUNS)
+
+
 @pytest.mark.parametrize(("run", "name"), CASES_OF_LOOPS)
-def test_steps_are_those_of_one_process_on_the_joint_batch(launched, run, name):
+def test_steps_are_those_of_one_process_on_the_joint_batch(ranks, whole, run, name):
     """Losses, norms before clipping, which are one number on all ranks, and weights and statistics after the steps."""
-    expected, steps = handed_over(launched(1, 1), f"loop-{name}-0")
+    expected, steps = whole(f"loop-{name}")
     assert steps["in_factors"][0] in (1, 2, 3, 4)
-    norms = handed_over(launched(*run), f"loop-{name}-0")[1]["gradient_norms"]
+    norms = ranks(f"loop-{name}")[0][1]["gradient_norms"]
     assert min(norms) > 0.5  # every step was clipped
-    for rank in range(run[0]):
-        state, facts = handed_over(launched(*run), f"loop-{name}-{rank}")
+    for state, facts in ranks(f"loop-{name}"):
         assert len(facts["losses"]) == 6
         assert facts["gradient_norms"] == norms
         assert facts["in_factors"] == steps["in_factors"]
@@ -84,15 +98,13 @@ def test_steps_are_those_of_one_process_on_the_joint_batch(launched, run, name):
 
 
 @pytest.mark.parametrize(("run", "name"), [case for case in CASES_OF_LOOPS if case[1] != "replicated"])
-def test_a_rank_holds_columns_of_tables_and_a_part_of_the_rest(launched, run, name):
+def test_a_rank_holds_columns_of_tables_and_a_part_of_the_rest(ranks, whole, run, name):
     num_processes, group_size = run
-    whole, _ = handed_over(launched(1, 1), f"loop-{name}-0")
-    for rank in range(num_processes):
-        layout = handed_over(launched(*run), f"loop-{name}-{rank}")[1]["layout"]
-        tables = {key for key in layout if "expert_pool." in key or ".values." in key}
+    for rank, (_, facts) in enumerate(ranks(f"loop-{name}")):
+        tables = {key for key in facts["layout"] if "expert_pool." in key or ".values." in key}
         assert tables
-        for key, (mesh, shape) in layout.items():
-            num_rows, *others = whole[key].shape
+        for key, (mesh, shape) in facts["layout"].items():
+            num_rows, *others = whole(f"loop-{name}")[0][key].shape
             if key in tables:
                 assert (mesh, shape) == (["ep"], [num_rows, others[0] // group_size])
             else:
@@ -102,11 +114,10 @@ def test_a_rank_holds_columns_of_tables_and_a_part_of_the_rest(launched, run, na
                 assert (mesh, shape[0]) == (["fsdp"], held)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_frozen_experts_stay_to_the_bit(launched, run):
+@each_run
+def test_frozen_experts_stay_to_the_bit(ranks):
     """Every second one, from the middle of the training on."""
-    for rank in range(run[0]):
-        state, _ = handed_over(launched(*run), f"loop-frozen-{rank}")
+    for state, _ in ranks("loop-frozen"):
         tables = [key for key in state if key.startswith("frozen.")]
         assert tables
         for key in tables:
@@ -115,71 +126,59 @@ def test_frozen_experts_stay_to_the_bit(launched, run):
             assert after[1:64:2].ne(state[key]).any()
 
 
-def test_replicas_of_all_are_split_in_parts_of_the_processes(launched):
+@pytest.mark.parametrize("run", [(4, 2)])
+def test_replicas_of_all_are_split_in_parts_of_the_processes(ranks):
     """With `dp_replicate_size` = 2 on four processes."""
-    for rank in range(4):
-        layout = handed_over(launched(4, 2), f"loop-replicated-{rank}")[1]["layout"]
-        meshes = {("ep" if "expert_pool" in key else "rest", *mesh) for key, (mesh, _) in layout.items()}
+    for _, facts in ranks("loop-replicated"):
+        meshes = {("ep" if "expert_pool" in key else "rest", *mesh) for key, (mesh, _) in facts["layout"].items()}
         assert meshes == {("ep", "ep"), ("rest", "dp_replicate", "fsdp")}
 
 
 @pytest.mark.parametrize(("run", "name"), CASES_OF_TRAINERS)
-def test_stock_trainer_trains_as_one_process_on_the_joint_batch(launched, run, name):
-    folder, joint = launched(*run), launched(1, 1)
-    for rank in range(run[0]):
-        _, facts = handed_over(folder, f"{name}-{rank}")
-        _, expected = handed_over(joint, f"{name}-0")
+def test_stock_trainer_trains_as_one_process_on_the_joint_batch(launched, ranks, whole, run, name):
+    _, expected = whole(name)
+    for _, facts in ranks(name):
         assert (facts["wrapper"], facts["processes"]) == ("FSDPPeerForCausalLM", run[0])
         assert facts["in_factors"] == expected["in_factors"]
         assert_same_training(facts, expected)
-    assert_same(load_file(folder / name / "model.safetensors"), load_file(joint / name / "model.safetensors"))
+    saved, joint = (load_file(launched(*each) / name / "model.safetensors") for each in (run, (1, 1)))
+    assert_same(saved, joint)
 
 
-@pytest.mark.parametrize(("run", "name"), [(run, name) for run in RUNS for name in ("left", "rows")])
-def test_stock_trainer_with_replicas_of_the_rest(launched, run, name):
+@each_run
+@pytest.mark.parametrize("name", ["left", "rows"])
+def test_stock_trainer_with_replicas_of_the_rest(ranks, whole, run, name):
     """Under DistributedDataParallel, that is."""
-    expected_state, expected = handed_over(launched(1, 1), f"{name}-0")
-    for rank in range(run[0]):
-        state, facts = handed_over(launched(*run) / "ddp", f"{name}-{rank}")
+    expected_state, expected = whole(name)
+    for state, facts in ranks(name, "ddp"):
         assert (facts["wrapper"], facts["processes"]) == ("DistributedDataParallel", run[0])
         assert facts["in_factors"] == expected["in_factors"]
-        assert set(facts["local_shapes"]) == {key for key in expected_state if "expert_pool" in key or "values" in key}
+        assert set(facts["layout"]) == {key for key in expected_state if "expert_pool" in key or "values" in key}
         assert_same_training(facts, expected)
         assert_same(state, expected_state)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_a_model_beside_replicas_is_saved_with_gathered_tables(launched, run):
-    saved = load_file(launched(*run) / "parts-0" / "model.safetensors")
-    start = load_file(launched(1, 1) / "peer-begin-0" / "model.safetensors")
-    assert saved.keys() == start.keys()
-    assert all(torch.equal(saved[key], tensor) for key, tensor in start.items())
-
-
-@pytest.mark.parametrize("run", RUNS)
+@each_run
 @pytest.mark.parametrize("name", ["accumulated", "rows", "rows-ddp"])
-def test_replicas_of_columns_are_averaged_once_for_each_optimizer_step(launched, run, name):
+def test_replicas_of_columns_are_averaged_once_for_each_optimizer_step(ranks, whole, run, name):
     """Of two micro-batches each."""
-    _, facts = handed_over(launched(1, 1), f"{name.removesuffix('-ddp')}-0")
-    steps = len(facts["losses"]) if run == (4, 2) else 0  # there is one group otherwise
-    for rank in range(run[0]):
-        assert handed_over(launched(*run), f"{name}-exchanges-{rank}")[1]["average_gradients"] == steps
+    steps = len(whole(name.removesuffix("-ddp"))[1]["losses"]) if run == (4, 2) else 0  # there is one group otherwise
+    assert all(facts["average_gradients"] == steps for _, facts in ranks(f"{name}-exchanges"))
 
 
-def test_replicas_of_columns_exchange_factors_or_rows(launched):
+@pytest.mark.parametrize("run", [(4, 2)])
+def test_replicas_of_columns_exchange_factors_or_rows(ranks):
     """Whatever is fewer bytes."""
-    _, few = handed_over(launched(4, 2), "loop-shared_pool-0")
-    _, many = handed_over(launched(4, 2), "loop-many_experts-0")
-    assert few["exchanges"] == {"average_gradients": 6, "_average_factors": 0, "_average_rows": 18}
-    assert many["exchanges"] == {"average_gradients": 6, "_average_factors": 18, "_average_rows": 0}
+    few, many = (ranks(f"loop-{name}")[0][1]["exchanges"] for name in ("shared_pool", "many_experts"))
+    assert few == {"average_gradients": 6, "_average_factors": 0, "_average_rows": 18}
+    assert many == {"average_gradients": 6, "_average_factors": 18, "_average_rows": 0}
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
-    expected, _ = handed_over(launched(1, 1), "new-0")
+@each_run
+def test_new_weights_do_not_depend_on_the_number_of_processes(ranks, whole, run):
+    expected, _ = whole("new")
     table = expected["model.layers.0.mlp.expert_pool.up_proj.weight"]
-    for rank in range(run[0]):
-        actual, facts = handed_over(launched(*run), f"new-{rank}")
+    for actual, facts in ranks("new"):
         assert facts["training"]
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
@@ -187,7 +186,7 @@ def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
         assert facts["largest"] == table.numel() // run[1]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@each_run
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -202,65 +201,56 @@ def test_new_weights_do_not_depend_on_the_number_of_processes(launched, run):
         ("hooks", "hooks"),
     ],
 )
-def test_what_cannot_be_grouped_is_refused_by_all(launched, run, name, message):
-    for rank in range(run[0]):
-        assert message in handed_over(launched(*run), f"refusals-{rank}")[1][name]
+def test_what_cannot_be_grouped_is_refused_by_all(ranks, name, message):
+    assert all(message in messages[name] for _, messages in ranks("refusals"))
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_evaluation_and_generation_are_those_of_one_process(launched, run):
-    expected, _ = handed_over(launched(1, 1), "outputs-0")
-    for rank in range(run[0]):
-        assert_same(handed_over(launched(*run), f"outputs-{rank}")[0], expected)
+@each_run
+def test_evaluation_and_generation_are_those_of_one_process(ranks, whole):
+    for tensors, _ in ranks("outputs"):
+        assert_same(tensors, whole("outputs")[0])
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_pools_run_where_a_rank_has_no_token(launched, run):
-    expected, _ = handed_over(launched(1, 1), "pools-0")
-    of_ranks = [handed_over(launched(*run), f"pools-{rank}")[0] for rank in range(run[0])]
-    assert len(of_ranks[-1]["peer.output"]) == 0
-    for key, tensor in expected.items():
-        if key.startswith(("peer.", "pkm.")):
-            assert_same({key: torch.cat([tensors[key] for tensors in of_ranks])}, {key: tensor})
-        else:
-            for tensors in of_ranks:
-                assert_same({key: tensors[key]}, {key: tensor})
+@each_run
+def test_pools_run_where_a_rank_has_no_token(ranks, whole):
+    of_all = [tensors for tensors, _ in ranks("pools")]
+    assert len(of_all[-1]["peer.output"]) == 0
+    for key, tensor in whole("pools")[0].items():
+        parts = [tensors[key] for tensors in of_all]
+        for found in [torch.cat(parts)] if key.startswith(("peer.", "pkm.")) else parts:
+            assert_same({key: found}, {key: tensor})
 
 
-@pytest.mark.parametrize("run", RUNS)
+@each_run
 @pytest.mark.parametrize(("pools", "dtype"), [("pools", torch.float32), ("pools-bfloat16", torch.bfloat16)])
-def test_bytes_that_are_received_are_those_of_the_formula(launched, run, pools, dtype):
+def test_bytes_that_are_received_are_those_of_the_formula(ranks, run, pools, dtype):
     for name, num_up_tables in (("peer", 2), ("pkm", 0)):
         expected = {"forward": Counter(), "backward": Counter()}
         for key, nbytes in memory_group_bytes(16, 5, run[1], dtype.itemsize, num_up_tables).items():
             direction, collective = COLLECTIVES[key]
             expected[direction][collective] += nbytes
-        for rank in range(run[0]):
-            _, facts = handed_over(launched(*run), f"{pools}-{rank}")
+        for _, facts in ranks(pools):
             for direction, counted in expected.items():
                 # Of a group whose ranks have different numbers of tokens, each exchanges as many as any.
                 found = {key: nbytes / facts["num_tokens"] for key, nbytes in facts[name][direction].items()}
                 assert found == {key: nbytes for key, nbytes in counted.items() if nbytes}
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_hidden_states_are_exchanged_while_experts_are_retrieved(launched, run):
+@each_run
+def test_hidden_states_are_exchanged_while_experts_are_retrieved(ranks):
     """Of a grown layer, for each of its two generations."""
     generation = ["hidden states start", "retrieval", "indices", "weighted activations", "outputs"]
-    for rank in range(run[0]):
-        assert handed_over(launched(*run), f"order-{rank}")[1]["events"] == 2 * generation
+    assert all(facts["events"] == 2 * generation for _, facts in ranks("order"))
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(launched, run):
-    expected, _ = handed_over(launched(1, 1), "bfloat16-0")
-    for rank in range(run[0]):
-        actual, _ = handed_over(launched(*run), f"bfloat16-{rank}")
-        for key, tensor in expected.items():
+@each_run
+def test_gradients_in_bfloat16_are_those_of_one_process_within_its_rounding(ranks, whole):
+    for actual, _ in ranks("bfloat16"):
+        for key, tensor in whole("bfloat16")[0].items():
             error = (actual[key].double() - tensor.double()).norm() / tensor.double().norm()
             assert error < 4 * torch.finfo(torch.bfloat16).eps, (key, error)
 
 
-def test_experts_ran_on_the_native_kernels(launched):
-    _, facts = handed_over(launched(2, 2), "right-0")
-    assert {tuple(call) for call in facts["kernels"]} == TRAINING
+@pytest.mark.parametrize("run", [(2, 2)])
+def test_experts_ran_on_the_native_kernels(ranks):
+    assert {tuple(call) for call in ranks("right")[0][1]["kernels"]} == TRAINING

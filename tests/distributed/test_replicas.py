@@ -226,28 +226,16 @@ def gradients_of(rank=None, compiled=None):
     return {name: dense(parameter.grad) for name, parameter in model.named_parameters()}
 
 
-def compiled_before(rank):
-    return gradients_of(rank, "before")
-
-
-def compiled_after(rank):
-    return gradients_of(rank, "after")
-
-
-PARTS = (trainings, averages)
+def compiled(rank):
+    return [gradients_of(rank, when) for when in ("before", "after")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("replicas")
-    run_on_two_processes(save_parts, str(folder), PARTS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(folder):
+def found(tmp_path_factory):
     """What both ranks found, by parts."""
-    return {part.__name__: [torch.load(folder / f"{part.__name__}-{rank}") for rank in (0, 1)] for part in PARTS}
+    folder = tmp_path_factory.mktemp("replicas")
+    run_on_two_processes(save_parts, str(folder), (trainings, averages))
+    return {name: [torch.load(folder / f"{name}-{rank}") for rank in (0, 1)] for name in ("trainings", "averages")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -285,14 +273,14 @@ def test_keep_their_tables_where_torch_does_not_tell_of_them(monkeypatch):
 
 
 @slow
-@pytest.mark.parametrize("part", [compiled_before, compiled_after], ids=["before", "after"])
-def test_compiled_models_have_the_gradients_of_the_joint_batch(part, tmp_path):
-    run_on_two_processes(save_parts, str(tmp_path), (part,))
+def test_compiled_models_have_the_gradients_of_the_joint_batch(tmp_path):
+    """Compiled before or after they are wrapped."""
+    run_on_two_processes(save_parts, str(tmp_path), (compiled,))
     expected = gradients_of()
-    ranks = [torch.load(tmp_path / f"{part.__name__}-{rank}") for rank in (0, 1)]
-    for name, gradient in expected.items():
-        assert torch.equal(ranks[0][name], ranks[1][name])
-        assert_close(ranks[0][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for first, second in zip(*(torch.load(tmp_path / f"compiled-{rank}") for rank in (0, 1)), strict=True):
+        for name, gradient in expected.items():
+            assert torch.equal(first[name], second[name])
+            assert_close(first[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("num_rows", [1000, 7])

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from launches import assert_same, assert_same_training, handed_over, launch_ranks, run, torchrun
+from launches import assert_same, assert_same_training, handed_over, launch_ranks, of_ranks, run, torchrun
 from safetensors.torch import load_file
 from slow_tests import slow
 
@@ -78,8 +78,7 @@ def unbroken(output, name):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_losses_and_weights_are_those_of_one_unbroken_process(output, name):
     expected, steps = unbroken(output, name)
-    for rank in range(TRAININGS[name][0]):
-        weights, facts = handed_over(output, f"{name}-{rank}")
+    for weights, facts in of_ranks(output, name, TRAININGS[name][0]):
         assert len(facts["losses"]) == 8
         assert_same_training(facts, steps)
         assert_same(weights, expected)
@@ -91,8 +90,7 @@ def test_the_state_of_the_optimizer_is_the_saved_one_to_the_bit(output, name):
     saved, facts = handed_over(output, f"{training['resumes']}-saved-0")
     kinds = {key.rpartition(".")[2] for key in saved}
     assert kinds == {"exp_avg", "exp_avg_sq", "row_steps", "step"}
-    for rank in range(processes):
-        resumed, found = handed_over(output, f"{name}-resumed-{rank}")
+    for resumed, found in of_ranks(output, f"{name}-resumed", processes):
         assert resumed.keys() == saved.keys()
         for key, tensor in saved.items():
             assert resumed[key].dtype == tensor.dtype and torch.equal(resumed[key], tensor), key
@@ -147,8 +145,7 @@ def test_checkpoints_are_ordinary_ones(output, name):
 
 
 def test_no_process_has_a_whole_table_in_memory(output):
-    for rank in range(2):
-        _, facts = handed_over(output, f"memory-{rank}")
+    for _, facts in of_ranks(output, "memory"):
         table = facts["table"]
         assert facts["is_same"]
         for step in ("save", "save_beside_replicas", "save_graft", "resume"):
@@ -160,7 +157,7 @@ def test_no_process_has_a_whole_table_in_memory(output):
 @slow
 def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
     job = {"name": "killed", "group_size": 2}
-    code, printed = run(torchrun(2, forks=False), "saves.py", output, json.dumps({**job, "killed": True}))
+    code, printed = run(torchrun(2), "saves.py", output, json.dumps({**job, "killed": True}))
     assert code != 0
     assert time.time() - float((output / "killed_at").read_text()) < 30
     report = printed[printed.index("Root Cause") :]
@@ -168,8 +165,7 @@ def test_a_killed_rank_ends_the_run_by_name_and_the_run_resumes(output):
     assert "SIGKILL" in report
     launch_ranks(2, "saves.py", output, json.dumps({**job, "continues": True}))
     expected, steps = handed_over(output, "split-0")
-    for rank in range(2):
-        weights, facts = handed_over(output, f"killed-{rank}")
+    for weights, facts in of_ranks(output, "killed"):
         assert facts["resumed_from"] == str(output / "killed" / f"checkpoint-{SAVED_AT}")
         assert facts["losses"] == steps["losses"]
         assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())

@@ -34,7 +34,8 @@ def unbroken(tmp_path_factory):
     return trainer
 
 
-def assert_same_training(resumed, unbroken):
+def assert_resumes(resumed, checkpoint, unbroken):
+    resumed.train(resume_from_checkpoint=checkpoint)
     assert logged(resumed) == logged(unbroken)
     for name, tensor in unbroken.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
@@ -42,18 +43,14 @@ def assert_same_training(resumed, unbroken):
 
 def test_one_process_resumes_to_the_bit(unbroken, tmp_path):
     shutil.copytree(unbroken.args.output_dir, tmp_path, dirs_exist_ok=True)
-    resumed = resumable_trainer(tmp_path, seed=1)
-    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
-    assert_same_training(resumed, unbroken)
+    assert_resumes(resumable_trainer(tmp_path, seed=1), last_complete_checkpoint(tmp_path), unbroken)
 
 
 def test_a_checkpoint_that_is_elsewhere_has_to_be_told(unbroken, tmp_path):
     checkpoint = f"{unbroken.args.output_dir}/checkpoint-3"
     with pytest.raises(RuntimeError, match="resume_from_checkpoint"):
         resumable_trainer(tmp_path, seed=1).train(resume_from_checkpoint=checkpoint)
-    resumed = resumable_trainer(tmp_path, seed=1, resume_from_checkpoint=checkpoint)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert_same_training(resumed, unbroken)
+    assert_resumes(resumable_trainer(tmp_path, seed=1, resume_from_checkpoint=checkpoint), checkpoint, unbroken)
 
 
 def test_what_cannot_be_resumed_is_refused(unbroken, tmp_path):

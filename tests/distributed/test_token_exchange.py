@@ -35,11 +35,10 @@ def group(tmp_path_factory):
 
 def test_in_one_process_a_model_stays_whole():
     model = tiny_model(tiny_config("peer", "pkm"))
-    tables = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+    before = [(weight, weight.detach().clone()) for weight in model.parameters()]
     assert shard_experts(model, 1) is model
     assert not hasattr(model.model, "memory_group")
-    for name, weight in model.named_parameters():
-        same, values = tables[name]
+    for weight, (same, values) in zip(model.parameters(), before, strict=True):
         assert weight is same and torch.equal(weight, values)
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import hand_over, padded_batch, random_rows, tiny_config, tiny_model
-from release_names import CHECKPOINTING, enable_checkpointing
+from release_names import CHECKPOINTING
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -50,7 +49,7 @@ CASES = {
 
 def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
     """Trains a case for two epochs and hands over its log, how it was distributed, and what came of it."""
-    trainer = stock_trainer(name, output, fsdp, group_size)
+    trainer = trainer_of_case(name, output, fsdp, group_size)
     in_factors = []
 
     class Watch(TrainerCallback):
@@ -60,16 +59,8 @@ def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
 
     trainer.add_callback(Watch())
     trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    facts = {
-        "losses": [entry["loss"] for entry in steps],
-        "gradient_norms": [entry["grad_norm"] for entry in steps],
-        "in_factors": in_factors,
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "processes": trainer.accelerator.num_processes,
-        "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()],
-        "local_shapes": local_shapes(trainer.model),
-    }
+    facts = log_of(trainer)
+    facts |= {"in_factors": in_factors, "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()]}
     if fsdp or group_size == 1:
         # Every process takes part in gathering what is sharded, the first writes.
         trainer.save_model()
@@ -78,11 +69,11 @@ def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
         with torch.no_grad():
             tensors = {"logits": trainer.model.eval()(**batch).logits, **batch}
     else:
-        tensors = {key: whole(tensor) for key, tensor in trainer.model.state_dict().items()}
+        tensors = whole_state(trainer.model)
     hand_over(output, f"{name}-{RANK}", tensors, facts)
 
 
-def stock_trainer(name: str, output: Path, fsdp: bool, group_size: int) -> Trainer:
+def trainer_of_case(name: str, output: Path, fsdp: bool, group_size: int) -> Trainer:
     config, side, changes = CASES[name]
     if fsdp:
         groups = {} if group_size == 1 else {"ep_size": group_size}
@@ -92,30 +83,55 @@ def stock_trainer(name: str, output: Path, fsdp: bool, group_size: int) -> Train
         model = tiny_model(config)
         if group_size > 1:
             shard_experts(model, group_size)
-    arguments = TrainingArguments(
-        output_dir=output / name,
-        use_cpu=True,
-        per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
-        num_train_epochs=2,
-        # Adam would turn the rounding of a vanishing gradient into a step of full size.
-        optim="sgd",
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        **changes,
-    )
-    rows = [{"input_ids": row} for row in ROWS]
     optimizer = None
     if name == "rows" and (not fsdp or group_size > 1):
         # Under FSDP alone, `Trainer` makes its own optimizer.
         groups = expert_parameter_groups(model, learning_rate=1e-2)
         optimizer = RowAdamW(groups, eps=1e-2)  # large, or the rounding of a vanishing gradient would be a full step
-    collator = partial(collate, side=side)
-    return Trainer(model, arguments, data_collator=collator, train_dataset=rows, optimizers=(optimizer, None))
+    # Adam would turn the rounding of a vanishing gradient into a step of full size.
+    sgd = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    return trainer_of(model, side, optimizer, output_dir=output / name, save_strategy="no", **sgd, **changes)
+
+
+def trainer_of(
+    model: torch.nn.Module,
+    side: str,
+    optimizer: torch.optim.Optimizer | None,
+    callbacks: list[TrainerCallback] | None = None,
+    **arguments,
+) -> Trainer:
+    """The stock trainer of two epochs, which logs every step; `arguments` are its own beside these."""
+    arguments = TrainingArguments(
+        use_cpu=True,
+        per_device_train_batch_size=ROWS_PER_STEP // WORLD_SIZE,
+        num_train_epochs=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **arguments,
+    )
+    rows, collator = [{"input_ids": row} for row in ROWS], partial(collate, side=side)
+    return Trainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
+
+
+def log_of(trainer: Trainer) -> dict:
+    """Of each step the loss and the norm, and how the model is distributed."""
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return {
+        "losses": [entry["loss"] for entry in steps],
+        "gradient_norms": [entry["grad_norm"] for entry in steps],
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "processes": trainer.accelerator.num_processes,
+        "layout": layout(trainer.model),
+    }
 
 
 def start_folder(output: Path, name: str) -> Path:
@@ -144,29 +160,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_shapes(model: torch.nn.Module) -> dict[str, list[int]]:
-    """Of the sharded parameters, the shape that this process holds."""
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def layout(model: torch.nn.Module) -> dict[str, list]:
+    """Of each split parameter, the names of the mesh that it is split over and the shape that is held here."""
     return {
-        name: list(parameter.to_local().shape)
+        name: [list(parameter.device_mesh.mesh_dim_names or ()), list(parameter.to_local().shape)]
         for name, parameter in model.named_parameters()
-        if isinstance(parameter, DTensor) and all(placement.is_shard() for placement in parameter.placements)
+        if isinstance(parameter, DTensor)
     }
-
-
-def bare_gradients(output: Path, checkpointed: bool) -> None:
-    """Hands over each parameter's gradient, and the statistics, after one backward without the Trainer."""
-    model = tiny_model(LAYERS).train()
-    if checkpointed:
-        enable_checkpointing(model)
-    wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    rows = own_rows()[0]
-    targets = sum(len(row) - 1 for row in ROWS[:ROWS_PER_STEP])
-    # DDP averages over processes; the loss is a sum over the targets of the joint batch.
-    loss = WORLD_SIZE * wrapped(**padded_batch(rows, "left"), num_items_in_batch=targets).loss
-    loss.backward()
-    tensors = {f"gradient.{name}": parameter.grad for name, parameter in model.named_parameters()}
-    tensors |= {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if "query_norm" in name}
-    hand_over(output, f"{'bare-checkpointed' if checkpointed else 'bare'}-{RANK}", tensors)
 
 
 def main() -> None:
@@ -183,9 +187,6 @@ def main() -> None:
             tiny_model(CASES[name][0]).save_pretrained(start_folder(arguments.output, name))
     for name in names:
         train(name, arguments.output, arguments.fsdp, arguments.group_size)
-    if not arguments.fsdp:
-        bare_gradients(arguments.output, checkpointed=False)
-        bare_gradients(arguments.output, checkpointed=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

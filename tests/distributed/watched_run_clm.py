@@ -18,8 +18,7 @@ from unittest import mock
 import run_clm
 import torch.distributed as dist
 from cases import hand_over
-from memory_group import layout
-from train import RANK, WORLD_SIZE, whole
+from train import RANK, WORLD_SIZE, log_of, whole_state
 
 
 def main() -> None:
@@ -45,29 +44,20 @@ def run_and_hand_over(output: Path, name: str) -> run_clm.Trainer:
 
     def watched_make_trainer(*arguments):
         trainers.append(make_trainer(*arguments))
-        starts.append({f"start.{key}": tensor.clone() for key, tensor in whole_state(trainers[0]).items()})
+        starts.append({f"start.{key}": tensor.clone() for key, tensor in whole_state(trainers[0].model).items()})
         return trainers[-1]
 
     with mock.patch.object(run_clm, "make_trainer", watched_make_trainer):
         run_clm.main()
     (trainer,), (start,) = trainers, starts
-    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     group = getattr(trainer.model.base_model, "memory_group", None)
     facts = {
-        "losses": [entry["loss"] for entry in steps],
-        "gradient_norms": [entry["grad_norm"] for entry in steps],
-        "processes": trainer.accelerator.num_processes,
         "node": int(os.environ.get("GROUP_RANK", "0")),
         "group": None if group is None else dist.get_process_group_ranks(group.columns),
-        "layout": layout(trainer.model),
         "shapes": {name: list(parameter.shape) for name, parameter in trainer.model.named_parameters()},
     }
-    hand_over(output, f"{name}-{RANK}", whole_state(trainer) | start, facts)
+    hand_over(output, f"{name}-{RANK}", whole_state(trainer.model) | start, log_of(trainer) | facts)
     return trainer
-
-
-def whole_state(trainer: run_clm.Trainer) -> dict:
-    return {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
 
 
 if __name__ == "__main__":

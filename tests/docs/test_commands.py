@@ -3,7 +3,6 @@
 """The commands that pages show name scripts, parts, extras and files that exist, with flags that their parsers know."""
 
 import importlib
-import itertools
 import re
 import shlex
 
@@ -14,8 +13,7 @@ from transformers import HfArgumentParser
 from transformers.cli.serve import Serve
 
 
-# Programs that no test starts: what follows them is not ours.
-FOREIGN = {"hf", "git", "cd", "lm_eval", "transformers", "vllm"}
+FOREIGN = {"hf", "git", "cd", "lm_eval", "pip", "transformers", "vllm"}
 
 # Parts of `./run` that are a script or package of examples/.
 MODULES = {"quickstart": "quickstart", "benchmark": "benchmark.__main__", "gpu": "gpu.__main__"}
@@ -53,13 +51,14 @@ def check_flags(module_name, flags, monkeypatch):
 
 
 def check_script(words, monkeypatch):
-    """A script of examples/ and its flags, or one of tests/ without any."""
-    script, *flags = words
+    """A script of examples/ and its flags, or one of tests/ without any; in front what launches it, of files that exist."""
+    place = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    script, flags = words[place], words[place + 1 :]
+    assert all((ROOT / word).exists() for word in words[: place + 1] if "/" in word), words
     if script.startswith("tests/"):
-        assert (ROOT / script).exists() and not flags, words
-        return
-    assert re.fullmatch(r"examples/\w+\.py", script) and (ROOT / script).exists(), script
-    check_flags(script.removeprefix("examples/").removesuffix(".py"), flags, monkeypatch)
+        assert not flags, words
+    else:
+        check_flags(script.removeprefix("examples/").removesuffix(".py"), flags, monkeypatch)
 
 
 def check_serving(words):
@@ -76,16 +75,8 @@ def check_run(words, monkeypatch):
     """A part of `./run` and what follows it."""
     part, *rest = words
     assert re.search(rf"^ +{part}\)", (ROOT / "run").read_text(), flags=re.M), part
-    if rest[:2] == ["-m", "pip"]:
-        check_pip([word for word in rest[2:] if word != "--editable"])
-    elif rest[:2] == ["-m", "modeling_peer.serving"]:
-        check_serving(rest[2:])
-    elif part == "python":
-        check_script(rest, monkeypatch)
-    elif part == "study":
-        name, *flags = rest
-        assert (ROOT / "examples" / "studies" / name / "__main__.py").exists(), name
-        check_flags(f"studies.{name}.__main__", flags, monkeypatch)
+    if part == "study":
+        check_flags(f"studies.{rest[0]}.__main__", rest[1:], monkeypatch)
     elif part in MODULES:
         check_flags(MODULES[part], rest, monkeypatch)
     else:
@@ -95,57 +86,34 @@ def check_run(words, monkeypatch):
 
 def check_pip(words):
     """What is installed: this package from a clone, with extras that it has."""
-    if words[0] == "download":
-        return
-    _, requirement = words
-    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", requirement)
-    assert extras, requirement
+    extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])
+    assert extras, words
     optional = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = set(re.findall(r"^(\w+) = \[", optional, flags=re.M))
-    assert set(filter(None, (extras[1] or "").split(","))) <= known, f"{requirement}, known are {sorted(known)}"
+    known = re.findall(r"^(\w+) = \[", optional, flags=re.M)
+    assert set(filter(None, (extras[1] or "").split(","))) <= set(known), words
 
 
 def check_launch_file(words, monkeypatch):
     """Variables that a launch file reads, in front of it, and the script that it launches."""
-    assignments = list(itertools.takewhile(lambda word: "=" in word, words))
-    file, *script = words[len(assignments) :]
-    text = (ROOT / file).read_text()
-    for assignment in assignments:
-        assert f"${{{assignment.partition('=')[0]}:-" in text, assignment
-    check_script([*script, "--ep_size", "8"], monkeypatch)
-
-
-def check_sbatch(words, monkeypatch):
-    """Options of `sbatch`, and a batch file with a script."""
-    options = list(itertools.takewhile(lambda word: word.startswith("--"), words))
-    assert all("=" in option for option in options), options
-    file, *script = words[len(options) :]
-    assert (ROOT / file).read_text().startswith("#!")
-    check_script(script, monkeypatch)
+    place = next(place for place, word in enumerate(words) if "=" not in word)
+    text = (ROOT / words[place]).read_text()
+    assert all(f"${{{word.partition('=')[0]}:-" in text for word in words[:place]), words
+    check_script([*words, "--ep_size", "8"], monkeypatch)
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_command(words, monkeypatch):
-    program, *rest = words
-    if program.startswith("PYTHONPATH="):
-        program, *rest = rest
+    words = words[1:] if words[0].startswith("PYTHONPATH=") else words
+    program, *rest = words[1:] if words[:2] == ["./run", "python"] else words
     if program == "./run":
         check_run(rest, monkeypatch)
     elif rest[:2] == ["-m", "modeling_peer.serving"]:
         check_serving(rest[2:])
-    elif rest[:1] == ["-m"] and rest[1].partition(".")[0] in FOREIGN:
-        pass
-    elif program == "python":
+    elif program in ("python", "accelerate", "sbatch") and rest[0] != "-m":
         check_script(rest, monkeypatch)
-    elif program == "pip":
+    elif words[:2] == ["pip", "install"] or rest[:3] == ["-m", "pip", "install"]:
         check_pip(rest)
-    elif program == "accelerate":
-        assert rest[:2] == ["launch", "--config_file"] and (ROOT / rest[2]).exists()
-        assert rest[3] == "--num_processes"
-        check_script(rest[5:], monkeypatch)
-    elif program == "sbatch":
-        check_sbatch(rest, monkeypatch)
     elif re.match(r"[A-Z_]+=|configuration/launch/", program):
         check_launch_file(words, monkeypatch)
-    else:
-        assert program in FOREIGN, f"{program}: this test does not know how to check it"
+    else:  # programs that no test starts: what follows them is not ours
+        assert (rest[1] if rest[:1] == ["-m"] else program).partition(".")[0] in FOREIGN, words

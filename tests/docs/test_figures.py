@@ -19,12 +19,8 @@ from teach_domain import DOMAIN, KEPT, Figures
 
 from benchmark.report import Results as BenchmarkResults
 from common.command_line import command_to_share
-from modeling_peer import (
-    PeerConfig,
-    configuration_path,
-    list_configurations,
-    model_costs,
-)
+from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.common.tables import spread_cell
 from studies.common.training_plan import costs_of
 from studies.facts import report as facts
@@ -43,6 +39,7 @@ from studies.stream import report as stream
 README, QUALITY, OPTIONS = "README.md", "docs/quality.md", "docs/layer-and-options.md"
 CHOOSING, CONTINUAL = "docs/choosing-sizes-and-rates.md", "docs/continual-learning.md"
 PERFORMANCE, SERVING, TEACHING = (f"docs/{name}.md" for name in ("performance", "serving", "teach-a-domain"))
+MANY_GPUS = "docs/training-on-many-gpus.md"
 STUDIES = "examples/studies/"
 RECIPE = STUDIES + "recipe/README.md"
 
@@ -57,13 +54,8 @@ def recipe():
     """Results that draw each interval once, which takes seconds."""
     register_variants()
     results = read_recipe(ROOT / STUDIES / "recipe/results.json")
-    below, found = results.below, {}
-
-    def below_once(own, others):
-        key = tuple(tuple(run.name for run in runs) for runs in (own, others))
-        return found.get(key) or found.setdefault(key, below(own, others))
-
-    results.below = below_once
+    below = cache(results.below)
+    results.below = lambda own, others: below(tuple(own), tuple(others))
     return results
 
 
@@ -89,11 +81,7 @@ def interval(difference):
     return percent(difference.share, difference.low, difference.high)
 
 
-def gigabytes(*sizes):
-    return ["0" if not size else f"{size / 1e9:,.{1 if size >= 1e9 else 2}f}" for size in sizes]
-
-
-# Each source gives pairs of a page and a figure.
+# Each source gives pairs of a page, or of several pages, and a figure.
 
 
 def quickstart():
@@ -201,6 +189,14 @@ def teaching():
         yield TEACHING, [*fixed(3, found["forgetting"]), *fixed(2, found["learning"])]
 
 
+def many_gpus():
+    """Bytes of two tables, and what a GPU receives in a memory group and under FSDP2, as the formulas of the page say."""
+    tables = 2 * 1024**2 * 2048 * 2
+    yield MANY_GPUS, ["2,048", *fixed(1, tables / 1e9)]
+    group, fsdp2 = sum(memory_group_bytes(2048, 128, 8, 2).values()) * 8 * 2 * 8192, 3 * tables * 7 / 8 * 8 * 2
+    yield MANY_GPUS, ["2,048", "128", "8", "8,192", *fixed(1, group / 1e9), *fixed(0, fsdp2 / 1e9)]
+
+
 def scaling_study():
     results = scaling_results()
     table = scaling.table_of_perplexities(results, results.plan.budgets[-1])
@@ -243,10 +239,9 @@ def below_dense():
     found = results.below(at_seconds["recipe"], at_seconds["dense"])
     pairs = list(zip(at_seconds["recipe"], at_seconds["dense"], strict=True))
     least = min(results.below([own], [other]).share for own, other in pairs)
-    for page in (QUALITY, RECIPE):
-        yield page, interval(alike)
-        yield page, interval(alike_at_seconds)
-        yield page, percent(least)
+    yield (QUALITY, RECIPE), interval(alike)
+    yield (QUALITY, RECIPE), interval(alike_at_seconds)
+    yield (QUALITY, RECIPE), percent(least)
     yield RECIPE, interval(found)
     for runs in (at_seconds["dense"], at_seconds["recipe"]):
         step = results.step_seconds(runs[0])
@@ -269,12 +264,10 @@ def widths():
         results.step_seconds(own) / results.step_seconds(other)
         for other, own in zip(compared["dense"], compared["recipe"], strict=True)
     )
-    for page in (QUALITY, CHOOSING, RECIPE):
-        yield page, fixed(2, narrow)
-        yield page, fixed(2, wide)
+    yield (QUALITY, CHOOSING, RECIPE), fixed(2, narrow)
+    yield (QUALITY, CHOOSING, RECIPE), fixed(2, wide)
     few, many = results.runs_of_timed_trials()
-    for page in (QUALITY, RECIPE):
-        yield page, percent(results.below([few], [dense]).share)
+    yield (QUALITY, RECIPE), percent(results.below([few], [dense]).share)
     yield RECIPE, percent(results.below_on_the_corpus(few, dense))
     yield CHOOSING, fixed(2, *(results.corpus_perplexity([run]) for run in (few, many)))
     yield CHOOSING, fixed(2, *(results.corpus_perplexity([run]) for run in compared["recipe"]))
@@ -300,19 +293,16 @@ def more_experts_and_larger_dense_models():
     results = recipe()
     runs = results.by_num_experts()
     perplexities = [results.perplexity(own) for own in runs.values()]
-    for page in (QUALITY, RECIPE):
-        yield page, fixed(2, *perplexities)
+    yield (QUALITY, RECIPE), fixed(2, *perplexities)
     pairs = zip(fixed(2, *perplexities), fixed(0, *runs), strict=True)
     yield CHOOSING, [each for pair in pairs for each in pair]
     for fewer, more in pairwise(runs.values()):
         yield RECIPE, percent(results.below(more, fewer).share)
     of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])["recipe"]]
     own = results.perplexity(results.compared(results.plan.budgets[0])["recipe"])
-    for page in (CHOOSING, QUALITY, RECIPE):
-        yield page, [*percent(max(of_seeds) / min(of_seeds) - 1), *fixed(2, own)]
+    yield (CHOOSING, QUALITY, RECIPE), [*percent(max(of_seeds) / min(of_seeds) - 1), *fixed(2, own)]
     flops = [results.runs[own[0].name]["training_flops"] for own in runs.values()]
-    for page in (CHOOSING, RECIPE):
-        yield page, percent(flops[-1] / flops[0] - 1, digits=0)
+    yield (CHOOSING, RECIPE), percent(flops[-1] / flops[0] - 1, digits=0)
     own, dense = results.dense_sizes()
     size, flops = (
         results.runs[dense[-1].name][field] / results.runs[own.name][field]
@@ -324,8 +314,7 @@ def more_experts_and_larger_dense_models():
     yield RECIPE, [*share, *percent(results.below_on_the_corpus(own, dense[-1])), *fixed(1, flops)]
     yield RECIPE, fixed(2, size)
     active = max(run["active_parameters"] for run in results.runs.values()) / 1e6
-    for page in (QUALITY, RECIPE):
-        yield page, fixed(1, active)
+    yield (QUALITY, RECIPE), fixed(1, active)
 
 
 def parts_of_the_recipe():
@@ -358,17 +347,18 @@ def forgetting():
         yield CONTINUAL, numbers(" ".join(of_kinds))
 
 
-SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, vllm, teaching, scaling_study]
+SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, vllm, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
 def test_pages_quote_what_was_found(source):
     wrong = []
-    for page, figure in source():
-        blocks = map(iter, numbers_of_blocks(ROOT / page))
-        if not any(all(number in block for number in figure) for block in blocks):
-            wrong.append((page, figure))
+    for pages, figure in source():
+        for page in [pages] if isinstance(pages, str) else pages:
+            blocks = map(iter, numbers_of_blocks(ROOT / page))
+            if not any(all(number in block for number in figure) for block in blocks):
+                wrong.append((page, figure))
     assert not wrong
 
 
@@ -412,10 +402,11 @@ TABLES = [
     (STUDIES + "facts/README.md", lambda: facts.describe(rebuilt_facts("known_elsewhere/", facts_chosen_before))),
     (CONTINUAL, lambda: facts.table_at_equal_learning(load(STUDIES + "facts/results.json"))),
     (STUDIES + "graft_starts/README.md", lambda: describe_starts(load(STUDIES + "graft_starts/results.json"))),
+    (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream(""))),
+    (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream("recipe/"))),
+    (CONTINUAL, lambda: stream.describe_shares(rebuilt_stream(""))),
+    (CONTINUAL, lambda: stream.describe_shares(rebuilt_stream("recipe/"))),
 ]
-for folder in ("", "recipe/"):
-    TABLES.append((STUDIES + "stream/README.md", lambda folder=folder: stream.describe(rebuilt_stream(folder))))
-    TABLES.append((CONTINUAL, lambda folder=folder: stream.describe_shares(rebuilt_stream(folder))))
 
 
 @pytest.mark.parametrize(("page", "make"), TABLES, ids=[f"{place} {page}" for place, (page, _) in enumerate(TABLES)])
@@ -439,3 +430,17 @@ def test_the_command_of_a_page_is_that_of_its_runs():
     command = re.search(r"(examples/teach_domain\.py .*?) --kept_standard_library", page.replace("\\ ", ""))[1]
     expected = command_to_share(shlex.split(command))
     assert all(command_to_share(shlex.split(run["command"])).startswith(expected) for run in runs.values())
+
+
+@pytest.mark.parametrize("G, d, A, e", [(8, 2048, 128, 2), (3, 9, 5, 4), (1, 4, 2, 2)])
+def test_bytes_and_formulas_of_the_table_of_a_memory_group_are_what_is_computed(G, d, A, e):
+    counted, page = memory_group_bytes(d, A, G, e), (ROOT / MANY_GPUS).read_text()
+    # What is exchanged, how, in which pass, and the formula of its bytes.
+    row = r"^\| ([a-z ]+): [a-z-]+ \| (?:forward|backward) \| ([^|]+) \| ([\d,]+) \|$"
+    rows = re.findall(row, page, flags=re.M)
+    if d == 2048:
+        assert {name: int(size.replace(",", "")) for name, _, size in rows} == counted
+        assert f"| all | | | {sum(counted.values()):,} |" in page
+    for name, formula, _ in rows:
+        product = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula.replace("\N{MINUS SIGN}", "-"))
+        assert eval(product, {"G": G, "d": d, "A": A, "e": e}) == counted[name], name

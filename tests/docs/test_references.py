@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the pages name and link to exists: files, headings, pictures, tests, fields and their defaults."""
 
-import ast
 import re
 
 import pytest
@@ -28,52 +27,22 @@ def anchors_of(page):
 
 
 @every_page
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))
-    for link in links:
+def test_what_a_page_names_exists(page):
+    """What it links to; files; classes that only this package could have, and functions such as `add_experts(…)`."""
+    text = prose(page)
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors_of(target), link
-
-
-@every_page
-def test_files_that_it_names_exist(page):
-    spans = re.findall(r"`([^`\n]+)`", prose(page))
-    for span in spans:
+    for span in re.findall(r"`([^`\n]+)`", text):
         if re.match(r"(modeling_peer|examples|tests|docs|configuration|model_cards)/[\w./-]*$", span):
             assert (ROOT / span).exists(), span
         elif re.fullmatch(r"\w+\.py", span):
-            folders = ("tests", "modeling_peer", "examples")
-            assert any(any((ROOT / folder).rglob(span)) for folder in folders), span
-
-
-@every_page
-def test_names_of_the_package_exist(page):
-    """Classes that only this package could have, and functions: `PeerConfig`, `ExpertUsageCallback()`, `add_experts(…)`."""
-    names = re.findall(r"`((?:Peer|Expert|RowAdamW|SparseFine|FeedForwardInter|ProductKey)\w*)[`(.]", prose(page))
-    names += re.findall(r"`([a-z]+(?:_[a-z]+)*_experts(?:_only)?)[`(]", prose(page))
-    unknown = {name for name in names if name not in DEFINED and name not in FIELDS}
-    assert not unknown, unknown
-
-
-def messages_of(file):
-    """All strings of a source file as users would see them, with `…` for what is filled in."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
-def test_messages_that_are_explained_exist():
-    """What stands in bold and quotes on the page of errors is a message of the package; `…` stands for anything."""
-    quoted = re.findall(r"^\*\*“([^”]+)”", prose(ROOT / "docs/troubleshooting.md"), flags=re.M)
-    assert len(quoted) > 10
-    messages = [text for file in (ROOT / "modeling_peer").rglob("*.py") for text in messages_of(file)]
-    for message in quoted:
-        pattern = ".*".join(re.escape(part) for part in message.split("…"))
-        assert any(re.search(pattern, text, flags=re.S) for text in messages), message
+            assert any(any((ROOT / folder).rglob(span)) for folder in ("tests", "modeling_peer", "examples")), span
+    names = re.findall(r"`((?:Peer|Expert|RowAdamW|SparseFine|FeedForwardInter|ProductKey)\w*)[`(.]", text)
+    names += re.findall(r"`([a-z]+(?:_[a-z]+)*_experts(?:_only)?)[`(]", text)
+    assert set(names) <= DEFINED | FIELDS
 
 
 def test_options_and_their_defaults():
@@ -107,9 +76,3 @@ def test_the_lowest_releases_are_those_of_the_project():
         lowest = re.search(rf'"{name}>=([\d.]+)', project)[1]
         assert re.search(rf"^{name}=={re.escape(lowest)}(\.0)?$", constraints, flags=re.M), name
         assert all(re.search(rf"{name}[ |]+{re.escape(lowest)}\b", page, flags=re.I) for page in pages), name
-
-
-def test_the_index_names_every_page():
-    index = (ROOT / "docs/README.md").read_text()
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages

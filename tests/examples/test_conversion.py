@@ -42,11 +42,8 @@ def host(*feed_forward_types, **fields) -> PeerForCausalLM:
     return tiny_model(tiny_config(*feed_forward_types, rms_norm_eps=1e-12, **fields))
 
 
-def hidden_states():
-    return torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
-
-
-def assert_equal_outputs(layer, peer, x):
+def assert_equal_outputs(layer, peer):
+    x = torch.randn(2, 50, DIM, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert_close(layer(x), peer(x), rtol=1e-5, atol=1e-5)
 
@@ -62,28 +59,23 @@ def assert_equal_outputs(layer, peer, x):
     ],
 )
 @pytest.mark.parametrize("feed_forward", ["dense", "peer"])
-def test_equal_outputs(options, flags, feed_forward):
+def test_equal_outputs_and_all_else_stays(options, flags, feed_forward):
     peer = peer_pytorch_layer(**options)
     flags = {"num_experts_per_head": 4, "non_competing_scores": options["non_competing_scores"], **flags}
     fields = layer_fields(peer.state_dict(), **flags)
-    model = place_layer(host("dense", feed_forward), 1, peer.state_dict(), fields)
-    assert_equal_outputs(model.model.layers[1].mlp, peer, hidden_states())
+    before = host("dense", feed_forward, "moe", tie_word_embeddings=True)
+    model = place_layer(before, 1, peer.state_dict(), fields)
+    assert_equal_outputs(model.model.layers[1].mlp, peer)
+    assert model.config.feed_forward_types == ["dense", "peer", "moe"]
+    others = {name: tensor for name, tensor in before.state_dict().items() if ".1.mlp." not in name}
+    assert_close({name: model.state_dict()[name] for name in others}, others, rtol=0, atol=0)
 
 
 def test_pre_norm_becomes_the_norm_of_the_decoder_layer():
     peer = peer_pytorch_layer(pre_rmsnorm=True, non_competing_scores=False)
     fields = layer_fields(peer.state_dict(), num_experts_per_head=4, non_competing_scores=False)
     layer = place_layer(host("dense", "dense"), 0, peer.state_dict(), fields).model.layers[0]
-    assert_equal_outputs(lambda x: layer.mlp(layer.post_attention_layernorm(x)), peer, hidden_states())
-
-
-def test_all_else_stays():
-    peer = peer_pytorch_layer()
-    before = host("dense", "moe", "dense", tie_word_embeddings=True)
-    model = place_layer(before, 2, peer.state_dict(), layer_fields(peer.state_dict()))
-    assert model.config.feed_forward_types == ["dense", "moe", "peer"]
-    others = {name: tensor for name, tensor in before.state_dict().items() if ".2.mlp." not in name}
-    assert_close({name: model.state_dict()[name] for name in others}, others, rtol=0, atol=0)
+    assert_equal_outputs(lambda x: layer.mlp(layer.post_attention_layernorm(x)), peer)
 
 
 @pytest.mark.parametrize(
@@ -121,4 +113,4 @@ def test_script(tmp_path):
         check=True,
     )
     model = PeerForCausalLM.from_pretrained(tmp_path / "converted")
-    assert_equal_outputs(model.model.layers[1].mlp, peer, hidden_states())
+    assert_equal_outputs(model.model.layers[1].mlp, peer)

@@ -12,7 +12,6 @@ import pytest
 from datasets import Dataset
 
 from common import text_files
-from common.command_line import UsageError
 from common.library_sources import library_files
 from common.text_data import (
     DataTrainingArguments,
@@ -22,7 +21,7 @@ from common.text_data import (
     tokenize_into_blocks,
     train_tokenizer,
 )
-from common.text_files import errors_name_the_file, find_files
+from common.text_files import find_files
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +63,6 @@ def test_files_that_are_read(notes):
     assert names("picture.png") == ["picture.png"]  # as it is named
     (notes / "more" / "rows.jsonl.gz").write_text("{}")
     assert names("more") == ["more/rows.jsonl.gz"]  # data comes before its description
-    for name in ("no.md", "*.rst", "empty.md", "empty*"):
-        with pytest.raises(UsageError, match=name.strip("*")):
-            find_files([str(notes / name)])
-    with pytest.raises(UsageError, match="b.md.*settings.json"):
-        text_files.load_parts([str(notes / "b.md"), str(notes / "settings.json")], "utf-8", streaming=False)
 
 
 def tokens_of(args, streaming, split="train"):
@@ -89,13 +83,6 @@ class TestTexts:
         tokenizer, tokens = tokens_of(args, streaming)
         parts = tokenizer.decode(tokens).split("<|endoftext|>")
         assert sorted(parts) == sorted(["", "one\n" * 30, "two\n" * 30, "three\n"]) and parts[-1] == ""
-
-    def test_few_texts_give_their_beginnings(self, notes, streaming):
-        files = [str(notes / "b.md"), str(notes / "more")]
-        args = DataTrainingArguments(train_file=files, validation_split_percentage=10)
-        splits = load_datasets(args, streaming)
-        train, held_out = ([row["text"] for row in splits[split]] for split in ("train", "validation"))
-        assert (train, held_out) == (["two\n" * 26, "one\n" * 26], ["two\n" * 4, "one\n" * 4])
 
     def test_lines_of_large_files_are_held_out_in_runs(self, tmp_path, streaming, monkeypatch):
         monkeypatch.setattr(text_files, "LARGE_BYTES", 50)
@@ -127,18 +114,6 @@ class TestTexts:
             end = "<|endoftext|>"
             assert tokenizer.decode(tokens) == f"one{end}{end}two{end}{end}"
 
-    @pytest.mark.parametrize(
-        ("name", "content"), [("a.md", b"caf\xe9\n"), ("a.jsonl", b'{"text": "a"}\n{broken\n'), ("a.parquet", b"PAR1")]
-    )
-    def test_what_cannot_be_read_is_named(self, tmp_path, streaming, name, content):
-        (tmp_path / name).write_bytes(content)
-        args = DataTrainingArguments(train_file=str(tmp_path))
-        with pytest.raises(UsageError, match=name), errors_name_the_file(args.files, args.encoding):
-            list(load_datasets(args, streaming)["train"])
-        if name == "a.md":
-            args.encoding, args.validation_split_percentage = "latin-1", 0
-            assert [row["text"] for row in load_datasets(args, streaming)["train"]] == ["café\n"]
-
 
 def test_blocks_hold_the_text_and_its_ends(tmp_path):
     (tmp_path / "rows.csv").write_text("id,body\n" + "\n".join(f"{i},text {i}" for i in range(40)))
@@ -151,12 +126,3 @@ def test_blocks_hold_the_text_and_its_ends(tmp_path):
     text = tokenizer.decode(list(chain.from_iterable(blocks["input_ids"])))
     assert "<|endoftext|>".join(dataset["body"]).startswith(text)
     assert len(blocks) == sum(len(ids) + 1 for ids in tokenizer(dataset["body"][:]).input_ids) // 16
-
-
-def test_columns_of_text():
-    dataset = Dataset.from_dict({"id": [1], "body": ["a"]})
-    for data in (dataset, dataset.to_iterable_dataset()):
-        assert text_column(data, DataTrainingArguments()) == "body"
-        for name in ("id", "none"):
-            with pytest.raises(UsageError, match=name):
-                text_column(data, DataTrainingArguments(text_column_name=name))

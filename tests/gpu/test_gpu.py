@@ -198,17 +198,16 @@ class TestWhatIsMissing:
         assert __import__("brought_as_wheel").VALUE == 1
 
 
-class TestSanitizer:
-    @slow
-    def test_tool(self, run, tmp_path, monkeypatch):
-        tool = tmp_path / "cuda/bin" / sanitizer.TOOL
-        tool.parent.mkdir(parents=True)
-        tool.write_text(TOOL)
-        tool.chmod(0o755)
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-        _, code, printed = run("--parts", "sanitizer")
-        assert code == 1
-        assert "FAILED  racecheck: code 9" in printed
+@slow
+def test_a_sanitizer_that_finds_a_race(run, tmp_path, monkeypatch):
+    tool = tmp_path / "cuda/bin" / sanitizer.TOOL
+    tool.parent.mkdir(parents=True)
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    _, code, printed = run("--parts", "sanitizer")
+    assert code == 1
+    assert "FAILED  racecheck: code 9" in printed
 
 
 def broken_kernels(name):
@@ -295,23 +294,22 @@ class TestLayer:
         assert layer.unavoidable_bytes(task, 900_000) == 2 * 900_000 * 2048 * (2 + 2 + 2 + 2 + 16)
 
 
-class TestReport:
-    def test_aims(self):
-        copy = {"bytes_per_second": 1e12}
-        kernels = {"operation": "up", "kind": "unique", "width": 8, "seconds": 1e-3, "bytes": 0.9e9}
-        layers = {
-            layer.row_name(name, operation, 8): {"contender": name, "width": 8, "seconds": seconds, "bytes": 1e9}
-            for name, operation, seconds in (
-                ("peer", "forward", 1.0),
-                ("peer", "step", 2e-3),
-                ("peer_pytorch", "forward", 2.0),
-                ("peer_pytorch", "step", 2e-1),
-            )
-        }
-        found = aims({"kernels": {"copy": copy, "up": kernels}, "layer": {"copy": copy, **layers}})
-        assert [(name, pytest.approx(value)) for name, value, *_ in found] == [
-            ("up, d = 8, unique rows: share of copy bandwidth", 0.9),
-            ("forward, d = 8: x PEER-pytorch", 2.0),
-            ("step, d = 8: x PEER-pytorch", 100.0),
-            ("step, d = 8: time / floor", 2.0),
-        ]
+def test_aims_of_the_report():
+    copy = {"bytes_per_second": 1e12}
+    kernels = {"operation": "up", "kind": "unique", "width": 8, "seconds": 1e-3, "bytes": 0.9e9}
+    layers = {
+        layer.row_name(name, operation, 8): {"contender": name, "width": 8, "seconds": seconds, "bytes": 1e9}
+        for name, operation, seconds in (
+            ("peer", "forward", 1.0),
+            ("peer", "step", 2e-3),
+            ("peer_pytorch", "forward", 2.0),
+            ("peer_pytorch", "step", 2e-1),
+        )
+    }
+    found = aims({"kernels": {"copy": copy, "up": kernels}, "layer": {"copy": copy, **layers}})
+    assert [(name, pytest.approx(value)) for name, value, *_ in found] == [
+        ("up, d = 8, unique rows: share of copy bandwidth", 0.9),
+        ("forward, d = 8: x PEER-pytorch", 2.0),
+        ("step, d = 8: x PEER-pytorch", 100.0),
+        ("step, d = 8: time / floor", 2.0),
+    ]

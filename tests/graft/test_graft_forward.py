@@ -19,6 +19,19 @@ from transformers import DynamicCache
 from modeling_peer.graft_layer import PeerGraft, find_decoder_layers
 
 
+def decoder_of(model):
+    return find_decoder_layers(model.base_model.model)[1]
+
+
+def statistics_of(model):
+    return grafts_of(model)[0].router.query_norm.state_dict()
+
+
+def masked_tokens():
+    tokens = random_tokens(2, 9)
+    return {"input_ids": tokens, "attention_mask": (torch.arange(9) < 6).long().expand_as(tokens)}
+
+
 class TestPadding:
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
     @pytest.mark.parametrize("query_norm", ["rms", "batch"])
@@ -39,20 +52,15 @@ class TestPadding:
             model = grafted(family, query_norm="batch").train()
             padded = torch.cat([tokens, torch.zeros(2, width, dtype=torch.int64)], dim=1)
             model(input_ids=padded, attention_mask=(padded != 0).long())
-            statistics.append(grafts_of(model)[0].router.query_norm.state_dict())
+            statistics.append(statistics_of(model))
         torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-6)
         assert statistics[0]["num_batches_tracked"] == 1 and statistics[0]["running_mean"].abs().max() > 0
 
     def test_of_a_mask_given_by_position(self):
-        model = grafted(query_norm="batch").train()
-        tokens = random_tokens(2, 9)
-        mask = torch.ones_like(tokens)
-        mask[:, 4:] = 0
-        model.base_model.model.model(tokens, mask)
-        by_position = grafts_of(model)[0].router.query_norm.running_mean.clone()
-        other = grafted(query_norm="batch").train()
-        other(input_ids=tokens, attention_mask=mask)
-        assert torch.equal(grafts_of(other)[0].router.query_norm.running_mean, by_position)
+        model, other = (grafted(query_norm="batch").train() for _ in range(2))
+        model.base_model.model.model(*masked_tokens().values())
+        other(**masked_tokens())
+        torch.testing.assert_close(statistics_of(model), statistics_of(other), rtol=0, atol=0)
 
     def test_statistics_rest_without_gradients_and_when_frozen(self):
         model = grafted(query_norm="batch").train()
@@ -62,7 +70,7 @@ class TestPadding:
         model.eval()(input_ids=tokens)
         with model.disable_adapter():
             model.train()(input_ids=tokens)
-        assert grafts_of(model)[0].router.query_norm.num_batches_tracked == 0
+        assert statistics_of(model)["num_batches_tracked"] == 0
 
     @pytest.mark.parametrize("layers", [[0], [1]])
     def test_a_mask_of_past_and_present_tokens_is_taken_in_training(self, layers):
@@ -77,7 +85,7 @@ class TestPadding:
             present = torch.cat([tokens[:, 4:], torch.zeros(2, padding, dtype=torch.int64)], dim=1)
             mask = torch.cat([torch.ones_like(tokens[:, :4]), (present != 0).long()], dim=1)
             decoder(present, attention_mask=mask, use_cache=True, **past)
-            statistics.append(grafts_of(model)[0].router.query_norm.state_dict())
+            statistics.append(statistics_of(model))
         torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-6)
         assert statistics[0]["num_batches_tracked"] == 1
 
@@ -85,7 +93,8 @@ class TestPadding:
     def test_generation_takes_its_caches(self, cache):
         model = trained(grafted(query_norm="batch"))
         tokens = random_tokens(2, 9)
-        options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False}
+        tokens[0, :2] = 0
+        options = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 8, "do_sample": False}
         found = model.generate(input_ids=tokens, cache_implementation=cache, **options)
         assert torch.equal(found, model.generate(input_ids=tokens, use_cache=False, **options))
 
@@ -119,39 +128,29 @@ class TestPadding:
         assert query_norm != "batch" or results[0][1]["query_norm.num_batches_tracked"] == 1
 
 
-def decoder_of(model):
-    return find_decoder_layers(model.base_model.model)[1]
-
-
 class TestDecoderForward:
     def test_threads_do_not_see_each_other(self):
         """A forward pass without gradients, of longer text, comes while another thread trains."""
+        longer = {"input_ids": random_tokens(1, 20), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
         statistics = []
         for interrupted in (False, True):
             model = grafted(query_norm="batch").train()
-            tokens = random_tokens(2, 9)
-            mask = torch.ones_like(tokens)
-            mask[:, 6:] = 0
 
-            @torch.no_grad()
-            def generate(model=model):
-                model(input_ids=random_tokens(1, 20), attention_mask=torch.ones(1, 20, dtype=torch.long))
-
-            def interrupt(module, args, generate=generate):
+            def interrupt(module, args, model=model):
                 if threading.current_thread() is threading.main_thread():
-                    thread = threading.Thread(target=generate)
+                    thread = threading.Thread(target=torch.no_grad()(model.forward), kwargs=longer)
                     thread.start()
                     thread.join()
 
             if interrupted:
                 decoder_of(model).layers[1].register_forward_pre_hook(interrupt)
-            model(input_ids=tokens, attention_mask=mask)
-            statistics.append(grafts_of(model)[0].router.query_norm.state_dict())
+            model(**masked_tokens())
+            statistics.append(statistics_of(model))
         torch.testing.assert_close(*statistics, rtol=0, atol=0)
         assert statistics[1]["num_batches_tracked"] == 1
 
     def test_a_copy_of_the_model_has_its_own_and_a_copy_of_a_layer_shares_it(self):
-        model = grafted()
+        model = trained(grafted(query_norm="batch"))
         other, layer = copy.deepcopy(model), copy.deepcopy(decoder_of(model).layers[1])
         (graft,), (of_other,), (of_layer,) = grafts_of(model), grafts_of(other), grafts_of(layer)
         assert graft.decoder_forward.decoder is decoder_of(model)
@@ -160,22 +159,22 @@ class TestDecoderForward:
         loaded = pickle.loads(pickle.dumps(decoder_of(model)))
         assert grafts_of(loaded)[0].decoder_forward.decoder is loaded
         assert isinstance(pickle.loads(pickle.dumps(graft)), PeerGraft)
+        logits = logits_of(model)
+        trained(other)
+        assert torch.equal(logits_of(model), logits)
+        assert [statistics_of(each)["num_batches_tracked"].item() for each in (model, other)] == [3, 6]
 
     def test_reaches_a_graft_that_another_method_copied(self):
         """`modules_to_save` of PEFT trains a copy of a merged graft, which must know the padding as well."""
-        tokens = random_tokens(2, 9)
-        mask = torch.ones_like(tokens)
-        mask[:, 6:] = 0
         plain = grafted(query_norm="batch").merge_and_unload()
         copied = get_peft_model(copy.deepcopy(plain), LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]))
         for model in (plain, copied):
-            model.train()(input_ids=tokens, attention_mask=mask)
-        (graft,) = grafts_of(plain)
+            model.train()(**masked_tokens())
         original, trained_copy = grafts_of(copied)
         assert original.router.query_norm.num_batches_tracked == 0
-        found, expected = trained_copy.router.query_norm, graft.router.query_norm
-        torch.testing.assert_close(found.running_mean, expected.running_mean, rtol=0, atol=0)
-        assert found.num_batches_tracked == 1
+        found = trained_copy.router.query_norm.state_dict()
+        torch.testing.assert_close(found["running_mean"], statistics_of(plain)["running_mean"], rtol=0, atol=0)
+        assert found["num_batches_tracked"] == 1
 
     def test_a_graft_that_comes_later_reads_it_too(self):
         model = grafted(adapter_name="first")
@@ -196,14 +195,11 @@ class TestDecoderForward:
 
     @slow
     def test_is_read_where_the_model_is_compiled(self):
-        tokens = random_tokens(2, 9)
-        mask = torch.ones_like(tokens)
-        mask[:, 6:] = 0
         statistics = []
         for compiles in (False, True):
             model = grafted(query_norm="batch").train()
             forward = torch.compile(model.base_model.model, backend="eager") if compiles else model
-            forward(input_ids=tokens, attention_mask=mask)
-            statistics.append(grafts_of(model)[0].router.query_norm.state_dict())
+            forward(**masked_tokens())
+            statistics.append(statistics_of(model))
         torch.testing.assert_close(*statistics)
         assert statistics[1]["num_batches_tracked"] == 1

@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Grafts that became a part of their model: it is saved and loaded without PEFT, generates the same, loads in processes
-that have this package and in those that have the code in the checkpoint only. (Where neither is: `test_cards.py`.)
+that have this package and in those that have the code in the checkpoint only. (Where neither is: `test_graft_registration.py`.)
 """
 
 import copy
-import json
 import os
 import pickle
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from graft_models import (
     BASE_MODELS,
     FAMILIES_AND_PLACEMENTS,
+    HEADS,
     PLACEMENTS,
     TASKS,
     assert_same_state,
@@ -88,11 +88,24 @@ class TestRoundTrip:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     @pytest.mark.parametrize("task_type", TASKS)
     def test_of_every_auto_class(self, family, task_type, tmp_path):
-        base_model = TASKS[task_type].from_config(copy.deepcopy(BASE_MODELS[family])).eval()
-        model = get_peft_model(base_model, graft_config(task_type=task_type)).eval()
-        nn.init.normal_(grafts_of(model)[0].expert_pool.down_proj.weight)
+        """With the modules that are trained besides, which come back as an adapter too."""
+
+        def base_model():
+            torch.manual_seed(0)
+            return TASKS[task_type].from_config(copy.deepcopy(BASE_MODELS[family])).eval()
+
+        model = get_peft_model(base_model(), graft_config(task_type=task_type))
+        heads = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+        assert family != "llama" or {name.split(".")[2] for name in heads} == HEADS.get(task_type, set())
+        for name, parameter in model.named_parameters():
+            if name in heads or ("down_proj.weight" in name and parameter.requires_grad):
+                nn.init.normal_(parameter)
         tokens = random_tokens(1, 5)
-        outputs = model(input_ids=tokens)[0]
+        outputs = model.eval()(input_ids=tokens)[0]
+        assert not torch.equal(outputs, base_model()(input_ids=tokens)[0])
+        model.save_pretrained(tmp_path / "adapter")
+        adapted = PeftModel.from_pretrained(base_model(), tmp_path / "adapter").eval()
+        assert torch.equal(adapted(input_ids=tokens)[0], outputs)
         model.merge_and_unload().save_pretrained(tmp_path)
         loaded, report = TASKS[task_type].from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values())
@@ -131,11 +144,14 @@ print(type(model).__name__)
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
         assert torch.equal(logits_of(loaded), logits_of(merged))
 
-    def test_of_several_adapters_and_twice(self, tmp_path):
+    def test_of_one_of_several_adapters_and_twice(self, tmp_path):
         model = trained(grafted(adapter_name="first"))
+        first = logits_of(model)
         model.add_adapter("second", graft_config(num_experts=6**2, layers_to_transform=[1, 2]))
         model.set_adapter("second")
         trained(model)
+        one = copy.deepcopy(model).merge_and_unload(adapter_names=["first"])
+        assert torch.equal(logits_of(one), first) and len(grafts_of(one)) == 1
         model.base_model.set_adapter(["first", "second"])
         logits = logits_of(model)
         merged = model.merge_and_unload()
@@ -188,14 +204,6 @@ print(type(model).__name__)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(logits_of(loaded), logits_of(merged))
 
-    def test_of_chosen_adapters(self):
-        model = trained(grafted(adapter_name="first"))
-        first = logits_of(model)
-        model.add_adapter("second", graft_config())
-        model.set_adapter("second")
-        trained(model)
-        assert torch.equal(logits_of(model.merge_and_unload(adapter_names=["first"])), first)
-
     def test_starts_anew_from_the_configuration(self, tmp_path):
         trained(grafted(placement="in_place", init_from_ffn=True, num_experts=100)).merge_and_unload().save_pretrained(
             tmp_path
@@ -233,42 +241,39 @@ print("loaded", type(model).__module__)
         torch.save((tokens, logits_of(model, tokens), model.generate(tokens, **GREEDY)), folder / "expected.pt")
         return folder
 
-    def run(self, folder, imports, arguments, cache, python_path=""):
-        environment = {**os.environ, "PYTHONPATH": python_path, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
+    @pytest.mark.parametrize(
+        ("imports", "arguments", "python_path"),
+        [
+            ("import modeling_peer.graft_merged", "", str(PACKAGE_ROOT)),
+            ("sys.modules['modeling_peer'] = None", "trust_remote_code=True", ""),
+        ],
+        ids=["by the package", "by the code in the checkpoint"],
+    )
+    def test_loads(self, folder, tmp_path, imports, arguments, python_path):
+        variables = {"PYTHONPATH": python_path, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        completed = subprocess.run(
             [sys.executable, "-c", self.SCRIPT.format(imports=imports, arguments=arguments), str(folder)],
             capture_output=True,
             text=True,
             timeout=180,
-            env=environment,
-            cwd=cache,
+            env=os.environ | variables,
+            cwd=tmp_path,
             input="",
         )
-
-    def test_where_the_package_is(self, folder, tmp_path):
-        completed = self.run(folder, "import modeling_peer.graft_merged", "", tmp_path, str(PACKAGE_ROOT))
-        assert "loaded modeling_peer.graft_merged" in completed.stdout, completed.stderr
-
-    def test_where_the_code_in_the_checkpoint_is_trusted(self, folder, tmp_path):
-        imports = "sys.modules['modeling_peer'] = None"
-        completed = self.run(folder, imports, "trust_remote_code=True", tmp_path)
-        assert "loaded transformers_modules" in completed.stdout, completed.stderr
+        module = "modeling_peer.graft_merged" if python_path else "transformers_modules"
+        assert f"loaded {module}" in completed.stdout, completed.stderr
 
 
 class TestRefusals:
-    def test_of_a_base_model_that_the_library_does_not_have(self, tmp_path):
-        trained(grafted()).merge_and_unload().save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "host_model_type": "nothing"}))
-        with pytest.raises(KeyError, match="nothing"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize("kind", ["subclass", "peer"])
-    def test_of_models_that_could_not_be_loaded_again(self, kind):
-        base_model = {
-            "subclass": lambda: type("Own", (LlamaForCausalLM,), {})(base_model_of().config),
-            "peer": lambda: PeerForCausalLM(tiny_config("dense", "peer", "dense")),
-        }[kind]()
+    @pytest.mark.parametrize(
+        ("model_class", "config"),
+        [
+            (type("Own", (LlamaForCausalLM,), {}), BASE_MODELS["llama"]),
+            (PeerForCausalLM, tiny_config("dense", "peer", "dense")),
+        ],
+    )
+    def test_of_models_that_could_not_be_loaded_again(self, model_class, config):
+        base_model = model_class(copy.deepcopy(config))
         model = get_peft_model(base_model.eval(), graft_config(layers_to_transform=[0]))
         logits, before = logits_of(trained(model)), state_of(base_model)
         with pytest.raises(ValueError, match="none of .* finds"):

@@ -2,13 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Grafts are registered with PEFT once, or not at all and with one warning. In processes of their own, as an import
-registers them once for all.
+registers them once for all. The card of an adapter says how to load it, and never replaces another README.md.
 """
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from graft_models import base_model_of, graft_config, grafted, logits_of, trained
+from tiny_models import random_tokens
+
+from modeling_peer.graft import card
 
 
 def run(script):
@@ -81,3 +88,66 @@ print(*[each.message for each in caught if "grafts do not work" in str(each.mess
 modeling_peer.PeerConfig()
 """
     assert message in run(script)
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
+
+
+def test_what_a_card_says_is_so(tmp_path):
+    """Where nothing but the folders is there, the adapter fails to load as it is, and loads by the code in its card."""
+    torch.manual_seed(0)
+    tokens = random_tokens(2, 5)
+    base_model_of().save_pretrained(tmp_path / "base")
+    adapter = trained(grafted())
+    adapter.save_pretrained(tmp_path / "adapter")
+    torch.save((tokens, logits_of(adapter, tokens)), tmp_path / "expected.pt")
+    said = card_of(tmp_path / "adapter")
+    assert re.findall(r"^pip install .*", said, re.M) == ['pip install ".[graft]"']
+    code = re.search(r"```python\n(.*?)```", said, re.S)[1]
+    code = code.replace("path/to/this/folder", str(tmp_path / "adapter"))
+    code = code.replace("path/to/the/base/model", str(tmp_path / "base"))
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+base_model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+try:
+    PeftModel.from_pretrained(base_model, {str(tmp_path / "adapter")!r})
+except KeyError as error:
+    print(error)
+assert "modeling_peer" not in sys.modules
+exec({code!r})
+assert torch.equal(model.eval()(input_ids=tokens).logits, expected)
+print(type(model).__name__)
+"""
+    assert run(script).split() == ["'PEER_GRAFT'", "PeftModelForCausalLM"]
+
+
+def test_cards_of_adapters_by_name(tmp_path):
+    model = grafted()
+    model.add_adapter("second", graft_config(task_type="CAUSAL_LM"))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "second"):
+        assert card_of(folder).count("import modeling_peer\n") == 1, folder
+    model.base_model.peft_config["default"].base_model_name_or_path = "some/base"
+    model.base_model.peft_config["default"].save_pretrained(tmp_path / "config")
+    assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card_of(tmp_path / "config")
+
+
+def test_an_existing_card_is_never_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nWhat I say of it.\n")
+    grafted().save_pretrained(tmp_path)
+    # PEFT itself adds metadata and its release.
+    assert "# Mine\n\nWhat I say of it." in card_of(tmp_path) and "modeling_peer" not in card_of(tmp_path)
+
+
+def test_the_repository_of_cards_is_that_of_the_package(monkeypatch, tmp_path):
+    """It is named in one constant and in pyproject.toml, and where it is known, cards install from it."""
+    urls = re.findall(r'^Repository = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
+    assert urls == ([] if card.REPOSITORY is None else [card.REPOSITORY])
+    monkeypatch.setattr(card, "REPOSITORY", "https://example.org/peer")
+    grafted().save_pretrained(tmp_path)
+    assert '\npip install "modeling-peer[graft] @ git+https://example.org/peer"\n' in card_of(tmp_path)

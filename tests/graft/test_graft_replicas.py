@@ -207,43 +207,29 @@ def test_steps_are_those_of_one_process_on_the_joint_batch(folder, name):
 
 @needs_groups
 @pytest.mark.parametrize("name", GROUPS)
-def test_columns_of_tables_are_split(folder, name):
-    """And are no parameters of FSDP2, which splits all others."""
-    shapes = {each: parameter.shape for each, parameter in trained_parameters(name).items()}
-    for rank in (0, 1):
-        found = of_rank(folder, rank)[name]
-        assert set(found["split"]) == set(shapes if "fsdp2" in name else found["columns"])
-        # Of 25 columns, the last process has 12.
-        assert found["columns"] == {
-            each: (rows, columns // 2 + (columns % 2 and rank == 0))
-            for each, (rows, columns) in ((each, shape) for each, shape in shapes.items() if "expert_pool" in each)
-        }
-
-
-def trained_parameters(name):
-    model = grafted(**CASES[name].get("graft", {}))
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@needs_groups
-@pytest.mark.parametrize("name", GROUPS)
-def test_a_split_graft_is_saved_as_any_other(folder, name):
+def test_split_grafts_have_columns_of_tables_and_are_saved_as_any_other(folder, name):
+    """Tables are no parameters of FSDP2, which splits all others."""
     base_model = base_model_of(CASES[name].get("graft", {}).get("base_model", "llama"))
     loaded = PeftModel.from_pretrained(base_model, folder / name, is_trainable=True)
     parameters = {name: each.detach() for name, each in loaded.named_parameters() if each.requires_grad}
     assert not (folder / name / "adapter_model.bin").exists()
     for rank in (0, 1):
-        weights = of_rank(folder, rank)[name]["weights"]
-        assert parameters.keys() == weights.keys()
-        assert all(torch.equal(parameters[each], weight) for each, weight in weights.items())
+        found = of_rank(folder, rank)[name]
+        torch.testing.assert_close(found["weights"], parameters, rtol=0, atol=0)
+        assert set(found["split"]) == set(parameters if "fsdp2" in name else found["columns"])
+        # Of 25 columns, the last process has 12.
+        assert found["columns"] == {
+            each: (len(table), table.shape[1] // 2 + (table.shape[1] % 2 and rank == 0))
+            for each, table in parameters.items()
+            if "expert_pool" in each
+        }
 
 
 @needs_groups
 def test_a_model_with_merged_grafts_that_are_split_is_saved_as_any_other(folder):
     expected = grafted(**WITH_BIASES).merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @needs_groups

@@ -1,6 +1,9 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""New grafts on six families of base models: where they go, and what they compute at first."""
+"""
+New grafts on six families of base models: where they go, and what they compute at first. What does not fit is refused,
+and leaves the base model as it was.
+"""
 
 import copy
 
@@ -11,12 +14,14 @@ from graft_models import (
     PLACEMENTS,
     SIZES,
     assert_refused,
+    assert_same_state,
     base_model_of,
     graft_config,
     grafted,
     grafts_of,
     logits_of,
     middle_feed_forward,
+    state_of,
     trained,
 )
 from literal_algorithm import literal_peer
@@ -31,22 +36,20 @@ from transformers import (
     GPT2LMHeadModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from modeling_peer.graft import initialization as graft_initialization
 from modeling_peer.graft import model as graft_model
 from modeling_peer.graft.base_feed_forward import recognize_feed_forward, weight_matrix
 from modeling_peer.graft.initialization import neuron_cells
-from modeling_peer.graft.model import PeerGraftLayer
+from modeling_peer.graft.model import PeerGraftConfig, PeerGraftLayer
 from modeling_peer.graft_layer import GraftedFeedForward
 
 
-FAMILIES = pytest.mark.parametrize("family", BASE_MODELS)
-ALL_PLACEMENTS = pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
-
-
 class TestStart:
-    @FAMILIES
+    @pytest.mark.parametrize("family", BASE_MODELS)
     @pytest.mark.parametrize("query_norm", ["rms", "batch"])
     def test_beside_it_is_nothing(self, family, query_norm):
         base_model = base_model_of(family)
@@ -57,31 +60,26 @@ class TestStart:
         assert torch.equal(logits_of(model), before)
         assert torch.equal(logits_of(model.train()), before)
 
-    @pytest.mark.parametrize("layers", [[0, 2], 2, [1, 1]])
-    def test_on_chosen_layers(self, layers):
-        model = grafted(layers_to_transform=layers)
-        names = {
-            name.split("layers.")[1][0] for name, module in model.named_modules() if type(module) is PeerGraftLayer
-        }
-        assert names == {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-
     @pytest.mark.parametrize(
         ("fields", "layers"),
         [
+            ({"layers_to_transform": [0, 2]}, "02"),
+            ({"layers_to_transform": 2}, "2"),
+            ({"layers_to_transform": [1, 1]}, "1"),
             ({"target_modules": ["mlp"], "layers_to_transform": [0, 2]}, "02"),
             ({"target_modules": r".*\.[12]\.mlp"}, "12"),
             ({"target_modules": ["model.layers.2.mlp"]}, "2"),
             ({"target_modules": ["mlp"], "layers_to_transform": [2], "layers_pattern": "layers"}, "2"),
         ],
     )
-    def test_on_named_modules(self, fields, layers):
+    def test_on_chosen_layers(self, fields, layers):
         model = grafted(**fields)
         names = {
             name.split("layers.")[1][0] for name, module in model.named_modules() if type(module) is PeerGraftLayer
         }
         assert names == set(layers)
 
-    @ALL_PLACEMENTS
+    @pytest.mark.parametrize("fields", PLACEMENTS.values(), ids=PLACEMENTS)
     def test_equals_algorithm_1(self, fields):
         base_model = base_model_of(dtype=torch.float64)
         feed_forward = copy.deepcopy(base_model.model.layers[1].mlp)
@@ -236,3 +234,78 @@ def test_recognises_feed_forwards_by_their_linear_layers():
     # It is called with the residual too, which it adds.
     bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
     assert recognize_feed_forward(bloom.transformer.h[0].mlp) is None
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"layers_to_transform": [3]}, "`layers_to_transform`"),
+            ({"layers_to_transform": -1}, "`layers_to_transform`"),
+            ({"layers_to_transform": []}, "`layers_to_transform`"),
+            ({"target_modules": ["nothing"]}, "`target_modules`"),
+            ({"target_modules": ["self_attn"]}, "`target_modules`"),
+            ({"target_modules": ["up_proj"]}, "`target_modules`"),
+        ],
+    )
+    def test_of_layers(self, fields, message):
+        assert_refused(base_model_of(), graft_config(**fields), message)
+
+    def test_of_other_modules_than_models(self):
+        with pytest.raises(ValueError, match="got Sequential"):
+            get_peft_model(nn.Sequential(nn.Linear(2, 2)), PeerGraftConfig())
+
+    def test_of_a_mixture_of_experts(self):
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base_model = MixtralForCausalLM(
+            MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
+        )
+        assert_refused(base_model, graft_config(), "`layers_to_transform`")
+        assert_refused(base_model, graft_config(target_modules=["mlp"]), "a MixtralSparseMoeBlock")
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"num_experts": 60}, "`num_experts`"),
+            ({"num_experts_per_head": 9}, "`num_experts_per_head`"),
+            ({"query_size": 7}, "`query_size`"),
+            ({"num_retrieval_heads": 0}, "`num_retrieval_heads`"),
+            ({"query_norm": "layer"}, "query_norm"),
+            ({"expert_act": "none"}, "`expert_act`"),
+            ({"placement": "after"}, "`placement`"),
+            ({"init_from_ffn": True}, "`init_from_ffn`"),
+        ],
+    )
+    def test_of_values_when_the_configuration_is_made_or_used(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            graft_config(**fields)
+        config = graft_config()
+        for name, value in fields.items():
+            setattr(config, name, value)
+        assert_refused(base_model_of(), config, message)
+
+    @pytest.mark.parametrize(
+        ("family", "fields", "message"),
+        [
+            ("qwen3", {}, "host_model_type"),
+            ("llama", {"num_hidden_layers": 4}, "host_num_layers"),
+            ("llama", {"hidden_size": 32}, "host_hidden_size"),
+            ("llama", {"intermediate_size": 40}, "host_intermediate_size"),
+            ("llama", {"mlp_bias": True}, "host_has_biases"),
+        ],
+    )
+    @pytest.mark.parametrize("added", [False, True], ids=["first", "added"])
+    def test_of_adapters_of_another_host(self, tmp_path, family, fields, message, added):
+        trained(grafted()).save_pretrained(tmp_path)
+        base_model = base_model_of(family, **fields)
+        if added:
+            base_model = grafted(base_model, adapter_name="present")
+        before = state_of(base_model)
+        with pytest.raises(ValueError, match=message):
+            base_model.load_adapter(tmp_path, "other") if added else PeftModel.from_pretrained(base_model, tmp_path)
+        assert_same_state(state_of(base_model), before)
+
+    def test_of_a_base_model_with_several_lists_of_layers(self):
+        base_model = base_model_of()
+        base_model.model.others = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+        assert_refused(base_model, graft_config(), "has 2 lists")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, grafts_of, merged_in_turn
 from peft import PeftModel, get_peft_model
-from sft import save_tokenizer, sft_trainer
-from table_gradients import DenseRowAdamW, tables_of
+from sft import logits_of, save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, pad_right, train, trainer_of
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -15,27 +14,16 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from modeling_peer import (
     ExpertBackground,
     ExpertUsageCallback,
-    ExpertUsageMeter,
-    RowAdamW,
     SparseFinetuningCallback,
-    expert_parameter_groups,
     freeze_experts,
     masked_experts,
     measure_usage,
 )
 from modeling_peer.analysis.expert_sets import find_expert_sets, observe_routers
-from modeling_peer.experts import expert_tables
-from modeling_peer.ops.factored_gradient import FactoredGradient
 
 
 def model_of(family="llama", **fields):
     return grafted(base_model_of(family), **fields)
-
-
-@torch.no_grad()
-def logits_of(model):
-    batch = pad_right(counting_sequences(8, seed=3))
-    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 class TestTrainer:
@@ -62,35 +50,10 @@ class TestTrainer:
         assert logged(resumed)[-4:] == logged(whole)[-4:]
         assert_close(copy_of_state(resumed.model), copy_of_state(whole.model), rtol=0, atol=0)
 
-    def test_row_adamw_moves_the_same_rows_by_factors(self, tmp_path):
-        trainers = []
-        for factored in (False, True):
-            model = model_of()
-            groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
-            tables = [table.weight for table in expert_tables(model).values()]
-            rows = next(group for group in groups if group["rows"])["params"]
-            assert len(rows) == len(tables) == 2 and all(a is b for a, b in zip(rows, tables, strict=True))
-            trainer = trainer_of(model, tmp_path, max_steps=5)
-            trainer.optimizer = RowAdamW(groups) if factored else DenseRowAdamW(groups)
-            trainer.train()
-            trainers.append(trainer)
-        assert logged(trainers[1]) == pytest.approx(logged(trainers[0]), rel=1e-5)
-        assert_close(*(copy_of_state(trainer.model) for trainer in trainers), rtol=1e-4, atol=1e-6)
-        batch = pad_right(counting_sequences(2, seed=4))
-        for trainer, factored in zip(trainers, (False, True), strict=True):
-            model = trainer.model.train()
-            model(**batch).loss.backward()
-            assert {isinstance(table.grad, FactoredGradient) for table in tables_of(model).values()} == {factored}
-
     def test_usage_is_measured(self, tmp_path):
         trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
         assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1_default"))
         assert len(logged(trainer, "expert_usage/layer_1_default")) == 3
-        router, meter, seen = grafts_of(trainer.model)[0].router, ExpertUsageMeter(64), set()
-        router.register_forward_hook(lambda module, args, output: seen.update(output[0].flatten().tolist()))
-        meter.update(*router(torch.randn(2, 5, 24)))
-        assert meter.compute()["usage"] == pytest.approx(len(seen) / 64)
-        assert 2 * 4 < len(seen) < 64
 
     def test_usage_of_grafts_that_were_merged_one_after_the_other(self, tmp_path):
         model, seen = merged_in_turn(64, 36), {64: set(), 36: set()}

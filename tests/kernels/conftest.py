@@ -9,6 +9,7 @@ import torch
 from triton_programs import watched_launches
 
 from modeling_peer.ops import native
+from modeling_peer.ops.kernels_cpu import CpuKernels
 from modeling_peer.ops.native import load_library
 from modeling_peer.ops.triton_launch import INTERPRETED
 
@@ -54,6 +55,14 @@ def compilations(monkeypatch):
         subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs)
     )
     return commands
+
+
+@pytest.fixture
+def groupings(monkeypatch):
+    """The numbers of assignments that were grouped in C."""
+    found, group = [], CpuKernels.group
+    monkeypatch.setattr(CpuKernels, "group", lambda *args: found.append(len(args[0])) or group(*args))
+    return found
 
 
 @pytest.fixture

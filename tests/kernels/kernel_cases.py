@@ -3,7 +3,10 @@
 """Random tokens and experts for the tests of kernels, and what they are held against."""
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,17 @@ import torch
 from modeling_peer.ops import kernels_cpu, native
 
 
+ROOT = Path(__file__).parents[2]
+
 IMPLEMENTATIONS = ["torch", "cpu"]
+# Where its wheels are, Triton is a part of the test environment, and its absence a failure.
+needs_triton = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
+)
+TRITON = pytest.param("triton", marks=pytest.mark.interpreted)  # beside them, in its interpreter
+
+# A unit in the last place of what is stored; sums are taken in more.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def experts(num_tokens, active, width, num_experts, dtype, seed=0):
@@ -32,6 +45,35 @@ def literal_up(hidden_states, rows, table):
 def literal_down(weights, rows, table):
     """`Σ_a weights[t, a] table[rows[t, a]]`, in float64."""
     return torch.einsum("ta,tad->td", weights.double(), table.double()[rows])
+
+
+def assert_near(actual, expected, terms, dtype):
+    """`expected` in float64; `terms` bounds the sum of the sizes of what was added up."""
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    rounded = torch.finfo(dtype).eps / 2 * expected.abs().clamp(min=torch.finfo(dtype).tiny)
+    bound = rounded + 2 * ROUNDING[torch.promote_types(dtype, torch.float32)] * terms
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+def assert_halves_near(kernels, hidden_states, weights, rows, table, exact):
+    """Both halves of experts on kernels against literal ones; `exact` is what a quantized table means."""
+    for run, literal, tokens in ((kernels.up, literal_up, hidden_states), (kernels.down, literal_down, weights)):
+        terms = literal(tokens.abs(), rows, exact.abs())
+        assert_near(run(tokens, rows, table), literal(tokens, rows, exact), terms, tokens.dtype)
+
+
+def run_script(script: str, *arguments, **environment: str) -> str:
+    """What a script prints in a process of its own."""
+    process = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    return process.stdout
 
 
 def retrieve_as_compiled_with(flags: str, patch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -6,36 +6,23 @@ import time
 
 import pytest
 import torch
-from kernel_cases import IMPLEMENTATIONS, experts, literal_down, literal_up
-from tiny_models import random_tokens, tiny_config, tiny_model
+from kernel_cases import IMPLEMENTATIONS, ROUNDING, TRITON, assert_halves_near, assert_near, experts
+from table_gradients import literal_rows
 
 from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
 from modeling_peer.feed_forward import PeerFeedForward
 from modeling_peer.ops import kernels_torch
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.ops.kernels import KERNELS, resolve_kernels
-from modeling_peer.ops.kernels_cpu import CpuKernels
+from modeling_peer.ops.quantized_rows import quantize
 
-
-# A unit in the last place of what is stored; sums are taken in more.
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 # tokens, active experts, width, experts. The first has several vectors, one vector and a rest in each row, for
 # registers of any width; the others have no token, one token, width 1, far more repeats than experts, and more
 # experts than one pass of a radix sort tells apart.
 SHAPES = [(33, 16, 150, 50), (0, 6, 24, 36), (1, 128, 512, 1000), (5, 1, 1, 1), (300, 12, 64, 7), (40, 8, 3, 3000)]
 CASES = [(torch.float32, shape) for shape in SHAPES]
-CASES += [(dtype, SHAPES[0]) for dtype in TOLERANCES if dtype != torch.float32]
-
-
-def assert_near(actual, expected, terms, dtype):
-    """`expected` in float64; `terms` bounds the sum of the sizes of what was added up."""
-    assert actual.dtype == dtype
-    bound = (
-        TOLERANCES[dtype] * expected.abs().clamp(min=torch.finfo(dtype).tiny)
-        + 2 * TOLERANCES[torch.promote_types(dtype, torch.float32)] * terms
-    )
-    assert ((actual.double() - expected).abs() <= bound).all()
+CASES += [(dtype, SHAPES[0]) for dtype in ROUNDING if dtype != torch.float32]
 
 
 @pytest.mark.parametrize("dtype, shape", CASES, ids=str)
@@ -46,26 +33,15 @@ class TestImplementations:
         """Torch operations run in several pieces, as they do for many tokens."""
         monkeypatch.setattr(kernels_torch, "PIECE_SIZE", 5000)
 
-    def test_up(self, name, threads, shape, dtype):
-        hidden_states, _, indices, table = experts(*shape, dtype)
-        terms = literal_up(hidden_states.abs(), indices, table.abs())
-        actual = KERNELS[name].up(hidden_states, indices, table)
-        assert_near(actual, literal_up(hidden_states, indices, table), terms, dtype)
-
-    def test_down(self, name, threads, shape, dtype):
-        _, weights, indices, table = experts(*shape, dtype)
-        terms = literal_down(weights.abs(), indices, table.abs())
-        actual = KERNELS[name].down(weights, indices, table)
-        assert_near(actual, literal_down(weights, indices, table), terms, dtype)
+    def test_up_and_down(self, name, threads, shape, dtype):
+        hidden_states, weights, indices, table = experts(*shape, dtype)
+        assert_halves_near(KERNELS[name], hidden_states, weights, indices, table, table)
 
     def test_row_gradient(self, name, threads, shape, dtype):
         tokens, coefficients, indices, table = experts(*shape, dtype)
-        exact, sizes = torch.zeros(table.shape).double(), torch.zeros(table.shape).double()
-        for t in range(shape[0]):
-            for a in range(shape[1]):
-                product = coefficients[t, a].double() * tokens[t].double()
-                exact[indices[t, a]] += product
-                sizes[indices[t, a]] += product.abs()
+        factors = Factors(coefficients, tokens, Assignments(indices, len(table), name))
+        exact = literal_rows([factors], *table.shape)
+        sizes = literal_rows([Factors(coefficients.abs(), tokens.abs(), factors.assignments)], *table.shape)
         kernels = KERNELS[name]
         rows, starts, order = kernels.group(indices.flatten(), len(table))
         assert {tensor.dtype for tensor in (rows, starts, order)} == {torch.int32}
@@ -79,10 +55,8 @@ class TestImplementations:
         assert_near(out, exact, sizes, dtype)
         norm = kernels.squared_norm(*by_group)
         assert norm.dtype == torch.float64 and norm.shape == ()
-        exact_norm = exact.square().sum()
-        assert (
-            abs(norm - exact_norm) <= 4 * TOLERANCES[torch.promote_types(dtype, torch.float32)] * sizes.square().sum()
-        )
+        error, bound = abs(norm - exact.square().sum()), 4 * sizes.square().sum()
+        assert error <= ROUNDING[torch.promote_types(dtype, torch.float32)] * bound
 
     def test_group(self, name, threads, shape, dtype):
         """Rows ascend, and so do the assignments of each; every assignment is in the group of the row that it names."""
@@ -102,12 +76,7 @@ class TestImplementations:
 def test_tokens_and_table_may_differ_in_dtype(name, tokens_dtype, table_dtype):
     hidden_states, weights, indices, table = experts(9, 4, 40, 20, torch.float32)
     hidden_states, weights, table = hidden_states.to(tokens_dtype), weights.to(tokens_dtype), table.to(table_dtype)
-    up = KERNELS[name].up(hidden_states, indices, table)
-    down = KERNELS[name].down(weights, indices, table)
-    assert up.dtype == down.dtype == tokens_dtype
-    tolerance = {"rtol": 2**-7, "atol": 2**-7}
-    torch.testing.assert_close(up.double(), literal_up(hidden_states, indices, table), **tolerance)
-    torch.testing.assert_close(down.double(), literal_down(weights, indices, table), **tolerance)
+    assert_halves_near(KERNELS[name], hidden_states, weights, indices, table, table)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -132,113 +101,44 @@ def test_half_precision_is_rounded_as_torch_rounds(dtype):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_tokens_need_not_be_contiguous(name):
-    hidden_states, weights, indices, table = experts(8, 5, 24, 36, torch.float64)
-    kernels = KERNELS[name]
-    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (hidden_states, weights, indices, table)]
-    assert not any(tensor.is_contiguous() for tensor in strided)
-    assert torch.equal(kernels.up(strided[0], strided[2], strided[3]), kernels.up(hidden_states, indices, table))
-    assert torch.equal(kernels.down(strided[1], strided[2], strided[3]), kernels.down(weights, indices, table))
-    rows = Factors(weights, hidden_states, Assignments(indices, len(table), name)).to_rows(torch.float64)
-    assert torch.equal(
-        Factors(strided[1], strided[0], Assignments(strided[2], len(table), name)).to_rows(torch.float64), rows
-    )
+    found = []
+    for strides in (torch.Tensor.contiguous, lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0]):
+        hidden_states, weights, indices, table = map(strides, experts(8, 5, 24, 36, torch.float64))
+        assert table.is_contiguous() == (not found)
+        rows = Factors(weights, hidden_states, Assignments(indices, 36, name)).to_rows(torch.float64)
+        kernels = KERNELS[name]
+        found.append([kernels.up(hidden_states, indices, table), kernels.down(weights, indices, table), rows])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("index", [-1, 36])
-def test_an_index_outside_of_the_table_is_refused(index):
-    hidden_states, weights, indices, table = experts(3, 5, 24, 36, torch.float32)
+@pytest.mark.parametrize("index", [-1, 20])
+@pytest.mark.parametrize("quantization", [None, (8, None), (4, 16)], ids=str)
+@pytest.mark.parametrize("name", ["cpu", TRITON])
+def test_an_index_outside_of_the_table_is_refused(name, quantization, index, monkeypatch):
+    """By a GPU on demand."""
+    monkeypatch.setenv("MODELING_PEER_CHECK_INDICES", "1")
+    hidden_states, weights, indices, table = experts(3, 4, 24, 20, torch.float32)
+    table = table if quantization is None else quantize(table, *quantization)
     indices[1, 2] = index
+    kernels = KERNELS[name]
     for run in (
-        lambda: CpuKernels.up(hidden_states, indices, table),
-        lambda: CpuKernels.down(weights, indices, table),
-        lambda: CpuKernels.group(indices.flatten(), 36),
+        lambda: kernels.up(hidden_states, indices, table),
+        lambda: kernels.down(weights, indices, table),
+        lambda: kernels.group(indices.flatten(), 20),
     ):
         with pytest.raises(IndexError, match=f"got {index}"):
             run()
 
 
-def freed(tensor):
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-class TestNothingElseReachesC:
-    """What C would misread, it never gets: it checks nothing, and reads what an address points to."""
-
-    UP = CpuKernels.up, ("hidden_states", "indices", "table")
-    DOWN = CpuKernels.down, ("weights", "indices", "table")
-    GRADIENT = CpuKernels.row_gradient, ("coefficients", "sources", "starts", "hidden_states", "out", "places")
-    NORM = CpuKernels.squared_norm, ("coefficients", "sources", "starts", "hidden_states")
-
-    @staticmethod
-    def arguments(names, changes):
-        hidden_states, weights, indices, table = experts(5, 6, 24, 36, torch.float32)
-        values = {"hidden_states": hidden_states, "weights": weights, "indices": indices, "table": table}
-        rows, starts, order = CpuKernels.group(indices.flatten(), 36)
-        values |= {"starts": starts, "places": rows}
-        values |= {"coefficients": weights.flatten()[order], "sources": order // 6, "out": torch.zeros(36, 24)}
-        values |= changes
-        return [values[name] for name in names]
-
-    @pytest.mark.parametrize(
-        "function, changes, message",
-        [
-            (UP, {"hidden_states": torch.randn(3, 24)}, "`hidden_states`"),
-            (UP, {"hidden_states": torch.randn(5, 20)}, "`hidden_states`"),
-            (UP, {"hidden_states": torch.randn(5, 24, device="meta")}, "`hidden_states`"),
-            (UP, {"table": torch.randn(36, 24, 1)}, "`table`"),
-            (UP, {"table": torch.ones(36, 24, dtype=torch.int64)}, "`table`"),
-            (UP, {"table": torch.randn(36, 24).to_sparse()}, "`table`"),
-            (UP, {"indices": torch.zeros(5, 6, dtype=torch.int32)}, "`rows`"),
-            (UP, {"indices": torch.zeros(30, dtype=torch.int64)}, "`rows`"),
-            (DOWN, {"weights": torch.randn(5, 7)}, "`weights`"),
-            (DOWN, {"weights": torch.randn(5, 6, device="meta")}, "`weights`"),
-        ],
-    )
-    def test_refused(self, function, changes, message):
-        run, names = function
-        with pytest.raises(ValueError, match=message):
-            run(*self.arguments(names, changes))
-
-    @pytest.mark.parametrize("function", [UP, DOWN, GRADIENT, NORM], ids=["up", "down", "row_gradient", "norm"])
-    @pytest.mark.parametrize("which", [0, 2])
-    def test_tensors_without_memory(self, function, which):
-        run, names = function
-        arguments = self.arguments(names, {})
-        arguments[which] = freed(arguments[which])
-        with pytest.raises(RuntimeError, match="memory|not allocated"):
-            run(*arguments)
-
-
-class TestRegistry:
-    def test_on_a_cpu_auto_is_cpu(self):
-        """Otherwise the suite would not test what users run. A compiler is a part of this project's environment."""
-        for dtype in TOLERANCES:
-            assert resolve_kernels(None, torch.empty(1, 1, dtype=dtype)) == "cpu"
-
-    def test_auto_takes_what_any_device_has(self):
-        assert resolve_kernels(None, torch.empty(1, 1, device="meta")) == "torch"
-        assert resolve_kernels(None, torch.empty(1, 1, dtype=torch.complex64)) == "torch"
-
-    def test_one_that_cannot_run_is_refused_by_name(self):
-        with pytest.raises(RuntimeError):
-            resolve_kernels("triton", torch.empty(1, 1))
-        with pytest.raises(RuntimeError):
-            resolve_kernels("cpu", torch.empty(1, 1, device="meta"))
-
-    @pytest.mark.parametrize("name", ["auto", "torch", "cpu"])
-    def test_a_model_does_not_depend_on_it(self, name):
-        model = tiny_model(tiny_config("peer", "pkm", gated_experts=True)).double().train()
-        tokens = random_tokens(3, 9)
-        outcomes = []
-        for kernels in ("eager", name):
-            model.config.expert_kernels = kernels
-            model.zero_grad()
-            loss = model(tokens, labels=tokens).loss
-            loss.backward()
-            outcomes.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-        for actual, expected in zip(*outcomes, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+def test_names():
+    """Unless it is named, it is C on a CPU, of whose environment a compiler is a part: that is what users run."""
+    for dtype in ROUNDING:
+        assert resolve_kernels(None, torch.empty(1, 1, dtype=dtype)) == "cpu"
+    assert resolve_kernels(None, torch.empty(1, 1, device="meta")) == "torch"
+    assert resolve_kernels(None, torch.empty(1, 1, dtype=torch.complex64)) == "torch"
+    for name, device in (("triton", "cpu"), ("cpu", "meta")):
+        with pytest.raises(RuntimeError, match=f'`expert_kernels="{name}"` cannot run here'):
+            resolve_kernels(name, torch.empty(1, 1, device=device))
 
 
 # Forward and backward of a layer with 512² experts, 256 tokens of width 256, one thread: literal time over C time.

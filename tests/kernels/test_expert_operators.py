@@ -12,7 +12,6 @@ from tiny_models import random_tokens, tiny_config, tiny_model
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from modeling_peer import RowAdamW
 from modeling_peer.experts import retrieve, run_experts_eager
@@ -108,31 +107,6 @@ class TestPools:
         output.sum().backward()
         assert hidden_states.grad is not None
         assert used_kernels == {("cpu", "up"), ("cpu", "down")}  # and none is computed
-
-    @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_activation_checkpointing(self, use_reentrant):
-        hidden_states, weights, rows, table = experts(5, 6, 24, 36, torch.float64)
-        queries, sub_keys = torch.randn(5, 2, 2, 8), torch.randn(1, 2, 6, 8)
-        grads = []
-        for run in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=use_reentrant)):
-            leaves = [each.clone().requires_grad_() for each in (hidden_states, table, queries, sub_keys)]
-
-            def forward(x, t, q, c):
-                output = run_expert_pool(x, rows, weights, t, None, t, F.gelu, "cpu")
-                return output.square().sum() + retrieve_on_cpu(q, c, 3)[1].square().sum()
-
-            run(forward, *leaves).backward()
-            grads.append([leaf.grad for leaf in leaves])
-        assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
-
-
-def test_retrieval_is_the_same_behind_an_operator():
-    leaves = [torch.randn(*shape).requires_grad_() for shape in ((5, 2, 2, 8), (1, 2, 6, 8))]
-    outcomes = []
-    for indices, scores in (retrieve_on_cpu(*leaves, 3), product_key_retrieval(*leaves, 3, "cpu")[::-1]):
-        assert scores.requires_grad and not indices.requires_grad
-        outcomes.append((indices, scores, *torch.autograd.grad(scores.square().sum(), leaves)))
-    assert all(torch.equal(x, y) for x, y in zip(*outcomes, strict=True))
 
 
 def test_a_second_derivative_is_refused():

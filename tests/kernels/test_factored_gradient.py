@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from kernel_cases import IMPLEMENTATIONS
+from kernel_cases import IMPLEMENTATIONS, ROUNDING
 from table_gradients import dense, literal_rows, random_parts
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -20,11 +20,8 @@ from modeling_peer import RowAdamW
 from modeling_peer.ops.experts import run_expert_pool
 from modeling_peer.ops.factored_gradient import MOST_FACTORS, FactoredGradient
 from modeling_peer.ops.gradient_factors import Assignments, Factors
-from modeling_peer.ops.kernels_cpu import CpuKernels
 
 
-# A unit in the last place of what is stored; sums are taken in more.
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ORDERS = (2.0, 1.0, math.inf)
 
 NUM_ROWS, WIDTH = 40, 19  # no multiple of the size of a vector
@@ -116,29 +113,64 @@ class TestArithmetic:
         gradient *= factor
         assert_near(gradient, factor * exact)
 
-    def test_zeros(self):
-        gradient, exact = random_gradient()
-        assert gradient.zero_() is gradient
-        assert_near(gradient, torch.zeros_like(exact))
-        gradient += random_gradient()[0]
-        assert_near(gradient, exact)
-
-    def test_a_clone_is_independent(self):
-        for change in (torch.Tensor.zero_, lambda g: g.mul_(2), lambda g: g.add_(g), lambda g: g.clamp_(-1, 1)):
-            for which in (0, 1):
+    @pytest.mark.parametrize(
+        "share", [torch.clone, lambda g: FactoredGradient(g, []).add_(g), lambda g: FactoredGradient(g, []).copy_(g)]
+    )
+    @pytest.mark.parametrize("is_viewed", [False, True])
+    def test_others_are_independent(self, share, is_viewed):
+        """Also if what is shared is dense, as it is once there was a view of it."""
+        for which in (0, 1):
+            for change in (
+                torch.Tensor.zero_,
+                lambda g: g.mul_(2),
+                lambda g: g.add_(g),
+                lambda g: g.clamp_(-1, 1),
+                lambda g: g[:20].zero_(),
+            ):
                 gradient, exact = random_gradient()
-                pair = gradient, gradient.clone()
+                view = gradient[:20] if is_viewed else None
+                pair = gradient, share(gradient)
+                changed = exact.clone()
                 change(pair[which])
-                assert_near(pair[1 - which], exact)
-                assert_near(pair[which], change(exact.clone()))
+                change(changed)
+                for found, expected in ((pair[1 - which], exact), (pair[which], changed)):
+                    assert_close(dense(found).double(), expected, rtol=1e-5, atol=1e-5)
+                    assert isinstance(found, FactoredGradient) or is_viewed
+                assert view is None or torch.equal(view, dense(gradient)[:20])
 
-    @pytest.mark.parametrize("share", [torch.Tensor.detach, lambda g: g.data], ids=["detach", "data"])
-    def test_views_share(self, share):
-        gradient, exact = random_gradient()
-        share(gradient).mul_(2)
-        assert_near(gradient, 2 * exact)
-        gradient.mul_(3)
-        assert_near(share(gradient), 6 * exact)
+    @pytest.mark.parametrize("is_viewed", [False, True])
+    def test_views_see_all_that_is_written(self, is_viewed):
+        """Later backwards among it, by whichever of them, as views of a dense gradient do."""
+        (gradient, exact), (more, its_exact) = random_gradient(0), random_gradient(1)
+        views = [(rows, gradient[rows]) for rows in (slice(0, 20), slice(20, 40))] if is_viewed else []
+        shared = [gradient, gradient.detach(), gradient.data]
+        for change in (
+            lambda g, other: g.mul_(0.5),
+            lambda g, other: g.add_(other),
+            lambda g, other: torch._foreach_mul_([g], 0.25),
+            lambda g, other: g.zero_(),
+            lambda g, other: g.copy_(other),
+        ):
+            for each in shared:
+                change(each, more)
+                change(exact, its_exact)
+                for found in shared:
+                    assert_near(found, exact)
+                for rows, view in views:
+                    assert_close(view.double(), exact[rows], rtol=1e-5, atol=1e-5)
+        for rows, view in views:
+            view.fill_(2.0)
+            exact[rows] = 2
+            assert_near(gradient, exact)
+        for mask in (torch.arange(NUM_ROWS) % 2 == 0, torch.arange(NUM_ROWS) < 10):
+            gradient.norm()  # what was grouped before has no part in it
+            gradient.zero_rows(mask)
+            exact[mask] = 0
+            assert_near(gradient, exact)
+        gradient.set_factors(more._sum.factors)
+        for found in (*shared, torch.cat([view for _, view in views]) if views else gradient):
+            assert_close(dense(found).double(), its_exact, rtol=1e-5, atol=1e-5)
+        assert gradient.is_finite() and gradient.norm() > 0
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
@@ -167,44 +199,24 @@ def test_accumulates_over_backwards(kernels, start):
     assert optimizer.param_groups
 
 
-class TestWhatFactorsShare:
+@pytest.mark.parametrize("which", ["input", "gradient", "weights"])
+def test_writes_to_what_factors_share_are_noticed(which):
     """The input of the layer, and the gradient of its output: who writes there gets an error, and no wrong gradient."""
-
-    @pytest.mark.parametrize("which", ["input", "gradient", "weights"])
-    def test_writes_are_noticed(self, which):
-        table = nn.Parameter(torch.randn(NUM_ROWS, WIDTH))
-        optimizer = RowAdamW([{"params": [table], "rows": True}])
-        rows, hidden, direction = torch.randint(NUM_ROWS, (4, 3)), torch.randn(4, WIDTH), torch.randn(4, WIDTH)
-        weights = torch.randn(4, 3)
-        up = table if which == "input" else None
-        run_expert_pool(
-            hidden, rows, weights, up, None, table.detach() if up is table else table, nn.Identity(), "cpu"
-        ).backward(direction)
-        expected = table.grad.to_rows()
-        clone = table.grad.clone()
-        for tensor in {"input": [direction], "gradient": [hidden], "weights": [hidden]}[which]:
-            tensor.zero_()  # is not shared
-        assert torch.equal(clone.to_rows(), expected)
-        {"input": hidden, "gradient": direction, "weights": weights}[which].zero_()
-        for use in (FactoredGradient.to_rows, torch.Tensor.norm, lambda g: g.mul(2), FactoredGradient.is_finite):
-            with pytest.raises(RuntimeError, match="written in place"):
-                use(table.grad)
+    table = nn.Parameter(torch.randn(NUM_ROWS, WIDTH))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    rows, hidden, direction = torch.randint(NUM_ROWS, (4, 3)), torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    weights = torch.randn(4, 3)
+    up, down = (table, table.detach()) if which == "input" else (None, table)
+    run_expert_pool(hidden, rows, weights, up, None, down, nn.Identity(), "cpu").backward(direction)
+    expected = table.grad.to_rows()
+    clone = table.grad.clone()
+    {"input": direction, "gradient": hidden, "weights": hidden}[which].zero_()  # is not shared
+    assert torch.equal(clone.to_rows(), expected)
+    {"input": hidden, "gradient": direction, "weights": weights}[which].zero_()
+    for use in (FactoredGradient.to_rows, torch.Tensor.norm, lambda g: g.mul(2), FactoredGradient.is_finite):
         with pytest.raises(RuntimeError, match="written in place"):
-            optimizer.step()
-
-    def test_a_model_trains_on_a_buffer_that_is_filled_again(self):
-        """Its layers get tensors of their own."""
-        table, projection = nn.Parameter(torch.randn(NUM_ROWS, WIDTH)), nn.Linear(WIDTH, WIDTH)
-        optimizer = RowAdamW([{"params": [table], "rows": True}])
-        buffer, rows, weights = torch.empty(4, WIDTH), torch.randint(NUM_ROWS, (4, 3)), torch.randn(4, 3)
-        expected = torch.zeros_like(table)
-        for _ in range(3):
-            buffer.normal_()
-            hidden = projection(buffer)
-            run_expert_pool(hidden, rows, weights, table, None, table.detach(), nn.Identity(), "cpu").sum().backward()
-            exact = torch.einsum("ta,td->tad", weights * table.detach()[rows].sum(-1), hidden.detach())
-            expected.index_add_(0, rows.flatten(), exact.flatten(0, 1))
-        assert_close(table.grad.to_rows(), expected, rtol=1e-4, atol=1e-4)
+            use(table.grad)
+    with pytest.raises(RuntimeError, match="written in place"):
         optimizer.step()
 
 
@@ -252,17 +264,15 @@ class TestLists:
     def test_norms_as_they_are_logged(self, notices):
         gradient, exact = random_gradient()
         for norm in (
-            gradient.norm(),
-            gradient.norm(2),
-            gradient.norm(p=2),
-            gradient.data.norm(2),
-            torch.norm(gradient),
+            torch.norm,
+            torch.Tensor.norm,
+            lambda g: g.norm(2),
+            lambda g: g.norm(p=2),
+            lambda g: g.data.norm(2),
+            lambda g: g.norm(p=1),
         ):
-            assert_close(norm.double(), exact.norm(), rtol=1e-5, atol=0)
-        assert_close(gradient.norm(p=1).double(), exact.norm(p=1), rtol=1e-5, atol=0)
+            assert_close(norm(gradient).double(), norm(exact), rtol=1e-5, atol=0)
         assert not notices
-        assert_close(gradient.norm(p=2, dim=1).double(), exact.norm(p=2, dim=1), rtol=1e-5, atol=1e-6)
-        assert notices
 
 
 def with_value(table, part, value):
@@ -323,45 +333,32 @@ class TestClipping:
         assert notices
 
 
-class TestGradientScaler:
-    @staticmethod
-    def scaled():
-        """A table with a scaled gradient in factors, a bias with a dense one, their optimizer and its scaler."""
-        table, bias = nn.Parameter(torch.randn(NUM_ROWS, WIDTH)), nn.Parameter(torch.zeros(3))
-        optimizer = RowAdamW([{"params": [table], "rows": True}, {"params": [bias]}], lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        scaler.scale(torch.zeros(()))
-        gradient, exact = random_gradient()
-        table.grad, bias.grad = gradient * 1024.0, torch.full((3,), 512.0)
-        return table, bias, exact, optimizer, scaler
-
-    def test_unscales(self, notices):
-        table, bias, exact, optimizer, scaler = self.scaled()
-        scaler.unscale_(optimizer)
+@pytest.mark.parametrize(
+    "place, value",
+    [(None, None), *itertools.product(("coefficients", "tokens", "bias"), (math.inf, -math.inf, math.nan))],
+)
+def test_a_gradient_scaler_skips_steps_that_are_not_finite(place, value, notices):
+    table, bias = nn.Parameter(torch.randn(NUM_ROWS, WIDTH)), nn.Parameter(torch.zeros(3))
+    optimizer = RowAdamW([{"params": [table], "rows": True}, {"params": [bias]}], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    gradient, exact = random_gradient()
+    table.grad, bias.grad = gradient * 1024.0, torch.full((3,), 512.0)
+    if place == "bias":
+        bias.grad[1] = value
+    elif place is not None:
+        with_value(table, place, value)
+    before = [parameter.detach().clone() for parameter in (table, bias)]
+    scaler.unscale_(optimizer)
+    if place is None:
         assert_near(table.grad, exact)
         assert bias.grad.tolist() == [0.5] * 3
-        before = table.detach().clone()
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 1024.0
-        assert torch.equal(table.ne(before).any(1), exact.ne(0).any(1))
-        assert not notices
-
-    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-    @pytest.mark.parametrize("place", ["coefficients", "tokens", "bias"])
-    def test_skips_a_step_that_is_not_finite(self, place, value):
-        table, bias, _, optimizer, scaler = self.scaled()
-        if place == "bias":
-            bias.grad[1] = value
-        else:
-            with_value(table, place, value)
-        before = [parameter.detach().clone() for parameter in (table, bias)]
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 512.0
-        assert torch.equal(table, before[0]) and torch.equal(bias, before[1])
-        assert not optimizer.state
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == (512.0 if place else 1024.0)
+    assert torch.equal(table.ne(before[0]).any(1), exact.ne(0).any(1) & (place is None))
+    assert torch.equal(bias, before[1]) == bool(place) == (not optimizer.state)
+    assert not notices
 
 
 class TestOtherOperators:
@@ -409,29 +406,6 @@ class TestOtherOperators:
         assert_near(view, exact)
         assert len(notices) >= 1
 
-    def test_views_see_later_backwards(self):
-        """As those of a dense gradient do."""
-        (gradient, exact), (more, its_exact) = random_gradient(0), random_gradient(1)
-        view, alias = gradient[:20], gradient.detach()
-        for change in (
-            lambda g, other: g.add_(other),
-            lambda g, other: g.mul_(0.5),
-            lambda g, other: torch._foreach_mul_([g], 3.0),
-            lambda g, other: g.zero_(),
-            lambda g, other: g.copy_(other),
-        ):
-            change(gradient, more)
-            change(exact, its_exact)
-            assert_near(gradient, exact)
-            assert_near(alias, exact)
-            assert_close(view.double(), exact[:20], rtol=1e-5, atol=1e-5)
-        mask = torch.arange(NUM_ROWS) % 2 == 0
-        gradient.zero_rows(mask)
-        assert not view[::2].any() and view[1::2].any()
-        gradient.set_factors(random_gradient(2)[0]._sum.factors)
-        assert_close(view.double(), random_gradient(2)[1][:20], rtol=1e-5, atol=1e-5)
-        assert gradient.is_finite() and gradient.norm() > 0
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_copies_and_files_are_dense(self, dtype):
         gradient, _ = random_gradient(dtype=dtype)
@@ -450,25 +424,47 @@ class TestOtherOperators:
         assert first is second
         assert repr(gradient) == f"FactoredGradient(shape=(40, 19), dtype={dtype}, num_tokens=12)"
 
-    @pytest.mark.parametrize(
-        "optimizer_class",
-        [
-            lambda tables: RowAdamW([{"params": tables, "rows": True}]),
-            torch.optim.AdamW,
-            lambda tables: torch.optim.AdamW(tables, foreach=True),
-            lambda tables: torch.optim.AdamW(tables, fused=True),
-        ],
-    )
-    def test_zeroed_by_an_optimizer(self, optimizer_class, notices):
-        table, other = (nn.Parameter(torch.zeros(NUM_ROWS, WIDTH)) for _ in range(2))
-        optimizer = optimizer_class([table, other])
-        table.grad, other.grad = random_gradient()[0], torch.ones(NUM_ROWS, WIDTH)
-        optimizer.zero_grad(set_to_none=False)
-        assert_near(table.grad, torch.zeros(NUM_ROWS, WIDTH).double())
-        assert not other.grad.any()
-        assert not notices
-        optimizer.zero_grad()
-        assert table.grad is None
+
+def write_some(gradient):
+    gradient[:20] = 0
+    gradient[3] = torch.arange(WIDTH)
+    gradient[20:25].mul_(2)
+    gradient.T[4].fill_(0.5)
+    for row in gradient.unbind()[30:33]:
+        row.add_(1)
+    gradient.detach()[35:].zero_()
+    return gradient
+
+
+class TestWrites:
+    """What is written to parts of a gradient is the gradient from then on."""
+
+    @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+    def test_one_after_another(self, dtype):
+        gradient, _ = random_gradient(dtype=dtype)
+        expected = write_some(gradient.to_rows())
+        assert write_some(gradient) is gradient
+        assert isinstance(gradient, FactoredGradient)
+        assert torch.equal(gradient.to_rows(), expected)
+
+    @pytest.mark.parametrize("how", ["hook", "gradient"])
+    def test_reach_a_step(self, how):
+        def freeze(gradient):
+            gradient = gradient.clone()
+            gradient[:20] = 0
+            return gradient
+
+        table = nn.Parameter(torch.randn(NUM_ROWS, WIDTH))
+        optimizer = RowAdamW([{"params": [table], "rows": True}])
+        if how == "hook":
+            table.register_hook(freeze)
+        indices = torch.arange(NUM_ROWS).view(4, 10)
+        run_expert_pool(None, indices, torch.ones(4, 10), None, None, table, None, "cpu").sum().backward()
+        if how == "gradient":
+            table.grad[:20] = 0
+        before = table.detach().clone()
+        optimizer.step()
+        assert table.ne(before).any(1).tolist() == [False] * 20 + [True] * 20
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
@@ -499,6 +495,8 @@ class TestFrozenRows:
         assert not gradient.to_rows()[self.FROZEN].any() and exact[~self.FROZEN].any(1).all()
         for order in ORDERS:
             assert_close(gradient.norm(order).double(), torch.linalg.vector_norm(exact, order), rtol=1e-5, atol=0)
+        gradient.set_factors([gradient.factors.summed()])
+        assert_near(gradient, exact)
 
     def test_that_one_assignment_names(self, kernels, value):
         tokens = torch.tensor([[value], [2.0], [3.0]]).expand(3, WIDTH)
@@ -521,11 +519,6 @@ class TestFrozenRows:
         optimizer.step()
         assert torch.equal(table.ne(before).any(1), ~self.FROZEN) and table.isfinite().all()
         assert torch.equal(optimizer.state[table]["row_steps"] > 0, ~self.FROZEN)
-
-    def test_after_they_were_summed(self, kernels, value):
-        gradient, exact = self.gradient(kernels, value)
-        gradient.set_factors([gradient.factors.summed()])
-        assert_near(gradient, exact)
 
 
 class TestFolding:
@@ -552,36 +545,3 @@ class TestFolding:
             parts += random_parts(seed, 10**6, WIDTH, [(3, 40)])
             gradient += FactoredGradient(gradient, parts[-1:])
         assert all(found is part for found, part in zip(gradient._sum.factors, parts, strict=True))
-
-    def test_assignments_of_the_tables_of_a_pool_are_grouped_once(self, monkeypatch):
-        calls, group, counts = [], CpuKernels.group, []
-        monkeypatch.setattr(CpuKernels, "group", lambda *args: calls.append(1) or group(*args))
-        for num_tables in (1, 3):
-            calls.clear()
-            gradients = [FactoredGradient(torch.empty(NUM_ROWS, WIDTH), []) for _ in range(num_tables)]
-            exact = [torch.zeros(NUM_ROWS, WIDTH, dtype=torch.float64) for _ in range(num_tables)]
-            for seed in range(12):
-                parts = random_parts(seed, NUM_ROWS, WIDTH, [(30, 2)] * 3)
-                assignments = Assignments(parts[0].assignments.rows, NUM_ROWS, "cpu")
-                for gradient, its_exact, part in zip(gradients, exact, parts, strict=False):
-                    part = Factors(part.coefficients, part.tokens, assignments)
-                    gradient += FactoredGradient(gradient, [part])
-                    its_exact += literal_rows([part], NUM_ROWS, WIDTH)
-            for gradient, its_exact in zip(gradients, exact, strict=True):
-                assert_near(gradient, its_exact)
-                gradient.norm()
-            counts.append(len(calls))
-        assert counts[0] == counts[1] > 1
-
-
-def test_only_what_the_mask_holds_is_zeroed_when_it_changes():
-    """The coefficients of a mask are its own, whatever was grouped or summed before."""
-    gradient, _ = random_gradient(shapes=[(30, 4)])
-    gradient.norm()
-    held = torch.arange(NUM_ROWS) < 10
-    for mask in (held, held.roll(10)):
-        parts = [part.without(mask) for part in gradient._sum.factors]
-        gradient.zero_rows(mask)
-        assert_near(gradient, literal_rows(parts, NUM_ROWS, WIDTH))
-        assert not gradient.to_rows()[mask].any()
-    assert gradient.to_rows()[20:].any()

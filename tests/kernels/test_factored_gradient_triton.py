@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from table_gradients import literal_rows, random_parts
 from torch.testing import assert_close
 
 from modeling_peer.ops import gradient_triton
@@ -20,34 +21,32 @@ pytestmark = pytest.mark.interpreted
 
 NUM_ROWS = 12
 SIZES = [
+    (0, 24, torch.float32),
     (1, 24, torch.float32),
     (17, 1, torch.float32),
     (17, 64, torch.float32),
     (17, 130, torch.bfloat16),
     (9, 130, torch.float16),
 ]
-each_size = pytest.mark.parametrize("num_tokens, width, dtype", SIZES, ids=str)
 
 
-@pytest.fixture(params=[4, 256], ids=["in-chunks", "in-one"])
-def chunk(request, monkeypatch):
-    """Entries of a row are summed in chunks of a few, or all at once."""
-    monkeypatch.setattr(gradient_triton, "CHUNK", request.param)
+@pytest.fixture(params=["in-chunks", "in-one", "in-columns"])
+def blocks(request, monkeypatch):
+    """Entries of a row are summed in chunks of a few or all at once, in several programs where rows are wide."""
+    monkeypatch.setattr(gradient_triton, "CHUNK", 4 if request.param == "in-chunks" else 256)
+    if request.param == "in-columns":
+        monkeypatch.setattr(
+            gradient_triton,
+            "row_blocks",
+            lambda width, rows: {"WIDTH": width, "ROWS": rows, "COLUMNS": 32, "num_warps": 1},
+        )
 
 
-def indices_of(num_tokens, active=7, num_rows=NUM_ROWS, seed=0):
-    """Rows of which one is named by half of all assignments, and some by none."""
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(num_rows - 2, (num_tokens, active), generator=generator)
-    return indices.masked_fill_(torch.rand(indices.shape, generator=generator) < 0.5, 3)
-
-
-def factors_of(num_tokens, width, dtype=torch.float32, kernels="triton", seed=0, **sizes):
-    generator = torch.Generator().manual_seed(seed + 1)
-    indices = indices_of(num_tokens, seed=seed, **sizes)
-    coefficients = torch.randn(indices.shape, generator=generator)
-    tokens = torch.randn(num_tokens, width, generator=generator).to(dtype)
-    return Factors(coefficients, tokens, Assignments(indices, sizes.get("num_rows", NUM_ROWS), kernels))
+def factors_of(num_tokens, width=24, dtype=torch.float32, seed=0):
+    """Of rows of which some are named very often, and the last two by none."""
+    (factors,) = random_parts(seed, NUM_ROWS, width, [(num_tokens, 7)], dtype, "triton")
+    factors.assignments.rows.clamp_(max=NUM_ROWS - 3)
+    return factors
 
 
 def changed(factors, tokens=None, coefficients=None):
@@ -59,61 +58,54 @@ def changed(factors, tokens=None, coefficients=None):
     return Factors(**new, assignments=factors.assignments)
 
 
-def expected_rows(factors):
-    """The dense gradient in float64, by the letter. Coefficients of zero do not count."""
-    rows = torch.zeros(factors.assignments.num_rows, factors.tokens.shape[1], dtype=torch.float64)
-    indices = factors.assignments.rows.view_as(factors.coefficients)
-    for token, (of_token, named) in enumerate(zip(factors.coefficients.tolist(), indices.tolist(), strict=True)):
-        for coefficient, row in zip(of_token, named, strict=True):
-            if coefficient != 0:
-                rows[row] += coefficient * factors.tokens[token].double()
-    return rows
-
-
 def assert_rows(actual, expected):
     eps = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(actual.dtype, 1e-6)
     assert_close(actual.double(), expected, rtol=eps, atol=1e-5)
 
 
-class TestGroups:
-    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
-    def test_are_those_of_torch_and_empty_ones(self, num_tokens):
-        indices = indices_of(num_tokens).flatten()
-        rows, starts, order = TritonKernels.group(indices, NUM_ROWS)
-        expected_rows, expected_starts, expected_order = TorchKernels.group(indices, NUM_ROWS)
-        count = len(expected_rows)
-        assert rows.dtype == starts.dtype == order.dtype == torch.int32
-        assert len(rows) == len(starts) - 1 == min(len(indices), NUM_ROWS)
-        assert rows[:count].equal(expected_rows)
-        assert starts[: count + 1].equal(expected_starts)
-        assert order.equal(expected_order)
-        assert (starts[count:] == len(indices)).all()
-        assert ((rows >= 0) & (rows < NUM_ROWS)).all()
+def assert_sums(factors, dtype=torch.float32, exact=None):
+    """That their rows, sums by group and norm are those of `exact`, or of themselves, in float64."""
+    expected = literal_rows([factors] if exact is None else exact, NUM_ROWS, factors.tokens.shape[1])
+    rows, sums, groups = factors.to_rows(dtype), factors.sums(), factors.assignments.by_row
+    assert (rows.dtype, sums.dtype) == (dtype, torch.float32)
+    assert_rows(rows, expected)
+    assert_rows(sums, expected[groups.rows.long()] * (groups.starts.diff() > 0)[:, None])
+    norm = TritonKernels.squared_norm(*factors.in_groups())
+    assert norm.dtype == torch.float64 and norm.shape == ()
+    assert_close(norm, expected.square().sum(), rtol=1e-6, atol=0)
 
 
-class TestRows:
-    @each_size
-    def test_are_sums(self, chunk, num_tokens, width, dtype):
-        factors = factors_of(num_tokens, width, dtype)
-        expected = expected_rows(factors)
-        rows = factors.to_rows(dtype)
-        assert rows.dtype == dtype
-        assert_rows(rows, expected)
-        groups, sums = factors.assignments.by_row, factors.sums()
-        assert sums.dtype == torch.float32
-        assert_rows(sums, expected[groups.rows.long()] * (groups.starts.diff() > 0)[:, None])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 33])
+def test_groups_are_those_of_torch_and_empty_ones(num_tokens):
+    indices = factors_of(num_tokens).assignments.rows.flatten()
+    rows, starts, order = TritonKernels.group(indices, NUM_ROWS)
+    expected_rows, expected_starts, expected_order = TorchKernels.group(indices, NUM_ROWS)
+    count = len(expected_rows)
+    assert rows.dtype == starts.dtype == order.dtype == torch.int32
+    assert len(rows) == len(starts) - 1 == min(len(indices), NUM_ROWS)
+    assert rows[:count].equal(expected_rows)
+    assert starts[: count + 1].equal(expected_starts)
+    assert order.equal(expected_order)
+    assert (starts[count:] == len(indices)).all()
+    assert ((rows >= 0) & (rows < NUM_ROWS)).all()
 
-    def test_of_no_assignments(self):
-        factors = factors_of(0, 24)
-        assert factors.sums().shape == (0, 24)
-        assert not factors.to_rows(torch.float32).any()
 
-    def test_a_row_that_all_name(self, chunk):
-        factors = factors_of(50, 24)
+class TestSums:
+    @pytest.mark.parametrize("num_tokens, width, dtype", SIZES, ids=str)
+    def test_are_literal(self, blocks, num_tokens, width, dtype):
+        assert_sums(factors_of(num_tokens, width, dtype), dtype)
+
+    def test_of_a_row_that_all_name(self, blocks):
+        factors = factors_of(50)
         factors.assignments.rows.fill_(5)
-        rows = factors.to_rows(torch.float32)
-        assert_rows(rows, expected_rows(factors))
-        assert rows.any(1).nonzero().tolist() == [[5]]
+        assert_sums(factors)
+
+    def test_of_rows_that_one_assignment_names(self):
+        (factors,) = random_parts(0, NUM_ROWS, 24, [(6, 1)], kernels="triton")
+        factors.assignments.rows[:] = torch.arange(6)[:, None]
+        assert_sums(factors)
+        unused = changed(factors, coefficients={3: 0})
+        assert_sums(changed(unused, {3: math.nan}), exact=[unused])
 
     @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13])
     @pytest.mark.parametrize("start", [0, 1, 3])
@@ -121,33 +113,20 @@ class TestRows:
         monkeypatch.setattr(gradient_triton, "CHUNK", 4)
         indices = torch.tensor([0] * start + [1] * length + [2] * 3)[:, None]
         coefficients = torch.arange(1.0, len(indices) + 1)[:, None]
-        tokens = torch.ones(len(indices), 3)
-        factors = Factors(coefficients, tokens, Assignments(indices, 3, "triton"))
-        assert factors.to_rows(torch.float32).double().equal(expected_rows(factors))
+        factors = Factors(coefficients, torch.ones(len(indices), 3), Assignments(indices, 3, "triton"))
+        assert factors.to_rows(torch.float32).double().equal(literal_rows([factors], 3, 3))
 
-    def test_wider_than_a_program(self, chunk, monkeypatch):
-        monkeypatch.setattr(
-            gradient_triton,
-            "row_blocks",
-            lambda width, rows: {"WIDTH": width, "ROWS": rows, "COLUMNS": 32, "num_warps": 1},
-        )
-        factors = factors_of(9, 130)
-        expected = expected_rows(factors)
-        assert_rows(factors.to_rows(torch.float32), expected)
-        norm = TritonKernels.squared_norm(*factors.in_groups())
-        assert_close(norm, expected.square().sum(), rtol=1e-6, atol=0)
-
-    def test_zero_coefficients_pass_over_what_is_no_number(self, chunk):
-        factors = changed(factors_of(33, 24), {4: math.nan, (7, 0): math.inf}, {4: 0, 7: 0})
-        assert_rows(factors.to_rows(torch.float32), expected_rows(factors))
-        assert TritonKernels.squared_norm(*factors.in_groups()).isfinite()
+    def test_zero_coefficients_pass_over_what_is_no_number(self, blocks):
+        unused = changed(factors_of(33), coefficients={4: 0, 7: 0})
+        factors = changed(unused, {4: math.nan, (7, 0): math.inf})
+        assert_sums(factors, exact=[unused])
         factors = changed(factors, coefficients={(4, 2): 1})
         row = factors.assignments.rows[4, 2]
         assert factors.to_rows(torch.float32).isnan().any(1).nonzero().tolist() == [[row.item()]]
         assert TritonKernels.squared_norm(*factors.in_groups()).isnan()
 
-    def test_other_rows_are_left_as_they_are(self):
-        factors = factors_of(5, 24)
+    def test_leave_other_rows_as_they_are(self):
+        factors = factors_of(5)
         out = torch.full((NUM_ROWS, 24), 7.0)
         groups = factors.assignments.by_row
         TritonKernels.row_gradient(*factors.in_groups(), out, groups.rows)
@@ -155,7 +134,7 @@ class TestRows:
         named[factors.assignments.rows.flatten()] = True
         assert not named.all() and not (groups.starts.diff() > 0).all()
         assert (out[~named] == 7).all()
-        assert_rows(out[named], expected_rows(factors)[named])
+        assert_rows(out[named], literal_rows([factors], NUM_ROWS, 24)[named])
 
     def test_into_a_table_of_more_than_2_31_elements(self):
         out = torch.from_numpy(np.zeros((2**25 + 8, 64), np.float16))
@@ -167,65 +146,11 @@ class TestRows:
         TritonKernels.row_gradient(*factors.in_groups(), out, factors.assignments.by_row.rows)
         assert out[-2:].tolist() == [[1] * 64, [2] * 64]
 
-
-class TestNorm:
-    @each_size
-    def test_is_that_of_all_rows(self, chunk, num_tokens, width, dtype):
-        factors = factors_of(num_tokens, width, dtype)
-        norm = TritonKernels.squared_norm(*factors.in_groups())
-        assert norm.dtype == torch.float64 and norm.shape == ()
-        assert_close(norm, expected_rows(factors).square().sum(), rtol=1e-6, atol=0)
-
-    def test_of_rows_that_one_assignment_names(self):
-        factors = factors_of(6, 24, active=1)
-        factors.assignments.rows[:] = torch.arange(6)[:, None]
-        norm = TritonKernels.squared_norm(*factors.in_groups())
-        assert_close(norm, expected_rows(factors).square().sum(), rtol=1e-6, atol=0)
-        factors = changed(factors, {3: math.nan}, {3: 0})
-        norm = TritonKernels.squared_norm(*factors.in_groups())
-        assert_close(norm, expected_rows(factors).square().sum(), rtol=1e-6, atol=0)
-
-
-class TestGradients:
-    """What accumulates and clips gradients does so with empty groups too."""
-
-    def gradient(self, *seeds, num_tokens=5):
-        factors = [factors_of(num_tokens, 24, seed=seed) for seed in seeds]
-        return FactoredGradient(torch.empty(NUM_ROWS, 24), factors), sum(map(expected_rows, factors))
-
     def test_of_several_backwards(self):
-        gradient, expected = self.gradient(0, 1, 2)
-        assert_rows(gradient.to_rows(), expected)
-        assert_close(gradient.norm().double(), expected.norm(), rtol=1e-6, atol=0)
-
-    def test_summed(self):
-        gradient, expected = self.gradient(0)
-        factors = gradient.factors
-        assert not (factors.assignments.by_row.starts.diff() > 0).all()
-        summed = factors.summed()
-        assert_rows(summed.to_rows(torch.float32), expected)
-        assert_close(TritonKernels.squared_norm(*summed.in_groups()).sqrt(), expected.norm(), rtol=1e-6, atol=0)
-        assert FactoredGradient(gradient, [summed]).is_finite()
-        sums = summed.sums()
-        assert_rows(
-            sums,
-            expected[summed.assignments.by_row.rows.long()] * (summed.assignments.by_row.starts.diff() > 0)[:, None],
-        )
-
-    def test_are_summed_where_they_take_more_memory_than_rows(self):
-        gradient, expected = self.gradient(0, num_tokens=40)
-        for seed in range(1, 4):
-            other, more = self.gradient(seed, num_tokens=40)
-            gradient += other
-            expected = expected + more
-        assert len(gradient._sum.factors) == 1 and len(gradient._sum.factors[0].tokens) == NUM_ROWS
-        assert_rows(gradient.to_rows(), expected)
-
-    def test_without_rows(self):
-        gradient, expected = self.gradient(0, num_tokens=20)
-        frozen = torch.arange(NUM_ROWS) % 3 == 0
-        gradient.set_factors([changed(gradient.factors, {2: math.nan})])
-        named = torch.zeros(NUM_ROWS, dtype=torch.bool)
-        named[gradient.factors.assignments.rows[2]] = True
-        gradient.zero_rows(frozen | named)
-        assert_rows(gradient.to_rows(), expected.masked_fill((frozen | named)[:, None], 0))
+        """And summed, as they are where they take more memory than their rows, with empty groups too."""
+        several = [factors_of(5, seed=seed) for seed in (0, 1, 2)]
+        gradient = FactoredGradient(torch.empty(NUM_ROWS, 24), several)
+        assert_sums(gradient.factors, exact=several)
+        assert not (gradient.factors.assignments.by_row.starts.diff() > 0).all()
+        assert_sums(gradient.factors.summed(), exact=several)
+        assert FactoredGradient(gradient, [gradient.factors.summed()]).is_finite()

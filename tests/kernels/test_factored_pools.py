@@ -16,7 +16,6 @@ from torch.testing import assert_close
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.ops.factored_gradient import FactoredGradient, takes_factors
-from modeling_peer.ops.kernels_cpu import CpuKernels
 
 
 def model_of(*feed_forward_types, **fields) -> PeerForCausalLM:
@@ -50,133 +49,121 @@ def saved(value):
     return file
 
 
-class TestTakers:
-    def test_factors_come_while_an_optimizer_takes_them(self):
-        model = model_of()
-        assert come_in_factors(model) == {False}
-        optimizer = optimizer_of(model)
+def test_factors_come_while_an_optimizer_takes_them():
+    model = model_of()
+    *others, tables = expert_parameter_groups(model, 1e-2)
+    optimizer = RowAdamW(others)
+    assert come_in_factors(model) == {False}
+    optimizer.add_param_group(tables)
+    assert come_in_factors(model) == {True}
+    another = optimizer_of(model)
+    del optimizer
+    gc.collect()
+    assert come_in_factors(model) == {True}
+    another = None
+    gc.collect()
+    assert another is None and come_in_factors(model) == {False}
+
+
+@pytest.mark.parametrize(
+    "optimizer_class",
+    [
+        lambda model: torch.optim.AdamW(model.parameters()),
+        lambda model: RowAdamW(model.parameters()),
+        lambda model: RowAdamW([{"params": list(model.parameters()), "rows": False}]),
+        lambda model: optimizer_of(model, DenseRowAdamW),
+    ],
+)
+def test_other_optimizers_take_none(optimizer_class):
+    model = model_of()
+    optimizer = optimizer_class(model)
+    assert optimizer.param_groups and come_in_factors(model) == {False}
+
+
+def test_casts_and_loaded_states_keep_them():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    model.bfloat16()
+    assert come_in_factors(model) == {True}
+    assert {table.grad.dtype for table in tables_of(model).values()} == {torch.bfloat16}
+    optimizer.load_state_dict(optimizer.state_dict())
+    model.load_state_dict(model.state_dict())
+    assert come_in_factors(model) == {True}
+
+
+def test_copies_of_a_model_have_dense_gradients():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    backward(model)
+    for other in (copy.deepcopy(model), torch.load(saved(model), weights_only=False)):
+        assert come_in_factors(other) == {False}
         assert come_in_factors(model) == {True}
-        another = optimizer_of(model)
-        del optimizer
-        gc.collect()
-        assert come_in_factors(model) == {True}
-        another = None
-        gc.collect()
-        assert another is None and come_in_factors(model) == {False}
+        its_own = optimizer_of(other)
+        assert come_in_factors(other) == {True}
+        del its_own
+    assert optimizer.param_groups
 
-    @pytest.mark.parametrize(
-        "optimizer_class",
-        [
-            lambda model: torch.optim.AdamW(model.parameters()),
-            lambda model: RowAdamW(model.parameters()),
-            lambda model: RowAdamW([{"params": list(model.parameters()), "rows": False}]),
-            lambda model: optimizer_of(model, DenseRowAdamW),
-        ],
-    )
-    def test_other_optimizers_take_none(self, optimizer_class):
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_of_an_optimizer_take_those_of_their_parameters(copied):
+    table = nn.Parameter(torch.ones(3, 4))
+    optimizer = RowAdamW([{"params": [table], "rows": True}])
+    other = copied(optimizer)
+    (its_table,) = other.param_groups[0]["params"]
+    assert its_table is not table and takes_factors(its_table) and takes_factors(table)
+    del other
+    gc.collect()
+    assert not takes_factors(its_table) and takes_factors(table)
+
+
+def test_marked_tables_can_be_saved():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    backward(model)
+    for name, table in tables_of(model).items():
+        for found in (
+            torch.load(saved(table), weights_only=True),
+            torch.load(saved(model.state_dict(keep_vars=True)), weights_only=True)[name],
+            pickle.loads(pickle.dumps(table)),
+            copy.deepcopy(table),
+            copy.copy(table),
+        ):
+            assert torch.equal(found, table) and takes_factors(table) and not takes_factors(found)
+    assert optimizer.param_groups
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str)
+def test_another_optimizer_steps_as_with_dense_gradients(options):
+    """The one that takes factors may be alive, and need not be the one that steps."""
+    states = []
+    for optimizer_class in (DenseRowAdamW, RowAdamW):
         model = model_of()
-        optimizer = optimizer_class(model)
-        assert optimizer.param_groups and come_in_factors(model) == {False}
+        taker = optimizer_of(model, optimizer_class)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            backward(model, seed=step)
+            backward(model, seed=step + 1)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            kinds = {isinstance(table.grad, FactoredGradient) for table in tables_of(model).values()}
+            assert kinds == {optimizer_class is RowAdamW}
+            optimizer.step()
+        states.append(model.state_dict())
+        assert not taker.state
+    assert_close(*states, rtol=1e-9, atol=1e-12)
 
-    def test_groups_that_are_added_take_them(self):
-        model = model_of()
-        *others, tables = expert_parameter_groups(model, 1e-2)
-        optimizer = RowAdamW(others)
-        assert come_in_factors(model) == {False}
-        optimizer.add_param_group(tables)
-        assert come_in_factors(model) == {True}
 
-    def test_a_refused_group_takes_none(self):
-        table, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
-        optimizer = RowAdamW([nn.Parameter(torch.ones(2))])
-        with pytest.raises(ValueError):
-            optimizer.add_param_group({"params": [table, vector], "rows": True})
-        assert not takes_factors(table)
-
-    def test_casts_and_loaded_states_keep_them(self):
-        model = model_of()
-        optimizer = optimizer_of(model)
-        model.bfloat16()
-        assert come_in_factors(model) == {True}
-        assert {table.grad.dtype for table in tables_of(model).values()} == {torch.bfloat16}
-        optimizer.load_state_dict(optimizer.state_dict())
-        model.load_state_dict(model.state_dict())
-        assert come_in_factors(model) == {True}
-
-    def test_copies_of_a_model_have_dense_gradients(self):
-        model = model_of()
-        optimizer = optimizer_of(model)
-        backward(model)
-        for other in (copy.deepcopy(model), torch.load(saved(model), weights_only=False)):
-            assert come_in_factors(other) == {False}
-            assert come_in_factors(model) == {True}
-            its_own = optimizer_of(other)
-            assert come_in_factors(other) == {True}
-            del its_own
-        assert optimizer.param_groups
-
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-    def test_copies_of_an_optimizer_take_those_of_their_parameters(self, copied):
-        table = nn.Parameter(torch.ones(3, 4))
-        optimizer = RowAdamW([{"params": [table], "rows": True}])
-        other = copied(optimizer)
-        (its_table,) = other.param_groups[0]["params"]
-        assert its_table is not table and takes_factors(its_table) and takes_factors(table)
-        del other
-        gc.collect()
-        assert not takes_factors(its_table) and takes_factors(table)
-
-    def test_marked_tables_can_be_saved(self):
-        model = model_of()
-        optimizer = optimizer_of(model)
-        backward(model)
-        for name, table in tables_of(model).items():
-            for found in (
-                torch.load(saved(table), weights_only=True),
-                torch.load(saved(model.state_dict(keep_vars=True)), weights_only=True)[name],
-                pickle.loads(pickle.dumps(table)),
-                copy.deepcopy(table),
-            ):
-                assert torch.equal(found, table) and takes_factors(table) and not takes_factors(found)
-        assert optimizer.param_groups
-
-    @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str)
-    def test_another_optimizer_steps_as_with_dense_gradients(self, options):
-        """The one that takes factors may be alive, and need not be the one that steps."""
-        states = []
-        for optimizer_class in (DenseRowAdamW, RowAdamW):
-            model = model_of()
-            taker = optimizer_of(model, optimizer_class)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
-            for step in range(4):
-                optimizer.zero_grad(set_to_none=step % 2 == 0)
-                backward(model, seed=step)
-                backward(model, seed=step + 1)
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                kinds = {isinstance(table.grad, FactoredGradient) for table in tables_of(model).values()}
-                assert kinds == {optimizer_class is RowAdamW}
-                optimizer.step()
-            states.append(model.state_dict())
-            assert not taker.state
-        assert_close(*states, rtol=1e-9, atol=1e-12)
-
-    def test_a_shallow_copy_of_a_table_does_not_take_them(self):
-        table = nn.Parameter(torch.ones(3, 4))
-        optimizer = RowAdamW([{"params": [table], "rows": True}])
-        assert takes_factors(table) and not takes_factors(copy.copy(table))
-        assert optimizer.param_groups
-
-    def test_tables_that_grow_need_an_optimizer_of_their_own(self):
-        model = model_of()
-        optimizer = optimizer_of(model)
-        pool = model.model.layers[0].mlp.expert_pool
-        more = torch.zeros(3, pool.up_proj.embedding_dim, dtype=torch.float64)
-        pool.up_proj.weight = nn.Parameter(torch.cat([pool.up_proj.weight.detach(), more]))
-        backward(model)
-        assert type(pool.up_proj.weight.grad) is torch.Tensor
-        assert pool.up_proj.weight.grad.shape == pool.up_proj.weight.shape
-        assert type(pool.down_proj.weight.grad) is FactoredGradient
-        assert optimizer.param_groups
+def test_tables_that_grow_need_an_optimizer_of_their_own():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    pool = model.model.layers[0].mlp.expert_pool
+    more = torch.zeros(3, pool.up_proj.embedding_dim, dtype=torch.float64)
+    pool.up_proj.weight = nn.Parameter(torch.cat([pool.up_proj.weight.detach(), more]))
+    backward(model)
+    assert type(pool.up_proj.weight.grad) is torch.Tensor
+    assert pool.up_proj.weight.grad.shape == pool.up_proj.weight.shape
+    assert type(pool.down_proj.weight.grad) is FactoredGradient
+    assert optimizer.param_groups
 
 
 def test_a_pool_whose_tables_something_is_to_see_has_dense_gradients():
@@ -208,18 +195,6 @@ def test_a_pool_whose_tables_something_is_to_see_has_dense_gradients():
 class TestGrouping:
     """Sorting assignments is dear, and the tables of a pool have the same."""
 
-    @pytest.fixture
-    def groupings(self, monkeypatch):
-        """The numbers of assignments that were grouped."""
-        found, group = [], CpuKernels.group
-
-        def recorded(rows, num_rows):
-            found.append(len(rows))
-            return group(rows, num_rows)
-
-        monkeypatch.setattr(CpuKernels, "group", recorded)
-        return found
-
     ENTRIES = 3 * 9 * 2 * 3  # tokens, heads, experts of each
 
     @pytest.mark.parametrize("optimizer_class", [RowAdamW, DenseRowAdamW])
@@ -245,3 +220,16 @@ class TestGrouping:
             optimizer.step()
             assert groupings == [self.ENTRIES * each for each in number]
             groupings.clear()
+
+    def test_as_often_for_all_tables_where_factors_are_summed(self, groupings):
+        """As they are where they take more memory than the rows."""
+        counts = []
+        for gated in (False, True):
+            model = model_of("peer", gated_experts=gated)
+            optimizer = optimizer_of(model)
+            for seed in range(12):
+                backward(model, seed)
+            optimizer.step()
+            counts.append(len(groupings))
+            groupings.clear()
+        assert counts[0] == counts[1] > 1

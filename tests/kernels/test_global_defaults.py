@@ -13,7 +13,6 @@ from torch import nn
 from modeling_peer import RowAdamW
 from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.ops.kernels import KERNELS
-from modeling_peer.ops.native import call
 from modeling_peer.ops.quantized_rows import quantize
 
 
@@ -34,58 +33,57 @@ def set_defaults(request):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_experts(bits, set_defaults):
+def halves_of_experts(table):
     """C writes float32: into a buffer of another dtype it would write too much, or too little."""
-    hidden_states, weights = torch.randn(50, 512), torch.randn(50, 8)
-    indices, rows = torch.randint(36, (50, 8)), quantize(torch.randn(36, 512), bits, None)
-    kernels = KERNELS["cpu"]
-    expected = kernels.up(hidden_states, indices, rows), kernels.down(weights, indices, rows)
-    set_defaults()
-    assert_same(kernels.up(hidden_states, indices, rows), expected[0])
-    assert_same(kernels.down(weights, indices, rows), expected[1])
+    hidden_states, weights, indices = torch.randn(50, 512), torch.randn(50, 8), torch.randint(36, (50, 8))
+    return lambda: (KERNELS["cpu"].up(hidden_states, indices, table), KERNELS["cpu"].down(weights, indices, table))
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
-def test_factors_of_a_gradient(kernels, set_defaults):
-    def gradient():
-        return FactoredGradient(torch.empty(30, 37, dtype=torch.float32, device="cpu"), parts)
-
+def factors_of_a_gradient(kernels):
     parts = random_parts(0, 30, 37, [(5, 3), (7, 2)], kernels=kernels)
-    expected = gradient().to_rows(), gradient().total_norm()
+    gradient = FactoredGradient(torch.empty(30, 37), parts)
+    return lambda: (FactoredGradient(gradient, parts).to_rows(), FactoredGradient(gradient, parts).total_norm())
+
+
+def steps_of_rows(layout):
+    tables, gradients = [random_table(), random_table()], list(map(layout, random_gradients(3)))
+
+    def run():
+        table = tables.pop()
+        take_steps(rows_of(table), table, gradients)
+        return table.detach()
+
+    return run
+
+
+def steps_of_dense_parameters(gradient):
+    """Counted in float32: those in bfloat16 would not be counted beyond 256."""
+    parameters = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+
+    def run():
+        parameter = parameters.pop()
+        optimizer = RowAdamW([parameter])
+        take_steps(optimizer, parameter, 300 * [gradient])
+        assert optimizer.state[parameter]["step"].item() == 300
+        return parameter.detach(), optimizer.state[parameter]["step"]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "make, argument",
+    [
+        (halves_of_experts, quantize(torch.randn(36, 512), 8, None)),
+        (halves_of_experts, quantize(torch.randn(36, 512), 4, None)),
+        (factors_of_a_gradient, "cpu"),
+        (factors_of_a_gradient, "torch"),
+        (steps_of_rows, torch.clone),
+        (steps_of_rows, in_factors),
+        (steps_of_dense_parameters, torch.tensor([0.5, 0.5, -1.0, 2.0])),
+    ],
+)
+def test_results_do_not_depend_on_them(make, argument, set_defaults):
+    run = make(argument)
+    expected = run()
     set_defaults()
-    assert_same((gradient().to_rows(), gradient().total_norm()), expected)
-
-
-@pytest.mark.parametrize("layout", [torch.clone, in_factors])
-def test_steps_of_rows(layout, set_defaults):
-    table, other = random_table(), random_table()
-    gradients = list(map(layout, random_gradients(3)))
-    take_steps(rows_of(other), other, gradients)
-    set_defaults()
-    take_steps(rows_of(table), table, gradients)
-    assert_same(table, other)
-
-
-def test_steps_of_dense_parameters_are_counted_in_float32(set_defaults):
-    """Those in bfloat16 would not be counted beyond 256."""
-    parameter, other = (nn.Parameter(torch.ones(4)) for _ in range(2))
-    gradient = torch.tensor([0.5, 0.5, -1.0, 2.0])
-    reference = torch.optim.AdamW([other], fused=True)
-    for _ in range(300):
-        other.grad = gradient
-        reference.step()
-    set_defaults()
-    optimizer = RowAdamW([parameter])
-    for _ in range(300):
-        parameter.grad = gradient
-        optimizer.step()
-    assert optimizer.state[parameter]["step"].item() == 300
-    assert optimizer.state[parameter]["step"].dtype == torch.float32
-    assert_same(parameter, other)
-
-
-def test_c_is_given_tensors_on_the_cpu_alone():
-    """Wherever a caller made them: the address of another device is none that C could read."""
-    with pytest.raises(RuntimeError):
-        call("up_8", torch.empty(3, 4, device="meta"))
+    assert_same(run(), expected)

@@ -3,14 +3,13 @@
 """Memory of a million experts: loading, forward and generation take only that of the rows that tokens read."""
 
 import json
-import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import run_script
 from slow_tests import slow
 from tiny_models import tiny_config
 from transformers import AutoConfig
@@ -18,8 +17,6 @@ from transformers import AutoConfig
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.feed_forward import PeerFeedForward
 
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which only Linux has")
 
@@ -60,14 +57,24 @@ def advised(address):
 """
 
 
+# A layer that `LAYER` makes, a step of which is `step(num_tokens)`.
+LAYER = """
+import json, torch
+from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
+from modeling_peer.feed_forward import PeerFeedForward
+sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": int(sys.argv[1])**2, "query_size": 64}
+layer = PeerFeedForward(PeerConfig(**sizes, expert_kernels=sys.argv[2]), 0)
+for parameter in layer.parameters():
+    torch.nn.init.normal_(parameter, std=0.05)
+def step(num_tokens):
+    layer.zero_grad()
+    layer(torch.randn(1, num_tokens, 512)).square().sum().backward()
+"""
+
+
 def run(script: str, *arguments) -> dict:
     """What a script prints last, as JSON, in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", MEMORY + script, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(run_script(MEMORY + script, *arguments, OMP_NUM_THREADS="1").splitlines()[-1])
 
 
 def write_with_holes(folder: Path, config: PeerConfig) -> int:
@@ -153,17 +160,6 @@ print(json.dumps(facts))
 def test_no_gathered_rows_are_held(kernels):
     """Of 2,048 tokens and 128 experts each, `[T, A, d]` is 512 MB, twice."""
     script = """
-import json, torch
-from modeling_peer import PeerConfig
-from modeling_peer.feed_forward import PeerFeedForward
-sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 128**2, "query_size": 64}
-config = PeerConfig(**sizes, expert_kernels=sys.argv[1])
-layer = PeerFeedForward(config, 0)
-for parameter in layer.parameters():
-    torch.nn.init.normal_(parameter, std=0.05)
-def step(num_tokens):
-    layer.zero_grad()
-    layer(torch.randn(1, num_tokens, 512)).square().sum().backward()
 step(8)
 before = resident("VmRSS")
 start_of_peak()
@@ -171,22 +167,14 @@ step(2048)
 print(json.dumps({"more": resident("VmHWM") - before}))
 """
     # What remains: gradients of two tables of 32 MB, queries and scores of some MB each.
-    assert run(script, kernels)["more"] < 300
+    assert run(LAYER + script, 128, kernels)["more"] < 300
 
 
 def test_factors_take_memory_for_tokens():
     script = """
-import json, torch
-from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
-from modeling_peer.feed_forward import PeerFeedForward
-sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_experts": 512**2, "query_size": 64}
-layer = PeerFeedForward(PeerConfig(**sizes), 0)
-for parameter in layer.parameters():
-    torch.nn.init.normal_(parameter, std=0.05)
 optimizer = RowAdamW(expert_parameter_groups(layer, 1e-3))
 def backward(num_tokens):
-    layer.zero_grad()
-    layer(torch.randn(1, num_tokens, 512)).square().sum().backward()
+    step(num_tokens)
     torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
 backward(8)
 before = resident("VmRSS")
@@ -196,7 +184,7 @@ tables = layer.expert_pool.up_proj, layer.expert_pool.down_proj
 factors = sum(part.nbytes for table in tables for part in table.weight.grad._sum.factors)
 print(json.dumps({"more": resident("VmHWM") - before, "factors": factors}))
 """
-    facts = run(script)
+    facts = run(LAYER + script, 512, "auto")
     # 2,048 tokens of 2 KB with 128 assignments of 12 bytes each, twice. The rows would take 512 MB for each table.
     assert facts["factors"] == 2 * 2048 * (2048 + 128 * 12)
     assert facts["more"] < 100

@@ -11,18 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from kernel_cases import ROOT, run_script
 from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 
 from modeling_peer.ops import native
 from modeling_peer.ops.kernels import KERNELS, resolve_kernels
 from modeling_peer.ops.native import COMPILE_VARIABLE, load_library
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -55,23 +54,6 @@ def compiled(commands):
     return sum("-c" in command for command in commands)
 
 
-def run(script, *arguments, **environment):
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    return process.stdout
-
-
-def refuse(*arguments, **options):
-    raise OSError(30, "Read-only file system")
-
-
 LOAD = """
 import sys
 from pathlib import Path
@@ -82,18 +64,18 @@ assert native.load_library(Path(sys.argv[2])).answer() == 42
 
 
 class TestWithoutACompiler:
-    def test_it_is_torch_with_one_notice(self, cache, notices, monkeypatch):
-        monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    @pytest.mark.parametrize(
+        "command, reason",
+        [("there-is-no-such-compiler", "there-is-no-such-compiler"), ("gcc 'unbalanced", "No closing quotation")],
+    )
+    def test_it_is_torch_with_one_notice(self, command, reason, cache, notices, monkeypatch):
+        monkeypatch.setenv("CC", command)
         table = torch.empty(1, 1)
         assert resolve_kernels(None, table) == resolve_kernels(None, table) == "torch"
         (notice,) = notices
-        assert "there-is-no-such-compiler" in notice and "\n" not in notice
+        assert reason in notice and "\n" not in notice
         with pytest.raises(RuntimeError):
             resolve_kernels("cpu", table)
-
-    def test_a_command_that_cannot_be_parsed(self, cache, sources, notices, monkeypatch):
-        monkeypatch.setenv("CC", "gcc 'unbalanced")
-        assert load_library(sources) is None and len(notices) == 1
 
     def test_its_own_words_are_in_the_notice(self, cache, sources, tmp_path, notices, monkeypatch):
         log, compiler = tmp_path / "log", tmp_path / "failing-compiler"
@@ -105,10 +87,6 @@ class TestWithoutACompiler:
         assert load_library(sources) is None
         (command,) = log.read_text().splitlines()
         assert command.startswith("C ") and "no OpenMP" in notices[-1]
-
-    def test_a_failure_leaves_nothing(self, cache, sources):
-        (sources / "other.c").write_text("this is not C")
-        assert load_library(sources) is None
         assert {path.name for path in cache.iterdir()} <= {"lock"}
 
 
@@ -141,9 +119,15 @@ class TestSwitchedOff:
 
 
 class TestKept:
-    def test_compiled_once(self, cache, sources, compilations):
-        for _ in range(2):
-            assert fresh_load(sources).answer() == 42
+    @pytest.mark.parametrize("umask", [0o022, 0o002])
+    def test_compiled_once(self, umask, cache, sources, compilations):
+        """What is made is trusted, under any umask."""
+        before = os.umask(umask)
+        try:
+            for _ in range(2):
+                assert fresh_load(sources).answer() == 42
+        finally:
+            os.umask(before)
         assert compiled(compilations) == 1
         assert len(libraries(cache)) == 1 and {path.name for path in cache.iterdir()} <= {"lock", *libraries(cache)}
 
@@ -226,34 +210,24 @@ class TestWhereItCannotBeKept:
         assert compiled(compilations) == 2
         assert cache not in loaded[0].parents and not loaded[0].exists()
 
-    def test_what_is_made_is_trusted_under_any_umask(self, cache, sources, compilations):
-        before = os.umask(0o002)
-        try:
-            for _ in range(2):
-                assert fresh_load(sources).answer() == 42
-        finally:
-            os.umask(before)
-        assert compiled(compilations) == 1
-
     def test_in_a_folder_that_cannot_be_written_what_is_there_is_used(self, cache, sources, compilations, monkeypatch):
         load_library(sources)
-        monkeypatch.setattr(native, "FileLock", refuse)
-        monkeypatch.setattr(native.tempfile, "TemporaryDirectory", refuse)
+        for owner, name in ((native, "FileLock"), (native.tempfile, "TemporaryDirectory")):
+            monkeypatch.setattr(owner, name, mock.Mock(side_effect=OSError(30, "Read-only file system")))
         assert fresh_load(sources).answer() == 42
         assert compiled(compilations) == 1
 
-    @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotImplementedError("no locks")])
-    def test_in_a_folder_that_cannot_be_written(self, error, cache, sources, monkeypatch):
-        def refuse_lock(path):
-            raise error
-
-        monkeypatch.setattr(native, "FileLock", refuse_lock)
+    @pytest.mark.parametrize(
+        "error", [PermissionError(13, "Permission denied"), NotImplementedError("no locks"), None], ids=str
+    )
+    def test_in_a_folder_that_cannot_be_written(self, error, cache, sources, tmp_path, monkeypatch):
+        """Or below a file."""
+        if error is None:
+            (tmp_path / "home").write_text("")
+        else:
+            monkeypatch.setattr(native, "FileLock", mock.Mock(side_effect=error))
         assert load_library(sources).answer() == 42
         assert not libraries(cache)
-
-    def test_below_a_file(self, cache, sources, tmp_path):
-        (tmp_path / "home").write_text("")
-        assert load_library(sources).answer() == 42
 
     @pytest.mark.skipif(
         not shutil.which("unshare") or os.getuid() != 0,
@@ -290,19 +264,14 @@ before = runtimes()
 KERNELS["cpu"].up(torch.randn(300, 64), torch.zeros(300, 8, dtype=torch.int64), torch.randn(5, 64))
 print("added", sorted(runtimes() - before))
 """
-        assert "added []" in run(script)
+        assert "added []" in run_script(script)
 
-    def test_as_many_as_torch_has(self, monkeypatch):
+    @pytest.mark.parametrize("threads", [1, 2], indirect=True)
+    def test_as_many_as_torch_has(self, threads, monkeypatch):
         asked = []
         monkeypatch.setattr(ctypes, "c_int", lambda value: asked.append(value) or 1)
-        before = torch.get_num_threads()
-        try:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                KERNELS["cpu"].up(torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int64), torch.randn(5, 8))
-        finally:
-            torch.set_num_threads(before)
-        assert asked == [1, 2]
+        KERNELS["cpu"].up(torch.randn(3, 8), torch.zeros(3, 2, dtype=torch.int64), torch.randn(5, 8))
+        assert asked == [threads]
 
     @slow
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, so no child inherits threads")
@@ -329,4 +298,4 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert is_right() and num_threads() == 2  # the parent goes on
 """
-        run(script, OMP_NUM_THREADS="2")
+        run_script(script, OMP_NUM_THREADS="2")

@@ -9,15 +9,14 @@ from tiny_models import PROTECTED, random_tokens, tiny_config, tiny_model
 
 @pytest.mark.parametrize("kernels", ["cpu", "torch", "eager"])
 @pytest.mark.parametrize("name", ["peer", "pkm"])
-class TestNumExpertsPerHead:
-    def test_it_is_applied(self, name, kernels):
-        model, tokens = tiny_model(tiny_config(name, expert_kernels=kernels)), random_tokens(2, 5)
-        other = tiny_model(tiny_config(name, expert_kernels=kernels, num_experts_per_head=5))
-        other.load_state_dict(model.state_dict())
-        assert not torch.equal(model(tokens).logits, other(tokens).logits)
-        model.config.num_experts_per_head = 5
-        assert model.model.layers[0].mlp.router(torch.randn(1, 4, 24))[0].shape == (1, 4, 2, 5)
-        assert torch.equal(model(tokens).logits, other(tokens).logits)
+def test_the_number_of_experts_per_head_is_applied(name, kernels):
+    model, tokens = tiny_model(tiny_config(name, expert_kernels=kernels)), random_tokens(2, 5)
+    other = tiny_model(tiny_config(name, expert_kernels=kernels, num_experts_per_head=5))
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(model(tokens).logits, other(tokens).logits)
+    model.config.num_experts_per_head = 5
+    assert model.model.layers[0].mlp.router(torch.randn(1, 4, 24))[0].shape == (1, 4, 2, 5)
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
 
 
 def test_that_of_an_addition_stays():

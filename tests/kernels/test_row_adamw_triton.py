@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW's step in Triton, in its interpreter, against the same step in torch operations."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from modeling_peer import RowAdamW
 from modeling_peer.ops import gradient_triton
-from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.ops.triton_launch import launch, tl, triton
 from modeling_peer.optim import row_adamw, row_adamw_triton
@@ -69,7 +68,7 @@ def test_rounding(dtype):
     assert out.view(torch.int16).equal(round_stochastically(values, dtype, bits).view(torch.int16))
 
 
-def table_and_state(dtype, second_moment):
+def table_and_state(dtype=torch.float32, second_moment="full"):
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(NUM_ROWS, WIDTH, generator=generator).to(dtype)
     second = torch.zeros(NUM_ROWS, WIDTH if second_moment == "full" else 1)
@@ -77,21 +76,27 @@ def table_and_state(dtype, second_moment):
     return table, {"row_steps": steps, "exp_avg": torch.zeros(NUM_ROWS, WIDTH), "exp_avg_sq": second}
 
 
-def factors_of(step, dtype=torch.float32, num_tokens=4, kernels="triton"):
+def factors_of(step, num_tokens=4, kernels="triton"):
     """Of half of the rows, one of them with many assignments, one with a gradient of zero."""
     generator = torch.Generator().manual_seed(step)
     indices = torch.randint(NUM_ROWS // 2, (num_tokens, 3), generator=generator) + step % 4
     indices[:, 0] = 2
     coefficients = torch.randn(indices.shape, generator=generator) * (indices != 4)
-    tokens = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
+    tokens = torch.randn(num_tokens, WIDTH, generator=generator)
     return Factors(coefficients, tokens, Assignments(indices, NUM_ROWS, kernels))
 
 
-def steps_in_torch(monkeypatch, table, state, number, group, **options):
-    with monkeypatch.context() as patch:
+def take_steps(table, state, number, group, num_tokens=4):
+    """Of the table and its state, and of copies of them in torch operations, which are returned."""
+    expected, expected_state = copy.deepcopy((table, state))
+    for step in range(number):
+        row_adamw.update_by_factors(table, state, factors_of(step, num_tokens), group)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_adamw.triton, "can_update", lambda *tensors: False)
         for step in range(number):
-            row_adamw.update_by_factors(table, state, factors_of(step, kernels="torch", **options), group)
+            factors = factors_of(step, num_tokens, "torch")
+            row_adamw.update_by_factors(expected, expected_state, factors, group)
+    return expected, expected_state
 
 
 class TestSteps:
@@ -101,11 +106,9 @@ class TestSteps:
     def test_are_those_of_torch(self, monkeypatch, chunk, dtype, second_moment):
         monkeypatch.setattr(gradient_triton, "CHUNK", chunk)
         table, state = table_and_state(dtype, second_moment)
-        expected, expected_state = table_and_state(dtype, second_moment)
-        before = table.clone()
-        for step in range(6):
-            row_adamw.update_by_factors(table, state, factors_of(step, num_tokens=9), OPTIONS)
-        steps_in_torch(monkeypatch, expected, expected_state, 6, OPTIONS, num_tokens=9)
+        before, version = table.clone(), table._version
+        expected, expected_state = take_steps(table, state, 6, OPTIONS, num_tokens=9)
+        assert table._version > version  # it changed, for autograd too
         for name, value in state.items():
             assert_close(value, expected_state[name], rtol=2e-6, atol=1e-7)
         if dtype == torch.float32:
@@ -122,42 +125,32 @@ class TestSteps:
         assert (table != before)[touched].any(1).all()
 
     @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.9), (0.9, 0.0), (0.9, 0.999)])
-    def test_with_betas(self, monkeypatch, betas):
-        group = {**OPTIONS, "betas": betas, "eps": 1e-3}
-        table, state = table_and_state(torch.float32, "full")
-        expected, expected_state = table_and_state(torch.float32, "full")
+    def test_with_betas(self, betas):
+        table, state = table_and_state()
         # Of one assignment each: a sum that cancels out decides the direction of a step where there is no history.
-        for step in range(3):
-            row_adamw.update_by_factors(table, state, factors_of(step, num_tokens=1), group)
-        steps_in_torch(monkeypatch, expected, expected_state, 3, group, num_tokens=1)
+        expected, _ = take_steps(table, state, 3, {**OPTIONS, "betas": betas, "eps": 1e-3}, num_tokens=1)
         assert_close(table, expected, rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("beta", [0.9, 0.95, 0.999, 0.99999])
-    def test_correct_for_bias_at_any_age(self, monkeypatch, beta):
+    def test_correct_for_bias_at_any_age(self, beta):
         group = {**OPTIONS, "betas": (beta, beta), "eps": 1e-8, "weight_decay": 0.0, "lr": 1.0}
         for count in (0, 1, 7, 50, 10**3, 10**6):
-            table, state = torch.zeros(NUM_ROWS, WIDTH), table_and_state(torch.float32, "full")[1]
+            table, state = torch.zeros(NUM_ROWS, WIDTH), table_and_state()[1]
             state["row_steps"].fill_(count)
-            expected, expected_state = table.clone(), {name: value.clone() for name, value in state.items()}
-            row_adamw.update_by_factors(table, state, factors_of(0), group)
-            steps_in_torch(monkeypatch, expected, expected_state, 1, group)
+            expected, _ = take_steps(table, state, 1, group)
             assert_close(table, expected, rtol=1e-6, atol=0)
 
     def test_a_zero_gradient_leaves_a_row_and_not_a_number_moves_it(self):
-        table, state = table_and_state(torch.float32, "full")
+        table, state = table_and_state()
         before = table.clone()
-        indices = torch.tensor([[1, 2], [1, 3]])
-        tokens = torch.ones(2, WIDTH)
+        indices, tokens = torch.tensor([[1, 2], [1, 3]]), torch.ones(2, WIDTH)
         tokens[1, 5] = math.nan
-        coefficients = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
-        factors = Factors(coefficients, tokens, Assignments(indices, NUM_ROWS, "triton"))
+        factors = Factors(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), tokens, Assignments(indices, NUM_ROWS, "triton"))
         row_adamw.update_by_factors(table, state, factors, OPTIONS)
         assert state["row_steps"].nonzero().flatten().tolist() == [1, 2, 3]
         assert table.isnan().nonzero().tolist() == [[3, 5]]
-        again = table.clone()
-        cancelled = Factors(
-            torch.tensor([[1.0], [-1.0]]), torch.ones(2, WIDTH), Assignments(indices[:, :1], 11, "triton")
-        )
+        again, first = table.clone(), Assignments(indices[:, :1], NUM_ROWS, "triton")
+        cancelled = Factors(torch.tensor([[1.0], [-1.0]]), torch.ones(2, WIDTH), first)
         row_adamw.update_by_factors(table, state, cancelled, OPTIONS)
         assert state["row_steps"][1] == 1
         assert table[1].equal(again[1]) and not table[1].equal(before[1])
@@ -165,44 +158,23 @@ class TestSteps:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_by_dense_gradients_are_the_same(self, dtype):
         """Rows that are named as touched move, whatever their gradient: part of it may be on another device."""
-        table, state = table_and_state(dtype, "full")
-        other, other_state = table_and_state(dtype, "full")
-        factors = factors_of(0)
-        row_adamw.update_by_factors(table, state, factors, OPTIONS)
-        gradient = factors.to_rows(torch.float32)
+        (table, state), (other, other_state) = table_and_state(dtype), table_and_state(dtype)
+        row_adamw.update_by_factors(table, state, factors_of(0), OPTIONS)
+        gradient = factors_of(0).to_rows(torch.float32)
         rows = gradient.any(1).nonzero()[:, 0]
         row_adamw.update_rows(other, other_state, rows, gradient, rows, OPTIONS)
         assert_close(other_state["exp_avg"], state["exp_avg"], rtol=1e-6, atol=1e-7)
         assert_close(other, table, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        rows = torch.tensor([10])
-        row_adamw.update_rows(other, other_state, rows, torch.zeros(1, WIDTH), torch.tensor([0]), OPTIONS)
+        row_adamw.update_rows(
+            other, other_state, torch.tensor([10]), torch.zeros(1, WIDTH), torch.tensor([0]), OPTIONS
+        )
         assert other_state["row_steps"][10] == 1
-
-    def test_count_as_changes_for_autograd(self):
-        table, state = table_and_state(torch.float32, "full")
-        version = table._version
-        row_adamw.update_by_factors(table, state, factors_of(0), OPTIONS)
-        assert table._version > version
-
-
-def test_the_optimizer_runs_it(monkeypatch):
-    calls, update = [], row_adamw_triton.update_by_factors
-    monkeypatch.setattr(row_adamw_triton, "update_by_factors", lambda *a: calls.append(a) or update(*a))
-    table = torch.nn.Parameter(table_and_state(torch.bfloat16, "full")[0])
-    optimizer = RowAdamW([{"params": [table], "rows": True}], lr=0.1)
-    before = table.detach().clone()
-    table.grad = FactoredGradient(table, [factors_of(0), factors_of(1)])
-    optimizer.step()
-    assert len(calls) == 1
-    moved = optimizer.state[table]["row_steps"] > 0
-    assert (table.detach() != before).any(1).equal(moved) and 0 < moved.sum() < NUM_ROWS
 
 
 def test_what_it_cannot_update():
-    table, state = table_and_state(torch.float32, "full")
+    table, state = table_and_state()
     moments = state["exp_avg"], state["exp_avg_sq"]
     assert row_adamw_triton.can_update(table, None, moments)
-    assert not row_adamw_triton.can_update(table.double(), None, moments)
-    assert not row_adamw_triton.can_update(table.T, None, moments)
-    assert not row_adamw_triton.can_update(table, None, [moment.double() for moment in moments])
-    assert not row_adamw_triton.can_update(torch.empty(2, 2**14), None)
+    in_float64 = [moment.double() for moment in moments]
+    for cannot in ((table.double(), moments), (table.T, moments), (table, in_float64), (torch.empty(2, 2**14), ())):
+        assert not row_adamw_triton.can_update(cannot[0], None, cannot[1])

@@ -3,7 +3,7 @@
 """All tests of kernels that are marked `interpreted`, in a process in which Triton is interpreted."""
 
 import os
-import platform
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,19 +11,18 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from kernel_cases import needs_triton
 from slow_tests import REASON
 
 
 FOLDER = Path(__file__).parent
 FILES = sorted(
     file
-    for file in FOLDER.glob("test_*triton*.py")
-    if "mark.interpreted" in file.read_text() and file != Path(__file__)
+    for file in FOLDER.glob("test_*.py")
+    if re.search(r"mark\.interpreted|\bTRITON\b", file.read_text()) and file != Path(__file__)
 )
 
-pytestmark = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
-)
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Triton's compiler makes of the kernels: no spills, few registers, loads of 16 bytes where rows are aligned."""
 
-import platform
 from typing import NamedTuple
 
 import pytest
 import torch
+from kernel_cases import needs_triton
 from slow_tests import slow
 from triton_compiler import compile_launch, missing_target, recorded_launches
 
@@ -18,10 +18,7 @@ from modeling_peer.ops.retrieval_triton import _select_pairs_of, score_halves, s
 from modeling_peer.optim import row_adamw_triton
 
 
-# Where its wheels are, Triton is a part of the test environment, and its absence a failure.
-pytestmark = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
-)
+pytestmark = needs_triton
 
 
 class Target(NamedTuple):
@@ -74,17 +71,21 @@ def assert_wide_loads(code, options, target):
         assert code.wide_loads >= size // (16 * 32 * options["num_warps"]) >= 1
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["few-tokens", "many-tokens"])
-def test_halves(target, many, monkeypatch, tmp_path):
+def compiled_halves(table, target, many, monkeypatch, folder):
+    """Of few tokens or of many."""
     monkeypatch.setattr(kernels_triton, "MANY_TOKENS", 0 if many else 100)
-    hidden, weights, table = (
-        torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32), (4, target.width))
-    )
+    hidden, weights = (torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32)))
     indices = torch.zeros(2, 32, dtype=torch.int64)
     launches = recorded_launches(
         lambda: (TritonKernels.up(hidden, indices, table), TritonKernels.down(weights, indices, table))
     )
-    codes = compiled(launches, target, tmp_path)
+    return compiled(launches, target, folder)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few-tokens", "many-tokens"])
+def test_halves(target, many, monkeypatch, tmp_path):
+    table = torch.zeros(4, target.width, dtype=target.dtype)
+    codes = compiled_halves(table, target, many, monkeypatch, tmp_path)
     assert codes.keys() == {"_up", "_down"}
     for code, options in codes.values():
         assert_small(code, 96)
@@ -105,17 +106,8 @@ def test_halves(target, many, monkeypatch, tmp_path):
     ids=str,
 )
 def test_quantized_halves(target, bits, group_size, many, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels_triton, "MANY_TOKENS", 0 if many else 100)
-    hidden, weights = (torch.zeros(shape, dtype=target.dtype) for shape in ((2, target.width), (2, 32)))
-    rows = quantize(torch.zeros(4, target.width), bits, group_size)
-    indices = torch.zeros(2, 32, dtype=torch.int64)
-    launches = recorded_launches(
-        lambda: (
-            TritonKernels.up(hidden, indices, rows),
-            TritonKernels.down(weights, indices, rows),
-        )
-    )
-    codes = compiled(launches, target, tmp_path)
+    table = quantize(torch.zeros(4, target.width), bits, group_size)
+    codes = compiled_halves(table, target, many, monkeypatch, tmp_path)
     assert codes.keys() == {"_quantized_up", "_quantized_down"}
     for code, _ in codes.values():
         assert_small(code, 255)

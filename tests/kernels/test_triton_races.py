@@ -7,6 +7,8 @@ same time. All other tests in the interpreter look for races too, see `conftest.
 
 import pytest
 import torch
+from kernel_cases import experts
+from retrieval_tests import random_inputs
 from slow_tests import slow
 from triton_programs import Race, watched_launches
 
@@ -76,25 +78,11 @@ class TestTheWatch:
             launch(_read_past_the_end, (2,), torch.ones(2, 4), torch.ones(4), WIDTH=4)
 
 
-def experts():
-    generator = torch.Generator().manual_seed(0)
-    hidden, table = torch.randn(9, 24, generator=generator), torch.randn(12, 24, generator=generator)
-    return hidden, torch.randn(9, 7, generator=generator), torch.randint(10, (9, 7), generator=generator), table
-
-
-def up():
-    hidden, _, indices, table = experts()
-    return [TritonKernels.up(hidden, indices, table)]
-
-
-def down():
-    _, weights, indices, table = experts()
-    return [TritonKernels.down(weights, indices, table)]
+HIDDEN, WEIGHTS, INDICES, TABLE = experts(9, 7, 24, 12, torch.float32)
 
 
 def factors():
-    hidden, weights, indices, table = experts()
-    return Factors(weights, hidden, Assignments(indices.clamp(max=6), len(table), "triton"))
+    return Factors(WEIGHTS, HIDDEN, Assignments(INDICES.clamp(max=6), len(TABLE), "triton"))
 
 
 def gradient():
@@ -103,7 +91,7 @@ def gradient():
 
 
 def step():
-    table = experts()[-1].bfloat16()
+    table = TABLE.bfloat16()
     state = {"row_steps": torch.zeros(12, dtype=torch.int32)}
     state |= {"exp_avg": torch.zeros(12, 24), "exp_avg_sq": torch.zeros(12, 1)}
     group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "rounding_seed": 3}
@@ -112,15 +100,21 @@ def step():
 
 
 def retrieval():
-    generator = torch.Generator().manual_seed(0)
-    queries, sub_keys = torch.randn(5, 2, 2, 8, generator=generator), torch.randn(1, 2, 40, 8, generator=generator)
+    queries, sub_keys = random_inputs(5, 2, 1, 40, 8)
     indices, scores = TritonKernels.retrieve(queries, sub_keys, 6)
     return [indices, scores, *TritonKernels.retrieval_gradients(scores, indices, queries, sub_keys)]
 
 
 @pytest.mark.parametrize(
     "run, kernels",
-    [(up, 1), (down, 1), (gradient, 6), (step, 2), pytest.param(retrieval, 7, marks=slow)],
+    [
+        (lambda: [TritonKernels.up(HIDDEN, INDICES, TABLE)], 1),
+        (lambda: [TritonKernels.down(WEIGHTS, INDICES, TABLE)], 1),
+        (gradient, 6),
+        (step, 2),
+        pytest.param(retrieval, 7, marks=slow),
+    ],
+    ids=["up", "down", "gradient", "step", "retrieval"],
 )
 def test_the_order_of_programs_does_not_matter(run, kernels, monkeypatch):
     monkeypatch.setattr(gradient_triton, "CHUNK", 4)

@@ -4,10 +4,9 @@
 That the host never waits for a GPU: a step of training runs on tensors without values, where every look at one fails.
 """
 
-import platform
-
 import pytest
 import torch
+from kernel_cases import needs_triton
 from tiny_models import tiny_config
 from torch.nn.utils import clip_grad_norm_
 from triton_compiler import recorded_launches
@@ -19,10 +18,7 @@ from modeling_peer.ops.kernels_triton import TritonKernels
 from modeling_peer.optim import row_adamw_triton
 
 
-# Where its wheels are, Triton is a part of the test environment, and its absence a failure.
-pytestmark = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton is for Linux, on x86-64."
-)
+pytestmark = needs_triton
 
 
 @pytest.fixture

@@ -1,25 +1,25 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk: saved and loaded whole, in parts and in other dtypes, offloaded, and broken."""
+"""
+Checkpoints on disk: saved and loaded whole, in parts and in other dtypes, and offloaded. And expert tables in host
+memory, beside a model on another device.
+"""
 
-import json
+import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors import safe_open
 from tiny_models import EXPERTS, GROWN, ROUTERS, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    QuantoConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
 
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification
+from modeling_peer import PeerForCausalLM, PeerModel
+from modeling_peer.experts import expert_tables, plain_weight
+from modeling_peer.memory.host_tables import host_table_device_map, keep_in_host_memory
 
 
 CONFIGS = VARIANTS | GROWN
@@ -45,16 +45,11 @@ def test_a_saved_model_loads_with_bit_equal_logits(config, tmp_path):
     assert type(loaded) is PeerForCausalLM
     assert not any(report.values())
     assert same(logits_of(loaded), logits_of(model))
-
-
-def test_sharded(tmp_path):
-    model = tiny_model(VARIANTS["all_in_one"])
-    model.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+    assert type(AutoModel.from_pretrained(tmp_path)) is PeerModel
 
 
 def test_in_bfloat16_but_for_the_running_statistics(tmp_path):
+    """Saved again, it is in several files."""
     model = tiny_model(VARIANTS["all_in_one"])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -65,7 +60,8 @@ def test_in_bfloat16_but_for_the_running_statistics(tmp_path):
     expected = logits_of(PeerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16))
     assert same(logits_of(loaded), expected)
     assert loaded.config.dtype == torch.bfloat16
-    loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="10KB")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 2
     assert same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
 
 
@@ -136,17 +132,6 @@ def test_automatic_device_map_offloads_what_does_not_fit(tmp_path):
     assert_close(logits_of(loaded), logits_of(model))
 
 
-def test_initialization_from_the_meta_device_equals_that_on_the_cpu():
-    config = VARIANTS["all_in_one"]
-    torch.manual_seed(0)
-    loaded = PeerForCausalLM.from_pretrained(None, config=config, state_dict={})
-    fresh = PeerForCausalLM(config)
-    for (name, ours), theirs in zip(loaded.state_dict().items(), fresh.state_dict().values(), strict=True):
-        assert ours.isfinite().all()
-        if ours.is_floating_point() and theirs.numel() > 300:
-            assert 0.8 < ours.std() / theirs.std() < 1.25, name
-
-
 @pytest.mark.parametrize("k", [1, 6])
 def test_more_or_fewer_experts_per_head_at_load(k, tmp_path):
     model = tiny_model(tiny_config("dense", "peer", num_experts_per_head=3))
@@ -160,59 +145,91 @@ def test_more_or_fewer_experts_per_head_at_load(k, tmp_path):
     assert torch.allclose(other_weights.sum(-1), torch.ones(2, 5, 2))
 
 
-class TestBrokenCheckpoints:
-    """Refused with what is wrong, and nothing half-written stays."""
-
-    def checkpoint(self, folder, **fields):
-        """A saved model, the file of its weights, and other fields in its configuration."""
-        tiny_model(VARIANTS["peer"]).save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | fields))
-        return folder / "model.safetensors"
-
-    @pytest.mark.parametrize("damage", [lambda data: data[:-1000], lambda data: b"\xff" * 8 + data[8:]])
-    def test_damaged_file(self, damage, tmp_path):
-        file = self.checkpoint(tmp_path)
-        file.write_bytes(damage(file.read_bytes()))
-        with pytest.raises(Exception, match="(?i)incomplete|buffer|header|truncated"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-
-    def test_other_shapes(self, tmp_path):
-        self.checkpoint(tmp_path, num_experts=64)
-        with pytest.raises(RuntimeError, match="mismatched_sizes"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-
-    def test_missing_and_extra_keys_are_reported(self, tmp_path):
-        model = tiny_model(VARIANTS["peer"])
-        state = model.state_dict()
-        state["model.layers.0.mlp.something"] = state.pop("model.layers.0.mlp.expert_pool.up_proj.weight")
-        model.save_pretrained(tmp_path, state_dict=state)
-        _, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert report["missing_keys"] == {"model.layers.0.mlp.expert_pool.up_proj.weight"}
-        assert report["unexpected_keys"] == {"model.layers.0.mlp.something"}
-
-    def test_a_later_format_is_refused(self, tmp_path):
-        self.checkpoint(tmp_path, format_version=2)
-        with pytest.raises(StrictDataclassClassValidationError, match="`format_version`"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
-
-    def test_an_invalid_configuration_is_not_saved(self, tmp_path):
-        model = tiny_model(VARIANTS["peer"])
-        model.config.num_experts_per_head = 7  # of √36 = 6
-        with pytest.raises(StrictDataclassClassValidationError, match="`num_experts_per_head`"):
-            model.save_pretrained(tmp_path / "checkpoint")
-        assert not [file for file in (tmp_path / "checkpoint").iterdir() if file.suffix != ".py"]
+def test_an_invalid_configuration_is_not_saved(tmp_path):
+    model = tiny_model(VARIANTS["peer"])
+    model.config.num_experts_per_head = 7  # of √36 = 6
+    with pytest.raises(StrictDataclassClassValidationError, match="`num_experts_per_head`"):
+        model.save_pretrained(tmp_path)
+    assert not [file for file in tmp_path.iterdir() if file.suffix != ".py"]
 
 
-def test_auto_classes_know_every_head(tmp_path):
-    config = tiny_config("peer", num_labels=3)
-    assert type(AutoModel.from_config(config)).__name__ == "PeerModel"
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert type(model) is PeerForSequenceClassification
+WITH_TABLES = {
+    "all_in_one": VARIANTS["all_in_one"],
+    "gated, shared": tiny_config("peer", "peer", share_experts_across_layers=True, gated_experts=True),
+    "pkm": tiny_config("dense", "pkm"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_tables_stay_where_they_are(name, monkeypatch):
+    model = tiny_model(WITH_TABLES[name])
+    logits, tables = logits_of(model), {name: each.weight.detach() for name, each in expert_tables(model).items()}
+    generated = model.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    keep_in_host_memory(model)
+    copied, copy_to_device = [], AlignDevicesHook.pre_forward
+
+    def noted(hook, module, *args, **kwargs):
+        copied.append(type(module))
+        return copy_to_device(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", noted)
+    assert_close(logits_of(model), logits)
+    assert torch.equal(model.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False), generated)
+    assert torch.nn.Linear in copied, "the rest is offloaded as before"
+    for name, table in expert_tables(model).items():
+        assert table.weight.data_ptr() == tables[name].data_ptr(), "not even one copy of it was made"
+        assert plain_weight(table) is not None
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+def test_a_device_map_leaves_tables_in_host_memory(name, tmp_path):
+    model = tiny_model(WITH_TABLES[name])
     model.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is PeerConfig
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert same(logits_of(loaded), logits_of(model))
-    # A base model in a head's checkpoint, and a head on a base model's.
-    base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base.embed_tokens.weight, model.model.embed_tokens.weight)
+    # The one device that every machine has beside its CPU is that without memory.
+    device_map = host_table_device_map(PeerForCausalLM, model.config, device="meta")
+    loaded = PeerForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    keep_in_host_memory(loaded)
+    tables = expert_tables(loaded)
+    assert {name for name, place in device_map.items() if place == "cpu"} == tables.keys()
+    for name, table in tables.items():
+        assert torch.equal(table.weight, expert_tables(model)[name].weight)
+        assert not hasattr(table, "_hf_hook")
+    weights = {f"{name}.weight" for name in tables}
+    assert all(parameter.is_meta for name, parameter in loaded.named_parameters() if name not in weights)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """A tensor on the CPU that says it is on another device, and notes which ones leave it."""
+
+    moved: list[torch.Size] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.is_cpu.__get__:
+            return False
+        if function is torch.Tensor.to:
+            cls.moved.append(args[0].shape)
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize("copies", [False, True], ids=["model", "copy"])
+def test_only_tokens_and_their_sums_change_places(name, copies):
+    model = tiny_model(WITH_TABLES[name])
+    model.lm_head.to("meta")
+    keep_in_host_memory(model)
+    model = copy.deepcopy(model) if copies else model
+    pools = [module for module in model.modules() if hasattr(type(module), "expert_table_names")]
+    assert pools
+    for pool in pools:
+        run = getattr(pool, "sum_values", pool)
+        table = pool.values if hasattr(pool, "sum_values") else pool.down_proj
+        arguments = torch.randn(5, 24), torch.randint(table.num_embeddings, (5, 3)), torch.rand(5, 3)
+        OnAnotherDevice.moved.clear()
+        with torch.no_grad():
+            found = run(*(each.as_subclass(OnAnotherDevice) for each in arguments))
+            table.weight.mul_(2)  # of this model, not of the one that it was copied from
+            assert OnAnotherDevice.moved == [each.shape for each in arguments]
+            assert_close(run(*arguments), 2 * found)

@@ -18,7 +18,6 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW, expert_parameter_groups
-from modeling_peer.feed_forward import PeerFeedForward, PkmFeedForward
 from modeling_peer.ops.factored_gradient import FactoredGradient
 
 
@@ -47,14 +46,6 @@ def compiled(model, **options):
     return torch.compile(model, **({"fullgraph": True, "backend": "aot_eager"} | options))
 
 
-def with_compiled_layers(model):
-    """The feed-forwards alone, which takes less time."""
-    for module in model.modules():
-        if isinstance(module, (PeerFeedForward, PkmFeedForward)):
-            module.compile(backend="aot_eager")
-    return model
-
-
 def loss_of(run, tokens=TOKENS[0]):
     return run(input_ids=tokens, labels=tokens, use_cache=False).loss
 
@@ -72,9 +63,9 @@ def come_in_factors(model, run) -> set[bool]:
     with torch.compiler.set_stance("force_eager"):
         expected = gradients_of(model, model)
     found = gradients_of(model, run)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert_close(dense(gradient), dense(expected[name]), **EXACT)
+    assert_close(
+        *({name: dense(each) for name, each in gradients.items()} for gradients in (found, expected)), **EXACT
+    )
     return {isinstance(found[name], FactoredGradient) for name in tables_of(model) if name in found}
 
 
@@ -95,11 +86,15 @@ def test_dense_gradients_come_from_one_graph(config):
         assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=slow)])
-def test_factors_come_with_graph_breaks(gated):
+@pytest.mark.parametrize(
+    ("optimizer_class", "gated"),
+    [(RowAdamW, False), pytest.param(RowAdamW, True, marks=slow), (DenseRowAdamW, False)],
+)
+def test_factors_come_with_graph_breaks(optimizer_class, gated):
+    """And none for another optimizer."""
     model = model_of("peer", "pkm", gated_experts=gated)
-    optimizer = optimizer_of(model)
-    assert come_in_factors(model, compiled(model, fullgraph=False)) == {True}
+    optimizer = optimizer_of(model, optimizer_class)
+    assert come_in_factors(model, compiled(model, fullgraph=False)) == {optimizer_class is RowAdamW}
     assert optimizer.param_groups
 
 
@@ -124,22 +119,16 @@ def test_ten_steps():
 def test_optimizers_that_come_after_a_graph():
     """Gradients are right whoever takes them, and in factors where a graph was compiled with their optimizer."""
     model = model_of()
-    run = with_compiled_layers(model)
-    assert come_in_factors(model, run) == {False}
+    for layer in model.model.layers:  # the feed-forwards alone, which takes less time
+        layer.mlp.compile(backend="aot_eager")
+    assert come_in_factors(model, model) == {False}
     optimizer = optimizer_of(model)
-    come_in_factors(model, run)
+    come_in_factors(model, model)
     torch._dynamo.reset()
-    assert come_in_factors(model, run) == {True}
+    assert come_in_factors(model, model) == {True}
     del optimizer
     gc.collect()
-    assert come_in_factors(model, run) == {False}
-
-
-def test_other_optimizers_take_none():
-    model = model_of()
-    optimizer = optimizer_of(model, DenseRowAdamW)
-    assert come_in_factors(model, with_compiled_layers(model)) == {False}
-    assert optimizer.param_groups
+    assert come_in_factors(model, model) == {False}
 
 
 @slow

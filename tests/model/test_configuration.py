@@ -1,16 +1,37 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input is refused at once, with the field's name and the reason."""
+"""
+Configurations: bad input is refused at once, with the field's name and the reason; the named ones load, say only what
+they mean, and are found in a checkout and in a wheel. And docstrings that Transformers completes.
+"""
 
 import json
 import math
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel
+import modeling_peer
+from modeling_peer import (
+    PeerConfig,
+    PeerForCausalLM,
+    PeerModel,
+    configuration_path,
+    list_configurations,
+    model_costs,
+)
+from modeling_peer.modeling_peer import PeerCausalLMOutputWithPast, PeerModelOutputWithPast
+from studies.common.training_plan import Run, configuration_of
+from studies.recipe.plan import RECIPE, read_plan
 
 
 REFUSED_VALUES = [
@@ -83,23 +104,18 @@ def test_kernels_that_are_not_registered_are_the_fastest():
     assert torch.equal(tiny_model(tiny_config("peer", "dense", expert_kernels="theirs"))(tokens).logits, expected)
 
 
-def test_what_is_changed_at_load_is_checked_too(tmp_path):
-    tiny_config("peer", "dense").save_pretrained(tmp_path)
-    with pytest.raises(StrictDataclassClassValidationError, match="`num_experts_per_head` must be at most"):
-        PeerModel(PeerConfig.from_pretrained(tmp_path, num_experts_per_head=7))
-    with pytest.raises(StrictDataclassFieldValidationError, match="field 'num_retrieval_heads'"):
-        PeerConfig.from_pretrained(tmp_path, num_retrieval_heads="2")
-
-
-def test_the_former_name_of_the_cpu_kernels_loads(tmp_path):
-    """In configurations, checkpoints and grafts of before it was renamed."""
+def test_fields_of_former_configurations_load(tmp_path):
+    """The former name of the CPU kernels is renamed, and sparse gradients are ignored: the optimizer decides."""
     assert tiny_config(expert_kernels="native").expert_kernels == "cpu"
     model = PeerForCausalLM(tiny_config())
     model.save_pretrained(tmp_path / "old")
     file = tmp_path / "old" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native", "sparse_expert_gradients": True})
+    )
     loaded = PeerForCausalLM.from_pretrained(tmp_path / "old")
     assert loaded.config.expert_kernels == loaded.model.layers[0].mlp.router.config.expert_kernels == "cpu"
+    assert not hasattr(loaded.config, "sparse_expert_gradients")
     loaded.save_pretrained(tmp_path / "new")
     assert json.loads((tmp_path / "new" / "config.json").read_text())["expert_kernels"] == "cpu"
 
@@ -117,27 +133,125 @@ def test_fields_of_former_grafts_load(fields, tmp_path):
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 
 
-def test_sparse_gradients_of_former_configurations_are_ignored():
-    """The optimizer decides."""
-    assert not hasattr(PeerConfig(sparse_expert_gradients=True), "sparse_expert_gradients")
-
-
-def test_defaults_are_the_papers():
-    config = PeerConfig()
-    assert config.feed_forward_types == ["dense"] * 5 + ["peer"] + ["dense"] * 6
+@pytest.mark.parametrize(
+    ("fields", "layers"), [({}, 12), ({"num_hidden_layers": 1}, 1), ({"num_hidden_layers": 2}, 2)]
+)
+def test_defaults_are_the_papers(fields, layers):
+    config, middle = PeerConfig(**fields), (layers - 1) // 2
+    assert config.feed_forward_types == ["dense"] * middle + ["peer"] + ["dense"] * (layers - 1 - middle)
     assert (config.num_experts, config.num_retrieval_heads, config.num_experts_per_head) == (1024**2, 8, 16)
     assert config.num_experts_per_tok == 128
     assert (config.query_norm, config.scoring_func, config.sub_keys_per_head) == ("batch", "softmax", False)
     assert not config.gated_experts and config.shared_expert_intermediate_size is None
+    assert config.router_aux_loss_coef == 0
 
 
-def test_only_models_with_moe_layers_have_a_balance_loss():
-    assert PeerConfig().router_aux_loss_coef == 0
-    assert PeerConfig(num_hidden_layers=2, feed_forward_types=["peer", "moe"]).router_aux_loss_coef == 0.001
+def test_defaults_of_moe_layers():
+    """Only models that have some get a balance loss; the experts of a token are as wide as a dense layer."""
+    config = PeerConfig(num_hidden_layers=2, feed_forward_types=["peer", "moe"], moe_num_experts_per_tok=4)
+    assert config.router_aux_loss_coef == 0.001 and 4 * config.moe_intermediate_size == config.intermediate_size
 
 
-@pytest.mark.parametrize("layers", [1, 2, 12])
-def test_the_middle_block_is_replaced(layers):
-    types = PeerConfig(num_hidden_layers=layers).feed_forward_types
-    assert types.count("peer") == 1
-    assert types.index("peer") == (layers - 1) // 2
+CHECKOUT = Path(__file__).parents[2]
+RECIPE_SIZES = ("nano", "toy", "laptop", "gpu")
+NAMES = sorted(
+    [
+        *(f"{each}-{size}" for each in ("dense", "peer") for size in RECIPE_SIZES),
+        *(f"{each}-{size}" for each in ("dense", "moe", "peer", "pkm") for size in ("paper", "tiny")),
+    ]
+)
+
+
+def test_named_configurations_are_listed():
+    assert list_configurations() == NAMES
+    with pytest.raises(ValueError, match="peer-huge"):
+        configuration_path("peer-huge")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_configurations(name):
+    """The variant in its blocks, no field that the configuration has not, and a model with the parameters counted."""
+    config = AutoConfig.from_pretrained(configuration_path(name))
+    assert type(config) is PeerConfig and config.architectures == ["PeerForCausalLM"]
+    variant, size = name.split("-")
+    last = config.num_hidden_layers - 1
+    blocks = range(last + 1) if size in RECIPE_SIZES else (last // 2,)
+    assert config.feed_forward_types == [variant if block in blocks else "dense" for block in range(last + 1)]
+    written = json.loads((Path(configuration_path(name)) / "config.json").read_text())
+    assert written.pop("model_type") == "peer"
+    assert set(written) <= {field.name for field in fields(PeerConfig)} - {"transformers_version"}
+    assert {field: getattr(config, field) for field in written} == written
+    with torch.device("meta" if size in ("paper", "gpu", "laptop") else "cpu"):  # without memory for large ones
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is PeerForCausalLM
+    assert model.num_parameters() == model_costs(config).parameters
+
+
+def test_sizes_of_the_paper():
+    """Set-up of the paper's section 3.1; a PKM head takes twice as many, of which each costs half."""
+    peer, pkm, moe = (AutoConfig.from_pretrained(configuration_path(f"{v}-paper")) for v in ("peer", "pkm", "moe"))
+    for config, k in ((peer, 16), (pkm, 32)):
+        retrieval = config.num_experts, config.num_retrieval_heads, config.num_experts_per_head, config.query_norm
+        assert retrieval == (1024**2, 8, k, "batch")
+    assert moe.moe_num_experts == 128
+    assert moe.output_router_logits  # without them the balance loss is none
+
+
+@pytest.mark.parametrize("size", RECIPE_SIZES)
+def test_twins_of_the_recipe(size):
+    """PEER has the settings of the study, and its twin the same width and no fewer FLOPs per token."""
+    peer, dense = (
+        PeerConfig.from_pretrained(configuration_path(f"{variant}-{size}")) for variant in ("peer", "dense")
+    )
+    plan = read_plan(CHECKOUT / "examples" / "studies" / "recipe" / "plans" / "two-cores.json")
+    studied = configuration_of(Run(RECIPE, peer.hidden_size, 1, 0.004), plan)
+    for name in ("query_size", "num_retrieval_heads", "num_experts_per_head", "sub_keys_per_head", "query_norm"):
+        assert getattr(peer, name) == getattr(studied, name), name
+    assert peer.expert_initializer_range == studied.expert_initializer_range
+    assert peer.hidden_size == dense.hidden_size
+    assert model_costs(peer).flops < model_costs(dense).flops
+
+
+def test_named_configurations_are_found_in_a_wheel(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", str(CHECKOUT), "--no-deps", "--no-build-isolation", "-w", "."]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert not [*tmp_path.rglob("*.safetensors")]  # the checkpoints of the repository stay there
+    program = (
+        "import modeling_peer\n"
+        "from transformers import AutoConfig\n"
+        "from modeling_peer import configuration_path, list_configurations\n"
+        "print(modeling_peer.__file__, *list_configurations())\n"
+        "AutoConfig.from_pretrained(configuration_path('peer-tiny'))\n"
+    )
+    # Isolated (-I): without the current folder or PYTHONPATH, where the checkout may be.
+    program = f"import sys; sys.path.insert(0, 'installed')\n{program}"
+    output = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    imported_from, *names = output.stdout.split()
+    assert (tmp_path / imported_from).is_relative_to(tmp_path / "installed")
+    assert names == NAMES
+
+
+@pytest.mark.parametrize(
+    "documented",
+    [
+        *(PeerConfig, PeerModelOutputWithPast, PeerCausalLMOutputWithPast, modeling_peer.PeerPreTrainedModel),
+        *(getattr(modeling_peer, name) for name in modeling_peer.__all__ if name.startswith(("PeerModel", "PeerFor"))),
+    ],
+    ids=lambda each: each.__name__,
+)
+def test_docstrings_name_the_model(documented):
+    first_line = documented.__doc__.strip().splitlines()[0]
+    assert re.match("Configuration of a PEER model|The (bare )?PEER model|Output of the|Base class of", first_line)
+    assert not re.search(r"None Model|a None|\[`None`\]", documented.__doc__)
+    assert not re.findall(r"https://huggingface.co/(?!docs|papers)[^)]*", documented.__doc__)
+
+
+def test_docstrings_have_outputs_and_every_field():
+    for model_class, output in ((PeerModel, "PeerModelOutput"), (PeerForCausalLM, "PeerCausalLMOutput")):
+        assert f"Returns:\n            [`{output}WithPast`], or a tuple" in model_class.forward.__doc__
+    for name in PeerConfig.__annotations__:
+        assert re.search(rf"^ *{name} \(.*\):\n +\S", PeerConfig.__doc__, re.MULTILINE), name

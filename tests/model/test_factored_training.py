@@ -8,8 +8,7 @@ from graft_models import FAMILIES_AND_PLACEMENTS, PLACEMENTS, base_model_of, gra
 from peft import LoraConfig, get_peft_model
 from release_names import enable_checkpointing
 from table_gradients import DenseRowAdamW, dense, tables_of
-from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
-from torch import nn
+from tiny_models import EXPERTS, GROWN, VARIANTS, let_added_experts_speak, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 
 from modeling_peer import RowAdamW, add_experts, expert_parameter_groups
@@ -19,8 +18,8 @@ from modeling_peer.ops.factored_gradient import FactoredGradient
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
 # Transformers has no experts of MoE layers in float64.
-WITH_TABLES = {name: VARIANTS[name] for name in ("peer", "pkm", "tied_embeddings")}
-WITH_TABLES["both"] = tiny_config("peer", "pkm", "dense", "peer")
+CONFIGS = {name: VARIANTS[name] for name in ("peer", "pkm", "tied_embeddings")} | GROWN | EXPERTS
+CONFIGS["both"] = tiny_config("peer", "pkm", "dense", "peer")
 
 
 def optimizer_of(model, optimizer_class=RowAdamW):
@@ -42,6 +41,11 @@ def gradients_of(model):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(found, expected, **tolerances):
+    found, expected = ({name: dense(each) for name, each in gradients.items()} for gradients in (found, expected))
+    assert_close(found, expected, **(EXACT | tolerances))
+
+
 def assert_those_of_literal_experts(model, **tolerances):
     """For all kernels, of a model in float64 whose optimizer is made here: tables have factors, all else has none."""
     model.train()
@@ -49,36 +53,28 @@ def assert_those_of_literal_experts(model, **tolerances):
     expected_loss, expected = gradients_of(model)
     optimizer = optimizer_of(model)
     trained = {name for name, table in tables_of(model).items() if table.requires_grad}
+    rows = {id(table) for group in optimizer.param_groups if group["rows"] for table in group["params"]}
+    assert rows == {id(model.get_parameter(name)) for name in trained}
     for kernels in ("auto", "cpu", "torch", "eager"):
         set_kernels(model, kernels)
         loss, found = gradients_of(model)
         assert_close(loss, expected_loss, **EXACT)
-        assert found.keys() == expected.keys()
         in_factors = {name for name, gradient in found.items() if isinstance(gradient, FactoredGradient)}
         assert in_factors == (set() if kernels in ("torch", "eager") else trained)
-        for name, gradient in found.items():
-            assert_close(
-                dense(gradient), dense(expected[name]), **(EXACT | tolerances), msg=lambda m, name=name: f"{name}: {m}"
-            )
+        assert_same(found, expected, **tolerances)
     assert optimizer.param_groups
 
 
 class TestEqualLiteralExperts:
-    @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in (WITH_TABLES | GROWN).items()])
+    @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in CONFIGS.items()])
     def test_of_every_variant(self, config):
-        assert_those_of_literal_experts(tiny_model(config).double())
-
-    @pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in EXPERTS.items()])
-    def test_of_all_experts(self, config):
         assert_those_of_literal_experts(tiny_model(config).double())
 
     def test_of_a_model_that_grew(self):
         model = tiny_model(tiny_config("peer", "dense", "peer"))
         add_experts(model, 13, mode="open")
         add_experts(model, 25, mode="protected")
-        for name, parameter in model.named_parameters():
-            if ".added." in name and "down_proj" in name:
-                nn.init.normal_(parameter, std=0.3)
+        let_added_experts_speak(model)
         assert_those_of_literal_experts(model.double())
 
     @pytest.mark.parametrize("family, placement", FAMILIES_AND_PLACEMENTS)
@@ -115,9 +111,8 @@ def test_activation_checkpointing(options):
     enable_checkpointing(model, options)
     loss, found = gradients_of(model)
     assert_close(loss, expected_loss, **EXACT)
-    for name, gradient in found.items():
-        assert isinstance(gradient, FactoredGradient) == (name in tables_of(model))
-        assert_close(dense(gradient), dense(expected[name]), **EXACT)
+    assert {name for name, each in found.items() if isinstance(each, FactoredGradient)} == tables_of(model).keys()
+    assert_same(found, expected)
     assert optimizer.param_groups
 
 
@@ -137,8 +132,7 @@ def test_autocast(kernels="cpu"):
         assert optimizer.param_groups
         del optimizer
     assert {gradient.dtype for gradient in found[0].values()} == {torch.float32}
-    for name, gradient in found[0].items():
-        assert_close(gradient, found[1][name], rtol=1e-6, atol=1e-8)
+    assert_same(found[0], found[1], rtol=1e-6, atol=1e-8)
     # Experts that bfloat16 ranks otherwise make some of a difference.
     literal, difference = (
         torch.stack([(found[2][name] - sign * gradient).square().sum() for name, gradient in found[0].items()]).sum()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from literal_algorithm import literal_peer, retrieve
 from tiny_models import EXPERTS, ROUTERS, tiny_config
-from torch.nn import functional as F
 
 from modeling_peer.configuration_peer import generations_of
 from modeling_peer.experts import ExpertPool, expert_index
@@ -17,6 +16,7 @@ CONFIGS = {
     **ROUTERS,
     **EXPERTS,
     "large epsilon": tiny_config(rms_norm_eps=0.1),
+    "one expert per head": tiny_config(num_experts_per_head=1, expert_act="relu"),
     "ReLU in the branch": tiny_config(hidden_act="relu", shared_expert_intermediate_size=8),
 }
 
@@ -30,10 +30,12 @@ def layer_in_float64(config, layer_class=PeerFeedForward):
     return layer
 
 
-def gradients(output, modules, hidden_states):
-    parameters = [p for module in modules for p in module.parameters()]
+def assert_same_gradients(output, expected, modules, hidden_states):
+    inputs = [*(p for module in modules for p in module.parameters()), hidden_states]
     direction = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(2))
-    return torch.autograd.grad((output * direction).sum(), [*parameters, hidden_states])
+    found, literal = (torch.autograd.grad(each, inputs, direction) for each in (output, expected))
+    for gradient, by_hand in zip(found, literal, strict=True):
+        assert torch.allclose(gradient, by_hand, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -46,36 +48,7 @@ def test_outputs_and_gradients_equal_algorithm_1(config):
     output = layer(hidden_states, expert_pool=pool)
     expected = literal_peer(config, layer, hidden_states, pool)
     assert torch.allclose(output, expected, rtol=1e-10, atol=1e-10)
-
-    modules = [layer] if pool is None else [layer, pool]
-    for gradient, literal in zip(
-        gradients(output, modules, hidden_states), gradients(expected, modules, hidden_states), strict=True
-    ):
-        assert torch.allclose(gradient, literal, rtol=1e-9, atol=1e-9)
-
-
-def test_every_retrieved_expert_and_sub_key_gets_a_gradient():
-    config = tiny_config(num_experts=6**2)
-    layer = layer_in_float64(config)
-    hidden_states = torch.randn(64, 8, config.hidden_size, dtype=torch.float64)
-    indices, _ = layer.router(hidden_states)
-    layer(hidden_states).square().sum().backward()
-    retrieved = torch.zeros(config.num_experts, dtype=torch.bool)
-    retrieved[indices.flatten()] = True
-    assert retrieved.all()  # with so many tokens every expert is reached
-    for table in (layer.expert_pool.up_proj, layer.expert_pool.down_proj):
-        assert table.weight.grad.abs().sum(-1).gt(0).all()
-    assert layer.router.sub_keys.grad.abs().sum(-1).gt(0).all()
-
-
-def test_with_one_expert_per_head_it_is_a_feed_forward_of_picked_neurons():
-    config = tiny_config(num_experts_per_head=1, expert_act="relu")
-    layer = layer_in_float64(config)
-    hidden_states = torch.randn(3, 5, config.hidden_size, dtype=torch.float64)
-    picked = layer.router(hidden_states)[0].squeeze(-1)  # [3, 5, heads]
-    up, down = layer.expert_pool.up_proj.weight[picked], layer.expert_pool.down_proj.weight[picked]
-    neurons = F.relu(torch.einsum("bsd,bshd->bsh", hidden_states, up))
-    assert torch.allclose(layer(hidden_states), torch.einsum("bsh,bshd->bsd", neurons, down))
+    assert_same_gradients(output, expected, [layer] if pool is None else [layer, pool], hidden_states)
 
 
 @pytest.mark.parametrize("config", [c for name, c in ROUTERS.items() if "batch" in name or "softmax" in name])
@@ -88,10 +61,7 @@ def test_pkm_equals_brute_force(config):
     ]
     output, expected = layer(hidden_states), torch.stack(expected).view_as(hidden_states)
     assert torch.allclose(output, expected, rtol=1e-10)
-    for gradient, literal in zip(
-        gradients(output, [layer], hidden_states), gradients(expected, [layer], hidden_states), strict=True
-    ):
-        assert torch.allclose(gradient, literal, rtol=1e-9, atol=1e-9)
+    assert_same_gradients(output, expected, [layer], hidden_states)
 
 
 def test_scores_are_computed_in_float32_whatever_the_dtype():

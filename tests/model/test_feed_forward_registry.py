@@ -38,46 +38,30 @@ class ScaledFeedForward(nn.Module):
         return F.relu(self.proj(hidden_states)) * self.scale
 
 
-@pytest.fixture
-def registered():
+def test_a_registered_variant_stands_in_any_layer(tmp_path):
+    """And gets the padding mask and the forward pass."""
     FeedForwardInterface.register("scaled", ScaledFeedForward)
-    yield
-    del FeedForwardInterface._global_mapping["scaled"]
-
-
-def test_a_registered_variant_stands_in_any_layer(registered, tmp_path):
     model = tiny_model(tiny_config("peer", "scaled", "dense", "scaled"))
-    assert [type(layer.mlp) for layer in model.model.layers[1::2]] == [ScaledFeedForward] * 2
-    assert [layer.mlp.layer_idx for layer in model.model.layers[1::2]] == [1, 3]
-    assert (model.model.layers[1].mlp.scale == 3).all()
+    first, last = (layer.mlp for layer in model.model.layers[1::2])
+    assert type(first) is type(last) is ScaledFeedForward
+    assert (first.layer_idx, last.layer_idx) == (1, 3)
+    assert (first.scale == 3).all()
 
-    nn.init.normal_(model.model.layers[1].mlp.scale)
+    nn.init.normal_(first.scale)
     tokens, mask = random_tokens(2, 6), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     logits = model(tokens, attention_mask=mask).logits
-    assert torch.equal(model.model.layers[3].mlp.seen["padding_mask"], mask)
+    assert torch.equal(last.seen["padding_mask"], mask)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.feed_forward_types == ["peer", "scaled", "dense", "scaled"]
     assert torch.equal(loaded(tokens, attention_mask=mask).logits, logits)
     assert model_costs(model.config).parameters == model.num_parameters()
 
-
-def test_a_variant_gets_the_forward_pass(registered):
-    model = tiny_model(tiny_config("scaled", "dense")).train()
-    model(random_tokens(2, 5))
-    forward_pass = model.model.layers[0].mlp.seen["forward_pass"]
-    assert forward_pass.learns and forward_pass.has_ended
+    model.train()(tokens)
+    assert last.seen["forward_pass"].learns and last.seen["forward_pass"].has_ended
     with torch.no_grad():
-        model(random_tokens(2, 5))
-    assert not model.model.layers[0].mlp.seen["forward_pass"].learns
-
-
-def test_a_checkpoint_of_an_unregistered_variant_says_so(tmp_path):
-    FeedForwardInterface.register("scaled", ScaledFeedForward)
-    tiny_model(tiny_config("dense", "scaled")).save_pretrained(tmp_path)
-    del FeedForwardInterface._global_mapping["scaled"]
-    with pytest.raises(ValueError, match="scaled"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        model(tokens)
+    assert not last.seen["forward_pass"].learns
 
 
 class TestMoe:
@@ -161,8 +145,3 @@ class TestMoe:
         causal = (padded != 0)[:, None, None] & torch.ones(10, 10, dtype=torch.bool).tril()
         assert torch.allclose(balance, model(padded, attention_mask=causal, padding_mask=padded != 0).aux_loss)
         assert not torch.allclose(balance, model(padded).aux_loss, atol=1e-4)
-
-    def test_a_moe_layer_takes_as_many_flops_as_the_dense_one(self):
-        costs = model_costs(tiny_config("moe", "dense", moe_num_experts_per_tok=2, moe_num_experts=4))
-        moe, dense = costs.feed_forwards
-        assert moe.flops == dense.flops + 2 * 24 * 4  # the router's

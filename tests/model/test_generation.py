@@ -1,14 +1,21 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every way to generate, and every way to run the forward, agree."""
+"""
+Every way to generate, and every way to run the forward, agree. And what users of Transformers take for granted, beyond
+its common tests: losses, outputs, packing, dtypes.
+"""
 
 import copy
 
 import pytest
 import torch
-from tiny_models import VARIANTS, random_tokens, tiny_config, tiny_model
-from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
+from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ContinuousBatchingConfig, DataCollatorWithFlattening, GenerationConfig, pipeline
 from word_tokenizer import word_tokenizer
+
+from modeling_peer import PeerForCausalLM, PeerForSequenceClassification
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -20,17 +27,13 @@ def generate(model, tokens, **options):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
-def greedy_by_hand(model, tokens, steps):
-    for _ in range(steps):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return tokens
-
-
 @every_variant
 @torch.no_grad()
 def test_greedy(config):
     model, tokens = tiny_model(config), random_tokens(2, 6)
-    expected = greedy_by_hand(model, tokens, 8)
+    expected = tokens
+    for _ in range(8):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(generate(model, tokens, **GREEDY), expected)
     assert torch.equal(generate(model, tokens, use_cache=False, **GREEDY), expected)
     assert torch.equal(generate(model, tokens, cache_implementation="static", **GREEDY), expected)
@@ -39,12 +42,16 @@ def test_greedy(config):
 @every_variant
 @torch.no_grad()
 def test_left_padded_prompts_generate_what_each_generates_alone(config):
+    """Also in training mode, as policies do, of which nothing stays."""
     model = tiny_model(config)
     long, short = random_tokens(1, 9), random_tokens(1, 4, seed=3)
     batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
-    generated = model.generate(batch, attention_mask=(batch != 0).long(), **GREEDY)[:, 9:]
-    assert torch.equal(generated[0], generate(model, long, **GREEDY)[0, 9:])
-    assert torch.equal(generated[1], generate(model, short, **GREEDY)[0, 4:])
+    generated = model.generate(batch, attention_mask=(batch != 0).long(), **GREEDY)
+    assert torch.equal(generated[0, 9:], generate(model, long, **GREEDY)[0, 9:])
+    assert torch.equal(generated[1, 9:], generate(model, short, **GREEDY)[0, 4:])
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    assert torch.equal(model.train().generate(batch, attention_mask=(batch != 0).long(), **GREEDY), generated)
+    assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
 
 
 @every_variant
@@ -103,18 +110,6 @@ def test_continuous_batching(name):
 
 
 @torch.no_grad()
-def test_a_policy_generates_in_training_mode():
-    """Nothing of it stays, and no sequence depends on the others."""
-    model = tiny_model(VARIANTS["all_in_one"])
-    long, short = random_tokens(1, 9), random_tokens(1, 4, seed=3)
-    batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
-    expected = model.generate(batch, attention_mask=(batch != 0).long(), **GREEDY)
-    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    assert torch.equal(model.train().generate(batch, attention_mask=(batch != 0).long(), **GREEDY), expected)
-    assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
-
-
-@torch.no_grad()
 def test_pipeline():
     tokenizer = word_tokenizer()
     tokenizer.pad_token = "w0"
@@ -140,28 +135,116 @@ def test_attention_implementations_agree():
     assert torch.allclose(logits["flex_attention"], logits["eager"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_compiled_forward(training):
+@pytest.mark.parametrize(
+    ("name", "backend", "training"),
+    [("all_in_one", "aot_eager", False), ("all_in_one", "aot_eager", True), ("peer", "inductor", False)],
+)
+def test_compiled_forward(name, backend, training):
     """One graph of all variants, whatever a backend makes of it."""
     torch._dynamo.reset()
-    model = tiny_model(VARIANTS["all_in_one"]).train(training)
+    model = tiny_model(VARIANTS[name]).train(training)
     model.set_experts_implementation("batched_mm")  # the loop over experts that tokens chose cannot be traced
     reference = copy.deepcopy(model)
     tokens = random_tokens(2, 8)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss, expected = compiled(tokens, labels=tokens).loss, reference(tokens, labels=tokens).loss
-    assert torch.allclose(loss, expected, atol=1e-5)
+    output = torch.compile(model, fullgraph=True, backend=backend)(tokens, labels=tokens)
+    expected = reference(tokens, labels=tokens)
+    assert torch.allclose(output.loss, expected.loss, atol=1e-5)
+    assert torch.allclose(output.logits, expected.logits, atol=1e-5)
     if training:
-        loss.backward()
-        expected.backward()
-        for (key, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-            assert torch.allclose(parameter.grad, other.grad, atol=1e-4), key
-        for (key, buffer), other in zip(model.named_buffers(), reference.buffers(), strict=True):
-            assert torch.allclose(buffer, other, atol=1e-5), key
+        output.loss.backward()
+        expected.loss.backward()
+        gradients, others = ([parameter.grad for parameter in each.parameters()] for each in (model, reference))
+        torch.testing.assert_close(gradients, others, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close([*model.buffers()], [*reference.buffers()], rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_with_the_default_backend():
-    torch._dynamo.reset()
-    model, tokens = tiny_model(VARIANTS["peer"]), random_tokens(2, 8)
-    expected = model(tokens).logits
-    assert torch.allclose(torch.compile(model, fullgraph=True)(tokens).logits, expected, atol=1e-5)
+@every_variant
+def test_the_loss_is_next_token_cross_entropy(config):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    output = model(tokens, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(output.loss, expected)
+    # With the number of targets of all micro-batches, losses add up to the mean over them.
+    halves = [model(tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=13).loss for i in (0, 1)]
+    assert torch.allclose(sum(halves), expected)
+
+
+@every_variant
+def test_logits_to_keep(config):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    logits = model(tokens).logits
+    assert torch.allclose(model(tokens, logits_to_keep=3).logits, logits[:, -3:], atol=1e-5)
+    kept = torch.tensor([1, 4])
+    assert torch.allclose(model(tokens, logits_to_keep=kept).logits, logits[:, kept], atol=1e-5)
+
+
+def test_router_outputs():
+    config = VARIANTS["all_in_one"]  # peer, moe, pkm, dense
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    assert model(tokens).router_indices is None
+    output = model(tokens, output_router_indices=True, output_router_weights=True, output_router_logits=True)
+    assert [tuple(indices.shape) for indices in output.router_indices] == [(2, 9, 2, 3), (18, 2), (2, 9, 2, 3)]
+    assert [weights.shape for weights in output.router_weights] == [indices.shape for indices in output.router_indices]
+    assert [logits.shape for logits in output.router_logits] == [(18, 4)]
+    hidden = model(tokens, output_hidden_states=True).hidden_states[0]
+    layer = model.model.layers[0]
+    embeddings = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+    attended, _ = embeddings[0](
+        embeddings[1](hidden), position_embeddings=model.model.rotary_emb(hidden, torch.arange(9)[None])
+    )
+    indices, weights = layer.mlp.router(embeddings[2](hidden + attended))
+    assert torch.equal(output.router_indices[0], indices)
+    assert torch.allclose(output.router_weights[0], weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS.values(), ids=ALL_CONFIGS)
+def test_padding_free_inputs_equal_separate_sequences(config):
+    """Sequences laid end to end, told apart by their positions."""
+    model = tiny_model(config)
+    sequences = [random_tokens(length, seed=length) for length in (5, 8, 3)]
+    packed = DataCollatorWithFlattening()([{"input_ids": sequence.tolist()} for sequence in sequences])
+    with torch.no_grad():
+        logits = model(packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+        expected = torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+    assert torch.allclose(logits, expected, atol=5e-5, rtol=1e-4)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_float32(config, dtype):
+    model, tokens = tiny_model(config), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        logits = model.to(dtype)(tokens).logits
+    assert logits.dtype == dtype
+    # A rounding may flip a retrieved expert or a coarse one: near in the mean, not everywhere.
+    assert (logits.float() - expected).abs().median() < 0.1 * expected.std()
+
+
+@every_variant
+def test_it_runs_on_the_meta_device(config):
+    """Shapes without memory, as tools ask for that estimate or trace a model."""
+    with torch.device("meta"):
+        model = PeerForCausalLM(copy.deepcopy(config))
+        model.set_experts_implementation("batched_mm")
+    assert model(torch.ones(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, config.vocab_size)
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "relu"])
+def test_a_pool_of_one_expert(scoring_func):
+    model = tiny_model(tiny_config(num_experts=1, num_experts_per_head=1, scoring_func=scoring_func))
+    tokens = random_tokens(2, 5)
+    assert model(tokens, labels=tokens).loss.isfinite()
+
+
+def test_sequence_classification_reads_the_last_token():
+    config = tiny_config("peer", "dense", num_labels=3)
+    torch.manual_seed(0)
+    model = PeerForSequenceClassification(config).eval()
+    long, short = random_tokens(9), random_tokens(4, seed=2)
+    batch = pad_sequence([long, short], batch_first=True)
+    logits = model(batch, attention_mask=(batch != 0).long()).logits
+    assert torch.allclose(logits[0], model(long[None]).logits[0], atol=1e-5)
+    assert torch.allclose(logits[1], model(short[None]).logits[0], atol=1e-5)

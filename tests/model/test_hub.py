@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 PUSH = """
 import sys, torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerGraftConfig
+from modeling_peer import ExpertBackground, PeerConfig, PeerForCausalLM, PeerGraftConfig
 
 words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 32)}}, unk_token="[UNK]"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,6 +43,8 @@ for part in (model, tokenizer):
     part.push_to_hub("user/peer")
 ModelCard.from_template(ModelCardData(license="apache-2.0", library_name="transformers", tags=["peer"]),
                         model_id="user/peer").push_to_hub("user/peer")
+ExpertBackground({"pool": torch.arange(4)}, 7).save_pretrained("background")
+HfApi().upload_folder(repo_id="user/peer", folder_path="background")
 
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                                     num_attention_heads=2))
@@ -66,11 +68,13 @@ model = AutoModelForCausalLM.from_pretrained("user/peer", trust_remote_code=remo
 tokenizer = AutoTokenizer.from_pretrained("user/peer", trust_remote_code=remote)
 inputs = tokenizer("w1 w2 w3", return_tensors="pt")
 card = ModelCard.load("user/peer")
+background = None if remote else modeling_peer.ExpertBackground.from_pretrained("user/peer")
 print(json.dumps({
     "equal logits": torch.allclose(model(**inputs).logits, torch.load(sys.argv[1]), atol=1e-5),
     "generated": model.generate(**inputs, do_sample=False, eos_token_id=-1).shape[1],
     "module": type(model).__module__.split(".")[0],
     "license": card.data.license, "library": card.data.library_name,
+    "background": background and [background.document_counts["pool"].tolist(), background.num_documents],
     "graft": None if remote else PeftConfig.from_pretrained("user/graft").peft_type,
 }))
 """
@@ -105,5 +109,6 @@ def test_pushed_and_pulled(tmp_path):
     assert names <= files and {name for name in files if name.endswith(".py")} == code
     assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter
     expected = {"equal logits": True, "generated": 10, "license": "apache-2.0", "library": "transformers"}
-    assert pulled["package"] == expected | {"module": "modeling_peer", "graft": "PEER_GRAFT"}
-    assert pulled["remote code"] == expected | {"module": "transformers_modules", "graft": None}
+    of_package = {"module": "modeling_peer", "background": [[0, 1, 2, 3], 7], "graft": "PEER_GRAFT"}
+    assert pulled["package"] == expected | of_package
+    assert pulled["remote code"] == expected | {"module": "transformers_modules", "background": None, "graft": None}

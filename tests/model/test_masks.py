@@ -33,10 +33,13 @@ def test_of_a_mask_of_past_and_present_the_present_counts():
 
 
 def test_a_padding_mask_beside_a_mask_of_attention():
-    """A four-dimensional attention mask does not say what is padding; the keyword does."""
-    tokens = random_tokens(2, 6)
+    """A four-dimensional mask is left to the attention and does not say what is padding; the keyword does."""
+    model, tokens = tiny_model(VARIANTS["peer"]), random_tokens(2, 6)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, attention_mask=causal).logits, model(tokens).logits, atol=1e-5)
     padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None] & padding[:, None, None].bool()
+    causal = causal & padding[:, None, None].bool()
     implied, explicit, unknown = (
         training_statistics((tokens, masks))
         for masks in (
@@ -61,11 +64,3 @@ def test_a_static_cache_takes_masks_of_its_whole_length():
             logits.append(model(tokens[:, start:end], attention_mask=mask, use_cache=True, **{CACHE: cache}).logits)
         expected = model(tokens).logits
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
-
-
-def test_masks_of_other_forms_are_left_to_the_attention():
-    model = tiny_model(VARIANTS["peer"])
-    tokens = random_tokens(2, 6)
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
-    with torch.no_grad():
-        assert torch.allclose(model(tokens, attention_mask=causal).logits, model(tokens).logits, atol=1e-5)

@@ -8,10 +8,9 @@ padding train as padded ones; a policy starts as its reference.
 import copy
 
 import pytest
-import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from release_names import CHECKPOINTING
-from sft import TRL_OPTIONS, preferences, save_tokenizer, sft_trainer
+from sft import TRL_OPTIONS, logits_of, preferences, save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
     copy_of_state,
@@ -50,17 +49,11 @@ def adapted(adapter, **fields):
 
 def state_of_base(peft_model):
     """The state that was there before the adapter, under the names it had."""
-    state = {}
-    for name, tensor in peft_model.get_base_model().state_dict().items():
-        if "lora_" not in name and "modules_to_save" not in name:
-            state[name.replace("base_layer.", "").replace("original_module.", "")] = tensor
-    return state
-
-
-@torch.no_grad()
-def logits_of(model):
-    batch = pad_right(counting_sequences(8, seed=3))
-    return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return {
+        name.replace("base_layer.", "").replace("original_module.", ""): tensor
+        for name, tensor in peft_model.get_base_model().state_dict().items()
+        if "lora_" not in name and "modules_to_save" not in name
+    }
 
 
 class TestAdapters:
@@ -152,12 +145,6 @@ class TestTables:
         model = get_peft_model(small_model(**fields), copy.deepcopy(config))
         assert model.targeted_module_names
         assert all(plain_weight(table) is not None for table in expert_tables(model).values())
-
-    def test_beside_linear_layers_of_the_same_names(self):
-        model = get_peft_model(small_model(), LoraConfig(target_modules=["mlp.up_proj"]))
-        assert model.targeted_module_names == ["model.layers.0.mlp.up_proj"]
-        model = get_peft_model(small_model(), LoraConfig(target_modules=["expert_pool.up_proj"]))
-        assert model.targeted_module_names == ["model.layers.1.mlp.expert_pool.up_proj"]
 
 
 @pytest.fixture(scope="module")

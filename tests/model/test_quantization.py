@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from grown_models import logits_of
 from literal_algorithm import literal_peer
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -17,10 +18,14 @@ from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, ti
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, QuantoConfig
 from transformers.trainer_utils import validate_quantization_for_training
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import (
+    PeerForCausalLM,
+    PeerQuantizationConfig,
+    dequantize_experts,
+    host_table_device_map,
+    quantize_experts,
+)
 from modeling_peer.experts import expert_tables
-from modeling_peer.memory.host_tables import host_table_device_map
-from modeling_peer.quantization.quantizer import PeerQuantizationConfig, dequantize_experts, quantize_experts
 from modeling_peer.quantization.table import QuantizedTable
 
 
@@ -35,11 +40,6 @@ CONFIGS = {
 FORMATS = [(8, None), (4, 16)]
 
 each_format = pytest.mark.parametrize("bits, group_size", FORMATS)
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(random_tokens(2, 9)).logits
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ class TestTraining:
         gradients = {key: parameter.grad for key, parameter in exact.named_parameters()}
         trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert set(trained) == {key for key in gradients if key.rpartition(".")[0] not in expert_tables(model)}
-        for key, parameter in trained.items():
-            torch.testing.assert_close(parameter.grad.double(), gradients[key], rtol=1e-3, atol=1e-5)
+        found = {key: parameter.grad.double() for key, parameter in trained.items()}
+        torch.testing.assert_close(found, {key: gradients[key] for key in found}, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize("variant", ["peer", "pkm"])
     def test_lora_elsewhere(self, variant):
@@ -124,16 +124,12 @@ class TestTraining:
         assert gradients and all(each.abs().sum() > 0 for each in gradients)
 
 
-def test_compiled():
-    model = quantize_experts(tiny_model(VARIANTS["peer"]), bits=4)
+def test_compiles_and_generates():
+    model = quantize_experts(tiny_model(tiny_config("peer", "pkm", "dense")), bits=4)
     layer, hidden_states = model.model.layers[0].mlp, torch.randn(1, 4, 24)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(hidden_states), layer(hidden_states))
-
-
-def test_generates():
-    model = quantize_experts(tiny_model(tiny_config("peer", "pkm", "dense")), bits=4)
     generated = model.generate(random_tokens(1, 4), max_new_tokens=6, do_sample=False)
     for length in range(4, 10):
         assert model(generated[:, :length]).logits[0, -1].argmax() == generated[0, length]
@@ -142,11 +138,12 @@ def test_generates():
 class TestLoading:
     @each_format
     def test_from_and_in_other_dtypes(self, checkpoint, tmp_path, bits, group_size):
-        """A table is quantized in the dtype it is loaded in. Integers and scales stay what they are from then on."""
+        """A table is quantized in the dtype it is loaded in, here on a device. Integers and scales stay what they are."""
         loaded = PeerForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
         expected = expert_tables(quantize_experts(loaded, bits, group_size))
+        quantization = PeerQuantizationConfig(bits, group_size)
         model = PeerForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, quantization_config=PeerQuantizationConfig(bits, group_size)
+            checkpoint, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": "cpu"}
         )
         model.save_pretrained(tmp_path / "half")
         again = PeerForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).to(torch.float16)
@@ -171,12 +168,6 @@ class TestLoading:
         hosted = PeerForCausalLM.from_pretrained(tmp_path / "quantized", device_map=device_map)
         assert torch.equal(logits_of(hosted), expected)
 
-    def test_on_the_fly_onto_a_device_map(self, checkpoint):
-        quantization = PeerQuantizationConfig(bits=4)
-        model = PeerForCausalLM.from_pretrained(checkpoint, quantization_config=quantization, device_map={"": "cpu"})
-        expected = quantize_experts(PeerForCausalLM.from_pretrained(checkpoint), bits=4)
-        assert torch.equal(logits_of(model), logits_of(expected))
-
     @pytest.mark.parametrize("dtype", [None, torch.float64])
     def test_dequantized(self, checkpoint, dtype):
         model = quantize_experts(PeerForCausalLM.from_pretrained(checkpoint))
@@ -196,10 +187,7 @@ class TestLoading:
             assert found == size
 
 
-class TestWithTheCodeOfTheCheckpoint:
-    """Classes that a checkpoint brings along are not those of the package."""
-
-    SCRIPT = """
+SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -210,36 +198,23 @@ torch.save(model(torch.arange(1, 9)[None]).logits, sys.argv[1] + "/logits.pt")
 model.save_pretrained(sys.argv[1] + "/quantized")
 """
 
-    def run(self, script, folder):
-        return subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=180)
 
-    def test_quantizes_and_saves(self, checkpoint):
-        completed = self.run(self.SCRIPT, checkpoint)
-        assert completed.returncode == 0, completed.stderr
-        model = PeerForCausalLM.from_pretrained(checkpoint / "quantized")
-        assert all(isinstance(each, QuantizedTable) for each in expert_tables(model).values())
-        with torch.no_grad():
-            logits = model(torch.arange(1, 9)[None]).logits
-        torch.testing.assert_close(torch.load(checkpoint / "logits.pt"), logits)
-
-    def test_is_refused_without_the_package(self, checkpoint, tmp_path):
-        quantize_experts(PeerForCausalLM.from_pretrained(checkpoint)).save_pretrained(tmp_path / "quantized")
-        completed = self.run(self.SCRIPT, tmp_path / "quantized")
-        assert "ImportError" in completed.stderr and "`modeling_peer`" in completed.stderr
+def test_with_the_code_of_the_checkpoint(checkpoint):
+    """Classes that a checkpoint brings along are not those of the package."""
+    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert completed.returncode == 0, completed.stderr
+    model = PeerForCausalLM.from_pretrained(checkpoint / "quantized")
+    assert all(isinstance(each, QuantizedTable) for each in expert_tables(model).values())
+    with torch.no_grad():
+        logits = model(torch.arange(1, 9)[None]).logits
+    torch.testing.assert_close(torch.load(checkpoint / "logits.pt"), logits)
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "fields, name",
-        [
-            ({"bits": 5}, "bits"),
-            ({"bits": "8"}, "bits"),
-            ({"group_size": 0}, "group_size"),
-            ({"bits": 4, "group_size": 33}, "group_size"),
-        ],
-    )
-    def test_of_configurations(self, fields, name):
-        with pytest.raises(ValueError, match=f"`{name}` must be"):
+    @pytest.mark.parametrize("fields", [{"bits": 5}, {"bits": "8"}, {"group_size": 0}, {"group_size": 33, "bits": 4}])
+    def test_of_configurations(self, fields):
+        with pytest.raises(ValueError, match=f"`{next(iter(fields))}` must be"):
             PeerQuantizationConfig(**fields)
 
     def test_of_other_things_than_models_with_tables(self):

@@ -1,8 +1,13 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint carries the code it needs: it loads with `trust_remote_code=True` where the package is not."""
+"""
+A checkpoint carries the code it needs: it loads with `trust_remote_code=True` where the package is not. That code says
+which releases of Transformers and torch run models.
+"""
 
 import ast
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +30,8 @@ CORE = {
     f"{name}.py": ROOT / "modeling_peer" / f"{name}.py"
     for name in ("configuration_peer", "experts", "feed_forward", "modeling_peer", "router")
 }
+
+CORE_FILES = {name: file.read_bytes() for name, file in CORE.items()}
 
 AUTO_CLASSES = {
     *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForQuestionAnswering"),
@@ -72,6 +80,15 @@ def with_code(name, folder):
     for file in CORE.values():
         shutil.copy(file, folder / name)
     return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """That of a saved model, with tokens and its logits for them."""
+    model, tokens = tiny_model(VARIANTS["all_in_one"]), random_tokens(2, 9)
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save((tokens, model(tokens).logits.detach()), tmp_path / "checkpoint" / "expected.pt")
+    return tmp_path / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +141,8 @@ def test_checkpoints_of_earlier_code_compute_the_same(name, earlier):
     assert found["losses"][-1] < found["losses"][0] and found["gradients"] > 0
 
 
-def test_a_saved_model_travels_on(tmp_path):
+def test_a_saved_model_travels_on(folder, tmp_path):
     """With all its classes, heads first: nothing else has made the base model known."""
-    folder = tmp_path / "checkpoint"
-    model = tiny_model(VARIANTS["all_in_one"])
-    model.save_pretrained(folder)
-    tokens = random_tokens(2, 9)
-    torch.save((tokens, model(tokens).logits.detach()), folder / "expected.pt")
     script = """
 folder = sys.argv[1]
 tokens, expected = torch.load(folder + "/expected.pt")
@@ -154,7 +166,7 @@ print(json.dumps(found))
     first, second = (json.loads((each / "config.json").read_text()) for each in (folder, folder / "again"))
     assert first["auto_map"] == second["auto_map"]
     for each in (folder, folder / "again"):
-        assert {file.name: file.read_bytes() for file in each.glob("*.py")} == core_files()
+        assert {file.name: file.read_bytes() for file in each.glob("*.py")} == CORE_FILES
 
 
 def test_a_quantized_checkpoint_asks_for_the_package(tmp_path):
@@ -168,10 +180,6 @@ print(json.dumps(list(found.values())))
 """
     folders = [with_code(name, tmp_path) for name in ("quantized_8", "quantized_4")]
     assert run(WITHOUT_THE_PACKAGE + script, *folders, home=tmp_path) == [True, True]
-
-
-def core_files():
-    return {name: file.read_bytes() for name, file in CORE.items()}
 
 
 def test_the_code_of_a_checkpoint_stands_alone():
@@ -191,12 +199,7 @@ def test_the_code_of_a_checkpoint_stands_alone():
     assert lines <= 1600
 
 
-def test_the_package_and_a_copy_live_in_one_process(tmp_path):
-    folder = tmp_path / "checkpoint"
-    model = tiny_model(VARIANTS["all_in_one"])
-    model.save_pretrained(folder)
-    tokens = random_tokens(2, 9)
-    torch.save((tokens, model(tokens).logits.detach()), folder / "expected.pt")
+def test_the_package_and_a_copy_live_in_one_process(folder, tmp_path):
     script = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -223,7 +226,7 @@ class TestShipped:
     def test_carry_the_code_of_the_package(self, folder):
         renew = "for name in peer dense; do cp modeling_peer/{%s}.py examples/checkpoints/$name-nano/; done"
         found = {file.name: file.read_bytes() for file in folder.glob("*.py")}
-        assert found == core_files(), f"renew it: {renew % ','.join(name[:-3] for name in CORE)}"
+        assert found == CORE_FILES, f"renew it: {renew % ','.join(name[:-3] for name in CORE)}"
         assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == AUTO_CLASSES
 
     def test_load_where_the_package_is_not(self, tmp_path):
@@ -263,3 +266,35 @@ print(json.dumps([*found, "modeling_peer" in sys.modules]))
 """
         found = run(script, *SHIPPED, home=tmp_path, isolated=False, PYTHONPATH=str(ROOT))
         assert found == [*["transformers_modules"] * 4, False]
+
+
+@pytest.mark.parametrize(
+    ("library", "release", "is_supported"),
+    [
+        *((transformers, release, False) for release in ("4.57.6", "5.18.2", "6.0.0.dev0")),
+        *((transformers, release, True) for release in ("5.19.0", "5.99.0.dev0")),
+        *((torch, release, False) for release in ("2.8.1+cu128", "3.0.0")),
+        *((torch, release, True) for release in ("2.9.0a0+50eac81.nv25.09", "2.99.1")),
+    ],
+)
+def test_releases(library, release, is_supported, monkeypatch):
+    """What `configuration_peer.py` says, imported first of the code of a checkpoint. A vendor's build may be an alpha."""
+    monkeypatch.setattr(library, "__version__", release)
+    spec = importlib.util.spec_from_file_location("configuration_of_a_checkpoint", CORE["configuration_peer.py"])
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    with contextlib.nullcontext() if is_supported else pytest.raises(ImportError, match="found"):
+        spec.loader.exec_module(module)
+
+
+def test_without_its_parallel_styles_the_library_only_loses_tensor_parallelism(tmp_path):
+    """They are hidden after Transformers has imported what it needs of them itself."""
+    script = """
+import sys
+from transformers import GenerationMixin, PreTrainedModel
+sys.modules["transformers.distributed.tensor_parallel"] = None
+from tiny_models import random_tokens, tiny_config, tiny_model
+print(list(tiny_model(tiny_config("peer", "dense"))(random_tokens(2, 3)).logits.shape[:2]))
+"""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    assert run(script, home=tmp_path, isolated=False, PYTHONPATH=path) == [2, 3]

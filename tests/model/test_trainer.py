@@ -34,54 +34,6 @@ from modeling_peer import (
 from modeling_peer.router import ProductKeyRouter
 
 
-def assert_same(state, other):
-    assert_close(state, other, rtol=0, atol=0)
-
-
-class TestLearning:
-    @pytest.mark.parametrize(
-        "model",
-        [
-            lambda: small_model("dense", "peer"),
-            lambda: small_model(
-                "peer",
-                "peer",
-                share_experts_across_layers=True,
-                gated_experts=True,
-                query_norm="rms",
-                scoring_func="sigmoid",
-            ),
-            lambda: small_model("pkm", "moe", output_router_logits=True),
-        ],
-        ids=["peer", "peer-shared-gated-rms-sigmoid", "pkm-moe"],
-    )
-    def test_trains_and_evaluates(self, tmp_path, model):
-        trainer = trainer_of(model(), tmp_path)
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        losses = logged(trainer)
-        assert np.mean(losses[-5:]) < 0.3 * losses[0]
-        assert trainer.evaluate()["eval_loss"] < 0.3 * before
-
-    @pytest.mark.parametrize("half", ["autocast", "weights"])
-    def test_bfloat16_follows_float32(self, tmp_path, half):
-        model = small_model()
-        if half == "weights":
-            model.save_pretrained(tmp_path)
-            model = PeerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        losses = logged(train(model, tmp_path, bf16=True))
-        assert all(math.isfinite(loss) for loss in losses)
-        assert losses[-1] < 0.3 * losses[0]
-        reference = small_model()
-        in_float32 = logged(train(reference, tmp_path))
-        assert losses != in_float32
-        assert losses[:10] == pytest.approx(in_float32[:10], rel=0.05)
-        assert losses == pytest.approx(in_float32, rel=0.2, abs=0.2)
-        (norm,), (reference_norm,) = query_batch_norms(model), query_batch_norms(reference)
-        assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
-        assert_close(norm.running_var.mean(), reference_norm.running_var.mean(), rtol=0.1, atol=0)
-
-
 def classified_by_their_last_token(number, seed=1):
     return [example | {"labels": int(example["labels"][-1]) % 2} for example in counting_sequences(number, seed)]
 
@@ -100,23 +52,55 @@ def with_marked_answers(number, seed=1):
     return examples
 
 
-@pytest.mark.parametrize(
-    ("model_class", "examples", "fields"),
-    [
-        (PeerForSequenceClassification, classified_by_their_last_token, {"num_labels": 2}),
-        (PeerForTokenClassification, classified_token_by_token, {"num_labels": 3}),
-        (PeerForQuestionAnswering, with_marked_answers, {}),
-    ],
-)
-def test_other_heads_train_and_evaluate(tmp_path, model_class, examples, fields):
-    trainer = trainer_of(
-        small_model(model_class=model_class, **fields), tmp_path, examples(160), examples(16, seed=2), max_steps=60
-    )
+# Of each case: the model, its examples, the number of steps, and what is left of the loss.
+SHARED = {"share_experts_across_layers": True, "gated_experts": True, "query_norm": "rms", "scoring_func": "sigmoid"}
+TRAININGS = {
+    "peer": (lambda: small_model("dense", "peer"), counting_sequences, 40, 0.3),
+    "peer-shared-gated-rms-sigmoid": (lambda: small_model("peer", "peer", **SHARED), counting_sequences, 40, 0.3),
+    "pkm-moe": (lambda: small_model("pkm", "moe", output_router_logits=True), counting_sequences, 40, 0.3),
+    "sequences": (
+        lambda: small_model(model_class=PeerForSequenceClassification, num_labels=2),
+        classified_by_their_last_token,
+        60,
+        0.5,
+    ),
+    "tokens": (
+        lambda: small_model(model_class=PeerForTokenClassification, num_labels=3),
+        classified_token_by_token,
+        60,
+        0.5,
+    ),
+    "answers": (lambda: small_model(model_class=PeerForQuestionAnswering), with_marked_answers, 60, 0.5),
+}
+
+
+@pytest.mark.parametrize(("model", "examples", "max_steps", "share"), TRAININGS.values(), ids=TRAININGS)
+def test_trains_and_evaluates(tmp_path, model, examples, max_steps, share):
+    trainer = trainer_of(model(), tmp_path, examples(160), examples(16, seed=2), max_steps=max_steps)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     losses = logged(trainer)
-    assert np.mean(losses[-5:]) < 0.5 * losses[0]
-    assert trainer.evaluate()["eval_loss"] < 0.5 * before
+    assert np.mean(losses[-5:]) < share * losses[0]
+    assert trainer.evaluate()["eval_loss"] < share * before
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_bfloat16_follows_float32(tmp_path, half):
+    model = small_model()
+    if half == "weights":
+        model.save_pretrained(tmp_path)
+        model = PeerForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    losses = logged(train(model, tmp_path, bf16=True))
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < 0.3 * losses[0]
+    reference = small_model()
+    in_float32 = logged(train(reference, tmp_path))
+    assert losses != in_float32
+    assert losses[:10] == pytest.approx(in_float32[:10], rel=0.05)
+    assert losses == pytest.approx(in_float32, rel=0.2, abs=0.2)
+    (norm,), (reference_norm,) = query_batch_norms(model), query_batch_norms(reference)
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    assert_close(norm.running_var.mean(), reference_norm.running_var.mean(), rtol=0.1, atol=0)
 
 
 def test_evaluation_changes_nothing_of_a_training(tmp_path):
@@ -125,7 +109,7 @@ def test_evaluation_changes_nothing_of_a_training(tmp_path):
     evaluated.predict(counting_sequences(8))
     assert len(logged(evaluated, "eval_loss")) == 4
     assert logged(evaluated) == logged(alone)
-    assert_same(evaluated.model.state_dict(), alone.model.state_dict())
+    assert_close(evaluated.model.state_dict(), alone.model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -226,7 +210,7 @@ def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kerne
         assert logged(resumed, name) == logged(unbroken, name)
     counts = [int(norm.num_batches_tracked) for norm in query_batch_norms(resumed.model)]
     assert counts == 2 * [2 * RESUMED_OPTIONS["max_steps"]]
-    assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
+    assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
     assert used_kernels == TRAINING
 
 

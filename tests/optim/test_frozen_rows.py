@@ -18,27 +18,46 @@ from rows_by_hand import (
     backward,
     random_module,
     random_parameter,
-    rows_by_row_adamw,
     without_rows,
 )
-from table_gradients import dense
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.testing import assert_close
 
 from modeling_peer.optim import frozen_rows
 from modeling_peer.optim.frozen_rows import freeze_rows, freezes_of
 
 
-def saved(value):
+def loaded(module):
+    """From a file."""
     file = io.BytesIO()
-    torch.save(value, file)
+    torch.save(module, file)
     file.seek(0)
-    return file
+    return torch.load(file, weights_only=False)
 
 
 def bits(tensor):
     return tensor.detach().view(torch.int32)
+
+
+def frozen_module(rows=FROZEN):
+    """A module, its parameter, and a freeze of rows of this, which lasts as long as the module."""
+    module = random_module()
+    freeze = freeze_rows(module, "weight", rows)
+    return module, module.weight, freeze
+
+
+def take_step(optimizer, parameter, step=0):
+    optimizer.zero_grad()
+    backward(parameter, step)
+    optimizer.step()
+
+
+def assert_step_moves(moved, optimizer, parameter, step=0):
+    """That rows have a gradient, and are moved by a step in all columns, where `moved` is True, and only there."""
+    before = parameter.detach().clone()
+    take_step(optimizer, parameter, step)
+    assert torch.equal(parameter.grad.ne(0).any(1), moved)
+    assert torch.equal(parameter.ne(before), moved[:, None].expand_as(before))
 
 
 def put_back_by_hand(parameter, step):
@@ -81,69 +100,46 @@ class TestRows:
         copied = []
         original = frozen_rows.FrozenRows.copy_of_rows
         monkeypatch.setattr(frozen_rows.FrozenRows, "copy_of_rows", lambda *args: copied.append(1) or original(*args))
-        module = random_module()
-        freeze_rows(module, "weight", FROZEN)
-        optimizer = OPTIMIZERS[name](module.weight)
-        backward(module.weight, 0)
-        optimizer.step()
+        _module, parameter, _ = frozen_module()
+        optimizer = OPTIMIZERS[name](parameter)
+        take_step(optimizer, parameter)
         optimizer.zero_grad()
         optimizer.step()  # has no gradient to step with
         assert len(copied) == copies and not any(vars(optimizer)[frozen_rows.SAVED_ROWS])
 
-    @pytest.mark.parametrize("layout", ["dense", "factored"])
-    def test_do_not_count_in_the_norm(self, layout):
-        module, other = random_module(), random_parameter()
+    @pytest.mark.parametrize(("name", "shape", "dim"), [("AdamW", (2, 3, 7, 4), 2), ("RowAdamW", (11, 5), 1)])
+    def test_along_another_dimension(self, name, shape, dim):
+        """Also where rows move by their gradients, and by their momentum from before."""
+        module, held = random_module(shape), torch.arange(shape[dim]) % 2 == 0
         parameter = module.weight
-        freeze_rows(module, "weight", FROZEN)
-        for each in (parameter, other):
-            backward(each, 0, layout)
-            backward(each, 1, layout)
-        kept = dense(other.grad)[~FROZEN]
-        assert 0 < kept.norm() < 0.9 * dense(other.grad).norm()
-        assert_close(dense(parameter.grad)[~FROZEN], kept, rtol=0, atol=0)
-        assert_close(clip_grad_norm_([parameter], 1e-3), kept.norm())
-
-    def test_along_another_dimension(self):
-        module = random_module((2, 3, 7, 4))
-        parameter = module.weight
-        optimizer = OPTIMIZERS["AdamW"](parameter)
-        columns = torch.arange(7) < 4
-        freeze_rows(module, "weight", columns, dim=2)
+        optimizer = OPTIMIZERS[name](parameter)
+        take_step(optimizer, parameter)
+        freeze_rows(module, "weight", held, dim)
         before = parameter.detach().clone()
-        for step in range(3):
-            backward(parameter, step)
-            assert not parameter.grad[:, :, columns].any()
-            optimizer.step()
-        assert torch.equal(parameter[:, :, columns], before[:, :, columns])
-        assert parameter.ne(before)[:, :, ~columns].all()
+        for step in range(1, 4):
+            take_step(optimizer, parameter, step)
+            assert not parameter.grad.movedim(dim, 0)[held].any()
+        moved = bits(parameter).ne(bits(before)).movedim(dim, 0)
+        assert moved[~held].all() and not moved[held].any()
 
     @pytest.mark.parametrize("name", ["AdamW", "RowAdamW"])
     def test_stay_where_zeros_did_not_last(self, name):
         """A norm that is not finite makes clipping leave none, and a gradient may be set by hand."""
-        module = random_module()
-        parameter = module.weight
-        freeze_rows(module, "weight", FROZEN)
-        optimizer, before = OPTIMIZERS[name](parameter), parameter.detach().clone()
-        backward(parameter, 0)
-        parameter.grad[1, 0] = math.nan
-        clip_grad_norm_([parameter], 1.0)
-        assert parameter.grad.isnan().all()
-        optimizer.step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-        assert parameter[~FROZEN].isnan().all()
-        module = random_module()
-        parameter = module.weight
-        freeze_rows(module, "weight", FROZEN)
-        parameter.grad = torch.ones_like(parameter)
-        OPTIMIZERS[name](parameter).step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
+        for value in (math.nan, 1.0):
+            _module, parameter, _ = frozen_module()
+            before = parameter.detach().clone()
+            backward(parameter, 0)
+            parameter.grad[0] = value
+            clip_grad_norm_([parameter], 1.0)
+            assert parameter.grad[FROZEN].isnan().all() == parameter.grad[~FROZEN].isnan().all() == math.isnan(value)
+            OPTIMIZERS[name](parameter).step()
+            assert torch.equal(parameter.ne(before), ~FROZEN[:, None].expand_as(before))
+            assert parameter[~FROZEN].isnan().all() == math.isnan(value)
 
     @pytest.mark.parametrize("by_name", [False, True])
     @pytest.mark.parametrize("name", ["AdamW", "RowAdamW"])
     def test_stay_in_a_step_with_a_closure(self, name, by_name):
-        module = random_module()
-        parameter = module.weight
-        freeze_rows(module, "weight", FROZEN)
+        _module, parameter, _ = frozen_module()
         optimizer, before = OPTIMIZERS[name](parameter), parameter.detach().clone()
 
         def closure():
@@ -153,8 +149,7 @@ class TestRows:
         for _ in range(2):
             optimizer.zero_grad()
             optimizer.step(closure=closure) if by_name else optimizer.step(closure)
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
-        assert parameter.ne(before).any(1)[~FROZEN].all()
+        assert torch.equal(parameter.ne(before).any(1), ~FROZEN)
 
     def test_stay_in_a_step_within_a_step(self):
         """An optimizer that moves parameters itself, after the step of the class it is made from."""
@@ -166,20 +161,14 @@ class TestRows:
                     for parameter in self.param_groups[0]["params"]:
                         parameter.mul_(0.5)
 
-        module = random_module()
-        parameter = module.weight
-        freeze_rows(module, "weight", FROZEN)
+        _module, parameter, _ = frozen_module()
         OPTIMIZERS["AdamW"](random_parameter())  # so that its step has hooks too
-        optimizer, before = Shrinking([parameter]), parameter.detach().clone()
+        optimizer = Shrinking([parameter])
         for step in range(2):
-            backward(parameter, step)
-            optimizer.step()
-        assert torch.equal(parameter[FROZEN], before[FROZEN])
+            assert_step_moves(~FROZEN, optimizer, parameter, step)
 
     def test_a_step_that_failed_takes_nothing_back_later(self):
-        module = random_module()
-        parameter = module.weight
-        freeze = freeze_rows(module, "weight", FROZEN)
+        _module, parameter, freeze = frozen_module()
         optimizer = torch.optim.AdamW([parameter], lr=0.05, weight_decay=0.1)
 
         def fails():
@@ -188,40 +177,16 @@ class TestRows:
         with pytest.raises(MemoryError):
             optimizer.step(fails)
         freeze.remove()
-        before = parameter.detach().clone()
-        backward(parameter, 0)
-        optimizer.step()
-        assert parameter.ne(before).all()
-
-    def test_columns_are_held_where_rows_move_by_their_gradients(self):
-        module = random_module()
-        parameter = module.weight
-        columns = torch.arange(WIDTH) % 2 == 0
-        optimizer = rows_by_row_adamw(parameter)
-        backward(parameter, 0)
-        optimizer.step()  # momentum from before
-        freeze_rows(module, "weight", columns, dim=1)
-        before = parameter.detach().clone()
-        optimizer.zero_grad()
-        backward(parameter, 1)
-        optimizer.step()
-        assert torch.equal(bits(parameter[:, columns]), bits(before[:, columns]))
-        assert parameter[:, ~columns].ne(before[:, ~columns]).all()
+        assert_step_moves(torch.ones_like(FROZEN), optimizer, parameter)
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     def test_of_several_freezes_add_up_and_these_end_in_any_order(self, order):
         first, second = torch.arange(NUM_ROWS) < 4, torch.arange(NUM_ROWS) >= 9
-        module = random_module()
-        parameter = module.weight
+        module, parameter, freeze = frozen_module(first)
         optimizer = OPTIMIZERS["AdamW"](parameter)
-        freezes = [freeze_rows(module, "weight", first), freeze_rows(module, "weight", second)]
+        freezes = [freeze, freeze_rows(module, "weight", second)]
         for step, rows in enumerate([first | second, (second, first)[order[0]], torch.zeros_like(first)]):
-            before = parameter.detach().clone()
-            optimizer.zero_grad()
-            backward(parameter, step)
-            assert torch.equal(parameter.grad.ne(0).any(1), ~rows)
-            optimizer.step()
-            assert torch.equal(parameter.ne(before).any(1), ~rows)
+            assert_step_moves(~rows, optimizer, parameter, step)
             if step < 2:
                 freezes[order[step]].remove()
                 freezes[order[step]].remove()  # once more does nothing
@@ -229,19 +194,12 @@ class TestRows:
             freezes[0].set_rows(first)
 
     def test_may_change(self):
-        module = random_module()
-        parameter = module.weight
+        _module, parameter, freeze = frozen_module(torch.ones_like(FROZEN))
         optimizer = OPTIMIZERS["AdamW"](parameter)
-        freeze = freeze_rows(module, "weight", torch.ones_like(FROZEN))
         assert not parameter.requires_grad
         for step, held in enumerate([FROZEN, ~FROZEN, torch.zeros_like(FROZEN)]):
             freeze.set_rows(held)
-            before = parameter.detach().clone()
-            optimizer.zero_grad()
-            backward(parameter, step)
-            assert torch.equal(parameter.grad.ne(0).any(1), ~held)
-            optimizer.step()
-            assert torch.equal(parameter.ne(before).any(1), ~held)
+            assert_step_moves(~held, optimizer, parameter, step)
 
     @pytest.mark.parametrize("required", [True, False])
     def test_a_whole_parameter_requires_no_gradient_until_it_is_free(self, required):
@@ -261,24 +219,20 @@ class TestRows:
         freeze_rows(module, "weight", FROZEN)
         assert not parameter.requires_grad
         parameter.requires_grad_(True)
-        backward(parameter, 0)
-        assert torch.equal(parameter.grad.ne(0).any(1), ~FROZEN)
+        assert_step_moves(~FROZEN, OPTIMIZERS["AdamW"](parameter), parameter)
 
-    def test_do_not_travel_to_copies_and_hinder_none(self):
+    @pytest.mark.parametrize("copied", [copy.deepcopy, loaded])
+    def test_do_not_travel_to_copies_and_hinder_none(self, copied):
         module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
         freeze = freeze_rows(module, "weight", FROZEN)
-        for other in (copy.deepcopy(module), torch.load(saved(module), weights_only=False)):
-            assert not freezes_of(other)
-            before = other.weight.detach().clone()
-            backward(other.weight, 0)
-            OPTIMIZERS["AdamW"](other.weight).step()
-            assert other.weight.ne(before).any(1).all()
-            again = freeze_rows(other, "weight", ~FROZEN)
-            assert freezes_of(other) == [again] and freezes_of(module) == [freeze]
+        other = copied(module)
+        assert not freezes_of(other)
+        assert_step_moves(torch.ones_like(FROZEN), OPTIMIZERS["AdamW"](other.weight), other.weight)
+        again = freeze_rows(other, "weight", ~FROZEN)
+        assert freezes_of(other) == [again] and freezes_of(module) == [freeze]
 
     def test_are_not_held_by_a_copy_of_their_handle(self):
-        module = random_module()
-        freeze = freeze_rows(module, "weight", FROZEN)
+        module, _, freeze = frozen_module()
         other = copy.deepcopy(freeze)
         other.remove()
         with pytest.raises(RuntimeError, match="no longer frozen"):
@@ -286,23 +240,20 @@ class TestRows:
         assert freezes_of(module) == [freeze] and torch.equal(freeze.rows, FROZEN)
 
     def test_for_the_steps_of_one_optimizer_stop_those_of_others(self):
-        module, other = random_module(), random_module()
-        own = OPTIMIZERS["AdamW"](module.weight)
+        module, others = random_module(), random_parameter()
+        parameter = module.weight
+        own, other = OPTIMIZERS["AdamW"](parameter), OPTIMIZERS["SGD"](parameter)
         freeze = freeze_rows(module, "weight", FROZEN, optimizer=own)
-        before = module.weight.detach().clone()
         with pytest.raises(RuntimeError, match="another optimizer"):
-            OPTIMIZERS["SGD"](module.weight).step()
-        OPTIMIZERS["SGD"](other.weight).step()
-        backward(module.weight, 0)
-        own.step()
-        assert torch.equal(module.weight.ne(before).any(1), ~FROZEN)
+            other.step()
+        OPTIMIZERS["SGD"](others).step()
+        assert_step_moves(~FROZEN, own, parameter)
         del own
         gc.collect()
         with pytest.raises(RuntimeError, match="another optimizer"):
-            OPTIMIZERS["SGD"](module.weight).step()
+            other.step()
         freeze.remove()
-        OPTIMIZERS["SGD"](module.weight).step()
-        assert module.weight.ne(before).any(1)[~FROZEN].all()
+        assert_step_moves(torch.ones_like(FROZEN), other, parameter)
 
     def test_a_parameter_that_took_the_place_is_not_moved(self):
         module = nn.Linear(WIDTH, NUM_ROWS, bias=False)
@@ -310,19 +261,16 @@ class TestRows:
         module.weight = random_parameter()
         before = module.weight.detach().clone()
         optimizer = OPTIMIZERS["AdamW"](module.weight)
-        backward(module.weight, 0)
         with pytest.raises(RuntimeError, match="another parameter has taken its place"):
-            optimizer.step()
+            take_step(optimizer, module.weight)
         assert not vars(optimizer).get(frozen_rows.SAVED_ROWS)
         assert torch.equal(module.weight, before)
         OPTIMIZERS["AdamW"](random_parameter()).step()  # another's business
         again = freeze_rows(module, "weight", FROZEN)
-        optimizer.step()
-        assert torch.equal(module.weight[FROZEN], before[FROZEN])
+        assert_step_moves(~FROZEN, optimizer, module.weight)
         again.remove()
         freeze.remove()
-        optimizer.step()
-        assert module.weight.ne(before).all()
+        assert_step_moves(torch.ones_like(FROZEN), optimizer, module.weight)
 
     @pytest.mark.parametrize(("rows", "dim"), [(FROZEN[:-1], 0), (FROZEN.long(), 0), (FROZEN, 1), ([True] * 11, 0)])
     def test_of_another_size_are_refused(self, rows, dim):
@@ -337,15 +285,12 @@ class TestRows:
 
     def test_go_with_the_parameter_and_do_not_hold_it(self):
         """Without the garbage collector: a table may take most of the memory."""
-        module = random_module()
-        freeze = freeze_rows(module, "weight", FROZEN)
-        optimizer = OPTIMIZERS["AdamW"](module.weight)
-        backward(module.weight, 0)
-        optimizer.step()
-        references = [weakref.ref(module), weakref.ref(module.weight)]
+        module, parameter, freeze = frozen_module()
+        take_step(OPTIMIZERS["AdamW"](parameter), parameter)
+        references = [weakref.ref(module), weakref.ref(parameter)]
         gc.disable()
         try:
-            del module, optimizer
+            del module, parameter
             assert [reference() for reference in references] == [None, None]
         finally:
             gc.enable()

@@ -92,7 +92,7 @@ def write(folder, state="{}"):
     (folder / TRAINER_STATE_NAME).write_text(state)
 
 
-def test_none_is_found_where_there_is_none(tmp_path):
+def test_that_of_the_latest_step_is_found_if_there_is_any(tmp_path):
     assert last_complete_checkpoint(tmp_path / "not there") is None
     assert last_complete_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-1").mkdir()
@@ -100,9 +100,6 @@ def test_none_is_found_where_there_is_none(tmp_path):
     write(tmp_path / "checkpoint-3", "")
     write(tmp_path / "checkpoint-4", "[1, 2]")
     assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_the_newest_is_that_of_the_latest_step(tmp_path):
     for name in ("checkpoint-5", "checkpoint-10", "checkpoint-9", "checkpoint-best", "old-checkpoint-99"):
         write(tmp_path / name)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

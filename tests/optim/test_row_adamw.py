@@ -4,6 +4,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -28,25 +29,13 @@ from torch.testing import assert_close
 
 from modeling_peer import RowAdamW
 from modeling_peer.ops import native
-from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.factored_gradient import FactoredGradient, takes_factors
 from modeling_peer.ops.gradient_factors import Assignments, Factors
-from modeling_peer.optim import row_adamw
 from modeling_peer.optim.stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
 # What makes a gradient of each layout from a dense one.
 LAYOUTS = {"dense": torch.clone, "factored": in_factors}
-
-
-@pytest.fixture(params=["cpu", "torch"])
-def path(request, monkeypatch):
-    """What moves the rows: the compiled kernel or torch operations, these in several chunks."""
-    if request.param == "torch":
-        monkeypatch.setattr(row_adamw.cpu, "can_update", lambda *tensors: False)
-        monkeypatch.setattr(row_adamw, "CHUNK_ELEMENTS", 3 * WIDTH)
-    else:
-        assert row_adamw.cpu.can_update(torch.empty(1, 1), torch.empty(1, 1))
-    return request.param
 
 
 class LiteralAdamW:
@@ -92,8 +81,13 @@ class TestRows:
         literal = LiteralAdamW(table, second_moment)
         optimizer = rows_of(table, second_moment=second_moment)
         for gradient in random_gradients(25, dtype):
+            before = copied(optimizer, table)
             take_steps(optimizer, table, [LAYOUTS[layout](gradient)])
             literal.step(gradient)
+            after = copied(optimizer, table)
+            for name, value in before.items():  # rows that a step did not touch stay, to the bit
+                moved = after[name].ne(value).view(NUM_ROWS, -1).any(1)
+                assert torch.equal(moved, gradient.ne(0).any(1)), name
         state = optimizer.state[table]
         exact = dtype == torch.float64
         tolerance = {"rtol": 1e-11, "atol": 1e-13} if exact else {"rtol": 2e-5, "atol": 1e-6}
@@ -108,39 +102,25 @@ class TestRows:
         assert_close(state["exp_avg"].double(), torch.tensor(literal.m, dtype=torch.float64), **tolerance)
         assert_close(state["exp_avg_sq"].double(), second, **tolerance)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("betas", [None, (0.0, 0.0), (0.0, 0.9), (0.9, 0.0)])
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_others_stay_bit_by_bit(self, path, dtype, layout):
-        table = random_table(dtype)
-        optimizer = rows_of(table)
-        take_steps(optimizer, table, random_gradients(5, dtype, seed=2))
-        for gradient in random_gradients(5, dtype):
-            before = copied(optimizer, table)
-            take_steps(optimizer, table, [LAYOUTS[layout](gradient)])
-            touched = gradient.ne(0).any(1)
-            assert touched.any()
-            for name, after in copied(optimizer, table).items():
-                assert_same(after[~touched], before[name][~touched])
-                assert all(not torch.equal(after[n], before[name][n]) for n in touched.nonzero()[:, 0]), name
-
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-    def test_equal_adamw_where_all_are_touched(self, path, dtype):
+    def test_equal_adamw_where_all_are_touched(self, path, dtype, layout, betas):
         table, other = random_table(dtype), random_table(dtype)
-        optimizer, reference = rows_of(table), torch.optim.AdamW([other], **ADAMW_OPTIONS)
+        options = ADAMW_OPTIONS | ({} if betas is None else {"betas": betas, "eps": 1e-3})
         gradients = [torch.randn(NUM_ROWS, WIDTH, dtype=dtype) for _ in range(20)]
-        take_steps(optimizer, table, [in_factors(gradient) for gradient in gradients])
-        take_steps(reference, other, gradients)
-        assert_close(
-            table,
-            other,
-            **({"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}),
-        )
+        take_steps(rows_of(table, **options), table, map(LAYOUTS[layout], gradients))
+        take_steps(torch.optim.AdamW([other], **options), other, gradients)
+        rtol, atol = (1e-12, 1e-14) if dtype == torch.float64 else (1e-5, 1e-6)
+        assert_close(table, other, rtol=rtol, atol=atol)
 
     @pytest.mark.parametrize("second_moment", ["full", "row"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_all_layouts_give_the_same(self, path, dtype, second_moment):
+    def test_all_layouts_and_threads_give_the_same(self, path, dtype, second_moment, monkeypatch):
+        """Also where the number of rows is no multiple of that of the threads."""
         states = []
-        for layout in LAYOUTS.values():
+        for layout, threads in itertools.product(LAYOUTS.values(), (1, 2, 3)):
+            monkeypatch.setattr(native, "num_threads", lambda number=threads: number)
             table = random_table(dtype)
             optimizer = rows_of(table, second_moment=second_moment)
             take_steps(optimizer, table, map(layout, random_gradients(6, dtype)))
@@ -148,59 +128,25 @@ class TestRows:
         for state in states[1:]:
             assert_same(state, states[0])
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_threads_share_the_rows(self, layout, monkeypatch):
-        """Also where their number is no multiple of that of the threads."""
-        states = []
-        for threads in (1, 2, 3):
-            monkeypatch.setattr(native, "num_threads", lambda number=threads: number)
-            table = random_table()
-            optimizer = rows_of(table)
-            take_steps(optimizer, table, map(LAYOUTS[layout], random_gradients(6)))
-            states.append(copied(optimizer, table))
-        for state in states[1:]:
-            assert_same(state, states[0])
-
-    def test_rows_of_zeros_are_untouched_and_not_a_number_touches(self, path):
+    @pytest.mark.parametrize(
+        "layout", [lambda gradient: gradient, FactoredGradient.to_rows], ids=["factored", "dense"]
+    )
+    def test_rows_of_zeros_are_untouched_and_not_a_number_touches(self, path, layout):
         """Padding retrieves experts too: their rows are in the gradient, all zeros."""
-        for layout in LAYOUTS:
-            table = random_table()
-            optimizer = rows_of(table)
-            take_steps(optimizer, table, [torch.ones_like(table)])
-            before = copied(optimizer, table)
-            values = torch.zeros(3, WIDTH)
-            values[1, -1], values[2, 0] = math.nan, -1e-30
-            rows = torch.tensor([0, 2, 5])
-            dense = torch.zeros_like(table).index_copy_(0, rows, values)
-            factors = Factors(torch.ones(3, 1), values, Assignments(rows[:, None], NUM_ROWS, "cpu"))
-            gradients = {"dense": dense, "factored": FactoredGradient(table, [factors])}
-            take_steps(optimizer, table, [gradients[layout]])
-            after = copied(optimizer, table)
-            moved = [n for n in range(NUM_ROWS) if not torch.equal(after["row_steps"][n], before["row_steps"][n])]
-            assert moved == [2, 5]
-            untouched = [n for n in range(NUM_ROWS) if n not in moved]
-            for name in before:
-                assert_same(after[name][untouched], before[name][untouched])
-            assert table[2].isnan().tolist() == [False] * (WIDTH - 1) + [True]
-
-    @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.9), (0.9, 0.0)])
-    def test_betas_of_zero(self, path, betas):
-        table, other = random_table(), random_table()
-        gradients = [torch.randn(NUM_ROWS, WIDTH) for _ in range(3)]
-        options = {**ADAMW_OPTIONS, "betas": betas, "eps": 1e-3}
-        take_steps(rows_of(table, **options), table, gradients)
-        take_steps(torch.optim.AdamW([other], **options), other, gradients)
-        assert_close(table, other, rtol=1e-5, atol=1e-6)
-
-    def test_zeroed_gradients_move_nothing(self, path):
-        for layout in LAYOUTS.values():
-            table = random_table()
-            optimizer = rows_of(table)
-            take_steps(optimizer, table, map(layout, random_gradients(2)))
-            before = copied(optimizer, table)
-            optimizer.zero_grad(set_to_none=False)
-            optimizer.step()
-            assert_same(copied(optimizer, table), before)
+        table = random_table()
+        optimizer = rows_of(table)
+        take_steps(optimizer, table, [torch.ones_like(table)])
+        before = copied(optimizer, table)
+        values, rows = torch.zeros(3, WIDTH), torch.tensor([[0], [2], [5]])
+        values[1, -1], values[2, 0] = math.nan, -1e-30
+        factors = Factors(torch.ones(3, 1), values, Assignments(rows, NUM_ROWS, "cpu"))
+        take_steps(optimizer, table, [layout(FactoredGradient(table, [factors]))])
+        after = copied(optimizer, table)
+        untouched = after["row_steps"] == before["row_steps"]
+        assert (~untouched).nonzero()[:, 0].tolist() == [2, 5]
+        for name in before:
+            assert_same(after[name][untouched], before[name][untouched])
+        assert table[2].isnan().tolist() == [False] * (WIDTH - 1) + [True]
 
     def test_noncontiguous_tables_and_gradients(self, path):
         table = nn.Parameter(random_table(num_rows=WIDTH, width=NUM_ROWS).detach().T)
@@ -211,18 +157,14 @@ class TestRows:
         assert_close(table.detach(), other.detach(), rtol=1e-6, atol=1e-7)
 
 
-def dense_parameters(dtype):
-    generator = torch.Generator().manual_seed(3)
-    shapes = ((5, 7), (13,), (), (2, 3, 4))
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_parameters_are_as_with_adamw(dtype):
     """As the fused one to the bit, also after a resume, where both round their state to the dtype of parameters."""
-    parameters, others = dense_parameters(dtype), dense_parameters(dtype)
-    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **ADAMW_OPTIONS, fused=True)
     generator = torch.Generator().manual_seed(4)
+    shapes = (5, 7), (13,), (), (2, 3, 4)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    others = copy.deepcopy(parameters)
+    optimizer, reference = RowAdamW(parameters, **OPTIONS), torch.optim.AdamW(others, **ADAMW_OPTIONS, fused=True)
     for step in range(8):
         if step == 4:
             optimizer, reference = (reloaded(one) for one in (optimizer, reference))
@@ -338,20 +280,19 @@ class TestErrors:
         "parameter", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.complex64)]
     )
     def test_rows_are_of_matrices(self, parameter):
+        table, optimizer = random_table(), RowAdamW([random_table()])
         with pytest.raises(ValueError, match="matrices"):
-            RowAdamW([{"params": [nn.Parameter(parameter)], "rows": True}]).make_state()
+            optimizer.add_param_group({"params": [table, nn.Parameter(parameter)], "rows": True})
+        assert not takes_factors(table)
 
-    def test_state_of_another_size(self):
+    def test_state_of_another_size_or_optimizer(self):
         table, other = random_table(), random_table(num_rows=NUM_ROWS - 1)
         optimizer = rows_of(table)
-        take_steps(optimizer, table, [torch.ones_like(table)])
+        optimizer.make_state()
         with pytest.raises(ValueError, match="row_steps"):
             rows_of(other).load_state_dict(optimizer.state_dict())
-
-    def test_state_of_another_optimizer(self):
-        table = random_table()
         with pytest.raises(ValueError, match="another optimizer's"):
-            rows_of(table).load_state_dict(torch.optim.AdamW([table]).state_dict())
+            optimizer.load_state_dict(torch.optim.AdamW([table]).state_dict())
 
 
 def test_a_graph_that_saved_a_table_is_not_run_backward_after_a_step(path):

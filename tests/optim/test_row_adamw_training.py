@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`RowAdamW` in the stock `Trainer`, and on tables that are split over two processes."""
 
-import copy
-
 import pytest
 import torch
 from release_names import CHECKPOINTING
@@ -15,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from trainer_worker import counting_sequences, logged, small_model, trainer_of
 from two_processes import run_on_two_processes, save_parts
@@ -40,82 +37,72 @@ def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optim
     return trainer
 
 
-class TestTrainer:
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"gradient_accumulation_steps": 2},
-            {CHECKPOINTING: True, "gradient_accumulation_steps": 2},
-            {"bf16": True},
-        ],
-        ids=["plain", "accumulated", "checkpointed", "bfloat16"],
-    )
-    def test_gradients_in_factors_train_as_dense_ones(self, tmp_path, options):
-        trainers, layouts = [], []
-        for factored in (True, False):
-            trainer = trainer_with_rows(tmp_path, factored=factored, **options)
-            table = trainer.model.model.expert_pool.up_proj.weight
-            trainer.optimizer.register_step_pre_hook(lambda *_, table=table: layouts.append(type(table.grad)))
-            trainer.train()
-            trainers.append(trainer)
-        factored, dense = trainers
-        assert layouts == [FactoredGradient] * 8 + [torch.Tensor] * 8
-        losses, norms = (1e-2, 1e-2) if "bf16" in options else (1e-4, 1e-3)
-        assert logged(factored) == pytest.approx(logged(dense), rel=losses)
-        assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=norms)
-        assert min(logged(factored, "grad_norm")) > 0.5
-        assert logged(factored)[-1] < logged(factored)[0]
-        steps = factored.optimizer.state[factored.model.model.expert_pool.up_proj.weight]["row_steps"]
-        assert 0 < steps.max() <= 8
-        assert steps.float().mean() < 8
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {CHECKPOINTING: True, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+    ids=["plain", "accumulated", "checkpointed", "bfloat16"],
+)
+def test_gradients_in_factors_train_as_dense_ones(tmp_path, options):
+    trainers, layouts = [], []
+    for factored in (True, False):
+        trainer = trainer_with_rows(tmp_path, factored=factored, **options)
+        table = trainer.model.model.expert_pool.up_proj.weight
+        trainer.optimizer.register_step_pre_hook(lambda *_, table=table: layouts.append(type(table.grad)))
+        trainer.train()
+        trainers.append(trainer)
+    factored, dense = trainers
+    assert layouts == [FactoredGradient] * 8 + [torch.Tensor] * 8
+    losses, norms = (1e-2, 1e-2) if "bf16" in options else (1e-4, 1e-3)
+    assert logged(factored) == pytest.approx(logged(dense), rel=losses)
+    assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=norms)
+    assert min(logged(factored, "grad_norm")) > 0.5
+    assert logged(factored)[-1] < logged(factored)[0]
+    steps = factored.optimizer.state[factored.model.model.expert_pool.up_proj.weight]["row_steps"]
+    assert 0 < steps.max() <= 8
+    assert steps.float().mean() < 8
 
-    @pytest.mark.parametrize("second_moment", ["full", "row"])
-    def test_resumes_to_the_bit(self, tmp_path, second_moment):
-        options = {
-            "second_moment": second_moment,
-            "gradient_accumulation_steps": 2,
-            "save_strategy": "steps",
-            "save_steps": 5,
-        }
-        unbroken = trainer_with_rows(tmp_path, **options)
-        unbroken.train()
-        resumed = trainer_with_rows(tmp_path, seed=1, **options)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-        assert logged(resumed) == logged(unbroken)
-        assert logged(resumed, "grad_norm") == logged(unbroken, "grad_norm")
-        assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
-        # The log has the rate of other parameters than tables.
-        assert logged(resumed, "learning_rate")[0] == 1e-2
 
-    def test_tables_of_bfloat16_resume_to_the_bit(self, tmp_path):
-        finals = []
-        for seed, resumed in ((0, False), (1, True)):
-            trainer = trainer_with_rows(tmp_path, seed=seed, save_strategy="steps", save_steps=5)
-            trainer.model.bfloat16()
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resumed else None)
-            state = trainer.optimizer.state[trainer.model.model.expert_pool.up_proj.weight]
-            assert state["exp_avg"].dtype == torch.float32
-            finals.append(trainer.model.state_dict())
-        assert_same(*finals)
+@pytest.mark.parametrize(
+    ("second_moment", "dtype"),
+    [("full", torch.float32), ("row", torch.float32), ("full", torch.bfloat16)],
+    ids=["full", "row", "bfloat16"],
+)
+def test_resumes_to_the_bit(tmp_path, second_moment, dtype):
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 5}
+    trainers = []
+    for seed, checkpoint in ((0, None), (1, str(tmp_path / "checkpoint-5"))):
+        trainer = trainer_with_rows(tmp_path, second_moment=second_moment, seed=seed, **options)
+        trainer.model.to(dtype)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.optimizer.state[trainer.model.model.expert_pool.up_proj.weight]
+        assert state["exp_avg"].dtype == torch.float32
+        trainers.append(trainer)
+    unbroken, resumed = trainers
+    assert logged(resumed) == logged(unbroken)
+    assert logged(resumed, "grad_norm") == logged(unbroken, "grad_norm")
+    assert_same(resumed.model.state_dict(), unbroken.model.state_dict())
+    # The log has the rate of other parameters than tables.
+    assert logged(resumed, "learning_rate")[0] == 1e-2
 
 
 # What is split over two processes: half of the rows of each batch to each.
-CONFIG = tiny_config("peer", "pkm", "peer", share_experts_across_layers=True)
 BATCHES = [random_tokens(4, 12, seed=seed) for seed in range(3)]
-# With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
-JOINT_OPTIONS = {"eps": 1e-3, "weight_decay": 0.1}
 
 
 def joint_model():
     torch.manual_seed(0)
-    return PeerForCausalLM(copy.deepcopy(CONFIG)).train()
+    return PeerForCausalLM(tiny_config("peer", "pkm", "peer", share_experts_across_layers=True)).train()
 
 
-def optimizer_of(model, **options):
-    return RowAdamW(
-        expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1), **{**JOINT_OPTIONS, **options}
-    )
+def optimizer_of(model):
+    # With a small eps, Adam turns the rounding of a vanishing gradient into a step of full size.
+    groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1)
+    return RowAdamW(groups, eps=1e-3, second_moment="row")
 
 
 def take_model_steps(model, optimizer, batches, rank=0, world_size=1):
@@ -132,33 +119,24 @@ def whole(tensor):
 
 def whole_state(model, optimizer):
     """Parameters, and the state of the tables, under their names."""
-    found = {}
+    found = dict(model.named_parameters())
     for name, parameter in model.named_parameters():
-        found[name] = whole(parameter)
         if "row_steps" in optimizer.state[parameter]:
-            found |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[parameter].items()}
-    return found
+            found |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return {name: whole(tensor) for name, tensor in found.items()}
 
 
-def data_parallel(rank):
-    model = joint_model()
-    optimizer = optimizer_of(model)
-    take_model_steps(DistributedDataParallel(model), optimizer, BATCHES, rank, 2)
-    assert isinstance(model.model.expert_pool.up_proj.weight.grad, FactoredGradient)
-    return whole_state(model, optimizer)
-
-
-def fully_sharded(rank, second_moment="row"):
+def fully_sharded(rank):
     """With a save and a load in between, of optimizer state gathered whole."""
     model = joint_model()
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = optimizer_of(model, second_moment=second_moment)
+    optimizer = optimizer_of(model)
     take_model_steps(model, optimizer, BATCHES[:2], rank, 2)
     saved = get_optimizer_state_dict(model, optimizer)
     before = whole_state(model, optimizer)
-    optimizer = optimizer_of(model, second_moment=second_moment)
+    optimizer = optimizer_of(model)
     set_optimizer_state_dict(model, optimizer, saved)
     assert_same(whole_state(model, optimizer), before)
     take_model_steps(model, optimizer, BATCHES[2:], rank, 2)
@@ -185,41 +163,33 @@ def half_gradients():
     return gradients
 
 
-PARTS = (data_parallel, fully_sharded, tensor_parallel)
-
-
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    run_on_two_processes(save_parts, str(folder), PARTS)
+    run_on_two_processes(save_parts, str(folder), (fully_sharded, tensor_parallel))
     return folder
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-class TestDistributed:
-    def compare(self, folder, name, rank, expected):
+def assert_found_by_both(folder, name, expected):
+    for rank in (0, 1):
         found = torch.load(folder / f"{name}-{rank}")
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda message, key=key: f"{key}: {message}")
 
-    def test_data_parallel_gradients_in_factors_are_those_of_the_joint_batch(self, distributed, rank):
-        model = joint_model()
-        optimizer = optimizer_of(model)
-        take_model_steps(model, optimizer, BATCHES)
-        self.compare(distributed, "data_parallel", rank, whole_state(model, optimizer))
 
-    def test_tables_sharded_by_rows(self, distributed, rank):
-        model = joint_model()
-        optimizer = optimizer_of(model, second_moment="row")
-        take_model_steps(model, optimizer, BATCHES)
-        self.compare(distributed, "fully_sharded", rank, whole_state(model, optimizer))
+def test_tables_sharded_by_rows(distributed):
+    model = joint_model()
+    optimizer = optimizer_of(model)
+    take_model_steps(model, optimizer, BATCHES)
+    assert_found_by_both(distributed, "fully_sharded", whole_state(model, optimizer))
 
-    def test_tables_split_along_their_width(self, distributed, rank):
-        expected = {}
-        for second_moment in ("full", "row"):
-            table = random_table()
-            optimizer = rows_of(table, second_moment=second_moment)
-            take_steps(optimizer, table, half_gradients())
-            expected |= {f"{second_moment}.{name}": value for name, value in copied(optimizer, table).items()}
-        self.compare(distributed, "tensor_parallel", rank, expected)
+
+def test_tables_split_along_their_width(distributed):
+    expected = {}
+    for second_moment in ("full", "row"):
+        table = random_table()
+        optimizer = rows_of(table, second_moment=second_moment)
+        take_steps(optimizer, table, half_gradients())
+        expected |= {f"{second_moment}.{name}": value for name, value in copied(optimizer, table).items()}
+    assert_found_by_both(distributed, "tensor_parallel", expected)

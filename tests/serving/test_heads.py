@@ -8,7 +8,6 @@ from tiny_models import PROTECTED, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 
 from modeling_peer import PeerForCausalLM, keep_heads
-from modeling_peer.router import ProductKeyRouter
 
 
 OPTIONS = {
@@ -39,17 +38,3 @@ def test_layers_return_the_sum_over_the_first_heads(options, tmp_path):
         assert_close(loaded.eval()(tokens).logits, model(tokens).logits)
     for name, parameter in loaded.named_parameters():
         assert parameter.shape == model.get_parameter(name).shape
-
-
-def test_it_trains_on():
-    model = keep_heads(tiny_model(tiny_config("peer", num_retrieval_heads=4)).train(), 1)
-    tokens = random_tokens(2, 9)
-    model(tokens, labels=tokens).loss.backward()
-    for router in (each for each in model.modules() if isinstance(each, ProductKeyRouter)):
-        assert router.query_proj.weight.grad.shape == (8, 24)
-        assert router.query_norm.running_mean.shape == router.query_norm.bias.grad.shape == (8,)
-
-
-def test_more_heads_than_there_are_are_refused():
-    with pytest.raises(ValueError, match="num_heads"):
-        keep_heads(tiny_model(tiny_config()), 3)

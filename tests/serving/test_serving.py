@@ -25,31 +25,25 @@ CHAT = [{"role": "user", "content": PROMPT}]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 NEW_TOKENS = 8
 
-# On a CPU, continuous batching of earlier releases takes all memory there is.
-SERVERS = ["any", "batches"]
+
+def start_server(folder, *arguments):
+    """Starts the command with its arguments; its process, the file with what it prints, and its address."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = ["-m", "modeling_peer.serving", *arguments, "--port", port, "--device", "cpu"]
+    return start_python(arguments, environment, folder / port), folder / port, f"http://localhost:{port}"
 
 
-class Server:
-    """The command with its arguments, in a process of its own."""
-
-    def __init__(self, folder: Path, *arguments: str):
-        with socket.create_server(("localhost", 0)) as free:
-            self.address = f"http://localhost:{free.getsockname()[1]}"
-        port = self.address.rpartition(":")[2]
-        self.output = folder / f"{port}.txt"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        arguments = ["-m", "modeling_peer.serving", *arguments, "--port", port, "--device", "cpu"]
-        self.process = start_python(arguments, environment, self.output)
-
-    def client(self) -> openai.OpenAI:
-        """A client of the server, once it answers."""
-        while True:
-            assert self.process.is_alive(), self.output.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{self.address}/health")
-                return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
-            except urllib.error.URLError:
-                time.sleep(0.1)
+def client_of(process, output, address):
+    """A client of a server, once it answers."""
+    while True:
+        assert process.is_alive(), output.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"{address}/health")
+            return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        except urllib.error.URLError:
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +68,12 @@ def checkpoints(tmp_path_factory):
 def clients(checkpoints, tmp_path_factory):
     """Clients of a server of any model, and of one of a single model in continuous batches."""
     folder = tmp_path_factory.mktemp("servers")
-    servers = {"any": Server(folder)}
-    if "batches" in SERVERS:
-        flags = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")
-        servers["batches"] = Server(folder, checkpoints["peer"][0], *flags)
-    yield {name: server.client() for name, server in servers.items()}
-    for server in servers.values():
-        server.process.terminate()
-        server.process.join()
+    flags = ("--continuous-batching", "--cb-num-blocks", "16", "--cb-max-batch-tokens", "64")
+    servers = {"any": start_server(folder), "batches": start_server(folder, checkpoints["peer"][0], *flags)}
+    yield {name: client_of(*server) for name, server in servers.items()}
+    for process, *_ in servers.values():
+        process.terminate()
+        process.join()
 
 
 # What generates a text, and what each of the parts that are streamed adds to it.
@@ -104,10 +96,10 @@ ENDPOINTS = {
 }
 
 
-CASES = [("any", "peer", "completions"), ("any", "graft", "responses"), ("batches", "peer", "chat")]
-
-
-@pytest.mark.parametrize(("server", "model", "endpoint"), [case for case in CASES if case[0] in SERVERS])
+@pytest.mark.parametrize(
+    ("server", "model", "endpoint"),
+    [("any", "peer", "completions"), ("any", "graft", "responses"), ("batches", "peer", "chat")],
+)
 def test_it_answers_what_generate_generates(clients, checkpoints, server, model, endpoint):
     ask, text_of, addition_of = ENDPOINTS[endpoint]
     folder, expected = checkpoints[model]

@@ -30,7 +30,7 @@ SMALL = {
             "query_size": 64,
         },
         "gated": {"parent": "peer", "gated_experts": True, "training": {"expert_lr_multiplier": 0.5}},
-        "apart": {"parent": "gated", "trial": {"apart": True}},
+        "apart": {"parent": "gated", "trial": {"apart": True, "dense_moments": True, "down_rate": [2.0, 0.2]}},
     },
     "screened": ["gated", "apart"],
     "factors": {},

@@ -9,171 +9,185 @@ import subprocess
 import pytest
 import torch
 from datasets import load_from_disk
-from scaling_plans import SMALL
-from slow_tests import REASON, RUN_SLOW
-from study_runs import make_study, run_preloaded
+from preloaded import python
+from slow_tests import slow
+from study_runs import make_study
 
 import studies.scaling.__main__ as scaling
 from common.model_arguments import RETIRED_FIELDS
-from common.subprocesses import module_command, module_environment
+from common.subprocesses import module_environment
 from modeling_peer import PeerConfig
 from studies.common import training_study
 from studies.common.single_run import load
-from studies.common.training_plan import CORPUS, PEER
+from studies.common.training_plan import CORPUS
 from studies.scaling.cards import make_cards
-from studies.scaling.plan import rate_runs, read_plan, with_seeds
+from studies.scaling.plan import read_plan, with_seeds
 from studies.scaling.plots import PLOTS
-from studies.scaling.report import (
-    describe,
-    read_results,
-)
-from studies.scaling.study import Study
+from studies.scaling.report import describe, read_results
+
+
+pytestmark = slow
+
+SMALL = {
+    "training_texts": ["old"],
+    "evaluation_texts": ["new"],
+    "block_size": 32,
+    "batch_size": 4,
+    "hidden_sizes": [[32]],
+    "budgets": [6e8],
+    "learning_rates": [0.01],
+    "seeds": 2,
+    "eval_sequences": 8,
+    "training": {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2},
+    "fields": {"initializer_range": 0.08},
+    "variants": {
+        "dense": {"configuration": "dense-tiny"},
+        "moe-expert-choice": {"configuration": "moe-tiny", "moe_num_experts": 4, "moe_routing": "expert_choice"},
+        "peer": {
+            "configuration": "peer-tiny",
+            "training": {"down_proj_lr_multiplier": 4},
+            "sparse_expert_gradients": True,
+            "num_experts": 64,
+            "num_retrieval_heads": 2,
+            "num_experts_per_head": 4,
+            "query_size": 64,
+        },
+    },
+    "reference_hidden_size": 32,
+    "ablations": {
+        "num_experts": {"16": {"num_experts": 16}},
+        "active": {},
+        "query_norm": {},
+        "variation": {
+            "no activation": {"expert_act": None},
+            "one learning rate": {"training": {"down_proj_lr_multiplier": 1}},
+        },
+    },
+    "repeated_ablations": ["num_experts"],
+    "after_training": {"k = 2": {"num_experts_per_head": 2}, "h = 1": {"num_retrieval_heads": 1}},
+}
 
 
 @pytest.fixture(scope="module")
 def small_study(tmp_path_factory):
     """The study at its smallest, made once, and as a function that goes on with it."""
-    if not RUN_SLOW:
-        pytest.skip(REASON)
-    yield from make_study(scaling, tmp_path_factory.mktemp("scaling"), SMALL)
+    return make_study(scaling, tmp_path_factory.mktemp("scaling"), SMALL)
 
 
-class TestStudy:
-    def test_comes_to_its_end(self, small_study):
-        folder, _ = small_study
-        results = read_results(folder / "results.json")
-        plan = results.plan
-        assert plan == read_plan(folder / "plan.json")
-        assert (folder / "tables.md").read_text() == describe(results)
-        for name in PLOTS:
-            assert (folder / f"{name}.png").stat().st_size > 5000
-        assert {file.stem for file in (folder / "model_cards").iterdir()} == set(make_cards(results))
-        for run in results.equal_seconds(plan.budgets[0]):
-            assert len(results.with_seeds(run)) == 2
-        assert not list(folder.glob("models/*/checkpoint-*"))
+@pytest.fixture(scope="module")
+def results(small_study):
+    return read_results(small_study[0] / "results.json")
 
-    def test_every_run_was_trained_as_it_says(self, small_study):
-        folder, _ = small_study
-        for name, result in read_results(folder / "results.json").runs.items():
-            arguments = result["run_clm"]
-            for field, argument in (("steps", "max_steps"), ("learning_rate",) * 2, ("seed",) * 2):
-                assert arguments[argument] == result[field], name
-            assert json.loads(arguments["config_overrides"]) == result["fields"]
-            own_rate = None if result["variant"] != PEER else 1 if "one_learning_rate" in name else 4
-            assert arguments.get("down_proj_lr_multiplier") == own_rate, name
-            trained = result["all_results"]
-            sequences = trained["epoch"] * trained["train_samples"]
-            assert sequences == pytest.approx(result["steps"] * 4, abs=0.1)
-            # 32 tokens a sequence, three times the forward's FLOPs.
-            assert result["training_flops"] == round(3 * result["flops_per_token"] * sequences * 32)
-            saved = PeerConfig.from_pretrained(folder / "models" / name)
-            fields = {field: value for field, value in result["fields"].items() if field not in RETIRED_FIELDS}
-            assert {field: getattr(saved, field) for field in fields} == fields, name
-            optimizer = json.loads((folder / "work" / f"{name}.run_clm.json").read_text())
-            if optimizer["row_adamw"]:  # none of the learning rates that run_clm.py has by itself
-                assert optimizer["expert_lr_multiplier"] == arguments.get("expert_lr_multiplier", 1.0)
-                assert optimizer["down_proj_lr_multiplier"] == arguments.get("down_proj_lr_multiplier", 1.0)
-            assert result["train_history"][-1][0] <= result["steps"]
 
-    def test_losses_are_those_of_the_saved_model(self, small_study):
-        """
-        By the model's own loss, on each text, without what balances the experts of a MoE; also with h or k changed.
-        """
-        folder, _ = small_study
-        results = read_results(folder / "results.json")
-        texts = {
-            name: torch.tensor(load_from_disk(folder / "held_out" / name)["input_ids"]) for name in (CORPUS, "new")
-        }
+def test_comes_to_its_end_and_makes_nothing_again(small_study, results, monkeypatch):
+    folder, main = small_study
+    assert results.plan == read_plan(folder / "plan.json")
+    assert (folder / "tables.md").read_text() == describe(results)
+    for name in PLOTS:
+        assert (folder / f"{name}.png").stat().st_size > 5000
+    assert {file.stem for file in (folder / "model_cards").iterdir()} == set(make_cards(results))
+    for run in results.equal_seconds(results.plan.budgets[0]):
+        assert len(results.with_seeds(run)) == 2
+    assert not list(folder.glob("models/*/checkpoint-*"))
+    before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
+    monkeypatch.setattr(training_study.subprocess, "run", lambda *_, **__: pytest.fail("a run is made again"))
+    main()
+    assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
 
-        def losses(name, **fields):
-            model = load(folder / "models" / name, router_aux_loss_coef=0.0, **fields)
-            with torch.no_grad():
-                return {text: model(input_ids=tokens, labels=tokens).loss.item() for text, tokens in texts.items()}
 
-        for name, result in results.runs.items():
-            assert result["losses"] == pytest.approx(losses(name), rel=1e-5), name
-        assert results.losses(results.reference())[CORPUS] != results.losses(results.reference())["new"]
-        run = with_seeds(results.reference(), results.plan)[0]
-        changed = {name: each["losses"] for name, each in results.runs[run.name]["after_training"].items()}
-        assert changed["k = 2"] == pytest.approx(losses(run.name, num_experts_per_head=2), rel=1e-5)
-        assert changed["h = 1"] == pytest.approx(losses(run.name, num_retrieval_heads=1), rel=1e-5)
+def test_every_run_was_trained_as_it_says(small_study, results):
+    folder, _ = small_study
+    for name, result in results.runs.items():
+        arguments = result["run_clm"]
+        trained = result["all_results"]
+        sequences = trained["epoch"] * trained["train_samples"]
+        assert sequences == pytest.approx(result["steps"] * 4, abs=0.1)
+        # 32 tokens a sequence, three times the forward's FLOPs.
+        assert result["training_flops"] == round(3 * result["flops_per_token"] * sequences * 32)
+        saved = PeerConfig.from_pretrained(folder / "models" / name)
+        fields = {field: value for field, value in result["fields"].items() if field not in RETIRED_FIELDS}
+        assert {field: getattr(saved, field) for field in fields} == fields, name
+        optimizer = json.loads((folder / "work" / f"{name}.run_clm.json").read_text())
+        if optimizer["row_adamw"]:  # none of the learning rates that run_clm.py has by itself
+            assert optimizer["expert_lr_multiplier"] == arguments.get("expert_lr_multiplier", 1.0)
+            assert optimizer["down_proj_lr_multiplier"] == arguments.get("down_proj_lr_multiplier", 1.0)
+        assert result["train_history"][-1][0] <= result["steps"]
 
-    def test_what_is_there_is_not_made_again(self, small_study, monkeypatch):
-        folder, main = small_study
 
-        def fails(*_, **__):
-            raise AssertionError
+def test_losses_are_those_of_the_saved_model(small_study, results):
+    """
+    By the model's own loss, on each text, without what balances the experts of a MoE; also with h or k changed.
+    """
+    folder, _ = small_study
+    texts = {name: torch.tensor(load_from_disk(folder / "held_out" / name)["input_ids"]) for name in (CORPUS, "new")}
 
-        before = {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()}
-        monkeypatch.setattr(training_study.subprocess, "run", fails)
-        main()
-        assert {file: file.stat().st_mtime_ns for file in (folder / "results").iterdir()} == before
+    def losses(name, **fields):
+        model = load(folder / "models" / name, router_aux_loss_coef=0.0, **fields)
+        with torch.no_grad():
+            return {text: model(input_ids=tokens, labels=tokens).loss.item() for text, tokens in texts.items()}
 
-    def test_a_run_goes_on_where_it_was_killed(self, small_study, tmp_path):
-        """
-        After a checkpoint, and after the last one: it ends as one that was not killed, with the same arguments only.
-        """
-        folder, _ = small_study
-        run = read_results(folder / "results.json").reference()
-        expected = read_results(folder / "results.json").runs[run.name]
-        work = json.loads((folder / "work" / f"{run.name}.json").read_text())
-        work["run_clm"] |= {"output_dir": str(tmp_path / "model"), "save_steps": 2, "save_total_limit": 10}
-        file, result_file = tmp_path / "work.json", tmp_path / "result.json"
-        file.write_text(json.dumps(work | {"result_file": str(result_file)}))
+    for name, result in results.runs.items():
+        assert result["losses"] == pytest.approx(losses(name), rel=1e-5), name
+    assert results.losses(results.reference())[CORPUS] != results.losses(results.reference())["new"]
+    run = with_seeds(results.reference(), results.plan)[0]
+    changed = {name: each["losses"] for name, each in results.runs[run.name]["after_training"].items()}
+    assert changed["k = 2"] == pytest.approx(losses(run.name, num_experts_per_head=2), rel=1e-5)
+    assert changed["h = 1"] == pytest.approx(losses(run.name, num_retrieval_heads=1), rel=1e-5)
 
-        def make():
-            result_file.unlink(missing_ok=True)
-            command = module_command("studies.common.single_run", str(file))
-            run_preloaded(command, module_environment(), tmp_path / "printed")
-            return json.loads(result_file.read_text())
 
-        first = make()
-        assert first["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        last = max(tmp_path.glob("model/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        assert last.name == f"checkpoint-{run.steps}"
-        for name in ("trainer_state.json", "all_results.json"):
-            (tmp_path / "model" / name).unlink()  # killed while the model was saved
-        killed = make()
-        assert killed["losses"] == pytest.approx(first["losses"], rel=1e-5)
-        assert killed["all_results"]["train_samples"] == first["all_results"]["train_samples"]
-        shutil.rmtree(last)
-        again = make()
-        assert again["losses"] == pytest.approx(first["losses"], rel=1e-5)
-        assert again["all_results"]["train_runtime"] != first["all_results"]["train_runtime"]
-        file.write_text(
-            json.dumps(work | {"run_clm": work["run_clm"] | {"learning_rate": 0.5}, "result_file": str(result_file)})
-        )
-        with pytest.raises(subprocess.CalledProcessError) as error:
-            make()
-        assert "was started with other arguments" in error.value.output
+def test_a_run_goes_on_where_it_was_killed(small_study, results, tmp_path):
+    """
+    After a checkpoint, and after the last one: it ends as one that was not killed, with the same arguments only.
+    """
+    folder, _ = small_study
+    run = results.reference()
+    expected = results.runs[run.name]
+    work = json.loads((folder / "work" / f"{run.name}.json").read_text())
+    work["run_clm"] |= {"output_dir": str(tmp_path / "model"), "save_steps": 2, "save_total_limit": 10}
+    file, result_file = tmp_path / "work.json", tmp_path / "result.json"
+    file.write_text(json.dumps(work | {"result_file": str(result_file)}))
 
-    @pytest.mark.parametrize(
-        ("changed", "message"),
-        [
-            ({"block_size": 16}, "block_size was 32, got 16"),
-            # A variant that was redefined has results that are not its own.
-            ({"variants": SMALL["variants"] | {"dense": {"configuration": "moe-tiny"}}}, "config_name was"),
-        ],
+    def make():
+        result_file.unlink(missing_ok=True)
+        command, output = [python(), "-m", "studies.common.single_run", file], {"stderr": subprocess.STDOUT}
+        subprocess.run(command, env=module_environment(), stdout=subprocess.PIPE, text=True, check=True, **output)
+        return json.loads(result_file.read_text())
+
+    first = make()
+    assert first["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    last = max(tmp_path.glob("model/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert last.name == f"checkpoint-{run.steps}"
+    for name in ("trainer_state.json", "all_results.json"):
+        (tmp_path / "model" / name).unlink()  # killed while the model was saved
+    killed = make()
+    assert killed["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    assert killed["all_results"]["train_samples"] == first["all_results"]["train_samples"]
+    shutil.rmtree(last)
+    again = make()
+    assert again["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    assert again["all_results"]["train_runtime"] != first["all_results"]["train_runtime"]
+    file.write_text(
+        json.dumps(work | {"run_clm": work["run_clm"] | {"learning_rate": 0.5}, "result_file": str(result_file)})
     )
-    def test_refuses_results_of_another_study(self, small_study, monkeypatch, changed, message):
-        folder, main = small_study
-        monkeypatch.setattr(training_study.subprocess, "run", lambda *_, **__: pytest.fail("trains before it refuses"))
-        (folder / "plan.json").write_text(json.dumps(SMALL | changed))
-        try:
-            with pytest.raises(ValueError, match=message):
-                main()
-        finally:
-            (folder / "plan.json").write_text(json.dumps(SMALL))
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        make()
+    assert "was started with other arguments" in error.value.output
 
-    def test_refuses_results_on_other_texts_before_it_trains(self, small_study, tmp_path):
-        folder, _ = small_study
-        results = read_results(folder / "results.json")
-        run, *_ = rate_runs(results.plan)
-        del results.runs[run.name]
-        study = Study(results.plan, tmp_path, 1, results)
-        shutil.copytree(folder / "held_out", tmp_path / "held_out")
-        shutil.rmtree(tmp_path / "held_out" / "new")
-        shutil.copytree(folder / "held_out" / CORPUS, tmp_path / "held_out" / "new")  # a package in another version
-        with pytest.raises(ValueError, match=f"no longer the same: for new, {tmp_path} has"):
-            study.make([run], "")
-        assert not (tmp_path / "work").exists()
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"block_size": 16}, "block_size was 32, got 16"),
+        # A variant that was redefined has results that are not its own.
+        ({"variants": SMALL["variants"] | {"dense": {"configuration": "moe-tiny"}}}, "config_name was"),
+    ],
+)
+def test_refuses_results_of_another_study(small_study, monkeypatch, changed, message):
+    folder, main = small_study
+    monkeypatch.setattr(training_study.subprocess, "run", lambda *_, **__: pytest.fail("trains before it refuses"))
+    (folder / "plan.json").write_text(json.dumps(SMALL | changed))
+    try:
+        with pytest.raises(ValueError, match=message):
+            main()
+    finally:
+        (folder / "plan.json").write_text(json.dumps(SMALL))

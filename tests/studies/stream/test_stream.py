@@ -4,15 +4,14 @@
 
 import json
 import math
-import re
-import sys
 from functools import partial
+from statistics import mean, stdev
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from main_runs import run_main
 from slow_tests import slow
-from transformers import AutoTokenizer
 
 from modeling_peer import PeerForCausalLM, fit_gates
 from studies.common.arms import run_all, with_rates
@@ -20,120 +19,73 @@ from studies.stream import __main__ as stream_study
 from studies.stream import arms as stream_arms
 from studies.stream import report
 from studies.stream.arms import Arm
-from studies.stream.report import (
-    choose_hyperparameters,
-    describe_shares,
-    measures,
-    summarize,
-)
-
-
-def run_of(arm, losses, seed=0, rate=1.0, masked=(), **others):
-    hyperparameters = {"learning_rate": rate}
-    return {
-        "arm": arm,
-        "settings": hyperparameters,
-        "seed": seed,
-        "losses": losses,
-        "masked": list(masked),
-        "seconds": 1.0,
-        **others,
-    }
-
-
-def cells_of(table):
-    """The cells of a table, row by row."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+from studies.stream.report import choose_hyperparameters, measures
 
 
 # Two texts after the pre-training: rows are stages, columns texts.
 LOSSES = [[3.0, 6.0, 5.0], [3.2, 4.0, 4.5], [3.5, 4.4, 3.0]]
 
 
-class TestReport:
-    def test_measures(self):
-        found = measures(run_of("full", LOSSES, masked=[[3.0, 6, 5], [3.1, 6, 5]]))
-        assert found == pytest.approx(
-            {
-                "learning": ((6 - 4) + (5 - 3)) / 2,
-                "forgetting": ((3.5 - 3) + (4.4 - 4)) / 2,
-                "backward_transfer": -0.45,
-                "forgetting_of_pretraining": 0.5,
-                "forgetting_of_pretraining_masked": 0.1,
-                "forward_transfer": 5 - 4.5,
-                "final_mean": (3.5 + 4.4 + 3) / 3,
-            }
-        )
-
-    def test_arms_are_compared_at_what_all_of_them_learned(self):
-        def swept(arm, rate, learned, forgotten, **hyperparameters):
-            run = run_of(arm, [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]], rate=rate)
-            return {**run, "settings": {**run["settings"], **hyperparameters}}
-
-        runs = [
-            swept("full", 1, 1.0, 0.1),
-            swept("full", 100, 3.0, 0.9),
-            swept("full", 1000, 3.5, 2.0),
-            swept("lora", 1, 2.0, 0.2),
-            swept("lora", 2, 1.9, 0.1),  # learns less again: nothing to look for between
-            swept("sparse", 1, 3.0, 0.9, t=1),
-            swept("sparse", 10, 4.0, 2.0, t=1),
-            swept("sparse", 4, 1.8, 0.1, t=2),  # learns too little at any rate
-            swept("sparse", 1, 1.0, 0.0, t=3),
-            swept("sparse", 10, 3.0, 0.2, t=3),
-        ]
-        level, chosen = choose_hyperparameters(runs)
-        assert level == pytest.approx(2.0)
-        assert chosen == {
-            "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
-            "lora": {"learning_rate": 1},
-            "sparse": {"learning_rate": 3.2, "t": 3},
+def test_measures():
+    assert measures({"losses": LOSSES, "masked": [[3.0, 6, 5], [3.1, 6, 5]]}) == pytest.approx(
+        {
+            "learning": ((6 - 4) + (5 - 3)) / 2,
+            "forgetting": ((3.5 - 3) + (4.4 - 4)) / 2,
+            "backward_transfer": -0.45,
+            "forgetting_of_pretraining": 0.5,
+            "forgetting_of_pretraining_masked": 0.1,
+            "forward_transfer": 5 - 4.5,
+            "final_mean": (3.5 + 4.4 + 3) / 3,
         }
-        # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
-        assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
+    )
 
-    def test_what_is_chosen_is_tried_and_chosen_again(self):
-        """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
-        made = []
 
-        def run(arm, hyperparameters, seed):
-            made.append((arm, hyperparameters["learning_rate"], seed))
-            learned = hyperparameters["learning_rate"] ** (0.5 if arm == "full" else 0.1)
-            return {
-                **run_of(arm, [[3.0, 6.0], [3.5, 6.0 - learned]], rate=hyperparameters["learning_rate"]),
-                "seed": seed,
-            }
+def test_arms_are_compared_at_what_all_of_them_learned():
+    def swept(arm, rate, learned, forgotten, **hyperparameters):
+        losses = [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]]
+        return {"arm": arm, "settings": {"learning_rate": rate, **hyperparameters}, "losses": losses}
 
-        arms = {"full": Arm("", None, with_rates(0.1, 10.0)), "lora": Arm("", None, with_rates(1.0, 2.0))}
-        runs, level, chosen = run_all(arms, 2, run, choose_hyperparameters)
-        assert level == pytest.approx(2**0.1)
-        assert chosen["lora"] == {"learning_rate": 2.0}
-        assert chosen["full"]["learning_rate"] ** 0.5 == pytest.approx(level, rel=0.05)
-        assert made[4][0] == "full" and made[4][1] != chosen["full"]["learning_rate"]
-        assert made[-2:] == [("full", chosen["full"]["learning_rate"], 1), ("lora", 2.0, 1)]
-        assert len(runs) == len(made) == len(set(made))
+    runs = [
+        swept("full", 1, 1.0, 0.1),
+        swept("full", 100, 3.0, 0.9),
+        swept("full", 1000, 3.5, 2.0),
+        swept("lora", 1, 2.0, 0.2),
+        swept("lora", 2, 1.9, 0.1),  # learns less again: nothing to look for between
+        swept("sparse", 1, 3.0, 0.9, t=1),
+        swept("sparse", 10, 4.0, 2.0, t=1),
+        swept("sparse", 4, 1.8, 0.1, t=2),  # learns too little at any rate
+        swept("sparse", 1, 1.0, 0.0, t=3),
+        swept("sparse", 10, 3.0, 0.2, t=3),
+    ]
+    level, chosen = choose_hyperparameters(runs)
+    assert level == pytest.approx(2.0)
+    assert chosen == {
+        "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
+        "lora": {"learning_rate": 1},
+        "sparse": {"learning_rate": 3.2, "t": 3},
+    }
+    # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
+    assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
 
-    def test_two_orders_and_their_mean(self, tmp_path):
-        def learned(arm, order, seed, learned, forgotten):
-            losses = [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]]
-            return run_of(arm, losses, seed=seed, **({} if order is None else {"order": order}))
 
-        runs = [
-            *(learned("full", None, 0, 1.0, 0.2), learned("full", 1, 1, 1.2, 0.4)),  # without an order it is the first
-            *(learned("full", 2, 0, 2.0, 0.8), learned("full", 2, 1, 2.2, 0.6)),
-            *(learned("open", order, seed, 2.0, 0.1) for order in (1, 2) for seed in (0, 1)),
-        ]
-        chosen = {"full": {"learning_rate": 1.0}, "open": {"learning_rate": 1.0}}
-        summary = json.loads(json.dumps(summarize(runs, ["a", "b"], 1.0, chosen, {})))
-        assert summary["arms"]["full"]["seeds"] == 2
-        _, _, full, grown = cells_of(describe_shares(summary))
-        # Seed by seed both orders have a mean: 1.5 and 1.7 were learned, 0.5 was forgotten with either seed.
-        assert full[1:] == [
-            *("1.100 ± 0.141", "2.100 ± 0.141", "1.600 ± 0.141"),
-            *("0.300 ± 0.141", "0.700 ± 0.141", "0.500 ± 0.000"),
-            "100%",
-        ]
-        assert grown[-2:] == ["0.100 ± 0.000", "20%"]
+def test_what_is_chosen_is_tried_and_chosen_again():
+    """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
+    made = []
+
+    def run(arm, hyperparameters, seed):
+        made.append((arm, hyperparameters["learning_rate"], seed))
+        learned = hyperparameters["learning_rate"] ** (0.5 if arm == "full" else 0.1)
+        losses = [[3.0, 6.0], [3.5, 6.0 - learned]]
+        return {"arm": arm, "settings": hyperparameters, "seed": seed, "losses": losses}
+
+    arms = {"full": Arm("", None, with_rates(0.1, 10.0)), "lora": Arm("", None, with_rates(1.0, 2.0))}
+    runs, level, chosen = run_all(arms, 2, run, choose_hyperparameters)
+    assert level == pytest.approx(2**0.1)
+    assert chosen["lora"] == {"learning_rate": 2.0}
+    assert chosen["full"]["learning_rate"] ** 0.5 == pytest.approx(level, rel=0.05)
+    assert made[4][0] == "full" and made[4][1] != chosen["full"]["learning_rate"]
+    assert made[-2:] == [("full", chosen["full"]["learning_rate"], 1), ("lora", 2.0, 1)]
+    assert len(runs) == len(made) == len(set(made))
 
 
 # Each held-out document has a word of its own.
@@ -155,117 +107,89 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "MOST_RATES_BEYOND", 0)
 
     def main(*flags):
-        sizes = {"pretraining_steps": 1, "stage_steps": 1, "block_size": 32, "eval_sequences": 2, "seeds": 2}
-        command = [
-            "studies.stream",
-            "--output_dir",
-            str(tmp_path),
-            "--pretraining_texts",
-            "old",
-            "--stream",
-            "new",
-        ]
-        command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", [*command, *flags])
-        stream_study.main()
+        named = ("--output_dir", tmp_path, "--pretraining_texts", "old", "--stream", "new", "--pretraining_steps", 1)
+        sizes = ("--stage_steps", 1, "--block_size", 32, "--eval_sequences", 2, "--seeds", 2)
+        run_main(stream_study, *named, *sizes, *flags)
         return json.loads((tmp_path / "results.json").read_text())
 
     return main
 
 
-class TestStudy:
-    @slow
-    def test_all_arms_come_to_their_end(self, study, tmp_path, monkeypatch):
-        monkeypatch.setattr(stream_arms, "fit_gates", partial(fit_gates, num_steps=20))
-        arms = dict(stream_study.ARMS)
-        for name, arm in arms.items():
-            monkeypatch.setitem(stream_study.ARMS, name, arm.__class__(arm.label, arm.learn, arm.sweep[:1], arm.base))
-        results = study()
-        assert list(results["arms"]) == list(arms) and (tmp_path / "results.png").stat().st_size > 10_000
-        for run in results["runs"]:
-            first, last = run["losses"]
-            assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
-            assert len(run["losses_to_choose_by"]) == 2 and run["losses_to_choose_by"] != run["losses"]
-            if run["arm"].startswith("protected") or run["arm"] == "open":
-                assert run["masked"] == [first]  # without what it added it is the model it was
-            else:
-                assert not run["masked"]
-        assert {result["seeds"] for result in results["arms"].values()} == {2}
+@slow
+def test_all_arms_come_to_their_end(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_arms, "fit_gates", partial(fit_gates, num_steps=20))
+    arms = dict(stream_study.ARMS)
+    for name, arm in arms.items():
+        monkeypatch.setitem(stream_study.ARMS, name, arm.__class__(arm.label, arm.learn, arm.sweep[:1], arm.base))
+    results = study()
+    assert list(results["arms"]) == list(arms) and (tmp_path / "results.png").stat().st_size > 10_000
+    for run in results["runs"]:
+        first, last = run["losses"]
+        assert all(map(math.isfinite, last)) and last[1] < first[1], run["arm"]
+        assert len(run["losses_to_choose_by"]) == 2 and run["losses_to_choose_by"] != run["losses"]
+        if run["arm"].startswith("protected") or run["arm"] == "open":
+            assert run["masked"] == [first]  # without what it added it is the model it was
+        else:
+            assert not run["masked"]
+    assert {result["seeds"] for result in results["arms"].values()} == {2}
 
-    def test_goes_on_where_it_was_killed(self, study, tmp_path, monkeypatch):
-        class Killed(Exception):
-            pass
 
-        def killed(*_):
-            raise Killed
+def test_goes_on_where_it_was_killed(study, tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit("killed")
 
-        first = stream_study.ARMS["full"]
-        with monkeypatch.context() as patch:
-            patch.setitem(stream_study.ARMS, "experts", first.__class__("", killed, ({"learning_rate": 1.0},)))
-            with pytest.raises(Killed):
-                study("--arms", "full", "experts")
-        saved = {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()}
-        assert len(saved) == len(first.sweep)
-        # What is there is read, not made again.
-        with monkeypatch.context() as patch:
-            patch.setitem(stream_study.ARMS, "full", first.__class__("", killed, first.sweep))
-            patch.setattr(stream_study, "Trainer", killed)
-            study("--arms", "full", "--seeds", "1")
-        assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
-
-    def test_the_stream_is_also_learned_in_reverse(self, study, tmp_path, monkeypatch):
-        seen = []
-
-        def learn(model, stage, hyperparameters):
-            tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-            texts = [tokenizer.decode(text[0]["input_ids"]) for text in (*stage.earlier, stage.blocks)]
-            seen.append((stage.seed, ["".join(re.findall("two|five|eight", text))[:3] for text in texts]))
-            return stream_arms.full_finetuning(model, stage, hyperparameters)
-
-        arm = Arm("full finetuning", learn, with_rates(1e-3, 2e-3))
-        monkeypatch.setitem(stream_study.ARMS, "full", arm)
-        flags = ("--arms", "full", "--stream", "new", "newer")
-        first = study(*flags)
-        assert {run["order"] for run in first["runs"]} == {1} and "orders" not in first["arms"]["full"]
-        seen.clear()
-        both = study(*flags, "--orders", "2")  # resumes, with what is new
-        stages = [["two", "eig"], ["two", "eig", "fiv"]]
-        assert seen == [(seed, texts) for seed in range(2) for texts in stages]
-        assert both["runs"][: len(first["runs"])] == first["runs"]
-        added = both["runs"][len(first["runs"]) :]
-        assert [(run["order"], run["seed"], run["settings"]) for run in added] == [
-            (2, seed, both["arms"]["full"]["settings"]) for seed in range(2)
-        ]
-        (old, new, newer), reversed_losses = first["runs"][0]["losses"][0], added[0]["losses"][0]
-        assert reversed_losses == [old, newer, new]
-        assert len(both["arms"]["full"]["orders"]) == 2
-        assert not (tmp_path / "dense").exists()  # its arm was not asked for
-
-    def test_a_pre_training_that_was_killed_after_its_last_step_makes_no_more(self, study, tmp_path, monkeypatch):
-        save = stream_study.Trainer.save_model
-
-        def save_checkpoints_alone(trainer, folder, _internal_call=False):
-            if not _internal_call:
-                raise SystemExit("killed")
-            save(trainer, folder, _internal_call=True)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(stream_study.Trainer, "save_model", save_checkpoints_alone)
-            patch.setitem(stream_study.PRETRAINING, "save_steps", 1)
-            with pytest.raises(SystemExit, match="killed"):
-                study("--arms", "full")
-        saved = PeerForCausalLM.from_pretrained(tmp_path / "peer-training" / "checkpoint-1").state_dict()
+    first = stream_study.ARMS["full"]
+    with monkeypatch.context() as patch:
+        patch.setitem(stream_study.ARMS, "experts", first.__class__("", killed, ({"learning_rate": 1.0},)))
+        with pytest.raises(SystemExit, match="killed"):
+            study("--arms", "full", "experts")
+    saved = {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()}
+    assert len(saved) == len(first.sweep)
+    # What is there is read, not made again.
+    with monkeypatch.context() as patch:
+        patch.setitem(stream_study.ARMS, "full", first.__class__("", killed, first.sweep))
+        patch.setattr(stream_study, "Trainer", killed)
         study("--arms", "full", "--seeds", "1")
-        found = PeerForCausalLM.from_pretrained(tmp_path / "peer").state_dict()
-        assert saved.keys() == found.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+    assert {path: path.read_bytes() for path in (tmp_path / "stages").iterdir()} == saved
 
-    def test_refuses_wrong_arguments(self, study, tmp_path):
-        """A file that was mended is of no other study."""
-        file = tmp_path / "base.json"
-        for wrong in ({"fields": {"num_expert": 9}}, {"training": {"learning_rates": 1}}, {"rate": 1}):
-            file.write_text(json.dumps({"configuration": "peer-tiny", **wrong}))
-            with pytest.raises(ValueError, match="base.json"):
-                study("--base", str(file))
-            assert list(tmp_path.iterdir()) == [file]
-        with pytest.raises(ValueError, match="--arms"):
-            study("--arms", "half")
+
+def test_the_stream_is_also_learned_in_reverse(study, tmp_path, monkeypatch):
+    arm = Arm("full finetuning", stream_arms.full_finetuning, with_rates(1e-3, 2e-3))
+    monkeypatch.setitem(stream_study.ARMS, "full", arm)
+    flags = ("--arms", "full", "--stream", "new", "newer")
+    first = study(*flags)
+    assert {run["order"] for run in first["runs"]} == {1} and "orders" not in first["arms"]["full"]
+    both = study(*flags, "--orders", "2")  # resumes, with what is new
+    assert both["runs"][: len(first["runs"])] == first["runs"]
+    added = both["runs"][len(first["runs"]) :]
+    assert [(run["order"], run["seed"], run["settings"]) for run in added] == [
+        (2, seed, both["arms"]["full"]["settings"]) for seed in range(2)
+    ]
+    (old, new, newer), reversed_losses = first["runs"][0]["losses"][0], added[0]["losses"][0]
+    assert reversed_losses == [old, newer, new]
+    found, swept = both["arms"]["full"], [run for run in both["runs"] if run["settings"] == added[0]["settings"]]
+    learned = [[measures(run)["learning"] for run in swept if run["order"] == order] for order in (1, 2)]
+    assert [each["mean"]["learning"] for each in found["orders"]] == pytest.approx([*map(mean, learned)])
+    of_seeds = [mean(of_orders) for of_orders in zip(*learned, strict=True)]
+    assert found["mean"]["learning"] == pytest.approx(mean(of_seeds)) and found["seeds"] == 2
+    assert found["deviation"]["learning"] == pytest.approx(stdev(of_seeds))
+    assert not (tmp_path / "dense").exists()  # its arm was not asked for
+
+
+def test_a_pre_training_that_was_killed_after_its_last_step_makes_no_more(study, tmp_path, monkeypatch):
+    save = stream_study.Trainer.save_model
+
+    def save_checkpoints_alone(trainer, folder, _internal_call=False):
+        if not _internal_call:
+            raise SystemExit("killed")
+        save(trainer, folder, _internal_call=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_study.Trainer, "save_model", save_checkpoints_alone)
+        patch.setitem(stream_study.PRETRAINING, "save_steps", 1)
+        with pytest.raises(SystemExit, match="killed"):
+            study("--arms", "full")
+    saved = PeerForCausalLM.from_pretrained(tmp_path / "peer-training" / "checkpoint-1").state_dict()
+    study("--arms", "full", "--seeds", "1")
+    found = PeerForCausalLM.from_pretrained(tmp_path / "peer").state_dict()
+    assert saved.keys() == found.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
