@@ -44,8 +44,8 @@ class OwnMemory:
         self.done.set()
         self.thread.join()
         self.peak = max(self.peak, resident("RssAnon"))
-def advised(address):
-    "Whether the mapping at an address is advised to be read at random."
+def advised(address, flag="rr"):
+    "Whether the mapping at an address is advised to be read at random, or by `hg` to come in huge pages."
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
@@ -53,7 +53,7 @@ def advised(address):
             start, end = (int(number, 16) for number in words[0].split("-"))
             here = start <= address + 2**20 < end
         elif here and words[0] == "VmFlags:":
-            return "rr" in words
+            return flag in words
 """
 
 
@@ -229,3 +229,19 @@ def test_the_layer_reads_no_weight_but_by_rows():
             others = torch.ones(36, dtype=torch.bool).index_fill_(0, indices, False)
             table.weight[others] = float("nan")
         assert torch.equal(layer(hidden_states), expected)
+
+
+def test_tables_of_models_and_of_grafts_come_in_huge_pages():
+    script = """
+import json
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerGraftConfig
+from modeling_peer.experts import expert_tables
+sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = PeerForCausalLM(PeerConfig(**sizes, feed_forward_types=["peer"], num_experts=256**2))
+graft = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), PeerGraftConfig(num_experts=256**2))
+tables = [table.weight for each in (model, graft) for table in expert_tables(each).values()]
+print(json.dumps([advised(weight.data_ptr(), "hg") for weight in tables]))
+"""
+    assert json.loads(run_script(MEMORY + script).splitlines()[-1]) == [True] * 4
