@@ -4,8 +4,8 @@
 A Space of the Hugging Face Hub in which visitors explore the experts of a model.
 
 Set the variable `MODEL` of the Space to the name of the model on the Hub, or copy `examples/checkpoints/peer-nano` into the
-folder of the Space; `CORPUS`, if it is set, is a text file of the Space, of which each paragraph is a context in which
-experts may be used.
+folder of the Space. `CORPUS`, if it is set, is a text file of the Space, of which each paragraph is a context in which
+experts may be used; `TEXT` is the text that is shown when the Space opens.
 """
 
 import os
@@ -14,6 +14,18 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_peer.explorer import ExpertContexts, make_app
+
+
+# Shown when the Space opens, if its variable TEXT is not set.
+TEXT = """\
+def mean(numbers):
+    if not numbers:
+        raise ValueError("mean() requires at least one number")
+    total = 0
+    for number in numbers:
+        total += number
+    return total / len(numbers)
+"""
 
 
 def main() -> None:
@@ -25,7 +37,8 @@ def main() -> None:
     if corpus := os.environ.get("CORPUS"):
         paragraphs = Path(corpus).read_text(encoding="utf-8").split("\n\n")
         contexts = ExpertContexts.measure(model, tokenizer, paragraphs)
-    make_app(model, tokenizer, contexts=contexts, title=f"Experts of {Path(name).name}").launch()
+    text = os.environ.get("TEXT", TEXT)
+    make_app(model, tokenizer, contexts=contexts, title=f"Experts of {Path(name).name}", text=text).launch()
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ class RetrievedExperts:
     weights: torch.Tensor
     coefficients: torch.Tensor
 
-    def largest(self, token: int | slice, number: int) -> list[tuple[int, float, float]]:
+    def largest(self, token: int | slice, number: int | None = None) -> list[tuple[int, float, float]]:
         """
-        The experts of largest weight of a token, or of several together, each once: index, weight and coefficient, the
-        largest first.
+        The experts of largest weight of a token, or of several together, all if there is no `number`, each once:
+        index, weight and coefficient, the largest first.
         """
         experts, places = self.experts[token].unique(return_inverse=True)
         weights, coefficients = (
@@ -105,6 +105,20 @@ class ExpertReader:
                 self.sets[label], self._pools_of[label] = experts, pools or {0: modules[name]}
         if self.model.get_output_embeddings() is None:
             raise ValueError(f"`model` must predict tokens, got {type(model).__name__} without output embeddings.")
+        self.num_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def token_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+        """
+        The tokens of a text, int64, `(1, num_tokens)`, on the device of the model. Raises `ValueError` if it has none,
+        or more than the model has positions.
+        """
+        input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
+        if not 1 <= input_ids.numel() <= (self.num_positions or input_ids.numel()):
+            raise ValueError(
+                f"`text` must have from 1 to {self.num_positions} tokens, the positions of the model, got "
+                f"{input_ids.numel()}."
+            )
+        return input_ids.to(next(self.model.parameters()).device)
 
     def routers(self, label: str) -> list[ProductKeyRouter]:
         """The routers of a layer, one for each generation."""
@@ -203,16 +217,20 @@ def explain_tokens(
         `list[TokenExplanation]`: one for each token.
 
     Raises:
-        `ValueError`: if the model has no experts, or none in one of the layers, or if the text has no tokens.
+        `ValueError`:
+            if the model has no experts, or none in one of the layers, or if the text has no tokens, or more than the
+            model has positions.
 
     ```python
     >>> for explanation in explain_tokens(model, tokenizer, "A farmer with 12 apples"):
     ...     print(explanation.token, explanation.layers["layer_1"][0])
     ```
     """
+    if min(num_experts, num_words) < 1:
+        raise ValueError(f"`num_experts` and `num_words` must be positive, got {num_experts} and {num_words}.")
     reader = ExpertReader(model, layers)
-    input_ids = token_ids(tokenizer, text)
-    read, _ = reader.read(input_ids=input_ids.to(next(model.parameters()).device))
+    input_ids = reader.token_ids(tokenizer, text)
+    read, _ = reader.read(input_ids=input_ids)
     layers_of: list[dict[str, list[ExpertUse]]] = [{} for _ in input_ids[0]]
     for label, retrieved in read.items():
         largest = [retrieved.largest(token, num_experts) for token in range(len(layers_of))]
@@ -227,14 +245,6 @@ def explain_tokens(
             ]
     tokens = token_texts(tokenizer, input_ids[0])
     return [TokenExplanation(token, own) for token, own in zip(tokens, layers_of, strict=True)]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The tokens of a text: int64, `(1, num_tokens)`. Raises `ValueError` if it has none."""
-    input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
-    if not input_ids.numel():
-        raise ValueError("`text` must have at least one token.")
-    return input_ids
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:

@@ -34,7 +34,7 @@ def make_app(
     [`save_explorer_page`].
 
     Args:
-        text (`str`, *optional*): What is in the field for the text at first.
+        text (`str`, *optional*): A text to begin with, whose page is there when the app opens.
 
     Returns:
         `gradio.Blocks`: start it by `launch()`.
@@ -54,7 +54,8 @@ def make_app(
         own_text = gradio.Textbox(text, label="Text", lines=3, max_length=MAX_CHARACTERS)
         switched_off = gradio.Textbox(label="Experts to switch off", placeholder="1: 17, 301; 3: 5")
         button = gradio.Button("Show the experts", variant="primary")
-        button.click(show, [own_text, switched_off], gradio.HTML())
+        page = gradio.HTML(visitors_page(model, tokenizer, text, "", contexts, title) if text else None)
+        button.click(show, [own_text, switched_off], page)
     return app
 
 

@@ -86,13 +86,17 @@ class ExpertContexts:
             tokenizer ([`PreTrainedTokenizerBase`])
             texts (iterable of `str`): Those without tokens are skipped.
             num_contexts (`int`, *optional*, defaults to 3): How many contexts to keep for each expert.
-            max_length (`int`, *optional*, defaults to 512): Number of tokens of a text that are read.
+            max_length (`int`, *optional*, defaults to 512):
+                Number of tokens of a text that are read, at most those of the model's positions.
             progress_bar (`bool`, *optional*, defaults to `True`)
 
         Raises:
             `ValueError`: if the model has no experts.
         """
+        if min(num_contexts, max_length) < 1:
+            raise ValueError(f"`num_contexts` and `max_length` must be positive, got {num_contexts} and {max_length}.")
         reader = ExpertReader(model)
+        max_length = min(max_length, reader.num_positions or max_length)
         found = cls(
             tokenizer, [], {label: _Best(each.num_experts, num_contexts) for label, each in reader.sets.items()}
         )

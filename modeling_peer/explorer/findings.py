@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.expert_mask import masked_sets
-from ..analysis.token_explanation import ExpertReader, token_ids, token_texts
+from ..analysis.token_explanation import ExpertReader, token_texts
 from ..experts import expert_cell
 from ..router import ProductKeyRouter
 from .contexts import ExpertContexts
@@ -40,10 +40,13 @@ def explore(
         `losses` in nats; `layers`, for each layer the experts of each token; and `experts`, for each layer what is
         known of each of them.
     """
+    if num_switched_off < 0:
+        raise ValueError(f"`num_switched_off` must not be negative, got {num_switched_off}.")
     reader = ExpertReader(model)
-    input_ids = token_ids(tokenizer, text)
-    inputs = {"input_ids": input_ids.to(next(model.parameters()).device)}
-    read, logits = reader.read(**inputs)
+    input_ids = reader.token_ids(tokenizer, text)
+    read, logits = reader.read(input_ids=input_ids)
+    if not logits.isfinite().all():
+        raise ValueError("`model` must predict finite logits, got NaN or infinite ones: are its weights finite?")
     words = partial(token_texts, tokenizer)
     found = {"tokens": words(input_ids[0]), **_predicted(logits, input_ids[0], words), "layers": {}, "experts": {}}
     for label, retrieved in read.items():
@@ -51,11 +54,11 @@ def explore(
         found["layers"][label] = [[_rounded(*use) for use in own] for own in uses]
         experts = sorted({expert for own in uses for expert, *_ in own})
         about = _about(reader, label, experts, words, contexts)
-        most_used = {expert for expert, *_ in retrieved.largest(slice(None), num_switched_off)}
-        for expert in about.keys() & most_used:
+        most_used = [expert for expert, *_ in retrieved.largest(slice(None)) if expert in about]
+        for expert in most_used[:num_switched_off]:
             # A head that would be left with less than its k experts is an error.
             with contextlib.suppress(ValueError), masked_sets([reader.sets[label]], torch.tensor([expert])):
-                about[expert]["without"] = _predicted(reader.read(**inputs)[1], input_ids[0], words)
+                about[expert]["without"] = _predicted(reader.read(input_ids=input_ids)[1], input_ids[0], words)
         found["experts"][label] = {str(expert): own for expert, own in about.items()}
     return found
 
@@ -65,7 +68,7 @@ def _rounded(expert, *numbers):
 
 
 def _predicted(logits, tokens, words):
-    logits = logits.cpu()
+    logits, tokens = logits.cpu(), tokens.cpu()
     losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none").tolist()
     shares, best = logits.softmax(-1).topk(min(PREDICTIONS, logits.shape[1]))
     return {

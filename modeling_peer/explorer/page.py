@@ -23,6 +23,8 @@ def explorer_page(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], title: str = "Experts", **options: Any
 ) -> str:
     """The page of one or several texts, between which the reader chooses. Options are those of [`explore`]."""
+    if isinstance(texts, str) or not (texts := [*texts]):
+        raise ValueError(f"`texts` must be one or several texts in a list, got {texts!r:.99}.")
     found = [{"text": text, **explore(model, tokenizer, text, **options)} for text in texts]
     # A script element ends at "</script", and not if "<!--" and "<script" come before.
     data = json.dumps(found, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
@@ -56,7 +58,9 @@ def save_explorer_page(
             forward pass each.
 
     Raises:
-        `ValueError`: if the model has no experts, or a text no tokens.
+        `ValueError`:
+            if the model has no experts or predicts NaN, if there are no texts, or if one has no tokens or more than
+            the model has positions.
     """
     page = explorer_page(model, tokenizer, texts, title, contexts=contexts, num_switched_off=num_switched_off)
     Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,10 @@
 """What the explorer says of experts, against what is computed by hand."""
 
 import json
+import math
+import sys
+from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,12 +17,13 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 from word_tokenizer import word_tokenizer
 
-from modeling_peer import masked_experts
+from modeling_peer import explain_tokens, masked_experts
 from modeling_peer.analysis.expert_mask import masked_sets
 from modeling_peer.analysis.token_explanation import ExpertReader, token_texts
 from modeling_peer.explorer import ExpertContexts
-from modeling_peer.explorer.app import MAX_CHARACTERS, experts_off, visitors_page
+from modeling_peer.explorer.app import MAX_CHARACTERS, experts_off, make_app, visitors_page
 from modeling_peer.explorer.findings import _neighbors, explore
+from modeling_peer.explorer.page import explorer_page
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +207,54 @@ def test_a_text_of_a_visitor_is_limited(model, tokenizer):
     with pytest.raises(ValueError, match="4000"):
         visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1), "")
     assert visitors_page(model, tokenizer, "w1 w2", "0: 3; 1: 7").startswith("<iframe")
+
+
+def test_a_text_has_at_most_the_positions_of_the_model(tokenizer):
+    model = tiny_model(tiny_config("peer", max_position_embeddings=16))
+    fits, longer = texts(tokenizer, 16, 17)
+    explore(model, tokenizer, fits)
+    for read in (explore, explain_tokens):
+        with pytest.raises(ValueError, match=r"from 1 to 16 tokens.*got 17"):
+            read(model, tokenizer, longer)
+    contexts = ExpertContexts.measure(model, tokenizer, [longer], progress_bar=False)
+    assert len(contexts.texts[0]) == 16
+
+
+@pytest.mark.parametrize("wrong", ["def f(x)", []])
+def test_a_page_needs_a_list_of_texts(model, tokenizer, wrong):
+    with pytest.raises(ValueError, match="`texts` must be"):
+        explorer_page(model, tokenizer, wrong)
+
+
+def test_numbers_that_count_nothing_are_refused(model, tokenizer):
+    for call in (
+        partial(explore, model, tokenizer, "w1", num_switched_off=-1),
+        partial(explain_tokens, model, tokenizer, "w1", num_experts=-1),
+        partial(explain_tokens, model, tokenizer, "w1", num_words=0),
+        partial(ExpertContexts.measure, model, tokenizer, ["w1"], num_contexts=-1),
+        partial(ExpertContexts.measure, model, tokenizer, ["w1"], max_length=-1),
+    ):
+        with pytest.raises(ValueError, match=rf"`{[*call.keywords][0]}`"):
+            call()
+
+
+def test_a_model_that_predicts_nan_is_refused(tokenizer):
+    model = tiny_model(tiny_config("peer"))
+    model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="finite logits"):
+        explore(model, tokenizer, "w1 w2")
+
+
+def test_each_layer_has_as_many_experts_to_switch_off_as_asked_for(tokenizer):
+    """Also where some that the text uses much are not among the largest of any token, which are those described."""
+    model = tiny_model(tiny_config("peer", "peer", num_experts=64, num_experts_per_head=8))
+    found = explore(model, tokenizer, *texts(tokenizer, 6), num_switched_off=12)
+    for of_layer in found["experts"].values():
+        assert sum("without" in own for own in of_layer.values()) == 12
+
+
+def test_the_app_opens_with_the_page_of_its_text(model, tokenizer, monkeypatch):
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    make_app(model, tokenizer, text="w1 w2")
+    gradio.HTML.assert_called_once_with(visitors_page(model, tokenizer, "w1 w2", ""))
