@@ -35,6 +35,7 @@ from .modeling_peer import (
     PeerModel,
     PeerPreTrainedModel,
 )
+from .optim.query_norm import freeze_query_norm
 
 
 # Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
@@ -53,7 +54,7 @@ _LAZY_NAMES = {
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
     "graft_merged": ("PeerGraftedConfig",),
     "memory.host_tables": ("host_table_device_map",),
-    "optim.parameter_groups": ("expert_parameter_groups", "freeze_query_norm", "make_optimizer"),
+    "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW",),
     "parallel.memory_group": ("shard_experts",),
@@ -124,5 +125,6 @@ __all__ = [
     "PeerModel",
     "PeerPreTrainedModel",
     "RetrievalInterface",
+    "freeze_query_norm",
     *(name for name in _MODULE_OF_NAME if name not in _OF_PEFT),
 ]

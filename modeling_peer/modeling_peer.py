@@ -47,7 +47,7 @@ from .router import ForwardPass, ProductKeyRouter
 
 class CheckpointInterface(GeneralInterface):
     """
-    What an installed package adds to how models are loaded, split over processes and saved: functions
+    What an installed package adds to how models are loaded, split, trained and saved: functions
     `extend(method, model, *args, **kwargs)`, registered under the name of the method that they wrap. `method` is the
     bound method of Transformers; `model` is the model, or its class for a class method.
     """
@@ -75,6 +75,7 @@ class ExtensibleCheckpoints:
 
     from_pretrained = classmethod(_extensible("from_pretrained"))
     save_pretrained = _extensible("save_pretrained")
+    train = _extensible("train")
     load_state_dict = _extensible("load_state_dict")
     gather_sharded_state_dict_for_save = _extensible("gather_sharded_state_dict_for_save")
     init_parallel_plans = _extensible("init_parallel_plans")

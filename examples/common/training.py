@@ -37,15 +37,10 @@ from modeling_peer import (
     last_complete_checkpoint,
     make_optimizer,
 )
+from modeling_peer.optim.parameter_groups import learning_rate_of_new_model
 
 
 logger = logging.getLogger(__name__)
-
-
-# The learning rate of the scaling study at its reference size, the best of three, times that size: wider models need
-# smaller ones. At `hidden_size` 128 it is that of the quickstart, at 768 what is usual there, 3.3e-4.
-RATE_TIMES_HIDDEN_SIZE = 4e-3 * 64
-MAX_LEARNING_RATE = 4e-3
 
 
 @dataclass
@@ -55,8 +50,10 @@ class ExampleTrainingArguments(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "Log the loss of the first step."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs; below 1, a share of all steps."})
     eval_steps: float | None = field(
-        default=500, metadata={"help": "Steps between evaluations with --eval_strategy steps."}
+        default=0.1, metadata={"help": "Steps between evaluations with --eval_strategy steps; below 1, a share."}
     )
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share of all."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints that are kept."})
     dataloader_pin_memory: bool = field(
         default=torch.accelerator.is_available(), metadata={"help": "Whether batches are in pinned memory."}
     )
@@ -88,8 +85,7 @@ class PretrainingArguments(ExampleTrainingArguments):
     def set_learning_rate(self, config: PreTrainedConfig, is_new: bool) -> None:
         """Sets the learning rate for a model with this configuration, new or a checkpoint, unless it is given."""
         if self.learning_rate is None:
-            rate = min(MAX_LEARNING_RATE, RATE_TIMES_HIDDEN_SIZE / config.hidden_size) if is_new else 5e-5
-            self.learning_rate = float(f"{rate:.2g}")
+            self.learning_rate = learning_rate_of_new_model(config.hidden_size) if is_new else 5e-5
 
 
 @dataclass

@@ -9,7 +9,6 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..experts import expert_tables
-from ..router import QueryBatchNorm
 from .frozen_rows import freezes_of
 from .row_adamw import RowAdamW
 
@@ -25,6 +24,17 @@ NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)
 # v_i at 192 times that.
 EXPERT_LR_MULTIPLIER = 0.25
 DOWN_PROJ_LR_MULTIPLIER = 192.0
+
+# That of `TrainingArguments`, which is for models that are trained further.
+LEARNING_RATE_OF_TRAINER = 5e-5
+
+
+def learning_rate_of_new_model(hidden_size: int) -> float:
+    """
+    The learning rate of all else for a model that is trained from scratch: that of the scaling study, the best of
+    three at its reference size of 64, times that size by the width of the model. At 768 it is what is usual there.
+    """
+    return float(f"{min(4e-3, 4e-3 * 64 / hidden_size):.2g}")
 
 
 def expert_parameter_groups(
@@ -52,6 +62,8 @@ def expert_parameter_groups(
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
     """
+    if not isinstance(learning_rate, int | float):
+        raise TypeError(f"`learning_rate` must be a number, got {learning_rate!r}.")
     tables = {
         id(module.weight): "down_tables" if name.endswith(("down_proj", "values")) else "tables"
         for name, table in expert_tables(model).items()
@@ -62,8 +74,7 @@ def expert_parameter_groups(
     kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")
-            kinds["tables" if down_proj_lr_multiplier == 1.0 and kind == "down_tables" else kind].append(parameter)
+            kinds[tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")].append(parameter)
     expert_lr = learning_rate * expert_lr_multiplier
     options = {
         "decayed": (learning_rate, weight_decay, False),
@@ -89,8 +100,9 @@ def make_optimizer(
     Make the optimizer for a `Trainer` that trains expert tables: [`RowAdamW`] with the learning rate, weight decay and
     betas of the training arguments, and with rates of their own for the tables.
 
-    It warns if a model that [`add_experts`] enlarged would train the experts that it had at first, with none of them
-    frozen: what is frozen is not saved or copied with a model, and is restored by [`train_added_experts_only`].
+    It warns if a new model would be trained at the default learning rate of `TrainingArguments`, and if one that
+    [`add_experts`] enlarged would train the experts that it had at first, with none of them frozen: what is frozen is
+    not saved or copied with a model, and is restored by [`train_added_experts_only`].
 
     Args:
         model (`nn.Module`): The model that is given to `Trainer`.
@@ -110,12 +122,21 @@ def make_optimizer(
     >>> trainer = Trainer(model, args, train_dataset=dataset, optimizers=(make_optimizer(model, args), None))
     ```
     """
+    if not hasattr(args, "learning_rate"):
+        raise TypeError(f"`args` must be the `TrainingArguments` that are given to `Trainer`, got {args!r:.99}.")
     grown = getattr(getattr(model, "config", None), "expert_additions", None)
     tables = [table for name, table in expert_tables(model).items() if ".added." not in name] if grown else []
     if any(table.weight.requires_grad and not freezes_of(table) for table in tables):
         warnings.warn(
             "The model trains the experts that it had before `add_experts`. If only the added ones are to be trained, "
             "call `train_added_experts_only(model)` before the optimizer is made.",
+            stacklevel=2,
+        )
+    config = getattr(model, "config", None)
+    if args.learning_rate == LEARNING_RATE_OF_TRAINER and config is not None and not model.name_or_path:
+        warnings.warn(
+            f"`learning_rate` is {args.learning_rate}, the default of `Trainer` for models that are trained further, "
+            f"and this model is new: take about {learning_rate_of_new_model(config.hidden_size)}.",
             stacklevel=2,
         )
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
@@ -125,24 +146,3 @@ def make_optimizer(
     groups = expert_parameter_groups(model, args.learning_rate, args.weight_decay, *multipliers)
     betas = args.adam_beta1, args.adam_beta2
     return RowAdamW(groups, betas=betas, eps=args.adam_epsilon, second_moment=second_moment)
-
-
-def freeze_query_norm(model: nn.Module) -> None:
-    """
-    Let a trained model train on the running statistics of its query BatchNorms, which keep these and their weights
-    from then on. Every token is then computed in training as in evaluation.
-
-    Trainers that compare a policy with a reference or with its own earlier outputs, such as `DPOTrainer` and
-    `GRPOTrainer` of TRL, need it when they train all parameters: otherwise only the policy normalizes queries by the
-    moments of its batch. An adapter of other modules needs nothing, because PEFT freezes the norms with the rest.
-
-    Call it before the training starts, and again after loading or copying the model. `requires_grad_(True)` of a norm
-    undoes it, and so does `set_adapter` of PEFT for the norm of a graft: for grafts with `query_norm="batch"`, call it
-    on the `model` of a trainer that is made.
-
-    Args:
-        model (`nn.Module`): Any module with PEER or PKM layers, also a model they are grafted onto.
-    """
-    for module in model.modules():
-        if isinstance(module, QueryBatchNorm):
-            module.requires_grad_(False)

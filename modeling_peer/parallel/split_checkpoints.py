@@ -43,6 +43,7 @@ def from_pretrained(method: Any, model_class: type, *args: Any, **kwargs: Any) -
     """
     loaded = method(*args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.was_loaded = True
     keep_in_host_memory(model)
     advise_tables(model, advise_random_access)
     return loaded

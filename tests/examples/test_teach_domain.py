@@ -45,7 +45,7 @@ def teach(folder, base, output, *flags):
     """Teaches a model the domain from the command line, and returns the figures that were saved."""
     words = ("--model_name_or_path", folder / base, "--train_file", folder / "domain.txt", "--block_size", 16)
     words += ("--output_dir", folder / output, "--num_added_experts", 25, "--learning_rate", 0.2)
-    words += ("--max_steps", 12, "--save_steps", 6, "--report_to", "none", "--disable_tqdm", "true")
+    words += ("--max_steps", 12, "--report_to", "none", "--disable_tqdm", "true")
     words += ("--num_gate_sequences", 8, "--max_eval_samples", 8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teach_domain, "fit_gates", partial(fit_gates, num_steps=60))
@@ -97,7 +97,8 @@ def test_what_is_pushed_names_no_place_of_this_machine(figures, folder, monkeypa
 
 
 def test_resumes(figures, folder, caplog):
-    shutil.copytree(folder / "taught" / "checkpoint-6", folder / "resumed" / "checkpoint-6")
+    """Checkpoints are saved by default, also in a training of few steps."""
+    shutil.copytree(folder / "taught" / "checkpoint-10", folder / "resumed" / "checkpoint-10")
     shutil.copy(folder / "taught" / "_teaching_flags.json", folder / "resumed")
     again = teach(folder, "base", "resumed", "--kept_file", folder / "kept.txt")
     assert "Resuming training from" in caplog.text

@@ -234,7 +234,7 @@ def test_numbers_that_count_nothing_are_refused(model, tokenizer):
         partial(ExpertContexts.measure, model, tokenizer, ["w1"], num_contexts=-1),
         partial(ExpertContexts.measure, model, tokenizer, ["w1"], max_length=-1),
     ):
-        with pytest.raises(ValueError, match=rf"`{[*call.keywords][0]}`"):
+        with pytest.raises(ValueError, match=rf"`{next(iter(call.keywords))}`"):
             call()
 
 

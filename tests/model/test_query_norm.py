@@ -139,6 +139,23 @@ def test_a_model_with_frozen_norms_trains_as_it_evaluates(variant):
     assert names - set(gradients(model)) == {name for name in names if "query_norm" in name} != set()
 
 
+def test_a_loaded_model_says_how_it_normalizes_when_its_training_begins(tmp_path, monkeypatch):
+    """As a reference beside it does not. A new model has none, whose queries are to be normalized by their batch."""
+    said = []
+    monkeypatch.setattr("modeling_peer.optim.query_norm.logger.warning_once", said.append)
+    model = tiny_model(VARIANTS["peer"])
+    model.train()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not said
+    loaded.train()
+    assert said and all("freeze_query_norm(model)" in each for each in said)
+    said.clear()
+    freeze_query_norm(loaded)
+    loaded.eval().train()
+    assert not said and loaded.training and loaded.model.layers[0].training
+
+
 @pytest.mark.parametrize("variant", ["peer", "pkm", "all_in_one"])
 def test_activation_checkpointing_of_the_whole_model_has_the_same_gradients(variant):
     plain = tiny_model(VARIANTS[variant]).train()

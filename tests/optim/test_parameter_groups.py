@@ -17,10 +17,13 @@ from modeling_peer import (
     add_experts,
     expert_parameter_groups,
     freeze_experts,
+    freeze_query_norm,
     make_optimizer,
+    quantize_experts,
     train_added_experts_only,
 )
 from modeling_peer.experts import expert_tables
+from modeling_peer.optim.parameter_groups import learning_rate_of_new_model
 
 
 def is_down(name):
@@ -94,6 +97,56 @@ def test_copies_of_grown_models_are_warned_of_until_their_old_experts_are_frozen
     assert warnings_of(copied)
     freeze(copied)
     assert not warnings_of(copied)
+
+
+def test_a_training_resumes_with_other_multipliers():
+    """At the rates that were saved, as with any optimizer of torch."""
+    model, args = small_model("peer", "pkm"), TrainingArguments("unused", learning_rate=0.1)
+    saved = make_optimizer(model, args).state_dict()
+    resumed = make_optimizer(model, args, expert_lr_multiplier=1.0, down_proj_lr_multiplier=1.0)
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict()["param_groups"] == saved["param_groups"]
+
+
+def test_a_new_model_at_the_default_rate_is_warned_of_with_one_for_its_size(tmp_path):
+    model, args = small_model("dense", "peer"), TrainingArguments("unused")
+    with pytest.warns(UserWarning, match="`learning_rate` is 5e-05.*this model is new: take about 0.004"):
+        make_optimizer(model, args)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_optimizer(type(model).from_pretrained(tmp_path), args)
+        make_optimizer(model, TrainingArguments("unused", learning_rate=2e-3))
+
+
+def test_a_training_without_the_optimizer_is_told_of_it_whatever_its_tables_take(monkeypatch):
+    said, model, tokens = [], small_model("peer"), torch.arange(8)[None]
+    monkeypatch.setattr("modeling_peer.ops.factored_gradient.logger.warning_once", said.append)
+    model(tokens, labels=tokens).loss.backward()
+    assert said and all("make_optimizer(model, args)" in each for each in said)
+    said.clear()
+    model.zero_grad()
+    optimizer = make_optimizer(model, TrainingArguments("unused", learning_rate=1e-3))
+    model(tokens, labels=tokens).loss.backward()
+    assert not said and optimizer
+
+
+def test_rates_follow_the_width():
+    assert [learning_rate_of_new_model(width) for width in (32, 128, 768)] == [4e-3, 2e-3, 3.3e-4]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: make_optimizer(model, None), "`args` must be .* got None"),
+        (lambda model: expert_parameter_groups(model, "x"), "`learning_rate` must be a number, got 'x'"),
+        (lambda model: quantize_experts(None), "`model` must be a module, got None"),
+        (lambda model: freeze_query_norm(None), "`model` must be a module, got None"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(small_model("dense", "peer"))
 
 
 def test_models_that_did_not_grow_are_not_warned_of():
