@@ -4,7 +4,7 @@
 Makes a page on which to explore the experts of a model: those of each token of a text, and what they do.
 
     ./run python examples/make_explorer_page.py --model_name_or_path examples/checkpoints/peer-nano \\
-        --text "raise ValueError" --corpus_file examples/quickstart.py --output_file experts.html
+        --text "$(tail -n 20 examples/quantize.py)" --corpus_file examples/quickstart.py --output_file experts.html
 """
 
 from dataclasses import dataclass, field

@@ -16,7 +16,6 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import fill
 
 import torch
 from datasets import Dataset
@@ -32,12 +31,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from common.cards import USAGE_GUIDE
 from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import ModelArguments, load_config
 from common.pictures import add_legend, look_of, new_figure, save_picture
 from common.text_data import DataTrainingArguments
-from common.training import run
+from common.training import run, usage_range
 from modeling_peer import model_costs
 
 
@@ -209,11 +207,11 @@ def verdict(results: dict[str, Result]) -> str:
             f"After as many seconds it was at step {step} of {steps}, with a learning rate still to fall, and "
             f"{_against(peer.perplexity_at_equal_seconds, dense)} {DENSE} at its end."
         )
-    usage = ", ".join(f"{name} {value:.3g}" for name, value in results[PEER].expert_usage.items())
+    usage = [value for name, value in peer.expert_usage.items() if name.startswith("usage/")]
     return (
         f"In one short run of two tiny models with one seed, {PEER} ends {_against(peer.perplexity_after, dense)} "
         f"{DENSE} after as many steps.\n{at_equal_seconds}\n"
-        f"Expert usage of {PEER} on the held-out text: {usage}.\n{fill(USAGE_GUIDE, 119)}"
+        f"Of the experts of a layer, the held-out text used {usage_range(usage)}."
     )
 
 

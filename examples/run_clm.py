@@ -202,6 +202,7 @@ def main(change: Callable[[Trainer], None] | None = None):
             tasks="text-generation",
             dataset=data_args.dataset_name,
             data=data_args.description,
+            next_command="./run python examples/run_generation.py --model_name_or_path {folder} --prompt 'The '",
         )
 
 

@@ -423,7 +423,7 @@ def describe(figures: Figures, model: PreTrainedModel, folder: str) -> str:
 {figures}
 
 {addition["num_experts"]:,} experts were added to each of the layers {addition["layers"]}. With them masked, perplexities are {restored}.
-Of the experts that the domain used before, the kept text uses {figures.shared:.0%}: to train these would have changed it.
+The kept text uses {figures.shared:.0%} of the experts that the domain used before, so training those would have changed both.
 
 In {folder}: the model with its tokenizer, and all figures in teaching.json.
 What to do next:

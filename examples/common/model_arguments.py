@@ -126,6 +126,10 @@ def loads_checkpoint(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(_no_checkpoint(name, error)) from error
+    except ValueError as error:
+        if "backend tokenizer" not in str(error):
+            raise
+        raise UsageError(f"{name} has no tokenizer: save one there by its `save_pretrained`.") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
-from common.cards import FOLDER, TRAINING_FILE, USAGE_GUIDE, card_of_folder, id_on_hub, is_written_card
+from common.cards import FOLDER, TRAINING_FILE, card_of_folder, id_on_hub, is_written_card
 from common.command_line import UsageError
 from common.launcher import uses_fsdp
 from common.run_estimate import RunEstimateCallback
@@ -230,10 +230,12 @@ def run(
     checkpoint: str | None = None,
     evaluation: Callable[[Trainer, ExpertUsageCallback], dict[str, float]] | None = None,
     data: str | None = None,
+    next_command: str | None = None,
     **card: str | None,
 ) -> dict[str, float]:
     """
-    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it, and writes its card.
+    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it, writes its card, and says
+    what came of it.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -242,6 +244,7 @@ def run(
             Function that takes the trainer and a callback that measures expert usage, and returns metrics. Defaults to
             [`evaluate`].
         data (`str`, *optional*): What the model is trained on, for its card.
+        next_command (`str`, *optional*): What to do next, with `{folder}` where the model is.
         card: Contents of the card of a pushed model, see `Trainer.push_to_hub`.
 
     Returns:
@@ -256,12 +259,34 @@ def run(
         train(trainer, checkpoint, data)
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
-        trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
-        if any("expert_usage" in name for name in metrics):
-            logger.info(USAGE_GUIDE)
     save_card(trainer, **card)
+    logger.info(describe_run(trainer, metrics, next_command))
     return metrics
+
+
+def describe_run(trainer: Trainer, metrics: dict[str, float], next_command: str | None = None) -> str:
+    """What came of a run, in three lines, and what to do next."""
+    figures = {
+        name.removeprefix("eval_").replace("_", " "): f"{value:.4g}"
+        for name, value in metrics.items()
+        if name in ("eval_loss", "perplexity", "eval_accuracy")
+    }
+    lines = ["On held-out text: " + ", ".join(f"{name} {value}" for name, value in figures.items())] if figures else []
+    usage = [value for name, value in metrics.items() if name.startswith("eval_expert_usage/")]
+    lines += [f"Of the experts of a layer, this text used {usage_range(usage)}"] if usage else []
+    folder = trainer.args.output_dir
+    lines += [
+        f"In {folder}: " + ("the model, and " if trainer.args.do_train else "") + "all figures in all_results.json"
+    ]
+    lines += [f"Next: {next_command.format(folder=folder)}"] if next_command else []
+    return "\n".join(["", *lines])
+
+
+def usage_range(shares: Collection[float]) -> str:
+    """Shares of experts that the layers of a model used, as their range."""
+    least, most = (f"{share:.0%}" for share in (min(shares), max(shares)))
+    return least if least == most else f"{least} to {most}"
 
 
 def save_card(trainer: Trainer, dataset: str | None = None, **card: str | None) -> None:
@@ -358,7 +383,6 @@ def train(trainer: Trainer, checkpoint: str | None = None, data: str | None = No
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     metrics |= _samples(trainer)
-    trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     save_description(trainer, data)
     trainer.save_state()

@@ -109,7 +109,7 @@ class ModelCosts:
         }
         tables = "" if self.quantized_bits is None else f", expert tables in {self.quantized_bits} bits"
         lines += ["", f"in {str(self.dtype).split('.')[-1]}{tables}:"]
-        lines += [f"{name:<28}  {size / 2**30:>10.3f} GiB" for name, size in memory.items()]
+        lines += [f"{name:<28}  {size / 2**20:>12,.2f} MiB" for name, size in memory.items()]
         return "\n".join(lines)
 
 

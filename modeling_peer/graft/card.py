@@ -25,7 +25,7 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. Install it from {where}:
+_USE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. {where}:
 
 ```bash
 pip install {pip_name}
@@ -59,9 +59,9 @@ def write_adapter_card(folder: str | Path, base_model: str | None, task_type: st
     where there is none. Any other README.md stays as it is.
     """
     card = Path(folder, "README.md")
-    where, package = "a clone of its repository", '".[graft]"'
+    where, package = "It is on no index of packages yet: install it in a copy of its source", '".[graft]"'
     if REPOSITORY is not None:
-        where, package = "its repository", f'"{PACKAGE}[graft] @ git+{REPOSITORY}"'
+        where, package = "Install it from its repository", f'"{PACKAGE}[graft] @ git+{REPOSITORY}"'
     usage = _USE.format(
         package=PACKAGE,
         where=where,

@@ -202,7 +202,7 @@ def test_the_table_names_every_part_and_its_share():
     assert rows["feed-forward dense x 11"] == [f"{2 * dense / 1e6:.3f}", f"{dense:,}", f"{dense:,}"]
     assert rows["shared expert pool"] == ["0.000", f"{3 * 1024**2 * 768:,}", f"{3 * 128 * 768:,}"]
     assert rows["total"] == [f"{costs.flops / 1e6:.3f}", f"{costs.parameters:,}", f"{costs.active_parameters:,}"]
-    assert rows["training, before activations"][1:] == [f"{costs.training_bytes / 2**30:.3f}", "GiB"]
+    assert rows["training, before activations"][1:] == [f"{costs.training_bytes / 2**20:,.2f}", "MiB"]
 
 
 def test_a_registered_variant_counts_itself(monkeypatch):

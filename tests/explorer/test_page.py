@@ -7,7 +7,10 @@ import re
 import shutil
 import subprocess
 
+import make_explorer_page
 import pytest
+from documentation import ROOT
+from main_runs import run_main
 from tiny_models import random_tokens, tiny_config, tiny_model
 from word_tokenizer import word_tokenizer
 
@@ -57,3 +60,14 @@ def test_tokens_and_experts_in_a_browser(page):
     assert ['aria-pressed="true"' in token for token in tokens] == [place == 3 for place in range(11)]
     uses = [any(each == expert for each, *_ in own) for own in first["layers"]["layer_0"]]
     assert ['class="uses"' in token for token in tokens] == uses
+
+
+def test_the_script_saves_a_page_and_names_a_tokenizer_that_is_missing(tmp_path, capsys):
+    checkpoint, page = ROOT / "examples" / "checkpoints" / "peer-nano", tmp_path / "page.html"
+    flags = ("--text", "def f(x):", "--num_switched_off", 1, "--output_file", page)
+    run_main(make_explorer_page, "--model_name_or_path", checkpoint, *flags)
+    assert "".join(data_of(page)[0]["tokens"]) == "def f(x):"
+    shutil.copytree(checkpoint, tmp_path / "alone", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(SystemExit):
+        run_main(make_explorer_page, "--model_name_or_path", tmp_path / "alone", *flags)
+    assert "alone has no tokenizer" in capsys.readouterr().err
