@@ -106,3 +106,10 @@ def test_it_answers_what_generate_generates(clients, checkpoints, server, model,
     options = {"model": folder, "temperature": 0}
     assert text_of(ask(clients[server], stream=False, **options)) == expected
     assert "".join(map(addition_of, ask(clients[server], stream=True, **options))) == expected
+
+
+def test_a_server_of_one_model_loads_no_other_folder(clients, checkpoints):
+    served, other = checkpoints["peer"][0], checkpoints["graft"][0]
+    for name in (other, f"{served}/../{Path(served).name}", f"{served}/../../..", "../../../etc"):
+        with pytest.raises(openai.BadRequestError):
+            clients["batches"].completions.create(model=name, prompt=PROMPT, max_tokens=1)
