@@ -152,6 +152,10 @@ class TestResumption:
         assert Path(settings.output_dir, "decode.1.json").is_file()
         assert not run("--parts", "decode")[0] and len(run("--parts", "decode", "--overwrite")[0]) == 1
 
+    def test_on_another_host_of_the_same_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H100"))
+        assert Device("cuda").facts().keys() == {"gpu", "cuda", "torch", "transformers"}
+
 
 def test_each_part_has_its_time_before_one_goes_on(run, settings, monkeypatch):
     """With a clock on which each row takes half a minute: no command takes longer than nine."""
