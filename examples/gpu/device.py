@@ -31,12 +31,12 @@ class Device:
         self.is_gpu = torch.device(name).type == "cuda"
 
     def facts(self) -> dict[str, Any]:
-        """The device and the releases of libraries, which results depend on."""
+        """The device and the releases of libraries, which results depend on: those of a GPU not on its host."""
         facts = machine()
-        if self.is_gpu:
-            properties = torch.cuda.get_device_properties(self.name)
-            facts |= {"gpu": properties.name, "cuda": torch.version.cuda}
-        return facts
+        if not self.is_gpu:
+            return facts
+        gpu = {"gpu": torch.cuda.get_device_properties(self.name).name, "cuda": torch.version.cuda}
+        return {**gpu, "torch": facts["torch"], "transformers": facts["transformers"]}
 
     def synchronize(self) -> None:
         """Wait for the device. Raises the error of a kernel that failed."""

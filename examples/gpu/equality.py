@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from gpu.device import Device
 from gpu.equality_layers import layer_rows
-from gpu.equality_tests import test_rows
 from gpu.inputs import DTYPES, Experts, draw_experts
 from gpu.rows import Row
 from gpu.settings import Settings
@@ -38,13 +37,14 @@ def rows(settings: Settings, device: Device) -> dict[str, Row]:
     checks: dict[str, Row] = {}
     for name, dtype in DTYPES.items():
         for operation, check in OPERATIONS.items():
-            checks[f"{operation}, {name}"] = functools.partial(check_kernel, settings, check, dtype)
+            for where, cases in (("", settings.checked), (", production sizes", settings.production)):
+                checks[f"{operation}, {name}{where}"] = functools.partial(check_kernel, settings, check, dtype, cases)
     checks["group"] = functools.partial(check_groups, settings)
     checks["retrieve, exact scores"] = functools.partial(check_exact_retrieval, settings)
     checks["retrieve, random scores"] = functools.partial(check_random_retrieval, settings)
     checks["retrieve, TF32 allowed"] = functools.partial(check_retrieval_with_tf32, settings)
     checks["gradients of retrieve"] = functools.partial(check_retrieval_gradients, settings)
-    return checks | layer_rows(settings, device) | test_rows(settings)
+    return checks | layer_rows(settings, device)
 
 
 def largest_error(actual: torch.Tensor, expected: torch.Tensor, sums: torch.Tensor) -> float:
@@ -61,11 +61,13 @@ def worst_of(errors: Iterator[tuple[str, float]]) -> dict[str, Any]:
     return {"passed": worst <= 1, "worst": worst, "where": where, "cases": len(found)}
 
 
-def check_kernel(settings: Settings, check: Callable[[Experts, str], float], dtype: torch.dtype) -> dict[str, Any]:
-    """Checks an operation at all sizes."""
+def check_kernel(
+    settings: Settings, check: Callable[[Experts, str], float], dtype: torch.dtype, cases: dict[str, list]
+) -> dict[str, Any]:
+    """Checks an operation at some sizes and widths."""
 
     def errors():
-        for sizes, width in itertools.product(settings.checked, settings.widths):
+        for sizes, width in itertools.product(cases["sizes"], cases["widths"]):
             experts = draw_experts(sizes, width, dtype, settings.device)
             yield f"T, A, N = {sizes}, d = {width}", check(experts, settings.kernels)
 
@@ -142,7 +144,7 @@ def check_groups(settings: Settings) -> dict[str, Any]:
     """Groups are those of a stable sort. Kernels may add empty groups at the end."""
 
     def errors():
-        for sizes in settings.checked:
+        for sizes in (*settings.checked["sizes"], *settings.production["sizes"]):
             indices = draw_experts(sizes, 1, torch.float32, settings.device).indices.flatten()
             rows, starts, order = KERNELS[settings.kernels].group(indices, sizes[2])
             expected_rows, expected_starts, expected_order = TorchKernels.group(indices, sizes[2])
@@ -159,14 +161,15 @@ def check_groups(settings: Settings) -> dict[str, Any]:
 
 
 def _queries_and_keys(sizes, device):
-    num_tokens, num_heads, grid_size, half, _ = sizes
+    num_tokens, num_heads, grid_size, half, _, num_sets = sizes
     queries = torch.randn(num_tokens, num_heads, 2, half, device=device)
-    return queries, torch.randn(1, 2, grid_size, half, device=device)
+    return queries, torch.randn(num_sets, 2, grid_size, half, device=device)
 
 
 def _scores(queries, sub_keys):
     """Scores of the halves with all sub-keys, in float64."""
-    return torch.einsum("thpc,pnc->thpn", queries.double(), sub_keys[0].double())
+    of_heads = sub_keys.double().expand(queries.shape[1], -1, -1, -1)
+    return torch.einsum("thpc,hpnc->thpn", queries.double(), of_heads)
 
 
 def _scores_of(indices, scores):
@@ -198,7 +201,7 @@ def check_exact_retrieval(settings: Settings) -> dict[str, Any]:
             expected, best = product_key_topk(exact.float(), sizes[4])
             differing += int((indices != expected).sum())
             same = scores.equal(best) and _scores_of(indices, exact).equal(best.double()) and _are_distinct(indices)
-            yield f"T, h, √N, d_k / 2, k = {sizes}", 0.0 if same else float("inf")
+            yield f"T, h, √N, d_k / 2, k, key sets = {sizes}", 0.0 if same else float("inf")
 
     return {**worst_of(errors()), "indices_of_equal_scores": differing}
 
@@ -222,7 +225,7 @@ def check_random_retrieval(settings: Settings) -> dict[str, Any]:
                 largest_error(scores, of_indices, sums),
                 largest_error(of_indices.sort(-1, descending=True).values.float(), best, sums),
             )
-            yield f"T, h, √N, d_k / 2, k = {sizes}", error if _are_distinct(indices) else float("inf")
+            yield f"T, h, √N, d_k / 2, k, key sets = {sizes}", error if _are_distinct(indices) else float("inf")
 
     return {**worst_of(errors()), "differing_sets": differing, "sets": total}
 
@@ -238,7 +241,7 @@ def check_retrieval_with_tf32(settings: Settings) -> dict[str, Any]:
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
                 found.append(retrieve_on_kernels(queries, sub_keys, sizes[4], settings.kernels)[0])
-            yield f"T, h, √N, d_k / 2, k = {sizes}", 0.0 if found[0].equal(found[1]) else float("inf")
+            yield f"T, h, √N, d_k / 2, k, key sets = {sizes}", 0.0 if found[0].equal(found[1]) else float("inf")
 
     try:
         return worst_of(errors())
@@ -258,7 +261,7 @@ def check_retrieval_gradients(settings: Settings) -> dict[str, Any]:
             expected = _retrieval_gradients(gradient.double(), indices, *(each.double() for each in tensors))
             sums = _retrieval_gradients(gradient.double().abs(), indices, *(each.double().abs() for each in tensors))
             error = max(map(largest_error, actual, expected, sums))
-            yield f"T, h, √N, d_k / 2, k = {sizes}", error
+            yield f"T, h, √N, d_k / 2, k, key sets = {sizes}", error
 
     return worst_of(errors())
 

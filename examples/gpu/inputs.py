@@ -14,6 +14,7 @@ from benchmark.contenders import OURS, Task, build
 from gpu.device import Device
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, RowAdamW, expert_parameter_groups
+from modeling_peer.router import ProductKeyRouter, QueryBatchNorm
 
 
 # Values that are drawn; larger tensors repeat them, because drawing gigabytes takes long.
@@ -112,9 +113,15 @@ def layer_task(settings: Settings, contender: str, operation: str, width: int, n
 
 
 def build_layer(settings: Settings, task: Task) -> nn.Module:
-    """The contender of a task with random weights, on the kernels of the settings and no others."""
+    """
+    The contender of a task with random weights, on the kernels of the settings and no others. Layers of this package
+    have a BatchNorm of queries, as models have by default.
+    """
     module = build(task, settings.device)
-    for part in module.modules():
+    for part in list(module.modules()):
+        if isinstance(part, ProductKeyRouter):
+            part.norm_type = "batch"
+            part.query_norm = QueryBatchNorm(part.num_heads * part.query_size).to(settings.device)
         if isinstance(getattr(part, "config", None), PeerConfig):
             part.config.expert_kernels = settings.kernels
     return module

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Forward, backward and training step of a layer with a million experts, beside PEER-pytorch and the dense feed-forward
-of width 4 d, with peak memory.
+Forward, backward and training step of a layer with a million experts and a BatchNorm of queries, beside PEER-pytorch
+and the dense feed-forward of width 4 d, with peak memory.
 
 A contender that runs out of memory is measured on equal parts of the tokens one after the other, whose gradients add
 up, as one would train with it. The floor of an operation is the time of its unavoidable bytes at the bandwidth of a

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of a part: what is checked or measured one after the other, and the file that keeps what was found."""
 
+import itertools
 import json
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +23,11 @@ class SkippedError(Exception):
 class PartFile:
     """
     The file of a part, which is written after every row: what its results depend on, its rows, and which row runs.
+    One of other conditions, such as another GPU, is kept under another name.
 
     Args:
         file (`Path`)
         conditions (`dict`): What results depend on.
-
-    Raises:
-        `ValueError`: if the file is of other conditions.
     """
 
     def __init__(self, file: Path, conditions: dict[str, Any]):
@@ -37,25 +37,31 @@ class PartFile:
         if file.is_file():
             found = json.loads(file.read_text())
             differing = [key for key in conditions if conditions[key] != found["conditions"].get(key)]
-            if differing:
-                raise ValueError(
-                    f"{file} is of a run with other {differing}: --overwrite runs the part again, another "
-                    "--output_dir keeps both."
-                )
-            self.content = found
+            if not differing:
+                self.content = found
+                return
+            others = (file.with_suffix(f".{number}.json") for number in itertools.count(1))
+            kept = next(other for other in others if not other.exists())
+            file.rename(kept)
+            print(f"{file} is of a run with other {differing}: it is kept as {kept.name}, and the part begins anew.")
 
     def is_finished(self, name: str) -> bool:
         """Whether a row has a result. One that failed or was skipped has none: it runs again."""
         row = self.content["rows"].get(name)
         return row is not None and not {"error", "skipped"} & row.keys() and row.get("passed", True)
 
-    def was_tried(self, name: str, attempt: str) -> bool:
-        """Whether a row ran in this attempt already."""
-        return self.content["rows"].get(name, {}).get("attempt") == attempt
+    def is_due(self, name: str, attempt: str, again: bool) -> bool:
+        """Whether a row is to run: one that never did or, if `again`, one without a result of an earlier attempt."""
+        row = self.content["rows"].get(name)
+        return row is None or (again and not self.is_finished(name) and row["attempt"] != attempt)
+
+    def seconds(self) -> float:
+        """Seconds that all rows took."""
+        return sum(row.get("took", 0.0) for row in self.content["rows"].values())
 
     def start(self, name: str) -> None:
         """Note that a row runs, for the case that the process ends in it."""
-        self.content["running"] = name
+        self.content |= {"running": name, "since": time.time()}
         self._write()
 
     def put(self, name: str, found: dict[str, Any], attempt: str) -> None:
@@ -73,7 +79,7 @@ class PartFile:
         """Keep why the process ended in the row that ran. Returns whether there was one."""
         name = self.content["running"]
         if name is not None:
-            self.put(name, {"error": reason}, attempt)
+            self.put(name, {"error": reason, "took": time.time() - self.content["since"]}, attempt)
         return name is not None
 
     def _write(self):

@@ -10,7 +10,7 @@ from typing import Any
 class Settings:
     """
     Device, kernels, folder and sizes of a run. The defaults are the sizes for a GPU; [`tiny_sizes`] has those for a
-    test. `widths` and `layer_widths` are hidden sizes, `checked` has tuples of tokens, active experts and experts.
+    test. Widths are hidden sizes, and sizes of what is checked are tokens, active experts and experts.
     """
 
     device: str
@@ -20,14 +20,24 @@ class Settings:
     tiny: bool = False
 
     # equality
-    widths: list[int] = field(default_factory=lambda: [64, 65, 512, 1001, 2048, 4096])
-    checked: list[list[int]] = field(default_factory=lambda: [[1, 128, 4096], [33, 24, 300], [256, 64, 2048]])
-    retrievals: list[list[int]] = field(  # tokens, heads, √N, d_k / 2, k
+    checked: dict[str, list] = field(
+        default_factory=lambda: {
+            "sizes": [[1, 128, 4096], [33, 24, 300], [256, 64, 2048]],
+            "widths": [64, 65, 512, 1001, 2048, 4096],
+        }
+    )
+    # From 512 tokens on `down` runs otherwise.
+    production: dict[str, list] = field(
+        default_factory=lambda: {"sizes": [[1024, 128, 2**16], [4096, 128, 2**18]], "widths": [1024, 2048]}
+    )
+    # Tokens, heads, √N, d_k / 2, k and sets of sub-keys. More than 512 tokens of production sizes run in pieces.
+    retrievals: list[list[int]] = field(
         default_factory=lambda: [
-            [1, 8, 1024, 128, 16],
-            [257, 8, 1024, 128, 16],
-            [65, 3, 33, 20, 5],
-            [512, 4, 256, 64, 1],
+            [1, 8, 1024, 128, 16, 1],
+            [1300, 8, 1024, 128, 16, 1],
+            [1300, 8, 1024, 128, 16, 8],
+            [65, 3, 33, 20, 5, 3],
+            [512, 4, 256, 64, 1, 1],
         ]
     )
     small_layer: dict[str, int] = field(
@@ -40,13 +50,6 @@ class Settings:
         }
     )
     small_tokens: int = 512
-    tests: dict[str, list[str]] = field(
-        default_factory=lambda: {
-            "Triton": ["tests/kernels/test_*triton*.py"],
-            "kernels": ["tests/kernels/test_expert_operators.py", "tests/kernels/test_factored_gradient.py"],
-            "training": ["tests/optim/test_row_adamw_training.py", "tests/model/test_trainer.py"],
-        }
-    )
 
     # kernels, tuning, layer, decode
     layer_widths: list[int] = field(default_factory=lambda: [1024, 2048])
@@ -62,7 +65,7 @@ class Settings:
     decoded_tokens: int = 64
 
     # training
-    training_seconds: float = 200.0
+    training_seconds: float = 120.0
     training_model: dict[str, Any] = field(
         default_factory=lambda: {
             "vocab_size": 8192,
@@ -103,9 +106,9 @@ def tiny_sizes() -> dict[str, Any]:
     """Sizes at which every part runs on a CPU in seconds."""
     return {
         "tiny": True,
-        "widths": [8, 17],
-        "checked": [[1, 3, 9], [6, 4, 16]],
-        "retrievals": [[1, 2, 8, 4, 3], [5, 2, 16, 8, 4]],
+        "checked": {"sizes": [[1, 3, 9], [6, 4, 16]], "widths": [8, 17]},
+        "production": {"sizes": [[32, 4, 16]], "widths": [8]},
+        "retrievals": [[1, 2, 8, 4, 3, 1], [5, 2, 16, 8, 4, 2]],
         "small_layer": {
             "hidden_size": 16,
             "num_experts": 64,
@@ -114,7 +117,6 @@ def tiny_sizes() -> dict[str, Any]:
             "query_size": 8,
         },
         "small_tokens": 32,
-        "tests": {"masks": ["tests/model/test_masks.py"]},
         "layer_widths": [16],
         "grid_size": 16,
         "num_heads": 2,

@@ -66,7 +66,7 @@ def load_blocks(settings: Settings) -> dict[str, torch.Tensor]:
         tokens = [
             token for each in tokenizer(some, verbose=False).input_ids for token in [*each, tokenizer.eos_token_id]
         ]
-        blocks[split] = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.int32).view(-1, length)
+        blocks[split] = torch.tensor(tokens[: len(tokens) // length * length], dtype=torch.int16).view(-1, length)
     temporary = file.with_suffix(".tmp")
     torch.save(blocks, temporary)
     temporary.replace(file)

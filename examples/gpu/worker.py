@@ -17,7 +17,7 @@ from gpu.rows import PartFile, Row, outcome
 from gpu.settings import Settings
 
 
-PARTS = ("equality", "sanitizer", "tuning", "kernels", "layer", "decode", "training")
+PARTS = ("equality", "kernels", "layer", "training", "decode", "tuning", "sanitizer")
 
 # The exit code of a process whose GPU context is lost: rows that are left need another one.
 CONTEXT_LOST = 75
@@ -29,23 +29,22 @@ def part_rows(part: str, settings: Settings) -> dict[str, Row]:
 
 
 def open_part(part: str, settings: Settings) -> PartFile:
-    """The file of a part. Raises `ValueError` if it is of other conditions."""
+    """The file of a part."""
     conditions = {**settings.sizes(), **Device(settings.device).facts()}
     return PartFile(Path(settings.output_dir, f"{part}.json"), conditions)
 
 
 def run_rows(job: dict[str, Any]) -> int:
-    """Runs the rows of a part that have no result and were not tried, while there is time. Returns the exit code."""
+    """Runs the rows of a part that are due, while there is time. Returns the exit code."""
     settings = Settings(**job["settings"])
     if job["packages"] is not None:
         sys.path.append(job["packages"])  # last, so that what is installed comes first
     file = open_part(job["part"], settings)
     for name, row in part_rows(job["part"], settings).items():
-        if file.is_finished(name) or file.was_tried(name, job["attempt"]):
+        if not file.is_due(name, job["attempt"], job["again"]):
             continue
         if time.time() > job["deadline"]:
-            file.put(name, {"skipped": "There was no time left: the same command goes on from here."}, job["attempt"])
-            continue
+            return 0
         file.start(name)
         torch.manual_seed(settings.seed)
         start = time.time()

@@ -11,7 +11,7 @@ import torch
 from .gradient_triton import group, row_gradient, squared_norm
 from .quantized_rows import QuantizedRows
 from .retrieval_triton import retrieval_gradients, retrieve
-from .triton_launch import DTYPES, can_run_on, check_indices, launch, row_blocks, tl, triton
+from .triton_launch import DTYPES, can_run_on, check_indices, gpu_problem, launch, row_blocks, tl, triton
 
 
 # Rows that a program reads at the same time.
@@ -154,6 +154,8 @@ class TritonKernels:
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
         """Why these kernels cannot run on a table, a sentence, or `None` if they can."""
+        if table.is_cuda and gpu_problem() is not None:
+            return gpu_problem()
         if triton is None:
             return "Triton is not installed."
         if not can_run_on(table.device):

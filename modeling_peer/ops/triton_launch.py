@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels in Triton share: where they can run, how they are launched, and a check of what they read."""
 
+import functools
 import os
+import shutil
 
 import torch
+from transformers.utils import logging
 
 from .native import refuse_index
 
@@ -20,6 +23,8 @@ except ImportError:
 # a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+logger = logging.get_logger(__name__)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Elements that a program holds at a time, of one row or of several.
@@ -30,9 +35,41 @@ ELEMENTS_OF_ROW = 16
 ELEMENTS_OF_ROWS = 32
 
 
+# A module in C, as Triton compiles one for each signature of a kernel before its first launch.
+LAUNCHER = """// {}
+#include <Python.h>
+static struct PyModuleDef launcher = {{PyModuleDef_HEAD_INIT, "peer_launcher"}};
+PyMODINIT_FUNC PyInit_peer_launcher(void) {{ return PyModule_Create(&launcher); }}
+"""
+
+
 def can_run_on(device: torch.device) -> bool:
     """Whether kernels run on tensors of a device."""
-    return triton is not None and device.type == ("cpu" if INTERPRETED else "cuda")
+    if INTERPRETED:
+        return triton is not None and device.type == "cpu"
+    return device.type == "cuda" and gpu_problem() is None
+
+
+@functools.cache
+def gpu_problem() -> str | None:
+    """Why Triton kernels cannot run on a GPU here, a sentence that a warning says too, or `None` if they can."""
+    problem = None
+    if triton is None:
+        problem = "Triton is not installed."
+    elif torch.version.hip:
+        problem = "They multiply in TensorFloat-32, which Triton does not compile on ROCm."
+    else:
+        try:
+            from triton.runtime.build import compile_module_from_src
+
+            # Triton keeps what it has compiled: for these compilers only.
+            compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
+            compile_module_from_src(LAUNCHER.format(compilers), "peer_launcher")
+        except Exception as error:  # it calls a compiler, and imports what comes out
+            problem = f"Triton could not compile C ({error}). Install gcc and the headers of Python, or set CC."
+    if problem is not None:
+        logger.warning(f"PEER runs on PyTorch operations on this GPU, slower than with Triton kernels. {problem}")
+    return problem
 
 
 def row_blocks(width: int, rows: int, most_columns: int = MOST_ELEMENTS) -> dict[str, int]:

@@ -5,6 +5,7 @@
 import ast
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from slow_tests import slow
 
 from common.subprocesses import module_environment
 from gpu import __main__ as command
-from gpu import equality_tests, layer, sanitizer, worker
+from gpu import layer, sanitizer, worker
 from gpu.device import Device
 from gpu.inputs import layer_task
 from gpu.report import aims, read_results
@@ -30,7 +32,9 @@ from modeling_peer import ExpertsInterface, RetrievalInterface
 from modeling_peer.ops.experts import run_experts_on_kernels
 from modeling_peer.ops.kernels import KERNELS
 from modeling_peer.ops.kernels_cpu import CpuKernels
+from modeling_peer.ops.kernels_triton import MANY_TOKENS
 from modeling_peer.ops.retrieval import retrieve_on_kernels
+from modeling_peer.ops.retrieval_triton import PIECE_SIZE
 from modeling_peer.optim import row_adamw
 
 
@@ -43,22 +47,10 @@ echo "RACECHECK SUMMARY: 1 hazard"
 exit "$4"
 """
 
-TESTS = "def test_passes():\n    pass\n\n\ndef test_needs_what_is_missing():\n    import no_such_package\n"
-
 
 @pytest.fixture
 def settings(tmp_path):
     return Settings(device="cpu", kernels="cpu", output_dir=str(tmp_path / "out"), seed=1, **tiny_sizes())
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project with two tests in place of this one, on a machine without compute-sanitizer."""
-    file = tmp_path / "project/tests/model/test_masks.py"
-    file.parent.mkdir(parents=True)
-    file.write_text(TESTS)
-    monkeypatch.setattr(equality_tests, "ROOT", tmp_path / "project")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
 
 
 def run_in_this_process(job):
@@ -94,7 +86,9 @@ def row_of(settings, part, name):
     return part_rows(part, settings)[name]()
 
 
-def test_all_parts(run, project, settings):
+def test_all_parts(run, settings, tmp_path, monkeypatch):
+    """On a machine without compute-sanitizer."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     folder = Path(settings.output_dir)
     jobs, code, printed = run()
     assert code == 0, printed
@@ -109,7 +103,7 @@ def test_all_parts(run, project, settings):
     assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("kernels", "layer", "training"))
     # What was skipped is tried again, and nothing else.
     jobs, _, _ = run()
-    assert [job["part"] for job in jobs] == ["sanitizer", "tuning"]
+    assert [job["part"] for job in jobs] == ["tuning", "sanitizer"]
     again = read_results(folder)
     assert all(again[part] == results[part] for part in set(PARTS) - {"sanitizer", "tuning"})
 
@@ -152,9 +146,38 @@ class TestResumption:
     def test_other_conditions(self, run, settings, monkeypatch):
         run("--parts", "decode")
         monkeypatch.setattr(Device, "facts", lambda device: {"torch": "another", "transformers": "another"})
-        with pytest.raises(ValueError, match=r"decode.json is of a run with other \['torch', 'transformers'\]: --ov"):
-            run("--parts", "decode")
-        assert len(run("--parts", "decode", "--overwrite")[0]) == 1
+        jobs, code, printed = run("--parts", "decode", "kernels")
+        assert [job["part"] for job in jobs] == ["decode", "kernels"] and code == 0
+        assert printed.count("decode.json is of a run with other ['torch', 'transformers']: it is kept as") == 1
+        assert Path(settings.output_dir, "decode.1.json").is_file()
+        assert not run("--parts", "decode")[0] and len(run("--parts", "decode", "--overwrite")[0]) == 1
+
+    def test_on_another_host_of_the_same_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H100"))
+        assert Device("cuda").facts().keys() == {"gpu", "cuda", "torch", "transformers"}
+
+
+def test_each_part_has_its_time_before_one_goes_on(run, settings, monkeypatch):
+    """With a clock on which each row takes half a minute: no command takes longer than nine."""
+    clock, commands = [0.0], []
+
+    def run_worker(job):
+        file = worker.open_part(job["part"], settings)
+        for name in part_rows(job["part"], settings):
+            if file.is_due(name, job["attempt"], job["again"]) and clock[0] < job["deadline"]:
+                clock[0] += 30
+                file.put(name, {"took": 30}, job["attempt"])
+        return 0, ""
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(time=lambda: clock[0]))
+    while not commands or commands[-1]:
+        start = clock[0]
+        jobs, code, _ = run(run_worker=run_worker)
+        commands.append([job["part"] for job in jobs])
+        assert code == 0 and clock[0] - start <= 9 * 60
+    parts = [part for some in commands for part in some]
+    assert list(dict.fromkeys(parts)) == list(PARTS)
+    assert parts.index("sanitizer") < len(parts) - 1 - parts[::-1].index("equality")
 
 
 def imports_of(file):
@@ -193,7 +216,7 @@ class TestWhatIsMissing:
         with zipfile.ZipFile(folder / "brought-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("brought_as_wheel.py", "VALUE = 1\n")
         monkeypatch.setattr(sys, "path", list(sys.path))
-        jobs, _, _ = run("--parts", "decode", "--wheels", folder, "--minutes", 0)
+        jobs, _, _ = run("--parts", "decode", "--wheels", folder)
         assert sys.path[-1] == jobs[0]["packages"] == str(tmp_path / "out/packages")
         assert __import__("brought_as_wheel").VALUE == 1
 
@@ -223,6 +246,8 @@ def broken_kernels(name):
 
     mistakes = {
         "up": lambda *arguments: CpuKernels.up(*arguments) * (1 + 2**-7),
+        # For many tokens, as where the kernels in Triton run otherwise.
+        "down": lambda weights, *rest: CpuKernels.down(weights, *rest) * (1 + (len(weights) >= 32)),
         "group": group,
         "retrieve": retrieve,
         "retrieval_gradients": lambda gradient, *rest: CpuKernels.retrieval_gradients(gradient * 1.001, *rest),
@@ -237,6 +262,7 @@ class TestEquality:
         "function, names",
         [
             ("up", ["up, float32", "layer, float32"]),
+            ("down", ["down, float32, production sizes"]),
             ("group", ["group", "row_gradient, float32"]),
             ("retrieve", ["retrieve, exact scores", "retrieve, random scores"]),
             ("retrieval_gradients", ["gradients of retrieve"]),
@@ -249,6 +275,13 @@ class TestEquality:
         wrong = Settings(**{**vars(settings), "kernels": "broken"})
         assert all(row_of(settings, "equality", name)["passed"] for name in names)
         assert not any(row_of(wrong, "equality", name)["passed"] for name in names)
+
+    def test_at_production_sizes(self):
+        """Many tokens for `down`, and retrieval in pieces, with sub-keys for all heads and for each."""
+        settings = Settings("cuda", "triton", "", 0)
+        assert min(tokens for tokens, *_ in settings.production["sizes"]) >= max(1024, MANY_TOKENS)
+        pieces = [each for each in settings.retrievals if math.prod(each[:3]) * 2 > PIECE_SIZE]
+        assert {each[-1] for each in pieces} == {1, pieces[0][1]}
 
     @pytest.mark.parametrize(("dtype", "changed"), [("float16", {"lr": 1.01e-3}), ("bfloat16", {"rounding_seed": 2})])
     def test_of_the_optimizer(self, settings, monkeypatch, dtype, changed):

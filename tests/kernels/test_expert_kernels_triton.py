@@ -13,14 +13,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kernel_cases import experts, literal_down, literal_up
+from kernel_cases import experts, literal_down, literal_up, needs_triton
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from modeling_peer.ops import kernels_triton
+from modeling_peer.ops import kernels_triton, triton_launch
 from modeling_peer.ops.experts import run_expert_pool
 from modeling_peer.ops.kernels import resolve_kernels
 from modeling_peer.ops.kernels_triton import TritonKernels
 from modeling_peer.ops.quantized_rows import dequantize, quantize
+from modeling_peer.optim import row_adamw_triton
 
 
 NUM_EXPERTS = 20
@@ -127,3 +129,30 @@ print(TritonKernels.unavailable_reason(torch.empty(2, 2)))
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "Triton is not installed.\n"
+
+
+@needs_triton
+@pytest.mark.parametrize("reason", [None, "no compiler", "ROCm"])
+def test_on_a_gpu_auto_falls_back_and_says_why_once(reason, tmp_path, monkeypatch):
+    def build(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    said = []
+    monkeypatch.setattr(triton_launch.logger, "warning", said.append)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if reason == "no compiler":
+        monkeypatch.setattr("triton.knobs.build.impl", build)
+    elif reason == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    with FakeTensorMode():  # a GPU that is not here
+        table = torch.empty(1, 1, device="cuda")
+    triton_launch.gpu_problem.cache_clear()
+    try:
+        assert resolve_kernels(None, table) == resolve_kernels(None, table) == ("torch" if reason else "triton")
+        assert row_adamw_triton.can_run_on(table.device) == (reason is None)
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=reason):
+                resolve_kernels("triton", table)
+    finally:
+        triton_launch.gpu_problem.cache_clear()
+    assert len(said) == (reason is not None) and all(reason in each for each in said)

@@ -9,6 +9,7 @@ import torch
 from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from modeling_peer import freeze_query_norm
@@ -62,6 +63,29 @@ def test_a_batch_without_padding(mask):
         torch.testing.assert_close(actual.double(), reference, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(norm.running_mean.double(), in_float64.running_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.running_var.double(), in_float64.running_var, rtol=1e-4, atol=1e-6)
+
+
+class OperatorNames(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_it_is_torchs_batch_norm_without_a_mask_and_reads_none():
+    """On tensors without values, in place of those of a GPU: a look at one fails."""
+    norm, queries = QueryBatchNorm(6).to("meta"), torch.randn(4, 7, 6, device="meta", requires_grad=True)
+    used = []
+    for mask in (None, torch.ones(4, 7, dtype=torch.bool, device="meta")):
+        with OperatorNames() as operators:
+            norm(queries, mask).sum().backward()
+        used.append("native_batch_norm" in operators.names)
+    assert used == [True, False]
 
 
 def test_padding_that_is_far_away_changes_nothing():

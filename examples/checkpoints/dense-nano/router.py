@@ -146,11 +146,11 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return normalized.view_as(queries)
 
     def _is_plain(self, features, padding_mask):
-        """Whether torch's own BatchNorm, faster on a CPU, computes the same. Compilers fuse the other way well."""
-        if torch.compiler.is_compiling() or not features.is_cpu or features.dtype != self.running_mean.dtype:
-            return False
-        is_full = padding_mask is None or (type(padding_mask) is torch.Tensor and bool(padding_mask.all()))
-        return is_full and len(features) > 1 and not self._spans_ranks()
+        """Whether torch's own BatchNorm, which is faster, computes the same. A look at a mask on a GPU would wait."""
+        if torch.compiler.is_compiling() or features.dtype != self.running_mean.dtype or len(features) < 2:
+            return False  # a compiler fuses the other way well
+        can_look = features.is_cpu and type(padding_mask) is torch.Tensor
+        return not self._spans_ranks() and (padding_mask is None or (can_look and bool(padding_mask.all())))
 
     def _batch_moments(self, features, padding_mask):
         """Mean and biased variance, `(num_features,)` each, and the number of tokens, a tensor, over all ranks."""
