@@ -61,7 +61,9 @@ def gpu_problem() -> str | None:
     else:
         try:
             from triton.runtime.build import compile_module_from_src
-
+        except ImportError:  # of a release that has it elsewhere: its launcher will say what it lacks
+            return None
+        try:
             # Triton keeps what it has compiled: for these compilers only.
             compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
             compile_module_from_src(LAUNCHER.format(compilers), "peer_launcher")
