@@ -47,6 +47,13 @@ def test_one_process_is_no_group_of_two():
         shard_experts(tiny_model(tiny_config("peer")), 2)
 
 
+def test_a_model_is_split_once():
+    model = tiny_model(tiny_config("peer"))
+    form_memory_group(model, 1, "cpu")
+    with pytest.raises(ValueError, match="split already: `shard_experts`"):
+        shard_experts(model, 1)
+
+
 def test_processes_agree_once_on_the_number_of_tokens_of_a_forward_pass(group):
     memory_group, forward_pass = MemoryGroup(group, None), ForwardPass(learns=True)
     counted = []
