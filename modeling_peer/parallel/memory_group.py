@@ -92,7 +92,8 @@ def shard_experts(model: Any, ep_size: int) -> Any:
         The model.
 
     Raises:
-        `ValueError`: if `ep_size` does not fit, the processes have other models, or experts are split, frozen or quantized.
+        `ValueError`: if `ep_size` does not fit, the processes have other models, or experts are split already, frozen
+            or quantized.
     """
     ensure_process_group()
     num_processes = dist.get_world_size()
