@@ -1,5 +1,5 @@
 #!/bin/sh
-# Expert tables split over memory groups of GPUs of a node, all other parameters by FSDP2 over all GPUs:
+# Expert tables split over memory groups of GPUs, all other parameters by FSDP2 over all GPUs:
 #
 #   configuration/launch/memory_group.sh examples/run_clm.py --config_name peer-toy --do_train --output_dir runs/clm
 #
@@ -7,7 +7,8 @@
 # and RDZV_ENDPOINT; under Slurm memory_group.sbatch does so.
 #
 #   GPUS_PER_NODE   processes on this node, 8 if not set
-#   GROUP_SIZE      processes of a memory group, all of a node if not set; divides GPUS_PER_NODE and the hidden size
+#   GROUP_SIZE      processes of a memory group, all of a node if not set, of several nodes if larger; divides the
+#                   number of all processes, NNODES * GPUS_PER_NODE
 #   NNODES          number of nodes, 1 if not set
 #   RDZV_ENDPOINT   HOST:PORT of one of the nodes, the same on all
 #   RDZV_ID         any name of the run, the same on all nodes, where several runs have one endpoint
@@ -16,8 +17,8 @@ gpus=${GPUS_PER_NODE:-8}
 group=${GROUP_SIZE:-$gpus}
 nodes=${NNODES:-1}
 
-if [ $((gpus % group)) -ne 0 ]; then
-    echo "GROUP_SIZE=$group does not divide GPUS_PER_NODE=$gpus: a memory group has to be within a node." >&2
+if [ $((nodes * gpus % group)) -ne 0 ]; then
+    echo "GROUP_SIZE=$group does not divide NNODES * GPUS_PER_NODE = $((nodes * gpus)), the number of processes." >&2
     exit 2
 fi
 if [ "$nodes" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then

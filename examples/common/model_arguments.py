@@ -88,7 +88,7 @@ class DistributedArguments:
         metadata={
             "help": "Number of processes of a memory group. Each of them holds a part of the columns of all expert "
             "tables, and they exchange tokens; FSDP2 splits all other parameters over all processes. It divides the "
-            "number of processes of a node. With 1 there are no groups, and DDP or FSDP as the launcher says."
+            "number of all processes. With 1 there are no groups, and DDP or FSDP as the launcher says."
         },
     )
 

@@ -130,17 +130,21 @@ class RowAdamW(torch.optim.Optimizer):
         state, gradient = self.state[parameter], _local_gradient(parameter)
         if not state:
             state.update(_row_state(parameter, group["second_moment"]))
-        # Parts of rows are summed first: which rows are touched, all processes have to agree on.
-        if isinstance(gradient, FactoredGradient) and not isinstance(parameter, DTensor):
+        local, local_state = _local(parameter), {name: _local(tensor) for name, tensor in state.items()}
+        needs_sums = group["second_moment"] == "row" and _groups_of_rows(parameter)
+        if isinstance(gradient, FactoredGradient) and not needs_sums:
+            counts = local_state["row_steps"].clone() if _groups_of_rows(parameter) else None
             if gradient.factors is not None:
-                update_by_factors(parameter, state, gradient.factors, group)
+                update_by_factors(local, local_state, gradient.factors, group)
+            if counts is not None:
+                # Rows whose gradient is zero in the part here, and not in another process's.
+                touched = local_state["row_steps"] != counts
+                rows = (_touched_anywhere(touched, parameter) & ~touched).nonzero()[:, 0]
+                update_rows(local, local_state, rows, torch.zeros_like(local[:1]), torch.zeros_like(rows), group)
             return
         rows, gradient, places = _touched_rows(parameter, gradient)
-        mean_squares = None
-        if group["second_moment"] == "row" and _groups_of_rows(parameter):
-            mean_squares = _mean_squares(parameter, gradient.index_select(0, places))
-        local_state = {name: _local(tensor) for name, tensor in state.items()}
-        update_rows(_local(parameter), local_state, rows, gradient, places, group, mean_squares)
+        mean_squares = _mean_squares(parameter, gradient.index_select(0, places)) if needs_sums else None
+        update_rows(local, local_state, rows, gradient, places, group, mean_squares)
 
     def _step_dense(self, parameters, group):
         states = [self.state[parameter] for parameter in parameters]
@@ -278,6 +282,11 @@ def _find_touched(gradient, parameter):
         touched = cpu.touched_rows(gradient)
     else:
         touched = torch.cat([chunk.ne(0).any(1) for chunk in gradient.split(_rows_per_chunk(gradient))])
+    return _touched_anywhere(touched, parameter)
+
+
+def _touched_anywhere(touched, parameter):
+    """Whether rows are touched, bool, on any process that has a part of them."""
     for process_group in _groups_of_rows(parameter):
         counts = touched.to(torch.uint8)
         dist.all_reduce(counts, dist.ReduceOp.MAX, process_group)

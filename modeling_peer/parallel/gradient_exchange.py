@@ -17,12 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from ..experts import expert_tables
 from ..ops.factored_gradient import FactoredGradient, takes_factors
 from ..ops.gradient_factors import Factors
 from .columns import decoder_of, is_split
-from .releases import call_after_backward, can_exchange_gradients, reduces_gradients, replicas_in_forward
+from .releases import all_gather, call_after_backward, can_exchange_gradients, reduces_gradients, replicas_in_forward
+
+
+# Elements of narrow gradients that are averaged at a time, 64 MB in 16 bits.
+PIECE_ELEMENTS = 2**25
 
 
 def leave_tables_out_of_ddp(model: nn.Module) -> list[str]:
@@ -176,10 +181,25 @@ def _factors_are_smaller(gradients, widths, num_assignments, num_tokens):
 
 def _average_rows(gradient, group):
     rows = gradient.to_rows() if isinstance(gradient, FactoredGradient) else gradient
-    dist.all_reduce(rows, group=group)
-    rows /= dist.get_world_size(group)
+    if rows.dtype.itemsize < torch.float32.itemsize:
+        for piece in rows.split(max(PIECE_ELEMENTS // rows.shape[1], 1)):
+            _average_in_float32(piece, group)
+    else:
+        dist.all_reduce(rows, group=group)
+        rows /= dist.get_world_size(group)
     if isinstance(gradient, FactoredGradient):
         gradient.set_factors([Factors.of_rows(rows)])
+
+
+def _average_in_float32(piece, group):
+    """Average in place and round once, where each process sums a slice: as many bytes as an all-reduce moves."""
+    size = dist.get_world_size(group)
+    parts = F.pad(piece.reshape(-1), (0, -piece.numel() % size))
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    mean = received.view(size, -1).mean(0, dtype=torch.float32)
+    all_gather(parts, mean.to(parts.dtype), group=group)
+    piece.copy_(parts[: piece.numel()].view_as(piece))
 
 
 def _average_factors(gradient, num_assignments, num_tokens, assignments, group):

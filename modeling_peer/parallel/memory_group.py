@@ -18,6 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..experts import expert_tables
 from ..optim.frozen_rows import freezes_of
@@ -91,16 +92,19 @@ def shard_experts(model: Any, ep_size: int) -> Any:
         The model.
 
     Raises:
-        `ValueError`: if `ep_size` does not fit, the processes have other models, or experts are frozen or quantized.
+        `ValueError`: if `ep_size` does not fit, the processes have other models, or experts are split already, frozen
+            or quantized.
     """
     ensure_process_group()
     num_processes = dist.get_world_size()
     check_agreement("`shard_experts`", {"ep_size": ep_size})
     if ep_size < 1 or num_processes % ep_size:
         raise ValueError(f"`ep_size` must divide the number of processes, {num_processes}, got {ep_size}.")
+    tables: dict[str, Any] = expert_tables(model)
+    if any(isinstance(each, DTensor) for table in tables.values() for each in table.parameters()):
+        raise ValueError("The expert tables are split already: `shard_experts` takes a model whose tables are whole.")
     if num_processes == 1:
         return model
-    tables: dict[str, Any] = expert_tables(model)
     if any(freezes_of(table) for table in tables.values()):
         raise ValueError("Experts are frozen, and split tables are other parameters: call `shard_experts` before.")
     for table in tables.values():

@@ -19,11 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
 from ..optim.row_adamw import RowAdamW
-from .split_checkpoints import has_parts_alone, whole_state_dict
-
-
-# The folder of a checkpoint that has the parts. If its name had "optimizer" in it, `Trainer` would look for more.
-PARTS = "training_state"
+from .split_checkpoints import PARTS, has_parts_alone, whole_state_dict
 
 
 class SplitCheckpointCallback(TrainerCallback):

@@ -106,16 +106,10 @@ def _fill(tensor: Any, draw: Callable[[torch.Tensor], Any]) -> None:
 
 def own_part(tensor: Any) -> tuple[slice, ...]:
     """Where this process's part of a split tensor is, a DTensor, in each dimension."""
-    parts = [(0, size) for size in tensor.shape]
-    for dim, placement in enumerate(tensor.placements):
-        if type(placement) not in (Shard, Replicate):
-            raise ValueError(f"Tensor parallelism beside FSDP2 is not supported here, found {tensor.placements}.")
-        if placement.is_shard():
-            start, stop = parts[placement.dim]
-            length = math.ceil((stop - start) / tensor.device_mesh.size(dim))
-            first = min(start + tensor.device_mesh.get_local_rank(dim) * length, stop)
-            parts[placement.dim] = first, min(first + length, stop)
-    return tuple(slice(*part) for part in parts)
+    if any(type(placement) not in (Shard, Replicate) for placement in tensor.placements):
+        raise ValueError(f"Tensor parallelism beside FSDP2 is not supported here, found {tensor.placements}.")
+    (part,) = tensor.__create_chunk_list__()
+    return tuple(slice(first, first + size) for first, size in zip(part.offsets, part.sizes, strict=True))
 
 
 @torch.no_grad()

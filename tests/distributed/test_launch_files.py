@@ -151,7 +151,7 @@ def test_the_same_command_resumes_and_ends(run, folder):
     assert (model / "checkpoint-4" / "training_state" / ".metadata").exists()
 
 
-def test_a_memory_group_is_within_a_node(run):
+def test_a_memory_group_is_within_a_node_by_default(run):
     ranks, _ = run("slurm")
     nodes = [facts["node"] for _, facts in ranks]
     assert sorted(nodes) == [0, 0, 1, 1]
@@ -164,8 +164,8 @@ def test_a_memory_group_is_within_a_node(run):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"GROUP_SIZE": "3"}, "GROUP_SIZE=3 does not divide GPUS_PER_NODE=8"),
-        ({"GPUS_PER_NODE": "2", "GROUP_SIZE": "4"}, "GROUP_SIZE=4 does not divide GPUS_PER_NODE=2"),
+        ({"GROUP_SIZE": "3"}, "GROUP_SIZE=3 does not divide NNODES * GPUS_PER_NODE = 8"),
+        ({"GPUS_PER_NODE": "2", "GROUP_SIZE": "4"}, "GROUP_SIZE=4 does not divide NNODES * GPUS_PER_NODE = 2"),
         ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
     ],
 )
@@ -193,6 +193,12 @@ def test_a_node_of_eight_is_one_group_and_variables_reach_torchrun(tmp_path):
         *("--nnodes", "3", "--nproc_per_node", "4", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node:1234"),
         *("--rdzv_id", "7", "script.py", "--do_train", "--ep_size", "2"),
     ]
+
+
+def test_a_memory_group_may_have_the_processes_of_several_nodes(tmp_path):
+    words = arguments_of_torchrun(tmp_path, NNODES="8", GROUP_SIZE="32", RDZV_ENDPOINT="node:1234")
+    assert words[:4] == ["--nnodes", "8", "--nproc_per_node", "8"]
+    assert words[-2:] == ["--ep_size", "32"]
 
 
 def launched_with(launch_file: str, monkeypatch) -> tuple:

@@ -3,6 +3,7 @@
 """Tables of replicas get the gradient of the joint batch: two processes under DistributedDataParallel are as one."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -297,6 +298,27 @@ def test_averages_are_means_and_the_same_on_all(found, num_rows):
     assert ranks[0]["kinds"] == ["FactoredGradient"] * 2 + ["Tensor"] + ["FactoredGradient"] * 2
     assert ranks[1]["kinds"] == ["FactoredGradient"] * 5
     assert ranks[0]["shared"] == ranks[1]["shared"] == (num_rows == 1000)
+
+
+def test_averages_of_many_replicas_in_bfloat16_are_rounded_once(monkeypatch):
+    """In several pieces, of which a slice of the last is padded. Threads stand for processes."""
+    monkeypatch.setattr(gradient_exchange, "PIECE_ELEMENTS", 100)
+    store, size = dist.HashStore(), 16
+    gradients = torch.randn(size, 37, 19, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def averaged(rank):
+        group, gloo = dist.ProcessGroup(store, rank, size), dist.ProcessGroup.BackendType.GLOO
+        group._set_default_backend(gloo)
+        group._register_backend(torch.device("cpu"), gloo, dist.ProcessGroupGloo(store, rank, size))
+        rows = gradients[rank].clone()
+        gradient_exchange._average_rows(rows, group)
+        return rows
+
+    with ThreadPoolExecutor(size) as threads:
+        first, *others = threads.map(averaged, range(size))
+    mean = gradients.double().mean(0)
+    assert (first.double() - mean).norm() < 2e-3 * mean.norm()
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_widths_are_those_of_the_widest_part_on_all_processes():

@@ -3,12 +3,14 @@
 """What a memory group does in one process, in a group of gloo that the tests join for their time."""
 
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import tiny_config, tiny_model
 from torch.testing import assert_close
+from transformers import Trainer
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, shard_experts
@@ -45,6 +47,13 @@ def test_in_one_process_a_model_stays_whole():
 def test_one_process_is_no_group_of_two():
     with pytest.raises(ValueError, match="`ep_size`"):
         shard_experts(tiny_model(tiny_config("peer")), 2)
+
+
+def test_a_model_is_split_once():
+    model = tiny_model(tiny_config("peer"))
+    form_memory_group(model, 1, "cpu")
+    with pytest.raises(ValueError, match="split already: `shard_experts`"):
+        shard_experts(model, 1)
 
 
 def test_processes_agree_once_on_the_number_of_tokens_of_a_forward_pass(group):
@@ -92,9 +101,43 @@ def run_pool(rank: int | None) -> list[torch.Tensor]:
     return [output.detach(), *(each.grad for each in inputs)]
 
 
-def test_two_processes_with_different_numbers_of_tokens(tmp_path):
-    run_on_two_processes(save_parts, str(tmp_path), (run_pool,))
-    of_ranks = [torch.load(tmp_path / f"run_pool-{rank}") for rank in (0, 1)]
+def run_split(rank: int | None) -> dict[str, torch.Tensor]:
+    """Of one of two processes or of one: two continuations, one of them its own, and norms before and after clipping."""
+    model = tiny_model(tiny_config("peer", "pkm"))
+    model = model if rank is None else shard_experts(model, 2)
+    tokens = torch.arange(1, 11)[None]
+    continued = {
+        f"continued-{each}": model.eval().generate(
+            tokens[:, : 3 + 4 * each], max_new_tokens=2 + 3 * each, do_sample=False, synced_gpus=True
+        )
+        for each in ((0, 1) if rank is None else (rank,))
+    }
+    # No group of processes is made in a forward: the others might not be there.
+    with mock.patch("torch.distributed.distributed_c10d._new_process_group_helper", None):
+        model.train()(tokens, labels=tokens).loss.backward()
+    norms = [Trainer._mixed_mesh_grad_norm(None, model, 0.5) for _ in range(2)]
+    return continued | {"norms": torch.stack(norms).detach()}
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """What both ranks found, by parts."""
+    folder = tmp_path_factory.mktemp("two")
+    run_on_two_processes(save_parts, str(folder), (run_pool, run_split))
+    return {name: [torch.load(folder / f"{name}-{rank}") for rank in (0, 1)] for name in ("run_pool", "run_split")}
+
+
+def test_a_loop_of_ones_own_clips_and_generates_unequal_lengths(of_ranks):
+    """As the page says: other parameters are plain tensors, as DistributedDataParallel has them."""
+    expected = run_split(None)
+    assert expected["norms"][0] > 1
+    for rank, found in enumerate(of_ranks["run_split"]):
+        assert_close(found["norms"], expected["norms"])
+        assert torch.equal(found[f"continued-{rank}"], expected[f"continued-{rank}"])
+
+
+def test_two_processes_with_different_numbers_of_tokens(of_ranks):
+    of_ranks = of_ranks["run_pool"]
     of_tokens, of_tables = zip(*(each[:3] for each in of_ranks), strict=True), [each[3:] for each in of_ranks]
     found = [*map(torch.cat, of_tokens), *(2 * torch.cat(each, dim=1) for each in zip(*of_tables, strict=True))]
     assert_close(found, run_pool(None))  # gradients of tables are the mean over the two

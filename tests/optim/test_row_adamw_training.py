@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`RowAdamW` in the stock `Trainer`, and on tables that are split over two processes."""
 
+from unittest import mock
+
 import pytest
 import torch
 from release_names import CHECKPOINTING
@@ -19,6 +21,7 @@ from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.ops.factored_gradient import FactoredGradient
+from modeling_peer.ops.gradient_factors import Factors
 
 
 def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optimizer_options=None, **options):
@@ -156,6 +159,23 @@ def tensor_parallel(rank):
     return found
 
 
+def tensor_parallel_factors(rank):
+    """The same with gradients in factors, whose sums nobody writes."""
+    mesh = init_device_mesh("cpu", (2,))
+    table = nn.Parameter(distribute_tensor(random_table().detach(), mesh, [Shard(1)]))
+    optimizer = rows_of(table)
+
+    def in_factors(gradient):
+        part = gradient.chunk(2, dim=1)[rank].contiguous()
+        factored = FactoredGradient(part, [Factors.of_rows(part)])
+        shapes = {"shape": gradient.shape, "stride": gradient.stride()}
+        return DTensor.from_local(factored, mesh, [Shard(1)], run_check=False, **shapes)
+
+    with mock.patch.object(Factors, "sums", None):
+        take_steps(optimizer, table, map(in_factors, half_gradients()))
+    return {name: whole(value) for name, value in optimizer.state[table].items()} | {"table": whole(table)}
+
+
 def half_gradients():
     gradients = list(random_gradients(5))
     for gradient in gradients:
@@ -166,7 +186,7 @@ def half_gradients():
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    run_on_two_processes(save_parts, str(folder), (fully_sharded, tensor_parallel))
+    run_on_two_processes(save_parts, str(folder), (fully_sharded, tensor_parallel, tensor_parallel_factors))
     return folder
 
 
@@ -193,3 +213,5 @@ def test_tables_split_along_their_width(distributed):
         take_steps(optimizer, table, half_gradients())
         expected |= {f"{second_moment}.{name}": value for name, value in copied(optimizer, table).items()}
     assert_found_by_both(distributed, "tensor_parallel", expected)
+    of_factors = {name.removeprefix("full."): value for name, value in expected.items() if "full." in name}
+    assert_found_by_both(distributed, "tensor_parallel_factors", of_factors)
