@@ -23,19 +23,25 @@ def retrieve_others(
     takes_part: torch.Tensor,
     retrieve: Callable,
     smaller_grid: int,
+    num_masked: int,
     queries: torch.Tensor,
     sub_keys: torch.Tensor,
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Exact retrieval among the experts that take part. If they are the experts of a smaller key grid, this is the
-    retrieval of that grid, bit for bit. Any other mask cuts through rows and columns, and costs a score for every
-    expert. `takes_part` is a bool for each expert, `retrieve` retrieves among all, and `smaller_grid` is the side of
-    the key grid that has just the experts that take part, 0 if there is none.
+    retrieval of that grid, bit for bit. Without few experts, they are among the `k + num_masked` best of all. Any other
+    mask cuts through rows and columns, and costs a score for every expert. `takes_part` is a bool for each expert,
+    `retrieve` retrieves among all, and `smaller_grid` is the side of the key grid that has just the experts that take
+    part, 0 if there is none.
     """
     if smaller_grid >= k:
         return retrieve(queries, sub_keys[:, :, :smaller_grid].contiguous(), k)
     is_masked = ~takes_part.to(queries.device)
+    if k + num_masked <= sub_keys.shape[2]:
+        indices, scores = retrieve(queries, sub_keys, k + num_masked)
+        top = scores.masked_fill(is_masked[indices], -torch.inf).topk(k, dim=-1)
+        return indices.gather(-1, top.indices), top.values
     row, column = expert_cell(torch.arange(len(is_masked), device=queries.device))
     indices, scores = [], []
     for piece in queries.split(max(1, MASKED_SCORES // (queries.shape[1] * len(is_masked)))):
@@ -61,7 +67,8 @@ def _masked_retrieval(router, masked):
     num_left = num_left or len(takes_part)  # of none a hook makes the weights zero
     side, is_first = math.isqrt(num_left), takes_part[:num_left].all() or not takes_part.any()
     # No closure, and no object of a class: a copy of the router has its own, and `torch.compile` can trace it.
-    return partial(retrieve_others, takes_part, retrieve, side if side * side == num_left and is_first else 0)
+    smaller_grid = side if side * side == num_left and is_first else 0
+    return partial(retrieve_others, takes_part, retrieve, smaller_grid, len(takes_part) - num_left)
 
 
 @contextmanager
@@ -74,7 +81,7 @@ def masked_experts(
     """
     Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. Where all
     experts of a generation are masked, their router weights are zero: they have to be finite. A copy of the model that
-    is made within the context stays masked.
+    is made within the context stays masked. Other threads see the same mask.
 
     With the experts of protected additions masked, a model computes exactly what it did before they were added. So
     does a model with an open addition, if its first experts, keys and queries were not trained since.

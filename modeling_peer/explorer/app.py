@@ -3,6 +3,7 @@
 """The page for texts that a visitor types, with experts that the visitor switches off. It needs Gradio."""
 
 import contextlib
+import threading
 from html import escape
 from typing import Any
 
@@ -18,7 +19,10 @@ from .page import explorer_page
 
 FRAME = '<iframe srcdoc="{}" title="Experts" style="width: 100%; height: 62rem; border: 0"></iframe>'
 
-MAX_CHARACTERS = 4000  # of a text that a visitor types
+# Of a text that a visitor types; of visitors who wait.
+MAX_CHARACTERS, MAX_TOKENS, MAX_WAITING = 4000, 512, 16
+
+_LOCK = threading.Lock()  # experts are switched off in the one model that all requests share
 
 
 def make_app(
@@ -56,7 +60,7 @@ def make_app(
         button = gradio.Button("Show the experts", variant="primary")
         page = gradio.HTML(visitors_page(model, tokenizer, text, "", contexts, title) if text else None)
         button.click(show, [own_text, switched_off], page)
-    return app
+    return app.queue(max_size=MAX_WAITING)
 
 
 def visitors_page(
@@ -70,7 +74,9 @@ def visitors_page(
     """The page of a visitor's text in a frame, see [`experts_off`]. Raises `ValueError` for a text that is long."""
     if max(len(text), len(switched_off)) > MAX_CHARACTERS:
         raise ValueError(f"A text must be of at most {MAX_CHARACTERS} characters.")
-    with experts_off(model, switched_off):
+    if len(tokenizer(text)["input_ids"]) > MAX_TOKENS:
+        raise ValueError(f"A text must be of at most {MAX_TOKENS} tokens.")
+    with _LOCK, experts_off(model, switched_off):
         return FRAME.format(escape(explorer_page(model, tokenizer, [text], title, contexts=contexts)))
 
 
@@ -91,8 +97,11 @@ def experts_off(model: nn.Module, description: str) -> contextlib.AbstractContex
     with contextlib.ExitStack() as stack:
         for part in filter(str.strip, description.split(";")):
             layer, _, numbers = part.partition(":")
+            experts = numbers.split(",")
+            if not all(each.strip().isdecimal() and len(each) < 16 for each in experts):
+                raise ValueError(f"Experts to switch off are written as '1: 17, 301; 3: 5', got {part!r:.99}.")
             sets = [reader.sets[_label_of(reader, layer)]]
-            stack.enter_context(masked_sets(sets, torch.tensor([*map(int, numbers.split(","))])))
+            stack.enter_context(masked_sets(sets, torch.tensor([*map(int, experts)])))
         return stack.pop_all()
 
 

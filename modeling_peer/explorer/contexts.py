@@ -93,6 +93,8 @@ class ExpertContexts:
         Raises:
             `ValueError`: if the model has no experts.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"`texts` must be several texts, got {texts!r:.99}.")
         if min(num_contexts, max_length) < 1:
             raise ValueError(f"`num_contexts` and `max_length` must be positive, got {num_contexts} and {max_length}.")
         reader = ExpertReader(model)

@@ -105,7 +105,7 @@ def _neighbors(router: ProductKeyRouter, expert: int) -> list[list[float]]:
     products = [torch.einsum("hnd,hd->n", keys[:, half], keys[:, half, cells[half][own]]) for half in (0, 1)]
     squares = [keys[:, half].square().sum((0, 2)) for half in (0, 1)]
     dots, norms = (first[cells[0]] + second[cells[1]] for first, second in (products, squares))
-    cosines = dots / (norms * norms[own]).sqrt()
+    cosines = (dots / (norms * norms[own]).sqrt()).nan_to_num()  # of keys of zeros
     cosines[own] = -2.0
     best = cosines.topk(min(NEIGHBORS, len(cosines) - 1))
     return [

@@ -62,10 +62,8 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
         folder = Path(constants.HF_HOME) / "modeling_peer"
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         try:
-            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-            status = folder.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                raise PermissionError(f"others could put code in {folder}")
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _keep_others_out(folder, path)
             if not path.exists():
                 _build(compiler, sources, path)
             return ctypes.CDLL(str(path))
@@ -82,6 +80,19 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
             f"that supports OpenMP. {COMPILE_VARIABLE}=0 switches compilation, and this notice, off."
         )
         return None
+
+
+def _keep_others_out(folder, path):
+    """Raise `PermissionError` if others could put code in a folder; remove a library there that they could change."""
+    status = folder.stat()
+    above = [each.stat().st_mode for each in folder.resolve().parents]
+    is_open = status.st_mode & 0o022 or any(mode & 0o002 and not mode & 0o1000 for mode in above)
+    if status.st_uid != os.getuid() or is_open or not folder.is_absolute():
+        raise PermissionError(f"others could put code in {folder}")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+    if path.exists() and path.stat().st_mode & 0o022:
+        path.unlink()
 
 
 def compiler_command() -> list[str]:
@@ -114,7 +125,8 @@ def _build(compiler, sources, path):
             f'{path.parent}. {COMPILE_VARIABLE}=0 in the environment, or `expert_kernels="torch"` in the '
             "configuration of a model, runs PyTorch operations instead."
         )
-        part = shutil.copy(_compile(compiler, sources, Path(workplace)), path.with_suffix(".part"))
+        part = Path(shutil.copy(_compile(compiler, sources, Path(workplace)), path.with_suffix(".part")))
+        part.chmod(0o700)  # whatever the umask
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # or its name may be on the disk before its content
         os.replace(part, path)

@@ -16,13 +16,13 @@ from modeling_peer.experts import expert_cell
 
 
 class TestMask:
-    def test_equals_a_search_of_all_experts(self, monkeypatch):
+    @pytest.mark.parametrize("masked", [[0, 5, 7, 8, 20, 35], [5, 7, 8]], ids=["many", "few"])
+    def test_equals_a_search_of_all_experts(self, masked, monkeypatch):
         """In several parts: five of the 14 queries of two heads at a time."""
         monkeypatch.setattr(expert_mask, "MASKED_SCORES", 5 * 2 * 36)
         model = tiny_model(tiny_config("peer", sub_keys_per_head=True)).double()
         router = model.model.layers[0].mlp.router
         hidden_states = torch.randn(2, 7, 24, dtype=torch.float64)
-        masked = [0, 5, 7, 8, 20, 35]
         with masked_experts(model, masked):
             indices, weights = router(hidden_states)
         queries, sub_keys = router._normalized(router.query_proj(hidden_states), None, None)

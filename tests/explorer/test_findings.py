@@ -5,6 +5,7 @@
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -195,7 +196,13 @@ def test_experts_of_a_shared_pool_are_off_in_all_of_its_layers():
 
 @pytest.mark.parametrize(
     ("description", "message"),
-    [("3, 5", "one of 0, 1, got '3, 5'"), ("0: 1;1: x", "x"), ("4: 1", "one of 0, 1, got '4'")],
+    [
+        ("4: 1", "one of 0, 1, got '4'"),
+        *(
+            (wrong, "are written as '1: 17, 301; 3: 5'")
+            for wrong in ("3, 5", "0: 1;1: x", "0: -1", "0: 1 2", f"0: {9**20}")
+        ),
+    ],
 )
 def test_other_descriptions_are_refused_and_nothing_stays_off(model, description, message):
     with pytest.raises(ValueError, match=message), experts_off(model, description):
@@ -207,6 +214,29 @@ def test_a_text_of_a_visitor_is_limited(model, tokenizer):
     with pytest.raises(ValueError, match="4000"):
         visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1), "")
     assert visitors_page(model, tokenizer, "w1 w2", "0: 3; 1: 7").startswith("<iframe")
+
+
+def test_a_text_of_few_characters_and_many_tokens_is_refused(tokenizer, monkeypatch):
+    model = tiny_model(tiny_config("peer", max_position_embeddings=1024))
+    monkeypatch.setattr("modeling_peer.explorer.app.MAX_TOKENS", 3)
+    with pytest.raises(ValueError, match="3 tokens"):
+        visitors_page(model, tokenizer, "w1 w2 w3 w4", "")
+
+
+def test_visitors_at_once_do_not_switch_off_experts_of_each_other(model, tokenizer):
+    pages = {switched_off: visitors_page(model, tokenizer, "w1 w2", switched_off) for switched_off in ("", "0: 3, 5")}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [*pages] * 4
+        found = pool.map(partial(visitors_page, model, tokenizer, "w1 w2"), asked)
+        assert [*found] == [pages[switched_off] for switched_off in asked]
+    assert visitors_page(model, tokenizer, "w1 w2", "") == pages[""]
+
+
+def test_an_expert_with_a_key_of_zeros_has_neighbors(tokenizer):
+    model = tiny_model(tiny_config("peer", query_norm=None))
+    model.model.layers[0].mlp.router.sub_keys.data[:, :, 0] = 0
+    json.dumps(explore(model, tokenizer, "w1 w2 w3"), allow_nan=False)
+    assert len(_neighbors(model.model.layers[0].mlp.router, 0)) == 5
 
 
 def test_a_text_has_at_most_the_positions_of_the_model(tokenizer):

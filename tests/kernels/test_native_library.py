@@ -121,7 +121,7 @@ class TestSwitchedOff:
 class TestKept:
     @pytest.mark.parametrize("umask", [0o022, 0o002])
     def test_compiled_once(self, umask, cache, sources, compilations):
-        """What is made is trusted, under any umask."""
+        """What is made is trusted, and nobody else's to change, under any umask."""
         before = os.umask(umask)
         try:
             for _ in range(2):
@@ -130,6 +130,7 @@ class TestKept:
             os.umask(before)
         assert compiled(compilations) == 1
         assert len(libraries(cache)) == 1 and {path.name for path in cache.iterdir()} <= {"lock", *libraries(cache)}
+        assert not cache.stat().st_mode & 0o077 and not any(each.stat().st_mode & 0o022 for each in cache.glob("*.so"))
 
     def test_by_sources_compiler_flags_and_processor(self, cache, sources, monkeypatch):
         load_library(sources)
@@ -196,12 +197,14 @@ class TestKept:
 class TestWhereItCannotBeKept:
     """A library runs with the rights of its user: it is neither loaded nor kept where others could have written it."""
 
-    @pytest.mark.parametrize("how", ["another user's", 0o777, 0o775])
+    @pytest.mark.parametrize("how", ["another user's", "below one of all", 0o777, 0o775])
     def test_in_a_folder_of_others(self, how, cache, sources, compilations, monkeypatch):
         load_library(sources)
         if how == "another user's":
             other = os.getuid() + 1
             monkeypatch.setattr(native.os, "getuid", lambda: other)
+        elif how == "below one of all":
+            cache.parent.chmod(0o777)
         else:
             cache.chmod(how)
         load, loaded = ctypes.CDLL, []
@@ -209,6 +212,20 @@ class TestWhereItCannotBeKept:
         assert fresh_load(sources).answer() == 42
         assert compiled(compilations) == 2
         assert cache not in loaded[0].parents and not loaded[0].exists()
+
+    def test_a_library_that_others_could_have_changed_is_made_anew(self, cache, sources, compilations):
+        load_library(sources)
+        cache.chmod(0o755)
+        for library in cache.glob("*.so"):
+            library.chmod(0o777)
+        assert fresh_load(sources).answer() == 42
+        assert compiled(compilations) == 2 and not cache.stat().st_mode & 0o077
+
+    def test_in_the_folder_in_which_a_process_happens_to_run(self, cache, sources, tmp_path, monkeypatch):
+        monkeypatch.setattr(native.constants, "HF_HOME", "")
+        monkeypatch.chdir(tmp_path)
+        assert load_library(sources).answer() == 42
+        assert not [*tmp_path.glob("modeling_peer/*.so")]
 
     def test_in_a_folder_that_cannot_be_written_what_is_there_is_used(self, cache, sources, compilations, monkeypatch):
         load_library(sources)
