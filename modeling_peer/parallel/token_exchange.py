@@ -160,7 +160,7 @@ def memory_group_bytes(
         hidden_size (`int`): Width of the rows, which `group_size` divides.
         num_active (`int`): Active experts per token, h · k.
         group_size (`int`): Number of processes of the group.
-        element_bytes (`int`): Bytes of an element of the hidden states, 2 for bfloat16.
+        element_bytes (`int`): Bytes of an element of the hidden states, 4 also in autocast.
         num_up_projections (`int`, *optional*, defaults to 1): 2 for gated experts, 0 for PKM.
     """
     others = group_size - 1

@@ -81,6 +81,17 @@ def test_a_group_of_one_computes_what_whole_tables_do(kernels, names):
     assert own._get_backend(torch.device("cpu")).options._timeout == timeout_of_default_group() == TIMEOUT
 
 
+def test_what_is_exchanged_under_autocast_is_in_float32():
+    model = tiny_model(tiny_config("peer")).train()
+    form_memory_group(model, 1, "cpu")
+    tokens = torch.arange(1, 13).view(2, 6)
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
+    assert [call.args[0].dtype for call in exchanged.call_args_list] == [torch.float32] * 4
+
+
 UNEVEN, WIDTH, PART = (5, 2), 7, 4  # tokens of each process, columns of whole tables, and of the first process
 
 

@@ -21,6 +21,8 @@ from teach_domain import DOMAIN, KEPT, Figures
 from benchmark.report import Results as BenchmarkResults
 from common.command_line import command_to_share
 from modeling_peer import PeerConfig, configuration_path, list_configurations, model_costs
+from modeling_peer.ops.factored_gradient import MOST_FACTORS
+from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.common.tables import spread_cell
@@ -194,7 +196,7 @@ def teaching():
 def many_gpus():
     """A model on eight GPUs and on 64: what one holds and receives, by the rules of the package and the page's formulas."""
     config = PeerConfig.from_pretrained(configuration_path("peer-gpu"), num_experts=1024**2)
-    N, d, A, e, T = config.num_experts, config.hidden_size, 64, 2, 8192
+    N, d, A, e, T = config.num_experts, config.hidden_size, 64, 4, 8192
     pools = config.num_hidden_layers
     elements = 2 * pools * N * d
     yield MANY_GPUS, fixed(1, model_costs(config).parameters / 1e9, elements / 1e9)
@@ -203,32 +205,42 @@ def many_gpus():
         return (elements * (e + 8) / G + 2 * pools * 4 * N) / 1e9
 
     yield MANY_GPUS, [*fixed(0, held(1)), *fixed(1, held(8))]
-    of_micro_batch = pools * T * (2 * (e * d + 4 * 8 * A) + 8 * 8 * A) / 1e9
-    yield MANY_GPUS, [*fixed(1, of_micro_batch), "8,192", *fixed(1, 16 * of_micro_batch), "16"]
+    yield MANY_GPUS, [*fixed(0, 3 * e * elements / 1e9), *fixed(1, 10 * e * elements / 1e12)]
+    factors = Factors(
+        *(torch.empty(8 * T, width, device="meta") for width in (A, d // 8)),
+        Assignments(torch.empty(8 * T, A, dtype=torch.int64, device="meta"), N, "torch"),
+    )
+    most = int(MOST_FACTORS * 4 * N * d / 8 / factors.nbytes)  # micro-batches before factors are summed
+    few, many = (pools * (M * (2 * T * (e * d + 4 * 8 * A) + 20 * 8 * T * A) + 8 * N) / 1e9 for M in (1, most))
+    yield MANY_GPUS, [*fixed(1, few), "8,192", *fixed(1, many), str(most), str(most + 1)]
     fsdp2 = 5 * e * elements * 7 / 8 / 1e9
-    yield MANY_GPUS, ["8", "8,192", *fixed(1, received(8, d, A, pools * T)[0] * 2), *fixed(0, fsdp2)]
+    yield MANY_GPUS, ["8", "8,192", *fixed(1, received(8, d, A, e, pools * T)[0] * 2), *fixed(0, fsdp2)]
     seconds = {}
     for G in (8, 16, 32, 64):
-        num_groups, table = 64 // G, torch.empty(N, d // G, dtype=torch.bfloat16, device="meta")
-        by_factors = _factors_are_smaller(
-            [table] * 2, [d // G] * 2, [2 * G * T * A] * num_groups, [2 * G * T] * num_groups
-        )
-        assert num_groups == 1 or not by_factors
-        whole, from_others = received(G, d, A, pools * T)
-        replicas = 2 * e * elements / G * (1 - 1 / num_groups) / 1e9
-        gradient = e * elements / G / 1e9 * (num_groups > 1)
-        seconds[G] = [(M * (whole - from_others) / 450 + (M * from_others + replicas) / 50) for M in range(17)]
-        cells = fixed(1, held(G) + gradient, 2 * whole, 2 * from_others, replicas)
+        n, table = 64 // G, torch.empty(N, d // G, device="meta")
+        dense = 2 * e * elements / G * (1 - 1 / n) / 1e9
+        whole, from_others = received(G, d, A, e, pools * T)
+        gradient = (e * elements / G + 2 * pools * 32 * N) / 1e9 * (n > 1)
+        seconds[G] = [M * ((whole - from_others) / 450 + from_others / 50) + dense / 50 for M in range(17)]
+        # Only one micro-batch has factors that are smaller.
+        by_factors = [
+            _factors_are_smaller([table] * 2, [d // G] * 2, [M * G * T * A] * n, [M * G * T] * n) for M in (2, 8, 16)
+        ]
+        assert n == 1 or not any(by_factors)
+        cells = fixed(1, held(G) + gradient, 2 * whole, 2 * from_others, dense)
         yield MANY_GPUS, [str(G), *cells, *fixed(2, *(seconds[G][M] for M in (2, 8, 16)))]
-    assert seconds[32][8] < seconds[8][8] and seconds[32][9] > seconds[8][9]
+    fastest = [min(seconds, key=lambda G: seconds[G][M]) for M in range(2, 17)]
+    last = {G: M for M, G in enumerate(fastest, 2)}
+    yield MANY_GPUS, [str(each) for G in (64, 32, 16) for each in (G, last[G])]
+    assert fastest == sorted(fastest, reverse=True)
 
 
-def received(G, d, A, num_tokens):
+def received(G, d, A, e, num_tokens):
     """GB that a GPU of a group receives for its tokens, and those of them from other nodes of eight GPUs."""
-    by_name = memory_group_bytes(d, A, G, 2)
+    by_name = memory_group_bytes(d, A, G, e)
     by_all_to_all = sum(size for name, size in by_name.items() if re.search("hidden|output", name))
     others = sum(by_name.values()) - by_all_to_all
-    from_others = (others * (G / 8 - 1) + by_all_to_all * (G - 8)) / (G - 1)
+    from_others = by_all_to_all * (G - 8) / (G - 1) + others / 8 * (G > 8)
     return sum(by_name.values()) * num_tokens / 1e9, from_others * num_tokens / 1e9
 
 
@@ -467,7 +479,7 @@ def test_the_command_of_a_page_is_that_of_its_runs():
     assert all(command_to_share(shlex.split(run["command"])).startswith(expected) for run in runs.values())
 
 
-@pytest.mark.parametrize("G, d, A, e", [(8, 1024, 64, 2), (3, 9, 5, 4), (1, 4, 2, 2)])
+@pytest.mark.parametrize("G, d, A, e", [(8, 1024, 64, 4), (3, 9, 5, 2), (1, 4, 2, 2)])
 def test_bytes_and_formulas_of_the_table_of_a_memory_group_are_what_is_computed(G, d, A, e):
     counted, page = memory_group_bytes(d, A, G, e), (ROOT / MANY_GPUS).read_text()
     # What is exchanged, how, in which pass, and the formula of its bytes.
