@@ -23,7 +23,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..experts import expert_tables
@@ -66,6 +65,8 @@ def save_pretrained(method: Any, model: Any, save_directory: str | os.PathLike, 
     if state_dict is not None:
         kwargs["state_dict"] = state_dict
     elif getattr(model, "is_distributed_loading_by_transformers", False):
+        from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # which takes long to import
+
         folder = Path(save_directory)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not (folder / PARTS).exists():
             logger.warning_once(f"{folder} has no optimizer's state: give `Trainer` a `SplitCheckpointCallback`.")

@@ -51,10 +51,11 @@ def saved(value):
 
 def test_factors_come_while_an_optimizer_takes_them():
     model = model_of()
-    *others, tables = expert_parameter_groups(model, 1e-2)
+    *others, tables, down_tables = expert_parameter_groups(model, 1e-2)
     optimizer = RowAdamW(others)
     assert come_in_factors(model) == {False}
     optimizer.add_param_group(tables)
+    optimizer.add_param_group(down_tables)
     assert come_in_factors(model) == {True}
     another = optimizer_of(model)
     del optimizer
