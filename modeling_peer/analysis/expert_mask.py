@@ -30,10 +30,10 @@ def retrieve_others(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Exact retrieval among the experts that take part. If they are the experts of a smaller key grid, this is the
-    retrieval of that grid, bit for bit. Without few experts, they are among the `k + num_masked` best of all. Any other
-    mask cuts through rows and columns, and costs a score for every expert. `takes_part` is a bool for each expert,
-    `retrieve` retrieves among all, and `smaller_grid` is the side of the key grid that has just the experts that take
-    part, 0 if there is none.
+    retrieval of that grid, bit for bit. Without few experts, the best are among the `k + num_masked` best of all. Any
+    other mask cuts through rows and columns, and costs a score for every expert. `takes_part` is a bool for each
+    expert, `retrieve` retrieves among all, and `smaller_grid` is the side of the key grid that has just the experts
+    that take part, 0 if there is none.
     """
     if smaller_grid >= k:
         return retrieve(queries, sub_keys[:, :, :smaller_grid].contiguous(), k)
