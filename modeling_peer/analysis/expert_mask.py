@@ -30,15 +30,16 @@ def retrieve_others(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Exact retrieval among the experts that take part. If they are the experts of a smaller key grid, this is the
-    retrieval of that grid, bit for bit. Without few experts, the best are among the `k + num_masked` best of all. Any
-    other mask cuts through rows and columns, and costs a score for every expert. `takes_part` is a bool for each
-    expert, `retrieve` retrieves among all, and `smaller_grid` is the side of the key grid that has just the experts
-    that take part, 0 if there is none.
+    retrieval of that grid, bit for bit. If k experts or fewer are masked, the best of the others are among the
+    `k + num_masked` best of all. Any other mask cuts through rows and columns, and costs a score for every expert.
+    `takes_part` is a bool for each expert, `retrieve` retrieves among all, and `smaller_grid` is the side of the key
+    grid that has just the experts that take part, 0 if there is none.
     """
     if smaller_grid >= k:
         return retrieve(queries, sub_keys[:, :, :smaller_grid].contiguous(), k)
     is_masked = ~takes_part.to(queries.device)
-    if k + num_masked <= sub_keys.shape[2]:
+    # Not of more, for which kernels hold all pairs of so many ranks, and Triton compiles one for each number.
+    if num_masked <= k and k + num_masked <= sub_keys.shape[2]:
         indices, scores = retrieve(queries, sub_keys, k + num_masked)
         top = scores.masked_fill(is_masked[indices], -torch.inf).topk(k, dim=-1)
         return indices.gather(-1, top.indices), top.values

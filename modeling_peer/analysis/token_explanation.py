@@ -113,9 +113,11 @@ class ExpertReader:
         or more than the model has positions.
         """
         input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
-        if not 1 <= input_ids.numel() <= (self.num_positions or input_ids.numel()):
+        if not input_ids.numel():
+            raise ValueError("`text` must have at least one token.")
+        if input_ids.numel() > (self.num_positions or input_ids.numel()):
             raise ValueError(
-                f"`text` must have from 1 to {self.num_positions} tokens, the positions of the model, got "
+                f"`text` must have at most {self.num_positions} tokens, the positions of the model, got "
                 f"{input_ids.numel()}."
             )
         return input_ids.to(next(self.model.parameters()).device)

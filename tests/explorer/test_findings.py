@@ -244,7 +244,7 @@ def test_a_text_has_at_most_the_positions_of_the_model(tokenizer):
     fits, longer = texts(tokenizer, 16, 17)
     explore(model, tokenizer, fits)
     for read in (explore, explain_tokens):
-        with pytest.raises(ValueError, match=r"from 1 to 16 tokens.*got 17"):
+        with pytest.raises(ValueError, match=r"at most 16 tokens.*got 17"):
             read(model, tokenizer, longer)
     contexts = ExpertContexts.measure(model, tokenizer, [longer], progress_bar=False)
     assert len(contexts.texts[0]) == 16
