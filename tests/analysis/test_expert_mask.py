@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from modeling_peer import masked_experts
 from modeling_peer.analysis import expert_mask
-from modeling_peer.experts import expert_cell
+from modeling_peer.experts import expert_cell, retrieve
 
 
 class TestMask:
@@ -34,6 +34,19 @@ class TestMask:
             best = scores.topk(3)
             assert torch.equal(indices[batch, position, head], best.indices)
             assert_close(weights[batch, position, head], best.values.softmax(-1))
+
+    @pytest.mark.parametrize("masked", [[0], [0, 5, 7], [0, 1, 2, 3, 35]])
+    def test_masked_experts_are_last_where_all_scores_are_negative(self, masked):
+        queries, sub_keys = torch.rand(9, 2, 2, 4), -torch.rand(1, 2, 6, 4)
+        takes_part = torch.ones(36, dtype=torch.bool)
+        takes_part[masked] = False
+        indices, scores = expert_mask.retrieve_others(takes_part, retrieve, 0, len(masked), queries, sub_keys, 3)
+        row, column = expert_cell(torch.arange(36))
+        of_halves = torch.einsum("thpc,pnc->thpn", queries, sub_keys[0])
+        of_all = of_halves[:, :, 0, row] + of_halves[:, :, 1, column]
+        best = of_all.masked_fill(~takes_part, -torch.inf).topk(3)
+        assert torch.equal(indices, best.indices)
+        assert_close(scores, best.values)
 
     @pytest.mark.parametrize("kernels", ["eager", "torch", "cpu"])
     def test_is_the_same_with_any_kernels(self, kernels):
