@@ -204,7 +204,10 @@ def test_pushed_comes_back(checkpoint, tmp_path):
     assert (card.data.license, card.data.tags) == ("apache-2.0", ["peer", "numbers"])
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values["perplexity"] == pytest.approx(results(checkpoint)["perplexity"])
-    assert 'from_pretrained("user/counting")' in card.text and "| `learning_rate` | 0.01 |" in card.text
+    assert (
+        'from_pretrained("user/counting", trust_remote_code=True)' in card.text
+        and "| `learning_rate` | 0.01 |" in card.text
+    )
     assert files["expert_usage.png"].startswith(b"\x89PNG")
 
 
