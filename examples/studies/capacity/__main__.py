@@ -1,0 +1,97 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Measures how many bits of random facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token.
+
+    ./run study capacity                 # eight hours on two cores
+    ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
+
+Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up, and
+tables and pictures are made from it.
+"""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from common.command_line import parse_arguments
+from common.machine import machine
+from studies.capacity.plan import STAGES, Results, Run
+from studies.capacity.run import make_run
+from studies.common.study_folder import read_json, sole_use, write_json, write_runs
+
+
+@dataclass
+class CapacityArguments:
+    """Where to save the results, and for how long."""
+
+    output_dir: str = field(default="runs/capacity", metadata={"help": "Output folder."})
+    results: str | None = field(default=None, metadata={"help": "A results.json whose runs are reused."})
+    processes: int = field(default=2, metadata={"help": "Number of runs at once, each of which has one core."})
+    hours: float | None = field(
+        default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
+    )
+
+
+def make_and_save(run: Run, folder: Path) -> None:
+    """Make a run in a process of the pool."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    made = make_run(
+        run.variant, **asdict(run.load), learning_rate=run.learning_rate, seed=run.seed, folder=str(folder)
+    )
+    write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **made})
+
+
+def make_missing(runs: list[Run], folder: Path, args: CapacityArguments, until: float) -> bool:
+    """Make the runs that there are not. Returns whether all of them are there."""
+    missing = [run for run in runs if not (folder / "runs" / f"{run.name}.json").exists()]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting, futures = list(missing), set()
+        with tqdm(total=len(missing), disable=not missing) as bar:
+            while waiting or futures:
+                while waiting and len(futures) < args.processes and time.time() < until:
+                    futures.add(pool.submit(make_and_save, waiting.pop(0), folder))
+                if not futures:
+                    return False
+                done = {future for future in futures if future.done()}
+                for future in done:
+                    future.result()
+                bar.update(len(done))
+                futures -= done
+                time.sleep(0.2)
+    return True
+
+
+def results_of(folder: Path) -> Results:
+    """The results of all runs by their names."""
+    return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+def main():
+    (args,) = parse_arguments((CapacityArguments,), __doc__)
+    folder, start = Path(args.output_dir), time.time()
+    until = start + 3600 * (args.hours if args.hours is not None else 1000)
+    with sole_use(folder):
+        if args.results is not None:
+            for name, run in read_json(Path(args.results))["runs"].items():
+                write_json(folder / "runs" / f"{name}.json", run)
+        for stage in STAGES:
+            if not make_missing(stage(results_of(folder)), folder, args, until):
+                print("The time is over: the same command goes on.")
+                break
+        head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
+        write_runs(folder / "results.json", head, results_of(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Invented people and their biographies, after the description of "Physics of Language Models: Part 3.3"
+(arXiv 2404.05405): 47.6 bits a person, in sentences of several wordings whose order changes with every exposure.
+
+A word is a token. One wording of each attribute is never trained: recall is asked in it.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling_peer.analysis.evaluation import evaluation
+
+
+def _words(number: int, beginnings: str, ends: str) -> list[str]:
+    """Invented words."""
+    parts = [f"{a}{b}{c}" for a, b, c in product(beginnings.split(), "a e i o u ai".split(), ends.split())]
+    assert len(parts) >= number
+    return parts[:: len(parts) // number][:number]
+
+
+NAMES = [
+    _words(400, "B D F G H J K L M N P R", "bel dan fer gor lin mar nus rik sen tor vin"),
+    _words(400, "Al Ber Cor Dal El Far Gil Hel Is Jor Kar Lor", "d k l m n r s t v x"),
+    _words(
+        1000,
+        "Bram Cald Dun Est Farn Gold Hart Ing Kess Lang Mor Nor Oak Pen Quil",
+        "by dale field ford ham ley man mere more ridge son ton well wick worth",
+    ),
+]
+MONTHS = "January February March April May June July August September October November December".split()
+CITIES = _words(200, "Avel Brim Cor Dray Els Fen Gar", "burg chester haven mouth polis stad ville")
+UNIVERSITIES = [
+    f"{word}-University"
+    for word in _words(300, "Ash Black Clear Deep East Fair Grey", "bridge brook cliff gate hill lake wood moor")
+]
+MAJORS = [f"{word}ics" for word in _words(100, "Bio Chem Geo Astro", "log math nom phys tect")]
+EMPLOYERS = [
+    f"{word}-Company" for word in _words(263, "Acr Bolt Cent Dyn Exo Flux", "corp dex gen line max net soft tron")
+]
+PRONOUNS = ["He", "She"]
+
+# The values of each attribute, by position, and its wordings. The last of these is asked and never trained.
+VALUES = {
+    "birth date": [MONTHS, [f"{day}," for day in range(1, 29)], [str(year) for year in range(1900, 2100)]],
+    "birth city": [CITIES],
+    "university": [UNIVERSITIES],
+    "major": [MAJORS],
+    "employer": [EMPLOYERS],
+}
+WORDINGS = {
+    "birth date": (
+        "was born on",
+        "came into the world on",
+        "has a birthday on",
+        "celebrates every year",
+        "began life on",
+    ),
+    "birth city": ("was born in", "grew up in", "comes from", "spent the first years in", "is a native of"),
+    "university": ("studied at", "graduated from", "was a student of", "took a degree at", "was educated at"),
+    "major": ("majored in", "specialized in", "chose the field of", "holds a degree in", "concentrated on"),
+    "employer": ("works for", "is employed by", "has a position at", "earns a living at", "has a job with"),
+}
+BITS = 1 + sum(math.log2(len(choices)) for values in VALUES.values() for choices in values)
+VOCABULARY = sorted(
+    {word for words in (*NAMES, *(c for v in VALUES.values() for c in v), PRONOUNS) for word in words}
+    | {word for wordings in WORDINGS.values() for wording in wordings for word in wording.split()}
+    | {"."}
+)
+IDS = {word: place for place, word in enumerate(VOCABULARY)}
+LENGTH = 64  # of a biography, padded
+
+
+@dataclass(frozen=True)
+class Person:
+    """The words of a name, the pronoun, and the words of each attribute."""
+
+    name: tuple[str, ...]
+    pronoun: str
+    attributes: dict[str, tuple[str, ...]]
+
+    def biography(self, generator: np.random.Generator) -> list[int]:
+        """All attributes in a new order, each in one of the wordings that are trained. The first has the name."""
+        words: list[str] = []
+        for attribute in generator.permutation([*VALUES]):
+            wording = WORDINGS[attribute][generator.integers(len(WORDINGS[attribute]) - 1)]
+            subject = (self.pronoun,) if words else self.name
+            words += [*subject, *wording.split(), *self.attributes[attribute], "."]
+        return [IDS[word] for word in words]
+
+    def question(self, attribute: str) -> list[int]:
+        """The name and the wording that is never trained, behind which the attribute is the answer."""
+        return [IDS[word] for word in (*self.name, *WORDINGS[attribute][-1].split())]
+
+
+def draw_people(number: int, seed: int) -> list[Person]:
+    """People with different names."""
+    generator = np.random.default_rng(seed)
+    sizes = [len(names) for names in NAMES]
+    chosen = generator.choice(math.prod(sizes), number, replace=False)
+    people = []
+    for places in zip(*np.unravel_index(chosen, sizes), strict=True):
+        name = tuple(names[place] for names, place in zip(NAMES, places, strict=True))
+        attributes = {
+            attribute: tuple(choices[generator.integers(len(choices))] for choices in values)
+            for attribute, values in VALUES.items()
+        }
+        people.append(Person(name, PRONOUNS[generator.integers(2)], attributes))
+    return people
+
+
+def biographies(people: list[Person], exposures: int, seed: int) -> torch.Tensor:
+    """`(exposures * len(people), LENGTH)`: in each exposure every person once, in a new order; padded with -100."""
+    generator = np.random.default_rng(seed)
+    tokens = torch.full((exposures * len(people), LENGTH), -100, dtype=torch.int16)
+    row = 0
+    for _ in range(exposures):
+        for place in generator.permutation(len(people)):
+            words = people[place].biography(generator)
+            tokens[row, : len(words)] = torch.tensor(words, dtype=torch.int16)
+            row += 1
+    return tokens
+
+
+def measure_people(model: nn.Module, people: list[Person]) -> dict[str, float]:
+    """
+    `bits` of the people that a model gives in answer to questions whose wording was never trained, the entropy of the
+    attributes minus the model's `-log2 p(attribute | question)`, not clipped; and `recalled`, the share of attributes
+    that greedy decoding gets right.
+    """
+    bits, recalled = 0.0, 0
+    with evaluation(model):
+        for attribute, values in VALUES.items():
+            answers = torch.tensor([[IDS[word] for word in person.attributes[attribute]] for person in people])
+            tokens = torch.cat([torch.tensor([person.question(attribute) for person in people]), answers], dim=1)
+            for own, answer in zip(tokens.split(1024), answers.split(1024), strict=True):
+                logits = model(own).logits[:, -1 - answer.shape[1] : -1].float()
+                surprise = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), reduction="sum").item()
+                bits += len(answer) * sum(math.log2(len(choices)) for choices in values) - surprise / math.log(2)
+                recalled += (logits.argmax(-1) == answer).all(-1).sum().item()
+    return {"bits": bits, "recalled": recalled / (len(people) * len(VALUES))}

@@ -1,0 +1,72 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are compared: two layers of width 64, the feed-forward of which is all that differs."""
+
+from transformers import set_seed
+
+from modeling_peer import ModelCosts, PeerConfig, PeerForCausalLM, model_costs
+from studies.capacity.facts import LENGTH, VOCABULARY
+
+
+LAYERS = 2
+SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": LAYERS,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+
+
+def _peer(num_experts: int, heads: int, k: int, kind: str = "peer") -> dict:
+    sizes = {"num_experts": num_experts, "num_retrieval_heads": heads, "num_experts_per_head": k, "query_size": 32}
+    return {"feed_forward_types": [kind] * LAYERS, **sizes}
+
+
+def _dense(width: int) -> dict:
+    return {"feed_forward_types": ["dense"] * LAYERS, "intermediate_size": width}
+
+
+def _moe(num_experts: int, width: int) -> dict:
+    sizes = {"moe_num_experts": num_experts, "moe_num_experts_per_tok": 2, "moe_intermediate_size": width}
+    return {"feed_forward_types": ["moe"] * LAYERS, **sizes}
+
+
+# Fields of the configuration, by the name of the variant. All of the first part take 218,000 FLOPs a token ± 5 %.
+AT_EQUAL_FLOPS = {
+    "dense": _dense(149),
+    "moe-32": _moe(32, 68),
+    "pkm-16384": _peer(16384, 2, 128, "pkm"),
+    "pkm-65536": _peer(65536, 2, 64, "pkm"),
+    "peer-256": _peer(256, 6, 16),
+    "peer-1024": _peer(1024, 4, 32),
+    "peer-4096": _peer(4096, 3, 42),
+    "peer-16384": _peer(16384, 2, 64),
+    "peer-65536": _peer(65536, 2, 32),
+    "peer-262144": _peer(262144, 1, 80),
+}
+# Dense models with as many parameters in all as these, which take up to 39 times the FLOPs.
+WIDE = {
+    "dense-as-peer-1024": _dense(730),
+    "dense-as-peer-4096": _dense(2774),
+    "dense-as-peer-16384": _dense(10965),
+}
+VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
+
+
+def configuration(variant: str) -> PeerConfig:
+    """The configuration of a variant."""
+    return PeerConfig(**SHARED, **VARIANTS[variant])
+
+
+def costs(variant: str) -> ModelCosts:
+    """What a token of a fact costs a variant."""
+    return model_costs(configuration(variant), sequence_length=LENGTH)
+
+
+def make_model(variant: str, seed: int) -> PeerForCausalLM:
+    """A new model of a variant."""
+    set_seed(seed)
+    return PeerForCausalLM(configuration(variant))
