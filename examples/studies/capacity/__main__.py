@@ -1,9 +1,9 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures how many bits of random facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token.
+Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token.
 
-    ./run study capacity                 # eight hours on two cores
+    ./run study capacity                 # the whole plan, about eight hours on two cores
     ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
 
 Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up, and
@@ -24,9 +24,21 @@ from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from common.machine import machine
+from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import STAGES, Results, Run
-from studies.capacity.run import make_run
+from studies.capacity.reading import read
+from studies.capacity.report import describe, plot
+from studies.capacity.training import store_composed, store_facts, store_people
 from studies.common.study_folder import read_json, sole_use, write_json, write_runs
+
+
+KINDS = {
+    "facts": store_facts,
+    "composed": store_composed,
+    "people": store_people,
+    "forgetting": teach_after,
+    "reading": read,
+}
 
 
 @dataclass
@@ -45,10 +57,8 @@ def make_and_save(run: Run, folder: Path) -> None:
     """Make a run in a process of the pool."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    made = make_run(
-        run.variant, **asdict(run.load), learning_rate=run.learning_rate, seed=run.seed, folder=str(folder)
-    )
-    write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **made})
+    logging.disable_progress_bar()
+    write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **KINDS[run.kind](run, folder)})
 
 
 def make_missing(runs: list[Run], folder: Path, args: CapacityArguments, until: float) -> bool:
@@ -85,12 +95,17 @@ def main():
         if args.results is not None:
             for name, run in read_json(Path(args.results))["runs"].items():
                 write_json(folder / "runs" / f"{name}.json", run)
-        for stage in STAGES:
-            if not make_missing(stage(results_of(folder)), folder, args, until):
+        for subjects, runs_of in STAGES:
+            results = results_of(folder)
+            runs = [run for subject in subjects for run in runs_of(subject, results)]
+            if not make_missing(runs, folder, args, until):
                 print("The time is over: the same command goes on.")
                 break
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
-        write_runs(folder / "results.json", head, results_of(folder))
+        results = results_of(folder)
+        write_runs(folder / "results.json", head, results)
+        plot(results, folder / "results.png")
+        print(f"\n{describe(results)}\n\nIn {folder}: results.json, results.png")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from modeling_peer.analysis.evaluation import evaluation
 VOCABULARY = 256
 KEY_TOKENS, VALUE_TOKENS = 3, 8
 LENGTH = KEY_TOKENS + VALUE_TOKENS
-BATCH_SIZE = 256
+
+# Of facts whose value follows from the class of an entity and from a relation.
+CLASSES, RELATIONS, HELD_OUT_RELATIONS = 64, 16, 4
 
 
 @dataclass(frozen=True)
 class Facts:
     """
-    Random facts: keys, all different, and values, whose tokens are drawn uniformly from the first `2**token_bits`.
+    Keys with their values. The tokens of values are drawn uniformly from the first `2**token_bits`.
 
     Args:
         tokens (`torch.Tensor` of shape `(num_facts, LENGTH)`): Keys, each with its value behind it.
@@ -30,7 +32,7 @@ class Facts:
     """
 
     tokens: torch.Tensor
-    token_bits: float
+    token_bits: float = math.log2(VOCABULARY)
 
     @property
     def bits(self) -> float:
@@ -45,20 +47,42 @@ class Facts:
         return [{"input_ids": own, "labels": label} for own, label in zip(self.tokens, labels, strict=True)]
 
 
-def make_facts(num_facts: int, token_bits: float, seed: int) -> tuple[Facts, dict[str, Facts]]:
+def make_facts(
+    num_facts: int, token_bits: float, seed: int, first_tokens: range = range(VOCABULARY)
+) -> tuple[Facts, dict[str, Facts]]:
     """
-    Facts to store, and controls, of which a model has stored nothing: other keys, and the same keys with the values of
-    others.
+    Facts to store, whose keys differ and begin with one of `first_tokens`; and controls, of which a model has stored
+    nothing: other keys, and the same keys with the values of others.
     """
     generator = np.random.default_rng(seed)
-    numbers = generator.choice(VOCABULARY**KEY_TOKENS, 2 * num_facts, replace=False)
-    keys = np.stack([numbers // VOCABULARY**place % VOCABULARY for place in range(KEY_TOKENS)], axis=1)
+    endings = VOCABULARY ** (KEY_TOKENS - 1)
+    numbers = generator.choice(len(first_tokens) * endings, 2 * num_facts, replace=False) + first_tokens[0] * endings
+    keys = np.stack([numbers // VOCABULARY**place % VOCABULARY for place in reversed(range(KEY_TOKENS))], axis=1)
     values = generator.integers(round(2**token_bits), size=(2 * num_facts, VALUE_TOKENS))
-    tokens = torch.from_numpy(np.concatenate([keys, values], axis=1))
-    known, unseen = tokens.split(num_facts)
+    known, unseen = torch.from_numpy(np.concatenate([keys, values], axis=1)).split(num_facts)
     permuted = torch.cat([known[:, :KEY_TOKENS], known[:, KEY_TOKENS:].roll(1, 0)], dim=1)
     controls = {"unseen keys": unseen, "permuted values": permuted}
     return Facts(known, token_bits), {name: Facts(each, token_bits) for name, each in controls.items()}
+
+
+def make_composed_facts(num_entities: int, seed: int) -> tuple[Facts, Facts]:
+    """
+    Facts whose key is an entity of two tokens and a relation, and whose value is that of the entity's class and the
+    relation. The second ones have relations that are not among the first for these entities: who knows the class of an
+    entity can tell them.
+    """
+    generator = np.random.default_rng(seed)
+    entities = generator.choice(VOCABULARY ** (KEY_TOKENS - 1), num_entities, replace=False)
+    classes = generator.integers(CLASSES, size=num_entities)
+    values = generator.integers(VOCABULARY, size=(CLASSES, RELATIONS, VALUE_TOKENS))
+    relations = generator.permuted(np.tile(np.arange(RELATIONS), (num_entities, 1)), axis=1)
+
+    def facts(relations: np.ndarray) -> Facts:
+        each = np.repeat(np.arange(num_entities), relations.shape[1])
+        keys = [entities[each] // VOCABULARY, entities[each] % VOCABULARY, relations.ravel()]
+        return Facts(torch.from_numpy(np.column_stack([*keys, values[classes[each], relations.ravel()]])))
+
+    return facts(relations[:, HELD_OUT_RELATIONS:]), facts(relations[:, :HELD_OUT_RELATIONS])
 
 
 def measure(model: nn.Module, facts: Facts) -> dict[str, float]:

@@ -21,7 +21,7 @@ from modeling_peer.analysis.evaluation import evaluation
 
 def _words(number: int, beginnings: str, ends: str) -> list[str]:
     """Invented words."""
-    parts = [f"{a}{b}{c}" for a, b, c in product(beginnings.split(), "a e i o u ai".split(), ends.split())]
+    parts = [f"{a}{b}{c}" for a, b, c in product(beginnings.split(), ["a", "e", "i", "o", "u", "ai"], ends.split())]
     assert len(parts) >= number
     return parts[:: len(parts) // number][:number]
 
@@ -35,7 +35,20 @@ NAMES = [
         "by dale field ford ham ley man mere more ridge son ton well wick worth",
     ),
 ]
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 CITIES = _words(200, "Avel Brim Cor Dray Els Fen Gar", "burg chester haven mouth polis stad ville")
 UNIVERSITIES = [
     f"{word}-University"
@@ -75,7 +88,7 @@ VOCABULARY = sorted(
     | {"."}
 )
 IDS = {word: place for place, word in enumerate(VOCABULARY)}
-LENGTH = 64  # of a biography, padded
+BLOCK = 128  # tokens of a sequence, in which biographies follow each other
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,10 @@ class Person:
         return [IDS[word] for word in words]
 
     def question(self, attribute: str) -> list[int]:
-        """The name and the wording that is never trained, behind which the attribute is the answer."""
-        return [IDS[word] for word in (*self.name, *WORDINGS[attribute][-1].split())]
+        """
+        The end of a sentence, the name and the wording that is never trained, behind which the attribute is the answer.
+        """
+        return [IDS[word] for word in (".", *self.name, *WORDINGS[attribute][-1].split())]
 
 
 def draw_people(number: int, seed: int) -> list[Person]:
@@ -117,16 +132,15 @@ def draw_people(number: int, seed: int) -> list[Person]:
 
 
 def biographies(people: list[Person], exposures: int, seed: int) -> torch.Tensor:
-    """`(exposures * len(people), LENGTH)`: in each exposure every person once, in a new order; padded with -100."""
+    """`(num_sequences, BLOCK)`: in each exposure every person once, in a new order, one behind the other."""
     generator = np.random.default_rng(seed)
-    tokens = torch.full((exposures * len(people), LENGTH), -100, dtype=torch.int16)
-    row = 0
-    for _ in range(exposures):
-        for place in generator.permutation(len(people)):
-            words = people[place].biography(generator)
-            tokens[row, : len(words)] = torch.tensor(words, dtype=torch.int16)
-            row += 1
-    return tokens
+    words = [
+        word
+        for _ in range(exposures)
+        for place in generator.permutation(len(people))
+        for word in people[place].biography(generator)
+    ]
+    return torch.tensor(words[: len(words) // BLOCK * BLOCK], dtype=torch.int16).view(-1, BLOCK)
 
 
 def measure_people(model: nn.Module, people: list[Person]) -> dict[str, float]:

@@ -1,16 +1,21 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs the study makes: its loads, rates and seeds. The criteria that judge them are in README.md."""
+"""Which runs the study makes: what is stored, rates and seeds. The criteria that judge them are in README.md."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE
 
 
-# Every variant has a trial with each of these. The best of them has to be inside the range.
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
+# Every variant has a trial with each of these rates, and two more. The best has to be inside the range.
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+# The rate of v_i as a multiple of that of u_i: the default of `make_optimizer`, and what the last two trials have.
+MULTIPLIER, OTHER_MULTIPLIERS = 192.0, (96.0, 384.0)
+# Dense feed-forwards and MoE have none: their last two trials have rates in between.
+BETWEEN = (2**-0.5, 2**0.5)
 
 
 @dataclass(frozen=True)
@@ -19,87 +24,175 @@ class Load:
     What is to be stored.
 
     Args:
-        num_facts (`int`): Number of facts.
+        number (`int`): Number of facts, of entities or of people.
         token_bits (`float`): Entropy of each of the eight tokens of a value.
         exposures (`int`): How often each fact is seen.
     """
 
-    num_facts: int
+    number: int
     token_bits: float
     exposures: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """A variant that stores a load, with a learning rate and a seed."""
+    """
+    A run of the study.
 
-    variant: str
+    Args:
+        kind (`str`): What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`);
+            or `"reading"`, in which nothing is.
+        subject (`str`): A variant, or a way to train in a run of forgetting.
+        load (`Load`): How much is stored.
+        learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
+        seed (`int`): Draws facts, weights and their order.
+    """
+
+    kind: str
+    subject: str
     load: Load
     learning_rate: float
-    seed: int
+    multiplier: float = MULTIPLIER
+    seed: int = 0
 
     @property
     def name(self) -> str:
         """The name of its file."""
-        load = "-".join(f"{value:g}" for value in asdict(self.load).values())
-        return f"{self.variant}-{load}-{self.learning_rate:g}-{self.seed}"
+        numbers = (*asdict(self.load).values(), self.learning_rate, self.multiplier, self.seed)
+        return "-".join([self.kind, self.subject, *(f"{value:.4g}" for value in numbers)])
 
-
-# What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
-LEARNED = Load(num_facts=2**15, token_bits=8, exposures=16)
-ENTROPIES = (2, 4, 6)
-# What fits: loads of at least 1.3 times two bits a parameter.
-FITS = {
-    "dense": Load(2**15, 8, 100),
-    "peer-256": Load(2**15, 8, 100),
-    "peer-1024": Load(2**15, 8, 100),
-    "peer-4096": Load(2**16, 8, 100),
-}
-AT_THE_LIMIT = {"dense": Load(2**13, 8, 1000), "peer-256": Load(2**13, 8, 1000), "peer-1024": Load(2**14, 8, 1000)}
 
 Results = dict[str, dict[str, Any]]
 
+# What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
+LEARNED = Load(2**15, 8, exposures=16)
+ENTROPIES = (2, 4, 6)
+# What fits: at least 1.3 times two bits a parameter.
+FITS = {
+    "dense": Load(2**13, 8, exposures=100),
+    "peer-256": Load(2**13, 8, exposures=100),
+    "peer-1024": Load(2**14, 8, exposures=100),
+    "peer-4096": Load(3 * 2**14, 8, exposures=100),
+}
+AT_THE_LIMIT = {name: Load(2**13, 8, exposures=1000) for name in ("dense", "peer-256")}
+COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-16384", "peer-16384")
+PEOPLE, PEOPLE_TRIALS = Load(10_000, 0, exposures=100), Load(10_000, 0, exposures=20)
+REMEMBERING = ("dense", "peer-1024", "peer-16384")
+# A second set of facts after a first, by the way in which it is taught, with three trials each.
+BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
+ARM_RATES = {
+    "full": (2.5e-4, 1e-3, 4e-3),
+    "lora": (1e-3, 4e-3, 1.6e-2),
+    "sparse": (1e-3, 4e-3, 1.6e-2),
+    "protected": (1e-3, 4e-3, 1.6e-2),
+    "protected-ungated": (1e-3, 4e-3, 1.6e-2),
+}
 
-def best_rate(variant: str, results: Results) -> float:
-    """The rate of the trials at which a variant stored most."""
-    return max(RATES, key=lambda rate: results[Run(variant, LEARNED, rate, 0).name]["stored"]["bits"])
+
+def best(trials: list[Run], results: Results) -> Run:
+    """The trial that stored most."""
+    return max(trials, key=lambda run: results[run.name]["stored"]["bits"])
 
 
-def trials() -> list[Run]:
-    """The trials of all variants."""
-    return [Run(variant, LEARNED, rate, 0) for variant in (*AT_EQUAL_FLOPS, *WIDE) for rate in RATES]
+def with_seeds(run: Run) -> list[Run]:
+    """A run with each seed."""
+    return [replace(run, seed=seed) for seed in SEEDS]
 
 
-def repeated(results: Results) -> list[Run]:
-    """What is learned, with all seeds."""
-    return [Run(name, LEARNED, best_rate(name, results), seed) for name in AT_EQUAL_FLOPS for seed in SEEDS]
+def trials(variant: str, results: Results) -> list[Run]:
+    """The first trials of a variant, with the facts to learn."""
+    return [Run("facts", variant, LEARNED, rate) for rate in RATES]
 
 
-def entropies(results: Results) -> list[Run]:
-    """What is learned of values of less entropy."""
-    loads = [Load(LEARNED.num_facts, bits, LEARNED.exposures) for bits in ENTROPIES]
-    return [Run(name, load, best_rate(name, results), 0) for name in AT_EQUAL_FLOPS for load in loads]
+def all_trials(variant: str, results: Results) -> list[Run]:
+    """All trials of a variant: the first, and two more at the best rate of these."""
+    first = trials(variant, results)
+    start = best(first, results)
+    if variant.startswith(("peer", "pkm")):
+        return first + [replace(start, multiplier=multiplier) for multiplier in OTHER_MULTIPLIERS]
+    return first + [replace(start, learning_rate=factor * start.learning_rate) for factor in BETWEEN]
 
 
-def rates_that_fit(results: Results) -> list[Run]:
-    """Trials of what fits, at the best rate of few exposures, its half and its double."""
+def chosen(variant: str, results: Results) -> Run:
+    """The best of all trials of a variant."""
+    return best(all_trials(variant, results), results)
+
+
+def learning(variant: str, results: Results) -> list[Run]:
+    """What is learned, with all seeds at equal FLOPs."""
+    run = chosen(variant, results)
+    return with_seeds(run) if variant in AT_EQUAL_FLOPS else [run]
+
+
+def of_all_entropies(variant: str, results: Results) -> list[Run]:
+    """What is learned of values of less entropy, and of the usual one."""
     return [
-        Run(name, load, factor * best_rate(name, results), 0) for name, load in FITS.items() for factor in (0.5, 1, 2)
+        replace(chosen(variant, results), load=replace(LEARNED, token_bits=bits))
+        for bits in (*ENTROPIES, LEARNED.token_bits)
     ]
 
 
-def best_rate_that_fits(variant: str, results: Results) -> float:
-    """The rate of [`rates_that_fit`] at which a variant stored most."""
-    tried = [run for run in rates_that_fit(results) if run.variant == variant]
-    return max(tried, key=lambda run: results[run.name]["stored"]["bits"]).learning_rate
+def trials_that_fit(variant: str, results: Results) -> list[Run]:
+    """Trials of what fits, at the rate of few exposures, its half and its double."""
+    start = replace(chosen(variant, results), load=FITS[variant])
+    return [replace(start, learning_rate=factor * start.learning_rate) for factor in (0.5, 1, 2)]
 
 
-def fitting(results: Results) -> list[Run]:
-    """What fits, with all seeds, and with 1,000 exposures."""
-    rates = {name: best_rate_that_fits(name, results) for name in FITS}
-    return [Run(name, load, rates[name], seed) for name, load in FITS.items() for seed in SEEDS] + [
-        Run(name, load, rates[name], 0) for name, load in AT_THE_LIMIT.items()
-    ]
+def fitting(variant: str, results: Results) -> list[Run]:
+    """What fits, with all seeds."""
+    return with_seeds(best(trials_that_fit(variant, results), results))
 
 
-STAGES = (lambda results: trials(), repeated, entropies, rates_that_fit, fitting)
+def at_the_limit(variant: str, results: Results) -> list[Run]:
+    """What fits after 1,000 exposures."""
+    return [replace(best(trials_that_fit(variant, results), results), load=AT_THE_LIMIT[variant])]
+
+
+def composing(variant: str, results: Results) -> list[Run]:
+    """Composed facts."""
+    return [replace(chosen(variant, results), kind="composed", load=COMPOSED)]
+
+
+def people_trials(variant: str, results: Results) -> list[Run]:
+    """Trials of people, with fewer exposures."""
+    return [Run("people", variant, PEOPLE_TRIALS, rate) for rate in RATES]
+
+
+def people(variant: str, results: Results) -> list[Run]:
+    """People."""
+    return [replace(best(people_trials(variant, results), results), load=PEOPLE)]
+
+
+def arm_trials(arm: str, results: Results) -> list[Run]:
+    """Trials of a way to teach a second set of facts."""
+    return [Run("forgetting", arm, AFTER, rate) for rate in ARM_RATES[arm]]
+
+
+def forgetting(arm: str, results: Results) -> list[Run]:
+    """A way to teach a second set of facts, with all seeds."""
+    return with_seeds(best(arm_trials(arm, results), results))
+
+
+def reading(subject: str, results: Results) -> list[Run]:
+    """The run that measures how fast all variants read, alone."""
+    return [Run("reading", subject, Load(0, 0, 0), 0)]
+
+
+# Each stage, the runs of which follow from the results of those before it: its variants or arms, and their runs.
+STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
+    (AT_EQUAL_FLOPS, trials),
+    (AT_EQUAL_FLOPS, all_trials),
+    (AT_EQUAL_FLOPS, learning),
+    (ARM_RATES, arm_trials),
+    (ARM_RATES, forgetting),
+    (FITS, trials_that_fit),
+    (FITS, fitting),
+    (WIDE, trials),
+    (WIDE, all_trials),
+    (COMPOSING, composing),
+    (REMEMBERING, people_trials),
+    (REMEMBERING, people),
+    (AT_EQUAL_FLOPS, of_all_entropies),
+    (AT_THE_LIMIT, at_the_limit),
+    (["all"], reading),
+)

@@ -1,0 +1,89 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of facts after a model was taught others, by the way in which it was taught."""
+
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch import nn
+from transformers import TrainerCallback
+
+from modeling_peer import (
+    ExpertBackground,
+    PeerForCausalLM,
+    SparseFinetuningCallback,
+    add_experts,
+    fit_gates,
+)
+from studies.capacity.facts import VOCABULARY, Facts, make_facts, measure
+from studies.capacity.plan import BEFORE, MULTIPLIER, TAUGHT, Run
+from studies.capacity.training import store
+from studies.capacity.variants import make_model
+
+
+# Keys of the first facts begin with the first half of the tokens, those of the second with the other: as another
+# subject's words do. Where nothing tells keys apart, no gate can.
+HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
+BASE_RATE = 4e-3
+ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE = 4096, 1024, 2048
+
+
+def base_model(seed: int, folder: Path, facts: Facts) -> PeerForCausalLM:
+    """The model that has stored the first facts, which is trained once."""
+    saved = folder / "bases" / str(seed)
+    saved.parent.mkdir(exist_ok=True)
+    with FileLock(saved.with_suffix(".lock")):
+        if not saved.exists():
+            model = make_model(TAUGHT, seed)
+            run = Run("facts", TAUGHT, BEFORE, BASE_RATE, MULTIPLIER, seed)
+            store(model, facts.examples, run, folder, BEFORE.exposures)
+            model.save_pretrained(unfinished := saved.with_name(f"{seed}-unfinished"))
+            unfinished.rename(saved)
+    return PeerForCausalLM.from_pretrained(saved)
+
+
+def prepare(arm: str, model: PeerForCausalLM, old: Facts, new: Facts) -> tuple[nn.Module, list[TrainerCallback]]:
+    """The model as it is to be trained, and the callbacks of the training."""
+    match arm:
+        case "lora":
+            from peft import LoraConfig, get_peft_model
+
+            targets = [name for name, each in model.named_modules() if type(each) is nn.Linear and name != "lm_head"]
+            config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+            return get_peft_model(model, config), []
+        case "sparse":
+            background = ExpertBackground.measure(model, old.examples[:REFERENCE], batch_size=256, progress_bar=False)
+            return model, [SparseFinetuningCallback(model, background, SPARSE_EXPERTS)]
+        case "protected" | "protected-ungated":
+            add_experts(model, ADDED_EXPERTS)
+            if arm == "protected":
+                texts = new.examples[:REFERENCE], old.examples[:REFERENCE]
+                fit_gates(model, *texts, reference_weight=16, batch_size=256, progress_bar=False)
+    return model, []
+
+
+def teach_after(run: Run, folder: Path) -> dict[str, Any]:
+    """
+    A model that has stored facts is taught others. Returns the bits of both, before and after; `stored` is the sum of
+    what is left and what is new, by which the rate is chosen.
+    """
+    old, new = (
+        make_facts(load.number, load.token_bits, run.seed, first_tokens)[0]
+        for load, first_tokens in zip((BEFORE, run.load), HALVES, strict=True)
+    )
+    model = base_model(run.seed, folder, old)
+    before = measure(model, old)
+    model, callbacks = prepare(run.subject, model, old, new)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    seconds = store(model, new.examples, run, folder, run.load.exposures, callbacks=callbacks)
+    left, gained = measure(model, old), measure(model, new)
+    return {
+        "offered": {"old": old.bits, "new": new.bits},
+        "before": before,
+        "left": left,
+        "gained": gained,
+        "stored": {"bits": left["bits"] + gained["bits"]},
+        "trained_parameters": trained,
+        "training_seconds": seconds,
+    }

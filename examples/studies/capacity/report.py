@@ -1,0 +1,279 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and the picture of the study, from as many of its runs as there are."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+
+from common.pictures import TRAININGS, add_legend, look_of, new_figure, save_picture
+from studies.capacity.plan import (
+    ARM_RATES,
+    AT_THE_LIMIT,
+    COMPOSING,
+    ENTROPIES,
+    FITS,
+    LEARNED,
+    OTHER_MULTIPLIERS,
+    RATES,
+    REMEMBERING,
+    Results,
+    Run,
+    all_trials,
+    at_the_limit,
+    composing,
+    fitting,
+    forgetting,
+    learning,
+    of_all_entropies,
+    people,
+    reading,
+)
+from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs
+from studies.common.tables import markdown_table
+
+
+# The 97.5 % point of Student's t with two degrees of freedom, of three seeds.
+T_QUANTILE = 4.303
+# A share of what is offered above which bits say no more than that the facts fit.
+FULL = 0.8
+KBIT = 1000
+
+
+def available(
+    subjects: Iterable[str], runs_of: Callable[[str, Results], list[Run]], results: Results
+) -> dict[str, list[Run]]:
+    """The runs of a stage, of each variant or arm of which all are there."""
+    found = {}
+    for name in subjects:
+        try:
+            own = runs_of(name, results)
+        except KeyError:
+            continue
+        if all(run.name in results for run in own):
+            found[name] = own
+    return found
+
+
+def kilobits(runs: list[Run], results: Results, part: str = "stored") -> list[float]:
+    """Thousands of bits of each run."""
+    return [results[run.name][part]["bits"] / KBIT for run in runs]
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{mean(values):,.0f}" + (f" ± {stdev(values):,.0f}" if len(values) > 1 else "")
+
+
+def ratio(values: list[float], others: list[float]) -> str:
+    """Geometric mean of the ratios, seed by seed, with its interval."""
+    logarithms = [math.log(value / other) for value, other in zip(values, others, strict=True)]
+    half = T_QUANTILE * stdev(logarithms) / math.sqrt(len(logarithms))
+    low, middle, high = (math.exp(mean(logarithms) + sign * half) for sign in (-1, 0, 1))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def share_offered(runs: list[Run], results: Results) -> str:
+    """The bits stored as a share of those offered, and whether they are too many to tell more."""
+    share = mean(results[run.name]["stored"]["bits"] / results[run.name]["offered"] for run in runs)
+    return f"{share:.1%}" + (", full" if share > FULL else "")
+
+
+def recalled(runs: list[Run], results: Results, part: str = "stored") -> str:
+    """The mean share of facts recalled."""
+    return f"{mean(results[run.name][part]['recalled'] for run in runs):.1%}"
+
+
+def learned_table(results: Results) -> list[list[str]]:
+    """What is learned in few exposures: at equal FLOPs with all seeds, of wide dense models with one."""
+    found = available(VARIANTS, learning, results)
+    rows = [
+        ["learned", "parameters, M", "FLOPs, k", "KB read", "kbit", "of offered", "recalled", "to dense", "seconds"]
+    ]
+    rows[0] += ["bits / parameter", "bits / active"]
+    for name, runs in found.items():
+        cost, own = costs(name).total, kilobits(runs, results)
+        to_dense = ratio(own, kilobits(found["dense"], results)) if name in AT_EQUAL_FLOPS and "dense" in found else ""
+        rows.append(
+            [name, f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}"]
+            + [f"{costs(name).weight_bytes_read / 1e3:.0f}", spread(own), share_offered(runs, results)]
+            + [recalled(runs, results), "" if name == "dense" else to_dense]
+            + [f"{mean(results[run.name]['training_seconds'] for run in runs):.0f}"]
+            + [f"{KBIT * mean(own) / part:.2f}" for part in (cost.parameters, cost.active_parameters)]
+        )
+    return rows
+
+
+def trials_table(results: Results) -> list[list[str]]:
+    """Kilobits of all trials."""
+    rows = [["trials, kbit", *(f"{rate:g}" for rate in RATES), "sixth", "seventh"]]
+    for name, runs in available(VARIANTS, all_trials, results).items():
+        first, others = runs[: len(RATES)], runs[len(RATES) :]
+        cells = [f"{value:,.0f}" for value in kilobits(first, results)]
+        for run, value in zip(others, kilobits(others, results), strict=True):
+            tables = run.multiplier in OTHER_MULTIPLIERS
+            cells.append(
+                f"{value:,.0f} (" + (f"v_i {run.multiplier:g}" if tables else f"{run.learning_rate:.2g}") + ")"
+            )
+        rows.append([name, *cells])
+    return rows
+
+
+def controls_table(results: Results) -> list[list[str]]:
+    """The largest bits that a control has, either way, as a share of what is offered."""
+    found = available(AT_EQUAL_FLOPS, learning, results)
+    rows = [["controls, % of offered", "unseen keys", "permuted values"]]
+    for name, runs in found.items():
+        shares = {
+            control: max(
+                (results[run.name]["controls"][control]["bits"] / results[run.name]["offered"] for run in runs),
+                key=abs,
+            )
+            for control in ("unseen keys", "permuted values")
+        }
+        rows.append([name, *(f"{100 * share:+.2f}" for share in shares.values())])
+    return rows
+
+
+def narrow_table(results: Results) -> list[list[str]]:
+    """The share of bits that is left with tables in 8 and 4 bits."""
+    found = available([name for name in AT_EQUAL_FLOPS if name.startswith(("peer", "pkm"))], learning, results)
+    rows = [["% of bits left", "8 bits", "4 bits"]]
+    for name, runs in found.items():
+        left = {
+            bits: mean(
+                results[run.name]["in_bits"][bits]["bits"] / results[run.name]["stored"]["bits"] for run in runs
+            )
+            for bits in ("8", "4")
+        }
+        rows.append([name, *(f"{100 * share:.1f}" for share in left.values())])
+    return rows
+
+
+def fits_table(results: Results) -> list[list[str]]:
+    """What fits after 100 exposures, and after 1,000."""
+    rows = [["fits", "exposures", "kbit", "of offered", "recalled", "bits / parameter"]]
+    found = [*available(FITS, fitting, results).items(), *available(AT_THE_LIMIT, at_the_limit, results).items()]
+    for name, runs in found:
+        own = kilobits(runs, results)
+        per_parameter = KBIT * mean(own) / costs(name).total.parameters
+        cells = [spread(own), share_offered(runs, results), recalled(runs, results), f"{per_parameter:.2f}"]
+        rows.append([name, f"{runs[0].load.exposures:,}", *cells])
+    return rows
+
+
+def entropies_table(results: Results) -> list[list[str]]:
+    """What is learned of values of less entropy, as kilobits and a share of what is offered."""
+    rows = [["kbit, by bits of a token", *map(str, ENTROPIES), f"{LEARNED.token_bits:g}"]]
+    for name, runs in available(AT_EQUAL_FLOPS, of_all_entropies, results).items():
+        cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
+        rows.append([name, *(f"{cell} ({share_offered([r], results)})" for cell, r in zip(cells, runs, strict=True))])
+    return rows
+
+
+def composed_table(results: Results) -> list[list[str]]:
+    """Composed facts that were told, and those that were not."""
+    rows = [["composed facts, recalled", "told", "never told"]]
+    for name, runs in available(COMPOSING, composing, results).items():
+        rows.append([name, recalled(runs, results), recalled(runs, results, "untold")])
+    return rows
+
+
+def people_table(results: Results) -> list[list[str]]:
+    """People in a wording that was never trained."""
+    rows = [["people", "parameters, M", "kbit", "bits / parameter", "attributes recalled", "of unknown people"]]
+    for name, (run,) in available(REMEMBERING, people, results).items():
+        result = results[run.name]
+        (unknown,) = result["controls"].values()
+        bits = result["stored"]["bits"]
+        cells = [f"{result['parameters'] / 1e6:.2f}", f"{bits / KBIT:,.0f}", f"{bits / result['parameters']:.2f}"]
+        rows.append([name, *cells, f"{result['stored']['recalled']:.1%}", f"{unknown['recalled']:.1%}"])
+    return rows
+
+
+def lost(runs: list[Run], results: Results) -> list[float]:
+    """The percentage of bits of the first facts that each run lost."""
+    return [100 * (1 - results[run.name]["left"]["bits"] / results[run.name]["before"]["bits"]) for run in runs]
+
+
+def forgetting_table(results: Results) -> list[list[str]]:
+    """What is left of the first facts, and what is gained of the second."""
+    rows = [["second facts", "rate", "first, % of bits lost", "recalled before", "after", "second, kbit", "recalled"]]
+    for arm, runs in available(ARM_RATES, forgetting, results).items():
+        cells = [f"{runs[0].learning_rate:g}", f"{mean(lost(runs, results)):.2f} ± {stdev(lost(runs, results)):.2f}"]
+        cells += [recalled(runs, results, part) for part in ("before", "left")]
+        rows.append([arm, *cells, spread(kilobits(runs, results, "gained")), recalled(runs, results, "gained")])
+    return rows
+
+
+def reading_table(results: Results) -> list[list[str]]:
+    """Tokens a second in decoding and bytes read for one, beside what the variant has learned."""
+    rows = [["reading", "kbit", "KB read per token", "tokens a second"]]
+    found = available(VARIANTS, learning, results)
+    for (run,) in available(["all"], reading, results).values():
+        for name, speed in results[run.name]["tokens_per_second"].items():
+            kbit = f"{mean(kilobits(found[name], results)):,.0f}" if name in found else ""
+            rows.append([name, kbit, f"{costs(name).weight_bytes_read / 1e3:,.0f}", f"{speed:.0f}"])
+    return rows
+
+
+TABLES = (
+    learned_table,
+    trials_table,
+    controls_table,
+    narrow_table,
+    forgetting_table,
+    fits_table,
+    entropies_table,
+    composed_table,
+    people_table,
+    reading_table,
+)
+
+
+def describe(results: Results) -> str:
+    """All tables that have a row."""
+    return "\n\n".join(markdown_table(rows) for rows in (table(results) for table in TABLES) if len(rows) > 1)
+
+
+def plot(results: Results, file: Path) -> None:
+    """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first."""
+    figure = new_figure(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    _plot_learned(results, left)
+    _plot_forgetting(results, right)
+    save_picture(figure, file)
+
+
+def _plot_learned(results: Results, axes: Axes) -> None:
+    found = available(AT_EQUAL_FLOPS, learning, results)
+    bits = {name: mean(kilobits(runs, results)) for name, runs in found.items()}
+    for kind, look in (("dense", "dense"), ("moe", "moe-token-choice"), ("pkm", "pkm"), ("peer", "peer")):
+        own = [name for name in bits if name.partition("-")[0] == kind]
+        places = [costs(name).total.parameters / 1e6 for name in own]
+        axes.plot(places, [bits[name] for name in own], **look_of(look).style, label=look_of(look).label)
+        for name, place in zip(own, places, strict=True):
+            number = name.partition("-")[2]
+            text = f"{int(number):,}" if number else ""
+            axes.annotate(text, (place, bits[name]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axes.axhline(LEARNED.number * 8 * LEARNED.token_bits / KBIT, color="black", linewidth=0.8, linestyle=":")
+    add_legend(axes, loc="upper left")
+    axes.set(xscale="log", xlabel="parameters in all, M; numbers: experts", ylabel="kbit of facts learned")
+    if "dense" in bits:
+        most = max(value for name, value in bits.items() if name.startswith("peer"))
+        axes.set_title(
+            f"At equal FLOPs a token PEER learns {most / bits['dense']:.0f} times what dense does", fontsize=10
+        )
+
+
+def _plot_forgetting(results: Results, axes: Axes) -> None:
+    for arm, runs in available(ARM_RATES, forgetting, results).items():
+        gained = kilobits(runs, results, "gained")
+        axes.plot(lost(runs, results), gained, linestyle="", **TRAININGS[arm].style, label=arm)
+    if axes.lines:
+        add_legend(axes)
+    axes.set(xlabel="first facts lost, % of bits", ylabel="kbit of second facts gained")
+    axes.set_title("What a second set of facts leaves of the first, by the way in which it is taught", fontsize=10)
