@@ -61,30 +61,35 @@ def make_and_save(run: Run, folder: Path) -> None:
     write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **KINDS[run.kind](run, folder)})
 
 
-def make_missing(runs: list[Run], folder: Path, args: CapacityArguments, until: float) -> bool:
-    """Make the runs that there are not. Returns whether all of them are there."""
-    missing = [run for run in runs if not (folder / "runs" / f"{run.name}.json").exists()]
+def make_all(runs: list[Run], folder: Path, args: CapacityArguments, until: float) -> None:
+    """Make runs, of which none is begun after the time `until`."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting, futures = list(missing), set()
-        with tqdm(total=len(missing), disable=not missing) as bar:
-            while waiting or futures:
+        waiting, futures = list(runs), set()
+        with tqdm(total=len(runs)) as bar:
+            while futures or (waiting and time.time() < until):
                 while waiting and len(futures) < args.processes and time.time() < until:
                     futures.add(pool.submit(make_and_save, waiting.pop(0), folder))
-                if not futures:
-                    return False
                 done = {future for future in futures if future.done()}
                 for future in done:
                     future.result()
                 bar.update(len(done))
                 futures -= done
                 time.sleep(0.2)
-    return True
 
 
 def results_of(folder: Path) -> Results:
     """The results of all runs by their names."""
     return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+def next_runs(results: Results) -> list[Run]:
+    """The runs that are missing of the first stage of which any is."""
+    for subjects, runs_of in STAGES:
+        runs = [run for subject in subjects for run in runs_of(subject, results) if run.name not in results]
+        if runs:
+            return list(dict.fromkeys(runs))
+    return []
 
 
 def main():
@@ -95,17 +100,15 @@ def main():
         if args.results is not None:
             for name, run in read_json(Path(args.results))["runs"].items():
                 write_json(folder / "runs" / f"{name}.json", run)
-        for subjects, runs_of in STAGES:
-            results = results_of(folder)
-            runs = [run for subject in subjects for run in runs_of(subject, results)]
-            if not make_missing(runs, folder, args, until):
-                print("The time is over: the same command goes on.")
-                break
+        while (runs := next_runs(results_of(folder))) and time.time() < until:
+            make_all(runs, folder, args, until)
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
         results = results_of(folder)
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
         print(f"\n{describe(results)}\n\nIn {folder}: results.json, results.png")
+        if runs:
+            print("The study is not finished: the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     before = measure(model, old)
     model, callbacks = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    seconds = store(model, new.examples, run, folder, run.load.exposures, callbacks=callbacks)
+    store(model, new.examples, run, folder, run.load.exposures, callbacks=callbacks)
     left, gained = measure(model, old), measure(model, new)
     return {
         "offered": {"old": old.bits, "new": new.bits},
@@ -85,5 +85,4 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
         "gained": gained,
         "stored": {"bits": left["bits"] + gained["bits"]},
         "trained_parameters": trained,
-        "training_seconds": seconds,
     }

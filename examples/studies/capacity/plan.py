@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE
 
 
 SEEDS = (0, 1, 2)
-# Every variant has a trial with each of these rates, and two more. The best has to be inside the range.
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+# Every variant has a trial with each of these rates, and two more. Where the best is not inside the range, it goes on.
+RATES, MOST_TRIALS = (1e-3, 2e-3, 4e-3, 8e-3), 7
 # The rate of v_i as a multiple of that of u_i: the default of `make_optimizer`, and what the last two trials have.
 MULTIPLIER, OTHER_MULTIPLIERS = 192.0, (96.0, 384.0)
 # Dense feed-forwards and MoE have none: their last two trials have rates in between.
@@ -59,7 +61,7 @@ class Run:
     def name(self) -> str:
         """The name of its file."""
         numbers = (*asdict(self.load).values(), self.learning_rate, self.multiplier, self.seed)
-        return "-".join([self.kind, self.subject, *(f"{value:.4g}" for value in numbers)])
+        return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers)])
 
 
 Results = dict[str, dict[str, Any]]
@@ -90,8 +92,8 @@ ARM_RATES = {
 
 
 def best(trials: list[Run], results: Results) -> Run:
-    """The trial that stored most."""
-    return max(trials, key=lambda run: results[run.name]["stored"]["bits"])
+    """The trial that stored most; one that came to NaN did not."""
+    return max(trials, key=lambda run: np.nan_to_num(results[run.name]["stored"]["bits"], nan=-np.inf))
 
 
 def with_seeds(run: Run) -> list[Run]:
@@ -99,9 +101,18 @@ def with_seeds(run: Run) -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS]
 
 
-def trials(variant: str, results: Results) -> list[Run]:
-    """The first trials of a variant, with the facts to learn."""
-    return [Run("facts", variant, LEARNED, rate) for rate in RATES]
+def trials(variant: str, results: Results, kind: str = "facts", load: Load = LEARNED) -> list[Run]:
+    """The first trials of a variant: of all rates, and beyond them while the best is the lowest or the highest."""
+    runs = [Run(kind, variant, load, rate) for rate in RATES]
+    while all(run.name in results for run in runs) and len(runs) < MOST_TRIALS:
+        found = best(runs, results)
+        if found is runs[0]:
+            runs.insert(0, replace(found, learning_rate=found.learning_rate / 2))
+        elif found is runs[-1]:
+            runs.append(replace(found, learning_rate=2 * found.learning_rate))
+        else:
+            break
+    return runs
 
 
 def all_trials(variant: str, results: Results) -> list[Run]:
@@ -155,7 +166,7 @@ def composing(variant: str, results: Results) -> list[Run]:
 
 def people_trials(variant: str, results: Results) -> list[Run]:
     """Trials of people, with fewer exposures."""
-    return [Run("people", variant, PEOPLE_TRIALS, rate) for rate in RATES]
+    return trials(variant, results, "people", PEOPLE_TRIALS)
 
 
 def people(variant: str, results: Results) -> list[Run]:
@@ -178,7 +189,7 @@ def reading(subject: str, results: Results) -> list[Run]:
     return [Run("reading", subject, Load(0, 0, 0), 0)]
 
 
-# Each stage, the runs of which follow from the results of those before it: its variants or arms, and their runs.
+# Each stage: its variants or arms, and their runs, which follow from the results that there are.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
     (AT_EQUAL_FLOPS, trials),
     (AT_EQUAL_FLOPS, all_trials),

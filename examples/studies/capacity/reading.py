@@ -1,36 +1,64 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How fast each variant reads what it has stored: tokens a second in decoding, one sequence at a time."""
+"""The time of each variant: that of a training step, and of a token in decoding, one sequence at a time."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from studies.capacity.facts import KEY_TOKENS, LENGTH, make_facts
 from studies.capacity.plan import Run
 from studies.capacity.variants import VARIANTS, make_model
 
 
-ROUNDS, ANSWERS = 9, 16
+ROUNDS, BATCH_SIZE, ANSWERS = 9, 256, 16
 
 
-def seconds_per_token(model, keys: torch.Tensor) -> float:
-    """Seconds to generate a token of a value, the mean over the answers to several keys."""
-    start = time.perf_counter()
-    for key in keys:
-        model.generate(key[None], max_new_tokens=LENGTH - KEY_TOKENS, do_sample=False)
-    return (time.perf_counter() - start) / len(keys) / (LENGTH - KEY_TOKENS)
+def training_step(model: PeerForCausalLM, facts: torch.Tensor) -> Callable[[], None]:
+    """A step of training of a model."""
+    optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-3))
+
+    def step() -> None:
+        model.train()
+        model(facts, labels=facts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def answers(model: PeerForCausalLM, facts: torch.Tensor) -> Callable[[], None]:
+    """Greedy decoding of the values of several keys."""
+
+    def decode() -> None:
+        model.eval()
+        for fact in facts[:ANSWERS]:
+            model.generate(fact[None, :KEY_TOKENS], max_new_tokens=LENGTH - KEY_TOKENS, do_sample=False)
+
+    return decode
 
 
 def read(run: Run, folder: Path) -> dict[str, Any]:
-    """Tokens a second of all variants, in turn, with one thread: the median over rounds after a first one."""
-    keys = make_facts(ANSWERS, 8, run.seed)[0].tokens[:, :KEY_TOKENS]
-    models = {name: make_model(name, run.seed).eval() for name in VARIANTS}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    """
+    Seconds of a training step and tokens a second in decoding, of all variants in turn and with one thread: medians over
+    rounds after a first one.
+    """
+    facts = make_facts(BATCH_SIZE, 8, run.seed)[0].tokens
+    models = {name: make_model(name, run.seed) for name in VARIANTS}
+    work = {(name, make): make(model, facts) for name, model in models.items() for make in (training_step, answers)}
+    times: dict[tuple, list[float]] = {key: [] for key in work}
     for _ in range(1 + ROUNDS):
-        for name, model in models.items():
-            times[name].append(seconds_per_token(model, keys))
-    return {"tokens_per_second": {name: 1 / median(each[1:]) for name, each in times.items()}}
+        for key, call in work.items():
+            start = time.perf_counter()
+            call()
+            times[key].append(time.perf_counter() - start)
+    seconds = {key: median(each[1:]) for key, each in times.items()}
+    return {
+        "seconds_per_step": {name: seconds[name, training_step] for name in models},
+        "tokens_per_second": {name: ANSWERS * (LENGTH - KEY_TOKENS) / seconds[name, answers] for name in models},
+    }

@@ -17,8 +17,7 @@ from studies.capacity.plan import (
     ENTROPIES,
     FITS,
     LEARNED,
-    OTHER_MULTIPLIERS,
-    RATES,
+    MULTIPLIER,
     REMEMBERING,
     Results,
     Run,
@@ -69,8 +68,10 @@ def spread(values: list[float]) -> str:
 
 
 def ratio(values: list[float], others: list[float]) -> str:
-    """Geometric mean of the ratios, seed by seed, with its interval."""
-    logarithms = [math.log(value / other) for value, other in zip(values, others, strict=True)]
+    """Geometric mean of the ratios, seed by seed, with its interval; of one seed, the ratio."""
+    logarithms = [math.log(value / other) for value, other in zip(values, others, strict=False)]
+    if len(logarithms) == 1:
+        return f"{math.exp(logarithms[0]):.2f}"
     half = T_QUANTILE * stdev(logarithms) / math.sqrt(len(logarithms))
     low, middle, high = (math.exp(mean(logarithms) + sign * half) for sign in (-1, 0, 1))
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
@@ -90,35 +91,34 @@ def recalled(runs: list[Run], results: Results, part: str = "stored") -> str:
 def learned_table(results: Results) -> list[list[str]]:
     """What is learned in few exposures: at equal FLOPs with all seeds, of wide dense models with one."""
     found = available(VARIANTS, learning, results)
-    rows = [
-        ["learned", "parameters, M", "FLOPs, k", "KB read", "kbit", "of offered", "recalled", "to dense", "seconds"]
-    ]
+    rows = [["learned", "parameters, M", "FLOPs, k", "KB read", "kbit", "of offered", "recalled", "to dense"]]
     rows[0] += ["bits / parameter", "bits / active"]
     for name, runs in found.items():
         cost, own = costs(name).total, kilobits(runs, results)
-        to_dense = ratio(own, kilobits(found["dense"], results)) if name in AT_EQUAL_FLOPS and "dense" in found else ""
+        to_dense = ratio(own, kilobits(found["dense"], results)) if "dense" in found and name != "dense" else ""
         rows.append(
             [name, f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}"]
             + [f"{costs(name).weight_bytes_read / 1e3:.0f}", spread(own), share_offered(runs, results)]
-            + [recalled(runs, results), "" if name == "dense" else to_dense]
-            + [f"{mean(results[run.name]['training_seconds'] for run in runs):.0f}"]
+            + [recalled(runs, results), to_dense]
             + [f"{KBIT * mean(own) / part:.2f}" for part in (cost.parameters, cost.active_parameters)]
         )
     return rows
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """Kilobits of all trials."""
-    rows = [["trials, kbit", *(f"{rate:g}" for rate in RATES), "sixth", "seventh"]]
-    for name, runs in available(VARIANTS, all_trials, results).items():
-        first, others = runs[: len(RATES)], runs[len(RATES) :]
-        cells = [f"{value:,.0f}" for value in kilobits(first, results)]
-        for run, value in zip(others, kilobits(others, results), strict=True):
-            tables = run.multiplier in OTHER_MULTIPLIERS
-            cells.append(
-                f"{value:,.0f} (" + (f"v_i {run.multiplier:g}" if tables else f"{run.learning_rate:.2g}") + ")"
-            )
-        rows.append([name, *cells])
+    """Kilobits of all trials, by rate; the last two are named by what they change."""
+    found = available(VARIANTS, all_trials, results)
+    rates = sorted({run.learning_rate for runs in found.values() for run in runs[:-2]})
+    rows = [["trials, kbit", *(f"{rate:g}" for rate in rates), "and", "and"]]
+    for name, runs in found.items():
+        values = kilobits(runs, results)
+        first = {run.learning_rate: f"{value:,.0f}" for run, value in zip(runs[:-2], values[:-2], strict=True)}
+        last = [
+            f"{value:,.0f} ("
+            + (f"{run.learning_rate:.2g})" if run.multiplier == MULTIPLIER else f"v_i {run.multiplier:g})")
+            for run, value in zip(runs[-2:], values[-2:], strict=True)
+        ]
+        rows.append([name, *(first.get(rate, "") for rate in rates), *last])
     return rows
 
 
@@ -210,13 +210,17 @@ def forgetting_table(results: Results) -> list[list[str]]:
 
 
 def reading_table(results: Results) -> list[list[str]]:
-    """Tokens a second in decoding and bytes read for one, beside what the variant has learned."""
-    rows = [["reading", "kbit", "KB read per token", "tokens a second"]]
+    """
+    What the time buys: seconds of a training step, tokens a second in decoding and bytes read for one, beside what the
+    variant has learned.
+    """
+    rows = [["time", "kbit learned", "ms a step", "KB read per token", "tokens a second"]]
     found = available(VARIANTS, learning, results)
     for (run,) in available(["all"], reading, results).values():
         for name, speed in results[run.name]["tokens_per_second"].items():
             kbit = f"{mean(kilobits(found[name], results)):,.0f}" if name in found else ""
-            rows.append([name, kbit, f"{costs(name).weight_bytes_read / 1e3:,.0f}", f"{speed:.0f}"])
+            step = f"{1e3 * results[run.name]['seconds_per_step'][name]:.1f}"
+            rows.append([name, kbit, step, f"{costs(name).weight_bytes_read / 1e3:,.0f}", f"{speed:.0f}"])
     return rows
 
 

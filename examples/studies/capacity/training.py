@@ -3,7 +3,6 @@
 """How a model is trained to store something, and the runs that store facts and people."""
 
 import copy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ def store(
     exposures: int = 1,
     batch_size: int = 256,
     callbacks: list[TrainerCallback] | None = None,
-) -> float:
-    """Train a model on each example as often as `exposures` says. Returns the seconds that it took."""
+) -> None:
+    """Train a model on each example as often as `exposures` says."""
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=exposures,
@@ -56,23 +55,20 @@ def store(
         optimizers=(make_optimizer(model, arguments, 0.25, run.multiplier), None),
         callbacks=callbacks,
     )
-    start = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - start
 
 
 def store_facts(run: Run, folder: Path) -> dict[str, Any]:
     """A new model stores random facts. Returns what it stored of them and of the controls, and with narrow tables."""
     facts, controls = make_facts(run.load.number, run.load.token_bits, run.seed)
     model = make_model(run.subject, run.seed)
-    seconds = store(model, facts.examples, run, folder, run.load.exposures)
+    store(model, facts.examples, run, folder, run.load.exposures)
     narrow = (8, 4) if expert_tables(model) else ()
     return {
         "offered": facts.bits,
         "stored": measure(model, facts),
         "controls": {name: measure(model, each) for name, each in controls.items()},
         "in_bits": {bits: measure(quantize_experts(copy.deepcopy(model), bits), facts) for bits in narrow},
-        "training_seconds": seconds,
     }
 
 
@@ -80,8 +76,8 @@ def store_composed(run: Run, folder: Path) -> dict[str, Any]:
     """A new model stores facts that follow from two others, and is asked those that it was never told."""
     told, untold = make_composed_facts(run.load.number, run.seed)
     model = make_model(run.subject, run.seed)
-    seconds = store(model, told.examples, run, folder, run.load.exposures)
-    return {"stored": measure(model, told), "untold": measure(model, untold), "training_seconds": seconds}
+    store(model, told.examples, run, folder, run.load.exposures)
+    return {"stored": measure(model, told), "untold": measure(model, untold)}
 
 
 def store_people(run: Run, folder: Path) -> dict[str, Any]:
@@ -90,10 +86,9 @@ def store_people(run: Run, folder: Path) -> dict[str, Any]:
     people, unknown = drawn[: run.load.number], drawn[run.load.number :]
     model = make_model(run.subject, run.seed, vocab_size=len(VOCABULARY), max_position_embeddings=BLOCK)
     examples = [{"input_ids": own, "labels": own} for own in biographies(people, run.load.exposures, run.seed).long()]
-    seconds = store(model, examples, run, folder, batch_size=BATCH_TOKENS // BLOCK)
+    store(model, examples, run, folder, batch_size=BATCH_TOKENS // BLOCK)
     return {
         "parameters": model.num_parameters(),
         "stored": measure_people(model, people),
         "controls": {"unknown people": measure_people(model, unknown)},
-        "training_seconds": seconds,
     }
