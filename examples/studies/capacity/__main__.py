@@ -10,35 +10,17 @@ Killed at any point, the same command resumes. Each run is a file in --output_di
 tables and pictures are made from it.
 """
 
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-from transformers.utils import logging
-
 from common.command_line import parse_arguments
 from common.machine import machine
-from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import STAGES, Results, Run
-from studies.capacity.reading import read
 from studies.capacity.report import describe, plot
-from studies.capacity.training import store_composed, store_facts, store_people
+from studies.capacity.runs import make_all
 from studies.common.study_folder import read_json, sole_use, write_json, write_runs
-
-
-KINDS = {
-    "facts": store_facts,
-    "composed": store_composed,
-    "people": store_people,
-    "forgetting": teach_after,
-    "reading": read,
-}
 
 
 @dataclass
@@ -51,31 +33,6 @@ class CapacityArguments:
     hours: float | None = field(
         default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
     )
-
-
-def make_and_save(run: Run, folder: Path) -> None:
-    """Make a run in a process of the pool."""
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **KINDS[run.kind](run, folder)})
-
-
-def make_all(runs: list[Run], folder: Path, args: CapacityArguments, until: float) -> None:
-    """Make runs, of which none is begun after the time `until`."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
-    with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting, futures = list(runs), set()
-        with tqdm(total=len(runs)) as bar:
-            while futures or (waiting and time.time() < until):
-                while waiting and len(futures) < args.processes and time.time() < until:
-                    futures.add(pool.submit(make_and_save, waiting.pop(0), folder))
-                done = {future for future in futures if future.done()}
-                for future in done:
-                    future.result()
-                bar.update(len(done))
-                futures -= done
-                time.sleep(0.2)
 
 
 def results_of(folder: Path) -> Results:
@@ -101,7 +58,7 @@ def main():
             for name, run in read_json(Path(args.results))["runs"].items():
                 write_json(folder / "runs" / f"{name}.json", run)
         while (runs := next_runs(results_of(folder))) and time.time() < until:
-            make_all(runs, folder, args, until)
+            make_all(runs, folder, args.processes, until)
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
         results = results_of(folder)
         write_runs(folder / "results.json", head, results)
