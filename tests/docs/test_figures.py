@@ -246,9 +246,6 @@ def received(G, d, A, e, num_tokens):
 
 def scaling_study():
     results = scaling_results()
-    table = scaling.table_of_perplexities(results, results.plan.budgets[-1])
-    peer = numbers(re.search(r"^\| PEER .*", table, flags=re.M)[0])
-    yield README, fixed(0, float(peer[-2]))
     rows = [numbers(row) for row in scaling.table_of_experts(results).splitlines()[2:]]
     for row in rows:
         if row[0] in ("16,384", "65,536"):
@@ -298,10 +295,25 @@ def below_dense():
             *fixed(2, results.corpus_perplexity(runs), results.perplexity(runs)),
         ]
         yield QUALITY, cells
+    for runs in (large, at_seconds):
+        dense, own = (
+            results.part_losses([run for run in runs[name] if run.seed != 4]) for name in ("dense", "recipe")
+        )
+        yield QUALITY, percent(*(1 - math.exp(ours - theirs) for ours, theirs in zip(own, dense, strict=True)))
     falls = {run: parts[0] - parts[-1] for run in large["dense"] for parts in (results.part_losses([run]),)}
     other = min(falls, key=falls.get)
     yield RECIPE, [str(other.seed), *fixed(2, falls.pop(other), results.perplexity([other]))]
     yield RECIPE, fixed(2, min(falls.values()), max(falls.values()))
+
+
+def ngrams():
+    """What n-grams of as many tokens predict, beside dense and the recipe."""
+    results = recipe()
+    for budget, found in zip(results.plan.budgets, load(STUDIES + "recipe/ngrams.json").values(), strict=True):
+        of_models = [results.perplexity(results.compared(budget)[name]) for name in ("dense", "recipe")]
+        texts = results.plan.evaluation_texts
+        of_ngrams = [math.exp(mean(found[kind][text] for text in texts)) for kind in ("ngrams", "cache")]
+        yield QUALITY, [*fixed(1, found["tokens"] / 1e6), *fixed(2, *of_models, *of_ngrams)]
 
 
 def widths():
@@ -395,7 +407,7 @@ def forgetting():
 
 
 SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, vllm, teaching, many_gpus, scaling_study]
-SOURCES += [below_dense, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
+SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)

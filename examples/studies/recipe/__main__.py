@@ -6,6 +6,7 @@ product-key memories, at equal compute and at equal time.
 
     ./run study recipe                       # the plan plans/two-cores.json, twenty-four hours
     ./run study recipe --hours 2.5           # as much of it as two and a half hours allow
+    ./run study recipe --ngrams              # what n-grams of as many tokens predict, in minutes
     ./run study recipe --results examples/studies/recipe/results.json    # goes on from these runs
 
 run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
@@ -19,10 +20,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
-from studies.common.study_folder import sole_use, write_text
+from studies.common.study_folder import sole_use, write_json, write_text
 from studies.common.training_plan import DENSE, Run, budget_name
 from studies.common.training_study import TimeIsUp, TrainingStudyArguments
 from studies.recipe.cards import write_cards
+from studies.recipe.ngrams import ngrams_table, read_by_ngrams
 from studies.recipe.plan import (
     RECIPE,
     choose,
@@ -60,6 +62,7 @@ class RecipeArguments(TrainingStudyArguments):
             "help": "Hours after which no further run is begun; the same command goes on. Runs in progress end."
         },
     )
+    ngrams: bool = field(default=False, metadata={"help": "Only read the texts by n-grams, which takes minutes."})
 
 
 def run_study(study: Study) -> None:
@@ -136,6 +139,11 @@ def main():
     with sole_use(folder):
         made_elsewhere = None if args.results is None else read_results(Path(args.results))
         study = Study(plan, folder, args.num_processes, made_elsewhere, until=until)
+        if args.ngrams:
+            results = read_by_ngrams(study)
+            write_json(folder / "ngrams.json", results)
+            print(f"\n{ngrams_table(results)}\n\nIn {folder}: ngrams.json")
+            return
         try:
             run_study(study)
         except TimeIsUp as message:
