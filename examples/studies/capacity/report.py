@@ -244,7 +244,9 @@ def describe(results: Results) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first."""
+    """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first, once dense is there."""
+    if not available(["dense"], learning, results):
+        return
     figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     _plot_learned(results, left)

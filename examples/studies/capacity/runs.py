@@ -4,7 +4,7 @@
 
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,14 +41,13 @@ def make_all(runs: list[Run], folder: Path, num_processes: int, until: float) ->
     """Make runs, of which none is begun after the time `until`."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     with ProcessPoolExecutor(num_processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting, futures = list(runs), set()
+        waiting = list(runs)
+        futures: set[Future] = set()
         with tqdm(total=len(runs)) as bar:
             while futures or (waiting and time.time() < until):
                 while waiting and len(futures) < num_processes and time.time() < until:
                     futures.add(pool.submit(make_and_save, waiting.pop(0), folder))
-                done = {future for future in futures if future.done()}
+                done, futures = wait(futures, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
                 bar.update(len(done))
-                futures -= done
-                time.sleep(0.2)

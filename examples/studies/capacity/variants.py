@@ -18,13 +18,15 @@ SHARED = {
     "num_hidden_layers": LAYERS,
     "max_position_embeddings": 16,
     "tie_word_embeddings": True,
+    "initializer_range": 0.08,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
 }
 
 
 def _peer(num_experts: int, heads: int, k: int, kind: str = "peer") -> dict[str, Any]:
     sizes = {"num_experts": num_experts, "num_retrieval_heads": heads, "num_experts_per_head": k, "query_size": 32}
-    return {"feed_forward_types": [kind] * LAYERS, **sizes}
+    recipe = {"sub_keys_per_head": True, "expert_initializer_range": 0.1}
+    return {"feed_forward_types": [kind] * LAYERS, **sizes, **recipe}
 
 
 def _dense(width: int) -> dict[str, Any]:
@@ -50,7 +52,7 @@ AT_EQUAL_FLOPS = {
     "peer-262144": _peer(262144, 1, 80),
 }
 # Dense models with as many parameters in all as these, which take 3 and 10 times the FLOPs.
-WIDE = {"dense-as-peer-1024": _dense(730), "dense-as-peer-4096": _dense(2774)}
+WIDE = {"dense-as-peer-1024": _dense(748), "dense-as-peer-4096": _dense(2796)}
 VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
 
 

@@ -1,0 +1,195 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The study of stored facts: what there is to store, how it is measured, which runs are made, and resuming."""
+
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from main_runs import run_main
+from slow_tests import slow
+from torch import nn
+
+from studies.capacity import __main__ as capacity_study
+from studies.capacity import forgetting
+from studies.capacity.facts import KEY_TOKENS, VOCABULARY, make_composed_facts, make_facts, measure
+from studies.capacity.forgetting import teach_after
+from studies.capacity.people import BITS, IDS, VALUES, biographies, draw_people, measure_people
+from studies.capacity.people import VOCABULARY as WORDS
+from studies.capacity.plan import ARM_RATES, RATES, Load, Run, all_trials, chosen, trials
+from studies.capacity.report import ratio
+from studies.capacity.training import store_composed, store_facts, store_people
+from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, costs
+
+
+class Oracle(nn.Module):
+    """Predicts the next token of the sequences that it knows with probability one half, and others by chance."""
+
+    def __init__(self, sequences: list[list[int]], vocabulary: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.next = {tuple(own[:end]): own[end] for own in sequences for end in range(1, len(own))}
+
+    def forward(self, tokens):
+        odds = torch.zeros(*tokens.shape, self.vocabulary)
+        for row, own in enumerate(tokens.tolist()):
+            for end in range(1, len(own) + 1):
+                if (known := self.next.get(tuple(own[:end]))) is not None:
+                    odds[row, end - 1, known] = math.log(self.vocabulary - 1)
+        return SimpleNamespace(logits=odds)
+
+
+def test_bits_of_who_knows_all_and_of_who_knows_nothing():
+    facts, controls = make_facts(50, 4, seed=0)
+    knows = Oracle(facts.tokens.tolist(), VOCABULARY)
+    assert facts.bits == 50 * 8 * 4
+    assert measure(knows, facts) == {"bits": pytest.approx(50 * 8 * (4 - 1), rel=1e-5), "recalled": 1.0}
+    # By chance a token of a value takes all 8 bits of the vocabulary, 4 more than it has.
+    unseen = measure(knows, controls["unseen keys"])
+    assert unseen == {"bits": pytest.approx(-50 * 8 * 4, rel=1e-5), "recalled": 0.0}
+    assert measure(knows, controls["permuted values"])["bits"] < 0
+
+
+def test_keys_differ_and_begin_as_asked():
+    facts, controls = make_facts(3000, 8, seed=1, first_tokens=range(250, 254))
+    keys = torch.cat([facts.tokens, controls["unseen keys"].tokens])[:, :KEY_TOKENS]
+    assert len(keys.unique(dim=0)) == 6000
+    assert keys[:, 0].unique().tolist() == [250, 251, 252, 253] and keys[:, 1:].max() == 255
+    permuted = controls["permuted values"].tokens
+    assert torch.equal(permuted[:, :KEY_TOKENS], facts.tokens[:, :KEY_TOKENS])
+    assert (permuted[:, KEY_TOKENS:] != facts.tokens[:, KEY_TOKENS:]).any(1).all()
+    assert torch.equal(make_facts(3000, 8, seed=1, first_tokens=range(250, 254))[0].tokens, facts.tokens)
+    assert {own["labels"][KEY_TOKENS - 1].item() for own in facts.examples} == {-100}
+
+
+def test_composed_facts_follow_from_others():
+    told, untold = make_composed_facts(1000, seed=0)
+    values: dict[tuple, dict] = {}
+    for first, second, relation, *value in told.tokens.tolist():
+        values.setdefault((first, second), {})[relation] = value
+    assert len(values) == 1000 and all(len(own) == 12 for own in values.values())
+    assert len(untold.tokens) == 4 * 1000
+    for first, second, relation, *value in untold.tokens[::100].tolist():
+        own = values[first, second]
+        assert relation not in own
+        # What the others of its class say, who are known by the relations that they share.
+        same = [other for other in values.values() if all(other[r] == own[r] for r in other.keys() & own.keys())]
+        answers = [other[relation] for other in same if relation in other]
+        assert len(answers) > 2 and all(answer == value for answer in answers)
+
+
+def test_people_are_asked_in_a_wording_that_they_are_not_read_in():
+    people = draw_people(40, seed=0)
+    assert pytest.approx(47.6, abs=0.05) == BITS
+    assert len({person.name for person in people}) == 40
+    text = " ".join(str(token) for token in biographies(people, exposures=30, seed=0).flatten().tolist())
+    for attribute in VALUES:
+        person = people[0]
+        asked, answer = person.question(attribute), [IDS[word] for word in person.attributes[attribute]]
+        assert " ".join(map(str, asked[4:])) not in text
+        assert " ".join(map(str, answer)) in text
+    questions = [
+        [*person.question(attribute), *(IDS[word] for word in person.attributes[attribute])]
+        for person in people
+        for attribute in VALUES
+    ]
+    knows = Oracle(questions, len(WORDS))
+    measured = measure_people(knows, people)
+    tokens = sum(len(choices) for choices in VALUES.values())
+    assert measured == {"bits": pytest.approx(40 * (BITS - 1 - tokens), rel=1e-4), "recalled": 1.0}
+    assert measure_people(knows, draw_people(80, seed=0)[40:])["recalled"] == 0.0
+
+
+def test_variants_take_as_many_flops():
+    flops = {name: costs(name).total.flops for name in AT_EQUAL_FLOPS}
+    assert max(flops.values()) <= 1.05 * min(flops.values())
+    assert flops["dense"] <= min(flops[name] for name in flops if name.startswith("peer")) * 1.02
+    for name in WIDE:
+        peer = name.removeprefix("dense-as-")
+        assert costs(name).total.parameters == pytest.approx(costs(peer).total.parameters, rel=0.01)
+
+
+def test_trials_go_on_until_the_best_is_inside():
+    def result(runs, bits_of):
+        return {run.name: {"stored": {"bits": bits_of(run)}} for run in runs}
+
+    first = trials("dense", {})
+    assert [run.learning_rate for run in first] == [*RATES]
+    highest = result(first, lambda run: run.learning_rate)
+    assert [run.learning_rate for run in trials("dense", highest)] == [*RATES, 2 * RATES[-1]]
+    more = highest | result(trials("dense", highest)[-1:], lambda run: math.nan)
+    assert len(trials("dense", more)) == len(RATES) + 1
+    lowest = result(first, lambda run: -run.learning_rate)
+    assert trials("dense", lowest)[0].learning_rate == RATES[0] / 2
+    last = all_trials("dense", more)[-2:]
+    assert all(RATES[-1] / 2 < run.learning_rate < 2 * RATES[-1] for run in last)
+    values = all_trials("peer-256", result(trials("peer-256", {}), lambda run: run.learning_rate == 2e-3))
+    assert [(run.learning_rate, run.multiplier) for run in values[-2:]] == [(2e-3, 96), (2e-3, 384)]
+    best = result(values, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == 384))
+    assert chosen("peer-256", best).multiplier == 384
+
+
+def test_interval_of_a_ratio():
+    assert ratio([8, 8, 8], [1, 1, 1]) == "8.00 (8.00 to 8.00)"
+    # Logarithms of 2 and of one half around zero: the standard error is log 2 / sqrt(3).
+    half = math.exp(4.303 * math.log(2) / math.sqrt(3))
+    assert ratio([2, 1, 0.5], [1, 1, 1]) == f"1.00 ({1 / half:.2f} to {half:.2f})"
+
+
+def test_stores_facts_and_none_of_the_controls(tmp_path):
+    result = store_facts(Run("facts", "peer-1024", Load(64, 8, 60), 8e-3), tmp_path)
+    offered = result["offered"]
+    assert result["stored"]["bits"] > 0.9 * offered
+    # Of values that belong to other keys, it can tell the end from the beginning.
+    assert result["controls"]["unseen keys"]["bits"] < 0
+    assert result["controls"]["permuted values"]["bits"] < 0.7 * offered
+    assert result["in_bits"][8]["bits"] == pytest.approx(result["stored"]["bits"], rel=0.01)
+    assert result["in_bits"][4]["bits"] < result["in_bits"][8]["bits"]
+
+
+def test_stores_people_and_composed_facts(tmp_path):
+    people = store_people(Run("people", "dense", Load(20, 0, 40), 8e-3), tmp_path)
+    (unknown,) = people["controls"].values()
+    assert people["stored"]["bits"] > unknown["bits"]
+    composed = store_composed(Run("composed", "dense", Load(64, 8, 2), 4e-3), tmp_path)
+    assert composed["stored"]["bits"] > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a study in which all ways to teach begin with the same model."""
+    return tmp_path_factory.mktemp("forgetting")
+
+
+@pytest.mark.parametrize("arm", ARM_RATES)
+def test_second_facts(arm, folder, monkeypatch):
+    monkeypatch.setattr(forgetting, "BEFORE", Load(64, 8, 60))
+    monkeypatch.setattr(forgetting, "REFERENCE", 32)
+    result = teach_after(Run("forgetting", arm, Load(64, 8, 20), 4e-3), folder)
+    assert result["before"]["bits"] > 0.05 * result["offered"]["old"]
+    assert result["gained"]["bits"] > 0
+    assert result["stored"]["bits"] == result["left"]["bits"] + result["gained"]["bits"]
+    whole = costs("peer-16384").total.parameters
+    assert result["trained_parameters"] == whole if arm == "full" else result["trained_parameters"] < whole
+
+
+@slow
+def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    load = Load(256, 8, 1)
+    runs = [Run("facts", name, load, 1e-3) for name in ("dense", "peer-256")]
+    monkeypatch.setattr(capacity_study, "STAGES", ((["all"], lambda name, results: runs[: 1 + len(results)]),))
+    run_main(capacity_study, "--output_dir", tmp_path, "--hours", "0")
+    assert "the same command goes on" in capsys.readouterr().out
+    run_main(capacity_study, "--output_dir", tmp_path)
+    assert "the same command goes on" not in capsys.readouterr().out
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")}
+    assert len(files) == 2
+    run_main(capacity_study, "--output_dir", tmp_path)
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")}
+    results = capacity_study.results_of(tmp_path)
+    assert results[runs[1].name].items() >= asdict(runs[1]).items()
+    other = tmp_path / "other"
+    run_main(capacity_study, "--output_dir", other, "--results", tmp_path / "results.json", "--hours", "0")
+    assert capacity_study.results_of(other) == results
