@@ -37,6 +37,7 @@ from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
 from studies.scaling import report as scaling
 from studies.scaling.cards import make_cards as scaling_cards
+from studies.stream import arms as stream_arms
 from studies.stream import report as stream
 
 
@@ -271,6 +272,12 @@ def below_dense():
         if name == "2e13":
             yield README, percent(found.share, digits=0)
     small, large = map(results.compared, budgets)
+    stored = [
+        costs_of(runs["recipe"][0], results.plan).parameters / costs_of(runs["dense"][0], results.plan).parameters
+        for runs in (large, small)
+    ]
+    yield QUALITY, fixed(0, *stored)
+    yield README, fixed(0, stored[0])
     for name in ("moe-token-choice", "peer", "pkm", "pkm-gated"):
         found = results.below(small["recipe"], small[name])
         yield RECIPE, percent(found.low, found.high)
@@ -398,6 +405,21 @@ def forgetting():
     for arm in ("protected", "protected-generated"):
         shares = [found[arm]["mean"]["forgetting"] / found[each]["mean"]["forgetting"] for each in ("full", "lora")]
         yield RECIPE, percent(*shares, digits=0)
+    ungated = found["protected-ungated"]["mean"]["forgetting"] / found["full"]["mean"]["forgetting"]
+    yield CONTINUAL, percent(ungated, digits=0)
+    toy = PeerConfig.from_pretrained(configuration_path("peer-toy"))
+    before = model_costs(toy, sequence_length=256).total
+    for texts in (1, 4):
+        added = {
+            "mode": "protected",
+            "layers": [*range(toy.num_hidden_layers)],
+            "num_experts": stream_arms.ADDED_SIDE**2,
+        }
+        added |= {name: getattr(toy, name) for name in ("num_retrieval_heads", "num_experts_per_head")}
+        toy.expert_additions = [added] * texts
+        after = model_costs(toy, sequence_length=256).total
+        more = after.parameters / before.parameters - 1, after.flops / before.flops - 1
+        yield CONTINUAL, [str(texts), *fixed(1, after.parameters / 1e6), *percent(*more, digits=0)]
     for result in load(STUDIES + "facts/known_elsewhere/results.json")["arms"].values():
         of_kinds = (
             spread_cell(*(result["at_equal_learning"][each][f"{kind}_drop"] for each in ("mean", "deviation")))
