@@ -4,10 +4,30 @@
 
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import set_seed
 
-from modeling_peer import ModelCosts, PeerConfig, PeerForCausalLM, model_costs
+from modeling_peer import FeedForwardInterface, ModelCosts, PartCosts, PeerConfig, PeerForCausalLM, model_costs
 from studies.capacity.facts import LENGTH, VOCABULARY
+
+
+class MlpFeedForward(nn.Module):
+    """Two projections and no gate: published figures have gated ones store less of what they see a hundred times."""
+
+    def __init__(self, config: PeerConfig, layer_idx: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
+
+    @staticmethod
+    def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
+        size = 2 * config.hidden_size * config.intermediate_size
+        return PartCosts(2 * size, size, size)
 
 
 LAYERS = 2
@@ -29,13 +49,14 @@ def _peer(num_experts: int, heads: int, k: int, kind: str = "peer") -> dict[str,
     return {"feed_forward_types": [kind] * LAYERS, **sizes, **recipe}
 
 
-def _dense(width: int) -> dict[str, Any]:
-    return {"feed_forward_types": ["dense"] * LAYERS, "intermediate_size": width}
+def _dense(width: int, kind: str = "dense") -> dict[str, Any]:
+    return {"feed_forward_types": [kind] * LAYERS, "intermediate_size": width}
 
 
 # Fields of the configuration, by the name of the variant. All of these take 218,000 FLOPs a token ± 5 %.
 AT_EQUAL_FLOPS = {
     "dense": _dense(149),
+    "mlp": _dense(223, "mlp"),
     "moe-32": {
         "feed_forward_types": ["moe"] * LAYERS,
         "moe_num_experts": 32,
@@ -58,6 +79,7 @@ VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
 
 def configuration(variant: str, **fields: Any) -> PeerConfig:
     """The configuration of a variant, with other `fields`."""
+    FeedForwardInterface.register("mlp", MlpFeedForward)
     return PeerConfig(**{**SHARED, **VARIANTS[variant], **fields})
 
 
