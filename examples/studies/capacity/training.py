@@ -12,9 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from modeling_peer import make_optimizer, quantize_experts
 from modeling_peer.experts import expert_tables
 from studies.capacity.facts import make_composed_facts, make_facts, measure
-from studies.capacity.people import BLOCK, VOCABULARY, biographies, draw_people, measure_people
 from studies.capacity.plan import Run
 from studies.capacity.variants import make_model
+from studies.common.people import BLOCK, VOCABULARY, biographies, draw_people, measure_people
 
 
 BATCH_TOKENS = 4096

@@ -16,12 +16,12 @@ from studies.capacity import __main__ as capacity_study
 from studies.capacity import forgetting
 from studies.capacity.facts import KEY_TOKENS, VOCABULARY, make_composed_facts, make_facts, measure
 from studies.capacity.forgetting import teach_after
-from studies.capacity.people import BITS, IDS, VALUES, biographies, draw_people, measure_people
-from studies.capacity.people import VOCABULARY as WORDS
 from studies.capacity.plan import ARM_RATES, RATES, Load, Run, all_trials, chosen, trials
 from studies.capacity.report import ratio
 from studies.capacity.training import store_composed, store_facts, store_people
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, costs
+from studies.common.people import BITS, IDS, VALUES, biographies, draw_people, measure_people
+from studies.common.people import VOCABULARY as WORDS
 
 
 class Oracle(nn.Module):
@@ -87,11 +87,13 @@ def test_people_are_asked_in_a_wording_that_they_are_not_read_in():
     text = " ".join(str(token) for token in biographies(people, exposures=30, seed=0).flatten().tolist())
     for attribute in VALUES:
         person = people[0]
-        asked, answer = person.question(attribute), [IDS[word] for word in person.attributes[attribute]]
-        assert " ".join(map(str, asked[4:])) not in text
+        asked, answer = (
+            [IDS[word] for word in words] for words in (person.question(attribute), person.attributes[attribute])
+        )
+        assert " ".join(map(str, asked[3:])) not in text
         assert " ".join(map(str, answer)) in text
     questions = [
-        [*person.question(attribute), *(IDS[word] for word in person.attributes[attribute])]
+        [IDS[word] for word in (".", *person.question(attribute), *person.attributes[attribute])]
         for person in people
         for attribute in VALUES
     ]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from documentation import ROOT
 
-from studies.recipe.ngrams import KneserNey, counts_in_sequence, losses, losses_by_ngrams, ngrams_table, with_cache
+from studies.common.ngrams import KneserNey, counts_in_sequence, losses, losses_by_ngrams, with_cache
+from studies.recipe.ngrams import ngrams_table
 
 
 TEXT = np.random.default_rng(0).integers(0, 6, (40, 30)) // 2  # 0, 1 and 2, of unequal contexts

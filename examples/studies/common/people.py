@@ -99,20 +99,20 @@ class Person:
     pronoun: str
     attributes: dict[str, tuple[str, ...]]
 
-    def biography(self, generator: np.random.Generator) -> list[int]:
-        """All attributes in a new order, each in one of the wordings that are trained. The first has the name."""
+    def biography(self, generator: np.random.Generator) -> list[str]:
+        """
+        The words of all attributes in a new order, each in one of the wordings that are trained. The first has the name.
+        """
         words: list[str] = []
         for attribute in generator.permutation([*VALUES]):
             wording = WORDINGS[attribute][generator.integers(len(WORDINGS[attribute]) - 1)]
             subject = (self.pronoun,) if words else self.name
             words += [*subject, *wording.split(), *self.attributes[attribute], "."]
-        return [IDS[word] for word in words]
+        return words
 
-    def question(self, attribute: str) -> list[int]:
-        """
-        The end of a sentence, the name and the wording that is never trained, behind which the attribute is the answer.
-        """
-        return [IDS[word] for word in (".", *self.name, *WORDINGS[attribute][-1].split())]
+    def question(self, attribute: str) -> list[str]:
+        """The words of the name and of the wording that is never trained, behind which the attribute is the answer."""
+        return [*self.name, *WORDINGS[attribute][-1].split()]
 
 
 def draw_people(number: int, seed: int) -> list[Person]:
@@ -135,7 +135,7 @@ def biographies(people: list[Person], exposures: int, seed: int) -> torch.Tensor
     """`(num_sequences, BLOCK)`: in each exposure every person once, in a new order, one behind the other."""
     generator = np.random.default_rng(seed)
     words = [
-        word
+        IDS[word]
         for _ in range(exposures)
         for place in generator.permutation(len(people))
         for word in people[place].biography(generator)
@@ -153,7 +153,9 @@ def measure_people(model: nn.Module, people: list[Person]) -> dict[str, float]:
     with evaluation(model):
         for attribute, values in VALUES.items():
             answers = torch.tensor([[IDS[word] for word in person.attributes[attribute]] for person in people])
-            tokens = torch.cat([torch.tensor([person.question(attribute) for person in people]), answers], dim=1)
+            # Behind the end of a sentence, as in training.
+            asked = [[IDS["."], *(IDS[word] for word in person.question(attribute))] for person in people]
+            tokens = torch.cat([torch.tensor(asked), answers], dim=1)
             for own, answer in zip(tokens.split(1024), answers.split(1024), strict=True):
                 logits = model(own).logits[:, -1 - answer.shape[1] : -1].float()
                 surprise = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), reduction="sum").item()

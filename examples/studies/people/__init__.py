@@ -1,0 +1,1 @@
+"""How many invented people, told among real text, models of equal seconds of training remember."""

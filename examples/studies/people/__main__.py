@@ -1,0 +1,136 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with ten thousand invented people
+among it, and asks them about these people.
+
+    ./run study people                 # twelve hours on two cores
+    ./run study people --hours 2.5     # begins no training after that; the same command goes on
+
+Killed at any point, the same command resumes. Each result is a file in --output_dir; `results.json` sums them up.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from common.command_line import parse_arguments
+from common.machine import machine
+from common.text_data import DataTrainingArguments, tokenize_into_blocks
+from studies.common.ngrams import losses_by_ngrams
+from studies.common.people import draw_people
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
+from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, train, trials
+from studies.people.report import describe
+from studies.people.texts import CORPUS, Amounts, held_out, load_tokenizer, losses, prepare, recall
+
+
+ASKED = 1000  # people, and as many others
+
+
+@dataclass
+class PeopleArguments:
+    """How much there is to read, for how long, and where the results are saved."""
+
+    output_dir: str = field(default="runs/people", metadata={"help": "Output folder."})
+    hours: float | None = field(default=None, metadata={"help": "Hours after which no further training is begun."})
+    seconds: float = field(default=6300, metadata={"help": "Seconds of training of each model."})
+    trial_steps: int = field(default=150, metadata={"help": "Steps of each trial of a rate."})
+    seeds: int = field(default=1, metadata={"help": "Number of seeds."})
+    people: int = field(default=10_000, metadata={"help": "Number of people."})
+    exposures: int = field(default=20, metadata={"help": "Biographies of each person."})
+    characters: int = field(default=28_000_000, metadata={"help": "Characters of real text."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a sequence."})
+    held_out_sequences: int = field(default=64, metadata={"help": "Sequences of each held-out text."})
+
+    @property
+    def amounts(self) -> Amounts:
+        """What the texts are made of."""
+        return Amounts(self.people, self.exposures, self.characters, 8192, self.block_size, self.held_out_sequences)
+
+
+def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
+    """The result of a run, which is trained and measured if it is not there: losses of held-out texts, and recall."""
+    file = folder / "results" / f"{run.name}.json"
+    if not file.exists():
+        output = train(run, folder, args.block_size)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(output), load_tokenizer(folder)
+        told, others = draw_people(args.people, seed=0), draw_people(ASKED, seed=1)
+        result = {
+            **asdict(run),
+            "parameters": model.num_parameters(),
+            "losses": losses(model, held_out(folder)),
+            "recall": recall(model, tokenizer, told[:ASKED]),
+            "recall of others": recall(model, tokenizer, others),
+            "training": read_json(output / "all_results.json"),
+        }
+        write_json(file, result)
+    return read_json(file)
+
+
+def read_by_ngrams(folder: Path, args: PeopleArguments, tokens: int) -> dict[str, Any]:
+    """What n-grams of as many tokens as a model read predict of the second half of sequences, made once."""
+    file = folder / "ngrams.json"
+    if not file.exists():
+        tokenizer = load_tokenizer(folder)
+        text = Dataset.from_parquet(str(folder / "train.parquet"))
+        blocks = tokenize_into_blocks(text, tokenizer, args.block_size, DataTrainingArguments()).shuffle(seed=0)
+        train_blocks = np.array(blocks.select(range(min(len(blocks), tokens // args.block_size)))["input_ids"])
+        texts = {name: each.numpy() for name, each in held_out(folder).items()}
+        # 8,192 tokens to the fifth are more than an integer holds.
+        half = args.block_size // 2
+        write_json(file, losses_by_ngrams(train_blocks, texts, len(tokenizer), CORPUS, order=4, first=half))
+    return read_json(file)
+
+
+def make_study(args: PeopleArguments, folder: Path, until: float) -> dict[str, Any] | None:
+    """Makes what is missing. Returns all results, or `None` if the time did not suffice."""
+    prepare(folder, args.amounts)
+    tried: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for arm in ARMS:
+        for run in trials(arm, args.trial_steps):
+            if time.time() > until:
+                return None
+            tried.setdefault(arm, []).append((run, measured(run, folder, args)))
+    results = []
+    for seed in range(args.seeds):
+        for arm, found in tried.items():
+            if time.time() > until:
+                return None
+            best, _ = min(found, key=lambda pair: pair[1]["losses"][CORPUS]["all"])
+            seconds = median(result["training"]["train_runtime"] / run.steps for run, result in found)
+            run = Run(arm, max(1, round(args.seconds / seconds)), best.learning_rate, seed)
+            results.append(measured(run, folder, args))
+    return {
+        "arguments": asdict(args),
+        "machine": machine(),
+        "trials": [result for found in tried.values() for _, result in found],
+        "runs": results,
+        "ngrams": read_by_ngrams(folder, args, results[0]["steps"] * TOKENS_PER_STEP),
+    }
+
+
+def main():
+    (args,) = parse_arguments((PeopleArguments,), __doc__)
+    logging.set_verbosity_error()
+    folder = Path(args.output_dir)
+    until = time.time() + 3600 * (1000 if args.hours is None else args.hours)
+    with sole_use(folder):
+        claim_folder(folder, {name: value for name, value in vars(args).items() if name != "hours"})
+        results = make_study(args, folder, until)
+        if results is None:
+            print("The time is up: the same command goes on.")
+            return
+        write_json(folder / "results.json", results)
+        print(f"\n{describe(results)}\n\nIn {folder}: results.json, models")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The arms: which model is trained with which rates, by run_clm.py, and for how long."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.subprocesses import EXAMPLES, module_environment
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    A model and the learning rates of its trials.
+
+    Args:
+        configuration (`str`): Its named configuration.
+        rates (`tuple[float]`): Learning rates to try.
+        overrides (`dict`): Fields in which it differs from the configuration.
+    """
+
+    configuration: str
+    rates: tuple[float, ...]
+    overrides: dict[str, Any]
+
+
+# A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
+MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
+ARMS = {
+    "dense": Arm("dense-laptop", (1e-3, 2e-3, 4e-3), {}),
+    "peer": Arm("peer-laptop", (1e-3, 2e-3, 4e-3), {}),
+    "pkm": Arm("peer-laptop", (1e-3, 2e-3, 4e-3), MEMORY),
+}
+TOKENS_PER_STEP = 8192
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of an arm."""
+
+    arm: str
+    steps: int
+    learning_rate: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.seed}"
+
+
+def train(run: Run, folder: Path, block: int) -> Path:
+    """Trains a model by run_clm.py, which resumes where it was killed. Returns its folder."""
+    arm, output = ARMS[run.arm], folder / "models" / run.name
+    if (output / "all_results.json").exists():
+        return output
+    arguments = {
+        "config_name": arm.configuration,
+        "config_overrides": json.dumps(arm.overrides),
+        "tokenizer_name": folder / "tokenizer",
+        "train_file": folder / "train.parquet",
+        "output_dir": output,
+        "block_size": block,
+        "per_device_train_batch_size": TOKENS_PER_STEP // block,
+        "max_steps": run.steps,
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "seed": run.seed,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    command = [sys.executable, str(EXAMPLES / "run_clm.py"), "--do_train", *flags]
+    subprocess.run(command, env=module_environment(), check=True)
+    return output
+
+
+def trials(arm: str, steps: int) -> list[Run]:
+    """The trials of an arm."""
+    return [Run(arm, steps, rate) for rate in ARMS[arm].rates]

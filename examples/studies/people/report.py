@@ -1,0 +1,36 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the study of people."""
+
+from math import exp
+from statistics import mean
+from typing import Any
+
+from studies.common.tables import markdown_table
+from studies.people.texts import HELD_OUT_TEXTS
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Recall and perplexity of each arm, n-grams beside them, and the trials."""
+    texts = list(HELD_OUT_TEXTS)
+    rows = [["", "parameters, M", "rate", "steps", "people recalled", "others", "perplexity", "of the second half"]]
+    for run in results["runs"]:
+        shares = [f"{mean(run[each].values()):.1%}" for each in ("recall", "recall of others")]
+        perplexities = [
+            f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
+        ]
+        cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['steps']:,}"]
+        rows.append([run["arm"], *cells, *shares, *perplexities])
+    for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
+        found = exp(mean(results["ngrams"][kind][text] for text in texts))
+        rows.append([label, *[""] * 6, f"{found:.2f}"])
+    trials = [["trials", "rate", "perplexity of the corpus", "seconds per step"]]
+    for run in results["trials"]:
+        seconds = run["training"]["train_runtime"] / run["steps"]
+        trials.append(
+            [run["arm"], f"{run['learning_rate']:g}", f"{exp(run['losses']['corpus']['all']):.2f}", f"{seconds:.2f}"]
+        )
+    attributes = list(results["runs"][0]["recall"])
+    by_attribute = [["recalled", *attributes]]
+    by_attribute += [[run["arm"], *(f"{run['recall'][each]:.1%}" for each in attributes)] for run in results["runs"]]
+    return "\n\n".join(map(markdown_table, (rows, by_attribute, trials)))

@@ -1,0 +1,146 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Real text with the biographies of invented people among it, and what of both a model is asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from common.text_data import train_tokenizer
+from modeling_peer.analysis.evaluation import evaluation
+from studies.common.corpora import load_corpus
+from studies.common.people import VALUES, Person, draw_people
+
+
+TRAINING_TEXTS = ("python-docs", "linux-docs", "perl-docs", "php-docs", "sqlite-docs", "prose")
+HELD_OUT_TEXTS = ("brown", "handbook", "postgresql-docs", "django-docs", "git-docs")
+CORPUS = "corpus"  # held out of the training texts: rates are chosen by it
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """
+    How much there is to read.
+
+    Args:
+        people, exposures (`int`): Number of people, and of biographies of each.
+        characters (`int`): Characters of real text beside them.
+        vocabulary, block (`int`): Size of the tokenizer, and tokens of a sequence.
+        held_out (`int`): Sequences of each held-out text.
+    """
+
+    people: int
+    exposures: int
+    characters: int
+    vocabulary: int
+    block: int
+    held_out: int
+
+
+def biography(person: Person, generator: np.random.Generator) -> str:
+    """A biography as text."""
+    return " ".join(person.biography(generator)).replace(" .", ".")
+
+
+def prepare(folder: Path, amounts: Amounts) -> None:
+    """Writes the training text, `train.parquet`, the tokenizer and the held-out sequences of each text, once."""
+    if (folder / "prepared").exists():
+        return
+    parts = [load_corpus(name) for name in TRAINING_TEXTS]
+    documents, corpus = (concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation"))
+    documents = documents.select_columns("text").shuffle(seed=0)
+    lengths = np.cumsum([len(text) for text in documents["text"]])
+    documents = documents.select(range(int(np.searchsorted(lengths, amounts.characters))))
+    generator = np.random.default_rng(0)
+    people = draw_people(amounts.people, seed=0)
+    told = [biography(person, generator) for _ in range(amounts.exposures) for person in people]
+    train = concatenate_datasets([documents, Dataset.from_dict({"text": told})]).shuffle(seed=0)
+    train.to_parquet(folder / "train.parquet")
+    tokenizer = train_tokenizer(train, "text", amounts.vocabulary, amounts.block)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    held_out = {
+        CORPUS: corpus,
+        **{name: concatenate_datasets([*load_corpus(name).values()]) for name in HELD_OUT_TEXTS},
+    }
+    for name, texts in held_out.items():
+        blocks(texts["text"], tokenizer, amounts).save_to_disk(folder / "held_out" / name)
+    (folder / "prepared").touch()
+
+
+def blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, amounts: Amounts) -> Dataset:
+    """Sequences that each lie in one document, drawn at random."""
+    found = []
+    for text in texts:
+        tokens = torch.tensor(tokenizer(text)["input_ids"])
+        found += tokens[: len(tokens) // amounts.block * amounts.block].view(-1, amounts.block).tolist()
+    sequences = Dataset.from_dict({"input_ids": found}).shuffle(seed=0)
+    return sequences.select(range(min(amounts.held_out, len(sequences))))
+
+
+def held_out(folder: Path) -> dict[str, torch.Tensor]:
+    """The held-out sequences by the name of their text."""
+    return {
+        name: torch.tensor(load_from_disk(folder / "held_out" / name)["input_ids"])
+        for name in (CORPUS, *HELD_OUT_TEXTS)
+    }
+
+
+def recall(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, people: list[Person], batch_size: int = 64
+) -> dict[str, float]:
+    """
+    The share of people of each attribute that greedy decoding gets right, asked in the wording that is never trained
+    and behind the end of a text.
+    """
+    shares = {}
+    with evaluation(model):
+        for attribute in VALUES:
+            right = 0
+            pairs = [_ask(tokenizer, person, attribute) for person in people]
+            for start in range(0, len(pairs), batch_size):
+                batch = pairs[start : start + batch_size]
+                width = max(len(tokens) for tokens, _ in batch)
+                # Behind an answer nothing is asked: what stands there does not matter.
+                padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
+                found = model(padded).logits.argmax(-1).tolist()
+                right += sum(
+                    own[begin - 1 : len(tokens) - 1] == tokens[begin:]
+                    for own, (tokens, begin) in zip(found, batch, strict=True)
+                )
+            shares[attribute] = right / len(people)
+    return shares
+
+
+def _ask(tokenizer, person, attribute):
+    """The tokens of a question with its answer, and where the answer begins."""
+    question = " ".join(person.question(attribute))
+    answer = f"{question} {' '.join(person.attributes[attribute])}"
+    asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
+    return [tokenizer.eos_token_id, *whole], 1 + len(asked)
+
+
+def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, float]]:
+    """Nats per token of each text, over all of a sequence and over its second half."""
+    found = {}
+    with evaluation(model):
+        for name, text in texts.items():
+            of_tokens = torch.cat(
+                [
+                    F.cross_entropy(model(own).logits[:, :-1].float().transpose(1, 2), own[:, 1:], reduction="none")
+                    for own in text.split(batch_size)
+                ]
+            )
+            half = text.shape[1] // 2
+            found[name] = {"all": of_tokens.mean().item(), "second half": of_tokens[:, half - 1 :].mean().item()}
+    return found
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of [`prepare`]."""
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
