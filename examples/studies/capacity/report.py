@@ -123,7 +123,7 @@ def trials_table(results: Results) -> list[list[str]]:
 
 
 def controls_table(results: Results) -> list[list[str]]:
-    """The largest bits that a control has, either way, as a share of what is offered."""
+    """The most bits that a control has, as a share of what is offered."""
     found = available(AT_EQUAL_FLOPS, learning, results)
     rows = [["controls, % of offered", "unseen keys", "permuted values"]]
     for name, runs in found.items():
