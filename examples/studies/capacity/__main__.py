@@ -5,6 +5,7 @@ Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of
 
     ./run study capacity                 # the whole plan, about eight hours on two cores
     ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
+    ./run study capacity --results examples/studies/capacity/results.json --hours 2.5    # goes on from these runs
 
 Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up, and
 tables and pictures are made from it.
@@ -17,10 +18,14 @@ from typing import Any
 
 from common.command_line import parse_arguments
 from common.machine import machine
+from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
 from studies.capacity.plan import STAGES, Results, Run
+from studies.capacity.reading import measure_times
 from studies.capacity.report import describe, plot
 from studies.capacity.runs import make_all
-from studies.common.study_folder import read_json, sole_use, write_json, write_runs
+from studies.capacity.training import BATCH_SIZE
+from studies.capacity.variants import SHARED
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
 
 
 @dataclass
@@ -54,16 +59,22 @@ def main():
     folder, start = Path(args.output_dir), time.time()
     until = start + 3600 * (args.hours if args.hours is not None else 1000)
     with sole_use(folder):
+        # What runs have in common, and their names do not say.
+        claim_folder(folder, {"shared": SHARED, "tokens": [KEY_TOKENS, VALUE_TOKENS], "batch_size": BATCH_SIZE})
         if args.results is not None:
             for name, run in read_json(Path(args.results))["runs"].items():
                 write_json(folder / "runs" / f"{name}.json", run)
         while (runs := next_runs(results_of(folder))) and time.time() < until:
             make_all(runs, folder, args.processes, until)
+        times = folder / "times.json"
+        if not runs and not times.exists():
+            write_json(times, measure_times())
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
+        head["times"] = read_json(times) if times.exists() else {}
         results = results_of(folder)
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
-        print(f"\n{describe(results)}\n\nIn {folder}: results.json, results.png")
+        print(f"\n{describe(results, head['times'])}\n\nIn {folder}: results.json, results.png")
         if runs:
             print("The study is not finished: the same command goes on.")
 

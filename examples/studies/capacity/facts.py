@@ -52,7 +52,8 @@ def make_facts(
 ) -> tuple[Facts, dict[str, Facts]]:
     """
     Facts to store, whose keys differ and begin with one of `first_tokens`; and controls, of which a model has stored
-    nothing: other keys, and the same keys with the values of others.
+    nothing: other keys, and the same keys with the values of others, each token of another one. (A model may have stored
+    how a value goes on, whatever its key.)
     """
     generator = np.random.default_rng(seed)
     endings = VOCABULARY ** (KEY_TOKENS - 1)
@@ -60,7 +61,9 @@ def make_facts(
     keys = np.stack([numbers // VOCABULARY**place % VOCABULARY for place in reversed(range(KEY_TOKENS))], axis=1)
     values = generator.integers(round(2**token_bits), size=(2 * num_facts, VALUE_TOKENS))
     known, unseen = torch.from_numpy(np.concatenate([keys, values], axis=1)).split(num_facts)
-    permuted = torch.cat([known[:, :KEY_TOKENS], known[:, KEY_TOKENS:].roll(1, 0)], dim=1)
+    permuted = known.clone()
+    for place in range(VALUE_TOKENS):
+        permuted[:, KEY_TOKENS + place] = known[:, KEY_TOKENS + place].roll(place + 1)
     controls = {"unseen keys": unseen, "permuted values": permuted}
     return Facts(known, token_bits), {name: Facts(each, token_bits) for name, each in controls.items()}
 

@@ -26,7 +26,7 @@ from studies.capacity.variants import make_model
 # subject's words do. Where nothing tells keys apart, no gate can.
 HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
 BASE_RATE = 4e-3
-ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE = 4096, 1024, 2048
+ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
 
 
 def base_model(seed: int, folder: Path, facts: Facts) -> PeerForCausalLM:
@@ -50,7 +50,7 @@ def prepare(arm: str, model: PeerForCausalLM, old: Facts, new: Facts) -> tuple[n
             from peft import LoraConfig, get_peft_model
 
             targets = [name for name, each in model.named_modules() if type(each) is nn.Linear and name != "lm_head"]
-            config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+            config = LoraConfig(r=64, lora_alpha=128, target_modules=targets, task_type="CAUSAL_LM")
             return get_peft_model(model, config), []
         case "sparse":
             background = ExpertBackground.measure(model, old.examples[:REFERENCE], batch_size=256, progress_bar=False)
@@ -76,7 +76,10 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     before = measure(model, old)
     model, callbacks = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    store(model, new.examples, run, folder, run.load.exposures, callbacks=callbacks)
+    examples = new.examples
+    if run.subject == "replay":
+        examples += old.examples[: round(REPLAYED * len(examples))]
+    store(model, examples, run, folder, run.load.exposures, callbacks=callbacks)
     left, gained = measure(model, old), measure(model, new)
     return {
         "offered": {"old": old.bits, "new": new.bits},

@@ -11,13 +11,14 @@ import numpy as np
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE
 
 
-SEEDS = (0, 1, 2)
-# Every variant has a trial with each of these rates, and two more. Where the best is not inside the range, it goes on.
-RATES, MOST_TRIALS = (1e-3, 2e-3, 4e-3), 6
-# The rate of v_i as a multiple of that of u_i: the default of `make_optimizer`, and what the last two trials have.
-MULTIPLIER, OTHER_MULTIPLIERS = 192.0, (96.0, 384.0)
-# Dense feed-forwards and MoE have none: their last two trials have rates in between.
-BETWEEN = (2**-0.5, 2**0.5)
+# Trials have a seed of their own.
+TRIAL_SEED, SEEDS = 0, (1, 2, 3)
+# Six trials of each variant. Where the best has the lowest or the highest rate, up to three more go on beyond it.
+RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
+# Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
+MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
+# Dense feed-forwards and MoE have no tables: their other trials have rates between and beyond these.
+MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Run:
     A run of the study.
 
     Args:
-        kind (`str`): What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`);
-            or `"reading"`, in which nothing is.
+        kind (`str`): What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`).
         subject (`str`): A variant, or a way to train in a run of forgetting.
         load (`Load`): How much is stored.
         learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
@@ -55,7 +55,7 @@ class Run:
     load: Load
     learning_rate: float
     multiplier: float = MULTIPLIER
-    seed: int = 0
+    seed: int = TRIAL_SEED
 
     @property
     def name(self) -> str:
@@ -67,29 +67,34 @@ class Run:
 Results = dict[str, dict[str, Any]]
 
 # What the picture cannot do without comes first.
-MAIN = ("dense", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-16384")
+MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")
+# Aims are about these two, and about the better of the dense ones.
+DENSE, LARGE = ("dense", "mlp"), "peer-65536"
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
 ENTROPIES = (2, 4, 6)
 # What fits: at least 1.3 times two bits a parameter.
 FITS = {
     "dense": Load(2**13, 8, exposures=100),
+    "mlp": Load(2**13, 8, exposures=100),
     "peer-256": Load(2**13, 8, exposures=100),
     "peer-1024": Load(2**14, 8, exposures=100),
     "peer-4096": Load(3 * 2**14, 8, exposures=100),
 }
 AT_THE_LIMIT = {name: Load(2**13, 8, exposures=1000) for name in ("dense", "peer-256")}
-COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-16384", "peer-16384")
+COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
 PEOPLE, PEOPLE_TRIALS = Load(10_000, 0, exposures=100), Load(10_000, 0, exposures=20)
 REMEMBERING = ("dense", "peer-1024", "peer-16384")
 # A second set of facts after a first, by the way in which it is taught, with three trials each.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
-ARM_RATES = {
-    "full": (2.5e-4, 1e-3, 4e-3),
-    "lora": (1e-3, 4e-3, 1.6e-2),
-    "sparse": (1e-3, 4e-3, 1.6e-2),
-    "protected": (1e-3, 4e-3, 1.6e-2),
-    "protected-ungated": (1e-3, 4e-3, 1.6e-2),
+# Rates, and the multiplier of v_i: 4 makes it that of all other parameters.
+ARM_TRIALS = {
+    "full": ((2.5e-4, 192.0), (1e-3, 192.0), (1e-3, 4.0), (4e-3, 4.0)),
+    "replay": ((2.5e-4, 192.0), (1e-3, 192.0), (1e-3, 4.0), (4e-3, 4.0)),
+    "lora": ((1e-3, 192.0), (4e-3, 192.0), (1.6e-2, 192.0)),
+    "sparse": ((1e-3, 192.0), (4e-3, 192.0), (1.6e-2, 192.0)),
+    "protected": ((1e-3, 192.0), (4e-3, 192.0), (1e-3, 48.0), (4e-3, 48.0)),
+    "protected-ungated": ((1e-3, 192.0), (4e-3, 192.0), (1e-3, 48.0), (4e-3, 48.0)),
 }
 
 
@@ -104,45 +109,42 @@ def with_seeds(run: Run) -> list[Run]:
 
 
 def trials(variant: str, results: Results, kind: str = "facts", load: Load = LEARNED) -> list[Run]:
-    """The first trials of a variant: of all rates, and beyond them while the best is the lowest or the highest."""
-    runs = [Run(kind, variant, load, rate) for rate in RATES]
-    while all(run.name in results for run in runs) and len(runs) < MOST_TRIALS:
-        found = best(runs, results)
-        if found is runs[0]:
-            runs.insert(0, replace(found, learning_rate=found.learning_rate / 2))
-        elif found is runs[-1]:
-            runs.append(replace(found, learning_rate=2 * found.learning_rate))
-        else:
-            break
-    return runs
-
-
-def all_trials(variant: str, results: Results) -> list[Run]:
-    """All trials of a variant: the first, and two more at the best rate of these."""
-    first = trials(variant, results)
-    start = best(first, results)
+    """All trials of a variant, and those beyond the lowest or the highest rate while it is the best."""
     if variant.startswith(("peer", "pkm")):
-        return first + [replace(start, multiplier=multiplier) for multiplier in OTHER_MULTIPLIERS]
-    return first + [replace(start, learning_rate=factor * start.learning_rate) for factor in BETWEEN]
+        runs = [
+            Run(kind, variant, load, rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES
+        ]
+    else:
+        runs = [Run(kind, variant, load, rate) for rate in sorted((*RATES, *MORE_RATES))]
+    rates = sorted({run.learning_rate for run in runs})
+    for _ in range(MOST_BEYOND):
+        if not all(run.name in results for run in runs):
+            break
+        found = best(runs, results)
+        if found.learning_rate == rates[0]:
+            rates.insert(0, rates[0] / 2)
+            runs.append(replace(found, learning_rate=rates[0]))
+        elif found.learning_rate == rates[-1]:
+            rates.append(2 * rates[-1])
+            runs.append(replace(found, learning_rate=rates[-1]))
+    return runs
 
 
 def chosen(variant: str, results: Results) -> Run:
     """The best of all trials of a variant."""
-    return best(all_trials(variant, results), results)
+    return best(trials(variant, results), results)
 
 
 def learning(variant: str, results: Results) -> list[Run]:
     """What is learned, with all seeds at equal FLOPs."""
     run = chosen(variant, results)
-    return with_seeds(run) if variant in AT_EQUAL_FLOPS else [run]
+    return with_seeds(run) if variant in AT_EQUAL_FLOPS else with_seeds(run)[:1]
 
 
 def of_all_entropies(variant: str, results: Results) -> list[Run]:
     """What is learned of values of less entropy, and of the usual one."""
-    return [
-        replace(chosen(variant, results), load=replace(LEARNED, token_bits=bits))
-        for bits in (*ENTROPIES, LEARNED.token_bits)
-    ]
+    run = learning(variant, results)[0]
+    return [replace(run, load=replace(LEARNED, token_bits=bits)) for bits in (*ENTROPIES, LEARNED.token_bits)]
 
 
 def trials_that_fit(variant: str, results: Results) -> list[Run]:
@@ -154,17 +156,17 @@ def trials_that_fit(variant: str, results: Results) -> list[Run]:
 def fitting(variant: str, results: Results) -> list[Run]:
     """What fits, with all seeds; with one of the largest pool, a run of which takes an hour."""
     run = best(trials_that_fit(variant, results), results)
-    return [run] if variant == "peer-4096" else with_seeds(run)
+    return with_seeds(run)[:1] if variant == "peer-4096" else with_seeds(run)
 
 
 def at_the_limit(variant: str, results: Results) -> list[Run]:
     """What fits after 1,000 exposures."""
-    return [replace(best(trials_that_fit(variant, results), results), load=AT_THE_LIMIT[variant])]
+    return [replace(fitting(variant, results)[0], load=AT_THE_LIMIT[variant])]
 
 
 def composing(variant: str, results: Results) -> list[Run]:
     """Composed facts."""
-    return [replace(chosen(variant, results), kind="composed", load=COMPOSED)]
+    return [replace(learning(variant, results)[0], kind="composed", load=COMPOSED)]
 
 
 def people_trials(variant: str, results: Results) -> list[Run]:
@@ -174,12 +176,12 @@ def people_trials(variant: str, results: Results) -> list[Run]:
 
 def people(variant: str, results: Results) -> list[Run]:
     """People."""
-    return [replace(best(people_trials(variant, results), results), load=PEOPLE)]
+    return with_seeds(replace(best(people_trials(variant, results), results), load=PEOPLE))[:1]
 
 
 def arm_trials(arm: str, results: Results) -> list[Run]:
     """Trials of a way to teach a second set of facts."""
-    return [Run("forgetting", arm, AFTER, rate) for rate in ARM_RATES[arm]]
+    return [Run("forgetting", arm, AFTER, rate, multiplier) for rate, multiplier in ARM_TRIALS[arm]]
 
 
 def forgetting(arm: str, results: Results) -> list[Run]:
@@ -187,29 +189,21 @@ def forgetting(arm: str, results: Results) -> list[Run]:
     return with_seeds(best(arm_trials(arm, results), results))
 
 
-def reading(subject: str, results: Results) -> list[Run]:
-    """The run that measures how fast all variants read, alone."""
-    return [Run("reading", subject, Load(0, 0, 0), 0)]
-
-
 # Each stage: its variants or arms, and their runs, which follow from the results that there are.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
     (MAIN, trials),
-    (MAIN, all_trials),
     (MAIN, learning),
-    (ARM_RATES, arm_trials),
-    (ARM_RATES, forgetting),
+    (ARM_TRIALS, arm_trials),
+    (ARM_TRIALS, forgetting),
     (AT_EQUAL_FLOPS, trials),
-    (AT_EQUAL_FLOPS, all_trials),
     (AT_EQUAL_FLOPS, learning),
     (FITS, trials_that_fit),
     (FITS, fitting),
     (WIDE, trials),
-    (WIDE, all_trials),
+    (WIDE, learning),
     (COMPOSING, composing),
     (REMEMBERING, people_trials),
     (REMEMBERING, people),
     (AT_EQUAL_FLOPS, of_all_entropies),
     (AT_THE_LIMIT, at_the_limit),
-    (["all"], reading),
 )

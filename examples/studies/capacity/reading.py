@@ -4,15 +4,12 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from studies.capacity.facts import KEY_TOKENS, LENGTH, make_facts
-from studies.capacity.plan import Run
 from studies.capacity.variants import VARIANTS, make_model
 
 
@@ -43,13 +40,15 @@ def answers(model: PeerForCausalLM, facts: torch.Tensor) -> Callable[[], None]:
     return decode
 
 
-def read(run: Run, folder: Path) -> dict[str, Any]:
+def measure_times() -> dict[str, dict[str, float]]:
     """
     Seconds of a training step and tokens a second in decoding, of all variants in turn and with one thread: medians over
     rounds after a first one.
     """
-    facts = make_facts(BATCH_SIZE, 8, run.seed)[0].tokens
-    models = {name: make_model(name, run.seed) for name in VARIANTS}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    facts = make_facts(BATCH_SIZE, 8, seed=0)[0].tokens
+    models = {name: make_model(name, seed=0) for name in VARIANTS}
     work = {(name, make): make(model, facts) for name, model in models.items() for make in (training_step, answers)}
     times: dict[tuple, list[float]] = {key: [] for key in work}
     for _ in range(1 + ROUNDS):
@@ -57,6 +56,7 @@ def read(run: Run, folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             call()
             times[key].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
     seconds = {key: median(each[1:]) for key, each in times.items()}
     return {
         "seconds_per_step": {name: seconds[name, training_step] for name in models},

@@ -10,18 +10,20 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 
 from common.pictures import TRAININGS, add_legend, look_of, new_figure, save_picture
+from studies.capacity.facts import VALUE_TOKENS
 from studies.capacity.plan import (
-    ARM_RATES,
+    ARM_TRIALS,
     AT_THE_LIMIT,
     COMPOSING,
+    DENSE,
     ENTROPIES,
     FITS,
+    LARGE,
     LEARNED,
-    MULTIPLIER,
     REMEMBERING,
+    TRIAL_SEED,
     Results,
     Run,
-    all_trials,
     at_the_limit,
     composing,
     fitting,
@@ -29,7 +31,7 @@ from studies.capacity.plan import (
     learning,
     of_all_entropies,
     people,
-    reading,
+    trials,
 )
 from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs
 from studies.common.tables import markdown_table
@@ -40,6 +42,9 @@ T_QUANTILE = 4.303
 # A share of what is offered above which bits say no more than that the facts fit.
 FULL = 0.8
 KBIT = 1000
+
+# What [`measure_times`] returns, or nothing.
+Times = dict[str, dict[str, float]]
 
 
 def available(
@@ -88,37 +93,40 @@ def recalled(runs: list[Run], results: Results, part: str = "stored") -> str:
     return f"{mean(results[run.name][part]['recalled'] for run in runs):.1%}"
 
 
+def better_dense(found: dict[str, list[Run]], results: Results) -> str | None:
+    """The dense variant that learned more, once both are there."""
+    if not found.keys() >= {*DENSE}:
+        return None
+    return max(DENSE, key=lambda name: mean(kilobits(found[name], results)))
+
+
 def learned_table(results: Results) -> list[list[str]]:
     """What is learned in few exposures: at equal FLOPs with all seeds, of wide dense models with one."""
     found = available(VARIANTS, learning, results)
-    rows = [["learned", "parameters, M", "FLOPs, k", "KB read", "kbit", "of offered", "recalled", "to dense"]]
+    dense = better_dense(found, results)
+    rows = [["learned", "parameters, M", "FLOPs, k", "kbit", "of offered", "recalled", f"to {dense or 'dense'}"]]
     rows[0] += ["bits / parameter", "bits / active"]
     for name, runs in found.items():
         cost, own = costs(name).total, kilobits(runs, results)
-        to_dense = ratio(own, kilobits(found["dense"], results)) if "dense" in found and name != "dense" else ""
         rows.append(
-            [name, f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}"]
-            + [f"{costs(name).weight_bytes_read / 1e3:.0f}", spread(own), share_offered(runs, results)]
-            + [recalled(runs, results), to_dense]
+            [name, f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
+            + [share_offered(runs, results), recalled(runs, results)]
+            + [ratio(own, kilobits(found[dense], results)) if dense not in (None, name) else ""]
             + [f"{KBIT * mean(own) / part:.2f}" for part in (cost.parameters, cost.active_parameters)]
         )
     return rows
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """Kilobits of all trials, by rate; the last two are named by what they change."""
-    found = available(VARIANTS, all_trials, results)
-    rates = sorted({run.learning_rate for runs in found.values() for run in runs[:-2]})
-    rows = [["trials, kbit", *(f"{rate:g}" for rate in rates), "and", "and"]]
-    for name, runs in found.items():
-        values = kilobits(runs, results)
-        first = {run.learning_rate: f"{value:,.0f}" for run, value in zip(runs[:-2], values[:-2], strict=True)}
-        last = [
-            f"{value:,.0f} ("
-            + (f"{run.learning_rate:.2g})" if run.multiplier == MULTIPLIER else f"v_i {run.multiplier:g})")
-            for run, value in zip(runs[-2:], values[-2:], strict=True)
-        ]
-        rows.append([name, *(first.get(rate, "") for rate in rates), *last])
+    """Kilobits of all trials, by rate and by the multiplier of v_i."""
+    rates = sorted({run["learning_rate"] for run in results.values() if run["seed"] == TRIAL_SEED})
+    rows = [["trials, kbit", "rate of v_i", *(f"{rate:g}" for rate in rates)]]
+    for name, runs in available(VARIANTS, trials, results).items():
+        for multiplier in sorted({run.multiplier for run in runs}):
+            own = {run.learning_rate: run for run in runs if run.multiplier == multiplier}
+            cells = [f"{kilobits([own[rate]], results)[0]:,.0f}" if rate in own else "" for rate in rates]
+            tables = name.startswith(("peer", "pkm"))
+            rows.append([name, f"{multiplier / 4:g} times" if tables else "", *cells])
     return rows
 
 
@@ -128,10 +136,7 @@ def controls_table(results: Results) -> list[list[str]]:
     rows = [["controls, % of offered", "unseen keys", "permuted values"]]
     for name, runs in found.items():
         shares = {
-            control: max(
-                (results[run.name]["controls"][control]["bits"] / results[run.name]["offered"] for run in runs),
-                key=abs,
-            )
+            control: max(results[run.name]["controls"][control]["bits"] / results[run.name]["offered"] for run in runs)
             for control in ("unseen keys", "permuted values")
         }
         rows.append([name, *(f"{100 * share:+.2f}" for share in shares.values())])
@@ -184,13 +189,13 @@ def composed_table(results: Results) -> list[list[str]]:
 
 def people_table(results: Results) -> list[list[str]]:
     """People in a wording that was never trained."""
-    rows = [["people", "parameters, M", "kbit", "bits / parameter", "attributes recalled", "of unknown people"]]
-    for name, (run,) in available(REMEMBERING, people, results).items():
-        result = results[run.name]
-        (unknown,) = result["controls"].values()
-        bits = result["stored"]["bits"]
-        cells = [f"{result['parameters'] / 1e6:.2f}", f"{bits / KBIT:,.0f}", f"{bits / result['parameters']:.2f}"]
-        rows.append([name, *cells, f"{result['stored']['recalled']:.1%}", f"{unknown['recalled']:.1%}"])
+    rows = [["people", "parameters, M", "kbit", "of offered", "bits / parameter", "recalled", "of unknown people"]]
+    for name, runs in available(REMEMBERING, people, results).items():
+        parameters, (bits,) = results[runs[0].name]["parameters"], kilobits(runs, results)
+        cells = [f"{parameters / 1e6:.2f}", f"{bits:,.0f}", share_offered(runs, results)]
+        (unknown,) = results[runs[0].name]["controls"].values()
+        cells += [f"{KBIT * bits / parameters:.2f}", recalled(runs, results), f"{unknown['recalled']:.1%}"]
+        rows.append([name, *cells])
     return rows
 
 
@@ -201,26 +206,30 @@ def lost(runs: list[Run], results: Results) -> list[float]:
 
 def forgetting_table(results: Results) -> list[list[str]]:
     """What is left of the first facts, and what is gained of the second."""
-    rows = [["second facts", "rate", "first, % of bits lost", "recalled before", "after", "second, kbit", "recalled"]]
-    for arm, runs in available(ARM_RATES, forgetting, results).items():
-        cells = [f"{runs[0].learning_rate:g}", f"{mean(lost(runs, results)):.2f} ± {stdev(lost(runs, results)):.2f}"]
+    rows = [
+        ["second facts", "trained, M", "rate", "first, % of bits lost", "recalled before", "after", "second, kbit"]
+    ]
+    rows[0].append("recalled")
+    for arm, runs in available(ARM_TRIALS, forgetting, results).items():
+        trained = results[runs[0].name]["trained_parameters"] / 1e6
+        cells = [f"{trained:.2f}", f"{runs[0].learning_rate:g}, v_i {runs[0].multiplier / 4:g} times"]
+        cells.append(f"{mean(lost(runs, results)):.2f} ± {stdev(lost(runs, results)):.2f}")
         cells += [recalled(runs, results, part) for part in ("before", "left")]
         rows.append([arm, *cells, spread(kilobits(runs, results, "gained")), recalled(runs, results, "gained")])
     return rows
 
 
-def reading_table(results: Results) -> list[list[str]]:
+def times_table(results: Results, times: Times) -> list[list[str]]:
     """
     What the time buys: seconds of a training step, tokens a second in decoding and bytes read for one, beside what the
     variant has learned.
     """
     rows = [["time", "kbit learned", "ms a step", "KB read per token", "tokens a second"]]
     found = available(VARIANTS, learning, results)
-    for (run,) in available(["all"], reading, results).values():
-        for name, speed in results[run.name]["tokens_per_second"].items():
-            kbit = f"{mean(kilobits(found[name], results)):,.0f}" if name in found else ""
-            step = f"{1e3 * results[run.name]['seconds_per_step'][name]:.1f}"
-            rows.append([name, kbit, step, f"{costs(name).weight_bytes_read / 1e3:,.0f}", f"{speed:.0f}"])
+    for name, speed in times.get("tokens_per_second", {}).items():
+        kbit = f"{mean(kilobits(found[name], results)):,.0f}" if name in found else ""
+        step = f"{1e3 * times['seconds_per_step'][name]:.1f}"
+        rows.append([name, kbit, step, f"{costs(name).weight_bytes_read / 1e3:,.0f}", f"{speed:.0f}"])
     return rows
 
 
@@ -234,18 +243,18 @@ TABLES = (
     entropies_table,
     composed_table,
     people_table,
-    reading_table,
 )
 
 
-def describe(results: Results) -> str:
+def describe(results: Results, times: Times) -> str:
     """All tables that have a row."""
-    return "\n\n".join(markdown_table(rows) for rows in (table(results) for table in TABLES) if len(rows) > 1)
+    tables = [*(table(results) for table in TABLES), times_table(results, times)]
+    return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
 
 
 def plot(results: Results, file: Path) -> None:
     """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first, once dense is there."""
-    if not available(["dense"], learning, results):
+    if better_dense(available(DENSE, learning, results), results) is None:
         return
     figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
@@ -265,18 +274,21 @@ def _plot_learned(results: Results, axes: Axes) -> None:
             number = name.partition("-")[2]
             text = f"{int(number):,}" if number else ""
             axes.annotate(text, (place, bits[name]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.axhline(LEARNED.number * 8 * LEARNED.token_bits / KBIT, color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(
+        LEARNED.number * VALUE_TOKENS * LEARNED.token_bits / KBIT, color="black", linewidth=0.8, linestyle=":"
+    )
     add_legend(axes, loc="upper left")
     axes.set(xscale="log", xlabel="parameters in all, M; numbers: experts", ylabel="kbit of facts learned")
-    if "dense" in bits:
-        most = max(value for name, value in bits.items() if name.startswith("peer"))
+    if LARGE in bits:
+        times = bits[LARGE] / bits[better_dense(found, results)]
+        number = int(LARGE.partition("-")[2])
         axes.set_title(
-            f"At equal FLOPs a token PEER learns {most / bits['dense']:.0f} times what dense does", fontsize=10
+            f"At equal FLOPs a token, {number:,} experts learn {times:.1f} times what dense does", fontsize=10
         )
 
 
 def _plot_forgetting(results: Results, axes: Axes) -> None:
-    for arm, runs in available(ARM_RATES, forgetting, results).items():
+    for arm, runs in available(ARM_TRIALS, forgetting, results).items():
         gained = kilobits(runs, results, "gained")
         axes.plot(lost(runs, results), gained, linestyle="", **TRAININGS[arm].style, label=arm)
     if axes.lines:

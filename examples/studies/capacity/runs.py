@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import Run
-from studies.capacity.reading import read
 from studies.capacity.training import store_composed, store_facts, store_people
 from studies.common.study_folder import write_json
 
@@ -25,7 +24,6 @@ KINDS = {
     "composed": store_composed,
     "people": store_people,
     "forgetting": teach_after,
-    "reading": read,
 }
 
 

@@ -14,10 +14,10 @@ from modeling_peer.experts import expert_tables
 from studies.capacity.facts import make_composed_facts, make_facts, measure
 from studies.capacity.plan import Run
 from studies.capacity.variants import make_model
-from studies.common.people import BLOCK, VOCABULARY, biographies, draw_people, measure_people
+from studies.common.people import ASKED_BITS, BLOCK, VOCABULARY, biographies, draw_people, measure_people
 
 
-BATCH_TOKENS = 4096
+BATCH_SIZE, BATCH_TOKENS = 256, 4096
 
 
 def store(
@@ -26,7 +26,7 @@ def store(
     run: Run,
     folder: Path,
     exposures: int = 1,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
     """Train a model on each example as often as `exposures` says."""
@@ -88,6 +88,7 @@ def store_people(run: Run, folder: Path) -> dict[str, Any]:
     examples = [{"input_ids": own, "labels": own} for own in biographies(people, run.load.exposures, run.seed).long()]
     store(model, examples, run, folder, batch_size=BATCH_TOKENS // BLOCK)
     return {
+        "offered": len(people) * ASKED_BITS,
         "parameters": model.num_parameters(),
         "stored": measure_people(model, people),
         "controls": {"unknown people": measure_people(model, unknown)},

@@ -62,9 +62,12 @@ AT_EQUAL_FLOPS = {
         "moe_num_experts": 32,
         "moe_num_experts_per_tok": 2,
         "moe_intermediate_size": 68,
+        "intermediate_size": 149,  # by which it is initialized
+        "output_router_logits": True,  # with the loss that balances its experts
     },
-    "pkm-16384": _peer(16384, 2, 128, "pkm"),
-    "pkm-65536": _peer(65536, 2, 64, "pkm"),
+    # Memories have as many parameters as 4,096 and 16,384 experts.
+    "pkm-8281": _peer(8281, 3, 72, "pkm"),
+    "pkm-32761": _peer(32761, 2, 100, "pkm"),
     "peer-256": _peer(256, 6, 16),
     "peer-1024": _peer(1024, 4, 32),
     "peer-4096": _peer(4096, 3, 42),

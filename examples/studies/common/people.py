@@ -81,7 +81,8 @@ WORDINGS = {
     "major": ("majored in", "specialized in", "chose the field of", "holds a degree in", "concentrated on"),
     "employer": ("works for", "is employed by", "has a position at", "earns a living at", "has a job with"),
 }
-BITS = 1 + sum(math.log2(len(choices)) for values in VALUES.values() for choices in values)
+# Of the attributes that are asked; the pronoun has one more.
+ASKED_BITS = sum(math.log2(len(choices)) for values in VALUES.values() for choices in values)
 VOCABULARY = sorted(
     {word for words in (*NAMES, *(c for v in VALUES.values() for c in v), PRONOUNS) for word in words}
     | {word for wordings in WORDINGS.values() for wording in wordings for word in wording.split()}

@@ -31,26 +31,27 @@ class Arm:
 # A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
 ARMS = {
-    "dense": Arm("dense-laptop", (1e-3, 2e-3, 4e-3), {}),
-    "peer": Arm("peer-laptop", (1e-3, 2e-3, 4e-3), {}),
-    "pkm": Arm("peer-laptop", (1e-3, 2e-3, 4e-3), MEMORY),
+    "dense": Arm("dense-laptop", (5e-4, 1e-3, 2e-3, 4e-3), {}),
+    "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3, 4e-3), {}),
+    "pkm": Arm("peer-laptop", (5e-4, 1e-3, 2e-3, 4e-3), MEMORY),
 }
 TOKENS_PER_STEP = 8192
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training of an arm."""
+    """A training of an arm. A trial of a rate is short, and saves no checkpoints, which would take a part of its time."""
 
     arm: str
     steps: int
     learning_rate: float
     seed: int = 0
+    is_trial: bool = False
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.seed}"
+        return ("trial-" if self.is_trial else "") + f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.seed}"
 
 
 def train(run: Run, folder: Path, block: int) -> Path:
@@ -72,6 +73,8 @@ def train(run: Run, folder: Path, block: int) -> Path:
         "warmup_steps": 0.1,
         "seed": run.seed,
         "save_total_limit": 1,
+        "save_strategy": "no" if run.is_trial else "steps",
+        "validation_split_percentage": 0,
         "report_to": "none",
     }
     flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
@@ -82,4 +85,4 @@ def train(run: Run, folder: Path, block: int) -> Path:
 
 def trials(arm: str, steps: int) -> list[Run]:
     """The trials of an arm."""
-    return [Run(arm, steps, rate) for rate in ARMS[arm].rates]
+    return [Run(arm, steps, rate, is_trial=True) for rate in ARMS[arm].rates]

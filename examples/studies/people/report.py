@@ -13,17 +13,20 @@ from studies.people.texts import HELD_OUT_TEXTS
 def describe(results: dict[str, Any]) -> str:
     """Recall and perplexity of each arm, n-grams beside them, and the trials."""
     texts = list(HELD_OUT_TEXTS)
-    rows = [["", "parameters, M", "rate", "steps", "people recalled", "others", "perplexity", "of the second half"]]
+    rows = [
+        ["", "parameters, M", "rate", "steps", "exposures", "recalled", "others", "perplexity", "of the second half"]
+    ]
     for run in results["runs"]:
         shares = [f"{mean(run[each].values()):.1%}" for each in ("recall", "recall of others")]
         perplexities = [
             f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
         ]
         cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['steps']:,}"]
+        cells.append(f"{results['arguments']['exposures'] * run['training']['epoch']:.1f}")
         rows.append([run["arm"], *cells, *shares, *perplexities])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         found = exp(mean(results["ngrams"][kind][text] for text in texts))
-        rows.append([label, *[""] * 6, f"{found:.2f}"])
+        rows.append([label, *[""] * 7, f"{found:.2f}"])
     trials = [["trials", "rate", "perplexity of the corpus", "seconds per step"]]
     for run in results["trials"]:
         seconds = run["training"]["train_runtime"] / run["steps"]
