@@ -74,7 +74,8 @@ def main():
         results = results_of(folder)
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
-        print(f"\n{describe(results, head['times'])}\n\nIn {folder}: results.json, results.png")
+        made = [name for name in ("results.json", "results.png") if (folder / name).exists()]
+        print(f"\n{describe(results, head['times'])}\n\nIn {folder}: {', '.join(made)}")
         if runs:
             print("The study is not finished: the same command goes on.")
 
