@@ -25,7 +25,7 @@ from studies.capacity.variants import make_model
 # Keys of the first facts begin with the first half of the tokens, those of the second with the other: as another
 # subject's words do. Where nothing tells keys apart, no gate can.
 HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
-BASE_RATE = 4e-3
+BASE_RATE = 1e-3  # twice of it stored nothing in the trials
 ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
 
 

@@ -85,7 +85,7 @@ AT_THE_LIMIT = {name: Load(2**13, 8, exposures=1000) for name in ("dense", "peer
 COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
 PEOPLE, PEOPLE_TRIALS = Load(10_000, 0, exposures=100), Load(10_000, 0, exposures=20)
 REMEMBERING = ("dense", "peer-1024", "peer-16384")
-# A second set of facts after a first, by the way in which it is taught, with three trials each.
+# A second set of facts after a first, by the way in which it is taught, with three or four trials each.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
 # Rates, and the multiplier of v_i: 4 makes it that of all other parameters.
 ARM_TRIALS = {

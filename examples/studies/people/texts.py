@@ -102,7 +102,7 @@ def recall(
     with evaluation(model):
         for attribute in VALUES:
             right = 0
-            pairs = [_ask(tokenizer, person, attribute) for person in people]
+            pairs = [ask(tokenizer, person, attribute) for person in people]
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 width = max(len(tokens) for tokens, _ in batch)
@@ -117,7 +117,7 @@ def recall(
     return shares
 
 
-def _ask(tokenizer, person, attribute):
+def ask(tokenizer, person, attribute):
     """The tokens of a question with its answer, and where the answer begins."""
     question = " ".join(person.question(attribute))
     answer = f"{question} {' '.join(person.attributes[attribute])}"

@@ -3,11 +3,14 @@
 """The study of people among real text: what is asked, and a small study from its texts to its tables."""
 
 import json
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from documentation import ROOT
 from main_runs import run_main
 from slow_tests import slow
 from study_runs import TEXTS
@@ -19,7 +22,7 @@ from studies.people import __main__ as people_study
 from studies.people import arms, texts
 from studies.people.arms import Arm
 from studies.people.report import describe
-from studies.people.texts import biography, recall
+from studies.people.texts import ask, biography, recall
 
 
 class Knows(nn.Module):
@@ -27,7 +30,7 @@ class Knows(nn.Module):
 
     def __init__(self, tokenizer, people):
         super().__init__()
-        self.known = [texts._ask(tokenizer, person, attribute)[0] for person in people for attribute in VALUES]
+        self.known = [ask(tokenizer, person, attribute)[0] for person in people for attribute in VALUES]
         self.size = len(tokenizer)
 
     def forward(self, tokens):
@@ -41,14 +44,22 @@ class Knows(nn.Module):
 
 def test_recall_is_of_whole_answers():
     people = draw_people(30, seed=0)
-    rows = Dataset.from_dict({"text": [biography(person, texts.np.random.default_rng(0)) for person in people] * 20})
+    rows = Dataset.from_dict({"text": [biography(person, np.random.default_rng(0)) for person in people] * 20})
     tokenizer = train_tokenizer(rows, "text", 1000, 128)
     assert recall(Knows(tokenizer, people[:15]), tokenizer, people, batch_size=4) == dict.fromkeys(VALUES, 0.5)
     for attribute in VALUES:
-        tokens, begin = texts._ask(tokenizer, people[0], attribute)
+        tokens, begin = ask(tokenizer, people[0], attribute)
         assert tokens[0] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens[begin:]).strip() == " ".join(people[0].attributes[attribute])
         assert not any(tokenizer.decode(tokens[4:begin]) in text for text in rows["text"])
+
+
+def test_biographies_are_as_long_as_the_page_says():
+    generator = np.random.default_rng(0)
+    lengths = [len(biography(person, generator)) for person in draw_people(500, seed=0)]
+    page = (ROOT / "examples/studies/people/README.md").read_text()
+    (millions,) = re.findall(r"([0-9.]+)\s+million of biographies", page)
+    assert sum(lengths) / 500 * 10_000 * 20 / 1e6 == pytest.approx(float(millions), rel=0.02)
 
 
 @slow
