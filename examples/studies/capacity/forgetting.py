@@ -31,14 +31,14 @@ ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
 
 def base_model(seed: int, folder: Path, facts: Facts) -> PeerForCausalLM:
     """The model that has stored the first facts, which is trained once."""
-    saved = folder / "bases" / str(seed)
+    run = Run("facts", TAUGHT, BEFORE, BASE_RATE, MULTIPLIER, seed)
+    saved = folder / "bases" / run.name
     saved.parent.mkdir(exist_ok=True)
-    with FileLock(saved.with_suffix(".lock")):
+    with FileLock(f"{saved}.lock"):
         if not saved.exists():
             model = make_model(TAUGHT, seed)
-            run = Run("facts", TAUGHT, BEFORE, BASE_RATE, MULTIPLIER, seed)
             store(model, facts.examples, run, folder, BEFORE.exposures)
-            model.save_pretrained(unfinished := saved.with_name(f"{seed}-unfinished"))
+            model.save_pretrained(unfinished := Path(f"{saved}-unfinished"))
             unfinished.rename(saved)
     return PeerForCausalLM.from_pretrained(saved)
 

@@ -13,12 +13,15 @@ from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Six trials of each variant. Where the best has the lowest or the highest rate, up to three more go on beyond it.
+# Six trials of each variant. Where the best of any trials has the lowest or the highest rate, up to three more go on
+# beyond it.
 RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
 # Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
 MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
 # Dense feed-forwards and MoE have no tables: their other trials have rates between and beyond these.
 MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
+# Trials around a rate that was found for another load.
+FACTORS = (0.5, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "p
 DENSE, LARGE = ("dense", "mlp"), "peer-65536"
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
-ENTROPIES = (2, 4, 6)
+ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "pkm-32761", "peer-4096", "peer-16384")
 # What fits: at least 1.3 times two bits a parameter.
 FITS = {
     "dense": Load(2**13, 8, exposures=100),
@@ -84,7 +87,7 @@ FITS = {
 AT_THE_LIMIT = {name: Load(2**13, 8, exposures=1000) for name in ("dense", "peer-256")}
 COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
 PEOPLE, PEOPLE_TRIALS = Load(10_000, 0, exposures=100), Load(10_000, 0, exposures=20)
-REMEMBERING = ("dense", "peer-1024", "peer-16384")
+REMEMBERING = ("dense", "peer-16384")
 # A second set of facts after a first, by the way in which it is taught, with three or four trials each.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
 # Rates, and the multiplier of v_i: 4 makes it that of all other parameters.
@@ -108,26 +111,35 @@ def with_seeds(run: Run) -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS]
 
 
-def trials(variant: str, results: Results, kind: str = "facts", load: Load = LEARNED) -> list[Run]:
-    """All trials of a variant, and those beyond the lowest or the highest rate while it is the best."""
-    if variant.startswith(("peer", "pkm")):
-        runs = [
-            Run(kind, variant, load, rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES
-        ]
-    else:
-        runs = [Run(kind, variant, load, rate) for rate in sorted((*RATES, *MORE_RATES))]
-    rates = sorted({run.learning_rate for run in runs})
+def and_beyond(runs: list[Run], results: Results) -> list[Run]:
+    """Trials, and those beyond their lowest or highest rate while it is the best."""
     for _ in range(MOST_BEYOND):
         if not all(run.name in results for run in runs):
             break
-        found = best(runs, results)
-        if found.learning_rate == rates[0]:
-            rates.insert(0, rates[0] / 2)
-            runs.append(replace(found, learning_rate=rates[0]))
-        elif found.learning_rate == rates[-1]:
-            rates.append(2 * rates[-1])
-            runs.append(replace(found, learning_rate=rates[-1]))
+        found, rates = best(runs, results), [run.learning_rate for run in runs]
+        if found.learning_rate not in (min(rates), max(rates)):
+            break
+        factor = 0.5 if found.learning_rate == min(rates) else 2
+        runs = [*runs, replace(found, learning_rate=factor * found.learning_rate)]
     return runs
+
+
+def trials(variant: str, results: Results) -> list[Run]:
+    """All trials of a variant."""
+    if variant.startswith(("peer", "pkm")):
+        runs = [
+            Run("facts", variant, LEARNED, rate, multiplier)
+            for multiplier in (MULTIPLIER, LOW_MULTIPLIER)
+            for rate in RATES
+        ]
+    else:
+        runs = [Run("facts", variant, LEARNED, rate) for rate in sorted((*RATES, *MORE_RATES))]
+    return and_beyond(runs, results)
+
+
+def around(run: Run, results: Results) -> list[Run]:
+    """Trials at the rate of a run, its half and its double."""
+    return and_beyond([replace(run, learning_rate=factor * run.learning_rate) for factor in FACTORS], results)
 
 
 def chosen(variant: str, results: Results) -> Run:
@@ -148,15 +160,15 @@ def of_all_entropies(variant: str, results: Results) -> list[Run]:
 
 
 def trials_that_fit(variant: str, results: Results) -> list[Run]:
-    """Trials of what fits, at the rate of few exposures, its half and its double."""
+    """Trials of what fits; of the largest pool, a run of which takes an hour, one at the rate of few exposures."""
     start = replace(chosen(variant, results), load=FITS[variant])
-    return [replace(start, learning_rate=factor * start.learning_rate) for factor in (0.5, 1, 2)]
+    return [start] if variant == "peer-4096" else around(start, results)
 
 
 def fitting(variant: str, results: Results) -> list[Run]:
-    """What fits, with all seeds; with one of the largest pool, a run of which takes an hour."""
-    run = best(trials_that_fit(variant, results), results)
-    return with_seeds(run)[:1] if variant == "peer-4096" else with_seeds(run)
+    """What fits, with all seeds; of the largest pool, with one."""
+    runs = with_seeds(best(trials_that_fit(variant, results), results))
+    return runs[:1] if variant == "peer-4096" else runs
 
 
 def at_the_limit(variant: str, results: Results) -> list[Run]:
@@ -171,7 +183,7 @@ def composing(variant: str, results: Results) -> list[Run]:
 
 def people_trials(variant: str, results: Results) -> list[Run]:
     """Trials of people, with fewer exposures."""
-    return trials(variant, results, "people", PEOPLE_TRIALS)
+    return around(replace(chosen(variant, results), kind="people", load=PEOPLE_TRIALS), results)
 
 
 def people(variant: str, results: Results) -> list[Run]:
@@ -181,7 +193,7 @@ def people(variant: str, results: Results) -> list[Run]:
 
 def arm_trials(arm: str, results: Results) -> list[Run]:
     """Trials of a way to teach a second set of facts."""
-    return [Run("forgetting", arm, AFTER, rate, multiplier) for rate, multiplier in ARM_TRIALS[arm]]
+    return and_beyond([Run("forgetting", arm, AFTER, *rates) for rates in ARM_TRIALS[arm]], results)
 
 
 def forgetting(arm: str, results: Results) -> list[Run]:
@@ -204,6 +216,6 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (COMPOSING, composing),
     (REMEMBERING, people_trials),
     (REMEMBERING, people),
-    (AT_EQUAL_FLOPS, of_all_entropies),
+    (OF_ALL_ENTROPIES, of_all_entropies),
     (AT_THE_LIMIT, at_the_limit),
 )

@@ -20,6 +20,7 @@ from studies.capacity.plan import (
     FITS,
     LARGE,
     LEARNED,
+    OF_ALL_ENTROPIES,
     REMEMBERING,
     TRIAL_SEED,
     Results,
@@ -173,7 +174,7 @@ def fits_table(results: Results) -> list[list[str]]:
 def entropies_table(results: Results) -> list[list[str]]:
     """What is learned of values of less entropy, as kilobits and a share of what is offered."""
     rows = [["kbit, by bits of a token", *map(str, ENTROPIES), f"{LEARNED.token_bits:g}"]]
-    for name, runs in available(AT_EQUAL_FLOPS, of_all_entropies, results).items():
+    for name, runs in available(OF_ALL_ENTROPIES, of_all_entropies, results).items():
         cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
         rows.append([name, *(f"{cell} ({share_offered([r], results)})" for cell, r in zip(cells, runs, strict=True))])
     return rows
