@@ -26,7 +26,7 @@ from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.common.tables import spread_cell
-from studies.common.training_plan import costs_of
+from studies.common.training_plan import Run, costs_of
 from studies.facts import report as facts
 from studies.facts.arms import ARMS
 from studies.graft_starts.__main__ import describe as describe_starts
@@ -292,6 +292,12 @@ def below_dense():
     least = min(results.below([own], [other]).share for own, other in pairs)
     yield (QUALITY, RECIPE), interval(alike)
     yield (QUALITY, RECIPE), interval(alike_at_seconds)
+    (later,) = (Run(**each) for each in results.plan.later_runs)
+    (first,) = (run for run in large["dense"] if run.seed == later.seed)
+    yield (QUALITY, RECIPE), fixed(2, results.perplexity([first]), results.perplexity([later]))
+    for runs in (large, at_seconds):
+        replaced = [later if run.seed == later.seed else run for run in runs["dense"]]
+        yield (QUALITY, RECIPE), interval(results.below(runs["recipe"], replaced))
     yield (QUALITY, RECIPE), percent(least)
     yield RECIPE, interval(found)
     for runs in (at_seconds["dense"], at_seconds["recipe"]):

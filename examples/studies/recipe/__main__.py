@@ -82,6 +82,7 @@ def run_study(study: Study) -> None:
             compare(study, best, budget)
             dense_sizes = dense_runs(plan, best[DENSE], compared_runs(plan, chosen[RECIPE], budget)[0])
     compare_at_equal_seconds(study)
+    study.make([Run(**each) for each in plan.later_runs], "Rates that were tried later")
     study.make(dense_sizes, "Dense sizes")
     study.make(_seed_by_seed(expert_runs(plan, best[RECIPE])), "Numbers of experts")
     compare(study, best, plan.budgets[-1])

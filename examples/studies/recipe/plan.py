@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class RecipePlan(TrainingPlan):
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
+        later_runs (`list[dict]`): Runs with rates that were tried when all others were known, and that choose nothing.
     """
 
     budgets: list[float]
@@ -109,14 +110,15 @@ class RecipePlan(TrainingPlan):
     seeds: dict[str, list[int]]
     dense_sizes: list[int]
     nums_experts: list[int]
+    later_runs: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
         super().__post_init__()
         for name in self.variants:
             self.lineage(name)
-        for field in ("screened", "trials", "seeds", "hidden_sizes", "exponents"):
-            if unknown := set(getattr(self, field)) - self.variants.keys():
-                raise ValueError(f"`{field}` must name some of `variants`, but got {sorted(unknown)} among them.")
+        for part in ("screened", "trials", "seeds", "hidden_sizes", "exponents"):
+            if unknown := set(getattr(self, part)) - self.variants.keys():
+                raise ValueError(f"`{part}` must name some of `variants`, but got {sorted(unknown)} among them.")
         for name in self.screened:
             if "parent" not in self.variants[name]:
                 raise ValueError(f"`screened` must name variants that have a `parent`, but {name!r} has none.")
@@ -125,11 +127,11 @@ class RecipePlan(TrainingPlan):
         numbers = {variant: len(trials) for variant, trials in self.trials.items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
-        for field in ("seeds", "hidden_sizes"):
-            for name, values in getattr(self, field).items():
+        for part in ("seeds", "hidden_sizes"):
+            for name, values in getattr(self, part).items():
                 if len(values) != len(self.budgets):
                     raise ValueError(
-                        f"`{field}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
+                        f"`{part}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
                     )
         self._check_the_recipe()
 
@@ -150,9 +152,9 @@ class RecipePlan(TrainingPlan):
         """What would otherwise fail after hours, once there is a recipe."""
         if RECIPE not in self.trials:
             return
-        for field in ("seeds", "hidden_sizes"):
-            if missing := self.trials.keys() - getattr(self, field).keys():
-                raise ValueError(f"`{field}` must have all variants of `trials`, but lacks {sorted(missing)}.")
+        for part in ("seeds", "hidden_sizes"):
+            if missing := self.trials.keys() - getattr(self, part).keys():
+                raise ValueError(f"`{part}` must have all variants of `trials`, but lacks {sorted(missing)}.")
         if trial := self.trial_of(Run(RECIPE, self.hidden_size, 1, self.learning_rate)):
             raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
         if not self.timed_trials or not set(self.timed_trials) <= set(range(len(self.trials[RECIPE]))):

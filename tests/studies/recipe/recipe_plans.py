@@ -65,4 +65,5 @@ WHOLE = SMALL | {
     "seeds": {"dense": [2], "peer": [1], "recipe": [2]},
     "dense_sizes": [32, 64],
     "nums_experts": [16, 64],
+    "later_runs": [{"variant": "dense", "hidden_size": 32, "steps": 2, "learning_rate": 0.001}],
 }

@@ -14,6 +14,7 @@ from study_runs import make_study
 from transformers import AutoModelForCausalLM
 
 import studies.recipe.__main__ as recipe
+from studies.common.training_plan import Run
 from studies.recipe.plan import RecipePlan, compared_runs, screening_runs, search_runs
 from studies.recipe.plots import PLOTS
 from studies.recipe.report import describe
@@ -53,6 +54,7 @@ def test_of_a_recipe(tmp_path):
         best = min(at_widths[variant], key=lambda run: results.runs[run.name]["losses"]["corpus"])
         assert at_best[variant] == [replace(best, seed=seed) for seed in (3, 4)]
     assert results.compared_rates().keys() == {"dense", "recipe"}
+    assert results.are_made(Run(**each) for each in results.plan.later_runs)
     timed = results.runs_of_timed_trials()
     assert {run.model for run in timed} == {"recipe-tuning=0", "recipe"} and results.are_made(timed)
     main("--results", str(folder / "results.json"), "--hours", "0", "--output_dir", str(tmp_path / "again"))
