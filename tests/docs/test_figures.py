@@ -25,6 +25,7 @@ from modeling_peer.ops.factored_gradient import MOST_FACTORS
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
+from studies.capacity.report import describe as describe_capacity
 from studies.common.tables import spread_cell
 from studies.common.training_plan import Run, costs_of
 from studies.facts import report as facts
@@ -481,7 +482,13 @@ def tables_of_scaling():
     return scaling.table_of_perplexities(results, results.plan.budgets[-1]) + "\n" + scaling.table_of_seconds(results)
 
 
+def tables_of_capacity():
+    results = load(STUDIES + "capacity/results.json")
+    return describe_capacity(results["runs"], results["times"])
+
+
 TABLES = [
+    (STUDIES + "capacity/README.md", tables_of_capacity),
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
     (QUALITY, tables_of_scaling),

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,7 +33,6 @@ from studies.capacity.plan import (
     learning,
     of_all_entropies,
     people,
-    trials,
 )
 from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs
 from studies.common.tables import markdown_table
@@ -119,15 +119,24 @@ def learned_table(results: Results) -> list[list[str]]:
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """Kilobits of all trials, by rate and by the multiplier of v_i."""
-    rates = sorted({run["learning_rate"] for run in results.values() if run["seed"] == TRIAL_SEED})
+    """Kilobits of all trials that were made, by rate and by the multiplier of v_i."""
+    made = [
+        run
+        for run in results.values()
+        if run["seed"] == TRIAL_SEED and run["kind"] == "facts" and run["load"] == asdict(LEARNED)
+    ]
+    rates = sorted({run["learning_rate"] for run in made})
     rows = [["trials, kbit", "rate of v_i", *(f"{rate:g}" for rate in rates)]]
-    for name, runs in available(VARIANTS, trials, results).items():
-        for multiplier in sorted({run.multiplier for run in runs}):
-            own = {run.learning_rate: run for run in runs if run.multiplier == multiplier}
-            cells = [f"{kilobits([own[rate]], results)[0]:,.0f}" if rate in own else "" for rate in rates]
+    for name in VARIANTS:
+        of_variant = [run for run in made if run["subject"] == name]
+        for multiplier in sorted({run["multiplier"] for run in of_variant}):
+            own = {
+                run["learning_rate"]: f"{run['stored']['bits'] / KBIT:,.0f}"
+                for run in of_variant
+                if run["multiplier"] == multiplier
+            }
             tables = name.startswith(("peer", "pkm"))
-            rows.append([name, f"{multiplier / 4:g} times" if tables else "", *cells])
+            rows.append([name, f"{multiplier / 4:g} times" if tables else "", *(own.get(rate, "") for rate in rates)])
     return rows
 
 
