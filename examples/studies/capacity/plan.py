@@ -112,11 +112,12 @@ def with_seeds(run: Run) -> list[Run]:
 
 
 def and_beyond(runs: list[Run], results: Results) -> list[Run]:
-    """Trials, and those beyond their lowest or highest rate while it is the best."""
+    """Trials, and those beyond the lowest or the highest rate that the best one's rate of v_i was tried with."""
     for _ in range(MOST_BEYOND):
         if not all(run.name in results for run in runs):
             break
-        found, rates = best(runs, results), [run.learning_rate for run in runs]
+        found = best(runs, results)
+        rates = [run.learning_rate for run in runs if run.multiplier == found.multiplier]
         if found.learning_rate not in (min(rates), max(rates)):
             break
         factor = 0.5 if found.learning_rate == min(rates) else 2

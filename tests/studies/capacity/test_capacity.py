@@ -21,10 +21,12 @@ from studies.capacity.plan import (
     ARM_TRIALS,
     LOW_MULTIPLIER,
     MOST_BEYOND,
+    MULTIPLIER,
     RATES,
     TRIAL_SEED,
     Load,
     Run,
+    arm_trials,
     chosen,
     learning,
     trials,
@@ -142,6 +144,12 @@ def test_trials_go_on_beyond_the_ends():
     while missing := [run for run in trials("dense", results) if run.name not in results]:
         results |= result(missing, lambda run: run.learning_rate)
     assert len(results) == 6 + MOST_BEYOND
+    # Full finetuning is tried with other rates by the rate of v_i: the highest of one of them is no end of the other.
+    arm = arm_trials("full", {})
+    (beyond,) = arm_trials(
+        "full", result(arm, lambda run: run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER)
+    )[4:]
+    assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
     tables = trials("peer-256", {})
     assert len(tables) == 6 and len({run.multiplier for run in tables}) == 2
     found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
