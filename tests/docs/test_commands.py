@@ -16,7 +16,12 @@ from transformers.cli.serve import Serve
 FOREIGN = {"hf", "git", "cd", "lm_eval", "pip", "transformers", "vllm"}
 
 # Parts of `./run` that are a script or package of examples/.
-MODULES = {"quickstart": "quickstart", "benchmark": "benchmark.__main__", "gpu": "gpu.__main__"}
+MODULES = {
+    "quickstart": "quickstart",
+    "facts": "store_facts",
+    "benchmark": "benchmark.__main__",
+    "gpu": "gpu.__main__",
+}
 
 
 def commands_of(page):

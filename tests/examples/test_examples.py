@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,18 @@ def test_trains_both_models(tmp_path):
     assert peer["perplexity_at_equal_seconds"] == math.exp(loss)
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "peer-toy")
+
+
+@slow
+def test_experts_store_facts_that_a_dense_model_does_not():
+    printed = run("store_facts.py", "--num_facts", "2048")
+    rows = dict(re.findall(r"^(\S[\w -]+?)  +(.*)$", printed, re.MULTILINE))
+    peer, dense = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
+    assert peer > 90 and dense < 10
+    flops = [int(cell.replace(",", "")) for cell in rows["FLOPs per token"].split()]
+    assert max(flops) < 1.05 * min(flops)
+    answers = {name: rest.partition(" -> ")[2] for name, rest in rows.items() if " -> " in rest}
+    assert answers["peer-16384"] == answers["the fact"] != answers["dense"]
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):

@@ -56,6 +56,7 @@ def test_own_scripts_run_where_they_are_called_and_others_in_the_checkout(checko
     again = call(checkout, "python", "-c", "pass")
     assert (again.stdout, again.stderr) == ("", "")
     assert call(checkout, "quickstart", "--anything").stdout.startswith(f"in {checkout}: examples/quickstart.py")
+    assert call(checkout, "facts").stdout == f"in {checkout}: examples/store_facts.py\n"
     study = call(checkout, "study", "recipe", "--hours", "1", "--output_dir=a")
     assert study.stdout == f"in {checkout}: -m studies.recipe --hours 1 --output_dir=a\n"
 

@@ -28,8 +28,9 @@ def store(
     exposures: int = 1,
     batch_size: int = BATCH_SIZE,
     callbacks: list[TrainerCallback] | None = None,
+    progress: bool = False,
 ) -> None:
-    """Train a model on each example as often as `exposures` says."""
+    """Train a model on each example as often as `exposures` says, with a progress bar if asked."""
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=exposures,
@@ -43,7 +44,7 @@ def store(
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        disable_tqdm=True,
+        disable_tqdm=not progress,
         log_level="error",
         dataloader_pin_memory=False,
     )

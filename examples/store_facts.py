@@ -1,0 +1,91 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Stores the same facts in a PEER model and in a dense one of as many FLOPs per token: a minute on two cores.
+
+    ./run facts
+
+A fact is a key of three random tokens and a value of eight. The script prints how many values each model recalls
+without an error, and what both answer to one key. examples/studies/capacity compares more models with more facts.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers.utils import logging
+
+from common.command_line import parse_arguments
+from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS, make_facts, measure
+from studies.capacity.plan import Load, Run
+from studies.capacity.training import store
+from studies.capacity.variants import costs, make_model
+
+
+# The rate at which each stored most in the trials of the study.
+RATES = {"peer-16384": 1e-3, "dense": 4e-3}
+
+
+@dataclass
+class StoreFactsArguments:
+    """How much to store."""
+
+    num_facts: int = field(default=4096, metadata={"help": "Number of facts."})
+    exposures: int = field(default=20, metadata={"help": "How often each fact is seen."})
+    seed: int = field(default=0, metadata={"help": "Draws facts, weights and the order of training."})
+
+
+@dataclass
+class Stored:
+    """What a model stored: bits, the share of facts recalled, and its value for the key of the first fact."""
+
+    bits: float
+    recalled: float
+    value: list[int]
+
+
+def store_and_ask(name: str, args: StoreFactsArguments) -> Stored:
+    """A new model stores the facts, and is asked for them."""
+    run = Run("facts", name, Load(args.num_facts, 8, args.exposures), RATES[name], seed=args.seed)
+    facts = make_facts(run.load.number, run.load.token_bits, run.seed)[0]
+    model = make_model(name, run.seed)
+    with TemporaryDirectory() as folder:
+        store(model, facts.examples, run, Path(folder), run.load.exposures, progress=True)
+    measured = measure(model, facts)
+    answer = model.generate(facts.tokens[:1, :KEY_TOKENS], max_new_tokens=VALUE_TOKENS, do_sample=False)
+    return Stored(measured["bits"], measured["recalled"], answer[0, KEY_TOKENS:].tolist())
+
+
+def table(results: dict[str, Stored]) -> str:
+    """A table of what each model costs and has stored."""
+    rows = {
+        "": list(results),
+        "FLOPs per token": [f"{costs(name).total.flops:,}" for name in results],
+        "parameters": [f"{costs(name).total.parameters:,}" for name in results],
+        "kbit stored": [f"{each.bits / 1e3:.0f}" for each in results.values()],
+        "facts recalled": [f"{each.recalled:.1%}" for each in results.values()],
+    }
+    return "\n".join(f"{name:<16}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items())
+
+
+def main():
+    (args,) = parse_arguments((StoreFactsArguments,), __doc__)
+    facts = make_facts(args.num_facts, 8, args.seed)[0]
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)  # at this size a second one helps little, and waits for busy cores
+    results = {}
+    for name in RATES:
+        print(f"\nTraining {name} on {args.num_facts:,} facts, {args.exposures} times each ...", flush=True)
+        results[name] = store_and_ask(name, args)
+    key, value = facts.tokens[0].split([KEY_TOKENS, VALUE_TOKENS])
+    print(
+        f"\n{table(results)}\n\nThere were {facts.bits / 1e3:.0f} kbit to store. The first fact, and what each says:\n"
+    )
+    for name, tokens in {"the fact": value.tolist(), **{name: each.value for name, each in results.items()}}.items():
+        print(f"{name:<16}{' '.join(map(str, key.tolist()))} ->", *tokens)
+    print("\nWhat to do next:\n  ./run study capacity --help   more models and more facts, for hours")
+
+
+if __name__ == "__main__":
+    main()
