@@ -150,12 +150,13 @@ def test_trials_go_on_beyond_the_ends():
         "full", result(arm, lambda run: run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER)
     )[4:]
     assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
-    tables = trials("peer-256", {})
+    assert {run.multiplier for run in trials("peer-256", {})} == {MULTIPLIER}
+    tables = trials("peer-1024", {})
     assert len(tables) == 6 and len({run.multiplier for run in tables}) == 2
     found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
-    best = chosen("peer-256", found)
+    best = chosen("peer-1024", found)
     assert (best.learning_rate, best.multiplier) == (2e-3, LOW_MULTIPLIER)
-    assert TRIAL_SEED not in {run.seed for run in learning("peer-256", found)}
+    assert TRIAL_SEED not in {run.seed for run in learning("peer-1024", found)}
 
 
 def test_interval_of_a_ratio():
