@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE
+from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, has_tables
 
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Six trials of each variant that the picture shows first. Where the best of any trials has the lowest or the highest
-# rate, up to three more go on beyond it.
+# Nine trials of each variant that the picture shows first, three of others. Where the best of any trials has the lowest
+# or the highest rate, up to three more go on beyond it.
 RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
-# Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less. In all
-# trials of the first variants less was worse, so others are tried with the default alone.
+# Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
 MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
 # Dense feed-forwards and MoE have no tables: their other trials have rates between and beyond these.
 MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
+# The share of steps in which the rate rises. In the trials with the first of them 1,024 and 16,384 experts stored nothing
+# from a rate of 0.002 on: it was at its highest before any fact came again, and training did not recover from that.
+WARMUP, LONG_WARMUP = 0.05, 0.2
+RATES_OF_OTHERS = (2.8e-3, 4e-3, 5.7e-3)
 # Trials around a rate that was found for another load.
 FACTORS = (0.5, 1, 2)
 
@@ -52,6 +55,7 @@ class Run:
         load (`Load`): How much is stored.
         learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
         seed (`int`): Draws facts, weights and their order.
+        warmup (`float`): The share of steps in which the rate rises.
     """
 
     kind: str
@@ -60,11 +64,14 @@ class Run:
     learning_rate: float
     multiplier: float = MULTIPLIER
     seed: int = TRIAL_SEED
+    warmup: float = WARMUP
 
     @property
     def name(self) -> str:
         """The name of its file."""
         numbers = (*asdict(self.load).values(), self.learning_rate, self.multiplier, self.seed)
+        if self.warmup != WARMUP:
+            numbers += (self.warmup,)
         return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers)])
 
 
@@ -113,12 +120,12 @@ def with_seeds(run: Run) -> list[Run]:
 
 
 def and_beyond(runs: list[Run], results: Results) -> list[Run]:
-    """Trials, and those beyond the lowest or the highest rate that the best one's rate of v_i was tried with."""
+    """Trials, and those beyond the lowest or the highest rate that the best one was tried with, all else equal."""
     for _ in range(MOST_BEYOND):
         if not all(run.name in results for run in runs):
             break
         found = best(runs, results)
-        rates = [run.learning_rate for run in runs if run.multiplier == found.multiplier]
+        rates = [run.learning_rate for run in runs if replace(run, learning_rate=found.learning_rate) == found]
         if found.learning_rate not in (min(rates), max(rates)):
             break
         factor = 0.5 if found.learning_rate == min(rates) else 2
@@ -127,15 +134,15 @@ def and_beyond(runs: list[Run], results: Results) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """All trials of a variant."""
-    if variant.startswith(("peer", "pkm")):
-        runs = [
-            Run("facts", variant, LEARNED, rate, multiplier)
-            for multiplier in (MULTIPLIER, LOW_MULTIPLIER)[: 2 if variant in MAIN else 1]
-            for rate in RATES
-        ]
+    """All trials of a variant: nine of those that the picture shows first, three of others."""
+    if has_tables(variant):
+        first = [(rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES]
+        rates = RATES
     else:
-        runs = [Run("facts", variant, LEARNED, rate) for rate in sorted((*RATES, *MORE_RATES))]
+        first = [(rate, MULTIPLIER) for rate in sorted((*RATES, *MORE_RATES))]
+        rates = RATES_OF_OTHERS
+    runs = [Run("facts", variant, LEARNED, *each) for each in first] if variant in MAIN else []
+    runs += [Run("facts", variant, LEARNED, rate, warmup=LONG_WARMUP) for rate in rates]
     return and_beyond(runs, results)
 
 

@@ -24,6 +24,7 @@ from studies.capacity.plan import (
     OF_ALL_ENTROPIES,
     REMEMBERING,
     TRIAL_SEED,
+    WARMUP,
     Results,
     Run,
     at_the_limit,
@@ -34,7 +35,7 @@ from studies.capacity.plan import (
     of_all_entropies,
     people,
 )
-from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs
+from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs, has_tables
 from studies.common.tables import markdown_table
 
 
@@ -119,24 +120,23 @@ def learned_table(results: Results) -> list[list[str]]:
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """Kilobits of all trials that were made, by rate and by the multiplier of v_i."""
+    """Kilobits of all trials that were made, by warmup, by the multiplier of v_i and by rate."""
     made = [
         run
         for run in results.values()
         if run["seed"] == TRIAL_SEED and run["kind"] == "facts" and run["load"] == asdict(LEARNED)
     ]
     rates = sorted({run["learning_rate"] for run in made})
-    rows = [["trials, kbit", "rate of v_i", *(f"{rate:g}" for rate in rates)]]
+    rows = [["trials, kbit", "warmup", "rate of v_i", *(f"{rate:g}" for rate in rates)]]
     for name in VARIANTS:
-        of_variant = [run for run in made if run["subject"] == name]
-        for multiplier in sorted({run["multiplier"] for run in of_variant}):
-            own = {
-                run["learning_rate"]: f"{run['stored']['bits'] / KBIT:,.0f}"
-                for run in of_variant
-                if run["multiplier"] == multiplier
-            }
-            tables = name.startswith(("peer", "pkm"))
-            rows.append([name, f"{multiplier / 4:g} times" if tables else "", *(own.get(rate, "") for rate in rates)])
+        kinds: dict[tuple, dict[float, str]] = {}
+        for run in made:
+            if run["subject"] == name:
+                own = kinds.setdefault((run.get("warmup", WARMUP), -run["multiplier"]), {})
+                own[run["learning_rate"]] = f"{run['stored']['bits'] / KBIT:,.0f}"
+        for (warmup, multiplier), own in sorted(kinds.items()):
+            times = f"{-multiplier / 4:g} times" if has_tables(name) else ""
+            rows.append([name, f"{warmup:.0%}", times, *(own.get(rate, "") for rate in rates)])
     return rows
 
 
@@ -155,7 +155,7 @@ def controls_table(results: Results) -> list[list[str]]:
 
 def narrow_table(results: Results) -> list[list[str]]:
     """The share of bits that is left with tables in 8 and 4 bits."""
-    found = available([name for name in AT_EQUAL_FLOPS if name.startswith(("peer", "pkm"))], learning, results)
+    found = available([name for name in AT_EQUAL_FLOPS if has_tables(name)], learning, results)
     rows = [["% of bits left", "8 bits", "4 bits"]]
     for name, runs in found.items():
         left = {

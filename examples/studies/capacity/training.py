@@ -38,7 +38,7 @@ def store(
         learning_rate=run.learning_rate,
         adam_beta2=0.99,
         weight_decay=0.0,
-        warmup_steps=0.05,
+        warmup_steps=run.warmup,
         lr_scheduler_type="cosine",
         seed=run.seed,
         save_strategy="no",

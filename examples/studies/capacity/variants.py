@@ -80,6 +80,11 @@ WIDE = {"dense-as-peer-1024": _dense(748), "dense-as-peer-4096": _dense(2796)}
 VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
 
 
+def has_tables(variant: str) -> bool:
+    """Whether it is PEER or PKM, with a rate of v_i of its own."""
+    return variant.startswith(("peer", "pkm"))
+
+
 def configuration(variant: str, **fields: Any) -> PeerConfig:
     """The configuration of a variant, with other `fields`."""
     FeedForwardInterface.register("mlp", MlpFeedForward)

@@ -19,11 +19,14 @@ from studies.capacity.facts import KEY_TOKENS, VOCABULARY, make_composed_facts, 
 from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import (
     ARM_TRIALS,
+    LONG_WARMUP,
     LOW_MULTIPLIER,
     MOST_BEYOND,
     MULTIPLIER,
     RATES,
+    RATES_OF_OTHERS,
     TRIAL_SEED,
+    WARMUP,
     Load,
     Run,
     arm_trials,
@@ -132,27 +135,29 @@ def test_trials_go_on_beyond_the_ends():
         return {run.name: {"stored": {"bits": bits_of(run)}} for run in runs}
 
     first = trials("dense", {})
-    rates = [run.learning_rate for run in first]
-    assert rates == sorted(rates) and {*RATES} < {*rates} and {run.seed for run in first} == {TRIAL_SEED}
-    highest = result(first, lambda run: run.learning_rate)
-    (beyond,) = trials("dense", highest)[6:]
-    assert beyond.learning_rate == 2 * rates[-1]
-    assert trials("dense", highest | result([beyond], lambda run: math.nan))[6:] == [beyond]
-    (lower,) = trials("dense", result(first, lambda run: -run.learning_rate))[6:]
-    assert lower.learning_rate == rates[0] / 2
+    assert len(first) == 9 and {run.seed for run in first} == {TRIAL_SEED}
+    highest = result(first, lambda run: run.learning_rate - run.warmup)
+    (beyond,) = trials("dense", highest)[9:]
+    assert (beyond.learning_rate, beyond.warmup) == (2 * max(run.learning_rate for run in first), WARMUP)
+    assert trials("dense", highest | result([beyond], lambda run: math.nan))[9:] == [beyond]
+    (lower,) = trials("dense", result(first, lambda run: -run.learning_rate))[9:]
+    assert lower.learning_rate == min(RATES) / 2
+    # The highest rate with one warmup is no end with the other.
+    (long,) = trials("dense", result(first, lambda run: run.learning_rate + run.warmup))[9:]
+    assert (long.learning_rate, long.warmup) == (2 * RATES_OF_OTHERS[-1], LONG_WARMUP)
     results: dict = {}
     while missing := [run for run in trials("dense", results) if run.name not in results]:
         results |= result(missing, lambda run: run.learning_rate)
-    assert len(results) == 6 + MOST_BEYOND
+    assert len(results) == 9 + MOST_BEYOND
     # Full finetuning is tried with other rates by the rate of v_i: the highest of one of them is no end of the other.
     arm = arm_trials("full", {})
     (beyond,) = arm_trials(
         "full", result(arm, lambda run: run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER)
     )[4:]
     assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
-    assert {run.multiplier for run in trials("peer-256", {})} == {MULTIPLIER}
+    assert len(trials("peer-256", {})) == 3
     tables = trials("peer-1024", {})
-    assert len(tables) == 6 and len({run.multiplier for run in tables}) == 2
+    assert len(tables) == 9 and len({run.multiplier for run in tables}) == 2
     found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
     best = chosen("peer-1024", found)
     assert (best.learning_rate, best.multiplier) == (2e-3, LOW_MULTIPLIER)
