@@ -4,7 +4,7 @@
 Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with ten thousand invented people
 among it, and asks them about these people.
 
-    ./run study people                 # twelve hours on two cores
+    ./run study people                 # six hours on two cores
     ./run study people --hours 2.5     # begins no training after that; the same command goes on
 
 Killed at any point, the same command resumes. Each result is a file in --output_dir; `results.json` sums them up.
@@ -41,8 +41,8 @@ class PeopleArguments:
 
     output_dir: str = field(default="runs/people", metadata={"help": "Output folder."})
     hours: float | None = field(default=None, metadata={"help": "Hours after which no further training is begun."})
-    seconds: float = field(default=6300, metadata={"help": "Seconds of training of each model."})
-    trial_steps: int = field(default=150, metadata={"help": "Steps of each trial of a rate."})
+    seconds: float = field(default=5400, metadata={"help": "Seconds of training of each model."})
+    trial_steps: int = field(default=120, metadata={"help": "Steps of each trial of a rate."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
     people: int = field(default=10_000, metadata={"help": "Number of people."})
     exposures: int = field(default=20, metadata={"help": "Biographies of each person."})

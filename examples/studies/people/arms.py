@@ -31,9 +31,9 @@ class Arm:
 # A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
 ARMS = {
-    "dense": Arm("dense-laptop", (5e-4, 1e-3, 2e-3, 4e-3), {}),
-    "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3, 4e-3), {}),
-    "pkm": Arm("peer-laptop", (5e-4, 1e-3, 2e-3, 4e-3), MEMORY),
+    "dense": Arm("dense-laptop", (5e-4, 1e-3, 2e-3), {}),
+    "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), {}),
+    "pkm": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), MEMORY),
 }
 TOKENS_PER_STEP = 8192
 
