@@ -119,6 +119,15 @@ def with_seeds(run: Run) -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS]
 
 
+def steady(runs: list[Run], results: Results) -> list[Run]:
+    """These seeds, or, once one of them stored less than half of what another did, the same at half the rate."""
+    if all(run.name in results for run in runs):
+        bits = [results[run.name]["stored"]["bits"] for run in runs]
+        if min(bits) < max(bits) / 2:
+            return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
+    return runs
+
+
 def and_beyond(runs: list[Run], results: Results) -> list[Run]:
     """Trials, and those beyond the lowest or the highest rate that the best one was tried with, all else equal."""
     for _ in range(MOST_BEYOND):
@@ -159,7 +168,7 @@ def chosen(variant: str, results: Results) -> Run:
 def learning(variant: str, results: Results) -> list[Run]:
     """What is learned, with all seeds at equal FLOPs."""
     run = chosen(variant, results)
-    return with_seeds(run) if variant in AT_EQUAL_FLOPS else with_seeds(run)[:1]
+    return steady(with_seeds(run), results) if variant in AT_EQUAL_FLOPS else with_seeds(run)[:1]
 
 
 def of_all_entropies(variant: str, results: Results) -> list[Run]:
@@ -178,7 +187,7 @@ def fitting(variant: str, results: Results) -> list[Run]:
     """What fits, with all seeds; of the largest pool with one, at the rate of few exposures."""
     if variant == "peer-4096":
         return with_seeds(replace(chosen(variant, results), load=FITS[variant]))[:1]
-    return with_seeds(best(trials_that_fit(variant, results), results))
+    return steady(with_seeds(best(trials_that_fit(variant, results), results)), results)
 
 
 def at_the_limit(variant: str, results: Results) -> list[Run]:

@@ -28,12 +28,15 @@ from studies.capacity.plan import (
     Results,
     Run,
     at_the_limit,
+    chosen,
     composing,
     fitting,
     forgetting,
     learning,
     of_all_entropies,
     people,
+    steady,
+    with_seeds,
 )
 from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs, has_tables
 from studies.common.tables import markdown_table
@@ -137,6 +140,16 @@ def trials_table(results: Results) -> list[list[str]]:
         for (warmup, multiplier), own in sorted(kinds.items()):
             times = f"{-multiplier / 4:g} times" if has_tables(name) else ""
             rows.append([name, f"{warmup:.0%}", times, *(own.get(rate, "") for rate in rates)])
+    return rows
+
+
+def unsteady_table(results: Results) -> list[list[str]]:
+    """The seeds at the rate that was best in the trials, of variants of which one fails there."""
+    rows = [["failed with a seed", "rate", "kbit of each seed", "made again at"]]
+    for name, runs in available(AT_EQUAL_FLOPS, lambda name, own: with_seeds(chosen(name, own)), results).items():
+        if (later := steady(runs, results)) != runs:
+            cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
+            rows.append([name, f"{runs[0].learning_rate:g}", ", ".join(cells), f"{later[0].learning_rate:g}"])
     return rows
 
 
@@ -246,6 +259,7 @@ def times_table(results: Results, times: Times) -> list[list[str]]:
 TABLES = (
     learned_table,
     trials_table,
+    unsteady_table,
     controls_table,
     narrow_table,
     forgetting_table,

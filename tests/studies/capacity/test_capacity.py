@@ -164,6 +164,16 @@ def test_trials_go_on_beyond_the_ends():
     assert TRIAL_SEED not in {run.seed for run in learning("peer-1024", found)}
 
 
+def test_seeds_that_fail_are_made_again_at_half_the_rate():
+    made = {run.name: {"stored": {"bits": run.learning_rate == 2e-3}} for run in trials("peer-1024", {})}
+    first = learning("peer-1024", made)
+    assert [run.seed for run in first] == [1, 2, 3]
+    for bits, factor in (((9, 8, 5), 1), ((9, 9, 4), 0.5)):
+        seeds = {run.name: {"stored": {"bits": own}} for run, own in zip(first, bits, strict=True)}
+        again = learning("peer-1024", made | seeds)
+        assert {run.learning_rate for run in again} == {factor * first[0].learning_rate}
+
+
 def test_interval_of_a_ratio():
     assert ratio([8, 8, 8], [1, 1, 1]) == "8.00 (8.00 to 8.00)"
     # Logarithms of 2 and of one half around zero: the standard error is log 2 / sqrt(3).
