@@ -31,7 +31,7 @@ RATES = {"peer-16384": 1e-3, "dense": 4e-3}
 class StoreFactsArguments:
     """How much to store."""
 
-    num_facts: int = field(default=4096, metadata={"help": "Number of facts."})
+    num_facts: int = field(default=2048, metadata={"help": "Number of facts."})
     exposures: int = field(default=20, metadata={"help": "How often each fact is seen."})
     seed: int = field(default=0, metadata={"help": "Draws facts, weights and the order of training."})
 

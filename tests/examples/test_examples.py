@@ -228,7 +228,7 @@ def test_trains_both_models(tmp_path):
 
 @slow
 def test_experts_store_facts_that_a_dense_model_does_not():
-    printed = run("store_facts.py", "--num_facts", "2048")
+    printed = run("store_facts.py")
     rows = dict(re.findall(r"^(\S[\w -]+?)  +(.*)$", printed, re.MULTILINE))
     peer, dense = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
     assert peer > 90 and dense < 10
