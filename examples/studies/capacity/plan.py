@@ -109,9 +109,14 @@ ARM_TRIALS = {
 }
 
 
+def bits_stored(run: Run, results: Results) -> float:
+    """The bits that a run stored; of one that came to NaN, less than any."""
+    return np.nan_to_num(results[run.name]["stored"]["bits"], nan=-np.inf)
+
+
 def best(trials: list[Run], results: Results) -> Run:
-    """The trial that stored most; one that came to NaN did not."""
-    return max(trials, key=lambda run: np.nan_to_num(results[run.name]["stored"]["bits"], nan=-np.inf))
+    """The trial that stored most."""
+    return max(trials, key=lambda run: bits_stored(run, results))
 
 
 def with_seeds(run: Run) -> list[Run]:
@@ -121,10 +126,9 @@ def with_seeds(run: Run) -> list[Run]:
 
 def steady(runs: list[Run], results: Results) -> list[Run]:
     """These seeds, or, once one of them stored less than half of what another did, the same at half the rate."""
-    if all(run.name in results for run in runs):
-        bits = [results[run.name]["stored"]["bits"] for run in runs]
-        if min(bits) < max(bits) / 2:
-            return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
+    bits = [bits_stored(run, results) for run in runs if run.name in results]
+    if bits and min(bits) < max(bits) / 2:
+        return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
     return runs
 
 

@@ -144,9 +144,13 @@ def trials_table(results: Results) -> list[list[str]]:
 
 
 def unsteady_table(results: Results) -> list[list[str]]:
-    """The seeds at the rate that was best in the trials, of variants of which one fails there."""
+    """The seeds that were made at the rate that was best in the trials, of variants of which one fails there."""
+
+    def made(name: str, results: Results) -> list[Run]:
+        return [run for run in with_seeds(chosen(name, results)) if run.name in results]
+
     rows = [["failed with a seed", "rate", "kbit of each seed", "made again at"]]
-    for name, runs in available(AT_EQUAL_FLOPS, lambda name, own: with_seeds(chosen(name, own)), results).items():
+    for name, runs in available(AT_EQUAL_FLOPS, made, results).items():
         if (later := steady(runs, results)) != runs:
             cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
             rows.append([name, f"{runs[0].learning_rate:g}", ", ".join(cells), f"{later[0].learning_rate:g}"])
