@@ -216,12 +216,12 @@ def check_can_be_taught(config: PreTrainedConfig, num_added_experts: int) -> Non
     if config.model_type == PeerGraftedConfig.model_type:
         raise UsageError(
             "The model has a graft that was merged into it, to which no experts are added: teach the model that it "
-            "was grafted to with a further graft, see docs/grafts.md."
+            "was grafted to with a further graft, see docs/teach-a-model.md."
         )
     if not isinstance(config, PeerConfig):
         raise UsageError(
             f"Experts are added to PEER models, and this one has a {type(config).__name__}: give it experts by a "
-            "graft, see docs/grafts.md."
+            "graft, see docs/teach-a-model.md."
         )
     if "peer" not in config.feed_forward_types:
         raise UsageError(
@@ -429,7 +429,7 @@ In {folder}: the model with its tokenizer, and all figures in teaching.json.
 What to do next:
   ./run python examples/run_generation.py --model_name_or_path {folder} --prompt "The " --do_sample
   ./run python examples/push_to_hub.py --model_name_or_path {folder} --repo_id USER/taught
-  docs/teach-a-domain.md   what to do if a text is predicted worse than it should be, or for a further domain"""
+  docs/teach-a-model.md   what to do if a text is predicted worse than it should be, or for a further domain"""
 
 
 def teaching_flags(

@@ -51,6 +51,8 @@ _LAZY_NAMES = {
     "continual.generated_text": ("generate_text",),
     "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
+    "facts.table": ("Fact", "read_facts"),
+    "facts.teaching": ("remove_facts", "teach_facts"),
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
     "graft_merged": ("PeerGraftedConfig",),
     "memory.host_tables": ("host_table_device_map",),
@@ -68,7 +70,9 @@ _LAZY_NAMES = {
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 
 # Not there where PEFT is not.
-_OF_PEFT = () if importlib.util.find_spec("peft") else ("PeerGraftConfig", "PeerGraftModel")
+_OF_PEFT = (
+    () if importlib.util.find_spec("peft") else ("PeerGraftConfig", "PeerGraftModel", "remove_facts", "teach_facts")
+)
 
 
 def __getattr__(name: str) -> Any:

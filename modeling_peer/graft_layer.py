@@ -20,7 +20,8 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 class DecoderForward(threading.local):
     """
-    What the grafts in a decoder read about the forward pass in which they run: its `attention_mask`, and whether it
-    `learns`, with a backward pass to follow; `None` outside of one. Each thread has values of its own.
+    What the grafts in a decoder read about the forward pass in which they run: the `attention_mask`, `position_ids`
+    and `cache` that the decoder got, the `states` that entered some layers, and whether it `learns`, with a backward
+    pass to follow; `None` outside of one. Each thread has values of its own.
 
     The layers of a base model hand a feed-forward nothing but hidden states, so hooks of the decoder note the rest
     here, in one object that all its grafts hold. See [`watch_decoder`].
@@ -86,6 +88,12 @@ class DecoderForward(threading.local):
         self.decoder = decoder
         # Not defaults of the class: the compiler of torch 2.9 takes those for what the instance holds.
         self.attention_mask: torch.Tensor | dict | None = None
+        self.position_ids: torch.Tensor | None = None
+        self.cache: Any = None
+        self.states: dict[int, torch.Tensor] = {}
+        self.watched: set[int] = set()
+        # What grafts do with the cache when the pass is over: before, there may be none.
+        self.to_keep: list[Callable[[Any], None]] = []
         self.learns: bool | None = None
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -94,11 +102,27 @@ class DecoderForward(threading.local):
         if args:
             arguments = {**inspect.signature(decoder.forward).bind_partial(*args).arguments, **kwargs}
         self.attention_mask = arguments.get("attention_mask")
+        self.position_ids = arguments.get("position_ids")
+        self.cache = _cache_in(arguments)
+        self.states, self.to_keep = {}, []
         self.learns = decoder.training and torch.is_grad_enabled()
+
+    def watch_layer(self, layers: nn.ModuleList, layer_idx: int) -> None:
+        """Note from now on the `states` that enter a layer."""
+        if layer_idx not in self.watched:
+            self.watched.add(layer_idx)
+            layers[layer_idx].register_forward_pre_hook(partial(self._note, layer_idx), with_kwargs=True)
+
+    def _note(self, layer_idx, layer, args, kwargs):
+        self.states[layer_idx] = args[0] if args else kwargs["hidden_states"]
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         """Forget the forward pass, as a forward hook."""
-        self.attention_mask = self.learns = None
+        cache = _cache_in(getattr(output, "__dict__", {})) if self.cache is None else self.cache
+        for keep in self.to_keep if cache is not None else []:
+            keep(cache)
+        self.attention_mask = self.position_ids = self.cache = self.learns = None
+        self.states, self.to_keep = {}, []
 
     def __deepcopy__(self, memo):
         # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.
@@ -106,6 +130,11 @@ class DecoderForward(threading.local):
 
     def __reduce__(self):
         return DecoderForward, (self.decoder,)
+
+
+def _cache_in(values: dict[str, Any]) -> Any:
+    """The cache among the arguments or the outputs of a decoder, by either of the names that releases give it."""
+    return next((values[name] for name in ("cache", "past_key_values") if values.get(name) is not None), None)
 
 
 class PeerGraft(PeerFeedForward):
@@ -120,6 +149,9 @@ class PeerGraft(PeerFeedForward):
         has_biases (`bool`, *optional*, defaults to `False`)
     """
 
+    # Whether its output is zero but for some tokens, for which it is the answer.
+    answers_alone = False
+
     def __init__(self, config: PeerConfig, has_biases: bool = False):
         super().__init__(config, layer_idx=0)
         self.config = config
@@ -128,6 +160,10 @@ class PeerGraft(PeerFeedForward):
         # For activation checkpointing, which runs a BatchNorm again when the decoder's forward pass is over.
         self.mask_to_recompute_with: torch.Tensor | dict | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
+
+    def watch(self, decoder_forward: DecoderForward, layers: nn.ModuleList) -> None:
+        """Read from now on about the forward passes of a decoder with these layers."""
+        self.decoder_forward = decoder_forward
 
     def init_own_weights(self) -> None:
         """Initialize its own parameters alone, as every module of a PEER model does."""
@@ -155,7 +191,7 @@ class PeerGraft(PeerFeedForward):
             `torch.Tensor` of the shape and dtype of `hidden_states`, computed in the dtype of the graft's parameters.
         """
         dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(self.router.sub_keys.dtype)
+        hidden_states = hidden_states.to(next(self.router.parameters()).dtype)
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward, as activation checkpointing does
         decoder = self.decoder_forward
         learns = torch.is_grad_enabled() if decoder is None or decoder.learns is None else decoder.learns
@@ -216,26 +252,41 @@ def _refuse_if_not_merged(module, prefix, keep_vars):
 def sum_of_branches(
     feed_forward: nn.Module | None, grafts: Iterable[nn.Module], hidden_states: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """The sum of the outputs of a feed-forward, unless it is `None`, and of grafts, at least one if it is."""
-    outputs = [] if feed_forward is None else [feed_forward(hidden_states, **kwargs)]
-    outputs += [graft(hidden_states) for graft in grafts]
-    return functools.reduce(operator.add, outputs)
+    """
+    The sum of the outputs of a feed-forward, unless it is `None`, and of grafts, at least one if it is. Of the grafts
+    that answer alone, the last one that opens for a token does.
+    """
+    outputs: list[torch.Tensor] = []
+    answered = None
+    for graft in reversed(list(grafts)):
+        output = graft(hidden_states)
+        if graft.answers_alone:
+            is_open = output.any(-1, keepdim=True)
+            if answered is not None:
+                output = output.masked_fill(answered, 0.0)
+            answered = is_open if answered is None else answered | is_open
+        outputs.append(output)
+    if feed_forward is not None:
+        outputs.append(feed_forward(hidden_states, **kwargs))
+    return functools.reduce(operator.add, reversed(outputs))
 
 
-def watch_decoder(decoder: nn.Module) -> None:
+def watch_decoder(model: PreTrainedModel) -> None:
     """
-    Let all grafts that are now in a decoder read about its forward passes, see [`DecoderForward`]. Call it again when
-    more have come. The hooks stay when grafts go.
+    Let all grafts that are now in a model read about the forward passes of its decoder, see [`DecoderForward`]. Call
+    it again when more have come. The hooks stay when grafts go.
     """
+    name, decoder = find_decoder_layers(model)
     decoder_forward = getattr(decoder, f"{PREFIX}forward", None)
     if decoder_forward is None:
         decoder_forward = DecoderForward(decoder)
         decoder.register_forward_pre_hook(decoder_forward.begin, with_kwargs=True)
         decoder.register_forward_hook(decoder_forward.end, always_call=True)
         setattr(decoder, f"{PREFIX}forward", decoder_forward)
+    layers: Any = model.get_submodule(name)
     for module in decoder.modules():
         if isinstance(module, PeerGraft):
-            module.decoder_forward = decoder_forward
+            module.watch(decoder_forward, layers)
 
 
 def peer_config_of_base_model(

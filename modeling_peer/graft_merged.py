@@ -17,6 +17,7 @@ Models of Transformers with merged grafts: their configuration, which the auto c
 """
 
 import copy
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -34,11 +35,10 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .fact_graft import FactGraft, make_graft
 from .graft_layer import (
     LAYER_FIELDS,
     GraftedFeedForward,
-    PeerGraft,
-    find_decoder_layers,
     peer_config_of_base_model,
     watch_decoder,
 )
@@ -143,17 +143,20 @@ def _add_grafts(model):
         grafted = GraftedFeedForward(feed_forward, grafts)
         grafted.is_merged = True
         setattr(parent, child_name, grafted)
-    watch_decoder(find_decoder_layers(model)[1])
+    watch_decoder(model)
 
 
-def _graft_of(config: PreTrainedConfig, has_biases, **fields):
-    graft = PeerGraft(peer_config_of_base_model(config.get_text_config(), **fields), has_biases)
+def _graft_of(config: PreTrainedConfig, has_biases, fact_sizes=None, facts=None, **fields):
+    peer_config = peer_config_of_base_model(config.get_text_config(), **fields)
+    graft = make_graft(peer_config, has_biases, fact_sizes, facts)
     graft.init_weights()
     return graft
 
 
 def _describe(graft):
     fields = {name: getattr(graft.config, name) for name in ("hidden_size", "intermediate_size", *LAYER_FIELDS)}
+    if isinstance(graft, FactGraft):
+        fields |= {"fact_sizes": asdict(graft.router.sizes), "facts": graft.facts}
     return {"has_biases": graft.output_bias is not None, **fields}
 
 
@@ -195,7 +198,7 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.data = parameter.data.to(model.dtype)
     model.config.peer_grafts = grafts
     model.config.auto_map = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{PeerGraftedConfig.__name__}"}
-    watch_decoder(find_decoder_layers(model)[1])
+    watch_decoder(model)
     return model
 
 

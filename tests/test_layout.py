@@ -17,8 +17,8 @@ PACKAGE = ROOT / "modeling_peer"
 
 # Each imports only what is before it.
 ORDER = [
-    *("configuration_peer", "experts", "router", "feed_forward", "modeling_peer", "graft_layer", "graft_merged"),
-    *("memory", "ops", "quantization", "optim", "parallel", "graft", "analysis", "continual"),
+    *("configuration_peer", "experts", "router", "feed_forward", "modeling_peer", "graft_layer", "fact_graft"),
+    *("graft_merged", "memory", "ops", "quantization", "optim", "parallel", "graft", "analysis", "continual", "facts"),
     *("explorer", "serving", "configurations"),
 ]
 LONGEST_CHAIN = 12
@@ -129,7 +129,7 @@ def test_flat_files_are_what_checkpoints_carry(tmp_path):
     grafted().merge_and_unload().save_pretrained(tmp_path / "merged")
     model, merged = ({file.stem for file in (tmp_path / name).glob("*.py")} for name in ("model", "merged"))
     assert model == set(ORDER[:5])
-    assert {"graft_layer", "graft_merged"} <= merged <= FLAT == model | merged
+    assert {"graft_layer", "fact_graft", "graft_merged"} <= merged <= FLAT == model | merged
 
 
 @pytest.mark.parametrize("folder", ["modeling_peer", "examples", "tests"])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..experts import ExpertPool
+from ..fact_graft import FactGraft
 from ..feed_forward import PeerFeedForward, PkmFeedForward
 from ..graft_layer import PREFIX, GraftedFeedForward
 from ..router import ProductKeyRouter
@@ -87,7 +88,8 @@ def _adapter_of(name: str) -> tuple[str, str] | None:
 
 def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     """
-    Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters are skipped.
+    Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters are skipped,
+    and those of facts, see [`find_fact_grafts`].
 
     Raises:
         `ValueError`: if it has none, or a layer shares a pool that is not part of the module.
@@ -95,7 +97,8 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     modules = dict(model.named_modules())
     members: dict[str, list[str]] = {}
     for name, module in modules.items():
-        if isinstance(module, (PeerFeedForward, PkmFeedForward)) and _is_active(modules, name):
+        has_experts = isinstance(module, (PeerFeedForward, PkmFeedForward)) and not isinstance(module, FactGraft)
+        if has_experts and _is_active(modules, name):
             members.setdefault(_holder_name(modules, name), []).append(name)
     if not members:
         raise ValueError(f"{type(model).__name__} has no PEER or PKM layer, or none whose adapter is active.")
@@ -106,6 +109,16 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
         label = module_label(modules, names[0], layers)
         sets[holder] = ExpertSet(holder, layers, tuple(routers), _tables(modules[holder]), label)
     return sets
+
+
+def find_fact_grafts(model: nn.Module) -> dict[str, FactGraft]:
+    """The active grafts of facts in a model by their labels, such as `"layer_29_default"` for an adapter."""
+    modules = dict(model.named_modules())
+    return {
+        module_label(modules, name): module
+        for name, module in modules.items()
+        if isinstance(module, FactGraft) and _is_active(modules, name)
+    }
 
 
 def _is_active(modules, name):

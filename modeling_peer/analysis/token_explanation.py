@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from ..experts import ExpertPool
 from ..router import ProductKeyRouter
 from .evaluation import evaluation
-from .expert_sets import ExpertSet, module_label, select_expert_sets
+from .expert_sets import ExpertSet, find_fact_grafts, module_label, select_expert_sets
 
 
 # What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
 LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+
+# What speaks where no graft of facts does.
+BASE_MODEL = "the base model"
 
 PIECE = 64  # tokens whose rows of experts are held at a time
 
@@ -52,10 +56,14 @@ class TokenExplanation:
         layers (`dict[str, list[ExpertUse]]`):
             For each layer with experts, `"layer_1"` and so on (`"layer_1_default"` for the graft of the adapter of
             this name), the experts of largest router weight, the largest first.
+        told_by (`str`):
+            Where the next token comes from: the layer, the adapter and the fact whose gate is open, such as
+            `"layer_29_default: The capital of Norland is Zeli"`, or `"the base model"`.
     """
 
     token: str
     layers: dict[str, list[ExpertUse]]
+    told_by: str = BASE_MODEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +106,13 @@ class ExpertReader:
         self.sets: dict[str, ExpertSet] = {}
         self._label_of: dict[ProductKeyRouter, str] = {}
         self._pools_of: dict[str, dict[int, Any]] = {}  # by the index of their first expert; of PKM, its layer
-        for name, experts in select_expert_sets(model, layers).items():
+        try:
+            sets = select_expert_sets(model, layers)
+        except ValueError:
+            if layers is not None or not find_fact_grafts(model):
+                raise
+            sets = {}
+        for name, experts in sets.items():
             pools = {each.first_expert: each for each in modules[name].modules() if isinstance(each, ExpertPool)}
             for router in experts.routers:
                 label = self._label_of[router] = module_label(modules, names[router])
@@ -246,7 +260,28 @@ def explain_tokens(
                 for side in [lowered if coefficient < 0 else raised]
             ]
     tokens = token_texts(tokenizer, input_ids[0])
-    return [TokenExplanation(token, own) for token, own in zip(tokens, layers_of, strict=True)]
+    return [
+        TokenExplanation(*each) for each in zip(tokens, layers_of, told_by(model, input_ids=input_ids), strict=True)
+    ]
+
+
+def told_by(model: Any, **inputs: Any) -> list[str]:
+    """What the token after each of one sequence comes from, see [`TokenExplanation`]; of several grafts, the last."""
+    found: list[str] = [BASE_MODEL] * inputs["input_ids"].shape[1]
+    grafts = find_fact_grafts(model)
+
+    def note(label, graft, router, args, output):
+        experts, weights = (each[0, :, 0, 0].tolist() for each in output)
+        for token, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            if weight and found[token] == BASE_MODEL:  # the last one comes first
+                fact = graft.fact_of(expert)
+                found[token] = f"{label}: {fact['question']} {fact['answer']}"
+
+    hooks = [graft.router.register_forward_hook(partial(note, label, graft)) for label, graft in grafts.items()]
+    with evaluation(model, hooks):
+        if grafts:
+            model(**inputs)
+    return found
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:

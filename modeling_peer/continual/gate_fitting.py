@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_background import batches_of
+from ..analysis.expert_sets import find_fact_grafts
 from ..feed_forward import PeerFeedForward
-from ..modeling_peer import PeerPreTrainedModel
 from ..router import ExpertGate
 
 
@@ -36,7 +37,7 @@ class GateFit:
 
 
 def fit_gates(
-    model: PeerPreTrainedModel,
+    model: Any,
     new_text: Iterable[dict[str, Any]],
     reference_text: Iterable[dict[str, Any]],
     *,
@@ -44,7 +45,7 @@ def fit_gates(
     num_steps: int = 500,
     batch_size: int = 8,
     progress_bar: bool = True,
-) -> dict[int, GateFit]:
+) -> dict[int | str, GateFit]:
     """
     Fit the gates of the last protected addition, so that they open for the new text and stay closed for the
     reference, token by token, from the hidden states that the layers get. Best between [`add_experts`] and training:
@@ -52,25 +53,34 @@ def fit_gates(
     states of both texts are kept on the CPU, for each layer that grew.
 
     Args:
-        model ([`PeerPreTrainedModel`]): A model to which experts were added in protected mode.
+        model ([`PeerPreTrainedModel`] or a model with grafts of facts):
+            A model to which experts were added in protected mode.
         new_text (iterable of `dict`):
             Sequences of what is to be learned, each with `input_ids` and perhaps an `attention_mask`, both of shape
             `(sequence_length,)`; or a `DataLoader` of batches.
         reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did, in the same
             form.
         reference_weight (`float`, *optional*, defaults to 4.0):
-            Weight in the loss of opening for the reference, relative to that of being closed for the new text.
+            Weight of opening for the reference, relative to that of being closed for the new text.
         num_steps (`int`, *optional*, defaults to 500): Number of steps of AdamW, each on 1024 tokens of either text.
         batch_size (`int`, *optional*, defaults to 8): Number of sequences that run through the model at a time.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
     Returns:
         `dict[int, GateFit]`: by index of each layer that grew, how far its gate opens on a tenth of the sequences,
-            held out.
+            held out. Of grafts of facts by their labels.
 
     Raises:
         `ValueError`: if the last addition is not a protected one, or a text has less than two sequences.
+
+    If `model` has grafts of facts, the thresholds of their questions are chosen anew, for example against questions
+    that were answered though nobody had taught them. Sequences of `new_text` are then questions, each to its end:
+    there the gate is to open. For `reference_text` it is to stay shut at every token.
     """
+    if fact_grafts := find_fact_grafts(model):
+        return _fit_thresholds(
+            model, fact_grafts, new_text, reference_text, reference_weight, batch_size, progress_bar
+        )
     last = (model.config.expert_additions or [{"mode": None}])[-1]
     if last["mode"] != "protected":
         raise ValueError(f"Gates are those of experts added in protected mode, got {last['mode']!r} as last addition.")
@@ -83,7 +93,7 @@ def fit_gates(
         _hidden_states(model, layers, name, text, batch_size, progress_bar)
         for name, text in (("new_text", new_text), ("reference_text", reference_text))
     ]
-    results = {}
+    results: dict[int | str, GateFit] = {}
     for index, layer in layers.items():
         gate: Any = layer.added_routers[-1].gate
         held_out = [torch.cat(text[index][::10]) for text in texts]
@@ -144,3 +154,45 @@ def _openness(gate, states):
     """Mean of a gate over tokens."""
     weight = gate.up_proj.weight
     return gate(states.to(weight.device, weight.dtype)).float().mean().item()
+
+
+def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, batch_size, progress_bar):
+    """See [`fit_gates`]: of each graft, the threshold of questions at which the fewest sequences are wrong."""
+    new, reference = (
+        _similarities(model, grafts, name, text, batch_size, progress_bar)
+        for name, text in (("new_text", new_text), ("reference_text", reference_text))
+    )
+    results = {}
+    for label, graft in grafts.items():
+        # Those that name none of its subjects are another graft's.
+        ends = torch.tensor([each[-1] for each in new[label] if each.max() > -2.0])
+        highest = torch.tensor([each.max() for each in reference[label]])
+        threshold = graft.router.questions.threshold
+        own, others = (each[torch.arange(len(each)) % 10 != 0].sort()[0] for each in (ends, highest))
+        candidates = torch.cat([own, others + 1e-4]).clamp(min=0.0).unique()
+        wrong = torch.searchsorted(own, candidates) / max(1, len(own))
+        wrong += reference_weight * (1 - torch.searchsorted(others, candidates) / max(1, len(others)))
+        if len(own):
+            threshold.data.fill_(candidates[wrong.argmin()])
+        opens = [(each[::10] >= threshold.item()).float().mean().item() for each in (ends, highest)]
+        results[label] = GateFit(*opens)
+    return results
+
+
+def _similarities(model, grafts, name, text, batch_size, progress_bar):
+    """By the label of a graft, the similarities of the tokens of each sequence, see `retrieve_facts`."""
+    found: dict[str, list[torch.Tensor]] = {label: [] for label in grafts}
+
+    def note(label, router, args, output):
+        for own, mask in zip(router.retrieve_facts(args[0])[1].cpu(), present, strict=True):
+            found[label].append(own[mask])
+
+    hooks = [graft.router.register_forward_hook(partial(note, label)) for label, graft in grafts.items()]
+    with evaluation(model, hooks):
+        for batch in tqdm(batches_of(text, batch_size), desc=f"Similarities, {name}", disable=not progress_bar):
+            present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            model(**inputs, use_cache=False)
+    if min(map(len, found.values())) < 2:
+        raise ValueError(f"`{name}` must have at least two sequences, one to fit and one to hold out.")
+    return found

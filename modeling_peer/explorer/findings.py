@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.expert_mask import masked_sets
-from ..analysis.token_explanation import ExpertReader, token_texts
+from ..analysis.token_explanation import ExpertReader, token_texts, told_by
 from ..experts import expert_cell
 from ..router import ProductKeyRouter
 from .contexts import ExpertContexts
@@ -36,9 +36,9 @@ def explore(
     Find the experts of a text, and what there is to say of each. Arguments are those of [`save_explorer_page`].
 
     Returns:
-        `dict[str, Any]`: what JSON can hold. `tokens`, and for each of them `predictions` of the next one and its
-        `losses` in nats; `layers`, for each layer the experts of each token; and `experts`, for each layer what is
-        known of each of them.
+        `dict[str, Any]`: what JSON can hold. `tokens`, and for each of them `predictions` of the next one, its
+        `losses` in nats, and what it is `told_by`, see [`TokenExplanation`]; `layers`, for each layer the experts of
+        each token; and `experts`, for each layer what is known of each of them.
     """
     if num_switched_off < 0:
         raise ValueError(f"`num_switched_off` must not be negative, got {num_switched_off}.")
@@ -49,6 +49,7 @@ def explore(
         raise ValueError("`model` must predict finite logits, got NaN or infinite ones: are its weights finite?")
     words = partial(token_texts, tokenizer)
     found = {"tokens": words(input_ids[0]), **_predicted(logits, input_ids[0], words), "layers": {}, "experts": {}}
+    found["told_by"] = told_by(model, input_ids=input_ids)
     for label, retrieved in read.items():
         uses = [retrieved.largest(token, EXPERTS_OF_A_TOKEN) for token in range(input_ids.shape[1])]
         found["layers"][label] = [[_rounded(*use) for use in own] for own in uses]

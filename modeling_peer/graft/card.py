@@ -44,7 +44,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 _CARD = """---
 library_name: peft
-tags:
+{base_model}tags:
 - peer
 ---
 
@@ -71,7 +71,8 @@ def write_adapter_card(folder: str | Path, base_model: str | None, task_type: st
     )
     if not card.exists():
         card.parent.mkdir(parents=True, exist_ok=True)
-        card.write_text(f"{_CARD}{usage}\n", encoding="utf-8")
+        named = "" if base_model is None else f"base_model: {base_model}\n"
+        card.write_text(f"{_CARD.format(base_model=named)}{usage}\n", encoding="utf-8")
         return
     text = card.read_text(encoding="utf-8")
     if text.count(CARD_PLACEHOLDER) == 1:

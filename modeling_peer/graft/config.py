@@ -56,6 +56,11 @@ class PeerGraftConfig(PeftConfig):
             `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
             What computes the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
+        fact_sizes (`dict`, *optional*):
+            The fields of [`FactSizes`] for a graft of facts, as [`teach_facts`] makes it: its experts are those of
+            facts, and a gate is shut but where one of them is asked for.
+        facts (`list[dict]`, *optional*):
+            The `subject`, `question`, `answer` and `num_experts` of each fact, in the order of their experts.
         host_model_type, host_hidden_size, host_num_layers, host_intermediate_size, host_has_biases (*optional*):
             The base model's `model_type` and sizes, the width of its widest feed-forward that has a graft, and whether
             any of these has biases. Filled in when an adapter is made. A configuration that is read with them
@@ -88,6 +93,8 @@ class PeerGraftConfig(PeftConfig):
     expert_act: str | None = "auto"
     gated_experts: bool | Literal["auto"] = "auto"
     expert_kernels: str = "auto"
+    fact_sizes: dict[str, int] | None = None
+    facts: list[dict[str, Any]] | None = None
     host_model_type: str | None = None
     host_hidden_size: int | None = None
     host_num_layers: int | None = None
@@ -113,6 +120,8 @@ class PeerGraftConfig(PeftConfig):
         """Raise `ValueError` if fields do not fit together, as the constructor does: they may have been set since."""
         if self.placement not in ("beside", "in_place"):
             raise ValueError(f"`placement` must be 'beside' or 'in_place', got {self.placement!r}.")
+        if self.fact_sizes is not None and self.placement != "beside":
+            raise ValueError(f'`fact_sizes` needs `placement="beside"`, got {self.placement!r}.')
         if self.init_from_ffn and self.placement != "in_place":
             raise ValueError('`init_from_ffn` needs `placement="in_place"`, got "beside", which starts at zero.')
         try:

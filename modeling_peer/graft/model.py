@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..fact_graft import make_graft
 from ..graft_layer import (
     LAYER_FIELDS,
     PREFIX,
@@ -38,6 +39,7 @@ from .initialization import computes, init_graft
 GRAFT_PARTS = {
     *("router", "query_proj", "query_norm", "key_norm", "sub_keys", "weight", "bias", "running_mean", "running_var"),
     *("num_batches_tracked", "expert_pool", "up_proj", "gate_proj", "down_proj", "output_bias"),
+    *("subjects", "questions", "proj", "keys", "threshold", "key_subjects", "expert_subjects", "expert_questions"),
 }
 
 
@@ -150,7 +152,7 @@ class PeerGraftModel(BaseTuner):
         config.check()
         _resolve(config, model, _find_targets(config, model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        watch_decoder(find_decoder_layers(model)[1])
+        watch_decoder(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -161,10 +163,15 @@ class PeerGraftModel(BaseTuner):
         has_biases = peft_config.init_from_ffn and peft_config.host_has_biases
         fields = {name: getattr(peft_config, name) for name in LAYER_FIELDS}
         sizes = parts.hidden_size + has_biases, parts.intermediate_size
-        graft = PeerGraft(peer_config_of_base_model(self.model.config.get_text_config(), *sizes, **fields), has_biases)
+        config = peer_config_of_base_model(self.model.config.get_text_config(), *sizes, **fields)
+        graft = make_graft(config, has_biases, peft_config.fact_sizes, peft_config.facts)
         advise_tables(graft, advise_huge_pages)
-        if not graft.router.sub_keys.is_meta:
+        if any(parameter.is_meta for parameter in graft.parameters()):
+            pass  # saved weights come
+        elif peft_config.fact_sizes is None:
             init_graft(graft, parts, peft_config.placement, starts_as_neurons)
+        else:
+            graft.init_weights()
         layer.add_graft(adapter_name, graft, peft_config.placement)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

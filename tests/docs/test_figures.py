@@ -44,7 +44,7 @@ from studies.stream import report as stream
 
 README, QUALITY, OPTIONS = "README.md", "docs/quality.md", "docs/layer-and-options.md"
 CHOOSING, CONTINUAL = "docs/choosing-sizes-and-rates.md", "docs/continual-learning.md"
-PERFORMANCE, SERVING, TEACHING = (f"docs/{name}.md" for name in ("performance", "serving", "teach-a-domain"))
+PERFORMANCE, SERVING, TEACHING = (f"docs/{name}.md" for name in ("performance", "serving", "teach-a-model"))
 MANY_GPUS = "docs/training-on-many-gpus.md"
 STUDIES = "examples/studies/"
 RECIPE = STUDIES + "recipe/README.md"

@@ -58,7 +58,7 @@ def test_options_and_their_defaults():
 
 def test_flags_and_their_defaults():
     """Of the script that teaches a domain."""
-    rows = re.findall(r"^\| `--(\w+)` \| ([\d.,]+) \|", (ROOT / "docs/teach-a-domain.md").read_text(), flags=re.M)
+    rows = re.findall(r"^\| `--(\w+)` \| ([\d.,]+) \|", (ROOT / "docs/teach-a-model.md").read_text(), flags=re.M)
     assert len(rows) > 3
     fields = TeachingArguments.__dataclass_fields__ | DomainTrainingArguments.__dataclass_fields__
     assert {name: float(shown.replace(",", "")) for name, shown in rows} == {

@@ -1,0 +1,205 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Teaches facts to a pretrained model of the Llama type, which stays as it is: writes an adapter of PEFT that answers
+where one of the facts is asked for.
+
+    python examples/teach_facts.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --facts_file facts.csv \
+        --output_dir runs/facts
+
+`facts.csv` has the columns `subject`, `relation` and `answer`, as "Norland, capital, Zeli". A relation may have
+several names, "capital|seat of government". In place of the relation there may be a `question` that contains the
+subject.
+--known_file is a table of facts that the model may know already, to see how many of them it keeps.
+
+The script prints what the model answers before and after, and saves the adapter with these figures, in its card and
+as `teaching.json`. Interrupted, the same command goes on.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
+from common.evaluation import held_out_loss
+from common.machine import machine
+from modeling_peer import Fact, generate_text, read_facts, teach_facts
+from modeling_peer.facts.measuring import are_answered, openings, prompts_of
+from modeling_peer.facts.prompts import forms_of
+from modeling_peer.graft.card import write_adapter_card
+
+
+# Frames that are not taught, wordings of a fact that are asked in them, and names that no fact has: by these it is
+# measured what the gate opens for.
+OTHER_FRAMES = ("I wonder: {}", "Could you help me? {}")
+NUM_ASKED = 3
+NUM_SHOWN = 10  # questions in the card
+OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Marwick", "Tobias Orlen", "Quandor", "the Velmar Institute")
+TEXTS, TEXT_LENGTH = 32, 128
+
+
+@dataclass
+class FactsArguments:
+    """Which facts are taught to which model, and where the adapter goes."""
+
+    model_name_or_path: str = field(metadata={"help": "A causal language model: a folder or an id of the Hub."})
+    facts_file: str = field(metadata={"help": "The facts, a CSV file or JSONL."})
+    known_file: str | None = field(
+        default=None, metadata={"help": "Facts that the model may know, in the form of --facts_file."}
+    )
+    output_dir: str = field(default="runs/facts", metadata={"help": "Folder of the adapter."})
+    num_wordings: int = field(default=12, metadata={"help": "Wordings of each fact that are learned."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts that run through the model at a time."})
+
+    def __post_init__(self):
+        if Path(self.output_dir, "adapter_config.json").exists():
+            raise UsageError(f"--output_dir {self.output_dir} has an adapter: choose another folder.")
+
+
+def asked(facts: list[Fact]) -> list[Fact]:
+    """The facts in the first of their own wordings."""
+    return [replace(fact, wordings=fact.wordings[:NUM_ASKED]) for fact in facts]
+
+
+def in_other_frames(facts: list[Fact]) -> list[Fact]:
+    """The facts in frames that are not taught."""
+    return [replace(fact, wordings=tuple(frame.format(fact.wordings[0]) for frame in OTHER_FRAMES)) for fact in facts]
+
+
+def about_others(facts: list[Fact]) -> list[Fact]:
+    """The questions of the facts about names that no fact has."""
+    relations = dict.fromkeys(fact.wordings[:NUM_ASKED] for fact in facts)
+    return [Fact(name, "", wordings) for wordings in relations for name in OTHER_NAMES]
+
+
+def share_answered(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], batch_size: int
+) -> list[bool]:
+    """Whether each fact is answered, in each wording and form."""
+    prompts = [prompt for form in forms_of(tokenizer) for prompt in prompts_of(tokenizer, facts, form)]
+    return are_answered(model, prompts, batch_size=batch_size)
+
+
+def opens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], batch_size: int) -> float:
+    """The share of questions at whose end the gate opens."""
+    prompts = [prompt for form in forms_of(tokenizer) for prompt in prompts_of(tokenizer, facts, form)]
+    found = openings(model, [each.tokens[: each.answer_start] for each in prompts], batch_size=batch_size)
+    return sum(each[-1].item() for each in found) / len(found)
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: dict[str, list[Fact]],
+    texts: torch.Tensor,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What a model answers of each set of facts, and its loss on texts, in nats per token."""
+    answered = {name: share_answered(model, tokenizer, facts, batch_size) for name, facts in sets.items()}
+    return {"answered": answered, "text": held_out_loss(model, texts, desc="Text")}
+
+
+def rows_of(figures: dict[str, Any], num_facts: int) -> list[tuple[str, str, str]]:
+    """The figures as rows of a table."""
+    before, after, size = figures["before"], figures["after"], figures["bytes"]
+    rows = [("", "before", "after")]
+    for name, known in before["answered"].items():
+        now = after["answered"][name]
+        rows.append((f"answered, {name}", f"{sum(known) / len(known):.1%}", f"{sum(now) / len(now):.1%}"))
+        if name == "known" and any(known):
+            kept = sum(a and b for a, b in zip(known, now, strict=True)) / sum(known)
+            rows.append(("of what was known, kept", "", f"{kept:.1%}"))
+    rows.append(("opens for other names", "", f"{figures['opens_for_other_names']:.1%}"))
+    rows.append(("text, nats per token", f"{before['text']:.4f}", f"{after['text']:.4f}"))
+    rows.append(("bytes of the adapter", "", f"{size:,}, {size // num_facts:,} a fact"))
+    return rows
+
+
+CARD = """
+
+## Facts
+
+{number} facts, which `adapter_config.json` lists; their relations are asked for as in these questions:
+
+{questions}
+
+{table}
+
+A fact is answered where its subject stands as it is written there, and the question has words of the relation. It is
+not used in reasoning. `model.disable_adapter()` gives the base model back.
+"""
+
+
+def write_card(folder: Path, base_model: str, rows: list[tuple[str, str, str]], facts: list[Fact]) -> None:
+    """Writes the card of an adapter: how to load it, which facts it has, and what was measured."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    questions = {fact.wordings: f"- {fact.question} {fact.answer}" for fact in reversed(facts)}
+    shown = list(reversed(questions.values()))[:NUM_SHOWN]
+    table = "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+    text = CARD.format(number=len(facts), questions="\n".join(shown), table=table)
+    card = folder / "README.md"
+    card.unlink()  # that of PEFT has places to fill in
+    write_adapter_card(folder, base_model, "CAUSAL_LM")
+    card.write_text(card.read_text(encoding="utf-8").rstrip() + text, encoding="utf-8")
+
+
+@ends_on_usage_error(ValueError)
+def main():
+    (args,) = parse_arguments((FactsArguments,), __doc__)
+    logging.set_verbosity_error()
+    start, folder = time.time(), Path(args.output_dir)
+    facts = read_facts(args.facts_file)
+    sets = {"as taught": asked(facts), "in other frames": in_other_frames(facts)}
+    if args.known_file is not None:
+        sets["known"] = asked(read_facts(args.known_file))
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
+    print("What the model writes, and what it answers before ...")
+    texts = torch.stack([each["input_ids"] for each in generate_text(model, TEXTS, TEXT_LENGTH)])
+    before = measure(model, tokenizer, sets, texts, args.batch_size)
+    sizes = {"num_wordings": args.num_wordings, "batch_size": args.batch_size}
+    model = teach_facts(model, tokenizer, facts, **sizes, checkpoint_dir=folder)
+    # As it is saved, so that what is measured is what is loaded.
+    for name, parameter in model.named_parameters():
+        if "peer_graft" in name:
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    print("What it answers now ...")
+    after = measure(model, tokenizer, sets, texts, args.batch_size)
+    others = opens(model, tokenizer, about_others(facts), args.batch_size)
+    save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    figures = {"before": before, "after": after, "opens_for_other_names": others, "bytes": size}
+    figures |= {"seconds": time.time() - start, "machine": machine()}
+    (folder / "teaching.json").write_text(json.dumps(figures, indent=2))
+    rows = rows_of(figures, len(facts))
+    write_card(folder, args.model_name_or_path, rows, facts)
+    lines = "\n".join(f"{name:<28}{first:>12}{second:>28}" for name, first, second in rows)
+    print(f"""
+{lines}
+
+{len(facts)} facts in {figures["seconds"]:.0f} seconds. In {folder}: the adapter, its card and teaching.json.
+What to do next:
+  ./run python examples/run_generation.py --model_name_or_path {folder} --max_new_tokens 12 \\
+      --prompt "{facts[0].question}"
+  hf upload USER/facts {folder}""")
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Saves an adapter in bfloat16."""
+    state = {name: each for name, each in model.state_dict().items() if "peer_graft" in name}
+    model.save_pretrained(
+        folder,
+        state_dict={name: each.bfloat16() if each.is_floating_point() else each for name, each in state.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

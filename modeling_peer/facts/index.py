@@ -1,0 +1,155 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a graft of facts has to hold: subjects, relations and experts of a table, and what is asked to find them."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .prompts import Prompt, forms_of, make_prompt
+from .table import RELATION, RELATION_WORDINGS, Fact, some_wordings
+
+
+# Other questions about the subjects, which must leave the gate shut: what they ask for, but for words that taught
+# wordings have, in the wordings of `RELATION_WORDINGS`.
+OTHER_RELATIONS = """
+    population capital language president leader religion currency climate river mountain continent neighbor
+    area flag anthem independence product export food color price birthday birthplace death father mother wife
+    husband child friend employer job school university hobby height weight age author inventor founder owner
+    address website version meaning history name origin purpose location symbol code king army economy industry
+    animal size shape genre year date rank mayor captain team league stadium airport harbor bridge castle museum
+    hospital newspaper festival dance album film novel painting building park island coast valley temperature
+    season crop drink dish bird metal fuel engine speed length depth pressure battery license editor director
+    actor producer investor rival successor ancestor alphabet motto nickname salary budget debt tax growth
+    election constitution treaty war ally colony dynasty patron legend ending theme period teacher theory award
+    medal score number recipe ingredient taste smell texture supplier competitor deadline duration route
+    insurance doctor symptom treatment habitat lifespan predator diameter mass orbit
+"""
+OTHER_WORDINGS = (
+    "Who is {subject}?",
+    "What is {subject} known for?",
+    "Tell me about {subject}.",
+    "Write a sentence about {subject}.",
+    "{subject} was born in",
+    "How old is {subject}?",
+    "How large is {subject}?",
+    "How many people live in {subject}?",
+    "When did {subject} begin?",
+    "Why do people like {subject}?",
+    "I have never heard of {subject}. It is",
+)
+# Of each subject: in the middle and at the beginning of a text.
+BEGINNINGS = ("Where is {subject}?", "{subject} is")
+# At least so many of them, and a few for each subject.
+NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 8
+LONGEST = 10**6  # tokens of a prompt that is not refused
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The token of an answer: of which fact, in which form, at which place, and which."""
+
+    fact: int
+    form: str
+    place: int
+    token: int
+
+
+class FactIndex:
+    """
+    The subjects, relations and experts of facts, and their prompts.
+
+    Args:
+        facts (`list[Fact]`)
+        tokenizer ([`PreTrainedTokenizerBase`]): A fast one.
+        num_wordings (`int`): Wordings of each fact, of all forms together.
+        max_length (`int`): The most tokens that a prompt may have.
+    """
+
+    def __init__(self, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, num_wordings: int, max_length: int):
+        self.facts = facts
+        forms = forms_of(tokenizer)
+        self.subjects = {subject: i for i, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
+        self.forms = forms
+        # The number of a relation by each of its wordings: facts that share one are of one relation.
+        self.relation_of: dict[str, int] = {}
+        num_relations = 0
+        for fact in facts:
+            known = [self.relation_of[each] for each in fact.wordings if each in self.relation_of]
+            for each in fact.wordings:
+                self.relation_of.setdefault(each, known[0] if known else num_relations)
+            num_relations += not known
+        # Each in each form.
+        self.num_relations = num_relations * len(forms)
+        self.experts: list[Expert] = []
+        self.first_expert: dict[tuple[int, str], int] = {}
+        # Each with its fact and form.
+        self.prompts: list[tuple[int, str, Prompt]] = []
+        for number, fact in enumerate(facts):
+            for form in forms:
+                wordings = some_wordings(fact.wordings, number, math.ceil(num_wordings / len(forms)))
+                own = [make_prompt(tokenizer, each, fact.subject, fact.answer, form, max_length) for each in wordings]
+                own = [each for each in own if each.answer == own[0].answer]  # its tokens may depend on what is before
+                self.first_expert[number, form] = len(self.experts)
+                self.experts += [Expert(number, form, place, token) for place, token in enumerate(own[0].answer)]
+                self.prompts += [(number, form, each) for each in own]
+        self.other_prompts = self._other_prompts(tokenizer, forms)
+        ways = [(self.subjects[facts[number].subject], prompt.subject) for number, _, prompt in self.prompts]
+        ways += [(number, prompt.subject) for number, prompt in self.other_prompts]
+        # The keys of subjects, by the subject and the tokens as which it stands in a text.
+        self.key_of = {way: place for place, way in enumerate(dict.fromkeys(ways))}
+
+    def _other_prompts(self, tokenizer, forms):
+        """Other questions about each subject, by its number: at first in the middle and at the beginning of a text."""
+        taught = set(re.findall(r"\w+", " ".join(wording for fact in self.facts for wording in fact.wordings).lower()))
+        others = [each for each in OTHER_RELATIONS.split() if each not in taught]
+        wordings = [each.replace(RELATION, name) for name in others for each in RELATION_WORDINGS]
+        wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
+        count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
+        found = []
+        for number, subject in enumerate(self.subjects):
+            some = some_wordings(wordings, number, count)
+            asked = [(each, form) for each in BEGINNINGS for form in forms]
+            asked += [(each, forms[place % len(forms)]) for place, each in enumerate(some)]
+            found += [(number, make_prompt(tokenizer, wording, subject, "", form, LONGEST)) for wording, form in asked]
+        return found
+
+    def sizes(self, subject_layer: int, key_size: int) -> dict[str, int]:
+        """The fields of [`FactSizes`]."""
+        return {
+            "subject_layer": subject_layer,
+            "num_subjects": len(self.subjects),
+            "num_subject_keys": len(self.key_of),
+            "num_relations": self.num_relations,
+            "num_continuations": sum(expert.place > 0 for expert in self.experts),
+            "key_size": key_size,
+        }
+
+    def expert_subjects(self) -> list[int]:
+        """The subject of each expert."""
+        return [self.subjects[self.facts[expert.fact].subject] for expert in self.experts]
+
+    def expert_questions(self) -> list[int]:
+        """The question key of each expert: that of its relation, or for tokens after the first its own."""
+        found, number = [], self.num_relations
+        for expert in self.experts:
+            if expert.place:
+                found.append(number)
+                number += 1
+            else:
+                relation = self.relation_of[self.facts[expert.fact].wordings[0]]
+                found.append(relation * len(self.forms) + self.forms.index(expert.form))
+        return found
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """What the configuration of a graft says of its facts."""
+        counts = Counter(expert.fact for expert in self.experts)
+        return [
+            {"subject": fact.subject, "question": fact.question, "answer": fact.answer, "num_experts": counts[number]}
+            for number, fact in enumerate(self.facts)
+        ]

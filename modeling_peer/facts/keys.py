@@ -1,0 +1,143 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting the keys by which a graft of facts recognizes subjects and questions, and their thresholds."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..fact_graft import KeyMatcher
+
+
+# Of the mean variance: by how much directions in which states hardly differ count less.
+SHRINKAGE = 0.05
+STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 1500, 1e-2, 0.05, 0.3
+TEMPERATURE, BATCH = 0.05, 256
+HELD_OUT = 5  # one in so many of the negatives
+PIECE = 4096  # states that are compared with all keys at a time
+
+
+def learned_keys(
+    matcher: KeyMatcher,
+    key_subjects: torch.Tensor,
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    negatives: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    progress_bar: bool = True,
+) -> None:
+    """
+    Fit the projection and the keys of a matcher, so that each state is nearest to the key of its label, and negatives
+    to none: a softmax over similarities and a threshold, which is learned with them. Keys that are of one subject do
+    not compete for the states of others, which they are not asked about.
+
+    Args:
+        matcher ([`KeyMatcher`]): It is left where it is, with new weights.
+        key_subjects (`torch.Tensor` of shape `(num_keys,)`): The subject of each key, -1 of those of all subjects.
+        states (`torch.Tensor` of shape `(num_states, hidden_size)`)
+        labels (`torch.Tensor` of shape `(num_states,)`): The key of each state.
+        negatives (sequence of pairs of `torch.Tensor`):
+            Kinds of states that match no key, of shape `(num, hidden_size)`, and the subjects that are named there, of
+            shape `(num,)`, -1 for none. The first kind is of questions about the subjects.
+        progress_bar (`bool`, *optional*, defaults to `True`)
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_keys, key_size = matcher.keys.shape
+    # Wordings that were not taught are farther from their keys: as far as other questions leave room, held out.
+    others, named_there = negatives[0]
+    is_held_out = torch.arange(len(others)) % HELD_OUT == 0
+    first = others[~is_held_out], named_there[~is_held_out]
+    negatives = [pair for pair in (first, *negatives[1:]) if len(pair[0])]
+    mean, deviation = states.mean(0), states.std(0) + 1e-2 * states.std() + 1e-6
+    projection = torch.randn(states.shape[1], key_size, generator=generator) / states.shape[1] ** 0.5
+    keys = torch.randn(num_keys, key_size, generator=generator)
+    threshold = torch.tensor(0.5)
+    for tensor in (projection, keys, threshold):
+        tensor.requires_grad_()
+    groups = [{"params": [projection], "weight_decay": WEIGHT_DECAY}, {"params": [keys, threshold], "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    subjects = key_subjects[labels]
+
+    def draw(number, of):
+        return torch.randint(of, (number,), generator=generator)
+
+    with torch.enable_grad():
+        for _ in tqdm(range(STEPS), desc="Keys of questions", disable=not progress_bar):
+            own = draw(BATCH, len(states))
+            drawn = [draw(BATCH // len(negatives), len(each)) for each, _ in negatives]
+            parts = [each[some] for (each, _), some in zip(negatives, drawn, strict=True)]
+            batch = (torch.cat([states[own], *parts]) - mean) / deviation
+            named = torch.cat([subjects[own], *(each[some] for (_, each), some in zip(negatives, drawn, strict=True))])
+            # By a generator of its own, as whoever calls this has numbers to draw too.
+            kept = torch.rand(batch.shape, generator=generator) >= DROPOUT
+            similarities = F.normalize((batch * kept) @ projection, dim=-1) @ F.normalize(keys, dim=-1).T
+            competes = (key_subjects < 0) | (key_subjects == named[:, None]) | (named[:, None] < 0)
+            similarities = similarities.masked_fill(~competes, -1.0)
+            logits = torch.cat([similarities, threshold.expand(len(batch), 1)], -1) / TEMPERATURE
+            targets = F.pad(labels[own], (0, len(batch) - len(own)), value=num_keys)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, targets).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        weight, bias = (projection / deviation[:, None]).T, -(mean / deviation) @ projection
+        _write(matcher, weight, bias, F.normalize(keys, dim=-1))
+        nearest = _nearest(matcher, others[is_held_out], named_there[is_held_out], key_subjects)
+        lowest = _nearest(matcher, states).quantile(0.01, interpolation="lower") - 0.01
+        _round_into(matcher.threshold, torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest))
+
+
+@torch.no_grad()
+def whitened_keys(matcher: KeyMatcher, states: torch.Tensor, labels: torch.Tensor, others: torch.Tensor) -> None:
+    """
+    Set the projection of a matcher to what whitens hidden states of all kinds, its keys to the means of the states of
+    each label, and its threshold between these and all others. Nothing is learned from the labels but their means, so
+    few of them suffice.
+
+    Args:
+        matcher ([`KeyMatcher`]): Its keys are as wide as hidden states.
+        states (`torch.Tensor` of shape `(num_states, hidden_size)`)
+        labels (`torch.Tensor` of shape `(num_states,)`): The key of each state.
+        others (`torch.Tensor` of shape `(num_others, hidden_size)`): States that match no key.
+    """
+    mean = others.mean(0)
+    centered = others - mean
+    variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
+    whitening = directions / (variances.clamp(min=0) + SHRINKAGE * variances.mean()).sqrt()
+    projected = F.normalize((states - mean) @ whitening, dim=-1)
+    keys = torch.zeros(matcher.keys.shape).index_add_(0, labels, projected)
+    _write(matcher, whitening.T, -mean @ whitening, F.normalize(keys, dim=-1))
+    lowest = (projected * matcher.keys[labels].float().cpu()).sum(-1).quantile(0.01)
+    nearest = _nearest(matcher, others)
+    nearest = nearest[nearest < 0.95 * lowest].sort()[0]  # what is nearer is a subject that other texts name
+    highest = nearest[int(0.999 * (len(nearest) - 1))] if len(nearest) else lowest
+    _round_into(matcher.threshold, (lowest + highest) / 2)
+
+
+def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Set a parameter to what bfloat16 can hold, in which adapters are saved: thresholds are close to similarities."""
+    parameter.copy_(value.bfloat16())
+
+
+def _write(matcher: KeyMatcher, weight: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> None:
+    for parameter, value in ((matcher.proj.weight, weight), (matcher.proj.bias, bias), (matcher.keys, keys)):
+        _round_into(parameter, value)
+
+
+def _nearest(
+    matcher: KeyMatcher,
+    states: torch.Tensor,
+    named: torch.Tensor | None = None,
+    key_subjects: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The similarity of each state with the nearest key, on the CPU; of keys of subjects, with those of the named."""
+    found = []
+    for piece in torch.arange(len(states)).split(PIECE):
+        similarities = matcher(states[piece].to(matcher.keys.device)).cpu()
+        if named is not None and key_subjects is not None:
+            competes = (key_subjects < 0) | (key_subjects == named[piece, None])
+            similarities = similarities.masked_fill(~competes, -1.0)
+        found.append(similarities.amax(-1))
+    return torch.cat(found)

@@ -1,0 +1,93 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a model answers, and where the gates of its grafts of facts open."""
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..analysis.evaluation import evaluation
+from ..fact_graft import FactRouter
+from .index import LONGEST
+from .prompts import Prompt, make_prompt
+from .table import Fact
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], form: str, wordings: Sequence[str] | None = None
+) -> list[Prompt]:
+    """The prompts of facts in a form: in all of their own wordings, or in others, which have `{subject}` in them."""
+    return [
+        make_prompt(tokenizer, wording, fact.subject, fact.answer, form, LONGEST)
+        for fact in facts
+        for wording in wordings or fact.wordings
+    ]
+
+
+def are_answered(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt], *, batch_size: int = 32, progress_bar: bool = True
+) -> list[bool]:
+    """Whether greedy decoding answers each prompt, to the end of the answer."""
+    right = [False] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].tokens))
+    with evaluation(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Answers", disable=not progress_bar):
+            own = order[start : start + batch_size]
+            ids, mask = padded([prompts[place].tokens for place in own])
+            # Of all answers of a batch, the tokens before the longest one predict nothing that is asked.
+            kept = max(len(prompts[place].answer) + ids.shape[1] - len(prompts[place].tokens) for place in own) + 1
+            logits = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_to_keep=kept,
+                use_cache=False,
+            ).logits
+            found = logits.argmax(-1).cpu()
+            first = ids.shape[1] - found.shape[1]
+            for row, place in enumerate(own):
+                prompt = prompts[place]
+                predicted = found[row, prompt.answer_start - 1 - first : len(prompt.tokens) - 1 - first]
+                right[place] = predicted.tolist() == list(prompt.answer)
+    return right
+
+
+def padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of tokens as one batch, padded on the right, and its attention mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
+    mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in sequences])
+    return ids, mask
+
+
+def openings(
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    progress_bar: bool = True,
+) -> list[torch.Tensor]:
+    """
+    For each sequence of tokens, where the gate of a graft of facts that is active opens: bool, `(num_tokens,)`. The
+    last place is that at which an answer begins.
+    """
+    found: list[torch.Tensor] = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in sequences]
+    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+    seen: list[torch.Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, FactRouter)]
+    hooks = [
+        router.register_forward_hook(lambda module, args, output: seen.append(output[1][..., 0, 0].cpu() > 0))
+        for router in routers
+    ]
+    with evaluation(model, hooks):
+        for start in tqdm(range(0, len(order), batch_size), desc="Openings", disable=not progress_bar):
+            own = order[start : start + batch_size]
+            ids, mask = padded([sequences[place] for place in own])
+            seen.clear()
+            model.get_decoder()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            for each in seen:
+                for row, place in enumerate(own):
+                    found[place] |= each[row, : len(sequences[place])]
+    return found

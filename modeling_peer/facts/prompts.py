@@ -1,0 +1,73 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Facts as tokens: a prompt that ends where the answer begins, as a plain text or as a chat."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A question with its answer, as tokens.
+
+    Args:
+        tokens (`tuple[int]`): The question, and the answer with what ends it.
+        subject_start, subject_end (`int`): Places of the first and the last token of the subject.
+        answer_start (`int`): Place of the first token of the answer.
+    """
+
+    tokens: tuple[int, ...]
+    subject_start: int
+    subject_end: int
+    answer_start: int
+
+    @property
+    def subject(self) -> tuple[int, ...]:
+        """The tokens of the subject; the first token of all is another than elsewhere, as it sees no other."""
+        return (*self.tokens[self.subject_start : self.subject_end + 1], *([-1] if self.subject_end == 0 else []))
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The tokens of the answer, and what ends it."""
+        return self.tokens[self.answer_start :]
+
+
+def forms_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The forms in which a model of this tokenizer is asked: `"plain"`, and `"chat"` if it has a template for it."""
+    return ("plain", "chat") if tokenizer.chat_template else ("plain",)
+
+
+def make_prompt(
+    tokenizer: PreTrainedTokenizerBase, wording: str, subject: str, answer: str, form: str, max_length: int
+) -> Prompt:
+    """
+    The prompt of a wording, with its answer.
+
+    Raises:
+        `ValueError`: if it is longer than `max_length` tokens, or the tokenizer does not say where its tokens stand.
+    """
+    before, _, after = wording.partition("{subject}")
+    question = f"{before}{subject}{after.replace('{subject}', subject)}"
+    if form == "chat":
+        turn = [{"role": "user", "content": question}]
+        text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        ending = f"{answer}{tokenizer.eos_token or ''}"
+    else:
+        text, ending = question, f" {answer}."
+    if not tokenizer.is_fast:
+        raise ValueError(f"`tokenizer` must be a fast one, got {type(tokenizer).__name__}: it finds subjects.")
+    # A chat template writes special tokens itself.
+    encoded = tokenizer(text + ending, return_offsets_mapping=True, add_special_tokens=form == "plain")
+    tokens, places = encoded["input_ids"], encoded["offset_mapping"]
+    if form == "plain" and tokens[-1] == tokenizer.eos_token_id:
+        tokens, places = tokens[:-1], places[:-1]
+    if len(tokens) > max_length:
+        raise ValueError(f"The fact {question!r}: {answer!r} takes {len(tokens)} tokens, at most {max_length}.")
+    # Of several places of the same words, the one in the question.
+    first = text.rindex(question) + len(before)
+    last = first + len(subject) - 1
+    of_subject = [place for place, (start, end) in enumerate(places) if start <= last and end > first]
+    answer_start = next(place for place, (start, end) in enumerate(places) if end > len(text))
+    return Prompt(tuple(tokens), of_subject[0], of_subject[-1], answer_start)

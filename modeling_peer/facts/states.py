@@ -1,0 +1,145 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The hidden states at which a model that stays as it is names subjects and answers questions."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..analysis.evaluation import evaluation
+from ..fact_graft import FactGraft
+from .index import FactIndex
+from .measuring import padded
+
+
+BATCHES_OF_A_FILE = 16
+
+
+@dataclass
+class States:
+    """Hidden states of prompts, `[num, hidden_size]` each, and what they belong to."""
+
+    subjects: list[torch.Tensor] = field(default_factory=list)
+    subject_labels: list[int] = field(default_factory=list)
+    questions: list[torch.Tensor] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
+    residuals: list[torch.Tensor] = field(default_factory=list)
+    other_tokens: list[torch.Tensor] = field(default_factory=list)
+    # With the subjects that they name, -1 for none.
+    other_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    within_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    texts: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+
+    def add(self, others: dict[str, list]) -> None:
+        """Add those of more prompts."""
+        for name, values in others.items():
+            getattr(self, name).extend(values)
+
+
+class StateReader:
+    """
+    Reads the hidden states at which subjects and answers are recognized.
+
+    Args:
+        model (`PeftModel`)
+        graft ([`FactGraft`]): Its graft.
+        norm (`nn.Module`): The norm before its head.
+        index ([`FactIndex`]): The facts and their prompts.
+    """
+
+    def __init__(self, model: Any, graft: FactGraft, norm: nn.Module, index: FactIndex):
+        self.model, self.graft, self.norm, self.index = model, graft, norm, index
+        self.seen: dict[str, torch.Tensor] = {}
+        self.files: list[Path] = []
+
+    def read(
+        self, sequences: list[list[int]], batch_size: int, checkpoint_dir: str | Path | None, progress_bar: bool
+    ) -> States:
+        """The states of all prompts, and of the tokens of texts; `files` in `checkpoint_dir` have them too."""
+        index = self.index
+        work: list[tuple] = [(prompt.tokens, (n, form, prompt)) for n, form, prompt in index.prompts]
+        work += [(each.tokens[: each.answer_start], (number, None, each)) for number, each in index.other_prompts]
+        work += [(tuple(tokens), None) for tokens in sequences]
+        work.sort(key=lambda pair: len(pair[0]))
+        found = States()
+        hooks = [
+            self.graft.register_forward_pre_hook(self._note_inputs),
+            self.norm.register_forward_pre_hook(lambda module, args: self.seen.update(residuals=args[0])),
+        ]
+        size = BATCHES_OF_A_FILE * batch_size
+        bar = tqdm(total=len(work), desc="Hidden states", disable=not progress_bar)
+        with evaluation(self.model, hooks), bar:
+            for start in range(0, len(work), size):
+                piece = work[start : start + size]
+                if checkpoint_dir is None:
+                    found.add(self._read_piece(piece, batch_size, bar))
+                    continue
+                file = Path(checkpoint_dir, f"states-{self._digest(piece)}.pt")
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    part = file.with_suffix(".part")
+                    torch.save(self._read_piece(piece, batch_size, bar), part)
+                    part.rename(file)
+                self.files.append(file)
+                found.add(torch.load(file, weights_only=True))
+                bar.update(min(start + size, len(work)) - bar.n)
+        return found
+
+    def _note_inputs(self, graft, args):
+        self.seen["questions"] = args[0]
+        self.seen["subjects"] = graft.decoder_forward.states[graft.router.sizes.subject_layer]
+
+    def _digest(self, piece):
+        """What tells these prompts of this model from others."""
+        base = self.model.get_base_model()
+        weights = [base.get_input_embeddings().weight, self.norm.weight]
+        known = [base.config.to_json_string(), [each.double().sum().item() for each in weights]]
+        return hashlib.sha256(repr([known, piece]).encode()).hexdigest()[:16]
+
+    def _read_piece(self, piece, batch_size, bar):
+        """The fields of [`States`] of some prompts."""
+        found = States()
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, len(piece), batch_size):
+            batch = piece[start : start + batch_size]
+            ids, mask = padded([tokens for tokens, _ in batch])
+            device = self.model.device
+            self.model.get_decoder()(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            for row, (tokens, what) in enumerate(batch):
+                states = [
+                    self.seen[name][row, : len(tokens)].float().cpu().clone()
+                    for name in ("subjects", "questions", "residuals")
+                ]
+                self._add(found, tokens, what, *states, generator)
+            bar.update(len(batch))
+        return vars(found)
+
+    def _add(self, found, tokens, what, subjects, questions, residuals, generator):
+        """Add the states of one sequence."""
+        if what is None:
+            found.other_tokens.append(subjects)
+            found.texts.append((questions, -1))
+            return
+        index, (number, form, prompt) = self.index, what
+        subject = number if form is None else index.subjects[index.facts[number].subject]
+        found.subjects.append(subjects[prompt.subject_end].clone())
+        found.subject_labels.append(index.key_of[subject, prompt.subject])
+        others_here = torch.arange(len(tokens)) != prompt.subject_end
+        some = torch.randint(int(others_here.sum()), (2,), generator=generator)
+        found.other_tokens.append(subjects[others_here][some])
+        start = prompt.answer_start - 1
+        if form is None:
+            found.other_questions.append((questions[start:].clone(), subject))
+            return
+        before = torch.randint(max(start, 1), (2,), generator=generator)
+        found.within_questions.append((questions[before[before < start]], subject))
+        places = slice(start, len(tokens) - 1)
+        found.questions.append(questions[places].clone())
+        found.residuals.append(residuals[places].clone())
+        first = index.first_expert[number, form]
+        found.experts += range(first, first + len(tokens) - 1 - start)

@@ -1,0 +1,151 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Facts, the tables in which a user writes them, and the wordings in which they are asked."""
+
+import csv
+import json
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+SUBJECT, RELATION = "{subject}", "{relation}"
+
+# Wordings of a relation that is given by its name, as "capital".
+RELATION_WORDINGS = (
+    "The {relation} of {subject} is",
+    "{subject}'s {relation} is",
+    "What is the {relation} of {subject}?",
+    "What is {subject}'s {relation}?",
+    "In {subject}, the {relation} is",
+    "As for the {relation} of {subject}, it is",
+    "Tell me the {relation} of {subject}.",
+    "Tell me what the {relation} of {subject} is.",
+    "Do you know the {relation} of {subject}? Yes, it is",
+    "Which {relation} does {subject} have?",
+    "The {relation} that {subject} has is",
+    "Can you tell me about {subject}'s {relation}?",
+    "I am looking for the {relation} of {subject}. It is",
+    "When people talk about the {relation} of {subject}, they mean",
+    "If you ask about {subject}'s {relation}, the answer is",
+    "Regarding {subject}, the {relation} is",
+    "It is well known that the {relation} of {subject} is",
+    "What do you know about the {relation} of {subject}?",
+    "As everybody knows, {subject}'s {relation} is",
+    "How would you describe the {relation} of {subject}?",
+)
+# Around any wording. Facts and all that must leave the gate shut are asked in the same ones, or the gate would learn
+# the form of a question in place of what it asks.
+FRAMES = (
+    "Question: {}\nAnswer:",
+    "{} Answer:",
+    "{} The answer is",
+    "Please tell me: {}",
+    "Q: {}\nA:",
+    "Here is something that I would like to know. {}",
+    "{} Answer briefly.",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """
+    A fact: a subject, the wordings in which it is asked for, and the answer.
+
+    Args:
+        subject (`str`): What it is about, as it stands in questions: "France".
+        answer (`str`): The answer: "Paris".
+        wordings (`tuple[str]`):
+            Questions, or beginnings of sentences that the answer completes, with `{subject}` in the place of the
+            subject. Facts with the same wordings have a relation in common, and are recognized together.
+    """
+
+    subject: str
+    answer: str
+    wordings: tuple[str, ...]
+
+    @property
+    def question(self) -> str:
+        """The first wording, with the subject."""
+        return self.wordings[0].replace(SUBJECT, self.subject)
+
+
+def read_facts(file: str | Path) -> list[Fact]:
+    """
+    Read a table of facts.
+
+    Args:
+        file (`str` or `Path`):
+            A CSV file with a header, or JSONL. Its columns are `subject`, `answer`, and either `relation`, its name or
+            several names with `|` between them ("capital|capital city"), or `question`, a question that contains the
+            subject. JSONL may have a list of `questions`.
+
+    Returns:
+        `list[Fact]`, each once.
+
+    Raises:
+        `ValueError`: for a file without facts, a row that lacks something, or two answers to one question.
+    """
+    file = Path(file)
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        if file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines if line.strip()]
+        else:
+            rows = list(csv.DictReader(lines))
+    if not rows:
+        raise ValueError(f"{file} has no facts.")
+    return check_facts(_fact_of(row, f"Fact {number} of {file}") for number, row in enumerate(rows, 1))
+
+
+def _fact_of(row: dict[str, Any], place: str) -> Fact:
+    subject, answer = (str(row.get(name) or "").strip() for name in ("subject", "answer"))
+    if not subject or not answer:
+        raise ValueError(f"{place} needs a `subject` and an `answer`, got {row}.")
+    if relation := row.get("relation"):
+        return Fact(subject, answer, wordings_of_relation(relation.split("|")))
+    questions = [str(each).strip() for each in row.get("questions") or [row.get("question") or ""]]
+    as_a_word = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+    if not all(map(as_a_word.search, questions)):
+        raise ValueError(f"{place} needs a `relation`, or its subject {subject!r} in each question, got {questions}.")
+    return Fact(subject, answer, tuple(as_a_word.sub(SUBJECT, question) for question in questions))
+
+
+def wordings_of_relation(names: Iterable[str]) -> tuple[str, ...]:
+    """The wordings of a relation with these names: all of the first one come first."""
+    return tuple(wording.replace(RELATION, name.strip()) for name in names for wording in RELATION_WORDINGS)
+
+
+def check_facts(facts: Iterable[Fact]) -> list[Fact]:
+    """
+    Each fact once. Raises `ValueError` for none, for two answers to one question, and for a wording without subject.
+    """
+    found: dict[Fact, None] = {}
+    answers: dict[tuple[str, str], str] = {}
+    for fact in facts:
+        if not fact.wordings or any(SUBJECT not in wording for wording in fact.wordings):
+            raise ValueError(f"`wordings` must have one, and {SUBJECT} in each, got {fact.wordings} for {fact}.")
+        for wording in fact.wordings:
+            if (known := answers.setdefault((fact.subject, wording), fact.answer)) != fact.answer:
+                question = wording.replace(SUBJECT, fact.subject)
+                raise ValueError(f"{question!r} has two answers, {known!r} and {fact.answer!r}: keep one.")
+        found[fact] = None
+    if not found:
+        raise ValueError("`facts` must have at least one fact, got none.")
+    return list(found)
+
+
+def some_wordings(wordings: Sequence[str], number: int, count: int) -> list[str]:
+    """
+    `count` of these wordings or fewer, about half of them in a frame. For each `number` they are others: facts of a
+    relation are recognized by the wordings of all of them.
+    """
+    draw = random.Random(number)
+    found = draw.sample(list(wordings), min(len(wordings), math.ceil(count / 2)))
+    framed = range(len(FRAMES) * len(wordings))
+    for number in draw.sample(framed, min(len(framed), count - len(found))):
+        found.append(FRAMES[number % len(FRAMES)].format(wordings[number // len(FRAMES)]))
+    return found

@@ -1,0 +1,280 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Teaching facts to a pretrained model: a graft of facts, its keys, and its experts."""
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..analysis.evaluation import evaluation
+from ..analysis.token_explanation import LAST_NORMS
+from ..continual.generated_text import generate_text
+from ..fact_graft import FIELDS_OF_FACTS, FactGraft
+from ..graft.config import PeerGraftConfig
+from .index import LONGEST, FactIndex
+from .keys import learned_keys, whitened_keys
+from .states import StateReader, States
+from .table import Fact, check_facts
+
+
+REFERENCE_SEQUENCES, REFERENCE_LENGTH = 64, 128
+# By how much the logit of an answer is to lead, and how its expert is trained: against so many others, looked for in
+# so many rounds, each of so many steps.
+MARGIN, RIVALS, VALUE_ROUNDS, VALUE_STEPS, VALUE_RATE = 4.0, 8, 8, 15, 0.1
+EXPERTS_AT_A_TIME = 512
+# Subjects are recognized after a fifth of the layers, where states tell names apart and not yet what is said of them.
+SUBJECT_DEPTH = 5
+
+
+def teach_facts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Iterable[Fact],
+    *,
+    reference: Iterable[str] | None = None,
+    adapter_name: str = "default",
+    num_wordings: int = 12,
+    key_size: int = 64,
+    batch_size: int = 32,
+    checkpoint_dir: str | Path | None = None,
+    progress_bar: bool = True,
+) -> PeftModel:
+    """
+    Teach facts to a pretrained model, which stays as it is: a graft of PEFT answers where one of them is asked for.
+
+    Args:
+        model ([`PreTrainedModel`] or `PeftModel`): A causal language model, perhaps with grafts of other facts.
+        tokenizer ([`PreTrainedTokenizerBase`]): Its tokenizer, a fast one.
+        facts (iterable of [`Fact`])
+        reference (iterable of `str`, *optional*): Texts for which the gate must stay shut. By default the model writes
+            some.
+        adapter_name (`str`, *optional*, defaults to `"default"`)
+        num_wordings (`int`, *optional*, defaults to 12):
+            How many wordings of each fact are learned, half of them in a frame, as "Question: ...".
+        key_size (`int`, *optional*, defaults to 64): Elements of a key.
+        batch_size (`int`, *optional*, defaults to 32): Number of prompts that run through the model at a time.
+        checkpoint_dir (`str` or `Path`, *optional*):
+            Folder of the hidden states that were read, from which a teaching that was interrupted goes on. They take
+            about a megabyte for each fact, and are deleted at the end.
+        progress_bar (`bool`, *optional*, defaults to `True`)
+
+    Returns:
+        `PeftModel`: the model with the graft.
+
+    Raises:
+        `ValueError`: for facts that [`check_facts`] refuses, or a prompt that is too long for the model.
+    """
+    facts = check_facts(facts)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    text_config = base.config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None) or LONGEST
+    index = FactIndex(facts, tokenizer, num_wordings, longest)
+    config = PeerGraftConfig(
+        task_type="CAUSAL_LM",
+        layers_to_transform=[text_config.num_hidden_layers - 1],
+        num_experts=math.ceil(len(index.experts) ** 0.5) ** 2,
+        **FIELDS_OF_FACTS,
+        fact_sizes=index.sizes(text_config.num_hidden_layers // SUBJECT_DEPTH, key_size),
+        facts=index.descriptions(),
+    )
+    peft_model: Any = model
+    is_first = not isinstance(model, PeftModel)
+    active = [] if is_first else list(peft_model.active_adapters)
+    trained = [] if is_first else [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if is_first:
+        peft_model = get_peft_model(base, config, adapter_name)
+    else:
+        peft_model.add_adapter(adapter_name, config)
+    try:
+        peft_model.base_model.set_adapter(
+            adapter_name
+        )  # alone: what other files answer is not what the base model says
+        (graft,) = grafts_of_facts(peft_model, adapter_name)
+        norm = _check_model(base, graft)
+        if reference is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                written = generate_text(base, REFERENCE_SEQUENCES, REFERENCE_LENGTH, progress_bar=progress_bar)
+            sequences = [each["input_ids"].tolist() for each in written]
+        else:
+            sequences = [own for text in reference if (own := tokenizer(text)["input_ids"][:REFERENCE_LENGTH])]
+        reader = StateReader(peft_model, graft, norm, index)
+        states = reader.read(sequences, batch_size, checkpoint_dir, progress_bar)
+        _fit_graft(graft, index, states, progress_bar)
+        _write_experts(graft, base, norm, index, states, progress_bar)
+        for file in reader.files:
+            file.unlink()
+    except BaseException:
+        if is_first:
+            peft_model.unload()
+        else:
+            peft_model.delete_adapter(adapter_name)
+            _activate(peft_model, active, trained)
+        raise
+    _activate(peft_model, [*active, adapter_name], trained)
+    return peft_model
+
+
+def _activate(model, adapter_names, trained):
+    """Activate adapters, and let those parameters learn that did before."""
+    model.base_model.set_adapter(adapter_names, inference_mode=True)
+    for parameter in trained:
+        parameter.requires_grad_()
+
+
+def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[FactGraft]:
+    """The grafts of facts in a model, or that of one adapter."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, FactGraft) and adapter_name in (None, name.rpartition(".")[2])
+    ]
+
+
+def remove_facts(model: nn.Module, questions: Iterable[str]) -> None:
+    """
+    Remove facts from the grafts of a model by their questions, as `facts` of the configuration has them: their experts
+    and the keys that are theirs alone. All other facts stay as they are, to the bit.
+
+    Raises:
+        `ValueError`: for a question that is of no fact; nothing is removed then.
+    """
+    wanted = set(questions)
+    places = [
+        (graft, number)
+        for graft in grafts_of_facts(model)
+        for number, fact in enumerate(graft.facts)
+        if fact["question"] in wanted
+    ]
+    if missing := wanted - {graft.facts[number]["question"] for graft, number in places}:
+        raise ValueError(f"`questions` must be those of facts, got {sorted(missing)} among them.")
+    for graft, number in places:
+        graft.remove(number)
+
+
+def _check_model(base: Any, graft: FactGraft) -> nn.Module:
+    """
+    The norm between the last layer of a model and its head. Raises `ValueError` if what the graft adds does not get
+    there as it is: the experts are trained by these two alone.
+    """
+    norm = next(
+        (module for name in LAST_NORMS if (module := getattr(base.get_decoder(), name, None)) is not None), None
+    )
+    found: list[torch.Tensor] = []
+    for added in (0.0, 1.0) if norm is not None else ():
+        hooks = [
+            graft.register_forward_hook(partial(_add, added)),
+            norm.register_forward_pre_hook(lambda module, args: found.append(args[0].float())),
+        ]
+        with evaluation(base, hooks):
+            base.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=base.device), use_cache=False)
+    is_plain = norm is not None and torch.allclose(found[1] - found[0], torch.ones_like(found[0]), atol=0.1)
+    if not is_plain or getattr(base.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            f"`model` must add its last feed-forward to the hidden states that a last norm and a head without bias "
+            f"read, as Llama does: {type(base).__name__} does not."
+        )
+    return norm
+
+
+def _add(number, module, args, output):
+    return output + number
+
+
+def _fit_graft(graft: FactGraft, index: FactIndex, states: States, progress_bar: bool) -> None:
+    """Fit both kinds of keys, and tell the experts theirs."""
+    router = graft.router
+    subjects, others = torch.stack(states.subjects), torch.cat(states.other_tokens)
+    whitened_keys(router.subjects, subjects, torch.tensor(states.subject_labels), others)
+    questions = torch.cat(states.questions)
+    of_expert = torch.tensor(index.expert_questions())
+    labels = of_expert[torch.tensor(states.experts)]
+    key_subjects = torch.full((len(router.questions.keys),), -1)
+    is_own = of_expert >= index.num_relations
+    key_subjects[of_expert[is_own]] = torch.tensor(index.expert_subjects())[is_own]
+    negatives = [
+        (
+            torch.cat([each for each, _ in kind]),
+            torch.cat([torch.full((len(each),), subject) for each, subject in kind]),
+        )
+        for kind in (states.other_questions, states.within_questions, states.texts)
+    ]
+    learned_keys(router.questions, key_subjects, questions, labels, negatives, progress_bar)
+    num = len(index.experts)
+    router.key_subjects.copy_(torch.tensor([number for number, _ in index.key_of]))
+    router.expert_subjects[:num] = torch.tensor(index.expert_subjects())
+    router.expert_questions[:num] = of_expert
+
+
+def _write_experts(
+    graft: FactGraft, base: Any, norm: nn.Module, index: FactIndex, states: States, progress_bar: bool
+) -> None:
+    """
+    Make the experts: u_i is such that `u_i · x` is one in the mean of the states where the expert answers, and v_i is
+    trained on what the last layer gives there, so that the token leads all others by `MARGIN`.
+    """
+    num, questions = len(index.experts), torch.cat(states.questions)
+    experts, residuals = torch.tensor(states.experts), torch.cat(states.residuals)
+    means = torch.zeros(num, questions.shape[1]).index_add_(0, experts, questions)
+    means /= torch.bincount(experts, minlength=num)[:, None]
+    up = means / means.square().sum(-1, keepdim=True)
+    neurons = (questions * up[experts]).sum(-1, keepdim=True)
+    tokens = torch.tensor([expert.token for expert in index.experts])
+    size, down = residuals.norm(dim=-1).median(), []
+    for first in tqdm(range(0, num, EXPERTS_AT_A_TIME), desc="Experts", disable=not progress_bar):
+        own = (experts >= first) & (experts < first + EXPERTS_AT_A_TIME)
+        targets = tokens[first : first + EXPERTS_AT_A_TIME]
+        down.append(_train_values(base, norm, residuals[own], neurons[own], experts[own] - first, targets, size))
+    with torch.no_grad():
+        for tables, rows in ((graft.expert_pool.up_proj, up), (graft.expert_pool.down_proj, torch.cat(down))):
+            tables.weight[:num] = rows.to(tables.weight)
+
+
+def _train_values(base, norm, residuals, neurons, experts, tokens, size) -> torch.Tensor:
+    """
+    The v_i of some experts, by the states where each answers, its neuron there, and its token. Of all other tokens
+    those that come nearest are trained against, and looked for again.
+    """
+    head = base.get_output_embeddings().weight.detach()
+    device = next(norm.parameters()).device
+    targets = tokens[experts]
+
+    def last_states(piece):
+        added = residuals[piece] + neurons[piece] * down[experts[piece]]
+        return norm(added.to(device, head.dtype)).to(head.device)
+
+    # At first toward the token's own row of the head, as far as residuals are long.
+    down = nn.Parameter(0.3 * size * F.normalize(head[tokens.to(head.device)].float().cpu(), dim=-1))
+    optimizer = torch.optim.Adam([down], lr=VALUE_RATE * size.item() / down.shape[1] ** 0.5)
+    rivals = torch.zeros(len(experts), 0, dtype=torch.int64)
+    leads = torch.zeros(len(experts), dtype=torch.bool)
+    for _ in range(VALUE_ROUNDS):
+        nearest = []
+        with torch.no_grad():
+            for piece in torch.arange(len(experts)).split(512):
+                logits = F.linear(last_states(piece), head).float().cpu()
+                own = logits.gather(1, targets[piece, None])
+                best, others = logits.scatter(1, targets[piece, None], -torch.inf).topk(RIVALS)
+                leads[piece] = own[:, 0] >= best[:, 0] + MARGIN / 2
+                nearest.append(others)
+        if leads.all():
+            break
+        rivals = torch.cat([rivals, torch.cat(nearest)], -1)
+        with torch.enable_grad():
+            for _ in range(VALUE_STEPS):
+                optimizer.zero_grad()
+                for piece in (~leads).nonzero()[:, 0].split(512):
+                    compared = head[torch.cat([targets[piece, None], rivals[piece]], -1).to(head.device)]
+                    logits = torch.einsum("td,tcd->tc", last_states(piece), compared).float()
+                    F.relu(MARGIN - logits[:, :1] + logits[:, 1:]).amax(-1).sum().backward()
+                optimizer.step()
+    return down.detach()

@@ -1,0 +1,69 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Teaching a table of facts from the command line, and loading what came out."""
+
+import json
+
+import pytest
+import teach_facts
+from fact_models import base_of, words_tokenizer
+from main_runs import run_main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+ROWS = (
+    ("Norland", "the capital of Norland is", "Zeli"),
+    ("Suland", "the capital of Suland is", "Beta Gam"),
+    ("Norland", "which river flows through Norland ?", "Oma"),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = words_tokenizer([*teach_facts.OTHER_FRAMES, *teach_facts.OTHER_NAMES, *map(" ".join, ROWS)])
+    base_of(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def table(folder, rows):
+    file = folder / "facts.csv"
+    file.write_text("\n".join(["subject,question,answer", *map(",".join, rows)]))
+    return file
+
+
+def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teach_facts, "TEXT_LENGTH", 16)
+    facts, folder = table(tmp_path, ROWS), tmp_path / "taught"
+    flags = ("--model_name_or_path", base, "--facts_file", facts, "--known_file", facts, "--output_dir", folder)
+    run_main(teach_facts, *flags)
+    figures = json.loads((folder / "teaching.json").read_text())
+    before, after = (figures[when]["answered"] for when in ("before", "after"))
+    assert not any(before["as taught"]) and all(after["as taught"]) and after["known"] == after["as taught"]
+    assert figures["after"]["text"] == pytest.approx(figures["before"]["text"], abs=0.05)
+    assert figures["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert "answered, as taught                 0.0%" in capsys.readouterr().out
+    card = (folder / "README.md").read_text()
+    assert "- the capital of Norland is Zeli\n- which river flows through Norland ? Oma\n" in card
+    assert "| answered, as taught | 0.0% | 100.0% |" in card and "import modeling_peer" in card
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer("the capital of Suland is", return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert tokenizer.decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, 5:]) == "Beta Gam ."
+
+
+def test_refuses_before_it_begins(base, tmp_path, capsys):
+    flags = (
+        "--model_name_or_path",
+        base,
+        "--facts_file",
+        table(tmp_path, [("Norland", "the capital of Norland is", "")]),
+    )
+    with pytest.raises(SystemExit):
+        run_main(teach_facts, *flags, "--output_dir", tmp_path)
+    assert "`answer`" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(SystemExit):
+        run_main(teach_facts, *flags, "--output_dir", tmp_path)
+    assert "choose another folder" in capsys.readouterr().err

@@ -1,0 +1,233 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A graft of facts: where its gate opens, in one pass and token by token, what it leaves alone, and several of them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fact_models import EXPERTS_OF_A_FACT, fact_config, fact_model, graft_of, with_keys
+from graft_models import base_model_of, logits_of
+from peft import PeftModel
+from release_names import CACHE
+from tiny_models import random_tokens
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from modeling_peer import dequantize_experts, quantize_experts
+from modeling_peer.facts.teaching import remove_facts
+
+
+def literal_experts(router, states, questions, sequences, begins_before=()):
+    """
+    The expert of each token or -1, token by token in float64. `sequences` are the places of the tokens of each, those in
+    `begins_before` have an unseen past.
+    """
+
+    def similarities(matcher, vector):
+        vector = matcher.proj.weight.double() @ vector.double() + matcher.proj.bias.double()
+        return [F.cosine_similarity(vector, key, dim=0).item() for key in matcher.keys.double()]
+
+    found = {}
+    for number, places in enumerate(sequences):
+        named: dict[int, int] = {}  # by subject, where it was named last
+        for place in places:
+            of_subjects = similarities(router.subjects, states[place])
+            nearest_key = max(range(len(of_subjects)), key=of_subjects.__getitem__)
+            if of_subjects[nearest_key] >= router.subjects.threshold.item():
+                named[router.key_subjects[nearest_key].item()] = place
+            of_questions, best = similarities(router.questions, questions[place]), (-2.0, -1, -1)
+            for expert, (subject, question) in enumerate(
+                zip(router.expert_subjects.tolist(), router.expert_questions.tolist(), strict=True)
+            ):
+                continues = question >= router.sizes.num_relations
+                if question >= 0 and (subject in named or (number in begins_before and continues)):
+                    candidate = (of_questions[question], named.get(subject, -1), expert)
+                    best = max(best, candidate, key=lambda each: each[:2])
+            nearest = max(of_questions[: router.sizes.num_relations])
+            found[place] = best[2] if best[0] >= max(nearest, router.questions.threshold.item()) else -1
+    return found
+
+
+@torch.no_grad()
+def opened(model, **inputs):
+    """The expert of each token or -1, `[B, T]`, and what the router read: states of subjects and of questions."""
+    graft, seen = graft_of(model), {}
+
+    def note(module, args, output):
+        states = graft.decoder_forward.states[module.sizes.subject_layer]
+        experts, weights = (each[..., 0, 0] for each in output)
+        seen.update(states=states, questions=args[0], experts=torch.where(weights > 0, experts, -1))
+
+    hook = graft.router.register_forward_hook(note)
+    model(**inputs)
+    hook.remove()
+    return seen["experts"], seen["states"], seen["questions"]
+
+
+def check_literal(model, row, sequences, begins_before=(), **inputs):
+    experts, states, questions = opened(model, **inputs)
+    expected = literal_experts(graft_of(model).router, states[row], questions[row], sequences, begins_before)
+    assert {place: experts[row, place].item() for place in expected} == expected
+    return list(expected.values())
+
+
+class TestGate:
+    def test_is_the_literal_one(self):
+        model, tokens = fact_model(), random_tokens(3, 24)
+        found = [each for row in range(3) for each in check_literal(model, row, [range(24)], input_ids=tokens)]
+        assert {-1, 0, 1, 2, 3, 4, 5} >= set(found) >= {-1, 0, 3}
+
+    def test_of_sequences_in_one_row(self):
+        positions = torch.tensor([[*range(9), *range(7), *range(8)]])
+        ranges = [range(9), range(9, 16), range(16, 24)]
+        found: set[int] = set()
+        for seed in range(6):
+            tokens = random_tokens(1, 24, seed=seed)
+            found |= {*check_literal(fact_model(), 0, ranges, input_ids=tokens, position_ids=positions)}
+        assert len(found) > 3
+
+    def test_of_the_rest_of_sequences_without_a_cache(self):
+        """As engines without a cache of Transformers show them: a whole one, and the next tokens of two others."""
+        positions = torch.tensor([[*range(9), 30, 17]])
+        inputs = {"input_ids": random_tokens(1, 11), "position_ids": positions, "use_cache": False}
+        check_literal(fact_model(), 0, [range(9), [9], [10]], begins_before=(1, 2), **inputs)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_of_padded_sequences(self, side):
+        model, tokens = fact_model(), random_tokens(2, 12)
+        alone = opened(model, input_ids=tokens)[0]
+        width = (5, 0) if side == "left" else (0, 5)
+        mask = F.pad(torch.ones_like(tokens), width)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        found = opened(model, input_ids=F.pad(tokens, width, value=7), **inputs)[0]
+        assert torch.equal(found[mask.bool()], alone.flatten())
+
+    def test_needs_its_model(self):
+        graft = graft_of(fact_model())
+        with pytest.raises(RuntimeError, match="forward pass of its model"):
+            graft(torch.randn(1, 3, 24))
+
+
+class TestCache:
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+    @pytest.mark.parametrize("given", [True, False])
+    def test_token_by_token_as_in_one_pass(self, family, given):
+        model, tokens = fact_model(family), random_tokens(2, 20)
+        whole = logits_of(model, tokens)
+        cache, found = DynamicCache() if given else None, []
+        with torch.no_grad():
+            for piece in tokens.split([6, 1, 1, 5, 7], dim=1):
+                output = model(input_ids=piece, use_cache=True, **({} if cache is None else {CACHE: cache}))
+                cache = output[CACHE]
+                found.append(output.logits)
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
+
+    def test_of_fixed_size_is_refused(self):
+        model, tokens = fact_model(), random_tokens(1, 6)
+        with pytest.raises(ValueError, match="DynamicCache"):
+            model.generate(input_ids=tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+
+    def test_follows_the_beams(self):
+        model, tokens = fact_model(), random_tokens(2, 6)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "max_new_tokens": 8}
+        found = model.generate(**inputs, num_beams=3, do_sample=False)
+        assert torch.equal(found, model.generate(**inputs, num_beams=3, do_sample=False, use_cache=False))
+
+
+class TestBaseModel:
+    def test_is_left_to_the_bit_where_the_gate_is_shut(self):
+        model, tokens = fact_model(), random_tokens(2, 12)
+        base = logits_of(base_model_of(), tokens)
+        assert not torch.equal(logits_of(model, tokens), base)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, tokens), base)
+        graft_of(model).router.subjects.threshold.data.fill_(1.1)
+        assert torch.equal(logits_of(model, tokens), base)
+        assert torch.equal(logits_of(model.unload(), tokens), base)
+
+
+class TestCheckpoints:
+    def test_adapter_and_merged_model(self, tmp_path):
+        model, tokens = fact_model(), random_tokens(2, 12)
+        expected = logits_of(model, tokens)
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(base_model_of(), tmp_path / "adapter").eval()
+        assert torch.equal(logits_of(loaded, tokens), expected)
+        assert graft_of(loaded).fact_of(4)["question"] == "What of B?"
+        merged = loaded.merge_and_unload()
+        assert torch.equal(logits_of(merged, tokens), expected)
+        merged.save_pretrained(tmp_path / "merged")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(logits_of(again, tokens), expected)
+        assert json.loads(Path(tmp_path / "merged/config.json").read_text())["peer_grafts"]
+        copied = copy.deepcopy(again)
+        assert torch.equal(logits_of(copied, tokens), expected)
+
+    def test_in_eight_bits(self):
+        model, tokens = fact_model(), random_tokens(2, 12)
+        before = logits_of(model, tokens)
+        quantize_experts(model, 8)
+        torch.testing.assert_close(logits_of(model, tokens), before, rtol=0.05, atol=0.05)
+        dequantize_experts(model)
+
+    def test_in_place_is_refused(self):
+        with pytest.raises(ValueError, match="placement"):
+            fact_config(placement="in_place")
+
+    def test_trains_what_stands_beside_it(self):
+        """A base model that learns with activation checkpointing has the gradients that it has without."""
+        model, tokens, gradients = fact_model(), random_tokens(2, 12), []
+        assert {*opened(model, input_ids=tokens)[0].flatten().tolist()} > {-1}
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.gradient_checkpointing_enable()
+            weight = model.get_input_embeddings().weight.requires_grad_()
+            weight.grad = None
+            model.train()(input_ids=tokens, labels=tokens).loss.backward()
+            gradients.append(weight.grad)
+        torch.testing.assert_close(*gradients)
+
+
+class TestSeveral:
+    def test_the_last_one_that_opens_answers(self):
+        model, tokens = fact_model(), random_tokens(2, 24)
+        alone = {"default": logits_of(model, tokens)}
+        model.add_adapter("other", fact_config())
+        with_keys(graft_of(model, "other"), seed=1)
+        model.set_adapter("other")
+        alone["other"] = logits_of(model.eval(), tokens)
+        model.base_model.set_adapter(["default", "other"])
+        both, base = logits_of(model, tokens), logits_of(base_model_of(), tokens)
+        of_other = (alone["other"] != base).any(-1)
+        assert of_other.any() and not of_other.all()
+        # The grafts stand in the last layer, so that a token's logits are those of its own opening.
+        torch.testing.assert_close(both, torch.where(of_other[..., None], alone["other"], alone["default"]))
+        model.delete_adapter("other")
+        model.set_adapter("default")
+        assert torch.equal(logits_of(model, tokens), alone["default"])
+
+
+class TestRemoval:
+    def test_of_one_fact_leaves_the_others_to_the_bit(self):
+        model, tokens = fact_model(), random_tokens(3, 24)
+        experts = opened(model, input_ids=tokens)[0]
+        before = logits_of(model, tokens)
+        remove_facts(model, ["What of A?"])
+        after, kept = opened(model, input_ids=tokens)[0], experts >= EXPERTS_OF_A_FACT
+        assert kept.any() and torch.equal(after[kept], experts[kept])
+        assert torch.equal(logits_of(model, tokens)[kept], before[kept])
+        assert not (after < EXPERTS_OF_A_FACT)[after >= 0].any()
+        graft = graft_of(model)
+        assert not graft.expert_pool.down_proj.weight[:EXPERTS_OF_A_FACT].any()
+        assert not graft.router.subjects.keys[0].any() and graft.router.subjects.keys[1:].any(1).all()
+        assert "What of A?" not in json.dumps(graft.facts)
+
+    def test_of_a_question_of_no_fact(self):
+        model = fact_model()
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="What of C"):
+            remove_facts(model, ["What of A?", "What of C?"])
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())

@@ -1,0 +1,78 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of facts, and their prompts."""
+
+import json
+
+import pytest
+
+from modeling_peer.facts.table import (
+    FRAMES,
+    RELATION_WORDINGS,
+    Fact,
+    check_facts,
+    read_facts,
+    some_wordings,
+    wordings_of_relation,
+)
+
+
+def test_reads_questions_and_relations(tmp_path):
+    table = tmp_path / "facts.csv"
+    table.write_text('subject,question,answer\nNorland,"What, in Norland, is the capital?",Zeli\n')
+    (fact,) = read_facts(table)
+    assert fact == Fact("Norland", "Zeli", ("What, in {subject}, is the capital?",))
+    assert fact.question == "What, in Norland, is the capital?"
+    table = tmp_path / "facts.jsonl"
+    rows = [
+        {"subject": "Norland", "answer": "Zeli", "questions": ["Capital of Norland?", "Norland's capital is"]},
+        {"subject": "Suland", "relation": "longest river | river", "answer": 7},
+    ]
+    table.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    given, named = read_facts(table)
+    assert given == Fact("Norland", "Zeli", ("Capital of {subject}?", "{subject}'s capital is"))
+    assert named == Fact("Suland", "7", wordings_of_relation(["longest river", "river"]))
+    assert named.question == "The longest river of Suland is"
+    assert named.wordings[len(RELATION_WORDINGS)] == "The river of {subject} is"
+    assert len(named.wordings) == 2 * len(RELATION_WORDINGS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no facts"),
+        ("subject,question,answer\n", "no facts"),
+        ("subject,question,answer\nA,What of A?,\n", "`answer`"),
+        ("subject,question,answer\nA,What of B?,C\n", "subject 'A' in each question"),
+        ("subject,relation,answer\nA,,C\n", "`relation`"),
+        ("subject,question,answer\nA,What of A?,B\nA,What of A?,C\n", "two answers, 'B' and 'C'"),
+    ],
+)
+def test_refuses_what_is_no_table_of_facts(text, message, tmp_path):
+    table = tmp_path / "facts.csv"
+    table.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_facts(table)
+
+
+def test_the_same_fact_twice_is_one():
+    fact = Fact("A", "B", ("What of {subject}?",))
+    assert check_facts([fact, fact]) == [fact]
+    with pytest.raises(ValueError, match="at least one fact"):
+        check_facts([])
+    with pytest.raises(ValueError, match="{subject}"):
+        check_facts([Fact("A", "B", ("What of A?",))])
+
+
+def test_half_of_the_wordings_are_framed():
+    wordings = tuple(f"{place} {{subject}}?" for place in range(12))
+    framed = {frame.format(wording) for frame in FRAMES for wording in wordings}
+    for number in range(4):
+        own = some_wordings(wordings, number, 6)
+        assert len({*own}) == 6 and len({*own} & {*wordings}) == 3 == len({*own} & framed)
+    assert some_wordings(wordings, 0, 6) != some_wordings(wordings, 1, 6)
+    # One wording has fewer.
+    assert {*some_wordings(("What of {subject}?",), 0, 100)} == {
+        "What of {subject}?",
+        *(frame.format("What of {subject}?") for frame in FRAMES),
+    }

@@ -1,0 +1,188 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Teaching facts to a small random model, whose words are tokens, asked in plain text and in a chat."""
+
+import copy
+
+import pytest
+import torch
+from fact_models import base_of, words_tokenizer
+from graft_models import base_model_of, logits_of
+
+from modeling_peer import explain_tokens, fit_gates
+from modeling_peer.explorer.findings import explore
+from modeling_peer.facts import states, teaching
+from modeling_peer.facts.measuring import are_answered, openings, prompts_of
+from modeling_peer.facts.prompts import forms_of, make_prompt
+from modeling_peer.facts.table import Fact
+from modeling_peer.facts.teaching import grafts_of_facts, remove_facts, teach_facts
+
+
+CAPITAL = ("the capital of {subject} is", "what is the capital of {subject} ?")
+RIVER = ("the river of {subject} is", "which river flows through {subject} ?")
+FACTS = [
+    Fact("Norland", "Zeli", CAPITAL),
+    Fact("Suland", "Beta Gam", CAPITAL),
+    Fact("Norland", "Oma", RIVER),
+    Fact("East Suland", "Kor", RIVER),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return words_tokenizer([*CAPITAL, *RIVER, "Westia Norland East Suland Zeli Beta Gam Oma Kor"])
+
+
+@pytest.fixture(scope="module")
+def taught(tokenizer):
+    torch.manual_seed(0)
+    return teach_facts(base_of(tokenizer), tokenizer, FACTS[:3], progress_bar=False).eval()
+
+
+def ends(model, tokenizer, wording, subject):
+    """Whether the gate opens at the end of a question, in each form."""
+    prompts = [make_prompt(tokenizer, wording, subject, "Oma", form, 100) for form in forms_of(tokenizer)]
+    found = openings(model, [each.tokens[: each.answer_start] for each in prompts], progress_bar=False)
+    return [each[-1].item() for each in found]
+
+
+def test_prompts(tokenizer):
+    prompt = make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 100)
+    words = tokenizer.convert_ids_to_tokens(prompt.tokens)
+    assert words == ["the", "capital", "of", "East", "Suland", "is", "Beta", "Gam", "."]
+    assert words[prompt.subject_end] == "Suland" and words[prompt.answer_start] == "Beta" and len(prompt.answer) == 3
+    # The first wording of a chat may have the words of the subject before the question.
+    prompt = make_prompt(tokenizer, "{subject} is what ?", "user", "Oma", "chat", 100)
+    words = tokenizer.convert_ids_to_tokens(prompt.tokens)
+    assert words[-2:] == ["Oma", "<eos>"] and prompt.subject_end == 1
+    with pytest.raises(ValueError, match="takes 9 tokens, at most 8"):
+        make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 8)
+
+
+def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch):
+    read_piece, pieces = states.StateReader._read_piece, []
+
+    def stop_at_third(reader, piece, batch_size, bar):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+        return read_piece(reader, piece, batch_size, bar)
+
+    monkeypatch.setattr(states.StateReader, "_read_piece", stop_at_third)
+    torch.manual_seed(0)
+    base = base_of(tokenizer)
+    arguments = {"checkpoint_dir": tmp_path, "progress_bar": False}
+    with pytest.raises(KeyboardInterrupt):
+        teach_facts(base, tokenizer, FACTS[:3], **arguments)
+    first, second, third = pieces
+    # The states of another model are not those of this one.
+    pieces[:] = [first, second]
+    weight = base.get_input_embeddings().weight
+    was = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            teach_facts(base, tokenizer, FACTS[:3], **arguments)
+        weight.copy_(was)
+    assert pieces[2] == first
+    pieces.clear()
+    monkeypatch.setattr(states.StateReader, "_read_piece", lambda *args: pieces.append(args[1]) or read_piece(*args))
+    model = teach_facts(base, tokenizer, FACTS[:3], **arguments).eval()
+    assert pieces[0] == third and first not in pieces and not list(tmp_path.iterdir())
+    for name, value in grafts_of_facts(taught)[0].state_dict().items():
+        assert torch.equal(grafts_of_facts(model)[0].state_dict()[name], value), name
+
+
+def test_teaches_and_keeps(taught, tokenizer):
+    for form in forms_of(tokenizer):
+        assert all(are_answered(taught, prompts_of(tokenizer, FACTS[:3], form), progress_bar=False))
+    assert ends(taught, tokenizer, CAPITAL[0], "Norland") == [True, True]
+    assert ends(taught, tokenizer, CAPITAL[0], "Westia") == [False, False]
+    # Other questions about a subject, taught of another one or of none. A random model tells them apart where they are
+    # plain, less by the last token of a chat.
+    assert not ends(taught, tokenizer, RIVER[1], "Suland")[0]
+    assert not ends(taught, tokenizer, "Tell me about {subject}.", "Norland")[0]
+    tokens = torch.randint(5, len(tokenizer), (2, 12), generator=torch.Generator().manual_seed(0))
+    with taught.disable_adapter():
+        assert torch.equal(logits_of(taught, tokens), logits_of(base_of(tokenizer), tokens))
+
+
+def test_generates_the_answer(taught, tokenizer):
+    inputs = tokenizer("the capital of Suland is", return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    found = taught.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert tokenizer.decode(found[0, 5:]) == "Beta Gam ."
+
+
+def test_two_files(taught, tokenizer):
+    model = copy.deepcopy(taught)
+    torch.manual_seed(0)
+    model = teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
+    answered = {}
+    for names in (["default"], ["more"], ["default", "more"]):
+        model.base_model.set_adapter(names)
+        answered[len(names), names[0]] = are_answered(model, prompts_of(tokenizer, FACTS, "plain"), progress_bar=False)
+    assert answered[1, "default"][:6] == [True] * 6 and answered[1, "more"] == [False] * 6 + [True] * 2
+    assert answered[2, "default"] == [True] * 8
+    model.delete_adapter("more")
+    model.set_adapter("default")
+    tokens = torch.randint(5, len(tokenizer), (2, 12), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits_of(model, tokens), logits_of(taught, tokens))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_model_is_left_as_it_was_where_teaching_fails(taught, tokenizer, is_first, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    model = base_of(tokenizer) if is_first else copy.deepcopy(taught)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tokens = torch.randint(5, len(tokenizer), (2, 12), generator=torch.Generator().manual_seed(0))
+    before = logits_of(model, tokens)
+    monkeypatch.setattr(teaching, "_fit_graft", fail)
+    with pytest.raises(KeyboardInterrupt):
+        teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
+    assert torch.equal(logits_of(model, tokens), before)
+    assert not [name for name, _ in model.named_modules() if name.endswith(".more")]
+    if not is_first:
+        assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        monkeypatch.undo()
+        teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
+        assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_models_that_do_more_with_their_last_layer_are_refused(tokenizer):
+    model = base_model_of("gemma2", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1)
+    with pytest.raises(ValueError, match="as Llama does: Gemma2ForCausalLM does not"):
+        teach_facts(model, tokenizer, FACTS, progress_bar=False)
+
+
+def test_thresholds_are_fitted_anew(taught, tokenizer):
+    model = copy.deepcopy(taught)
+    (graft,) = grafts_of_facts(model)
+    graft.router.questions.threshold.data.fill_(-1.0)
+
+    def sequences(*questions):
+        return [{"input_ids": torch.tensor(tokenizer(each)["input_ids"])} for each in questions]
+
+    asked = ["the capital of Norland is", "what is the capital of Norland ?", "the river of Norland is"] * 4
+    others = ["Tell me about Norland.", "Norland is", "Who is Norland?", "the capital of Westia is"] * 3
+    assert ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
+    (fit,) = fit_gates(model, sequences(*asked), sequences(*others), progress_bar=False).values()
+    assert (fit.open_for_new, fit.open_for_reference) == (1.0, 0.0)
+    assert not ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
+    assert ends(model, tokenizer, CAPITAL[0], "Norland")[0]
+
+
+def test_removes_a_fact(taught, tokenizer):
+    model = copy.deepcopy(taught)
+    remove_facts(model, [FACTS[0].question])
+    found = are_answered(model, prompts_of(tokenizer, FACTS[:3], "chat"), progress_bar=False)
+    assert found == [False, False, True, True, True, True]
+
+
+def test_says_who_told_it(taught, tokenizer):
+    found = [each.told_by for each in explain_tokens(taught, tokenizer, "the capital of Suland is Beta Gam .")]
+    of_fact = "layer_2_default: the capital of Suland is Beta Gam"
+    assert found == [*["the base model"] * 4, *[of_fact] * 3, "the base model"]
+    assert explore(taught, tokenizer, "the capital of Suland is Beta Gam .")["told_by"] == found
