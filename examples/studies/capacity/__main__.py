@@ -11,38 +11,33 @@ Killed at any point, the same command resumes. Each run is a file in --output_di
 tables and pictures are made from it.
 """
 
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
+from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import STAGES, Results, Run
 from studies.capacity.reading import measure_times
 from studies.capacity.report import describe, plot
-from studies.capacity.runs import make_all
-from studies.capacity.training import BATCH_SIZE
+from studies.capacity.training import BATCH_SIZE, store_composed, store_facts, store_people
 from studies.capacity.variants import SHARED
+from studies.common.parallel_runs import ParallelArguments, make_runs
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
 
 
-@dataclass
-class CapacityArguments:
-    """Where to save the results, and for how long."""
-
-    output_dir: str = field(default="runs/capacity", metadata={"help": "Output folder."})
-    results: str | None = field(default=None, metadata={"help": "A results.json whose runs are reused."})
-    processes: int = field(default=2, metadata={"help": "Number of runs at once, each of which has one core."})
-    hours: float | None = field(
-        default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
-    )
+KINDS = {
+    "facts": store_facts,
+    "composed": store_composed,
+    "people": store_people,
+    "forgetting": teach_after,
+}
 
 
-def results_of(folder: Path) -> Results:
-    """The results of all runs by their names."""
-    return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
+def make(run: Run, folder: Path) -> dict[str, Any]:
+    """Make a run."""
+    return KINDS[run.kind](run, folder)
 
 
 def next_runs(results: Results) -> list[Run]:
@@ -50,33 +45,27 @@ def next_runs(results: Results) -> list[Run]:
     for subjects, runs_of in STAGES:
         runs = [run for subject in subjects for run in runs_of(subject, results) if run.name not in results]
         if runs:
-            return list(dict.fromkeys(runs))
+            return runs
     return []
 
 
 def main():
-    (args,) = parse_arguments((CapacityArguments,), __doc__)
-    folder, start = Path(args.output_dir), time.time()
-    until = start + 3600 * (args.hours if args.hours is not None else 1000)
+    (args,) = parse_arguments((ParallelArguments,), __doc__)
+    folder = Path(args.output_dir or "runs/capacity")
     with sole_use(folder):
         # What runs have in common, and their names do not say.
         claim_folder(folder, {"shared": SHARED, "tokens": [KEY_TOKENS, VALUE_TOKENS], "batch_size": BATCH_SIZE})
-        if args.results is not None:
-            for name, run in read_json(Path(args.results))["runs"].items():
-                write_json(folder / "runs" / f"{name}.json", run)
-        while (runs := next_runs(results_of(folder))) and time.time() < until:
-            make_all(runs, folder, args.processes, until)
+        results, is_finished = make_runs(args, folder, next_runs, make)
         times = folder / "times.json"
-        if not runs and not times.exists():
+        if is_finished and not times.exists():
             write_json(times, measure_times())
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
         head["times"] = read_json(times) if times.exists() else {}
-        results = results_of(folder)
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
         made = [name for name in ("results.json", "results.png") if (folder / name).exists()]
         print(f"\n{describe(results, head['times'])}\n\nIn {folder}: {', '.join(made)}")
-        if runs:
+        if not is_finished:
             print("The study is not finished: the same command goes on.")
 
 

@@ -4,11 +4,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, has_tables
+from studies.common.parallel_runs import Results
 
 
 # Trials have a seed of their own.
@@ -74,8 +74,6 @@ class Run:
             numbers += (self.warmup,)
         return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers)])
 
-
-Results = dict[str, dict[str, Any]]
 
 # What the picture cannot do without comes first.
 MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")

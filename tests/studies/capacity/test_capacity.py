@@ -37,6 +37,7 @@ from studies.capacity.plan import (
 from studies.capacity.report import ratio
 from studies.capacity.training import store_composed, store_facts, store_people
 from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, costs
+from studies.common.parallel_runs import results_of
 from studies.common.people import ASKED_BITS, IDS, VALUES, biographies, draw_people, measure_people
 from studies.common.people import VOCABULARY as WORDS
 
@@ -233,8 +234,8 @@ def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")}
     times = json.loads((tmp_path / "results.json").read_text())["times"]
     assert all(0 < each < 1e5 for measured in times.values() for each in measured.values())
-    results = capacity_study.results_of(tmp_path)
+    results = results_of(tmp_path)
     assert results[runs[1].name].items() >= asdict(runs[1]).items()
     other = tmp_path / "other"
     run_main(capacity_study, "--output_dir", other, "--results", tmp_path / "results.json", "--hours", "0")
-    assert capacity_study.results_of(other) == results
+    assert results_of(other) == results

@@ -1,0 +1,89 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The runs of a study that are made several at once, each in a process with one thread, and go on where they stopped."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from studies.common.study_folder import read_json, write_json
+
+
+# The results of runs by their names.
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass
+class ParallelArguments:
+    """Where to save the results, and for how long to make runs."""
+
+    output_dir: str = field(default="", metadata={"help": "Output folder, runs/ with the name of the study if empty."})
+    results: str | None = field(default=None, metadata={"help": "A results.json whose runs are reused."})
+    processes: int = field(default=2, metadata={"help": "Number of runs at once, each of which has one core."})
+    hours: float | None = field(
+        default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
+    )
+
+
+def make_runs(
+    args: ParallelArguments,
+    folder: Path,
+    next_runs: Callable[[Results], list[Any]],
+    make: Callable[[Any, Path], dict[str, Any]],
+) -> tuple[Results, bool]:
+    """
+    Make the runs of a study, each of which is saved as a file of the folder.
+
+    Args:
+        args (`ParallelArguments`): For how long, and how many at once.
+        folder (`Path`): The folder of the study.
+        next_runs (`Callable`): The runs that come next, dataclasses with a `name`, by the results that there are.
+        make (`Callable`): Makes a run in that folder, in a process of its own: a function of a module.
+
+    Returns:
+        `tuple`: the results of all runs by their names, and whether none is missing.
+    """
+    until = time.time() + 3600 * (args.hours if args.hours is not None else 1000)
+    if args.results is not None:
+        for name, run in read_json(Path(args.results))["runs"].items():
+            write_json(folder / "runs" / f"{name}.json", run)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    while (runs := next_runs(results_of(folder))) and time.time() < until:
+        _make_all(list(dict.fromkeys(runs)), folder, make, args.processes, until)
+    return results_of(folder), not runs
+
+
+def results_of(folder: Path) -> Results:
+    """The results of all runs by their names."""
+    return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+def _make_all(runs, folder, make, num_processes, until):
+    """Make runs, of which none is begun after the time `until`."""
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = list(runs)
+        futures: set[Future] = set()
+        with tqdm(total=len(runs)) as bar:
+            while futures or (waiting and time.time() < until):
+                while waiting and len(futures) < num_processes and time.time() < until:
+                    futures.add(pool.submit(_make_and_save, waiting.pop(0), folder, make))
+                done, futures = wait(futures, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                bar.update(len(done))
+
+
+def _make_and_save(run, folder, make):
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **make(run, folder)})
