@@ -1,0 +1,1 @@
+"""Facts taught to a pretrained model: what is recalled, what is lost, and what the gate opens for."""

@@ -1,0 +1,39 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Measures facts taught to SmolLM2-135M by a graft of facts, by finetuning, LoRA and other adapters, and facts in the
+prompt: what is recalled in other wordings, what is lost, what is answered that nobody taught.
+
+    ./run study teaching                 # the whole plan, about five hours on two cores
+    ./run study teaching --hours 2.5     # as much of it as two and a half hours allow; the same command goes on
+    ./run study teaching --results examples/studies/teaching/results.json --hours 2.5    # goes on from these runs
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common.command_line import parse_arguments
+from common.machine import machine
+from studies.common.parallel_runs import ParallelArguments, make_runs
+from studies.common.study_folder import sole_use, write_runs
+from studies.teaching.measuring import Study, make
+from studies.teaching.plan import next_runs
+from studies.teaching.report import describe, plot
+
+
+def main():
+    (args,) = parse_arguments((ParallelArguments,), __doc__)
+    folder = Path(args.output_dir or "runs/teaching")
+    with sole_use(folder):
+        Study(folder)  # what all processes read is there before they begin
+        results, is_finished = make_runs(args, folder, next_runs, make)
+        head: dict[str, Any] = {"command": "./run study teaching", "machine": machine()}
+        write_runs(folder / "results.json", head, results)
+        plot(results, folder / "results.png")
+        print(f"\n{describe(results)}\n\nIn {folder}: results.json, results.png")
+        if not is_finished:
+            print("The study is not finished: the same command goes on.")
+
+
+if __name__ == "__main__":
+    main()

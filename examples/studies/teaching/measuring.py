@@ -1,0 +1,207 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A run: a model is taught, and asked what it recalls, what it lost, and what it answers beside."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from common.evaluation import held_out_loss
+from common.text_data import DataTrainingArguments, tokenize_into_blocks
+from modeling_peer.facts.measuring import openings
+from modeling_peer.facts.prompts import forms_of
+from modeling_peer.facts.teaching import grafts_of_facts
+from studies.common.base_model import save_base
+from studies.common.corpora import load_corpus
+from studies.common.study_folder import read_json
+from studies.teaching.arms import taught
+from studies.teaching.asking import Retrieval, ask, last_states
+from studies.teaching.plan import Run
+from studies.teaching.questions import (
+    NAMES,
+    Question,
+    Split,
+    all_countries,
+    known_questions,
+    negatives,
+    recall_of,
+    split,
+    uses,
+)
+
+
+TEXTS, TEXT_BLOCKS, TEXT_LENGTH = ("brown", "python-docs", "perl-docs"), 8, 256
+# Facts of a large set that are asked, of the first questions of each kind for a model without a gate.
+MOST_ASKED, OF_NO_GATE = 500, 300
+NEW_TOKENS, REPEATS = 32, 5
+
+
+class Study:
+    """What all runs share: the base model, its tokenizer, texts, and the facts that it knows and does not know."""
+
+    def __init__(self, folder: Path, model_name_or_path: str | None = None):
+        save_base(model_name_or_path, folder)
+        self.folder = folder
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "base")
+        self.forms = forms_of(self.tokenizer)
+        self.countries = all_countries()
+
+    def load_model(self) -> Any:
+        """The base model."""
+        return AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32).eval()
+
+    def texts(self) -> torch.Tensor:
+        """Blocks of held-out texts."""
+        found = []
+        for name in TEXTS:
+            blocks = tokenize_into_blocks(
+                load_corpus(name)["validation"], self.tokenizer, TEXT_LENGTH, DataTrainingArguments()
+            )
+            found += blocks.shuffle(seed=0)["input_ids"][:TEXT_BLOCKS]
+        return torch.tensor(found)
+
+    def known(self) -> list[Question]:
+        """The questions that the base model answers, as its run has found."""
+        flags = read_json(self.folder / "runs" / f"{Run('base').name}.json")["right"]["countries"]
+        asked = known_questions(self.countries)
+        return [question for question, flag in zip(asked, flags, strict=True) if flag == "1"]
+
+    def facts(self, run: Run) -> Split:
+        """What a run teaches and does not teach."""
+        known = {question.item for question in self.known()}
+        return split([item for item in self.countries if item not in known], run.number, run.block)
+
+    def questions(self, run: Run, facts: Split) -> dict[str, list[Question]]:
+        """What every model is asked, by kind."""
+        asked = facts.taught[:: -(-len(facts.taught) // MOST_ASKED)]
+        known = self.known()
+        subjects = {item.subject for item in facts.taught}
+        capitals = {each.item.subject: each.item.answer for each in known if each.item.relation == "capital"}
+        kinds: dict[str, list[Question]] = {}
+        for each in known:
+            kind = "others" if each.item.subject not in subjects else "taught subjects"
+            kind = "taught relations" if each.item.relation in NAMES else kind
+            kinds.setdefault(f"known, {kind}", []).append(each)
+        return {
+            "recall": recall_of(asked, self.forms),
+            "recall, other names": recall_of(asked, self.forms, otherwise=True),
+            **kinds,
+            **uses(facts, capitals, self.forms),
+        }
+
+
+def as_text(flags: list[bool]) -> str:
+    """Flags as they are saved."""
+    return "".join("01"[flag] for flag in flags)
+
+
+def make(run: Run, folder: Path) -> dict[str, Any]:
+    """
+    Make a run. Returns, by kind of question, what was `right`; where the gate is `open`, and what the fact that is
+    found there would have answered (`looked_up`); the first token of answers to questions that nothing was taught
+    about; and the loss on `text`, in nats per token.
+    """
+    study = Study(folder)
+    if run.arm == "base":
+        right = {"countries": as_text(ask(study.load_model(), study.tokenizer, known_questions(study.countries)))}
+        return {"right": right, "text": held_out_loss(study.load_model(), study.texts(), desc="Text")}
+    if run.arm == "two":
+        return make_two(run, study)
+    facts = study.facts(run)
+    model, costs = study.load_model(), {}
+    questions = study.questions(run, facts)
+    if run.arm == "bm25":
+        retrieval = Retrieval(facts.taught)
+        questions = {kind: list(map(retrieval.with_facts, some)) for kind, some in questions.items()}
+    else:
+        model, costs = taught(run, facts.taught, model, study.tokenizer, study.folder)
+    model.eval()
+    result: dict[str, Any] = {**costs, "text": held_out_loss(model, study.texts(), desc="Text")}
+    result["right"] = {kind: as_text(ask(model, study.tokenizer, some)) for kind, some in questions.items()}
+    asked = negatives(facts, study.forms)
+    if run.arm == "facts":
+        result |= gate_of(model, study, facts, questions | asked)
+    else:
+        never = asked["subjects never taught"][:OF_NO_GATE]
+        if run.arm == "bm25":
+            never = list(map(retrieval.with_facts, never))
+        result["invented"] = as_text(invents(model, study, facts, never))
+    return result
+
+
+def gate_of(model: Any, study: Study, facts: Split, questions: dict[str, list[Question]]) -> dict[str, Any]:
+    """Where the gate opens at the ends of questions, and in texts, and what a lookup would answer."""
+    (graft,) = grafts_of_facts(model)
+    found: dict[str, Any] = {"open": {}, "looked_up": {}}
+    for kind, some in questions.items():
+        _, experts = last_states(model, study.tokenizer, some)
+        found["open"][kind] = as_text([expert >= 0 for expert in experts])
+        if kind.startswith("recall"):
+            answers = [graft.fact_of(expert)["answer"] if expert >= 0 else None for expert in experts]
+            right = [answer == each.item.answer for answer, each in zip(answers, some, strict=True)]
+            found["looked_up"][kind] = as_text(right)
+    tokens = torch.cat(openings(model, study.texts().tolist(), progress_bar=False))
+    return {**found, "open_in_text": tokens.float().mean().item()}
+
+
+def invents(model: nn.Module, study: Study, facts: Split, questions: list[Question]) -> list[bool]:
+    """Whether each question about a subject never taught is answered as others were: by the first token."""
+    first: dict[str, set[int]] = {}
+    for item in facts.taught:
+        tokens = study.tokenizer(f" {item.answer}", add_special_tokens=False)["input_ids"]
+        chat = study.tokenizer(item.answer, add_special_tokens=False)["input_ids"]
+        first.setdefault(item.relation, set()).update((tokens[0], chat[0]))
+    tokens, _ = last_states(model, study.tokenizer, questions)
+    return [token in first.get(each.item.relation, ()) for token, each in zip(tokens, questions, strict=True)]
+
+
+@torch.no_grad()
+def make_two(run: Run, study: Study) -> dict[str, Any]:
+    """Two files that were taught apart, loaded together: what each recalls, what is left of one, and latencies."""
+    blocks = [Run("facts", run.number, block) for block in (run.block, run.block + 1)]
+    base = study.load_model()
+    tokens = study.texts()[:4]
+    before = base(input_ids=tokens).logits
+    folders = [study.folder / "adapters" / each.name for each in blocks]
+    recall = [study.questions(each, study.facts(each))["recall"] for each in blocks]
+    model: Any = PeftModel.from_pretrained(copy.deepcopy(base), folders[0], adapter_name="first").eval()
+    alone = model(input_ids=tokens).logits
+    result: dict[str, Any] = {"seconds_a_token": latencies(base, model, study, recall[0])}
+    model.load_adapter(folders[1], adapter_name="second")
+    model.base_model.set_adapter(["first", "second"])
+    result["right"] = {
+        f"recall, file {number}": as_text(ask(model, study.tokenizer, some)) for number, some in enumerate(recall, 1)
+    }
+    model.delete_adapter("second")
+    model.base_model.set_adapter("first")
+    result["first_is_as_before"] = torch.equal(model(input_ids=tokens).logits, alone)
+    result["base_is_as_before"] = torch.equal(model.unload()(input_ids=tokens).logits, before)
+    return result
+
+
+def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> dict[str, float]:
+    """
+    Seconds for each token of `generate`, the least of several times: of the base model, of one whose gate is shut, and
+    of one where a fact of the file was asked for and answered.
+    """
+    texts = {"base": "Once upon a time there was", "shut": "Once upon a time there was"}
+    open_at = next(each for each in recall if each.form == "plain")
+    texts["open"] = open_at.wording.replace("{subject}", open_at.item.subject)
+    found = {name: float("inf") for name in texts}
+    for _ in range(REPEATS):
+        for name, text in texts.items():
+            inputs = study.tokenizer(text, return_tensors="pt")
+            asked = base if name == "base" else model
+            start = time.perf_counter()
+            written = asked.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            ).shape[1]
+            seconds = (time.perf_counter() - start) / (written - inputs["input_ids"].shape[1])
+            found[name] = min(found[name], seconds)
+    return found

@@ -1,0 +1,82 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs the study makes. The criteria that judge them are in README.md."""
+
+from dataclasses import dataclass, replace
+
+from studies.common.parallel_runs import Results
+
+
+EXPOSURES = 30
+SIZE, LARGER = 240, {1000: ("facts", "bm25", "full", "lora"), 5000: ("facts", "bm25")}
+# Three rates of each training, tried on facts that are not reported. Where the best is the lowest or the highest, one
+# more is tried beyond it.
+RATES = {
+    "full": (2e-5, 5e-5, 1e-4),
+    "lora": (3e-4, 1e-3, 2e-3),
+    "dense": (1e-3, 3e-3, 1e-2),
+    "graft": (1e-2, 3e-2, 1e-1),
+}
+ARMS = ("facts", "bm25", *RATES)
+TRIAL_BLOCK, BLOCKS = 0, {240: (1, 2, 3), 1000: (1, 2), 5000: (1,)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run.
+
+    Args:
+        arm (`str`): A way to teach, `"base"` for what the model knows, or `"two"` for files that are loaded together.
+        number (`int`): Number of facts.
+        block (`int`): Which facts are taught, and the seed.
+        learning_rate (`float`): Of a training.
+    """
+
+    arm: str
+    number: int = SIZE
+    block: int = TRIAL_BLOCK
+    learning_rate: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return f"{self.arm}-{self.number}-{self.block}-{self.learning_rate:g}"
+
+
+def share(flags: str) -> float:
+    """The share of ones among zeros and ones, as which the answers to questions are saved."""
+    return flags.count("1") / len(flags)
+
+
+def trials(arm: str, results: Results) -> list[Run]:
+    """The trials of a training."""
+    runs = [Run(arm, learning_rate=rate) for rate in RATES[arm]]
+    if all(run.name in results for run in runs):
+        rate = best(runs, results).learning_rate
+        if rate in (RATES[arm][0], RATES[arm][-1]):
+            runs.append(replace(runs[0], learning_rate=rate / 2 if rate == RATES[arm][0] else rate * 2))
+    return runs
+
+
+def best(runs: list[Run], results: Results) -> Run:
+    """The trial that recalls most in wordings that were not taught."""
+    return max(runs, key=lambda run: share(results[run.name]["right"]["recall"]))
+
+
+def reported(arm: str, number: int, results: Results) -> list[Run]:
+    """The runs of an arm that are reported."""
+    run = best(trials(arm, results), results) if arm in RATES else Run(arm)
+    return [replace(run, number=number, block=block) for block in BLOCKS[number]]
+
+
+def next_runs(results: Results) -> list[Run]:
+    """The runs that are missing of the first stage of which any is."""
+    stages = [lambda: [Run("base")], lambda: [run for arm in RATES for run in trials(arm, results)]]
+    stages += [lambda: [run for arm in ARMS for run in reported(arm, SIZE, results)], lambda: [Run("two", block=1)]]
+    for number, arms in LARGER.items():
+        stages.append(lambda number=number, arms=arms: [r for arm in arms for r in reported(arm, number, results)])
+    for runs_of in stages:
+        if runs := [run for run in runs_of() if run.name not in results]:
+            return runs
+    return []

@@ -1,0 +1,207 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and the picture of the study, from as many of its runs as there are."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from common.pictures import NEUTRAL, TRAININGS, VARIANTS, Look, new_figure, save_picture
+from studies.common.parallel_runs import Results
+from studies.common.tables import markdown_table
+from studies.teaching.plan import ARMS, BLOCKS, RATES, SIZE, Run, reported, share, trials
+
+
+LABELS = {
+    "facts": "graft of facts",
+    "lookup": "the gate's fact, looked up",
+    "gate-full": "the gate before full finetuning",
+    "gate-lora": "the gate before LoRA",
+    "bm25": "facts in the prompt (BM25)",
+    "full": "full finetuning",
+    "lora": "LoRA",
+    "dense": "dense add-on",
+    "graft": "graft without a gate",
+}
+LOOKS = {
+    "facts": VARIANTS["peer"],
+    "lookup": Look("#7A7A1F", "X"),
+    "bm25": Look(NEUTRAL, "d"),
+    "gate-full": Look("#000000", "^"),
+    "gate-lora": Look("#E69F00", "^"),
+}
+RECALL, OTHER_NAMES = "recall", "recall, other names"
+KNOWN = ("known, taught relations", "known, taught subjects", "known, others")
+NEGATIVES = ("subjects never taught", "taught something else", "other relations")
+USES = ("in a sentence", "of the country whose capital is", "one of two", "not true")
+Z = 1.96
+
+
+def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
+    """The runs of an arm that there are; of what is behind the gate, both runs made into one."""
+    if behind := arm.partition("-")[2]:
+        pairs = zip(runs_of("facts", number, results), runs_of(behind, number, results), strict=False)
+        return [behind_gate(*pair) for pair in pairs]
+    if arm == "lookup":
+        return [looked_up(run) for run in runs_of("facts", number, results)]
+    try:
+        own = reported(arm, number, results)
+    except KeyError:
+        return []
+    return [results[run.name] for run in own if run.name in results]
+
+
+def behind_gate(gate: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What a model answers where the gate of another opens, and the base model elsewhere."""
+    right = {
+        kind: "".join(
+            own if opens == "1" else "01"[kind in KNOWN] for own, opens in zip(flags, gate["open"][kind], strict=True)
+        )
+        for kind, flags in run["right"].items()
+        if kind not in USES
+    }
+    return {"right": right, "open": gate["open"]}
+
+
+def looked_up(gate: dict[str, Any]) -> dict[str, Any]:
+    """What the fact whose expert opens answers, or the base model."""
+    known = {kind: gate["open"][kind].translate(str.maketrans("01", "10")) for kind in KNOWN if kind in gate["open"]}
+    return {"right": gate["looked_up"] | known, "open": gate["open"]}
+
+
+def cell(runs: list[dict[str, Any]], value_of: Callable[[dict[str, Any]], float | None], form: str = ".1%") -> str:
+    """The mean of a value over runs ± its standard deviation, empty where it was not measured."""
+    values = [value for run in runs if (value := value_of(run)) is not None]
+    if not values:
+        return ""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def right_share(kind: str, is_lost: bool = False) -> Callable[[dict[str, Any]], float | None]:
+    """The share of questions of a kind that are right, or lost."""
+
+    def value_of(run):
+        flags = run["right"].get(kind)
+        return None if not flags else 1 - share(flags) if is_lost else share(flags)
+
+    return value_of
+
+
+def invented(run: dict[str, Any]) -> float | None:
+    """The share of questions about subjects never taught to which a taught answer is given."""
+    flags = run["open"][NEGATIVES[0]] if "open" in run else run.get("invented")
+    return None if flags is None else share(flags)
+
+
+def main_table(results: Results, number: int) -> list[list[str]]:
+    """What is recalled, lost and invented."""
+    rows = [[f"{number:,} facts", "recalled", "other names", *(f"lost: {kind}" for kind in KNOWN)]]
+    rows[0] += ["invented", "text, nats", "seconds", "bytes a fact"]
+    before = results[Run("base").name]["text"] if len(results) else 0.0
+    for arm, label in LABELS.items():
+        if not (runs := runs_of(arm, number, results)):
+            continue
+        row = [label, cell(runs, right_share(RECALL)), cell(runs, right_share(OTHER_NAMES))]
+        row += [cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN]
+        row += [cell(runs, invented)]
+        row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "+.3f")]
+        row += [cell(runs, lambda run: run.get("seconds"), ",.0f")]
+        row += [cell(runs, lambda run: run["bytes"] / number if "bytes" in run else None, ",.0f")]
+        rows.append(row)
+    return rows
+
+
+def opening(kind: str) -> Callable[[dict[str, Any]], float | None]:
+    """The share of questions of a kind for which the gate opens."""
+    return lambda run: share(run["open"][kind]) if kind in run["open"] else None
+
+
+def upper_bound(flags: str) -> float:
+    """The upper end of Wilson's interval of a share."""
+    number, found = len(flags), share(flags)
+    middle = found + Z**2 / (2 * number)
+    half = Z * math.sqrt(found * (1 - found) / number + Z**2 / (4 * number**2))
+    return (middle + half) / (1 + Z**2 / number)
+
+
+def gate_table(results: Results) -> list[list[str]]:
+    """For which questions the gate opens."""
+    rows = [["the gate opens", *(f"{number:,} facts" for number in BLOCKS), "at most", "questions"]]
+    for kind in (RECALL, OTHER_NAMES, *KNOWN, *NEGATIVES):
+        runs = {number: runs_of("facts", number, results) for number in BLOCKS}
+        if not (own := [run for run in runs[SIZE] if kind in run["open"]]):
+            continue
+        cells = [cell(runs[number], opening(kind)) for number in BLOCKS]
+        flags = "".join(run["open"][kind] for run in own)
+        rows.append([kind, *cells, f"{upper_bound(flags):.1%}", f"{len(flags):,}"])
+    if found := runs_of("facts", SIZE, results):
+        rows.append(["tokens of texts", cell(found, lambda run: run["open_in_text"], ".2%"), *[""] * len(BLOCKS), ""])
+    return rows
+
+
+def uses_table(results: Results) -> list[list[str]]:
+    """What becomes of facts where they are not asked for. Behind "not true" the taught answer is wrong."""
+    rows = [[f"{SIZE} facts, answered as taught", *USES]]
+    found = {arm: runs for arm in ARMS if (runs := runs_of(arm, SIZE, results))}
+    return rows + [[LABELS[arm], *(cell(runs, right_share(kind)) for kind in USES)] for arm, runs in found.items()]
+
+
+def trials_table(results: Results) -> list[list[str]]:
+    """What the trials recall, by their rates."""
+    rows = [["trials, recalled", "rate", "recalled", "lost: known, others"]]
+    for arm in RATES:
+        for run in sorted(trials(arm, results), key=lambda run: run.learning_rate):
+            if run.name in results:
+                own = [results[run.name]]
+                shares = cell(own, right_share(RECALL)), cell(own, right_share(KNOWN[-1], is_lost=True))
+                rows.append([LABELS[arm], f"{run.learning_rate:g}", *shares])
+    return rows
+
+
+def files_table(results: Results) -> list[list[str]]:
+    """Two files together, and what a token costs."""
+    rows = [["two files", "", ""]]
+    if two := results.get(Run("two", block=1).name):
+        for (kind, flags), alone in zip(two["right"].items(), runs_of("facts", SIZE, results), strict=False):
+            rows.append([kind, f"{share(alone['right'][RECALL]):.1%} alone", f"{share(flags):.1%} together"])
+        rows.append(["one unloaded, the other to the bit", str(two["first_is_as_before"]), ""])
+        rows.append(["both unloaded, the base to the bit", str(two["base_is_as_before"]), ""])
+        seconds = two["seconds_a_token"]
+        rows += [
+            [f"a token where the gate is {name}", f"{seconds[name] / seconds['base']:.2f} times base", ""]
+            for name in ("shut", "open")
+        ]
+    return rows
+
+
+def describe(results: Results) -> str:
+    """All tables that have a row."""
+    tables = [main_table(results, number) for number in BLOCKS]
+    tables += [table(results) for table in (gate_table, uses_table, files_table, trials_table)]
+    return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
+
+
+def plot(results: Results, file: Path) -> None:
+    """Plots recall against what is lost, once the graft of facts is there."""
+    found = {arm: runs for arm in LABELS if (runs := runs_of(arm, SIZE, results))}
+    if "facts" not in found:
+        return
+    figure = new_figure(7, 4.4)
+    axes = figure.subplots()
+    for arm, runs in found.items():
+        lost = [100 * mean(1 - share(run["right"][kind]) for kind in KNOWN if kind in run["right"]) for run in runs]
+        recalled = [100 * share(run["right"][RECALL]) for run in runs]
+        look = LOOKS.get(arm) or TRAININGS[arm]
+        axes.plot(lost, recalled, linestyle="", **look.style, label=LABELS[arm])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set(xlabel="known answers lost, %", ylabel="taught facts recalled, % (wordings never taught)")
+    recall, lost = (
+        mean(map(value_of, found["facts"])) for value_of in (right_share(RECALL), right_share(KNOWN[-1], is_lost=True))
+    )
+    axes.set_title(
+        f"{SIZE} facts behind a gate: {recall:.0%} recalled, {lost:.1%} of what was known lost", fontsize=10
+    )
+    save_picture(figure, file)
