@@ -20,6 +20,7 @@ import quickstart
 from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from common.pictures import TRAININGS, VARIANTS, new_figure, save_picture
+from studies.capacity import report as capacity
 from studies.facts import report as facts
 from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
@@ -54,6 +55,9 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         "examples/benchmark/results.png": lambda file: benchmark.plot(
             benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
         ),
+        "examples/studies/capacity/results.png": lambda file: capacity.plot(
+            _read(studies / "capacity/results.json")["runs"], file
+        ),
         **{
             f"examples/studies/facts/{name}.png": lambda file, name=name: facts.plot(
                 _read(studies / f"facts/{name}.json"), file
@@ -78,7 +82,10 @@ def drawings() -> dict[str, Callable[[Path], object]]:
 
 
 def draw_findings(file: Path) -> None:
-    """Draw what the front page shows: forgetting in the study of a stream of texts, and a step of the benchmark."""
+    """
+    Draw what the front page shows: facts stored at equal FLOPs, forgetting in the study of a stream of texts, and a
+    step of the benchmark.
+    """
     arms = _read(ROOT / "examples/studies/stream/results.json")["arms"]
     names = [name for name in ("lora", "full", "sparse", "replay", "protected") if name in arms]
     steps = {
@@ -86,8 +93,9 @@ def draw_findings(file: Path) -> None:
         for each in _read(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
         if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"].startswith("peer")
     }
-    figure = new_figure(10, 3.2)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = new_figure(15, 3.2)
+    first, left, right = figure.subplots(1, 3, width_ratios=(3, 3, 2.4))
+    capacity.draw_bars(_read(ROOT / "examples/studies/capacity/results.json")["runs"], first)
     forgetting = [arms[name]["mean"]["forgetting"] for name in names]
     bars = left.barh(
         [STREAM_ARMS[name].label for name in names], forgetting, color=[TRAININGS[n].color for n in names]
@@ -108,7 +116,7 @@ def draw_findings(file: Path) -> None:
         f"A step with a million experts takes\n1/{steps['peer_pytorch'] / steps['peer']:.0f} of PEER-pytorch's time"
     )
     right.set_xlabel("a training step of one layer on two cores, ms")
-    for axes in (left, right):
+    for axes in (first, left, right):
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, file)

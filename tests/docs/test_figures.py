@@ -25,7 +25,9 @@ from modeling_peer.ops.factored_gradient import MOST_FACTORS
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
-from studies.capacity.report import describe as describe_capacity
+from studies.capacity import report as capacity
+from studies.capacity import variants as capacity_variants
+from studies.capacity.plan import LARGE, MAIN
 from studies.common.tables import spread_cell
 from studies.common.training_plan import Run, costs_of
 from studies.facts import report as facts
@@ -435,8 +437,27 @@ def forgetting():
         yield CONTINUAL, numbers(" ".join(of_kinds))
 
 
+def stored_facts():
+    """What is learned at equal FLOPs, beside dense, and by each expert."""
+    results = load(f"{STUDIES}capacity/results.json")["runs"]
+    found = capacity.available(MAIN, capacity.learning, results)
+    kilobits = {name: capacity.kilobits(runs, results) for name, runs in found.items()}
+    page = STUDIES + "capacity/README.md"
+    for name in (LARGE, "peer-16384", "pkm-32761"):
+        ratio = re.findall(r"[\d.]+", capacity.ratio(kilobits[name], kilobits["dense"]))
+        yield page, fixed(1, *map(float, ratio))
+    yield README, fixed(1, *map(float, re.findall(r"[\d.]+", capacity.ratio(kilobits[LARGE], kilobits["dense"]))))
+    parameters = [capacity_variants.costs(name).total.parameters for name in (LARGE, "dense")]
+    for each in (page, README):
+        yield each, [f"{round(parameters[0] / parameters[1], -1):.0f}"]
+    sizes = (1024, 16384)
+    bits = [capacity.KBIT * mean(kilobits[f"peer-{size}"]) / (capacity_variants.LAYERS * size) for size in sizes]
+    yield CHOOSING, fixed(0, *reversed(bits))
+
+
 SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, vllm, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
+SOURCES += [stored_facts]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
@@ -484,7 +505,7 @@ def tables_of_scaling():
 
 def tables_of_capacity():
     results = load(STUDIES + "capacity/results.json")
-    return describe_capacity(results["runs"], results["times"])
+    return capacity.describe(results["runs"], results["times"])
 
 
 TABLES = [
