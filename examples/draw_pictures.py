@@ -93,8 +93,8 @@ def draw_findings(file: Path) -> None:
         for each in _read(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
         if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"].startswith("peer")
     }
-    figure = new_figure(15, 3.2)
-    first, left, right = figure.subplots(1, 3, width_ratios=(3, 3, 2.4))
+    figure = new_figure(16, 3.2)
+    first, left, right = figure.subplots(1, 3, width_ratios=(3, 3, 2.8))
     capacity.draw_bars(_read(ROOT / "examples/studies/capacity/results.json")["runs"], first)
     forgetting = [arms[name]["mean"]["forgetting"] for name in names]
     bars = left.barh(

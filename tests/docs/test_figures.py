@@ -27,7 +27,7 @@ from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import LARGE, MAIN
+from studies.capacity.plan import LARGE, MAIN, WARMUP
 from studies.common.tables import spread_cell
 from studies.common.training_plan import Run, costs_of
 from studies.facts import report as facts
@@ -443,13 +443,24 @@ def stored_facts():
     found = capacity.available(MAIN, capacity.learning, results)
     kilobits = {name: capacity.kilobits(runs, results) for name, runs in found.items()}
     page = STUDIES + "capacity/README.md"
-    for name in (LARGE, "peer-16384", "pkm-32761"):
-        ratio = re.findall(r"[\d.]+", capacity.ratio(kilobits[name], kilobits["dense"]))
-        yield page, fixed(1, *map(float, ratio))
-    yield README, fixed(1, *map(float, re.findall(r"[\d.]+", capacity.ratio(kilobits[LARGE], kilobits["dense"]))))
-    parameters = [capacity_variants.costs(name).total.parameters for name in (LARGE, "dense")]
+    parameters = {name: capacity_variants.costs(name).total.parameters for name in kilobits}
+    low, middle, high = capacity.interval_of_ratio(kilobits["peer-16384"], kilobits["dense"])
     for each in (page, README):
-        yield each, [f"{round(parameters[0] / parameters[1], -1):.0f}"]
+        times = parameters["peer-16384"] / parameters["dense"]
+        yield each, [*fixed(1, middle, low, high), f"{times:.0f}"]
+    least = capacity.interval_of_ratio(kilobits[LARGE], kilobits["dense"])[0]
+    yield page, [*fixed(1, least), f"{parameters[LARGE] / parameters['dense']:.0f}"]
+    yield page, fixed(2, capacity.interval_of_ratio(kilobits["pkm-32761"], kilobits["peer-16384"])[0])
+    longer, shorter, dense = (
+        max(
+            run["stored"]["bits"]
+            for run in results.values()
+            if (run["kind"], run["subject"], run["seed"]) == ("facts", name, 0) and run.get("warmup", WARMUP) in warmups
+        )
+        for name, warmups in (("peer-16384", (0.2,)), ("peer-16384", (0.05,)), ("dense", (0.05, 0.2)))
+    )
+    yield page, percent(longer / shorter - 1, digits=0)
+    yield page, fixed(1, shorter / dense)
     sizes = (1024, 16384)
     bits = [capacity.KBIT * mean(kilobits[f"peer-{size}"]) / (capacity_variants.LAYERS * size) for size in sizes]
     yield CHOOSING, fixed(0, *reversed(bits))

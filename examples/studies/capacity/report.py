@@ -48,6 +48,8 @@ T_QUANTILE = 4.303
 # A share of what is offered above which bits say no more than that the facts fit.
 FULL = 0.8
 KBIT = 1000
+# Memories, and PEER of as many parameters.
+MEMORIES = {"pkm-8281": "peer-4096", "pkm-32761": "peer-16384"}
 
 # What [`measure_times`] returns, or nothing.
 Times = dict[str, dict[str, float]]
@@ -78,20 +80,35 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):,.0f}" + (f" ± {stdev(values):,.0f}" if len(values) > 1 else "")
 
 
-def ratio(values: list[float], others: list[float]) -> str:
-    """Geometric mean of the ratios, seed by seed, with its interval; of one seed, the ratio."""
+def interval_of_ratio(values: list[float], others: list[float]) -> list[float]:
+    """
+    Geometric mean of the ratios, seed by seed, between the ends of its interval of 95 % by Student's t; of one seed,
+    the ratio alone.
+    """
     logarithms = [math.log(value / other) for value, other in zip(values, others, strict=False)]
     if len(logarithms) == 1:
-        return f"{math.exp(logarithms[0]):.2f}"
+        return [math.exp(logarithms[0])]
     half = T_QUANTILE * stdev(logarithms) / math.sqrt(len(logarithms))
-    low, middle, high = (math.exp(mean(logarithms) + sign * half) for sign in (-1, 0, 1))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return [math.exp(mean(logarithms) + sign * half) for sign in (-1, 0, 1)]
+
+
+def ratio(values: list[float], others: list[float], is_bound: bool = False) -> str:
+    """The ratio with its interval. If what is divided could not have been more, at least the lower end."""
+    low, *rest = interval_of_ratio(values, others)
+    if is_bound:
+        return f"at least {low:.2f}"
+    return f"{rest[0]:.2f} ({low:.2f} to {rest[1]:.2f})" if rest else f"{low:.2f}"
+
+
+def share_of_offered(runs: list[Run], results: Results) -> float:
+    """The bits stored as a share of those offered."""
+    return mean(results[run.name]["stored"]["bits"] / results[run.name]["offered"] for run in runs)
 
 
 def share_offered(runs: list[Run], results: Results) -> str:
     """The bits stored as a share of those offered, and whether they are too many to tell more."""
-    share = mean(results[run.name]["stored"]["bits"] / results[run.name]["offered"] for run in runs)
-    return f"{share:.1%}" + (", full" if share > FULL else "")
+    share = share_of_offered(runs, results)
+    return f"{share:.1%}" + (", a bound" if share > FULL else "")
 
 
 def recalled(runs: list[Run], results: Results, part: str = "stored") -> str:
@@ -111,15 +128,32 @@ def learned_table(results: Results) -> list[list[str]]:
     found = available(VARIANTS, learning, results)
     dense = better_dense(found, results)
     rows = [["learned", "parameters, M", "FLOPs, k", "kbit", "of offered", "recalled", f"to {dense or 'dense'}"]]
-    rows[0] += ["bits / parameter", "bits / active"]
+    rows[0] += ["bits / parameter"]
+
+    def to_dense(name):
+        if dense in (None, name):
+            return ""
+        is_bound = share_of_offered(found[name], results) > FULL
+        return ratio(kilobits(found[name], results), kilobits(found[dense], results), is_bound)
+
     for name, runs in found.items():
         cost, own = costs(name).total, kilobits(runs, results)
-        rows.append(
-            [name, f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
-            + [share_offered(runs, results), recalled(runs, results)]
-            + [ratio(own, kilobits(found[dense], results)) if dense not in (None, name) else ""]
-            + [f"{KBIT * mean(own) / part:.2f}" for part in (cost.parameters, cost.active_parameters)]
-        )
+        cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
+        cells += [share_offered(runs, results), recalled(runs, results), to_dense(name)]
+        rows.append([name, *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
+    return rows
+
+
+def memories_table(results: Results) -> list[list[str]]:
+    """Product-key memories beside PEER of as many parameters."""
+    rows = [["at equal parameters", "parameters, M", "kbit", "of as many experts", "ratio"]]
+    for memory, experts in MEMORIES.items():
+        found = available((memory, experts), learning, results)
+        if len(found) == 2:
+            own, others = (kilobits(found[name], results) for name in (memory, experts))
+            is_bound = share_of_offered(found[memory], results) > FULL
+            millions = f"{costs(memory).total.parameters / 1e6:.2f}"
+            rows.append([memory, millions, spread(own), spread(others), ratio(own, others, is_bound)])
     return rows
 
 
@@ -263,6 +297,7 @@ def times_table(results: Results, times: Times) -> list[list[str]]:
 
 TABLES = (
     learned_table,
+    memories_table,
     trials_table,
     unsteady_table,
     controls_table,
@@ -285,26 +320,34 @@ def plot(results: Results, file: Path) -> None:
     """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first, once dense is there."""
     if better_dense(available(DENSE, learning, results), results) is None:
         return
-    figure = new_figure(11, 4.4)
-    left, right = figure.subplots(1, 2)
-    _plot_learned(results, left)
-    _plot_forgetting(results, right)
+    has_second = bool(available(ARM_TRIALS, forgetting, results))
+    figure = new_figure(11 if has_second else 6, 4.4)
+    axes = figure.subplots(1, 1 + has_second, squeeze=False)[0]
+    _plot_learned(results, axes[0])
+    if has_second:
+        _plot_forgetting(results, axes[1])
     save_picture(figure, file)
 
 
 def draw_bars(results: Results, axes: Axes) -> None:
     """Bars of what is learned at equal FLOPs, of as many of the variants that are shown first as there are."""
-    found = available([name for name in MAIN if name != "mlp"], learning, results)
+    names = sorted((name for name in MAIN if name != "mlp"), key=lambda name: costs(name).total.parameters)
+    found = available(names, learning, results)
     kinds = {name: name.partition("-")[::2] for name in found}
-    labels = [f"{look_of(kind).label}, {int(size):,} experts" if size else "dense" for kind, size in kinds.values()]
-    labels = [label.replace("experts", "rows") if label.startswith("PKM") else label for label in labels]
+    labels = []
+    for name, (kind, size) in kinds.items():
+        parts = [look_of(kind).label, f"{costs(name).total.parameters / 1e6:.1f} M"]
+        parts[1:1] = [f"{int(size):,} {'rows' if kind == 'pkm' else 'experts'}"] if size else []
+        labels.append(", ".join(parts))
     bits = [mean(kilobits(runs, results)) for runs in found.values()]
     bars = axes.barh(labels[::-1], bits[::-1], color=[look_of(kind).color for kind, _ in kinds.values()][::-1])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.set_xlabel("kbit of random facts learned in 16 exposures, of 2,097")
-    times = mean(kilobits(found[LARGE], results)) / mean(kilobits(found["dense"], results))
+    least = interval_of_ratio(*(kilobits(found[name], results) for name in (LARGE, "dense")))[0]
     number = int(LARGE.partition("-")[2])
-    axes.set_title(f"At equal FLOPs a token, {number:,} experts\nlearn {times:.0f} times the facts that dense does")
+    axes.set_title(
+        f"At equal FLOPs a token, {number:,} experts a layer\nlearn at least {least:.0f} times as much as dense"
+    )
 
 
 def _plot_learned(results: Results, axes: Axes) -> None:
@@ -323,12 +366,16 @@ def _plot_learned(results: Results, axes: Axes) -> None:
         LEARNED.number * VALUE_TOKENS * LEARNED.token_bits / KBIT, color="black", linewidth=0.8, linestyle=":"
     )
     add_legend(axes, loc="upper left")
-    axes.set(xscale="log", xlabel="parameters in all, M; numbers: experts", ylabel="kbit of facts learned")
+    axes.set(
+        xscale="log", xlabel="parameters in all, M; numbers: experts or rows a layer", ylabel="kbit of facts learned"
+    )
     if LARGE in bits:
-        times = bits[LARGE] / bits[better_dense(found, results)]
+        dense = better_dense(found, results)
+        least = interval_of_ratio(*(kilobits(found[name], results) for name in (LARGE, dense)))[0]
         number = int(LARGE.partition("-")[2])
         axes.set_title(
-            f"At equal FLOPs a token, {number:,} experts\nlearn {times:.1f} times what dense does", fontsize=10
+            f"At equal FLOPs a token, {number:,} experts a layer\nlearn at least {least:.0f} times as much as dense",
+            fontsize=10,
         )
 
 
@@ -336,7 +383,6 @@ def _plot_forgetting(results: Results, axes: Axes) -> None:
     for arm, runs in available(ARM_TRIALS, forgetting, results).items():
         gained = kilobits(runs, results, "gained")
         axes.plot(lost(runs, results), gained, linestyle="", **TRAININGS[arm].style, label=arm)
-    if axes.lines:
-        add_legend(axes)
+    add_legend(axes)
     axes.set(xlabel="first facts lost, % of bits", ylabel="kbit of second facts gained")
     axes.set_title("What a second set of facts leaves of the first,\nby the way in which it is taught", fontsize=10)
