@@ -9,6 +9,8 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..experts import expert_tables
+from ..modeling_peer import ALL_CHECKPOINT_FUNCTIONS
+from .embedding_rows import embeddings_of, let_gradients_come_in_factors
 from .frozen_rows import freezes_of
 from .row_adamw import RowAdamW
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 # As in `Trainer.get_decay_parameter_names`.
 NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+# What DistributedDataParallel reads of the model that it wraps, `parallel` has what it finds.
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 # The rates of the scaling study, as multiples of the learning rate of all else: u_i and gates of experts at a quarter,
 # v_i at 192 times that.
@@ -43,10 +48,14 @@ def expert_parameter_groups(
     weight_decay: float = 0.0,
     expert_lr_multiplier: float = 1.0,
     down_proj_lr_multiplier: float = 1.0,
+    embeddings: bool = False,
 ) -> list[dict[str, Any]]:
     """
     Group a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
     them, and the expert tables, as rows. A table that several layers share is in one group, once.
+
+    With `embeddings`, so is any `nn.Embedding` of any model: a step moves the rows of its tokens. One whose weights
+    are also those of a head is left out.
 
     Args:
         model (`nn.Module`)
@@ -58,6 +67,7 @@ def expert_parameter_groups(
             down-projection vectors v_i, and of the values of PKM layers. The router weights of a head sum to one, so
             its vectors must become up to k times as large as those of a dense projection, which takes as many more
             steps at the same learning rate.
+        embeddings (`bool`, *optional*, defaults to `False`): Whether embeddings are rows too.
 
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
@@ -70,8 +80,17 @@ def expert_parameter_groups(
         for module in table.modules()  # an adapter may have wrapped the table, or a copy of it
         if isinstance(module, nn.Embedding)
     }
+    if embeddings:
+        for embedding in embeddings_of(model):
+            # The kernels of experts see to their own tables.
+            if tables.setdefault(id(embedding.weight), "embeddings") == "embeddings":
+                let_gradients_come_in_factors(embedding)
+        if not hasattr(type(model), IGNORED_BY_DDP):  # a PEER model tells DDP itself
+            names = ALL_CHECKPOINT_FUNCTIONS.get(IGNORED_BY_DDP, lambda model: [])(model)
+            setattr(model, IGNORED_BY_DDP, list(dict.fromkeys([*getattr(model, IGNORED_BY_DDP, ()), *names])))
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
-    kinds: dict[str, list[nn.Parameter]] = {"decayed": [], "not_decayed": [], "tables": [], "down_tables": []}
+    names = ("decayed", "not_decayed", "tables", "down_tables", "embeddings")
+    kinds: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kinds[tables.get(id(parameter), "decayed" if name in decayed else "not_decayed")].append(parameter)
@@ -81,6 +100,7 @@ def expert_parameter_groups(
         "not_decayed": (learning_rate, 0.0, False),
         "tables": (expert_lr, weight_decay, True),
         "down_tables": (expert_lr * down_proj_lr_multiplier, weight_decay, True),
+        "embeddings": (learning_rate, weight_decay, True),
     }
     return [
         {"params": kinds[kind], "lr": lr, "weight_decay": decay, "rows": rows}
@@ -95,10 +115,12 @@ def make_optimizer(
     expert_lr_multiplier: float | None = None,
     down_proj_lr_multiplier: float | None = None,
     second_moment: str = "full",
+    first_moment: str | None = "full",
+    embeddings: bool = False,
 ) -> RowAdamW:
     """
-    Make the optimizer for a `Trainer` that trains expert tables: [`RowAdamW`] with the learning rate, weight decay and
-    betas of the training arguments, and with rates of their own for the tables.
+    Make the optimizer for a `Trainer` that trains expert tables or large embeddings: [`RowAdamW`] with the learning
+    rate, weight decay and betas of the training arguments, and with rates of their own for the tables.
 
     It warns if a new model would be trained at the default learning rate of `TrainingArguments`, and if one that
     [`add_experts`] enlarged would train the experts that it had at first, with none of them frozen: what is frozen is
@@ -111,7 +133,9 @@ def make_optimizer(
             See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models
             that are trained from scratch on a small budget, and to 1.0 where a part of the model is frozen, as beside
             a graft or added experts. A whole model that is trained further may need none either: pass 1.0 for both.
-        second_moment (`str`, *optional*, defaults to `"full"`): See [`RowAdamW`].
+        second_moment (`str`, *optional*, defaults to `"full"`), first_moment (`str`, *optional*):
+            See [`RowAdamW`].
+        embeddings (`bool`, *optional*, defaults to `False`): See [`expert_parameter_groups`].
 
     Returns:
         [`RowAdamW`]
@@ -142,7 +166,7 @@ def make_optimizer(
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
     defaults = (EXPERT_LR_MULTIPLIER, DOWN_PROJ_LR_MULTIPLIER) if is_whole else (1.0, 1.0)
     given = expert_lr_multiplier, down_proj_lr_multiplier
-    multipliers = [default if each is None else each for each, default in zip(given, defaults, strict=True)]
-    groups = expert_parameter_groups(model, args.learning_rate, args.weight_decay, *multipliers)
+    up, down = (default if each is None else each for each, default in zip(given, defaults, strict=True))
+    groups = expert_parameter_groups(model, args.learning_rate, args.weight_decay, up, down, embeddings)
     betas = args.adam_beta1, args.adam_beta2
-    return RowAdamW(groups, betas=betas, eps=args.adam_epsilon, second_moment=second_moment)
+    return RowAdamW(groups, betas=betas, eps=args.adam_epsilon, second_moment=second_moment, first_moment=first_moment)

@@ -19,7 +19,7 @@ from . import row_adamw_triton as triton
 from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
-SECOND_MOMENTS = ("full", "row")
+FIRST_MOMENTS, SECOND_MOMENTS = ("full", None), ("full", "row")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
@@ -57,6 +57,9 @@ class RowAdamW(torch.optim.Optimizer):
             parameter.
         second_moment (`str`, *optional*, defaults to `"full"`): Second moments of row parameters: `"full"`, one for
             each element, or `"row"`, one for each row, of the mean of the squared gradient over the row.
+        first_moment (`str`, *optional*, defaults to `"full"`): First moments of row parameters: `"full"`, one for
+            each element, or `None`, without momentum. With one second moment a row and no first, the state of a row is
+            8 bytes, whatever its width.
         rounding_seed (`int`, *optional*, defaults to 0): Seed of the stochastic rounding, at least 0 and less than
             2^32, which is saved with the state. Replicas of a model must have the same.
 
@@ -80,8 +83,9 @@ class RowAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         second_moment: str = "full",
         rounding_seed: int = 0,
+        first_moment: str | None = "full",
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "first_moment": first_moment}
         defaults |= {"second_moment": second_moment, "rows": False, "rounding_seed": rounding_seed}
         super().__init__(params, defaults)
 
@@ -122,14 +126,13 @@ class RowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and not self.state[parameter]:
-                    moments = group["second_moment"]
-                    made = _row_state(parameter, moments) if group["rows"] else _dense_state(parameter)
+                    made = _row_state(parameter, group) if group["rows"] else _dense_state(parameter)
                     self.state[parameter].update(made)
 
     def _step_rows(self, parameter, group):
         state, gradient = self.state[parameter], _local_gradient(parameter)
         if not state:
-            state.update(_row_state(parameter, group["second_moment"]))
+            state.update(_row_state(parameter, group))
         local, local_state = _local(parameter), {name: _local(tensor) for name, tensor in state.items()}
         needs_sums = group["second_moment"] == "row" and _groups_of_rows(parameter)
         if isinstance(gradient, FactoredGradient) and not needs_sums:
@@ -192,7 +195,9 @@ class RowAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("rounding_seed", self.defaults.get("rounding_seed", 0))  # saved before there was one
+            # What was saved before there were these.
+            group.setdefault("rounding_seed", self.defaults.get("rounding_seed", 0))
+            group.setdefault("first_moment", "full")
             self._take_factors(group)
 
 
@@ -200,6 +205,7 @@ def _check_group(group):
     checks = {
         **{name: 0 <= group[name] < math.inf for name in ("lr", "eps", "weight_decay")},
         "betas": all(0 <= beta < 1 for beta in group["betas"]),
+        "first_moment": group["first_moment"] in FIRST_MOMENTS,
         "second_moment": group["second_moment"] in SECOND_MOMENTS,
         "rounding_seed": 0 <= group["rounding_seed"] < 2**32,
     }
@@ -224,21 +230,24 @@ def _dense_state(parameter):
     return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **zeros}
 
 
-def _row_state(parameter, second_moment):
-    """Zeros: `row_steps [N]`, `exp_avg [N, d]` and `exp_avg_sq [N, d]` or `[N, 1]`, sharded like the parameter."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return {
-        "row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32),
-        "exp_avg": _zeros(parameter, lambda n, d: (n, d), dtype),
-        "exp_avg_sq": _zeros(parameter, lambda n, d: (n, d if second_moment == "full" else 1), dtype),
-    }
+def _row_state(parameter, group):
+    """
+    Zeros: `row_steps [N]`, `exp_avg [N, d]` unless there is no momentum, and `exp_avg_sq [N, d]` or `[N, 1]`, sharded
+    like the parameter.
+    """
+    dtype, is_full = torch.promote_types(parameter.dtype, torch.float32), group["second_moment"] == "full"
+    state = {"row_steps": _zeros(parameter, lambda n, d: (n,), torch.int32)}
+    if group["first_moment"] is not None:
+        state["exp_avg"] = _zeros(parameter, lambda n, d: (n, d), dtype)
+    return state | {"exp_avg_sq": _zeros(parameter, lambda n, d: (n, d if is_full else 1), dtype)}
 
 
 def _state_for(parameter, state):
     """Saved state of a row parameter, with the device and the dtypes that it has here."""
     num_rows, width = parameter.shape
-    for name, widths in (("row_steps", [()]), ("exp_avg", [(width,)]), ("exp_avg_sq", [(width,), (1,)])):
-        found = tuple(state[name].shape)
+    shapes = {"row_steps": [()], "exp_avg": [(width,)], "exp_avg_sq": [(width,), (1,)]}
+    for name, value in state.items():
+        found, widths = tuple(value.shape), shapes[name]
         if found[0] != num_rows or found[1:] not in widths:
             raise ValueError(f"`{name}` of shape {found} is not that of a table of shape {(num_rows, width)}.")
     dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -326,8 +335,8 @@ def update_rows(
     chunk. The gradient of distinct `rows[i]` (int64, `(num_touched,)`) is row `places[i]` of `gradient`. Where that
     has parts of rows, `mean_squares`, of shape `(num_touched, 1)`, are those of whole rows.
     """
-    for kernels in (cpu, triton) if mean_squares is None else ():
-        if kernels.can_update(parameter, gradient, (state["exp_avg"], state["exp_avg_sq"])):
+    for kernels in _kernels_for(state) if mean_squares is None else ():
+        if kernels.can_update(parameter, gradient, _moments(state)):
             kernels.update_rows(parameter, state, rows, gradient, places, group)
             return
     size = _rows_per_chunk(parameter)
@@ -341,8 +350,8 @@ def update_by_factors(
     parameter: torch.Tensor, state: dict[str, torch.Tensor], factors: Factors, group: dict[str, Any]
 ) -> None:
     """The same on the rows whose gradient, the sum of some factors, is not zero: not written, where possible."""
-    for kernels in (cpu, triton):
-        if kernels.can_update(parameter, None, (state["exp_avg"], state["exp_avg_sq"])):
+    for kernels in _kernels_for(state):
+        if kernels.can_update(parameter, None, _moments(state)):
             kernels.update_by_factors(parameter, state, factors, group)
             return
     sums = factors.sums()
@@ -350,18 +359,29 @@ def update_by_factors(
     update_rows(parameter, state, factors.rows.long()[places], sums, places, group)
 
 
+def _moments(state):
+    return tuple(state[name] for name in MOMENTS if name in state)
+
+
+def _kernels_for(state):
+    """Those in Triton have a first moment."""
+    return (cpu, triton) if "exp_avg" in state else (cpu,)
+
+
 def _update_chunk(parameter, state, rows, gradient, group, mean_squares=None):
-    beta1, beta2 = group["betas"]
-    dtype = state["exp_avg"].dtype
+    has_momentum = "exp_avg" in state
+    beta1, beta2 = group["betas"] if has_momentum else (0.0, group["betas"][1])
+    dtype = state["exp_avg_sq"].dtype
     steps = state["row_steps"].index_select(0, rows) + 1
     gradient = gradient.to(dtype)
-    first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1)
+    first = state["exp_avg"].index_select(0, rows).lerp_(gradient, 1 - beta1) if has_momentum else gradient.clone()
     squares = gradient.square()
-    if state["exp_avg_sq"].shape != state["exp_avg"].shape:
+    if state["exp_avg_sq"].shape != parameter.shape:
         squares = squares.mean(1, keepdim=True) if mean_squares is None else mean_squares.to(dtype)
     second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(squares, alpha=1 - beta2)
     for name, values in (("row_steps", steps), ("exp_avg", first), ("exp_avg_sq", second)):
-        state[name].index_copy_(0, rows, values)
+        if name in state:
+            state[name].index_copy_(0, rows, values)
     rate = group["lr"] / _bias_correction(beta1, steps, dtype)
     denominator = second.sqrt_().div_(_bias_correction(beta2, steps, dtype).sqrt_()).add_(group["eps"])
     values = parameter.index_select(0, rows).to(dtype).mul_(1 - group["lr"] * group["weight_decay"])

@@ -38,7 +38,7 @@ def update_by_factors(parameter, state, factors: Factors, group) -> None:
     Make AdamW's step on the rows whose gradient is not zero, in place: it is summed from its factors, row by row, and
     never written.
     """
-    dtype = state["exp_avg"].dtype
+    dtype = state["exp_avg_sq"].dtype
     coefficients, sources, starts, tokens = factors.in_groups()
     factors_in_memory = (coefficients.to(dtype), sources, starts, tokens.to(dtype).contiguous())
     _step(parameter, state, factors.rows, (None, None, *factors_in_memory), group)
@@ -46,9 +46,11 @@ def update_by_factors(parameter, state, factors: Factors, group) -> None:
 
 def _step(parameter, state, rows, gradient, group):
     exp_avg_sq, width = state["exp_avg_sq"], parameter.shape[1]
-    tensors = (parameter, state["exp_avg"], exp_avg_sq, state["row_steps"], rows, *gradient)
+    exp_avg = state.get("exp_avg")
+    betas = group["betas"] if exp_avg is not None else (0.0, group["betas"][1])
+    tensors = (parameter, exp_avg, exp_avg_sq, state["row_steps"], rows, *gradient)
     sizes = (len(rows), width, int(exp_avg_sq.shape[1] != width))
-    hyperparameters = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+    hyperparameters = map(float, (group["lr"], *betas, group["eps"], group["weight_decay"]))
     name = f"adamw_{DTYPES[parameter.dtype]}"
     if call(name, *tensors, *sizes, *hyperparameters, group["rounding_seed"]):
         raise MemoryError(f"Out of memory in a step on {len(rows)} rows.")

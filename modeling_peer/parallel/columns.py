@@ -7,7 +7,7 @@ that run on them: in memory groups, whose processes have different tokens, and u
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -144,9 +144,12 @@ def is_split(weight: torch.Tensor, dim: str = "ep") -> bool:
     return isinstance(weight, DTensor) and dim in (weight.device_mesh.mesh_dim_names or ())
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The innermost model in a model that has all its expert tables: a hook of it sees their forward passes."""
-    tables = set(expert_tables(model).values())
+def decoder_of(model: nn.Module, others: Iterable[nn.Module] = ()) -> nn.Module:
+    """
+    The innermost model in a model that has all its expert tables, and `others`: a hook of it sees their forward
+    passes.
+    """
+    tables = {*expert_tables(model).values(), *others}
     holders = [
         each for each in model.modules() if isinstance(each, PreTrainedModel) and tables.issubset(each.modules())
     ]

@@ -18,10 +18,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from ..experts import expert_tables
 from ..ops.factored_gradient import FactoredGradient, takes_factors
 from ..ops.gradient_factors import Factors
+from ..optim.embedding_rows import embeddings_in_factors
 from .columns import decoder_of, is_split
 from .releases import all_gather, call_after_backward, can_exchange_gradients, reduces_gradients, replicas_in_forward
 
@@ -33,16 +35,17 @@ PIECE_ELEMENTS = 2**25
 def leave_tables_out_of_ddp(model: nn.Module) -> list[str]:
     """
     Names of the parameters that DDP is to leave alone, whose gradients are averaged here from now on: the expert
-    tables that are trained, and those that a memory group splits. Only the latter if nothing else is trained, as DDP
-    refuses a model without a parameter of its own, or if torch does not let us exchange gradients.
+    tables that are trained, embeddings whose gradients come in factors, and tables that a memory group splits. Only
+    the latter if nothing else is trained, as DDP refuses a model without a parameter of its own, or if torch does not
+    let us exchange gradients.
     """
-    weights = _weights_of_tables(model)
+    weights = _weights_of_tables(model) + _weights_of_embeddings(model)
     split = {id(weight) for weight in weights if is_split(weight)}
     trained = {id(weight) for weight in weights if weight.requires_grad}
     others = any(each.requires_grad and id(each) not in trained for each in model.parameters())
     left_out = split | trained if others and can_exchange_gradients() else split
     if left_out:
-        average_in_replicas(decoder_of(model))
+        average_in_replicas(decoder_of(model, embeddings_in_factors(model)))
     return [name for name, parameter in model.named_parameters() if id(parameter) in left_out]
 
 
@@ -50,6 +53,13 @@ def _weights_of_tables(model):
     """With those that an adapter has in the place of a table."""
     inside = (each for table in expert_tables(model).values() for each in table.modules())
     return [each.weight for each in inside if isinstance(each, nn.Embedding)]
+
+
+def _weights_of_embeddings(model):
+    """Of embeddings whose gradients come in factors, each once. Memory groups leave them to DDP or FSDP2."""
+    if any(hasattr(module, "memory_group") for module in model.modules()):
+        return []
+    return list({id(each.weight): each.weight for each in embeddings_in_factors(model)}.values())
 
 
 def average_in_replicas(decoder: nn.Module) -> None:
@@ -75,9 +85,11 @@ def _broadcast_tables(decoder, args):
 @torch.compiler.disable
 def _average_after_backward(decoder, args, output):
     """Have gradients averaged when a backward through this forward ends, if other gradients are reduced in it."""
-    output = output if isinstance(output, torch.Tensor) else output[0]
     replicas, memory_group = replicas_in_forward(), getattr(decoder, "memory_group", None)
-    if not output.requires_grad or (replicas is not None and not replicas.require_backward_grad_sync):
+    if (replicas, memory_group) == (None, None) or (replicas is not None and not replicas.require_backward_grad_sync):
+        return
+    tensors = [each for each in tree_leaves(output) if isinstance(each, torch.Tensor) and each.requires_grad]
+    if not tensors:
         return
     if memory_group is not None:
         tables, group = _weights_of_tables(decoder), memory_group.replicas
@@ -91,13 +103,14 @@ def _average_after_backward(decoder, args, output):
             average_gradients(tables, group)
 
     if tables and group is not None:
-        output.register_hook(lambda gradient: call_after_backward(average))
+        tensors[0].register_hook(lambda gradient: call_after_backward(average))
 
 
 def _tables_left_out(replicas, decoder):
     """The tables of a decoder that DDP leaves to us, in the order of their names."""
     names = {id(parameter): name for name, parameter in replicas.module.named_parameters()}
-    return [weight for weight in _weights_of_tables(decoder) if names.get(id(weight)) in replicas.parameters_to_ignore]
+    weights = _weights_of_tables(decoder) + _weights_of_embeddings(decoder)
+    return [weight for weight in weights if names.get(id(weight)) in replicas.parameters_to_ignore]
 
 
 @torch.no_grad()

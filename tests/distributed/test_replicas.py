@@ -22,11 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.ops.gradient_factors import Factors
+from modeling_peer.optim.embedding_rows import embeddings_in_factors
 from modeling_peer.parallel import gradient_exchange
 from modeling_peer.parallel.gradient_exchange import average_gradients
 
@@ -62,6 +64,20 @@ def new_tables():
     for table in tables_of(model).values():
         table.requires_grad_(True)
     return model
+
+
+def new_llama():
+    """A model of another family with an embedding of many rows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).train()
+    model.other = torch.nn.Embedding(512, 16)  # as encoder and decoder may share one
+    model.other.weight = model.get_input_embeddings().weight
+    return model
+
+
+def embeddings_by_rows(model):
+    return RowAdamW(expert_parameter_groups(model, 1e-2, weight_decay=0.1, embeddings=True), eps=EPS)
 
 
 def by_rows(model):
@@ -103,11 +119,12 @@ CASES = {
     "graft": {"model": new_graft},
     "adapter": {"model": new_adapter},
     "tables alone": {"model": new_tables},
+    "embedding": {"model": new_llama, "optimizer": embeddings_by_rows},
 }
 # How often tables are averaged, once for each of three steps if not said otherwise, and how many DDP leaves to us, of
 # some cases: it refuses to train none itself.
 AVERAGES = {"all micro-batches synchronized": 6, "adapter": 0, "tables alone": 0}
-IGNORED = {"factors": 4, "small tables": 3, "stock optimizer": 3, "graft": 2, "tables alone": 0}
+IGNORED = {"factors": 4, "small tables": 3, "stock optimizer": 3, "graft": 2, "tables alone": 0, "embedding": 1}
 
 
 def training(
@@ -150,7 +167,8 @@ def training(
                     loss(model, torch.cat(parts)).backward()
                 else:
                     (sum(loss(model, part) for part in parts) / 2).backward()
-        kinds |= {type(table.grad).__name__ for table in tables_of(model).values() if table.requires_grad}
+        tables = [*tables_of(model).values(), *(each.weight for each in embeddings_in_factors(model))]
+        kinds |= {type(table.grad).__name__ for table in tables if table.requires_grad}
         norms.append(clip_grad_norm_(model.parameters(), CLIPPING))
         steps.step()
     ignored = len(wrapped.parameters_to_ignore) if rank is not None else None

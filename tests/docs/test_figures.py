@@ -15,6 +15,7 @@ from statistics import mean, median
 
 import pytest
 import torch
+from compare_embedding_optimizers import table as optimizers_table
 from documentation import ROOT, numbers, numbers_of_blocks
 from teach_domain import DOMAIN, KEPT, Figures
 
@@ -455,7 +456,8 @@ def stored_facts():
         max(
             run["stored"]["bits"]
             for run in results.values()
-            if (run["kind"], run["subject"], run["seed"]) == ("facts", name, 0) and run.get("warmup", WARMUP) in warmups
+            if (run["kind"], run["subject"], run["seed"]) == ("facts", name, 0)
+            and run.get("warmup", WARMUP) in warmups
         )
         for name, warmups in (("peer-16384", (0.2,)), ("peer-16384", (0.05,)), ("dense", (0.05, 0.2)))
     )
@@ -521,6 +523,10 @@ def tables_of_capacity():
 
 TABLES = [
     (STUDIES + "capacity/README.md", tables_of_capacity),
+    (
+        "docs/large-embeddings.md",
+        lambda: optimizers_table(load("examples/compare_embedding_optimizers.json")["results"]),
+    ),
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
     (QUALITY, tables_of_scaling),

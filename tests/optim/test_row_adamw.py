@@ -44,14 +44,15 @@ class LiteralAdamW:
     random numbers of the optimizer.
     """
 
-    def __init__(self, table, second_moment="full"):
+    def __init__(self, table, second_moment="full", first_moment="full"):
         self.table, self.dtype, self.second_moment = table.tolist(), table.dtype, second_moment
+        self.betas = (OPTIONS["betas"][0] if first_moment else 0.0, OPTIONS["betas"][1])
         self.m = [[0.0] * len(row) for row in self.table]
         self.v = [[0.0] * len(row) for row in self.table]
         self.t = [0] * len(self.table)
 
     def step(self, gradient):
-        (beta1, beta2), lr = OPTIONS["betas"], OPTIONS["lr"]
+        (beta1, beta2), lr = self.betas, OPTIONS["lr"]
         for n, g in enumerate(gradient.tolist()):
             if not any(g):
                 continue
@@ -73,13 +74,14 @@ class LiteralAdamW:
 
 
 class TestRows:
+    @pytest.mark.parametrize("first_moment", ["full", None])
     @pytest.mark.parametrize("second_moment", ["full", "row"])
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_follow_adamw_row_by_row(self, path, dtype, layout, second_moment):
+    def test_follow_adamw_row_by_row(self, path, dtype, layout, second_moment, first_moment):
         table = random_table(dtype)
-        literal = LiteralAdamW(table, second_moment)
-        optimizer = rows_of(table, second_moment=second_moment)
+        literal = LiteralAdamW(table, second_moment, first_moment)
+        optimizer = rows_of(table, second_moment=second_moment, first_moment=first_moment)
         for gradient in random_gradients(25, dtype):
             before = copied(optimizer, table)
             take_steps(optimizer, table, [LAYOUTS[layout](gradient)])
@@ -96,11 +98,14 @@ class TestRows:
         assert state["row_steps"].tolist() == literal.t
         assert len(set(literal.t)) > 3
         assert literal.t[-1] == 0
-        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == (torch.float64 if exact else torch.float32)
+        assert state["exp_avg_sq"].dtype == (torch.float64 if exact else torch.float32)
         assert state["exp_avg_sq"].shape == (NUM_ROWS, WIDTH if second_moment == "full" else 1)
         second = torch.tensor(literal.v, dtype=torch.float64)[:, : state["exp_avg_sq"].shape[1]]
-        assert_close(state["exp_avg"].double(), torch.tensor(literal.m, dtype=torch.float64), **tolerance)
         assert_close(state["exp_avg_sq"].double(), second, **tolerance)
+        assert ("exp_avg" in state) == (first_moment is not None)
+        if first_moment is not None:
+            assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype
+            assert_close(state["exp_avg"].double(), torch.tensor(literal.m, dtype=torch.float64), **tolerance)
 
     @pytest.mark.parametrize("betas", [None, (0.0, 0.0), (0.0, 0.9), (0.9, 0.0)])
     @pytest.mark.parametrize("layout", LAYOUTS)

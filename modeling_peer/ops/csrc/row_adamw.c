@@ -70,16 +70,19 @@ static inline VECTOR NAME(root)(VECTOR v) {
     return v;
 }
 
-/* The step on a vector of a row: its first moment, its second moment (unless the row has a single one: then v is
-   null), and its elements, which it returns. `divisor` is that of the whole row if v is null, otherwise the factor of
-   √v. */
+/* The step on a vector of a row: its first moment (without momentum m is null), its second moment (unless the row has
+   a single one: then v is null), and its elements, which it returns. `divisor` is that of the whole row if v is null,
+   otherwise the factor of √v. */
 static inline VECTOR NAME(update)(const ROW *x, SUM *m, SUM *v, const SUM *g, SUM rate, SUM divisor,
                                   struct NAME(coefficients) c) {
     VECTOR gradient, first, divisors = divisor - (VECTOR){};
     memcpy(&gradient, g, sizeof gradient);
-    memcpy(&first, m, sizeof first);
-    first += c.first * (gradient - first);
-    memcpy(m, &first, sizeof first);
+    first = gradient;
+    if (m) {
+        memcpy(&first, m, sizeof first);
+        first += c.first * (gradient - first);
+        memcpy(m, &first, sizeof first);
+    }
     if (v) {
         VECTOR second;
         memcpy(&second, v, sizeof second);
@@ -142,9 +145,9 @@ typedef struct {
 static inline void NAME(step_row)(const NAME(table) *t, int64_t row, int64_t ahead, const SUM *g) {
     const int64_t width = t->width, vectors = width - width % WIDTH;
     ROW *x = t->parameter + row * width;
-    SUM *m = t->exp_avg + row * width, *v = t->shared ? 0 : t->exp_avg_sq + row * width;
+    SUM *m = t->exp_avg ? t->exp_avg + row * width : 0, *v = t->shared ? 0 : t->exp_avg_sq + row * width;
     const ROW *next_x = t->parameter + ahead * width;
-    const SUM *next_m = t->exp_avg + ahead * width, *next_v = t->exp_avg_sq + ahead * width;
+    const SUM *next_m = m ? t->exp_avg + ahead * width : 0, *next_v = t->exp_avg_sq + ahead * width;
     const int32_t step = ++t->row_steps[row];
     const uint32_t random = row_bits(t->seed, row, step);
     const SUM rate = t->lr / -expm1(step * t->log_beta1), root_correction = sqrt(-expm1(step * t->log_beta2));
@@ -156,9 +159,9 @@ static inline void NAME(step_row)(const NAME(table) *t, int64_t row, int64_t ahe
     }
     for (int64_t i = 0; i < vectors; i += WIDTH) {
         __builtin_prefetch(next_x + i, 1, 3);
-        __builtin_prefetch(next_m + i, 1, 3);
+        if (m) __builtin_prefetch(next_m + i, 1, 3);
         if (v) __builtin_prefetch(next_v + i, 1, 3);
-        NAME(round)(x + i, NAME(update)(x + i, m + i, v ? v + i : 0, g + i, rate, divisor, t->c), random, i);
+        NAME(round)(x + i, NAME(update)(x + i, m ? m + i : 0, v ? v + i : 0, g + i, rate, divisor, t->c), random, i);
     }
     if (vectors < width) {
         const size_t rest = width - vectors;
@@ -166,19 +169,20 @@ static inline void NAME(step_row)(const NAME(table) *t, int64_t row, int64_t ahe
         SUM last_g[WIDTH] = {}, last_m[WIDTH] = {}, last_v[WIDTH] = {};
         memcpy(last_x, x + vectors, rest * sizeof *x);
         memcpy(last_g, g + vectors, rest * sizeof *g);
-        memcpy(last_m, m + vectors, rest * sizeof *m);
+        if (m) memcpy(last_m, m + vectors, rest * sizeof *m);
         if (v) memcpy(last_v, v + vectors, rest * sizeof *v);
-        const VECTOR moved = NAME(update)(last_x, last_m, v ? last_v : 0, last_g, rate, divisor, t->c);
+        const VECTOR moved = NAME(update)(last_x, m ? last_m : 0, v ? last_v : 0, last_g, rate, divisor, t->c);
         NAME(round)(last_x, moved, random, vectors);
         memcpy(x + vectors, last_x, rest * sizeof *x);
-        memcpy(m + vectors, last_m, rest * sizeof *m);
+        if (m) memcpy(m + vectors, last_m, rest * sizeof *m);
         if (v) memcpy(v + vectors, last_v, rest * sizeof *v);
     }
 }
 
 /* AdamW's step on `count` distinct rows of a table. The gradient of row rows[u] is either row places[u] of `gradient`,
    or the sum of the assignments of group u; then a row whose sum is zero is left as it is. Each element has its own
-   second moment, or each row a single one if it is `shared`. Returns -1 if out of memory. */
+   second moment, or each row a single one if it is `shared`; there is no momentum if `exp_avg` is null. Returns -1 if
+   out of memory. */
 int64_t NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_steps, const int32_t *rows,
                     const ROW *gradient, const int64_t *places, const SUM *coefficients, const int32_t *sources,
                     const int32_t *starts, const SUM *tokens, int64_t count, int64_t width, int64_t shared, double lr,
