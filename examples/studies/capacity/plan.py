@@ -81,6 +81,9 @@ MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "p
 DENSE, LARGE = ("dense", "mlp"), "peer-65536"
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
+# Four times as much, which the large ones do not fill, with one seed. Those without trials have the rate of a smaller one.
+MORE, RATE_OF = Load(2**17, 8, exposures=16), {"pkm-131044": "pkm-32761", "peer-262144": "peer-65536"}
+OFFERED_MORE = ("dense", "peer-16384", "peer-65536", "peer-262144", "pkm-131044")
 ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "pkm-32761", "peer-4096", "peer-16384")
 # What fits: at least 1.3 times two bits a parameter.
 FITS = {
@@ -173,6 +176,13 @@ def learning(variant: str, results: Results) -> list[Run]:
     return steady(with_seeds(run), results) if variant in AT_EQUAL_FLOPS else with_seeds(run)[:1]
 
 
+def offered_more(variant: str, results: Results) -> list[Run]:
+    """What is learned of a larger offer; of experts and memories at half the best rate, as longer runs bear less."""
+    run = chosen(RATE_OF.get(variant, variant), results)
+    rate = run.learning_rate / 2 if has_tables(variant) else run.learning_rate
+    return with_seeds(replace(run, subject=variant, load=MORE, learning_rate=rate))[:1]
+
+
 def of_all_entropies(variant: str, results: Results) -> list[Run]:
     """What is learned of values of less entropy, and of the usual one."""
     run = learning(variant, results)[0]
@@ -228,6 +238,7 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (MAIN, learning),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
+    (OFFERED_MORE, offered_more),
     (AT_EQUAL_FLOPS, trials),
     (AT_EQUAL_FLOPS, learning),
     (FITS, trials_that_fit),

@@ -23,6 +23,7 @@ from studies.capacity.plan import (
     LEARNED,
     MAIN,
     OF_ALL_ENTROPIES,
+    OFFERED_MORE,
     REMEMBERING,
     TRIAL_SEED,
     WARMUP,
@@ -35,6 +36,7 @@ from studies.capacity.plan import (
     forgetting,
     learning,
     of_all_entropies,
+    offered_more,
     people,
     steady,
     with_seeds,
@@ -141,6 +143,18 @@ def learned_table(results: Results) -> list[list[str]]:
         cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
         cells += [share_offered(runs, results), recalled(runs, results), to_dense(name)]
         rows.append([name, *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
+    return rows
+
+
+def more_table(results: Results) -> list[list[str]]:
+    """What is learned of four times the usual offer."""
+    found = available(OFFERED_MORE, offered_more, results)
+    rows = [["learned of a larger offer", "parameters, M", "kbit", "of offered", "recalled", "to dense"]]
+    for name, runs in found.items():
+        own = kilobits(runs, results)
+        cells = [f"{costs(name).total.parameters / 1e6:.2f}", spread(own), share_offered(runs, results)]
+        to_dense = ratio(own, kilobits(found["dense"], results)) if "dense" in found and name != "dense" else ""
+        rows.append([name, *cells, recalled(runs, results), to_dense])
     return rows
 
 
@@ -298,6 +312,7 @@ def times_table(results: Results, times: Times) -> list[list[str]]:
 TABLES = (
     learned_table,
     memories_table,
+    more_table,
     trials_table,
     unsteady_table,
     controls_table,
