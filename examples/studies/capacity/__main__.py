@@ -32,6 +32,7 @@ KINDS = {
     "composed": store_composed,
     "people": store_people,
     "forgetting": teach_after,
+    "apart": teach_after,
 }
 
 

@@ -48,18 +48,23 @@ class Facts:
 
 
 def make_facts(
-    num_facts: int, token_bits: float, seed: int, first_tokens: range = range(VOCABULARY)
+    num_facts: int,
+    token_bits: float,
+    seed: int,
+    first_tokens: range = range(VOCABULARY),
+    tokens: range = range(VOCABULARY),
 ) -> tuple[Facts, dict[str, Facts]]:
     """
-    Facts to store, whose keys differ and begin with one of `first_tokens`; and controls, of which a model has stored
+    Facts to store, whose keys differ and begin with one of `first_tokens`, and go on with `tokens`; and controls, of which a model has stored
     nothing: other keys, and the same keys with the values of others, each token of another one. (A model may have stored
     how a value goes on, whatever its key.)
     """
     generator = np.random.default_rng(seed)
-    endings = VOCABULARY ** (KEY_TOKENS - 1)
-    numbers = generator.choice(len(first_tokens) * endings, 2 * num_facts, replace=False) + first_tokens[0] * endings
-    keys = np.stack([numbers // VOCABULARY**place % VOCABULARY for place in reversed(range(KEY_TOKENS))], axis=1)
-    values = generator.integers(round(2**token_bits), size=(2 * num_facts, VALUE_TOKENS))
+    endings = len(tokens) ** (KEY_TOKENS - 1)
+    numbers = generator.choice(len(first_tokens) * endings, 2 * num_facts, replace=False)
+    rest = [numbers // len(tokens) ** place % len(tokens) + tokens[0] for place in reversed(range(KEY_TOKENS - 1))]
+    keys = np.stack([numbers // endings + first_tokens[0], *rest], axis=1)
+    values = generator.integers(round(2**token_bits), size=(2 * num_facts, VALUE_TOKENS)) + tokens[0]
     known, unseen = torch.from_numpy(np.concatenate([keys, values], axis=1)).split(num_facts)
     permuted = known.clone()
     for place in range(VALUE_TOKENS):

@@ -17,27 +17,27 @@ from modeling_peer import (
     fit_gates,
 )
 from studies.capacity.facts import VOCABULARY, Facts, make_facts, measure
-from studies.capacity.plan import BEFORE, MULTIPLIER, TAUGHT, Run
+from studies.capacity.plan import BEFORE, BEFORE_APART, MULTIPLIER, TAUGHT, Load, Run
 from studies.capacity.training import store
 from studies.capacity.variants import make_model
 
 
-# Keys of the first facts begin with the first half of the tokens, those of the second with the other: as another
-# subject's words do. Where nothing tells keys apart, no gate can.
+# Second facts have keys that begin with the other half of the tokens, and nothing else that tells them from the first;
+# or they stand apart, with keys and values of the other half alone, as texts of another language or subject do.
 HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
 BASE_RATE = 1e-3  # twice of it stored nothing in the trials
 ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
 
 
-def base_model(seed: int, folder: Path, facts: Facts) -> PeerForCausalLM:
+def base_model(seed: int, folder: Path, facts: Facts, load: Load) -> PeerForCausalLM:
     """The model that has stored the first facts, which is trained once."""
-    run = Run("facts", TAUGHT, BEFORE, BASE_RATE, MULTIPLIER, seed)
+    run = Run("facts", TAUGHT, load, BASE_RATE, MULTIPLIER, seed)
     saved = folder / "bases" / run.name
     saved.parent.mkdir(exist_ok=True)
     with FileLock(f"{saved}.lock"):
         if not saved.exists():
             model = make_model(TAUGHT, seed)
-            store(model, facts.examples, run, folder, BEFORE.exposures)
+            store(model, facts.examples, run, folder, load.exposures)
             model.save_pretrained(unfinished := Path(f"{saved}-unfinished"))
             unfinished.rename(saved)
     return PeerForCausalLM.from_pretrained(saved)
@@ -68,11 +68,12 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     A model that has stored facts is taught others. Returns the bits of both, before and after; `stored` is the sum of
     what is left and what is new, by which the rate is chosen.
     """
+    before_load = BEFORE if run.kind == "forgetting" else BEFORE_APART
     old, new = (
-        make_facts(load.number, load.token_bits, run.seed, first_tokens)[0]
-        for load, first_tokens in zip((BEFORE, run.load), HALVES, strict=True)
+        make_facts(load.number, load.token_bits, run.seed, half, half if run.kind == "apart" else range(VOCABULARY))[0]
+        for load, half in zip((before_load, run.load), HALVES, strict=True)
     )
-    model = base_model(run.seed, folder, old)
+    model = base_model(run.seed, folder, old, before_load)
     before = measure(model, old)
     model, callbacks = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -50,7 +50,9 @@ class Run:
     A run of the study.
 
     Args:
-        kind (`str`): What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`).
+        kind (`str`):
+            What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`,
+            and `"apart"` if they have other tokens).
         subject (`str`): A variant, or a way to train in a run of forgetting.
         load (`Load`): How much is stored.
         learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
@@ -99,6 +101,8 @@ PEOPLE, PEOPLE_TRIALS = Load(5000, 0, exposures=100), Load(5000, 0, exposures=20
 REMEMBERING = ("dense", "peer-16384")
 # A second set of facts after a first, by the way in which it is taught, with three or four trials each.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
+# The same of facts that have tokens of their own, with as many bits as half of the vocabulary has.
+BEFORE_APART, AFTER_APART = replace(BEFORE, token_bits=7), replace(AFTER, token_bits=7)
 # Rates, and the multiplier of v_i: 4 makes it that of all other parameters.
 ARM_TRIALS = {
     "full": ((2.5e-4, 192.0), (1e-3, 192.0), (1e-3, 4.0), (4e-3, 4.0)),
@@ -222,13 +226,18 @@ def people(variant: str, results: Results) -> list[Run]:
     return with_seeds(replace(best(people_trials(variant, results), results), load=PEOPLE))[:1]
 
 
-def arm_trials(arm: str, results: Results) -> list[Run]:
-    """Trials of a way to teach a second set of facts."""
+def mixed_trials(arm: str, results: Results) -> list[Run]:
+    """Trials of a way to teach a second set of facts that nothing but the first tokens of keys tells from the first."""
     return and_beyond([Run("forgetting", arm, AFTER, *rates) for rates in ARM_TRIALS[arm]], results)
 
 
+def arm_trials(arm: str, results: Results) -> list[Run]:
+    """Trials of a way to teach a second set of facts that stand apart."""
+    return and_beyond([Run("apart", arm, AFTER_APART, *rates) for rates in ARM_TRIALS[arm]], results)
+
+
 def forgetting(arm: str, results: Results) -> list[Run]:
-    """A way to teach a second set of facts, with all seeds."""
+    """A way to teach a second set of facts that stand apart, with all seeds."""
     return with_seeds(best(arm_trials(arm, results), results))
 
 
@@ -236,6 +245,7 @@ def forgetting(arm: str, results: Results) -> list[Run]:
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
     (MAIN, trials),
     (MAIN, learning),
+    (ARM_TRIALS, mixed_trials),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
     (OFFERED_MORE, offered_more),

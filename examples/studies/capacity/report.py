@@ -30,11 +30,13 @@ from studies.capacity.plan import (
     Results,
     Run,
     at_the_limit,
+    best,
     chosen,
     composing,
     fitting,
     forgetting,
     learning,
+    mixed_trials,
     of_all_entropies,
     offered_more,
     people,
@@ -281,15 +283,24 @@ def lost(runs: list[Run], results: Results) -> list[float]:
 
 
 def forgetting_table(results: Results) -> list[list[str]]:
-    """What is left of the first facts, and what is gained of the second."""
-    rows = [
-        ["second facts", "trained, M", "rate", "first, % of bits lost", "recalled before", "after", "second, kbit"]
-    ]
+    """What is left of the first facts, and what is gained of second ones that stand apart."""
+    return _second_facts("second facts, apart", available(ARM_TRIALS, forgetting, results), results)
+
+
+def mixed_table(results: Results) -> list[list[str]]:
+    """The same of second facts that nothing but the first tokens of keys tells from the first: the best trials."""
+    found = available(ARM_TRIALS, mixed_trials, results)
+    chosen_ones = {arm: [best(runs, results)] for arm, runs in found.items()}
+    return _second_facts("second facts, alike, best trial", chosen_ones, results)
+
+
+def _second_facts(label, found, results):
+    rows = [[label, "trained, M", "rate", "first, % of bits lost", "recalled before", "after", "second, kbit"]]
     rows[0].append("recalled")
-    for arm, runs in available(ARM_TRIALS, forgetting, results).items():
-        trained = results[runs[0].name]["trained_parameters"] / 1e6
+    for arm, runs in found.items():
+        trained, shares = results[runs[0].name]["trained_parameters"] / 1e6, lost(runs, results)
         cells = [f"{trained:.2f}", f"{runs[0].learning_rate:g}, v_i {runs[0].multiplier / 4:g} times"]
-        cells.append(f"{mean(lost(runs, results)):.2f} ± {stdev(lost(runs, results)):.2f}")
+        cells.append(f"{mean(shares):.2f}" + (f" ± {stdev(shares):.2f}" if len(shares) > 1 else ""))
         cells += [recalled(runs, results, part) for part in ("before", "left")]
         rows.append([arm, *cells, spread(kilobits(runs, results, "gained")), recalled(runs, results, "gained")])
     return rows
@@ -318,6 +329,7 @@ TABLES = (
     controls_table,
     narrow_table,
     forgetting_table,
+    mixed_table,
     fits_table,
     entropies_table,
     composed_table,

@@ -82,6 +82,16 @@ def test_keys_differ_and_begin_as_asked():
     assert {own["labels"][KEY_TOKENS - 1].item() for own in facts.examples} == {-100}
 
 
+def test_facts_have_tokens_of_their_own():
+    half = range(VOCABULARY // 2, VOCABULARY)
+    for first_tokens, tokens in ((half, half), (half, range(VOCABULARY))):
+        known, controls = make_facts(200, 7, 1, first_tokens, tokens)
+        sequences = torch.cat([known.tokens, controls["unseen keys"].tokens])
+        assert sequences.min() >= tokens[0] and sequences[:, 0].min() >= half[0]
+        assert len(sequences[:, :KEY_TOKENS].unique(dim=0)) == 400
+        assert sequences.max() == VOCABULARY - 1
+
+
 def test_composed_facts_follow_from_others():
     told, untold = make_composed_facts(1000, seed=0)
     values: dict[tuple, dict] = {}
@@ -205,11 +215,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("forgetting")
 
 
-@pytest.mark.parametrize("arm", ARM_TRIALS)
-def test_second_facts(arm, folder, monkeypatch):
+@pytest.mark.parametrize(("kind", "arm"), [("apart", arm) for arm in ARM_TRIALS] + [("forgetting", "full")])
+def test_second_facts(kind, arm, folder, monkeypatch):
     monkeypatch.setattr(forgetting, "BEFORE", Load(64, 8, 60))
+    monkeypatch.setattr(forgetting, "BEFORE_APART", Load(64, 7, 60))
     monkeypatch.setattr(forgetting, "REFERENCE", 32)
-    result = teach_after(Run("forgetting", arm, Load(64, 8, 20), 4e-3), folder)
+    result = teach_after(Run(kind, arm, Load(64, 7, 20), 4e-3), folder)
     assert result["before"]["bits"] > 0.05 * result["offered"]["old"]
     assert result["gained"]["bits"] > 0
     assert result["stored"]["bits"] == result["left"]["bits"] + result["gained"]["bits"]
