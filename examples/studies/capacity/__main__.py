@@ -17,28 +17,14 @@ from typing import Any
 from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
-from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import STAGES, Results, Run
 from studies.capacity.reading import measure_times
 from studies.capacity.report import describe, plot
-from studies.capacity.training import BATCH_SIZE, store_composed, store_facts, store_people
+from studies.capacity.runs import make
+from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import SHARED
 from studies.common.parallel_runs import ParallelArguments, make_runs
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
-
-
-KINDS = {
-    "facts": store_facts,
-    "composed": store_composed,
-    "people": store_people,
-    "forgetting": teach_after,
-    "apart": teach_after,
-}
-
-
-def make(run: Run, folder: Path) -> dict[str, Any]:
-    """Make a run."""
-    return KINDS[run.kind](run, folder)
 
 
 def next_runs(results: Results) -> list[Run]:

@@ -228,6 +228,11 @@ def test_second_facts(kind, arm, folder, monkeypatch):
     assert result["trained_parameters"] == whole if is_whole else result["trained_parameters"] < whole
 
 
+def test_processes_find_what_makes_a_run():
+    """Those of a pool do not import `__main__` of a package."""
+    assert capacity_study.make.__module__ != capacity_study.__name__
+
+
 @slow
 def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     load = Load(256, 8, 1)
