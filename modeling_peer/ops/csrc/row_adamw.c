@@ -59,7 +59,7 @@ static inline void round_float16(uint16_t *p, floats v, uint32_t of_row, int64_t
 
 #include "sum_tokens.h"
 
-struct NAME(coefficients) { SUM decay, first, second, second_kept, eps; };
+struct NAME(coefficients) { SUM decay, first, first_kept, second, second_kept, eps; };
 
 /* The square root of each lane: a loop over an array, which compiles to one instruction. */
 static inline VECTOR NAME(root)(VECTOR v) {
@@ -80,7 +80,8 @@ static inline VECTOR NAME(update)(const ROW *x, SUM *m, SUM *v, const SUM *g, SU
     first = gradient;
     if (m) {
         memcpy(&first, m, sizeof first);
-        first += c.first * (gradient - first);
+        /* From the nearer end, as torch's lerp: without decay it is the gradient, and no rounding of m + (g - m). */
+        first = c.first < (SUM)0.5 ? first + c.first * (gradient - first) : gradient - c.first_kept * (gradient - first);
         memcpy(m, &first, sizeof first);
     }
     if (v) {
@@ -188,7 +189,7 @@ int64_t NAME(adamw)(ROW *parameter, SUM *exp_avg, SUM *exp_avg_sq, int32_t *row_
                     const int32_t *starts, const SUM *tokens, int64_t count, int64_t width, int64_t shared, double lr,
                     double beta1, double beta2, double eps, double weight_decay, int64_t seed, int threads) {
     const NAME(table) table = {parameter, exp_avg, exp_avg_sq, row_steps, width, shared, lr, log(beta1), log(beta2),
-                               {1 - lr * weight_decay, 1 - beta1, 1 - beta2, beta2, eps}, (uint32_t)seed};
+                               {1 - lr * weight_decay, 1 - beta1, beta1, 1 - beta2, beta2, eps}, (uint32_t)seed};
     SUM *memory = malloc(threads * width * sizeof *memory + 1);
     if (!memory) return -1;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
