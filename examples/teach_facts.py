@@ -34,6 +34,7 @@ from modeling_peer import Fact, generate_text, read_facts, teach_facts
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of
 from modeling_peer.facts.prompts import forms_of
 from modeling_peer.graft.card import write_adapter_card
+from modeling_peer.graft_layer import PREFIX
 
 
 # Frames that are not taught, wordings of a fact that are asked in them, and names that no fact has: by these it is
@@ -168,7 +169,7 @@ def main():
     model = teach_facts(model, tokenizer, facts, **sizes, checkpoint_dir=folder)
     # As it is saved, so that what is measured is what is loaded.
     for name, parameter in model.named_parameters():
-        if "peer_graft" in name:
+        if PREFIX in name:
             parameter.data = parameter.data.bfloat16().to(parameter.dtype)
     print("What it answers now ...")
     after = measure(model, tokenizer, sets, texts, args.batch_size)
@@ -194,7 +195,7 @@ What to do next:
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Saves an adapter in bfloat16."""
-    state = {name: each for name, each in model.state_dict().items() if "peer_graft" in name}
+    state = {name: each for name, each in model.state_dict().items() if PREFIX in name}
     model.save_pretrained(
         folder,
         state_dict={name: each.bfloat16() if each.is_floating_point() else each for name, each in state.items()},

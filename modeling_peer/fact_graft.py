@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_peer import PeerConfig
-from .graft_layer import DecoderForward, PeerGraft
+from .graft_layer import DecoderForward, PeerGraft, is_in_backward
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class FactRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`ProductKeyRouter.forward`]: one head, and one expert."""
-        if torch._C._current_graph_task_id() != -1 and self._last_output is not None:
+        if is_in_backward() and self._last_output is not None:
             return self._last_output
         experts, similarities = self.retrieve_facts(hidden_states)
         is_open = similarities >= self.questions.threshold

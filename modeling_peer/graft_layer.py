@@ -137,6 +137,11 @@ def _cache_in(values: dict[str, Any]) -> Any:
     return next((values[name] for name in ("cache", "past_key_values") if values.get(name) is not None), None)
 
 
+def is_in_backward() -> bool:
+    """Whether a backward runs the caller, as activation checkpointing does to compute a layer again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class PeerGraft(PeerFeedForward):
     """
     A PEER layer in a base model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
@@ -192,7 +197,7 @@ class PeerGraft(PeerFeedForward):
         """
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(next(self.router.parameters()).dtype)
-        recomputes = torch._C._current_graph_task_id() != -1  # in a backward, as activation checkpointing does
+        recomputes = is_in_backward()
         decoder = self.decoder_forward
         learns = torch.is_grad_enabled() if decoder is None or decoder.learns is None else decoder.learns
         padding_mask = self._padding_mask(hidden_states, learns or recomputes, recomputes)

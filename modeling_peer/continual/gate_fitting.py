@@ -52,6 +52,10 @@ def fit_gates(
     experts that are silent outside the new text have less to unlearn there. Nothing but the gates changes. The hidden
     states of both texts are kept on the CPU, for each layer that grew.
 
+    If `model` has grafts of facts, the thresholds of their questions are chosen anew, for example against questions
+    that were answered though nobody had taught them. Sequences of `new_text` are then questions, each to its end:
+    there the gate is to open. For `reference_text` it is to stay shut at every token.
+
     Args:
         model ([`PeerPreTrainedModel`] or a model with grafts of facts):
             A model to which experts were added in protected mode.
@@ -72,10 +76,6 @@ def fit_gates(
 
     Raises:
         `ValueError`: if the last addition is not a protected one, or a text has less than two sequences.
-
-    If `model` has grafts of facts, the thresholds of their questions are chosen anew, for example against questions
-    that were answered though nobody had taught them. Sequences of `new_text` are then questions, each to its end:
-    there the gate is to open. For `reference_text` it is to stay shut at every token.
     """
     if fact_grafts := find_fact_grafts(model):
         return _fit_thresholds(

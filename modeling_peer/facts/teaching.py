@@ -95,9 +95,8 @@ def teach_facts(
     else:
         peft_model.add_adapter(adapter_name, config)
     try:
-        peft_model.base_model.set_adapter(
-            adapter_name
-        )  # alone: what other files answer is not what the base model says
+        # Alone: what other files answer is not what the base model says.
+        peft_model.base_model.set_adapter(adapter_name)
         (graft,) = grafts_of_facts(peft_model, adapter_name)
         norm = _check_model(base, graft)
         if reference is None:

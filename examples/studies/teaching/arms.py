@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_peer import PeerGraftConfig, teach_facts
 from modeling_peer.facts.index import LONGEST, FactIndex
+from modeling_peer.graft_layer import PREFIX
 from studies.common.arms import train
 from studies.teaching.plan import EXPOSURES, Run
 from studies.teaching.questions import Item, as_fact
@@ -31,9 +32,7 @@ def prepare(arm: str, model: Any) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     if arm == "graft":
-        config: Any = PeerGraftConfig(
-            task_type="CAUSAL_LM", num_experts=64**2, layers_to_transform=[LATE_LAYER], query_norm="rms"
-        )
+        config: Any = PeerGraftConfig(task_type="CAUSAL_LM", num_experts=64**2, layers_to_transform=[LATE_LAYER])
     elif arm == "lora":
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     else:
@@ -87,7 +86,7 @@ def taught(
         facts = [as_fact(item) for item in items]
         model = teach_facts(model, tokenizer, facts, checkpoint_dir=saved / "states", progress_bar=False)
         model.save_pretrained(saved)
-        parts = [each for name, each in model.named_parameters() if "peer_graft" in name]
+        parts = [each for name, each in model.named_parameters() if PREFIX in name]
     else:
         model = prepare(run.arm, model)
         parts = [each for each in model.parameters() if each.requires_grad]

@@ -45,8 +45,8 @@ NEW_TOKENS, REPEATS = 32, 5
 class Study:
     """What all runs share: the base model, its tokenizer, texts, and the facts that it knows and does not know."""
 
-    def __init__(self, folder: Path, model_name_or_path: str | None = None):
-        save_base(model_name_or_path, folder)
+    def __init__(self, folder: Path):
+        save_base(None, folder)
         self.folder = folder
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "base")
         self.forms = forms_of(self.tokenizer)
