@@ -20,7 +20,7 @@ from transformers import (
 
 from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
-from modeling_peer import ExpertUsageMeter, measure_usage
+from modeling_peer import ExpertUsageMeter, keep_tables_on_disk, measure_usage
 from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
 from modeling_peer.feed_forward import MoeRouter
 
@@ -51,6 +51,10 @@ class GenerationArguments:
     )
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
     num_shown_experts: int = field(default=5, metadata={"help": "Number of experts to list per layer."})
+    tables_on_disk: bool = field(
+        default=False,
+        metadata={"help": "Read the rows of experts from the checkpoint, for models larger than memory."},
+    )
 
     def generation_options(self) -> dict[str, float | int | bool]:
         """The flags that were given, as arguments of `generate`."""
@@ -159,8 +163,12 @@ def main():
     set_seed(args.seed)
     with loads_checkpoint(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, device_map="auto").eval()
+        places = None if args.tables_on_disk else "auto"
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, device_map=places).eval()
+    meter = keep_tables_on_disk(model) if args.tables_on_disk else None
     tokens = generate(model, tokenizer, args.prompt, **args.generation_options())
+    if meter is not None:
+        print(f"\n{meter.num_bytes / 1e6:,.0f} MB of rows read, {meter.hit_rate:.0%} of them from the page cache.")
     print("\n" + describe_experts(model, tokens, args.num_shown_experts))
 
 

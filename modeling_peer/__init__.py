@@ -56,6 +56,7 @@ _LAZY_NAMES = {
     "graft.model": ("PeerGraftConfig", "PeerGraftModel"),
     "graft_merged": ("PeerGraftedConfig",),
     "memory.host_tables": ("host_table_device_map",),
+    "ops.disk_tables": ("DiskMeter", "keep_tables_on_disk"),
     "optim.parameter_groups": ("expert_parameter_groups", "make_optimizer"),
     "optim.resuming": ("last_complete_checkpoint",),
     "optim.row_adamw": ("RowAdamW",),

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..experts import plain_weight, run_experts
+from ..experts import run_experts
+from .disk_tables import is_on_disk, pieces_from_disk
 from .factored_gradient import FactoredGradient, takes_factors, warn_of_dense_gradient
 from .gradient_factors import Assignments, Factors
 from .kernels import KERNELS, is_traced, needs_autograd, resolve_kernels
-from .quantized_rows import QuantizedRows
+from .quantized_rows import QuantizedRows, readable_rows
 
 
 class NoExchange:
@@ -290,14 +291,23 @@ def run_experts_on_kernels(
 ) -> torch.Tensor:
     """[`~experts.run_experts`] on the kernels of a name, or on the fastest if `None`."""
     modules = up, gate, down
+    if all(is_on_disk(module) for module in modules if module is not None):
+        return _run_from_disk(hidden_states, rows, weights, modules, act_fn, kernels)
     tables: list[Any] = [None if module is None else readable_rows(module) for module in modules]
     if any(table is None and module is not None for table, module in zip(tables, modules, strict=True)):
         return run_experts(hidden_states, rows, weights, up, gate, down, act_fn)
+    return _run_tables(hidden_states, rows, weights, tables, act_fn, kernels)
+
+
+def _run_tables(hidden_states, rows, weights, tables, act_fn, kernels):
     name = resolve_kernels(kernels, tables[2] if isinstance(tables[2], torch.Tensor) else tables[2].scales)
-    return run_expert_pool(hidden_states, rows, weights, tables[0], tables[1], tables[2], act_fn, name)
+    return run_expert_pool(hidden_states, rows, weights, *tables, act_fn, name)
 
 
-def readable_rows(table: nn.Module) -> torch.Tensor | QuantizedRows | None:
-    """What kernels read of a table, `None` if only a call of the module gives its rows."""
-    weight = plain_weight(table)
-    return getattr(table, "quantized_rows", None) if weight is None else weight
+@torch.compiler.disable
+def _run_from_disk(hidden_states, rows, weights, modules, act_fn, kernels):
+    outputs = [
+        _run_tables(hidden_states[tokens], places, weights[tokens], tables, act_fn, kernels)
+        for tokens, places, tables in pieces_from_disk(rows, modules)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -14,7 +14,9 @@ of columns in pairs. A row of odd width has a zero in the upper half of its last
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from ..experts import plain_weight
 from ..memory.advice import advise_huge_pages
 
 
@@ -110,3 +112,9 @@ def dequantize(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> torch
         places = torch.stack([(bytes_ << 4) >> 4, bytes_ >> 4], dim=-2)
     scales = rows.scales.to(dtype).repeat_interleave(rows.bytes_per_scale, dim=-1)[..., : places.shape[-1]]
     return (places.to(dtype) * scales.unsqueeze(-2)).flatten(-2)[..., : rows.width]
+
+
+def readable_rows(table: nn.Module) -> torch.Tensor | QuantizedRows | None:
+    """What kernels read of a table, `None` if only a call of the module gives its rows."""
+    weight = plain_weight(table)
+    return getattr(table, "quantized_rows", None) if weight is None else weight

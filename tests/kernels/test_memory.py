@@ -3,18 +3,17 @@
 """Memory of a million experts: loading, forward and generation take only that of the rows that tokens read."""
 
 import json
-import struct
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compare_disk import random_values, write_checkpoint
 from kernel_cases import run_script
 from slow_tests import slow
 from tiny_models import tiny_config
-from transformers import AutoConfig
 
-from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer import PeerConfig
 from modeling_peer.feed_forward import PeerFeedForward
 
 
@@ -77,43 +76,8 @@ def run(script: str, *arguments) -> dict:
     return json.loads(run_script(MEMORY + script, *arguments, OMP_NUM_THREADS="1").splitlines()[-1])
 
 
-def write_with_holes(folder: Path, config: PeerConfig) -> int:
-    """
-    A bfloat16 checkpoint of a model that is never made: the expert tables are holes in its file, the rest is small and
-    random. Returns the size of the file.
-    """
-    config.dtype = torch.bfloat16
-    config.architectures = ["PeerForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        state = PeerForCausalLM(AutoConfig.from_pretrained(folder)).state_dict()
-    header, start = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in state.items():
-        dtype = torch.bfloat16 if tensor.dtype == torch.float32 and "running" not in name else tensor.dtype
-        size = tensor.numel() * dtype.itemsize
-        label = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}[dtype]
-        header[name] = {"dtype": label, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + start)
-        for name, entry in header.items():
-            if name == "__metadata__" or "expert_pool" in name or entry["dtype"] == "I64":
-                continue
-            file.seek(8 + len(text) + entry["data_offsets"][0])
-            values = torch.ones(entry["shape"]) if "norm" in name else 0.02 * torch.randn(entry["shape"])
-            values = values.to(torch.bfloat16) if entry["dtype"] == "BF16" else values
-            file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return 8 + len(text) + start
-
-
-def test_a_million_experts_generate_in_less_than_a_gigabyte_of_own_memory(tmp_path):
-    """
-    Pages of the checkpoint's file count as resident too, as many as experts were read, but belong to the page cache; what
-    the process needs for itself stays the same for a prompt that reads most of the file.
-    """
+def write_with_holes(folder: Path) -> None:
+    """A bfloat16 checkpoint of 4.5 GB, whose expert tables are holes in its file: a million experts of width 1,024."""
     config = PeerConfig(
         vocab_size=32000,
         hidden_size=1024,
@@ -123,14 +87,22 @@ def test_a_million_experts_generate_in_less_than_a_gigabyte_of_own_memory(tmp_pa
         feed_forward_types=["dense", "peer"],
         num_experts=1024**2,
         eos_token_id=None,
+        dtype="bfloat16",
+        architectures=["PeerForCausalLM"],
     )
-    assert write_with_holes(tmp_path, config) > 4.3e9
-    script = """
+    fill = lambda name, piece: None if "expert_pool" in name else random_values(name, piece)  # noqa: E731
+    assert write_checkpoint(folder, config, fill) > 4.3e9
+
+
+# Generates after a short and a long prompt, with rows read by page faults or from the disk.
+GENERATE = """
 import json, torch
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, keep_tables_on_disk
 facts = {}
 with OwnMemory() as loading:
     model = PeerForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+    if sys.argv[2] == "disk":
+        keep_tables_on_disk(model, buffer_bytes=2**24)
 table = model.model.layers[1].mlp.expert_pool.up_proj
 for name, length in (("short", 3), ("long", 1000)):
     start_of_peak()
@@ -146,7 +118,15 @@ facts |= {
 }
 print(json.dumps(facts))
 """
-    facts = run(script, tmp_path)
+
+
+def test_a_million_experts_generate_in_less_than_a_gigabyte_of_own_memory(tmp_path):
+    """
+    Pages of the checkpoint's file count as resident too, as many as experts were read, but belong to the page cache; what
+    the process needs for itself stays the same for a prompt that reads most of the file.
+    """
+    write_with_holes(tmp_path)
+    facts = run(GENERATE, tmp_path, "mapped")
     assert facts["dtype"] == "torch.bfloat16"
     assert (facts["short"]["tokens"], facts["long"]["tokens"]) == (23, 1020)
     assert facts["loading"] < 500
@@ -154,6 +134,15 @@ print(json.dumps(facts))
     assert facts["long"]["own"] < 600
     assert facts["long"]["file"] > 1000  # so the rows were read, and are not counted as the process's own
     assert facts["advised"]  # files on a disk are read ahead, those with holes are not
+
+
+def test_tables_on_a_disk_are_no_part_of_a_process(tmp_path):
+    """The rest of the model, 0.2 GB, is: a prompt of 1,000 tokens reads its rows in pieces of 8 MB."""
+    write_with_holes(tmp_path)
+    facts = run(GENERATE, tmp_path, "disk")
+    assert facts["long"]["tokens"] == 1020
+    assert facts["long"]["own"] < 850
+    assert facts["long"]["file"] < 500
 
 
 @pytest.mark.parametrize("kernels", ["cpu", pytest.param("torch", marks=slow)])
