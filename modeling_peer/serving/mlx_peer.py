@@ -1,0 +1,308 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A PEER model for MLX, which `examples/convert_to_mlx.py` writes beside a checkpoint. `mlx_lm` runs it:
+
+    python -m mlx_lm generate --model FOLDER --trust-remote-code --prompt "def main("
+
+Attention, caches and sampling are those of `mlx_lm`. Here is what stands in for its feed-forward: dense, MoE, PKM and
+PEER layers in evaluation, with added experts and shared pools. It needs nothing but `mlx_lm`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models import llama
+
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "relu": nn.relu,
+    None: lambda inputs: inputs,
+}
+SCORING_FUNCTIONS = {
+    "softmax": lambda scores: mx.softmax(scores, axis=-1),
+    "sigmoid": mx.sigmoid,
+    "relu": nn.relu,
+}
+# Of the gate of added experts, which is zero below.
+GATE_WIDTH, SHUT_BELOW = 64, 0.01
+
+
+@dataclass
+class ModelArgs(llama.ModelArgs):
+    """The fields of `PeerConfig` that evaluation needs, see there."""
+
+    hidden_act: str = "silu"
+    rope_parameters: dict[str, Any] | None = None
+    feed_forward_types: list[str] = field(default_factory=list)
+    num_experts: int = 1024**2
+    num_retrieval_heads: int = 8
+    num_experts_per_head: int = 16
+    query_size: int = 256
+    query_norm: str | None = "batch"
+    scoring_func: str = "softmax"
+    sub_keys_per_head: bool = False
+    expert_act: str | None = "gelu"
+    gated_experts: bool = False
+    share_experts_across_layers: bool = False
+    shared_expert_intermediate_size: int | None = None
+    expert_additions: list[dict[str, Any]] | None = None
+    moe_num_experts: int = 128
+    moe_num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        rope = dict(self.rope_parameters or {})
+        self.rope_theta = rope.pop("rope_theta", self.rope_theta)
+        self.rope_scaling = rope if rope.get("rope_type", "default") != "default" else None
+
+    def generations(self, layer: int | None) -> list[tuple[int, int, int]]:
+        """Experts, heads and experts per head of each generation of a layer, or of the shared pool if `None`."""
+        found = [(self.num_experts, self.num_retrieval_heads, self.num_experts_per_head)]
+        for addition in self.expert_additions or ():
+            if layer is not None and layer not in addition["layers"]:
+                continue
+            if addition["mode"] == "open":
+                found[0] = (found[0][0] + addition["num_experts"], *found[0][1:])
+            else:
+                names = ("num_experts", "num_retrieval_heads", "num_experts_per_head")
+                found.append(tuple(addition[name] for name in names))
+        return found
+
+
+class Dense(nn.Module):
+    """`down_proj(act(gate_proj(x)) * up_proj(x))`"""
+
+    def __init__(self, args: ModelArgs, width: int):
+        super().__init__()
+        self.act = ACTIVATIONS[args.hidden_act]
+        self.gate_proj = nn.Linear(args.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(args.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, args.hidden_size, bias=False)
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Table(nn.Module):
+    """Rows of experts, `(...) -> (..., hidden_size)`: floating point, or 8 bits with scales for groups of columns."""
+
+    def __init__(self, args: ModelArgs, num_rows: int):
+        super().__init__()
+        self.weight = mx.zeros((num_rows, args.hidden_size))
+        if args.quantization_config is not None:
+            self.group = min(args.quantization_config["group_size"] or args.hidden_size, args.hidden_size)
+            self.weight = self.weight.astype(mx.int8)
+            self.scales = mx.zeros((num_rows, -(-args.hidden_size // self.group)))
+
+    def __call__(self, rows: mx.array) -> mx.array:
+        values = self.weight[rows]
+        if "scales" not in self:
+            return values
+        scales = mx.repeat(self.scales[rows].astype(mx.float32), self.group, axis=-1)
+        return values.astype(mx.float32) * scales[..., : values.shape[-1]]
+
+
+class ExpertPool(nn.Module):
+    """`Σ g_i(x) σ(u_i · x) v_i`, or `Σ g_i(x) σ(w_i · x) (u_i · x) v_i`"""
+
+    def __init__(self, args: ModelArgs, num_experts: int, added: list[tuple[int, int, int]]):
+        super().__init__()
+        self.act = ACTIVATIONS[args.expert_act]
+        self.up_proj, self.down_proj = Table(args, num_experts), Table(args, num_experts)
+        if args.gated_experts:
+            self.gate_proj = Table(args, num_experts)
+        self.added = [ExpertPool(args, number, []) for number, _, _ in added]
+
+    def __call__(self, hidden_states: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
+        def products(table: Table) -> mx.array:
+            return (table(rows).astype(hidden_states.dtype) @ hidden_states[..., None])[..., 0]
+
+        neurons = products(self.up_proj)
+        neurons = self.act(products(self.gate_proj)) * neurons if "gate_proj" in self else self.act(neurons)
+        return weighted_sum(neurons * weights, self.down_proj(rows))
+
+
+def weighted_sum(weights: mx.array, rows: mx.array) -> mx.array:
+    """`(weights [..., A], rows [..., A, d]) -> [..., d]`"""
+    return (weights[..., None, :] @ rows.astype(weights.dtype))[..., 0, :]
+
+
+class Norm(nn.Module):
+    """BatchNorm by running statistics."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias, self.running_mean, self.running_var = (mx.zeros(size) for _ in range(4))
+
+    def __call__(self, queries: mx.array) -> mx.array:
+        normalized = (queries - self.running_mean) * mx.rsqrt(self.running_var + self.eps)
+        return normalized * self.weight.astype(mx.float32) + self.bias.astype(mx.float32)
+
+
+class Router(nn.Module):
+    """Indices and router weights of the experts of all heads, `hidden [..., d] -> [..., h · k]` each."""
+
+    def __init__(self, args: ModelArgs, generation: tuple[int, int, int], is_added: bool = False):
+        super().__init__()
+        number, self.heads, self.k = generation
+        self.args, self.half = args, args.query_size // 2
+        self.query_proj = nn.Linear(args.hidden_size, self.heads * args.query_size, bias=False)
+        self.query_norm: Any
+        if args.query_norm == "batch":
+            self.query_norm = Norm(self.heads * args.query_size, args.rms_norm_eps)
+        elif args.query_norm == "rms":
+            self.query_norm, self.key_norm = (nn.RMSNorm(self.half, args.rms_norm_eps) for _ in range(2))
+        self.sub_keys = mx.zeros((self.heads if args.sub_keys_per_head else 1, 2, math.isqrt(number), self.half))
+        if is_added:
+            self.gate = Gate(args.hidden_size)
+
+    def __call__(self, hidden_states: mx.array) -> tuple[mx.array, mx.array]:
+        queries, sub_keys = self.query_proj(hidden_states).astype(mx.float32), self.sub_keys.astype(mx.float32)
+        if self.args.query_norm == "batch":
+            queries = self.query_norm(queries)
+        queries = queries.reshape(*queries.shape[:-1], self.heads, 2, self.half)
+        if self.args.query_norm == "rms":
+            queries, sub_keys = self.query_norm(queries) * self.args.query_size**-0.5, self.key_norm(sub_keys)
+        scores = (sub_keys @ queries[..., None])[..., 0]  # [..., h, 2, √N]
+        places = mx.argpartition(-scores, self.k - 1, axis=-1)[..., : self.k]
+        best = mx.take_along_axis(scores, places, axis=-1)
+        sums = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)
+        pairs = mx.argpartition(-sums, self.k - 1, axis=-1)[..., : self.k]
+        row = mx.take_along_axis(places[..., 0, :], pairs // self.k, axis=-1)
+        column = mx.take_along_axis(places[..., 1, :], pairs % self.k, axis=-1)
+        row, column = row.astype(mx.int64), column.astype(mx.int64)
+        shell = mx.maximum(row, column)
+        weights = SCORING_FUNCTIONS[self.args.scoring_func](mx.take_along_axis(sums, pairs, axis=-1))
+        weights = weights.astype(hidden_states.dtype).flatten(-2)
+        if "gate" in self:
+            weights = weights * self.gate(hidden_states)
+        return (shell * shell + shell + row - column).flatten(-2), weights
+
+
+class Gate(nn.Module):
+    """How far added experts are open, between 0 and 1."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(hidden_size, GATE_WIDTH), nn.Linear(GATE_WIDTH, 1)
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        openness = mx.sigmoid(self.down_proj(nn.gelu(self.up_proj(hidden_states))))
+        return mx.where(openness < SHUT_BELOW, 0.0, openness)
+
+
+class Peer(nn.Module):
+    """A PEER layer with its pool, or with that of the model."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        first, *added = args.generations(layer)
+        self.router = Router(args, first)
+        self.added_routers = [Router(args, each, is_added=True) for each in added]
+        if not args.share_experts_across_layers:
+            self.expert_pool = ExpertPool(args, first[0], added)
+        if args.shared_expert_intermediate_size is not None:
+            self.shared_expert = Dense(args, args.shared_expert_intermediate_size)
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        pool = self.expert_pool if "expert_pool" in self else self._pool
+        routers, pools = [self.router, *self.added_routers], [pool, *pool.added]
+        output = sum(
+            experts(hidden_states, *router(hidden_states)) for router, experts in zip(routers, pools, strict=True)
+        )
+        return output + self.shared_expert(hidden_states) if "shared_expert" in self else output
+
+
+class Pkm(nn.Module):
+    """A product-key memory."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.router = Router(args, args.generations(layer)[0])
+        self.table = Table(args, args.num_experts)  # a module of MLX is a dict, whose `values` are others
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        rows, weights = self.router(hidden_states)
+        return weighted_sum(weights, self.table(rows))
+
+
+class MoeRouter(nn.Module):
+    """The logits of large experts."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.weight = mx.zeros((args.moe_num_experts, args.hidden_size))
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        return hidden_states @ self.weight.T
+
+
+class MoeExperts(nn.Module):
+    """Large experts, a table for each."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        width = args.moe_intermediate_size or args.intermediate_size // args.moe_num_experts_per_tok
+        self.act = ACTIVATIONS[args.hidden_act]
+        self.gate_up_proj = mx.zeros((args.moe_num_experts, 2 * width, args.hidden_size))
+        self.down_proj = mx.zeros((args.moe_num_experts, args.hidden_size, width))
+
+    def __call__(self, hidden_states: mx.array, experts: mx.array) -> mx.array:
+        inputs = hidden_states[..., None, None, :]
+        both = mx.gather_mm(inputs, self.gate_up_proj.swapaxes(-1, -2), rhs_indices=experts)
+        gate, up = mx.split(both, 2, axis=-1)
+        return mx.gather_mm(self.act(gate) * up, self.down_proj.swapaxes(-1, -2), rhs_indices=experts)[..., 0, :]
+
+
+class Moe(nn.Module):
+    """Large experts that tokens choose."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.k, self.gate, self.experts = args.moe_num_experts_per_tok, MoeRouter(args), MoeExperts(args)
+
+    def __call__(self, hidden_states: mx.array) -> mx.array:
+        probabilities = mx.softmax(self.gate(hidden_states).astype(mx.float32), axis=-1)
+        experts = mx.argpartition(-probabilities, self.k - 1, axis=-1)[..., : self.k]
+        weights = mx.take_along_axis(probabilities, experts, axis=-1)
+        weights = (weights / weights.sum(-1, keepdims=True)).astype(hidden_states.dtype)
+        return weighted_sum(weights, self.experts(hidden_states, experts))
+
+
+FEED_FORWARDS = {
+    "dense": lambda args, layer: Dense(args, args.intermediate_size),
+    "moe": Moe,
+    "pkm": Pkm,
+    "peer": Peer,
+}
+
+
+class Model(llama.Model):
+    """`PeerForCausalLM`, whose checkpoints it loads."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        if args.share_experts_across_layers:
+            first, *added = args.generations(None)
+            self.model.expert_pool = ExpertPool(args, first[0], added)
+        for index, (layer, kind) in enumerate(zip(self.layers, args.feed_forward_types, strict=True)):
+            layer.mlp = FEED_FORWARDS[kind](args, index)
+            if kind == "peer" and args.share_experts_across_layers:
+                layer.mlp._pool = self.model.expert_pool  # no parameter of the layer
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return {
+            name.replace(".mlp.values.", ".mlp.table."): value
+            for name, value in super().sanitize(weights).items()
+            if not name.endswith("num_batches_tracked")
+        }
