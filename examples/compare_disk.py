@@ -7,9 +7,9 @@ after the other, whole tables by accelerate, and all of it in memory.
     ./run python examples/compare_disk.py
 
 The checkpoint, of 8.8 GB by default, is written first, a piece of a table at a time. Each way runs in processes of
-its own, in turn with the others, a few minutes a round. Cold, the page cache has nothing of the tables; warm, the same
-tokens come once more. Beside them stands a plain loop of as many reads from random places of the same tables, past the
-page cache.
+its own, in turn with the others, three minutes a round; interrupted, the same command goes on. Cold, the page cache has
+nothing of the tables; warm, the same tokens come once more. Beside them stands a plain loop of as many reads from
+random places of the same tables, past the page cache.
 
 With a control group that limits memory, the tables are read there too: make one and name its folder.
 
@@ -64,9 +64,9 @@ class ComparisonArguments:
     hidden_size: int = field(default=1024, metadata={"help": "Width of the model, in bfloat16."})
     prompt_tokens: int = field(default=512, metadata={"help": "Tokens of the prompt."})
     new_tokens: int = field(
-        default=64, metadata={"help": "Tokens that are read one at a time after a prompt of as many."}
+        default=128, metadata={"help": "Tokens that are read one at a time after a prompt of as many."}
     )
-    rounds: int = field(default=5, metadata={"help": "Turns of each way, of which medians are taken."})
+    rounds: int = field(default=3, metadata={"help": "Turns of each way, of which medians are taken."})
     control_group: str | None = field(
         default=None, metadata={"help": "Folder of a control group with little memory, for one more way."}
     )
@@ -331,6 +331,12 @@ def measure(way: str, seed: int, args: ComparisonArguments) -> dict[str, Any]:
     return {**result, "tokens": tokens, "own_memory": memory.peak}
 
 
+def measure_apart(way: str, seed: int, args: ComparisonArguments) -> dict[str, Any]:
+    """[`measure`] in a process of its own."""
+    command = [sys.executable, __file__, WORKER, json.dumps([way, seed, asdict(args)])]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 def measure_raw(seed: int, args: ComparisonArguments, found: dict[str, Any]) -> float:
     """Seconds for a row by a plain loop, of as many rows as new tokens read."""
     set_seed(seed)
@@ -339,8 +345,13 @@ def measure_raw(seed: int, args: ComparisonArguments, found: dict[str, Any]) -> 
     return tables.seconds_per_row(found["decode, cold"]["rows"], 2 * args.hidden_size)
 
 
-def summary(results: dict[str, Any], args: ComparisonArguments) -> list[list[str]]:
-    """The results as a table, medians over rounds."""
+def tables(results: dict[str, Any]) -> str:
+    """The results in Markdown, medians over rounds."""
+    return "\n\n".join(markdown_table(make(results)) for make in (summary, reads))
+
+
+def summary(results: dict[str, Any]) -> list[list[str]]:
+    """Speed and memory of all ways."""
 
     def cell(way: str, name: str, value: Callable[[dict], float], form: str) -> str:
         found = [value(each[name]) for each in results["ways"][way] if name in each]
@@ -354,13 +365,23 @@ def summary(results: dict[str, Any], args: ComparisonArguments) -> list[list[str
     return rows
 
 
-def reads(results: dict[str, Any], args: ComparisonArguments) -> list[list[str]]:
+def reads(results: dict[str, Any]) -> list[list[str]]:
     """What is read for a token, beside what a plain loop takes."""
+    args = ComparisonArguments(**results["arguments"])
     of_row, of_token = 2 * args.hidden_size, statistics.median(results["seconds_per_raw_row"])
     config = configuration(args.num_experts, args.hidden_size)
     named = 2 * 2 * config.num_retrieval_heads * config.num_experts_per_head * of_row  # two tables of two layers
-    rows = [["", "KB a token", "of h k rows", "from the disk, KB", "in the page cache", "ms"]]
-    rows[0].append("to a plain loop")
+    rows = [
+        [
+            "read for a token",
+            "rows, KB",
+            "of all h k",
+            "from the disk, KB",
+            "in the page cache",
+            "ms",
+            "of a plain loop",
+        ]
+    ]
     for way in (DISK, LIMITED):
         for state in ("cold", "warm"):
             found = [each[f"decode, {state}"] for each in results["ways"].get(way, [])]
@@ -394,25 +415,20 @@ def main():
     if not (folder / FILE).exists():
         write_checkpoint(folder, config, random_values)
     ways = [way for way in WAYS if way != LIMITED or args.control_group is not None]
-    results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": []}
-    for turn in tqdm(range(args.rounds), "rounds"):
-        for way in ways:
-            job = json.dumps([way, turn, asdict(args)])
-            done = subprocess.run(
-                [sys.executable, __file__, WORKER, job], stdout=subprocess.PIPE, text=True, check=True
-            )
-            results["ways"][way].append(json.loads(done.stdout))
-        results["seconds_per_raw_row"].append(measure_raw(turn, args, results["ways"][DISK][-1]))
-    for turn in range(args.rounds):
-        tokens = [results["ways"][way][turn].pop("tokens") for way in ways]
+    file, settings = folder / "results.json", {"arguments": asdict(args), "machine": machine()}
+    results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
+    if file.exists() and {**(before := json.loads(file.read_text())), **settings} == before:
+        results = before  # goes on after the rounds that there are
+    for turn in tqdm(range(len(results["seconds_per_raw_row"]), args.rounds), "rounds"):
+        found = {way: measure_apart(way, turn, args) for way in ways}
+        tokens = [each.pop("tokens") for each in found.values()]
         if any(each != tokens[0][: len(each)] for each in tokens):
-            raise RuntimeError(
-                f"The ways have decoded other tokens than each other: {dict(zip(ways, tokens, strict=True))}."
-            )
-    results |= {"file_bytes": (folder / FILE).stat().st_size, "arguments": asdict(args), "machine": machine()}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    print("", *map(markdown_table, (summary(results, args), reads(results, args))), sep="\n\n")
-    print(f"\nIn {folder}: results.json, and the checkpoint, which you may delete.")
+            raise RuntimeError(f"The ways have predicted different tokens: {dict(zip(ways, tokens, strict=True))}.")
+        for way, each in found.items():
+            results["ways"][way].append(each)
+        results["seconds_per_raw_row"].append(measure_raw(turn, args, found[DISK]))
+        file.write_text(json.dumps(results, indent=1))
+    print(f"\n\n{tables(results)}\n\nIn {folder}: results.json, and the checkpoint, which you may delete.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from statistics import mean, median
 
 import pytest
 import torch
+from compare_disk import tables as disk_tables
 from compare_embedding_optimizers import table as optimizers_table
+from compare_vllm import table as vllm_table
 from documentation import ROOT, numbers, numbers_of_blocks
 from teach_domain import DOMAIN, KEPT, Figures
 
@@ -168,11 +170,6 @@ def benchmark():
     for size, digits in (("tiny", 2), ("mid", 1)):
         seconds = [results.value("decode", "seconds", contender=f"{name}-{size}") for name in ("peer", "dense")]
         yield SERVING, fixed(digits, *(1e3 * each for each in seconds))
-
-
-def vllm():
-    speeds = load("examples/compare_vllm.json")["tokens_per_second"]
-    yield SERVING, fixed(1, *(speeds[mode] / speeds["generate"] for mode in ("eager", "compiled")))
 
 
 def teaching():
@@ -468,7 +465,7 @@ def stored_facts():
     yield CHOOSING, fixed(0, *reversed(bits))
 
 
-SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, vllm, teaching, many_gpus, scaling_study]
+SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
 SOURCES += [stored_facts]
 
@@ -527,6 +524,9 @@ TABLES = [
         "docs/large-embeddings.md",
         lambda: optimizers_table(load("examples/compare_embedding_optimizers.json")["results"]),
     ),
+    (SERVING, lambda: vllm_table(load("examples/compare_vllm.json"))),
+    (SERVING, lambda: vllm_table(load("examples/compare_vllm_nano.json"))),
+    ("docs/larger-than-memory.md", lambda: disk_tables(load("examples/compare_disk.json"))),
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
     (QUALITY, tables_of_scaling),

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from compare_disk import Tables
+from graft_models import merged_in_turn
 from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from modeling_peer import (
     PeerForCausalLM,
@@ -91,6 +93,16 @@ def test_quantized_tables(bits, saved):
     assert meter.num_bytes == meter.num_rows * 24 * bits // 8
     model.config.expert_kernels = "eager"
     assert_close(model(tokens).logits, expected(tokens).logits)
+
+
+def test_merged_grafts(tmp_path):
+    merged_in_turn(25).save_pretrained(tmp_path)
+    expected, model = (AutoModelForCausalLM.from_pretrained(tmp_path).eval() for _ in range(2))
+    meter = keep_tables_on_disk(model)
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+    assert meter.num_rows > 0
 
 
 @torch.no_grad()
