@@ -26,7 +26,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -267,8 +266,8 @@ def load_offloaded(folder: Path) -> tuple[nn.Module, None]:
     places: dict[str, Any] = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     for layer, kind in enumerate(config.feed_forward_types):
         places[f"model.layers.{layer}"] = "disk" if kind == "peer" else "cpu"
-    offload = tempfile.mkdtemp(dir=folder)
-    return AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=offload).eval(), None
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=folder / "offload")
+    return model.eval(), None
 
 
 IN_MEMORY, DISK, LIMITED, SLOW = "in memory", "rows read together", "rows read together, little memory", "accelerate"

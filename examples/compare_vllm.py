@@ -54,6 +54,10 @@ class ComparisonArguments:
     )
     output_file: str = field(default="runs/compare_vllm.json", metadata={"help": "Where to save the results."})
 
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("One of --model_name_or_path and --config_name must be given.")
+
 
 def draw_model(config_name: str) -> Path:
     """Saves a model whose weights are drawn, and returns its folder."""

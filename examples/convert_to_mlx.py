@@ -24,6 +24,9 @@ from common.model_arguments import check_output_dir, loads_checkpoint
 
 MODEL_FILE = Path(modeling_peer.__file__).parent / "serving" / "mlx_peer.py"
 # Weights, and what tokenizers and generation need; the code for torch stays behind.
+# What its file has, which this program may have no MLX to ask for.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "linear", None)
+FEED_FORWARDS = ("dense", "moe", "pkm", "peer")
 COPIED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*")
 
 
@@ -44,13 +47,21 @@ def convert(folder: Path, output_dir: Path) -> None:
         output_dir (`Path`): The copy.
 
     Raises:
-        `UsageError`: if it is not a PEER model, or its tables are in 4 bits.
+        `UsageError`: if it is not a PEER model, or has tables in 4 bits, activations or layers that MLX does not run.
     """
     config = AutoConfig.from_pretrained(folder).to_dict()
     if config["model_type"] != "peer":
         raise UsageError(f"{folder} has a model of type {config['model_type']!r}; MLX runs those of type 'peer'.")
     if (config.get("quantization_config") or {}).get("bits", 8) != 8:
         raise UsageError(f"{folder} has tables in 4 bits; MLX runs floating point and 8 bits.")
+    for name, known in (
+        ("hidden_act", ACTIVATIONS),
+        ("expert_act", ACTIVATIONS),
+        ("feed_forward_types", FEED_FORWARDS),
+    ):
+        values = config[name] if isinstance(config[name], list) else [config[name]]
+        if unknown := set(values) - set(known):
+            raise UsageError(f"`{name}` of {folder} has {sorted(unknown)}; the file for MLX has {list(known)}.")
     output_dir.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED:
         for file in folder.glob(pattern):
@@ -67,7 +78,9 @@ def main():
     check_output_dir(args.output_dir, args.model_name_or_path)
     folder = Path(args.model_name_or_path)
     with loads_checkpoint(args.model_name_or_path):
-        convert(folder if folder.is_dir() else Path(snapshot_download(args.model_name_or_path)), Path(args.output_dir))
+        folder = folder if folder.is_dir() else Path(snapshot_download(args.model_name_or_path))
+        AutoConfig.from_pretrained(folder)
+    convert(folder, Path(args.output_dir))
     flags = "--trust-remote-code --ignore-chat-template"
     print(f'Next: python -m mlx_lm generate --model {args.output_dir} {flags} --prompt "def main("')
 

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from common.command_line import ends_on_usage_error, parse_arguments
+from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, keep_tables_on_disk, measure_usage
 from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
@@ -165,7 +165,10 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         places = None if args.tables_on_disk else "auto"
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, device_map=places).eval()
-    meter = keep_tables_on_disk(model) if args.tables_on_disk else None
+    try:
+        meter = keep_tables_on_disk(model) if args.tables_on_disk else None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--tables_on_disk: {error}") from error
     tokens = generate(model, tokenizer, args.prompt, **args.generation_options())
     if meter is not None:
         print(f"\n{meter.num_bytes / 1e6:,.0f} MB of rows read, {meter.hit_rate:.0%} of them from the page cache.")

@@ -16,10 +16,11 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..analysis.expert_sets import layer_indices
 from ..configuration_peer import generations_of, grid_size
-from ..experts import ExpertPool
+from ..experts import ExpertPool, expert_tables
 from ..feed_forward import PeerFeedForward
 from ..memory.advice import advise_huge_pages
 from ..modeling_peer import PeerPreTrainedModel
+from ..ops.disk_tables import is_on_disk
 from ..optim.frozen_rows import check_can_freeze, freeze_rows
 from ..router import AddedRouter
 from .freezing import FrozenExperts
@@ -94,6 +95,8 @@ def add_experts(
         raise ValueError(f"Experts can be added to PEER models without adapters, got a {type(model).__name__}.")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("Experts are added before a model is split over processes: do so in one, and save the model.")
+    if mode == "open" and any(is_on_disk(table) for table in expert_tables(model).values()):
+        raise ValueError("Tables that are kept on a disk do not grow: add experts in protected mode.")
     grown = _peer_layers(model, layers)
     old_config, config = model.config, copy.deepcopy(model.config)
     addition: dict[str, Any] = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}

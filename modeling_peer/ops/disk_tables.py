@@ -86,7 +86,7 @@ class DiskRows:
         return self  # of a file that only is read
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        distinct, places = rows.unique(return_inverse=True)
+        distinct, places = rows.long().unique(return_inverse=True)
         (found,) = read_together([self], distinct)
         return dequantize(found.select(places)) if isinstance(found, QuantizedRows) else found[places]
 
@@ -164,6 +164,8 @@ def pieces_from_disk(
         `tuple`: the tokens of the piece, their rows among those that were read, and these of each table.
     """
     places_of = [place for place, table in enumerate(tables) if table is not None]
+    if any(each.requires_grad for place in places_of for each in tables[place].parameters()):
+        raise ValueError("Tables that are kept on a disk cannot be trained: load the model again to train them.")
     readers: list[DiskRows] = [vars(tables[place])["forward"] for place in places_of]
     bytes_per_token = rows.shape[1] * sum(reader.row_bytes for reader in readers)
     step = max(readers[0].buffer_bytes // 2 // max(bytes_per_token, 1), 1)
@@ -191,9 +193,11 @@ def pieces_from_disk(
 def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMeter:
     """
     Let a model read the rows of its experts from its checkpoint as it needs them, instead of keeping their tables in
-    memory. Tables are frozen by it; all else is copied to memory and may be trained, experts that are added later too.
+    memory. Tables are frozen by it; all else is copied to memory and may be trained, protected experts that are added
+    later too.
 
-    What was changed in tables since they were loaded is not in the file: call this right after `from_pretrained`.
+    What is written to tables, before or after, is not in the file: it is not read. Call this right after
+    `from_pretrained`.
 
     Args:
         model (`nn.Module`):

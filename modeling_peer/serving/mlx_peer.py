@@ -20,9 +20,11 @@ from mlx_lm.models import llama
 
 ACTIVATIONS = {
     "silu": nn.silu,
+    "swish": nn.silu,
     "gelu": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,
+    "linear": lambda inputs: inputs,
     None: lambda inputs: inputs,
 }
 SCORING_FUNCTIONS = {

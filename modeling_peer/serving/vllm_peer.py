@@ -5,7 +5,6 @@ A PEER model for vLLM: its Llama, with the feed-forwards of this package on thei
 batches, sampling and dense feed-forwards are vLLM's own.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from ..configuration_peer import generations_of
-from ..experts import ExpertPool
+from ..experts import ExpertPool, expert_tables
 from ..feed_forward import ALL_FEED_FORWARDS
 from ..quantization.quantizer import PeerQuantizationConfig
 from ..quantization.table import make_quantized, tables_to_quantize
@@ -80,11 +79,12 @@ class PeerModel(LlamaModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         if self.config.share_experts_across_layers:
             self.expert_pool = ExpertPool(self.config, generations_of(self.config))
-            for layer, kind in zip(self.layers, self.config.feed_forward_types, strict=True):
-                if kind == "peer":
-                    layer.mlp.forward = _with_pool(layer.mlp, self.expert_pool)
+            for index in range(self.start_layer, self.end_layer):
+                if self.config.feed_forward_types[index] == "peer":
+                    feed_forward = self.layers[index].mlp
+                    feed_forward.forward = _with_pool(feed_forward, self.expert_pool)
         quantization = vllm_config.quant_config
-        if isinstance(quantization, QuantizedTablesConfig):
+        if isinstance(quantization, QuantizedTablesConfig) and expert_tables(self):
             for name, table in tables_to_quantize(self).items():
                 device = table.weight.device
                 quantized = make_quantized(table, quantization.tables.bits, quantization.tables.group_size)
@@ -110,6 +110,3 @@ class PeerForCausalLM(LlamaForCausalLM):
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = PeerDecoderLayer):
         return PeerModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights)

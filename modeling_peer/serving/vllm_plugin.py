@@ -24,7 +24,7 @@ def register() -> None:
 
     try:
         from .vllm_peer import QuantizedTablesConfig
-    except ImportError as error:  # vLLM would end, whatever model it is to run
+    except Exception as error:  # it would end vLLM, whatever model that is to run
         warnings.warn(f"PEER models do not run by this release of vLLM: {error}", stacklevel=2)
         return
     ModelRegistry.register_model("PeerForCausalLM", f"{__package__}.vllm_peer:PeerForCausalLM")

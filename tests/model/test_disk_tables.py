@@ -170,6 +170,16 @@ def test_experts_are_added_beside_tables_on_a_disk(saved):
     assert losses[-1] < losses[0]
 
 
+def test_they_neither_grow_nor_train(saved):
+    model = loaded(saved(VARIANTS["peer"]))
+    keep_tables_on_disk(model)
+    with pytest.raises(ValueError, match="add experts in protected mode"):
+        add_experts(model, 13, mode="open")
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="load the model again to train them"):
+        model(random_tokens(2, 9))
+
+
 def test_it_is_copied_saved_and_compiled(saved, tmp_path):
     folder, tokens = saved(VARIANTS["peer"]), random_tokens(2, 9)
     model = loaded(folder)
@@ -200,8 +210,6 @@ def test_a_file_that_changes_is_refused(change, saved):
     folder = saved(VARIANTS["peer"])
     model = loaded(folder)
     keep_tables_on_disk(model)
-    for table in expert_tables(model).values():
-        table.weight = None
     change(folder / "model.safetensors")
     with pytest.raises(OSError, match=r"model\.safetensors has changed since the model was loaded"):
         model(random_tokens(2, 9))
@@ -229,6 +237,8 @@ def test_an_index_without_a_row_is_refused(row, saved):
     table = model.model.layers[0].mlp.expert_pool.up_proj
     with pytest.raises(IndexError, match=f"below the number of experts 36, got {row}"):
         table(torch.tensor([3, row]))
+    rows = torch.tensor([[3, 5], [5, 3]])
+    assert torch.equal(table(rows.int()), table.weight[rows])
 
 
 def test_a_disk_that_fails_is_named(saved):

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that MLX runs: the same logits and tokens as here."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from convert_to_mlx import convert
+from convert_to_mlx import ACTIVATIONS, FEED_FORWARDS, convert
+from graft_models import base_model_of
 from tiny_models import ALL_CONFIGS, VARIANTS, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,8 +71,24 @@ def test_greedy_tokens_of_a_trained_model(tmp_path):
     assert [int(token) for token, _ in steps] == expected.tolist()
 
 
-def test_what_mlx_does_not_run_is_refused(tmp_path):
-    quantize_experts(tiny_model(VARIANTS["peer"]), 4).save_pretrained(tmp_path / "saved")
-    with pytest.raises(UsageError, match="has tables in 4 bits"):
+REFUSED = {
+    "4 bits": lambda: quantize_experts(tiny_model(VARIANTS["peer"]), 4),
+    "`expert_act`": lambda: tiny_model(tiny_config(expert_act="tanh")),
+    "of type 'llama'": base_model_of,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_mlx_does_not_run_is_refused(message, tmp_path):
+    REFUSED[message]().save_pretrained(tmp_path / "saved")
+    with pytest.raises(UsageError, match=message):
         convert(tmp_path / "saved", tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
+
+
+def test_the_converter_knows_what_the_file_has(tmp_path):
+    convert(NANO, tmp_path)
+    spec = importlib.util.spec_from_file_location("of_the_copy", tmp_path / "mlx_peer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.ACTIVATIONS) == set(ACTIVATIONS) and set(module.FEED_FORWARDS) == set(FEED_FORWARDS)

@@ -1,5 +1,6 @@
 /* Rows of a table that lies in a file, on Linux. All of a batch that are not in the page cache are asked for before the
-   first is waited for: the disk reads them side by side, as it does for io_uring, and five times as fast as page faults. */
+   first is waited for: the disk reads them side by side, as it does for io_uring, and several times as fast as page
+   faults. */
 
 #ifdef __linux__
 #define _GNU_SOURCE
