@@ -465,9 +465,23 @@ def stored_facts():
     yield CHOOSING, fixed(0, *reversed(bits))
 
 
+def second_facts():
+    """What added experts, full finetuning and replay gain of facts that stand apart, and what they cost the first."""
+    results = load(f"{STUDIES}capacity/results.json")["runs"]
+    found, page = capacity.available(capacity.ARM_TRIALS, capacity.forgetting, results), STUDIES + "capacity/README.md"
+    gained = {arm: mean(capacity.kilobits(runs, results, "gained")) for arm, runs in found.items()}
+    offered = results[found["full"][0].name]["offered"]["new"] / capacity.KBIT
+    yield page, fixed(0, gained["protected"], offered)
+    yield page, fixed(2, mean(capacity.lost(found["protected"], results)))
+    yield page, fixed(0, gained["full"])
+    yield page, fixed(0, gained["replay"])
+    assert all(min(capacity.lost(found[arm], results)) > 100 for arm in ("full", "replay"))
+    assert all(gained[arm] < 1 for arm in ("lora", "sparse", "protected-ungated"))
+
+
 SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
-SOURCES += [stored_facts]
+SOURCES += [stored_facts, second_facts]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)

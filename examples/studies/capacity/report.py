@@ -407,9 +407,16 @@ def _plot_learned(results: Results, axes: Axes) -> None:
 
 
 def _plot_forgetting(results: Results, axes: Axes) -> None:
-    for arm, runs in available(ARM_TRIALS, forgetting, results).items():
+    found = available(ARM_TRIALS, forgetting, results)
+    for arm, runs in found.items():
         gained = kilobits(runs, results, "gained")
         axes.plot(lost(runs, results), gained, linestyle="", **TRAININGS[arm].style, label=arm)
     add_legend(axes)
     axes.set(xlabel="first facts lost, % of bits", ylabel="kbit of second facts gained")
-    axes.set_title("What a second set of facts leaves of the first,\nby the way in which it is taught", fontsize=10)
+    if found.keys() >= {"full", "protected"}:
+        kept, other = (mean(lost(found[arm], results)) for arm in ("protected", "full"))
+        axes.set_title(
+            f"Experts behind gates learn more facts and lose {kept:.2f} % of the first,\n"
+            f"full finetuning {min(other, 100):.0f} % of them",
+            fontsize=10,
+        )
