@@ -416,7 +416,7 @@ def _plot_forgetting(results: Results, axes: Axes) -> None:
     if found.keys() >= {"full", "protected"}:
         kept, other = (mean(lost(found[arm], results)) for arm in ("protected", "full"))
         axes.set_title(
-            f"Experts behind gates learn more facts and lose {kept:.2f} % of the first,\n"
-            f"full finetuning {min(other, 100):.0f} % of them",
+            "Facts that stand apart: experts behind gates lose\n"
+            f"{kept:.2f} % of the first, full finetuning {min(other, 100):.0f} %",
             fontsize=10,
         )
