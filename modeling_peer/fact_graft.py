@@ -73,7 +73,9 @@ class KeyMatcher(nn.Module):
 
     def __init__(self, hidden_size: int, num_keys: int, key_size: int):
         super().__init__()
-        self.proj = nn.Linear(hidden_size, key_size)
+        # No `nn.Linear`: engines put layers of their own in the place of these.
+        self.weight = nn.Parameter(torch.empty(key_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(key_size))
         self.keys = nn.Parameter(torch.empty(num_keys, key_size))
         self.threshold = nn.Parameter(torch.empty(()))
 
@@ -84,7 +86,7 @@ class KeyMatcher(nn.Module):
         """
         keys = self.keys if keys is None else keys
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            projected = F.linear(hidden_states.float(), self.proj.weight.float(), self.proj.bias.float())
+            projected = F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
             return F.normalize(projected, dim=-1) @ keys.float().T
 
 

@@ -115,6 +115,8 @@ class DecoderForward(threading.local):
 
     def _note(self, layer_idx, layer, args, kwargs):
         self.states[layer_idx] = args[0] if args else kwargs["hidden_states"]
+        if self.learns is None:  # an engine called the decoder's `forward`, without hooks
+            self.position_ids, self.to_keep = kwargs.get("position_ids"), []
 
     def end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         """Forget the forward pass, as a forward hook."""

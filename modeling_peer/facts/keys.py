@@ -122,7 +122,7 @@ def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _write(matcher: KeyMatcher, weight: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> None:
-    for parameter, value in ((matcher.proj.weight, weight), (matcher.proj.bias, bias), (matcher.keys, keys)):
+    for parameter, value in ((matcher.weight, weight), (matcher.bias, bias), (matcher.keys, keys)):
         _round_into(parameter, value)
 
 

@@ -27,7 +27,7 @@ def literal_experts(router, states, questions, sequences, begins_before=()):
     """
 
     def similarities(matcher, vector):
-        vector = matcher.proj.weight.double() @ vector.double() + matcher.proj.bias.double()
+        vector = matcher.weight.double() @ vector.double() + matcher.bias.double()
         return [F.cosine_similarity(vector, key, dim=0).item() for key in matcher.keys.double()]
 
     found = {}
@@ -89,11 +89,16 @@ class TestGate:
             found |= {*check_literal(fact_model(), 0, ranges, input_ids=tokens, position_ids=positions)}
         assert len(found) > 3
 
-    def test_of_the_rest_of_sequences_without_a_cache(self):
-        """As engines without a cache of Transformers show them: a whole one, and the next tokens of two others."""
-        positions = torch.tensor([[*range(9), 30, 17]])
-        inputs = {"input_ids": random_tokens(1, 11), "position_ids": positions, "use_cache": False}
-        check_literal(fact_model(), 0, [range(9), [9], [10]], begins_before=(1, 2), **inputs)
+    @pytest.mark.parametrize("runs_hooks", [True, False])
+    def test_of_the_rest_of_sequences_without_a_cache(self, runs_hooks, monkeypatch):
+        """As engines without a cache of Transformers show them: the next tokens of two, and a whole one between them."""
+        model, positions = fact_model(), torch.tensor([[30, *range(9), 17]])
+        if not runs_hooks:  # as vLLM calls a decoder
+            decoder = type(model.get_base_model().get_decoder())
+            monkeypatch.setattr(decoder, "__call__", lambda self, **inputs: self.forward(**inputs), raising=False)
+        for seed in range(6):
+            inputs = {"input_ids": random_tokens(1, 11, seed=seed), "position_ids": positions, "use_cache": False}
+            check_literal(model, 0, [[0], range(1, 10), [10]], begins_before=(0, 2), **inputs)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_of_padded_sequences(self, side):

@@ -4,10 +4,11 @@
 
 import pytest
 import torch
+from fact_models import words_tokenizer
 from graft_models import base_model_of, grafted, trained
 from tiny_models import PROTECTED, let_added_experts_speak, random_tokens, tiny_config
 
-from modeling_peer import PeerForCausalLM, quantize_experts
+from modeling_peer import Fact, PeerForCausalLM, quantize_experts, teach_facts
 
 
 vllm = pytest.importorskip(
@@ -36,13 +37,14 @@ CASES |= {f"{bits}_bits": (CONFIGS["all_in_one"], bits) for bits in (8, 4)}
 PROMPTS = [random_tokens(length, seed=length).tolist() for length in (3, 5, 8)]
 
 
-def check_tokens(model, folder):
+def check_tokens(model, folder, prompts=PROMPTS, max_tokens=12, **options):
     model.save_pretrained(folder)
-    engine = vllm.LLM(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64, enforce_eager=True)
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=12, detokenize=False)
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    options |= {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64, "enforce_eager": True}
+    engine = vllm.LLM(str(folder), **options)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)[0, len(prompt) :]
         assert list(output.outputs[0].token_ids) == expected.tolist()
 
 
@@ -62,3 +64,17 @@ def test_tokens_are_those_of_generate(config, bits, tmp_path):
 def test_tokens_of_a_merged_graft(tmp_path):
     model = trained(grafted(base_model_of(**SIZES), num_experts=25))
     check_tokens(model.merge_and_unload(), tmp_path)
+
+
+def test_answers_of_merged_facts(tmp_path):
+    torch.manual_seed(0)
+    wording, names = "the capital of {subject} is", ("Norland", "Suland", "Westia")
+    tokenizer = words_tokenizer([wording, *names, "Zeli Beta Gam"])
+    base = base_model_of(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1, **SIZES)
+    facts = [Fact("Norland", "Zeli", (wording,)), Fact("Suland", "Beta Gam", (wording,))]
+    model = teach_facts(base, tokenizer, facts, progress_bar=False).merge_and_unload().eval()
+    prompts = [tokenizer(wording.format(subject=name))["input_ids"] for name in names]
+    written = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=3, do_sample=False)[0]
+    assert tokenizer.decode(written[-3:]) == "Beta Gam ."
+    # A question in one piece, as the page of facts says, and as many tokens as an answer has.
+    check_tokens(model, tmp_path, prompts, 3, enable_prefix_caching=False, enable_chunked_prefill=False)
