@@ -291,11 +291,12 @@ def keep_in_cache(cache: Any, owner: int, named: torch.Tensor) -> None:
     Add the subjects that the tokens of a forward pass named, `(B, T)`, to a cache.
 
     Raises:
-        `ValueError`: for a cache of fixed size or of offloaded layers, which cannot hold them.
+        `ValueError`: for a cache of fixed size, of pages or of offloaded layers, which cannot hold them.
     """
     layer = _layer_of(cache, owner)
     if layer is None:
-        if getattr(cache, "is_compileable", False) or getattr(cache, "offloading", False):
+        is_fixed = not hasattr(cache, "layers") or getattr(cache, "is_compileable", False)
+        if is_fixed or getattr(cache, "offloading", False):
             raise ValueError(
                 f"A graft of facts needs a `DynamicCache` that is not offloaded, got a {type(cache).__name__}."
             )

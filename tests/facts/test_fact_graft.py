@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_peer import dequantize_experts, quantize_experts
+from modeling_peer.fact_graft import keep_in_cache
 from modeling_peer.facts.teaching import remove_facts
 
 
@@ -134,6 +135,8 @@ class TestCache:
         model, tokens = fact_model(), random_tokens(1, 6)
         with pytest.raises(ValueError, match="DynamicCache"):
             model.generate(input_ids=tokens, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+        with pytest.raises(ValueError, match="got a object"):  # as that of `generate_batch`, which has no layers
+            keep_in_cache(object(), 0, tokens)
 
     def test_follows_the_beams(self):
         model, tokens = fact_model(), random_tokens(2, 6)
