@@ -11,10 +11,10 @@ its own, in turn with the others, three minutes a round; interrupted, the same c
 nothing of the tables; warm, the same tokens come once more. Beside them stands a plain loop of as many reads from
 random places of the same tables, past the page cache.
 
-With a control group that limits memory, the tables are read there too: make one and name its folder.
+With a control group that limits memory, the tables are read and mapped there too: make one and name its folder.
 
-    mkdir /sys/fs/cgroup/memory/small && echo 2G > /sys/fs/cgroup/memory/small/memory.limit_in_bytes
-    ./run python examples/compare_disk.py --control_group /sys/fs/cgroup/memory/small
+    mkdir /sys/fs/cgroup/small && echo 1G > /sys/fs/cgroup/small/memory.max
+    ./run python examples/compare_disk.py --control_group /sys/fs/cgroup/small
 """
 
 import ctypes
@@ -67,7 +67,7 @@ class ComparisonArguments:
     )
     rounds: int = field(default=3, metadata={"help": "Turns of each way, of which medians are taken."})
     control_group: str | None = field(
-        default=None, metadata={"help": "Folder of a control group with little memory, for one more way."}
+        default=None, metadata={"help": "Folder of a control group with little memory, for two more ways."}
     )
     output_dir: str = field(default="runs/disk", metadata={"help": "Folder of the checkpoint and of results.json."})
 
@@ -270,12 +270,14 @@ def load_offloaded(folder: Path) -> tuple[nn.Module, None]:
     return model.eval(), None
 
 
-IN_MEMORY, DISK, LIMITED, SLOW = "in memory", "rows read together", "rows read together, little memory", "accelerate"
+IN_MEMORY, DISK, MAPPED, SLOW = "in memory", "rows read together", "mapped file", "accelerate"
+LITTLE_MEMORY = ", little memory"
 WAYS = {
     IN_MEMORY: load_in_memory,
     DISK: load_from_disk,
-    LIMITED: load_from_disk,
-    "mapped file": load_mapped,
+    DISK + LITTLE_MEMORY: load_from_disk,
+    MAPPED: load_mapped,
+    MAPPED + LITTLE_MEMORY: load_mapped,
     SLOW: load_offloaded,
 }
 WORKER = "--worker"
@@ -294,7 +296,7 @@ def read_on(model: nn.Module, output: Any, tokens: torch.Tensor) -> list[int]:
 @torch.no_grad()
 def measure(way: str, seed: int, args: ComparisonArguments) -> dict[str, Any]:
     """What a way takes for new tokens and for a prompt, cold and warm."""
-    if way == LIMITED:
+    if way.endswith(LITTLE_MEMORY):
         Path(args.control_group, "cgroup.procs").write_text(str(os.getpid()))
     set_seed(seed)
     tables = Tables(Path(args.output_dir))
@@ -381,7 +383,7 @@ def reads(results: dict[str, Any]) -> list[list[str]]:
             "of a plain loop",
         ]
     ]
-    for way in (DISK, LIMITED):
+    for way in (DISK, DISK + LITTLE_MEMORY):
         for state in ("cold", "warm"):
             found = [each[f"decode, {state}"] for each in results["ways"].get(way, [])]
             if not found:
@@ -413,7 +415,7 @@ def main():
     config = configuration(args.num_experts, args.hidden_size)
     if not (folder / FILE).exists():
         write_checkpoint(folder, config, random_values)
-    ways = [way for way in WAYS if way != LIMITED or args.control_group is not None]
+    ways = [way for way in WAYS if args.control_group is not None or not way.endswith(LITTLE_MEMORY)]
     file, settings = folder / "results.json", {"arguments": asdict(args), "machine": machine()}
     results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
     if file.exists() and {**(before := json.loads(file.read_text())), **settings} == before:

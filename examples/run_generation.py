@@ -171,7 +171,8 @@ def main():
         raise UsageError(f"--tables_on_disk: {error}") from error
     tokens = generate(model, tokenizer, args.prompt, **args.generation_options())
     if meter is not None:
-        print(f"\n{meter.num_bytes / 1e6:,.0f} MB of rows read, {meter.hit_rate:.0%} of them from the page cache.")
+        read = f"{meter.num_bytes / 1e6:,.0f} MB of rows read in {meter.seconds:.1f} s"
+        print(f"\n{read}, {meter.hit_rate:.0%} of them from the page cache.")
     print("\n" + describe_experts(model, tokens, args.num_shown_experts))
 
 

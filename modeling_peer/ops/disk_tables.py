@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .native import COMPILE_VARIABLE, call, load_library, refuse_index
 from .quantized_rows import QuantizedRows, dequantize, readable_rows
 
 
+@dataclass
 class DiskMeter:
     """
     What was read of the tables of a model.
@@ -36,13 +38,14 @@ class DiskMeter:
         seconds (`float`): How long that took, beside a model's own work where a prompt comes in pieces.
     """
 
-    def __init__(self):
-        self.reset()
+    num_rows: int = 0
+    num_cached: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
 
     def reset(self) -> None:
         """Begin anew."""
-        self.num_rows = self.num_cached = self.num_bytes = 0
-        self.seconds = 0.0
+        vars(self).update(vars(DiskMeter()))
 
     @property
     def hit_rate(self) -> float:
@@ -68,7 +71,8 @@ class DiskRows:
     def __init__(self, name: str, table: nn.Module, meter: DiskMeter, buffer_bytes: int):
         rows: Any = readable_rows(table)
         if rows is None:
-            raise ValueError(f"The expert table {name} has an adapter or a hook, or is on a disk already.")
+            reason = "is on a disk already" if is_on_disk(table) else "has an adapter or a hook"
+            raise ValueError(f"The expert table {name} {reason}.")
         self.scales: Any = None
         if isinstance(rows, QuantizedRows):
             # Theirs would be a second read for each row, of a few bytes.
@@ -79,7 +83,8 @@ class DiskRows:
         path, self.offset, inode = _place_in_file(name, rows)
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 as long as the model
         self.state = self._state()
-        if os.fstat(self.file.fileno()).st_ino != inode:
+        is_another = os.fstat(self.file.fileno()).st_ino != inode
+        if is_another or self.state[0] < self.offset + self.num_rows * self.row_bytes:
             raise OSError(f"{path} is not the file any more that the expert table {name} was loaded from.")
 
     def __deepcopy__(self, memo):

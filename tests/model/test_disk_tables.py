@@ -215,6 +215,14 @@ def test_a_file_that_changes_is_refused(change, saved):
         model(random_tokens(2, 9))
 
 
+def test_a_file_that_is_cut_short_before_is_refused(saved):
+    folder = saved(VARIANTS["peer"])
+    model = loaded(folder)
+    _truncated(folder / "model.safetensors")
+    with pytest.raises(OSError, match=r"model\.safetensors is not the file any more"):
+        keep_tables_on_disk(model)
+
+
 @torch.no_grad()
 def test_a_file_that_another_one_replaces_is_read_on(saved):
     folder, tokens = saved(VARIANTS["peer"]), random_tokens(2, 9)
