@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left of facts after a model was taught others, by the way in which it was taught."""
 
+from dataclasses import astuple
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from filelock import FileLock
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_peer import (
     ExpertBackground,
+    GateFit,
     PeerForCausalLM,
     SparseFinetuningCallback,
     add_experts,
@@ -27,66 +30,78 @@ from studies.capacity.variants import make_model
 HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
 BASE_RATE = 1e-3  # twice of it stored nothing in the trials
 ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
+# Sequences without facts that the model reads beside each first fact that it is told, of the tokens of second facts that
+# stand apart: a model is taught in tokens that it knows.
+UNKNOWN = 1 / 8
 
 
-def base_model(seed: int, folder: Path, facts: Facts, load: Load) -> PeerForCausalLM:
+def base_model(kind: str, seed: int, folder: Path, facts: Facts, load: Load) -> PeerForCausalLM:
     """The model that has stored the first facts, which is trained once."""
-    run = Run("facts", TAUGHT, load, BASE_RATE, MULTIPLIER, seed)
+    run = Run(kind, TAUGHT, load, BASE_RATE, MULTIPLIER, seed)
+    examples, exposures = facts.examples, load.exposures
+    if kind == "apart":
+        examples, exposures = exposures * examples, 1
+        number = round(UNKNOWN * len(examples))  # each once, so that nothing can be stored of them
+        examples += make_facts(number, load.token_bits, seed + 100, HALVES[1], HALVES[1])[0].examples
     saved = folder / "bases" / run.name
     saved.parent.mkdir(exist_ok=True)
     with FileLock(f"{saved}.lock"):
         if not saved.exists():
             model = make_model(TAUGHT, seed)
-            store(model, facts.examples, run, folder, load.exposures)
+            store(model, examples, run, folder, exposures)
             model.save_pretrained(unfinished := Path(f"{saved}-unfinished"))
             unfinished.rename(saved)
     return PeerForCausalLM.from_pretrained(saved)
 
 
-def prepare(arm: str, model: PeerForCausalLM, old: Facts, new: Facts) -> tuple[nn.Module, list[TrainerCallback]]:
-    """The model as it is to be trained, and the callbacks of the training."""
+def prepare(
+    arm: str, model: PeerForCausalLM, old: Facts, new: Facts
+) -> tuple[nn.Module, list[TrainerCallback], dict[int, GateFit]]:
+    """The model as it is to be trained, the callbacks of the training, and how far gates open, if there are any."""
+    gates: dict[int, GateFit] = {}
     match arm:
         case "lora":
             from peft import LoraConfig, get_peft_model
 
             targets = [name for name, each in model.named_modules() if type(each) is nn.Linear and name != "lm_head"]
             config = LoraConfig(r=64, lora_alpha=128, target_modules=targets, task_type="CAUSAL_LM")
-            return get_peft_model(model, config), []
+            return get_peft_model(model, config), [], gates
         case "sparse":
             background = ExpertBackground.measure(model, old.examples[:REFERENCE], batch_size=256, progress_bar=False)
-            return model, [SparseFinetuningCallback(model, background, SPARSE_EXPERTS)]
+            return model, [SparseFinetuningCallback(model, background, SPARSE_EXPERTS)], gates
         case "protected" | "protected-ungated":
             add_experts(model, ADDED_EXPERTS)
             if arm == "protected":
                 texts = new.examples[:REFERENCE], old.examples[:REFERENCE]
-                fit_gates(model, *texts, reference_weight=16, batch_size=256, progress_bar=False)
-    return model, []
+                gates = fit_gates(model, *texts, reference_weight=16, batch_size=256, progress_bar=False)
+    return model, [], gates
 
 
 def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     """
-    A model that has stored facts is taught others. Returns the bits of both, before and after; `stored` is the sum of
-    what is left and what is new, by which the rate is chosen.
+    A model that has stored facts is taught others. Returns the bits of both, before and after, and how far gates open
+    for the second and for the first, in the mean of the layers.
     """
     before_load = BEFORE if run.kind == "forgetting" else BEFORE_APART
     old, new = (
         make_facts(load.number, load.token_bits, run.seed, half, half if run.kind == "apart" else range(VOCABULARY))[0]
         for load, half in zip((before_load, run.load), HALVES, strict=True)
     )
-    model = base_model(run.seed, folder, old, before_load)
+    model = base_model("apart" if run.kind == "apart" else "facts", run.seed, folder, old, before_load)
     before = measure(model, old)
-    model, callbacks = prepare(run.subject, model, old, new)
+    model, callbacks, gates = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    examples = new.examples
+    examples, exposures = new.examples, run.load.exposures
     if run.subject == "replay":
+        examples, exposures = exposures * examples, 1
         examples += old.examples[: round(REPLAYED * len(examples))]
-    store(model, examples, run, folder, run.load.exposures, callbacks=callbacks)
+    store(model, examples, run, folder, exposures, callbacks=callbacks)
     left, gained = measure(model, old), measure(model, new)
     return {
         "offered": {"old": old.bits, "new": new.bits},
         "before": before,
         "left": left,
         "gained": gained,
-        "stored": {"bits": left["bits"] + gained["bits"]},
+        "gates_open": [mean(each) for each in zip(*(astuple(gate) for gate in gates.values()), strict=True)],
         "trained_parameters": trained,
     }

@@ -81,6 +81,8 @@ class Run:
 MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")
 # Aims are about these two, and about the better of the dense ones.
 DENSE, LARGE = ("dense", "mlp"), "peer-65536"
+# Experts and a memory of as many parameters, which have trials beyond the best multiplier of v_i and warmup too.
+COMPARED = ("peer-16384", "pkm-32761")
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
 # Four times as much, which the large ones do not fill, with one seed. Those without trials have the rate of a smaller one.
@@ -115,8 +117,16 @@ ARM_TRIALS = {
 
 
 def bits_stored(run: Run, results: Results) -> float:
-    """The bits that a run stored; of one that came to NaN, less than any."""
-    return np.nan_to_num(results[run.name]["stored"]["bits"], nan=-np.inf)
+    """
+    The bits that a run stored, of first and second facts together; of one that came to NaN, less than any. First facts
+    have no less than zero, so that of runs that leave none of them the best is not the one that is least sure.
+    """
+    result = results[run.name]
+    if "gained" in result:
+        bits = max(result["left"]["bits"], 0.0) + result["gained"]["bits"]
+    else:
+        bits = result["stored"]["bits"]
+    return np.nan_to_num(bits, nan=-np.inf)
 
 
 def best(trials: list[Run], results: Results) -> Run:
@@ -161,7 +171,11 @@ def trials(variant: str, results: Results) -> list[Run]:
         rates = RATES_OF_OTHERS
     runs = [Run("facts", variant, LEARNED, *each) for each in first] if variant in MAIN else []
     runs += [Run("facts", variant, LEARNED, rate, warmup=LONG_WARMUP) for rate in rates]
-    return and_beyond(runs, results)
+    runs = and_beyond(runs, results)
+    if variant in COMPARED and all(run.name in results for run in runs):
+        found = best(runs, results)
+        runs += [replace(found, multiplier=2 * found.multiplier), replace(found, warmup=2 * found.warmup)]
+    return runs
 
 
 def around(run: Run, results: Results) -> list[Run]:
@@ -243,10 +257,11 @@ def forgetting(arm: str, results: Results) -> list[Run]:
 
 # Each stage: its variants or arms, and their runs, which follow from the results that there are.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
-    (MAIN, trials),
-    (MAIN, learning),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
+    (ARM_TRIALS, mixed_trials),
+    (MAIN, trials),
+    (MAIN, learning),
     (OFFERED_MORE, offered_more),
     (AT_EQUAL_FLOPS, trials),
     (FITS, trials_that_fit),
@@ -255,7 +270,6 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (AT_EQUAL_FLOPS, learning),
     (REMEMBERING, people_trials),
     (REMEMBERING, people),
-    (ARM_TRIALS, mixed_trials),
     (WIDE, trials),
     (WIDE, learning),
     (OF_ALL_ENTROPIES, of_all_entropies),

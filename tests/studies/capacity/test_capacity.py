@@ -30,6 +30,7 @@ from studies.capacity.plan import (
     Load,
     Run,
     arm_trials,
+    best,
     chosen,
     learning,
     trials,
@@ -166,12 +167,20 @@ def test_trials_go_on_beyond_the_ends():
         "full", result(arm, lambda run: run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER)
     )[4:]
     assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
+    # Bits of the first facts below zero count as none.
+    lefts = {run.name: {"left": {"bits": left}, "gained": {"bits": 4}} for run, left in zip(arm, (-9, -2, 1, -3))}
+    assert best(arm, lefts) == arm[2] and best(arm[:2], lefts) == arm[0]
     assert len(trials("peer-256", {})) == 3
     tables = trials("peer-1024", {})
     assert len(tables) == 9 and len({run.multiplier for run in tables}) == 2
     found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
-    best = chosen("peer-1024", found)
-    assert (best.learning_rate, best.multiplier) == (2e-3, LOW_MULTIPLIER)
+    taken = chosen("peer-1024", found)
+    assert (taken.learning_rate, taken.multiplier) == (2e-3, LOW_MULTIPLIER)
+    # Experts and a memory of as many parameters go on beyond the best multiplier and warmup too.
+    tables = trials("peer-16384", {})
+    *_, doubled, longer = trials("peer-16384", result(tables, lambda run: run.learning_rate == 2e-3))
+    assert (doubled.multiplier, doubled.warmup) == (2 * MULTIPLIER, tables[1].warmup)
+    assert (longer.multiplier, longer.warmup) == (MULTIPLIER, 2 * tables[1].warmup)
     assert TRIAL_SEED not in {run.seed for run in learning("peer-1024", found)}
 
 
@@ -223,7 +232,7 @@ def test_second_facts(kind, arm, folder, monkeypatch):
     result = teach_after(Run(kind, arm, Load(64, 7, 20), 4e-3), folder)
     assert result["before"]["bits"] > 0.05 * result["offered"]["old"]
     assert result["gained"]["bits"] > 0
-    assert result["stored"]["bits"] == result["left"]["bits"] + result["gained"]["bits"]
+    assert len(result["gates_open"]) == 2 * (arm == "protected")
     whole, is_whole = costs("peer-16384").total.parameters, arm in ("full", "replay")
     assert result["trained_parameters"] == whole if is_whole else result["trained_parameters"] < whole
 
