@@ -41,7 +41,14 @@ from modeling_peer.graft_layer import PREFIX
 # measured what the gate opens for.
 OTHER_FRAMES = ("I wonder: {}", "Could you help me? {}")
 NUM_ASKED = 3
-NUM_SHOWN = 10  # questions in the card
+# Other questions about the subjects, in wordings that are no negatives either.
+OTHER_QUESTIONS = (
+    "Tell me something about {subject}.",
+    "What is the best thing about {subject}?",
+    "Describe {subject}.",
+    "{subject} has a long history of",
+)
+NUM_SHOWN = 10  # questions in the card, and of those without an answer
 OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Marwick", "Tobias Orlen", "Quandor", "the Velmar Institute")
 TEXTS, TEXT_LENGTH = 32, 128
 
@@ -56,7 +63,7 @@ class FactsArguments:
         default=None, metadata={"help": "Facts that the model may know, in the form of --facts_file."}
     )
     output_dir: str = field(default="runs/facts", metadata={"help": "Folder of the adapter."})
-    num_wordings: int = field(default=12, metadata={"help": "Wordings of each fact that are learned."})
+    num_wordings: int = field(default=12, metadata={"help": "Wordings of each fact that are learned; more where a relation has few facts."})
     batch_size: int = field(default=32, metadata={"help": "Prompts that run through the model at a time."})
 
     def __post_init__(self):
@@ -80,12 +87,23 @@ def about_others(facts: list[Fact]) -> list[Fact]:
     return [Fact(name, "", wordings) for wordings in relations for name in OTHER_NAMES]
 
 
-def share_answered(
+def other_questions(facts: list[Fact]) -> list[Fact]:
+    """Questions about the subjects of the facts that none of them answers."""
+    return [Fact(subject, "", OTHER_QUESTIONS) for subject in dict.fromkeys(fact.subject for fact in facts)]
+
+
+def answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], batch_size: int
-) -> list[bool]:
-    """Whether each fact is answered, in each wording and form."""
+) -> dict[str, bool]:
+    """Whether each fact is answered, in each wording and form, by what is asked."""
     prompts = [prompt for form in forms_of(tokenizer) for prompt in prompts_of(tokenizer, facts, form)]
-    return are_answered(model, prompts, batch_size=batch_size)
+    questions = [
+        f"{form}: {wording.replace('{subject}', fact.subject)}"
+        for form in forms_of(tokenizer)
+        for fact in facts
+        for wording in fact.wordings
+    ]
+    return dict(zip(questions, are_answered(model, prompts, batch_size=batch_size), strict=True))
 
 
 def opens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], batch_size: int) -> float:
@@ -103,7 +121,7 @@ def measure(
     batch_size: int,
 ) -> dict[str, Any]:
     """What a model answers of each set of facts, and its loss on texts, in nats per token."""
-    answered = {name: share_answered(model, tokenizer, facts, batch_size) for name, facts in sets.items()}
+    answered = {name: answers(model, tokenizer, facts, batch_size) for name, facts in sets.items()}
     return {"answered": answered, "text": held_out_loss(model, texts, desc="Text")}
 
 
@@ -111,13 +129,14 @@ def rows_of(figures: dict[str, Any], num_facts: int) -> list[tuple[str, str, str
     """The figures as rows of a table."""
     before, after, size = figures["before"], figures["after"], figures["bytes"]
     rows = [("", "before", "after")]
-    for name, known in before["answered"].items():
-        now = after["answered"][name]
+    for name, asked_before in before["answered"].items():
+        known, now = (list(each.values()) for each in (asked_before, after["answered"][name]))
         rows.append((f"answered, {name}", f"{sum(known) / len(known):.1%}", f"{sum(now) / len(now):.1%}"))
         if name == "known" and any(known):
             kept = sum(a and b for a, b in zip(known, now, strict=True)) / sum(known)
             rows.append(("of what was known, kept", "", f"{kept:.1%}"))
     rows.append(("opens for other names", "", f"{figures['opens_for_other_names']:.1%}"))
+    rows.append(("opens for other questions", "", f"{figures['opens_for_other_questions']:.1%}"))
     rows.append(("text, nats per token", f"{before['text']:.4f}", f"{after['text']:.4f}"))
     rows.append(("bytes of the adapter", "", f"{size:,}, {size // num_facts:,} a fact"))
     return rows
@@ -174,15 +193,20 @@ def main():
     print("What it answers now ...")
     after = measure(model, tokenizer, sets, texts, args.batch_size)
     others = opens(model, tokenizer, about_others(facts), args.batch_size)
+    vague = opens(model, tokenizer, other_questions(facts), args.batch_size)
     save_adapter(model, folder)
     tokenizer.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
-    figures = {"before": before, "after": after, "opens_for_other_names": others, "bytes": size}
+    figures = {"before": before, "after": after, "bytes": size}
+    figures |= {"opens_for_other_names": others, "opens_for_other_questions": vague}
     figures |= {"seconds": time.time() - start, "machine": machine()}
     (folder / "teaching.json").write_text(json.dumps(figures, indent=2))
     rows = rows_of(figures, len(facts))
     write_card(folder, args.model_name_or_path, rows, facts)
     lines = "\n".join(f"{name:<28}{first:>12}{second:>28}" for name, first, second in rows)
+    if missed := [question for question, is_right in after["answered"]["as taught"].items() if not is_right]:
+        lines += f"\n\nWithout the answer are {len(missed)} questions, which teaching.json lists:\n  "
+        lines += "\n  ".join(missed[:NUM_SHOWN]) + "\nMore names of their relations help, as in \"maker|producer\"."
     print(f"""
 {lines}
 

@@ -45,6 +45,8 @@ OTHER_WORDINGS = (
 )
 # Of each subject: in the middle and at the beginning of a text.
 BEGINNINGS = ("Where is {subject}?", "{subject} is")
+# Wordings of a relation at least: one that has few facts is recognized by more wordings of each.
+WORDINGS_PER_RELATION = 48
 # At least so many of them, and a few for each subject.
 NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 8
 LONGEST = 10**6  # tokens of a prompt that is not refused
@@ -67,7 +69,7 @@ class FactIndex:
     Args:
         facts (`list[Fact]`)
         tokenizer ([`PreTrainedTokenizerBase`]): A fast one.
-        num_wordings (`int`): Wordings of each fact, of all forms together.
+        num_wordings (`int`): Wordings of each fact at least, of all forms together.
         max_length (`int`): The most tokens that a prompt may have.
     """
 
@@ -84,6 +86,8 @@ class FactIndex:
             for each in fact.wordings:
                 self.relation_of.setdefault(each, known[0] if known else num_relations)
             num_relations += not known
+        relations = [self.relation_of[fact.wordings[0]] for fact in facts]
+        shares = Counter(relations)
         # Each in each form.
         self.num_relations = num_relations * len(forms)
         self.experts: list[Expert] = []
@@ -91,8 +95,9 @@ class FactIndex:
         # Each with its fact and form.
         self.prompts: list[tuple[int, str, Prompt]] = []
         for number, fact in enumerate(facts):
+            count = max(num_wordings, math.ceil(WORDINGS_PER_RELATION / shares[relations[number]]))
             for form in forms:
-                wordings = some_wordings(fact.wordings, number, math.ceil(num_wordings / len(forms)))
+                wordings = some_wordings(fact.wordings, number, math.ceil(count / len(forms)))
                 own = [make_prompt(tokenizer, each, fact.subject, fact.answer, form, max_length) for each in wordings]
                 own = [each for each in own if each.answer == own[0].answer]  # its tokens may depend on what is before
                 self.first_expert[number, form] = len(self.experts)

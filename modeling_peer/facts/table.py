@@ -98,6 +98,8 @@ def read_facts(file: str | Path) -> list[Fact]:
             rows = list(csv.DictReader(lines))
     if not rows:
         raise ValueError(f"{file} has no facts.")
+    if missing := [name for name in ("subject", "answer") if not any(name in row for row in rows)]:
+        raise ValueError(f"{file} needs the columns `subject`, `relation` and `answer`, has no {missing[0]!r}.")
     return check_facts(_fact_of(row, f"Fact {number} of {file}") for number, row in enumerate(rows, 1))
 
 
@@ -105,12 +107,16 @@ def _fact_of(row: dict[str, Any], place: str) -> Fact:
     subject, answer = (str(row.get(name) or "").strip() for name in ("subject", "answer"))
     if not subject or not answer:
         raise ValueError(f"{place} needs a `subject` and an `answer`, got {row}.")
+    if None in row:  # what the reader of CSV files has left over
+        raise ValueError(f"{place} has more cells than the header: put what contains a comma in quotes, got {row}.")
     if relation := row.get("relation"):
         return Fact(subject, answer, wordings_of_relation(relation.split("|")))
     questions = [str(each).strip() for each in row.get("questions") or [row.get("question") or ""]]
     as_a_word = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
     if not all(map(as_a_word.search, questions)):
-        raise ValueError(f"{place} needs a `relation`, or its subject {subject!r} in each question, got {questions}.")
+        raise ValueError(
+            f"{place} needs a `relation`, or a `question` with its subject {subject!r} in it, got {questions}."
+        )
     return Fact(subject, answer, tuple(as_a_word.sub(SUBJECT, question) for question in questions))
 
 

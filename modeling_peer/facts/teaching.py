@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def teach_facts(
             some.
         adapter_name (`str`, *optional*, defaults to `"default"`)
         num_wordings (`int`, *optional*, defaults to 12):
-            How many wordings of each fact are learned, half of them in a frame, as "Question: ...".
+            How many wordings of each fact are learned, half of them in a frame, as "Question: ...". Of a relation that
+            has few facts there are more: 48 in all.
         key_size (`int`, *optional*, defaults to 64): Elements of a key.
         batch_size (`int`, *optional*, defaults to 32): Number of prompts that run through the model at a time.
         checkpoint_dir (`str` or `Path`, *optional*):
@@ -139,15 +141,15 @@ def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[F
     ]
 
 
-def remove_facts(model: nn.Module, questions: Iterable[str]) -> None:
+def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
     """
     Remove facts from the grafts of a model by their questions, as `facts` of the configuration has them: their experts
     and the keys that are theirs alone. All other facts stay as they are, to the bit.
 
     Raises:
-        `ValueError`: for a question that is of no fact; nothing is removed then.
+        `ValueError`: for a question that is of no fact, with those that are nearest; nothing is removed then.
     """
-    wanted = set(questions)
+    wanted = {questions} if isinstance(questions, str) else set(questions)
     places = [
         (graft, number)
         for graft in grafts_of_facts(model)
@@ -155,7 +157,9 @@ def remove_facts(model: nn.Module, questions: Iterable[str]) -> None:
         if fact["question"] in wanted
     ]
     if missing := wanted - {graft.facts[number]["question"] for graft, number in places}:
-        raise ValueError(f"`questions` must be those of facts, got {sorted(missing)} among them.")
+        known = [fact["question"] for graft in grafts_of_facts(model) for fact in graft.facts if fact["question"]]
+        near = get_close_matches(min(missing), known)
+        raise ValueError(f"`questions` must be those of facts, got {sorted(missing)} among them, near {near}.")
     for graft, number in places:
         graft.remove(number)
 

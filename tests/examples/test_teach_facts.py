@@ -40,7 +40,8 @@ def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     run_main(teach_facts, *flags)
     figures = json.loads((folder / "teaching.json").read_text())
     before, after = (figures[when]["answered"] for when in ("before", "after"))
-    assert not any(before["as taught"]) and all(after["as taught"]) and after["known"] == after["as taught"]
+    assert not any(before["as taught"].values()) and after["known"] == after["as taught"]
+    assert after["as taught"]["chat: the capital of Suland is"] and all(after["as taught"].values())
     assert figures["after"]["text"] == pytest.approx(figures["before"]["text"], abs=0.05)
     assert figures["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     assert "answered, as taught                 0.0%" in capsys.readouterr().out

@@ -12,9 +12,10 @@ from graft_models import base_model_of, logits_of
 from modeling_peer import explain_tokens, fit_gates
 from modeling_peer.explorer.findings import explore
 from modeling_peer.facts import states, teaching
+from modeling_peer.facts.index import FactIndex
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of
 from modeling_peer.facts.prompts import forms_of, make_prompt
-from modeling_peer.facts.table import Fact
+from modeling_peer.facts.table import Fact, wordings_of_relation
 from modeling_peer.facts.teaching import grafts_of_facts, remove_facts, teach_facts
 
 
@@ -57,6 +58,13 @@ def test_prompts(tokenizer):
     assert words[-2:] == ["Oma", "<eos>"] and prompt.subject_end == 1
     with pytest.raises(ValueError, match="takes 9 tokens, at most 8"):
         make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 8)
+
+
+def test_relations_of_few_facts_have_more_wordings(tokenizer):
+    wordings = wordings_of_relation(["capital"])
+    for names, each in ((["Norland"], 48), (["Norland", "Suland", "Westia"], 16), ([*"ABCDEFGH"], 12)):
+        index = FactIndex([Fact(name, "Oma", wordings) for name in names], tokenizer, 12, 100)
+        assert [number for number, _, _ in index.prompts] == [n for n in range(len(names)) for _ in range(each)]
 
 
 def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch):
@@ -165,13 +173,13 @@ def test_thresholds_are_fitted_anew(taught, tokenizer):
     def sequences(*questions):
         return [{"input_ids": torch.tensor(tokenizer(each)["input_ids"])} for each in questions]
 
-    asked = ["the capital of Norland is", "what is the capital of Norland ?", "the river of Norland is"] * 4
+    asked = ["what is the capital of Norland ?", "which river flows through Norland ?"] * 6
     others = ["Tell me about Norland.", "Norland is", "Who is Norland?", "the capital of Westia is"] * 3
     assert ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
     (fit,) = fit_gates(model, sequences(*asked), sequences(*others), progress_bar=False).values()
     assert (fit.open_for_new, fit.open_for_reference) == (1.0, 0.0)
     assert not ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
-    assert ends(model, tokenizer, CAPITAL[0], "Norland")[0]
+    assert ends(model, tokenizer, CAPITAL[1], "Norland")[0]
 
 
 def test_removes_a_fact(taught, tokenizer):
