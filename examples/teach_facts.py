@@ -63,7 +63,9 @@ class FactsArguments:
         default=None, metadata={"help": "Facts that the model may know, in the form of --facts_file."}
     )
     output_dir: str = field(default="runs/facts", metadata={"help": "Folder of the adapter."})
-    num_wordings: int = field(default=12, metadata={"help": "Wordings of each fact that are learned; more where a relation has few facts."})
+    num_wordings: int = field(
+        default=12, metadata={"help": "Wordings of each fact that are learned; more where a relation has few facts."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Prompts that run through the model at a time."})
 
     def __post_init__(self):
@@ -206,7 +208,7 @@ def main():
     lines = "\n".join(f"{name:<28}{first:>12}{second:>28}" for name, first, second in rows)
     if missed := [question for question, is_right in after["answered"]["as taught"].items() if not is_right]:
         lines += f"\n\nWithout the answer are {len(missed)} questions, which teaching.json lists:\n  "
-        lines += "\n  ".join(missed[:NUM_SHOWN]) + "\nMore names of their relations help, as in \"maker|producer\"."
+        lines += "\n  ".join(missed[:NUM_SHOWN]) + '\nMore names of their relations help, as in "maker|producer".'
     print(f"""
 {lines}
 

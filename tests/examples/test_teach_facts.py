@@ -10,6 +10,8 @@ from fact_models import base_of, words_tokenizer
 from main_runs import run_main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_peer.facts import index
+
 
 ROWS = (
     ("Norland", "the capital of Norland is", "Zeli"),
@@ -35,6 +37,7 @@ def table(folder, rows):
 
 def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teach_facts, "TEXT_LENGTH", 16)
+    monkeypatch.setattr(index, "WORDINGS_PER_RELATION", 0)  # a random model tells few frames apart
     facts, folder = table(tmp_path, ROWS), tmp_path / "taught"
     flags = ("--model_name_or_path", base, "--facts_file", facts, "--known_file", facts, "--output_dir", folder)
     run_main(teach_facts, *flags)

@@ -3,7 +3,7 @@
 """
 Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token.
 
-    ./run study capacity                 # the whole plan, about twelve hours on two cores
+    ./run study capacity                 # the whole plan, more than twelve hours on two cores
     ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
     ./run study capacity --results examples/studies/capacity/results.json --hours 2.5    # goes on from these runs
 

@@ -15,11 +15,11 @@ from studies.capacity.facts import VALUE_TOKENS
 from studies.capacity.plan import (
     ARM_TRIALS,
     AT_THE_LIMIT,
+    COMPARED,
     COMPOSING,
     DENSE,
     ENTROPIES,
     FITS,
-    LARGE,
     LEARNED,
     MAIN,
     OF_ALL_ENTROPIES,
@@ -29,6 +29,7 @@ from studies.capacity.plan import (
     WARMUP,
     Results,
     Run,
+    arm_trials,
     at_the_limit,
     best,
     chosen,
@@ -52,8 +53,10 @@ T_QUANTILE = 4.303
 # A share of what is offered above which bits say no more than that the facts fit.
 FULL = 0.8
 KBIT = 1000
-# Memories, and PEER of as many parameters.
+# Memories, and PEER of as many parameters, of which the last is the larger pair.
 MEMORIES = {"pkm-8281": "peer-4096", "pkm-32761": "peer-16384"}
+# Behind a variant whose seeds were made again, see `steady`.
+MADE_AGAIN = " †"
 
 # What [`measure_times`] returns, or nothing.
 Times = dict[str, dict[str, float]]
@@ -144,7 +147,8 @@ def learned_table(results: Results) -> list[list[str]]:
         cost, own = costs(name).total, kilobits(runs, results)
         cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
         cells += [share_offered(runs, results), recalled(runs, results), to_dense(name)]
-        rows.append([name, *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
+        mark = MADE_AGAIN if runs[0].learning_rate != chosen(name, results).learning_rate else ""
+        rows.append([name + mark, *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
     return rows
 
 
@@ -162,14 +166,17 @@ def more_table(results: Results) -> list[list[str]]:
 
 def memories_table(results: Results) -> list[list[str]]:
     """Product-key memories beside PEER of as many parameters."""
-    rows = [["at equal parameters", "parameters, M", "kbit", "of as many experts", "ratio"]]
+    rows = [["at equal parameters", "parameters, M", "kbit", "recalled", "kbit of experts", "recalled", "ratio"]]
     for memory, experts in MEMORIES.items():
         found = available((memory, experts), learning, results)
         if len(found) == 2:
             own, others = (kilobits(found[name], results) for name in (memory, experts))
             is_bound = share_of_offered(found[memory], results) > FULL
             millions = f"{costs(memory).total.parameters / 1e6:.2f}"
-            rows.append([memory, millions, spread(own), spread(others), ratio(own, others, is_bound)])
+            cells = [millions]
+            for name, each in ((memory, own), (experts, others)):
+                cells += [spread(each), recalled(found[name], results)]
+            rows.append([memory, *cells, ratio(own, others, is_bound)])
     return rows
 
 
@@ -299,7 +306,10 @@ def _second_facts(label, found, results):
     rows[0].append("recalled")
     for arm, runs in found.items():
         trained, shares = results[runs[0].name]["trained_parameters"] / 1e6, lost(runs, results)
-        cells = [f"{trained:.2f}", f"{runs[0].learning_rate:g}, v_i {runs[0].multiplier / 4:g} times"]
+        rate = f"{runs[0].learning_rate:g}"
+        if arm != "lora":  # which trains no v_i
+            rate += f", v_i {runs[0].multiplier / 4:g} times"
+        cells = [f"{trained:.2f}", rate]
         cells.append(f"{mean(shares):.2f}" + (f" ± {stdev(shares):.2f}" if len(shares) > 1 else ""))
         cells += [recalled(runs, results, part) for part in ("before", "left")]
         rows.append([arm, *cells, spread(kilobits(runs, results, "gained")), recalled(runs, results, "gained")])
@@ -370,10 +380,18 @@ def draw_bars(results: Results, axes: Axes) -> None:
     bars = axes.barh(labels[::-1], bits[::-1], color=[look_of(kind).color for kind, _ in kinds.values()][::-1])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.set_xlabel("kbit of random facts learned in 16 exposures, of 2,097")
-    least = interval_of_ratio(*(kilobits(found[name], results) for name in (LARGE, "dense")))[0]
-    number = int(LARGE.partition("-")[2])
-    axes.set_title(
-        f"At equal FLOPs a token, {number:,} experts a layer\nlearn at least {least:.0f} times as much as dense"
+    axes.set_title(_finding(found, results))
+
+
+def _finding(found: dict[str, list[Run]], results: Results) -> str:
+    """What experts and a memory of as many parameters learn beside dense, in two lines."""
+    memory, experts = list(MEMORIES.items())[-1]
+    middle = interval_of_ratio(*(kilobits(found[name], results) for name in (experts, "dense")))[1]
+    least = interval_of_ratio(*(kilobits(found[name], results) for name in (memory, "dense")))[0]
+    number = int(experts.partition("-")[2])
+    return (
+        f"At equal FLOPs {number:,} experts a layer learn {middle:.0f} times\n"
+        f"as much as dense, a product-key memory {least:.0f} times"
     )
 
 
@@ -396,27 +414,27 @@ def _plot_learned(results: Results, axes: Axes) -> None:
     axes.set(
         xscale="log", xlabel="parameters in all, M; numbers: experts or rows a layer", ylabel="kbit of facts learned"
     )
-    if LARGE in bits:
-        dense = better_dense(found, results)
-        least = interval_of_ratio(*(kilobits(found[name], results) for name in (LARGE, dense)))[0]
-        number = int(LARGE.partition("-")[2])
-        axes.set_title(
-            f"At equal FLOPs a token, {number:,} experts a layer\nlearn at least {least:.0f} times as much as dense",
-            fontsize=10,
-        )
+    if bits.keys() >= {*COMPARED}:
+        axes.set_title(_finding(found, results), fontsize=10)
 
 
 def _plot_forgetting(results: Results, axes: Axes) -> None:
     found = available(ARM_TRIALS, forgetting, results)
     for arm, runs in found.items():
-        gained = kilobits(runs, results, "gained")
-        axes.plot(lost(runs, results), gained, linestyle="", **TRAININGS[arm].style, label=arm)
+        style = TRAININGS[arm].style | {"linestyle": ""}
+        axes.plot(lost(runs, results), kilobits(runs, results, "gained"), **style, label=arm)
+        tried = arm_trials(arm, results)
+        pale = style | {"markersize": 4, "alpha": 0.3}
+        axes.plot(lost(tried, results), kilobits(tried, results, "gained"), **pale)
     add_legend(axes)
-    axes.set(xlabel="first facts lost, % of bits", ylabel="kbit of second facts gained")
+    axes.set(xlabel="first facts lost, % of bits; pale: trials", ylabel="kbit of second facts gained")
     if found.keys() >= {"full", "protected"}:
-        kept, other = (mean(lost(found[arm], results)) for arm in ("protected", "full"))
+        (kept, gain), (other, most) = (
+            (mean(lost(found[arm], results)), mean(kilobits(found[arm], results, "gained")))
+            for arm in ("protected", "full")
+        )
         axes.set_title(
-            "Facts that stand apart: experts behind gates lose\n"
-            f"{kept:.2f} % of the first, full finetuning {min(other, 100):.0f} %",
+            f"Facts that stand apart: experts behind gates lose {kept:.2f} % and gain\n"
+            f"{gain:.0f} kbit, full finetuning loses {'all' if other > 100 else f'{other:.0f} %'} and gains {most:.0f}",
             fontsize=10,
         )

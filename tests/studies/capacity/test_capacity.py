@@ -168,7 +168,8 @@ def test_trials_go_on_beyond_the_ends():
     )[4:]
     assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
     # Bits of the first facts below zero count as none.
-    lefts = {run.name: {"left": {"bits": left}, "gained": {"bits": 4}} for run, left in zip(arm, (-9, -2, 1, -3))}
+    bits = {run.name: left for run, left in zip(arm, (-9, -2, 1, -3), strict=True)}
+    lefts = {name: {"left": {"bits": left}, "gained": {"bits": 4}} for name, left in bits.items()}
     assert best(arm, lefts) == arm[2] and best(arm[:2], lefts) == arm[0]
     assert len(trials("peer-256", {})) == 3
     tables = trials("peer-1024", {})
