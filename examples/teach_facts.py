@@ -33,6 +33,7 @@ from common.machine import machine
 from modeling_peer import Fact, generate_text, read_facts, teach_facts
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of
 from modeling_peer.facts.prompts import forms_of
+from modeling_peer.facts.table import SUBJECT
 from modeling_peer.graft.card import write_adapter_card
 from modeling_peer.graft_layer import PREFIX
 
@@ -100,7 +101,7 @@ def answers(
     """Whether each fact is answered, in each wording and form, by what is asked."""
     prompts = [prompt for form in forms_of(tokenizer) for prompt in prompts_of(tokenizer, facts, form)]
     questions = [
-        f"{form}: {wording.replace('{subject}', fact.subject)}"
+        f"{form}: {wording.replace(SUBJECT, fact.subject)}"
         for form in forms_of(tokenizer)
         for fact in facts
         for wording in fact.wordings
