@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from modeling_peer import (
     ExpertBackground,
@@ -89,6 +89,7 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     )
     model = base_model("apart" if run.kind == "apart" else "facts", run.seed, folder, old, before_load)
     before = measure(model, old)
+    set_seed(run.seed)  # what comes to the model is drawn, whether or not this process has made the base
     model, callbacks, gates = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     examples, exposures = new.examples, run.load.exposures

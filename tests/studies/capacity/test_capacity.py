@@ -238,6 +238,17 @@ def test_second_facts(kind, arm, folder, monkeypatch):
     assert result["trained_parameters"] == whole if is_whole else result["trained_parameters"] < whole
 
 
+@pytest.mark.parametrize("arm", ["protected", "lora"])
+def test_second_facts_do_not_depend_on_what_a_process_drew_before(arm, folder, monkeypatch):
+    monkeypatch.setattr(forgetting, "BEFORE_APART", Load(64, 7, 60))
+    monkeypatch.setattr(forgetting, "REFERENCE", 32)
+    results = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        results.append(teach_after(Run("apart", arm, Load(64, 7, 4), 4e-3), folder))
+    assert results[0] == results[1]
+
+
 def test_processes_find_what_makes_a_run():
     """Those of a pool do not import `__main__` of a package."""
     assert capacity_study.make.__module__ != capacity_study.__name__
