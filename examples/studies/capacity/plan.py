@@ -81,8 +81,10 @@ class Run:
 MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")
 # Aims are about these two, and about the better of the dense ones.
 DENSE, LARGE = ("dense", "mlp"), "peer-65536"
-# Experts and a memory of as many parameters, which have trials beyond the best multiplier of v_i and warmup too.
-COMPARED = ("peer-16384", "pkm-32761")
+# Dense, experts, and a memory of as many parameters, which have trials beyond the best multiplier of v_i and warmup too.
+COMPARED = ("dense", "peer-16384", "pkm-32761")
+# Dense has no v_i: its trials with a longer warmup have the best rate and two beside it.
+BETWEEN = (0.7, 1, 1.4)
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
 # Four times as much, which the large ones do not fill, with one seed. Those without trials have the rate of a smaller one.
@@ -174,7 +176,11 @@ def trials(variant: str, results: Results) -> list[Run]:
     runs = and_beyond(runs, results)
     if variant in COMPARED and all(run.name in results for run in runs):
         found = best(runs, results)
-        runs += [replace(found, multiplier=2 * found.multiplier), replace(found, warmup=2 * found.warmup)]
+        longer = replace(found, warmup=2 * found.warmup)
+        if has_tables(variant):
+            runs += [replace(found, multiplier=2 * found.multiplier), longer]
+        else:
+            runs += [replace(longer, learning_rate=factor * found.learning_rate) for factor in BETWEEN]
     return runs
 
 

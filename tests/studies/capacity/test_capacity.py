@@ -146,19 +146,19 @@ def test_trials_go_on_beyond_the_ends():
     def result(runs, bits_of):
         return {run.name: {"stored": {"bits": bits_of(run)}} for run in runs}
 
-    first = trials("dense", {})
+    first = trials("mlp", {})
     assert len(first) == 9 and {run.seed for run in first} == {TRIAL_SEED}
     highest = result(first, lambda run: run.learning_rate - run.warmup)
-    (beyond,) = trials("dense", highest)[9:]
+    (beyond,) = trials("mlp", highest)[9:]
     assert (beyond.learning_rate, beyond.warmup) == (2 * max(run.learning_rate for run in first), WARMUP)
-    assert trials("dense", highest | result([beyond], lambda run: math.nan))[9:] == [beyond]
-    (lower,) = trials("dense", result(first, lambda run: -run.learning_rate))[9:]
+    assert trials("mlp", highest | result([beyond], lambda run: math.nan))[9:] == [beyond]
+    (lower,) = trials("mlp", result(first, lambda run: -run.learning_rate))[9:]
     assert lower.learning_rate == min(RATES) / 2
     # The highest rate with one warmup is no end with the other.
-    (long,) = trials("dense", result(first, lambda run: run.learning_rate + run.warmup))[9:]
+    (long,) = trials("mlp", result(first, lambda run: run.learning_rate + run.warmup))[9:]
     assert (long.learning_rate, long.warmup) == (2 * RATES_OF_OTHERS[-1], LONG_WARMUP)
     results: dict = {}
-    while missing := [run for run in trials("dense", results) if run.name not in results]:
+    while missing := [run for run in trials("mlp", results) if run.name not in results]:
         results |= result(missing, lambda run: run.learning_rate)
     assert len(results) == 9 + MOST_BEYOND
     # Full finetuning is tried with other rates by the rate of v_i: the highest of one of them is no end of the other.
@@ -177,11 +177,14 @@ def test_trials_go_on_beyond_the_ends():
     found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
     taken = chosen("peer-1024", found)
     assert (taken.learning_rate, taken.multiplier) == (2e-3, LOW_MULTIPLIER)
-    # Experts and a memory of as many parameters go on beyond the best multiplier and warmup too.
+    # Experts, a memory of as many parameters, and dense go on beyond the best multiplier and warmup.
     tables = trials("peer-16384", {})
     *_, doubled, longer = trials("peer-16384", result(tables, lambda run: run.learning_rate == 2e-3))
     assert (doubled.multiplier, doubled.warmup) == (2 * MULTIPLIER, tables[1].warmup)
     assert (longer.multiplier, longer.warmup) == (MULTIPLIER, 2 * tables[1].warmup)
+    longer = trials("dense", result(trials("dense", {}), lambda run: run.learning_rate == 2e-3))[9:]
+    assert [run.learning_rate for run in longer] == pytest.approx([1.4e-3, 2e-3, 2.8e-3])
+    assert {run.warmup for run in longer} == {2 * WARMUP}
     assert TRIAL_SEED not in {run.seed for run in learning("peer-1024", found)}
 
 
