@@ -17,7 +17,9 @@ RATES = {
     "dense": (1e-3, 3e-3, 1e-2),
     "graft": (1e-2, 3e-2, 1e-1),
 }
-ARMS = ("facts", "bm25", *RATES)
+# What has no rates to try comes first.
+UNTRAINED = ("facts", "bm25")
+ARMS = (*UNTRAINED, *RATES)
 TRIAL_BLOCK, BLOCKS = 0, {240: (1, 2, 3), 1000: (1, 2), 5000: (1,)}
 
 
@@ -72,10 +74,14 @@ def reported(arm: str, number: int, results: Results) -> list[Run]:
 
 def next_runs(results: Results) -> list[Run]:
     """The runs that are missing of the first stage of which any is."""
-    stages = [lambda: [Run("base")], lambda: [run for arm in RATES for run in trials(arm, results)]]
-    stages += [lambda: [run for arm in ARMS for run in reported(arm, SIZE, results)], lambda: [Run("two", block=1)]]
+
+    def of(arms: tuple[str, ...], number: int) -> list[Run]:
+        return [run for arm in arms for run in reported(arm, number, results)]
+
+    stages = [lambda: [Run("base")], lambda: of(UNTRAINED, SIZE), lambda: [Run("two", block=1)]]
+    stages += [lambda: [run for arm in RATES for run in trials(arm, results)], lambda: of(tuple(RATES), SIZE)]
     for number, arms in LARGER.items():
-        stages.append(lambda number=number, arms=arms: [r for arm in arms for r in reported(arm, number, results)])
+        stages.append(lambda number=number, arms=arms: of(arms, number))
     for runs_of in stages:
         if runs := [run for run in runs_of() if run.name not in results]:
             return runs
