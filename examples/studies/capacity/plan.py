@@ -263,11 +263,11 @@ def forgetting(arm: str, results: Results) -> list[Run]:
 
 # Each stage: its variants or arms, and their runs, which follow from the results that there are.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
+    (MAIN, trials),
+    (MAIN, learning),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
     (ARM_TRIALS, mixed_trials),
-    (MAIN, trials),
-    (MAIN, learning),
     (OFFERED_MORE, offered_more),
     (AT_EQUAL_FLOPS, trials),
     (FITS, trials_that_fit),
