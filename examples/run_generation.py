@@ -21,7 +21,7 @@ from transformers import (
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
 from modeling_peer import ExpertUsageMeter, keep_tables_on_disk, measure_usage
-from modeling_peer.analysis.expert_sets import find_expert_sets, layer_index
+from modeling_peer.analysis.expert_sets import find_expert_sets, find_fact_grafts, layer_index
 from modeling_peer.feed_forward import MoeRouter
 
 
@@ -99,9 +99,9 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
         num_shown (`int`): Number of experts to list, each with its share of the router weight.
     """
     usage = _usage_of_experts(model, tokens) | _usage_of_mixtures(model, tokens)
-    if not usage:
+    lines = [f"{label}: facts; `explain_tokens` names those that tell a token" for label in find_fact_grafts(model)]
+    if not usage and not lines:
         return "No layer of this model has experts."
-    lines = []
     for (_, label), meter in sorted(usage.items()):
         shares = meter.scores / meter.scores.sum()
         most = shares.topk(min(num_shown, len(shares)))

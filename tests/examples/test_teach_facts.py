@@ -5,6 +5,7 @@
 import json
 
 import pytest
+import run_generation
 import teach_facts
 from fact_models import base_of, words_tokenizer
 from main_runs import run_main
@@ -55,6 +56,7 @@ def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     inputs = tokenizer("the capital of Suland is", return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert tokenizer.decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, 5:]) == "Beta Gam ."
+    assert "facts" in run_generation.describe_experts(model, inputs["input_ids"])
 
 
 def test_refuses_before_it_begins(base, tmp_path, capsys):
