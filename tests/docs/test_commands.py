@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from transformers.cli.serve import Serve
 
 
-FOREIGN = {"hf", "git", "cd", "lm_eval", "mkdir", "mlx_lm", "pip", "sh", "systemd-run", "transformers", "vllm"}
+FOREIGN = {"hf", "git", "cd", "dd", "lm_eval", "mkdir", "mlx_lm", "pip", "sh", "systemd-run", "transformers", "vllm"}
 
 # Parts of `./run` that are a script or package of examples/.
 MODULES = {

@@ -6,12 +6,14 @@ import copy
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compare_disk import Tables
 from graft_models import merged_in_turn
 from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from modeling_peer import (
     train_added_experts_only,
 )
 from modeling_peer.experts import expert_tables
+from modeling_peer.ops.disk_tables import DiskMeter, DiskRows
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="rows are read from a disk on Linux only")
@@ -133,6 +136,22 @@ def test_rows_that_are_not_in_the_page_cache(saved):
     first = meter.num_cached, meter.num_rows
     model(tokens)
     assert (meter.num_cached - first[0], meter.num_rows) == (first[1], 2 * first[1])  # all of them
+
+
+def test_nothing_is_read_beside_the_rows(tmp_path):
+    """Rows in order look like a file that is read from end to end, of which the system reads ahead."""
+    number, width, file = 4096, 1024, tmp_path / "model.safetensors"
+    expected = torch.randn(number, width)
+    expected.numpy().tofile(file)
+    table = nn.Embedding(number, width, _weight=torch.from_file(str(file), size=number * width).view(number, width))
+    reader = DiskRows("table", table, DiskMeter(), 1)
+    places = [(0, file.stat().st_size)]
+    tables = SimpleNamespace(path=file, places=places, bytes_in_cache=lambda: Tables.bytes_in_cache(tables))
+    Tables.drop(tables)
+    rows = torch.arange(0, number, 2)
+    found = reader(rows)
+    assert tables.bytes_in_cache() <= found.nbytes
+    assert torch.equal(found, expected[rows])
 
 
 @pytest.mark.parametrize("buffer_bytes", BUFFERS.values(), ids=BUFFERS)
