@@ -14,9 +14,9 @@
 """
 A graft of facts: each token of an answer has an expert, which a gate opens by two keys of the fact.
 
-The first key is that of the subject, "France": it has to match a token at or before the present one, by what enters a
-layer in the first half of the model. The second is that of the question, "the capital of": it has to match the present
-token, after which the answer's next token is to come, by what enters the graft in a late layer. Questions about
+The first key is the name of the subject, "France": its tokens have to stand at or before the present one, one after the
+other, as what enters the first layer tells. The second is that of the question, "the capital of": it has to match the
+present token, after which the answer's next token is to come, by what enters the graft in a late layer. Questions about
 others, and other questions about the subject, leave the gate shut, and the output is zero.
 """
 
@@ -41,17 +41,19 @@ class FactSizes:
     What a graft of facts holds beside its experts.
 
     Args:
-        subject_layer (`int`): The layer by whose input subjects are recognized.
         num_subjects (`int`): Number of subjects.
-        num_subject_keys (`int`): Number of their keys, one for each way in which a subject stands in texts as tokens.
+        num_names (`int`): Number of their names as tokens: one for each way in which a subject stands in texts.
+        longest_name (`int`): The most tokens that a name has.
+        num_name_tokens (`int`): Number of different tokens in names.
         num_relations (`int`): Number of relations: facts of one are asked in the same wordings.
         num_continuations (`int`): Number of answers' tokens after the first: each is found by a key of its own.
-        key_size (`int`): Elements of the key of a question. Keys of subjects are as wide as hidden states.
+        key_size (`int`): Elements of the key of a question.
     """
 
-    subject_layer: int
     num_subjects: int
-    num_subject_keys: int
+    num_names: int
+    longest_name: int
+    num_name_tokens: int
     num_relations: int
     num_continuations: int
     key_size: int
@@ -90,6 +92,61 @@ class KeyMatcher(nn.Module):
             return F.normalize(projected, dim=-1) @ keys.float().T
 
 
+class NameFinder(nn.Module):
+    """
+    Finds the names of subjects in texts, by the states that enter the first layer, which are embeddings of tokens.
+
+    Args:
+        hidden_size (`int`)
+        sizes ([`FactSizes`])
+    """
+
+    # The cosine of two embeddings of the same token, one of them rounded to bfloat16, is at least this.
+    SAME_TOKEN = 0.99
+    # By which the tokens of a name become one number.
+    MULTIPLIER = 6364136223846793005
+
+    names: torch.Tensor
+    subjects: torch.Tensor
+
+    def __init__(self, hidden_size: int, sizes: FactSizes):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(sizes.num_name_tokens, hidden_size))
+        # The tokens of each name as rows of `tokens`, with -1 before those of shorter ones, and whose name it is.
+        self.register_buffer("names", torch.full((sizes.num_names, sizes.longest_name), -1))
+        self.register_buffer("subjects", torch.full((sizes.num_names,), -1))
+
+    def tokens_of(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The row of each token in `tokens`, -1 for others, `(B, T, hidden_size) -> (B, T)`."""
+        with maybe_autocast(embeddings.device.type, enabled=False):
+            known = F.normalize(self.tokens.float(), dim=-1)
+            cosines, rows = (F.normalize(embeddings.float(), dim=-1).to(known.device) @ known.T).max(-1)
+        return torch.where(cosines >= self.SAME_TOKEN, rows, -1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The subject whose name ends at each token, -1 for none; of several the one with the longest name, `(B, T)`."""
+        named = torch.full_like(tokens, -1)
+        lengths = (self.names >= 0).sum(-1)
+        for length in range(1, min(self.names.shape[1], tokens.shape[1]) + 1):
+            names, subjects = self.names[lengths == length, -length:], self.subjects[lengths == length]
+            if not len(names):
+                continue
+            windows = tokens.unfold(1, length, 1)
+            powers = torch.tensor([self.MULTIPLIER**place % 2**63 for place in range(length)], device=tokens.device)
+            numbers, order = (names * powers).sum(-1).sort()
+            found = order[torch.searchsorted(numbers, (windows * powers).sum(-1)).clamp(max=len(order) - 1)]
+            is_name = (names[found] == windows).all(-1)
+            named[:, length - 1 :] = torch.where(is_name, subjects[found], named[:, length - 1 :])
+        return named
+
+    @torch.no_grad()
+    def remove(self, subjects: torch.Tensor) -> None:
+        """Forget the names of some subjects, and the tokens that no other name has."""
+        self.names[torch.isin(self.subjects, subjects)] = -1
+        rows = torch.arange(len(self.tokens), device=self.names.device)
+        self.tokens[~torch.isin(rows, self.names)] = 0.0
+
+
 class FactRouter(nn.Module):
     """
     Retrieves the expert of the fact's token that is to come, with a weight of one, or none, with a weight of zero.
@@ -99,7 +156,6 @@ class FactRouter(nn.Module):
     taken to have come before.
     """
 
-    key_subjects: torch.Tensor
     expert_subjects: torch.Tensor
     expert_questions: torch.Tensor
 
@@ -108,10 +164,9 @@ class FactRouter(nn.Module):
         self.generation = generation
         self.num_heads, self.query_norm = 1, None
         self.sizes = sizes
-        self.subjects = KeyMatcher(config.hidden_size, sizes.num_subject_keys, config.hidden_size)
+        self.subjects = NameFinder(config.hidden_size, sizes)
         num_questions = sizes.num_relations + sizes.num_continuations
         self.questions = KeyMatcher(config.hidden_size, num_questions, sizes.key_size)
-        self.register_buffer("key_subjects", torch.zeros(sizes.num_subject_keys, dtype=torch.int64))
         # The subject and the question of each expert; those without a fact have none, -1.
         for name in ("expert_subjects", "expert_questions"):
             self.register_buffer(name, torch.full((config.num_experts,), -1))
@@ -166,20 +221,18 @@ class FactRouter(nn.Module):
         the sequence of each token begins, `(B, T)`.
         """
         decoder = self.decoder_forward
-        if decoder is None or self.sizes.subject_layer not in decoder.states:
+        if decoder is None or 0 not in decoder.states:
             raise RuntimeError("A graft of facts needs the forward pass of its model.")
-        similarities, keys = self.subjects(decoder.states[self.sizes.subject_layer]).max(-1)
-        named = torch.where(similarities >= self.subjects.threshold, self.key_subjects[keys], -1)
-        named = named.to(hidden_states.device)
+        tokens = self.subjects.tokens_of(decoder.states[0]).to(hidden_states.device)
         mask = decoder.attention_mask
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            named = named.masked_fill(~mask[:, -named.shape[1] :].to(named.device, torch.bool), -1)
-        decoder.to_keep.append(lambda cache, own=named: keep_in_cache(cache, id(self), own))
-        starts = self._starts(named)
+            tokens = tokens.masked_fill(~mask[:, -tokens.shape[1] :].to(tokens.device, torch.bool), -1)
+        decoder.to_keep.append(lambda cache, own=tokens: keep_in_cache(cache, id(self), own))
+        starts = self._starts(tokens)
         if (past := past_of(decoder.cache, id(self))) is not None:
             starts = torch.where(starts == 0, 0, starts + past.shape[1])
-            named = torch.cat([past.to(named.device), named], dim=1)
-        return named, starts
+            tokens = torch.cat([past.to(tokens.device), tokens], dim=1)
+        return self.subjects(tokens), starts
 
     @staticmethod
     def _last_mentions(named, starts, subjects):
@@ -188,12 +241,12 @@ class FactRouter(nn.Module):
         mentions = torch.where(named[..., None] == subjects, places, -1).cummax(1)[0][:, -starts.shape[1] :]
         return torch.where(mentions >= starts[..., None], mentions, -1)
 
-    def _starts(self, named):
+    def _starts(self, tokens):
         """Where the sequence of each token begins, `(B, T)`: several of them may lie in one row."""
         positions = self.decoder_forward.position_ids
-        if not isinstance(positions, torch.Tensor) or positions.shape != named.shape:
-            return torch.zeros_like(named)
-        places = torch.arange(named.shape[1], device=named.device).expand(named.shape)
+        if not isinstance(positions, torch.Tensor) or positions.shape != tokens.shape:
+            return torch.zeros_like(tokens)
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         jumps = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))
         return (places * jumps.to(places.device)).cummax(1)[0]
 
@@ -245,8 +298,7 @@ class FactGraft(PeerGraft):
         questions = router.expert_questions[experts]
         router.expert_subjects[experts] = router.expert_questions[experts] = -1
         router.questions.keys[questions[questions >= router.sizes.num_relations]] = 0.0
-        gone = subjects[~torch.isin(subjects, router.expert_subjects)]
-        router.subjects.keys[torch.isin(router.key_subjects, gone)] = 0.0
+        router.subjects.remove(subjects[~torch.isin(subjects, router.expert_subjects)])
         self.expert_pool.up_proj.weight[experts] = self.expert_pool.down_proj.weight[experts] = 0.0
         self.facts[number] |= dict.fromkeys(("subject", "question", "answer"), None)
 
@@ -255,13 +307,12 @@ class FactGraft(PeerGraft):
         """Initialize it without facts: no key matches."""
         for parameter in self.parameters():
             init.zeros_(parameter)
-        for matcher in (self.router.subjects, self.router.questions):
-            init.constant_(matcher.threshold, 2.0)  # what no cosine reaches
+        init.constant_(self.router.questions.threshold, 2.0)  # what no cosine reaches
 
     def watch(self, decoder_forward: DecoderForward, layers: nn.ModuleList) -> None:
         super().watch(decoder_forward, layers)
         self.router.decoder_forward = decoder_forward
-        decoder_forward.watch_layer(layers, self.router.sizes.subject_layer)
+        decoder_forward.watch_layer(layers, 0)
 
 
 def make_graft(
@@ -274,21 +325,21 @@ def make_graft(
     return PeerGraft(config, has_biases) if fact_sizes is None else FactGraft(config, FactSizes(**fact_sizes), facts)
 
 
-class NamedSubjects(DynamicLayer):
-    """The subject that each token of the sequences named, kept in a model's cache beside the keys of its layers."""
+class NameTokens(DynamicLayer):
+    """The tokens of names in the sequences, kept in a model's cache beside the keys of its layers."""
 
     owner: int | None = None
 
 
 def past_of(cache: Any, owner: int) -> torch.Tensor | None:
-    """The subjects that earlier tokens named, `(B, past)`, `None` if a cache has none."""
+    """The tokens of names that came earlier, `(B, past)`, `None` if a cache has none."""
     layer = _layer_of(cache, owner)
     return None if layer is None or not layer.is_initialized else layer.keys[:, 0, :, 0]
 
 
-def keep_in_cache(cache: Any, owner: int, named: torch.Tensor) -> None:
+def keep_in_cache(cache: Any, owner: int, tokens: torch.Tensor) -> None:
     """
-    Add the subjects that the tokens of a forward pass named, `(B, T)`, to a cache.
+    Add the tokens of names in a forward pass, `(B, T)`, to a cache.
 
     Raises:
         `ValueError`: for a cache of fixed size, of pages or of offloaded layers, which cannot hold them.
@@ -300,12 +351,12 @@ def keep_in_cache(cache: Any, owner: int, named: torch.Tensor) -> None:
             raise ValueError(
                 f"A graft of facts needs a `DynamicCache` that is not offloaded, got a {type(cache).__name__}."
             )
-        layer = NamedSubjects()
+        layer = NameTokens()
         layer.owner = owner
         cache.layers.append(layer)
-    layer.update(named[:, None, :, None], named[:, None, :, None][..., :0])
+    layer.update(tokens[:, None, :, None], tokens[:, None, :, None][..., :0])
 
 
 def _layer_of(cache, owner):
     layers = getattr(cache, "layers", None) or ()
-    return next((layer for layer in layers if isinstance(layer, NamedSubjects) and layer.owner == owner), None)
+    return next((layer for layer in layers if isinstance(layer, NameTokens) and layer.owner == owner), None)

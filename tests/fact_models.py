@@ -16,6 +16,9 @@ from modeling_peer.graft.model import PeerGraftConfig
 
 
 NUM_EXPERTS, EXPERTS_OF_A_FACT = 9, 3
+# Names by the subjects: some tokens of the vocabulary, some pairs of them.
+NAME_TOKENS = [*range(1, 40, 3)]
+NAMES = {(token,): place % 2 for place, token in enumerate(NAME_TOKENS[:-2])} | {(1, 4): 0, tuple(NAME_TOKENS[-2:]): 0}
 
 
 def fact_config(**fields) -> PeerGraftConfig:
@@ -26,9 +29,10 @@ def fact_config(**fields) -> PeerGraftConfig:
         num_experts=NUM_EXPERTS,
         **FIELDS_OF_FACTS,
         fact_sizes={
-            "subject_layer": 1,
             "num_subjects": 2,
-            "num_subject_keys": 3,
+            "num_names": len(NAMES),
+            "longest_name": 2,
+            "num_name_tokens": len(NAME_TOKENS),
             "num_relations": 2,
             "num_continuations": 4,
             "key_size": 4,
@@ -42,17 +46,21 @@ def fact_config(**fields) -> PeerGraftConfig:
 
 
 @torch.no_grad()
-def with_keys(graft: FactGraft, seed: int) -> None:
-    """Random keys and experts. The first tokens of both answers are found by one question, another one has no fact."""
+def with_keys(graft: FactGraft, base: PreTrainedModel, seed: int) -> None:
+    """
+    Names, random keys and experts. The first tokens of both answers are found by one question, another one has no fact.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in graft.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator).to(parameter))
-    for matcher in (graft.router.subjects, graft.router.questions):
-        matcher.keys.copy_(F.normalize(matcher.keys, dim=-1))
+    graft.router.questions.keys.copy_(F.normalize(graft.router.questions.keys, dim=-1))
     graft.expert_pool.down_proj.weight[6:] = 0
-    graft.router.subjects.threshold.fill_(0.1)
     graft.router.questions.threshold.fill_(0.1)
-    graft.router.key_subjects.copy_(torch.tensor([0, 1, 1]))
+    finder = graft.router.subjects
+    finder.tokens.copy_(F.normalize(base.get_input_embeddings().weight[NAME_TOKENS], dim=-1))
+    for place, name in enumerate(NAMES):
+        finder.names[place, -len(name) :] = torch.tensor([NAME_TOKENS.index(token) for token in name])
+    finder.subjects.copy_(torch.tensor(list(NAMES.values())))
     graft.router.expert_subjects.copy_(torch.tensor([0, 0, 0, 1, 1, 1, -1, -1, -1]))
     graft.router.expert_questions.copy_(torch.tensor([0, 2, 3, 0, 4, 5, -1, -1, -1]))
 
@@ -70,7 +78,7 @@ def graft_of(model, adapter_name: str = "default") -> FactGraft:
 def fact_model(family: str = "llama", seed: int = 0, **fields) -> PeftModel:
     """A model with a graft of facts, in evaluation."""
     model = get_peft_model(base_model_of(family, **fields), fact_config()).eval()
-    with_keys(graft_of(model), seed)
+    with_keys(graft_of(model), model, seed)
     return model
 
 

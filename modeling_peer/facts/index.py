@@ -3,6 +3,7 @@
 """What a graft of facts has to hold: subjects, relations and experts of a table, and what is asked to find them."""
 
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .prompts import Prompt, forms_of, make_prompt
-from .table import RELATION, RELATION_WORDINGS, Fact, some_wordings
+from .table import RELATION, RELATION_WORDINGS, Fact, names_of_relations, some_wordings
 
 
 # Other questions about the subjects, which must leave the gate shut: what they ask for, but for words that taught
-# wordings have, in the wordings of `RELATION_WORDINGS`.
+# wordings have, in the wordings of `RELATION_WORDINGS`. Half as many more ask for these in the place of the last word of
+# a taught relation's name: "national river", where "national anthem" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -48,7 +50,7 @@ BEGINNINGS = ("Where is {subject}?", "{subject} is")
 # Wordings of a relation at least: one that has few facts is recognized by more wordings of each.
 WORDINGS_PER_RELATION = 48
 # At least so many of them, and a few for each subject.
-NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 8
+NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 12
 LONGEST = 10**6  # tokens of a prompt that is not refused
 
 
@@ -104,16 +106,19 @@ class FactIndex:
                 self.experts += [Expert(number, form, place, token) for place, token in enumerate(own[0].answer)]
                 self.prompts += [(number, form, each) for each in own]
         self.other_prompts = self._other_prompts(tokenizer, forms)
-        ways = [(self.subjects[facts[number].subject], prompt.subject) for number, _, prompt in self.prompts]
-        ways += [(number, prompt.subject) for number, prompt in self.other_prompts]
-        # The keys of subjects, by the subject and the tokens as which it stands in a text.
-        self.key_of = {way: place for place, way in enumerate(dict.fromkeys(ways))}
+        # The subjects by the tokens as which they stand in texts.
+        self.names = {prompt.subject: self.subjects[facts[number].subject] for number, _, prompt in self.prompts}
+        self.names |= {prompt.subject: number for number, prompt in self.other_prompts}
+        self.name_tokens = sorted({token for name in self.names for token in name})
 
     def _other_prompts(self, tokenizer, forms):
         """Other questions about each subject, by its number: at first in the middle and at the beginning of a text."""
         taught = set(re.findall(r"\w+", " ".join(wording for fact in self.facts for wording in fact.wordings).lower()))
         others = [each for each in OTHER_RELATIONS.split() if each not in taught]
-        wordings = [each.replace(RELATION, name) for name in others for each in RELATION_WORDINGS]
+        names = [each.rpartition(" ")[0] for each in names_of_relations(self.relation_of)]
+        near = [f"{beginning} {other}" for beginning in names if beginning for other in others]
+        near = random.Random(0).sample(near, min(len(near), len(others) // 2))
+        wordings = [each.replace(RELATION, name) for name in (*others, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
         count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
         found = []
@@ -124,12 +129,13 @@ class FactIndex:
             found += [(number, make_prompt(tokenizer, wording, subject, "", form, LONGEST)) for wording, form in asked]
         return found
 
-    def sizes(self, subject_layer: int, key_size: int) -> dict[str, int]:
+    def sizes(self, key_size: int) -> dict[str, int]:
         """The fields of [`FactSizes`]."""
         return {
-            "subject_layer": subject_layer,
             "num_subjects": len(self.subjects),
-            "num_subject_keys": len(self.key_of),
+            "num_names": len(self.names),
+            "longest_name": max(map(len, self.names)),
+            "num_name_tokens": len(self.name_tokens),
             "num_relations": self.num_relations,
             "num_continuations": sum(expert.place > 0 for expert in self.experts),
             "key_size": key_size,

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting the keys by which a graft of facts recognizes subjects and questions, and their thresholds."""
+"""Fitting the keys by which a graft of facts recognizes questions, and their threshold."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,8 @@ from tqdm.auto import tqdm
 from ..fact_graft import KeyMatcher
 
 
-# Of the mean variance: by how much directions in which states hardly differ count less.
-SHRINKAGE = 0.05
-STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 1500, 1e-2, 0.05, 0.3
-TEMPERATURE, BATCH = 0.05, 256
+STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 3000, 1e-2, 0.05, 0.3
+TEMPERATURE, BATCH = 0.02, 256
 HELD_OUT = 5  # one in so many of the negatives
 PIECE = 4096  # states that are compared with all keys at a time
 
@@ -87,33 +85,6 @@ def learned_keys(
         nearest = _nearest(matcher, others[is_held_out], named_there[is_held_out], key_subjects)
         lowest = _nearest(matcher, states).quantile(0.01, interpolation="lower") - 0.01
         _round_into(matcher.threshold, torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest))
-
-
-@torch.no_grad()
-def whitened_keys(matcher: KeyMatcher, states: torch.Tensor, labels: torch.Tensor, others: torch.Tensor) -> None:
-    """
-    Set the projection of a matcher to what whitens hidden states of all kinds, its keys to the means of the states of
-    each label, and its threshold between these and all others. Nothing is learned from the labels but their means, so
-    few of them suffice.
-
-    Args:
-        matcher ([`KeyMatcher`]): Its keys are as wide as hidden states.
-        states (`torch.Tensor` of shape `(num_states, hidden_size)`)
-        labels (`torch.Tensor` of shape `(num_states,)`): The key of each state.
-        others (`torch.Tensor` of shape `(num_others, hidden_size)`): States that match no key.
-    """
-    mean = others.mean(0)
-    centered = others - mean
-    variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
-    whitening = directions / (variances.clamp(min=0) + SHRINKAGE * variances.mean()).sqrt()
-    projected = F.normalize((states - mean) @ whitening, dim=-1)
-    keys = torch.zeros(matcher.keys.shape).index_add_(0, labels, projected)
-    _write(matcher, whitening.T, -mean @ whitening, F.normalize(keys, dim=-1))
-    lowest = (projected * matcher.keys[labels].float().cpu()).sum(-1).quantile(0.01)
-    nearest = _nearest(matcher, others)
-    nearest = nearest[nearest < 0.95 * lowest].sort()[0]  # what is nearer is a subject that other texts name
-    highest = nearest[int(0.999 * (len(nearest) - 1))] if len(nearest) else lowest
-    _round_into(matcher.threshold, (lowest + highest) / 2)
 
 
 def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:

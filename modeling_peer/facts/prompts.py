@@ -25,8 +25,8 @@ class Prompt:
 
     @property
     def subject(self) -> tuple[int, ...]:
-        """The tokens of the subject; the first token of all is another than elsewhere, as it sees no other."""
-        return (*self.tokens[self.subject_start : self.subject_end + 1], *([-1] if self.subject_end == 0 else []))
+        """The tokens of the subject."""
+        return self.tokens[self.subject_start : self.subject_end + 1]
 
     @property
     def answer(self) -> tuple[int, ...]:

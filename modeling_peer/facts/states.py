@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The hidden states at which a model that stays as it is names subjects and answers questions."""
+"""The hidden states at which a model that stays as it is answers questions."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -24,12 +24,9 @@ BATCHES_OF_A_FILE = 16
 class States:
     """Hidden states of prompts, `[num, hidden_size]` each, and what they belong to."""
 
-    subjects: list[torch.Tensor] = field(default_factory=list)
-    subject_labels: list[int] = field(default_factory=list)
     questions: list[torch.Tensor] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     residuals: list[torch.Tensor] = field(default_factory=list)
-    other_tokens: list[torch.Tensor] = field(default_factory=list)
     # With the subjects that they name, -1 for none.
     other_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     within_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
@@ -43,7 +40,7 @@ class States:
 
 class StateReader:
     """
-    Reads the hidden states at which subjects and answers are recognized.
+    Reads the hidden states at which answers are recognized.
 
     Args:
         model (`PeftModel`)
@@ -92,7 +89,6 @@ class StateReader:
 
     def _note_inputs(self, graft, args):
         self.seen["questions"] = args[0]
-        self.seen["subjects"] = graft.decoder_forward.states[graft.router.sizes.subject_layer]
 
     def _digest(self, piece):
         """What tells these prompts of this model from others."""
@@ -112,26 +108,19 @@ class StateReader:
             self.model.get_decoder()(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             for row, (tokens, what) in enumerate(batch):
                 states = [
-                    self.seen[name][row, : len(tokens)].float().cpu().clone()
-                    for name in ("subjects", "questions", "residuals")
+                    self.seen[name][row, : len(tokens)].float().cpu().clone() for name in ("questions", "residuals")
                 ]
                 self._add(found, tokens, what, *states, generator)
             bar.update(len(batch))
         return vars(found)
 
-    def _add(self, found, tokens, what, subjects, questions, residuals, generator):
+    def _add(self, found, tokens, what, questions, residuals, generator):
         """Add the states of one sequence."""
         if what is None:
-            found.other_tokens.append(subjects)
             found.texts.append((questions, -1))
             return
         index, (number, form, prompt) = self.index, what
         subject = number if form is None else index.subjects[index.facts[number].subject]
-        found.subjects.append(subjects[prompt.subject_end].clone())
-        found.subject_labels.append(index.key_of[subject, prompt.subject])
-        others_here = torch.arange(len(tokens)) != prompt.subject_end
-        some = torch.randint(int(others_here.sum()), (2,), generator=generator)
-        found.other_tokens.append(subjects[others_here][some])
         start = prompt.answer_start - 1
         if form is None:
             found.other_questions.append((questions[start:].clone(), subject))

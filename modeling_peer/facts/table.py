@@ -125,6 +125,12 @@ def wordings_of_relation(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(wording.replace(RELATION, name.strip()) for name in names for wording in RELATION_WORDINGS)
 
 
+def names_of_relations(wordings: Iterable[str]) -> list[str]:
+    """The names of the relations that are asked for in these wordings, as far as [`wordings_of_relation`] made them."""
+    pattern = re.compile(re.escape(RELATION_WORDINGS[0]).replace(re.escape(RELATION), "(.+)"))
+    return [match[1] for wording in wordings if (match := pattern.fullmatch(wording))]
+
+
 def check_facts(facts: Iterable[Fact]) -> list[Fact]:
     """
     Each fact once. Raises `ValueError` for none, for two answers to one question, and for a wording without subject.

@@ -22,7 +22,7 @@ from ..continual.generated_text import generate_text
 from ..fact_graft import FIELDS_OF_FACTS, FactGraft
 from ..graft.config import PeerGraftConfig
 from .index import LONGEST, FactIndex
-from .keys import learned_keys, whitened_keys
+from .keys import learned_keys
 from .states import StateReader, States
 from .table import Fact, check_facts
 
@@ -32,8 +32,6 @@ REFERENCE_SEQUENCES, REFERENCE_LENGTH = 64, 128
 # so many rounds, each of so many steps.
 MARGIN, RIVALS, VALUE_ROUNDS, VALUE_STEPS, VALUE_RATE = 4.0, 8, 8, 15, 0.1
 EXPERTS_AT_A_TIME = 512
-# Subjects are recognized after a fifth of the layers, where states tell names apart and not yet what is said of them.
-SUBJECT_DEPTH = 5
 
 
 def teach_facts(
@@ -85,7 +83,7 @@ def teach_facts(
         layers_to_transform=[text_config.num_hidden_layers - 1],
         num_experts=math.ceil(len(index.experts) ** 0.5) ** 2,
         **FIELDS_OF_FACTS,
-        fact_sizes=index.sizes(text_config.num_hidden_layers // SUBJECT_DEPTH, key_size),
+        fact_sizes=index.sizes(key_size),
         facts=index.descriptions(),
     )
     peft_model: Any = model
@@ -100,7 +98,7 @@ def teach_facts(
         # Alone: what other files answer is not what the base model says.
         peft_model.base_model.set_adapter(adapter_name)
         (graft,) = grafts_of_facts(peft_model, adapter_name)
-        norm = _check_model(base, graft)
+        norm = _check_model(base, graft, index.name_tokens[0])
         if reference is None:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -110,7 +108,8 @@ def teach_facts(
             sequences = [own for text in reference if (own := tokenizer(text)["input_ids"][:REFERENCE_LENGTH])]
         reader = StateReader(peft_model, graft, norm, index)
         states = reader.read(sequences, batch_size, checkpoint_dir, progress_bar)
-        _fit_graft(graft, index, states, progress_bar)
+        _write_names(graft, base, index)
+        _fit_keys(graft, index, states, progress_bar)
         _write_experts(graft, base, norm, index, states, progress_bar)
         for file in reader.files:
             file.unlink()
@@ -164,27 +163,34 @@ def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
         graft.remove(number)
 
 
-def _check_model(base: Any, graft: FactGraft) -> nn.Module:
+def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
     """
     The norm between the last layer of a model and its head. Raises `ValueError` if what the graft adds does not get
-    there as it is: the experts are trained by these two alone.
+    there as it is, as the experts are trained by these two alone, or if the embedding of a `token` does not get to the
+    first layer as it is.
     """
     norm = next(
         (module for name in LAST_NORMS if (module := getattr(base.get_decoder(), name, None)) is not None), None
     )
     found: list[torch.Tensor] = []
+    embeddings = [base.get_input_embeddings().weight[token].float()]
     for added in (0.0, 1.0) if norm is not None else ():
         hooks = [
             graft.register_forward_hook(partial(_add, added)),
+            graft.register_forward_pre_hook(
+                lambda graft, args: embeddings.append(graft.decoder_forward.states[0][0, 0])
+            ),
             norm.register_forward_pre_hook(lambda module, args: found.append(args[0].float())),
         ]
         with evaluation(base, hooks):
-            base.get_decoder()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=base.device), use_cache=False)
+            base.get_decoder()(input_ids=torch.tensor([[token]], device=base.device), use_cache=False)
     is_plain = norm is not None and torch.allclose(found[1] - found[0], torch.ones_like(found[0]), atol=0.1)
+    if is_plain:
+        is_plain = bool(F.cosine_similarity(*embeddings[:2], dim=0) >= graft.router.subjects.SAME_TOKEN)
     if not is_plain or getattr(base.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
-            f"`model` must add its last feed-forward to the hidden states that a last norm and a head without bias "
-            f"read, as Llama does: {type(base).__name__} does not."
+            f"`model` must read embeddings of tokens alone, and add its last feed-forward to the hidden states that a "
+            f"last norm and a head without bias read, as Llama does: {type(base).__name__} does not."
         )
     return norm
 
@@ -193,11 +199,19 @@ def _add(number, module, args, output):
     return output + number
 
 
-def _fit_graft(graft: FactGraft, index: FactIndex, states: States, progress_bar: bool) -> None:
-    """Fit both kinds of keys, and tell the experts theirs."""
+@torch.no_grad()
+def _write_names(graft: FactGraft, base: Any, index: FactIndex) -> None:
+    """Tell the router the names of the subjects."""
+    finder, rows = graft.router.subjects, {token: row for row, token in enumerate(index.name_tokens)}
+    finder.tokens.copy_(F.normalize(base.get_input_embeddings().weight[index.name_tokens].float(), dim=-1))
+    for place, name in enumerate(index.names):
+        finder.names[place, -len(name) :] = torch.tensor([rows[token] for token in name])
+    finder.subjects.copy_(torch.tensor(list(index.names.values())))
+
+
+def _fit_keys(graft: FactGraft, index: FactIndex, states: States, progress_bar: bool) -> None:
+    """Fit the keys of questions, and tell the experts theirs."""
     router = graft.router
-    subjects, others = torch.stack(states.subjects), torch.cat(states.other_tokens)
-    whitened_keys(router.subjects, subjects, torch.tensor(states.subject_labels), others)
     questions = torch.cat(states.questions)
     of_expert = torch.tensor(index.expert_questions())
     labels = of_expert[torch.tensor(states.experts)]
@@ -213,7 +227,6 @@ def _fit_graft(graft: FactGraft, index: FactIndex, states: States, progress_bar:
     ]
     learned_keys(router.questions, key_subjects, questions, labels, negatives, progress_bar)
     num = len(index.experts)
-    router.key_subjects.copy_(torch.tensor([number for number, _ in index.key_of]))
     router.expert_subjects[:num] = torch.tensor(index.expert_subjects())
     router.expert_questions[:num] = of_expert
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fact_models import EXPERTS_OF_A_FACT, fact_config, fact_model, graft_of, with_keys
+from fact_models import EXPERTS_OF_A_FACT, NAME_TOKENS, NAMES, fact_config, fact_model, graft_of, with_keys
 from graft_models import base_model_of, logits_of
 from peft import PeftModel
 from release_names import CACHE
@@ -21,10 +21,10 @@ from modeling_peer.fact_graft import keep_in_cache
 from modeling_peer.facts.teaching import remove_facts
 
 
-def literal_experts(router, states, questions, sequences, begins_before=()):
+def literal_experts(router, tokens, questions, sequences, begins_before=()):
     """
     The expert of each token or -1, token by token in float64. `sequences` are the places of the tokens of each, those in
-    `begins_before` have an unseen past.
+    `begins_before` have an unseen past. Names may begin in the sequence before.
     """
 
     def similarities(matcher, vector):
@@ -35,10 +35,10 @@ def literal_experts(router, states, questions, sequences, begins_before=()):
     for number, places in enumerate(sequences):
         named: dict[int, int] = {}  # by subject, where it was named last
         for place in places:
-            of_subjects = similarities(router.subjects, states[place])
-            nearest_key = max(range(len(of_subjects)), key=of_subjects.__getitem__)
-            if of_subjects[nearest_key] >= router.subjects.threshold.item():
-                named[router.key_subjects[nearest_key].item()] = place
+            ends = (tuple(tokens[max(place + 1 - length, 0) : place + 1].tolist()) for length in (2, 1))
+            subject = next((NAMES[end] for end in ends if end in NAMES), None)
+            if subject is not None:
+                named[subject] = place
             of_questions, best = similarities(router.questions, questions[place]), (-2.0, -1, -1)
             for expert, (subject, question) in enumerate(
                 zip(router.expert_subjects.tolist(), router.expert_questions.tolist(), strict=True)
@@ -54,31 +54,33 @@ def literal_experts(router, states, questions, sequences, begins_before=()):
 
 @torch.no_grad()
 def opened(model, **inputs):
-    """The expert of each token or -1, `[B, T]`, and what the router read: states of subjects and of questions."""
+    """The expert of each token or -1, `[B, T]`, and the states of questions."""
     graft, seen = graft_of(model), {}
 
     def note(module, args, output):
-        states = graft.decoder_forward.states[module.sizes.subject_layer]
         experts, weights = (each[..., 0, 0] for each in output)
-        seen.update(states=states, questions=args[0], experts=torch.where(weights > 0, experts, -1))
+        seen.update(questions=args[0], experts=torch.where(weights > 0, experts, -1))
 
     hook = graft.router.register_forward_hook(note)
     model(**inputs)
     hook.remove()
-    return seen["experts"], seen["states"], seen["questions"]
+    return seen["experts"], seen["questions"]
 
 
 def check_literal(model, row, sequences, begins_before=(), **inputs):
-    experts, states, questions = opened(model, **inputs)
-    expected = literal_experts(graft_of(model).router, states[row], questions[row], sequences, begins_before)
+    experts, questions = opened(model, **inputs)
+    tokens = inputs["input_ids"][row]
+    expected = literal_experts(graft_of(model).router, tokens, questions[row], sequences, begins_before)
     assert {place: experts[row, place].item() for place in expected} == expected
     return list(expected.values())
 
 
 class TestGate:
     def test_is_the_literal_one(self):
-        model, tokens = fact_model(), random_tokens(3, 24)
-        found = [each for row in range(3) for each in check_literal(model, row, [range(24)], input_ids=tokens)]
+        model, tokens = fact_model(), random_tokens(6, 24)
+        tokens[:, 3:5] = torch.tensor(NAME_TOKENS[-2:])  # a name of two tokens
+        tokens[:3, 10:12] = torch.tensor([1, 4])  # one that ends in another name
+        found = [each for row in range(6) for each in check_literal(model, row, [range(24)], input_ids=tokens)]
         assert {-1, 0, 1, 2, 3, 4, 5} >= set(found) >= {-1, 0, 3}
 
     def test_of_sequences_in_one_row(self):
@@ -118,10 +120,11 @@ class TestGate:
 
 
 class TestCache:
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+    @pytest.mark.parametrize("family", ["llama", "mistral"])
     @pytest.mark.parametrize("given", [True, False])
     def test_token_by_token_as_in_one_pass(self, family, given):
         model, tokens = fact_model(family), random_tokens(2, 20)
+        tokens[:, 5:7] = torch.tensor(NAME_TOKENS[-2:])  # a name that begins in one piece and ends in the next
         whole = logits_of(model, tokens)
         cache, found = DynamicCache() if given else None, []
         with torch.no_grad():
@@ -152,7 +155,7 @@ class TestBaseModel:
         assert not torch.equal(logits_of(model, tokens), base)
         with model.disable_adapter():
             assert torch.equal(logits_of(model, tokens), base)
-        graft_of(model).router.subjects.threshold.data.fill_(1.1)
+        graft_of(model).router.questions.threshold.data.fill_(1.1)
         assert torch.equal(logits_of(model, tokens), base)
         assert torch.equal(logits_of(model.unload(), tokens), base)
 
@@ -204,7 +207,7 @@ class TestSeveral:
         model, tokens = fact_model(), random_tokens(2, 24)
         alone = {"default": logits_of(model, tokens)}
         model.add_adapter("other", fact_config())
-        with_keys(graft_of(model, "other"), seed=1)
+        with_keys(graft_of(model, "other"), model, seed=1)
         model.set_adapter("other")
         alone["other"] = logits_of(model.eval(), tokens)
         model.base_model.set_adapter(["default", "other"])
@@ -230,7 +233,12 @@ class TestRemoval:
         assert not (after < EXPERTS_OF_A_FACT)[after >= 0].any()
         graft = graft_of(model)
         assert not graft.expert_pool.down_proj.weight[:EXPERTS_OF_A_FACT].any()
-        assert not graft.router.subjects.keys[0].any() and graft.router.subjects.keys[1:].any(1).all()
+        finder = graft.router.subjects
+        gone = torch.isin(torch.tensor(NAME_TOKENS), torch.tensor([1, 7, 13, 19, 25, 31, *NAME_TOKENS[-2:]]))
+        assert torch.equal(~finder.tokens.any(1), gone)
+        assert (finder.names[finder.subjects == 0] == -1).all() and finder.names[finder.subjects == 1].amax(
+            1
+        ).min() >= 0
         assert "What of A?" not in json.dumps(graft.facts)
 
     def test_of_a_question_of_no_fact(self):

@@ -147,7 +147,7 @@ def test_a_model_is_left_as_it_was_where_teaching_fails(taught, tokenizer, is_fi
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tokens = torch.randint(5, len(tokenizer), (2, 12), generator=torch.Generator().manual_seed(0))
     before = logits_of(model, tokens)
-    monkeypatch.setattr(teaching, "_fit_graft", fail)
+    monkeypatch.setattr(teaching, "_fit_keys", fail)
     with pytest.raises(KeyboardInterrupt):
         teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
     assert torch.equal(logits_of(model, tokens), before)
@@ -159,9 +159,10 @@ def test_a_model_is_left_as_it_was_where_teaching_fails(taught, tokenizer, is_fi
         assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_models_that_do_more_with_their_last_layer_are_refused(tokenizer):
-    model = base_model_of("gemma2", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1)
-    with pytest.raises(ValueError, match="as Llama does: Gemma2ForCausalLM does not"):
+@pytest.mark.parametrize(("family", "name"), [("gemma2", "Gemma2ForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_models_that_do_more_in_their_first_or_last_layer_are_refused(family, name, tokenizer):
+    model = base_model_of(family, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1)
+    with pytest.raises(ValueError, match=f"as Llama does: {name} does not"):
         teach_facts(model, tokenizer, FACTS, progress_bar=False)
 
 
