@@ -21,7 +21,6 @@ from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from common.pictures import TRAININGS, VARIANTS, new_figure, save_picture
 from studies.capacity import report as capacity
-from studies.facts import report as facts
 from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
@@ -29,6 +28,7 @@ from studies.scaling.plots import PLOTS as SCALING_PLOTS
 from studies.scaling.report import read_results
 from studies.stream import report as stream
 from studies.stream.arms import ARMS as STREAM_ARMS
+from studies.teaching import report as teaching
 
 
 ROOT = Path(__file__).parents[1]
@@ -58,12 +58,9 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         "examples/studies/capacity/results.png": lambda file: capacity.plot(
             _read(studies / "capacity/results.json")["runs"], file
         ),
-        **{
-            f"examples/studies/facts/{name}.png": lambda file, name=name: facts.plot(
-                _read(studies / f"facts/{name}.json"), file
-            )
-            for name in ("results", "known_elsewhere/results")
-        },
+        "examples/studies/teaching/results.png": lambda file: teaching.plot(
+            _read(studies / "teaching/results.json")["runs"], file
+        ),
         **{
             f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
             for name, draw in RECIPE_PLOTS.items()

@@ -32,10 +32,8 @@ from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
 from studies.capacity.plan import LARGE, MAIN, WARMUP
-from studies.common.tables import spread_cell
+from studies.common.tables import markdown_table
 from studies.common.training_plan import Run, costs_of
-from studies.facts import report as facts
-from studies.facts.arms import ARMS
 from studies.graft_starts.__main__ import describe as describe_starts
 from studies.recipe.cards import make_cards as recipe_cards
 from studies.recipe.plan import runs_by_size, tuning_runs
@@ -46,6 +44,7 @@ from studies.scaling import report as scaling
 from studies.scaling.cards import make_cards as scaling_cards
 from studies.stream import arms as stream_arms
 from studies.stream import report as stream
+from studies.teaching import report as teaching_study
 
 
 README, QUALITY, OPTIONS = "README.md", "docs/quality.md", "docs/layer-and-options.md"
@@ -428,12 +427,6 @@ def forgetting():
         after = model_costs(toy, sequence_length=256).total
         more = after.parameters / before.parameters - 1, after.flops / before.flops - 1
         yield CONTINUAL, [str(texts), *fixed(1, after.parameters / 1e6), *percent(*more, digits=0)]
-    for result in load(STUDIES + "facts/known_elsewhere/results.json")["arms"].values():
-        of_kinds = (
-            spread_cell(*(result["at_equal_learning"][each][f"{kind}_drop"] for each in ("mean", "deviation")))
-            for kind in ("known", "known_elsewhere")
-        )
-        yield CONTINUAL, numbers(" ".join(of_kinds))
 
 
 def stored_facts():
@@ -503,15 +496,6 @@ def test_pages_quote_what_was_found(source):
     assert not wrong
 
 
-def rebuilt_facts(folder, choose):
-    results = load(f"{STUDIES}facts/{folder}results.json")
-    level, chosen = choose(results)
-    labels = {arm: result["label"] for arm, result in results["arms"].items()}
-    rebuilt = facts.summarize(results["runs"], labels, level, chosen, results["arguments"])
-    assert rebuilt["arms"] == results["arms"]
-    return results
-
-
 def rebuilt_stream(folder):
     results = load(f"{STUDIES}stream/{folder}results.json")
     swept = [run for run in results["runs"] if run["seed"] == 0 and stream.order_of(run) == 1]
@@ -519,15 +503,6 @@ def rebuilt_stream(folder):
     rebuilt = stream.summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     return results
-
-
-def choose_facts(results):
-    return facts.choose_hyperparameters([run for run in results["runs"] if run["seed"] == 0])
-
-
-def facts_chosen_before(results):
-    arms = {name: ARMS[name] for name in results["arms"]}
-    return facts.level_of_all(results["runs"]), facts.read_chosen(ROOT / STUDIES / "facts/results.json", arms)
 
 
 def tables_of_scaling():
@@ -552,9 +527,11 @@ TABLES = [
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
     (QUALITY, tables_of_scaling),
-    (STUDIES + "facts/README.md", lambda: facts.describe(rebuilt_facts("", choose_facts))),
-    (STUDIES + "facts/README.md", lambda: facts.describe(rebuilt_facts("known_elsewhere/", facts_chosen_before))),
-    (CONTINUAL, lambda: facts.table_at_equal_learning(load(STUDIES + "facts/results.json"))),
+    (STUDIES + "teaching/README.md", lambda: teaching_study.describe(load(STUDIES + "teaching/results.json")["runs"])),
+    (
+        CONTINUAL,
+        lambda: markdown_table(teaching_study.main_table(load(STUDIES + "teaching/results.json")["runs"], 240)),
+    ),
     (STUDIES + "graft_starts/README.md", lambda: describe_starts(load(STUDIES + "graft_starts/results.json"))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream(""))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream("recipe/"))),

@@ -28,9 +28,9 @@ from common.command_line import parse_arguments
 from common.machine import machine
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from modeling_peer import PeerGraftConfig
-from studies.common.arms import train
 from studies.common.base_model import MODEL_PACKAGE, save_base
 from studies.common.corpora import load_corpus
+from studies.common.finetuning import train
 from studies.common.study_folder import claim_folder, read_json, write_json
 from studies.common.tables import markdown_table
 

@@ -35,7 +35,6 @@ from common.model_arguments import ModelArguments, load_config
 from common.text_data import DataTrainingArguments, text_column, tokenize_into_blocks, train_tokenizer
 from common.training import OptimizerArguments, has_finished, make_optimizers
 from modeling_peer import PeerForCausalLM, last_complete_checkpoint, masked_experts
-from studies.common.arms import named_arms, run_all
 from studies.common.corpora import load_corpus, split_documents
 from studies.common.study_folder import claim_folder, read_json, saved_run, sole_use, write_json
 from studies.stream.arms import ARMS, Arm, Stage
@@ -48,6 +47,7 @@ from studies.stream.report import (
     shown_orders,
     summarize,
 )
+from studies.stream.sweep import run_all
 
 
 # The models that are pre-trained, by the `base` of arms: a named configuration, fields of it that are changed, and
@@ -288,7 +288,9 @@ def take_through_stream(
 
 def main():
     (args,) = parse_arguments((StreamArguments,), __doc__)
-    arms = named_arms(args.arms, ARMS)
+    if unknown := set(args.arms) - set(ARMS):
+        raise ValueError(f"--arms must be some of {list(ARMS)}, got {sorted(unknown)} among them.")
+    arms = {name: ARMS[name] for name in args.arms}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)

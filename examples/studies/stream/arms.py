@@ -24,7 +24,7 @@ from modeling_peer import (
     generate_text,
 )
 from modeling_peer.experts import expert_tables
-from studies.common.arms import train, with_rates
+from studies.common.finetuning import train
 
 
 REPLAYED_SHARE = 0.05
@@ -201,6 +201,11 @@ def grown_open(model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, 
     add_experts(model, (side + ADDED_ROWS) ** 2 - side**2, mode="open")
     train_stage(model, stage, hyperparameters["learning_rate"])
     return model
+
+
+def with_rates(*rates: float, **hyperparameters: float) -> tuple[dict[str, float], ...]:
+    """The same hyperparameters, once with each of the learning rates."""
+    return tuple({"learning_rate": rate, **hyperparameters} for rate in rates)
 
 
 @dataclass(frozen=True)

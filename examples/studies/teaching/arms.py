@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from modeling_peer import PeerGraftConfig, teach_facts
 from modeling_peer.facts.index import LONGEST, FactIndex
 from modeling_peer.graft_layer import PREFIX
-from studies.common.arms import train
+from studies.common.finetuning import train
 from studies.teaching.plan import EXPOSURES, Run
 from studies.teaching.questions import Item, as_fact
 

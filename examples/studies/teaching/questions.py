@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from modeling_peer import Fact
 from modeling_peer.facts.table import wordings_of_relation
 from studies.common.people import VALUES, draw_people
-from studies.facts.factbook import load_facts
+from studies.teaching.factbook import load_facts
 
 
 # The names of each relation that is taught: those that are taught, and others that are only asked.
@@ -84,10 +84,10 @@ def as_fact(item: Item) -> Fact:
 
 
 def all_countries() -> list[Item]:
-    """All facts of the factbook of relations that are taught, or of which the model knows some, in a random order."""
+    """All facts of the factbook in a random order."""
     found = [Item(fact.relation, fact.country, fact.answer) for fact in load_facts()]
     random.Random(0).shuffle(found)
-    return [item for item in found if item.relation in NAMES or item.relation in KNOWN_NAMES]
+    return found
 
 
 def all_people(number: int) -> list[Item]:

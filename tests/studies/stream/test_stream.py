@@ -14,12 +14,12 @@ from main_runs import run_main
 from slow_tests import slow
 
 from modeling_peer import PeerForCausalLM, fit_gates
-from studies.common.arms import run_all, with_rates
 from studies.stream import __main__ as stream_study
 from studies.stream import arms as stream_arms
 from studies.stream import report
-from studies.stream.arms import Arm
+from studies.stream.arms import Arm, with_rates
 from studies.stream.report import choose_hyperparameters, measures
+from studies.stream.sweep import run_all
 
 
 # Two texts after the pre-training: rows are stages, columns texts.

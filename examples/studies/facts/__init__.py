@@ -1,1 +1,0 @@
-"""Continual learning of new facts by a pretrained model."""
