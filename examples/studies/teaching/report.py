@@ -183,6 +183,11 @@ def describe(results: Results) -> str:
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
 
 
+def lost_of(run: dict[str, Any]) -> float:
+    """The share of all known answers that are lost."""
+    return 1 - share("".join(run["right"].get(kind, "") for kind in KNOWN))
+
+
 def plot(results: Results, file: Path) -> None:
     """Plots recall against what is lost, once the graft of facts is there."""
     found = {arm: runs for arm in LABELS if (runs := runs_of(arm, SIZE, results))}
@@ -191,17 +196,14 @@ def plot(results: Results, file: Path) -> None:
     figure = new_figure(7, 4.4)
     axes = figure.subplots()
     for arm, runs in found.items():
-        lost = [100 * mean(1 - share(run["right"][kind]) for kind in KNOWN if kind in run["right"]) for run in runs]
+        lost = [100 * lost_of(run) for run in runs]
         recalled = [100 * share(run["right"][RECALL]) for run in runs]
         look = LOOKS.get(arm) or TRAININGS[arm]
         axes.plot(lost, recalled, linestyle="", **look.style, label=LABELS[arm])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set(xlabel="known answers lost, %", ylabel="taught facts recalled, % (wordings never taught)")
-    recall, lost = (
-        mean(map(value_of, found["facts"])) for value_of in (right_share(RECALL), right_share(KNOWN[-1], is_lost=True))
-    )
-    axes.set_title(
-        f"{SIZE} facts behind a gate: {recall:.0%} recalled, {lost:.1%} of what was known lost", fontsize=10
-    )
+    recall = mean(share(run["right"][RECALL]) for run in found["facts"])
+    lost = mean(map(lost_of, found["facts"]))
+    axes.set_title(f"{SIZE} facts behind a gate: {recall:.0%} recalled, {lost:.1%} of known answers lost", fontsize=10)
     save_picture(figure, file)
