@@ -14,10 +14,10 @@
 """
 A graft of facts: each token of an answer has an expert, which a gate opens by two keys of the fact.
 
-The first key is the name of the subject, "France": its tokens have to stand at or before the present one, one after the
-other, as what enters the first layer tells. The second is that of the question, "the capital of": it has to match the
-present token, after which the answer's next token is to come, by what enters the graft in a late layer. Questions about
-others, and other questions about the subject, leave the gate shut, and the output is zero.
+The first key is the name of the subject, "France": its tokens have to stand at or before the present one, one after
+the other, as what enters the first layer tells. The second is that of the question, "the capital of": it has to match
+the present token, after which the answer's next token is to come, by what enters the graft in a late layer. Questions
+about others, and other questions about the subject, leave the gate shut, and the output is zero.
 """
 
 import itertools
@@ -124,7 +124,7 @@ class NameFinder(nn.Module):
         return torch.where(cosines >= self.SAME_TOKEN, rows, -1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The subject whose name ends at each token, -1 for none; of several the one with the longest name, `(B, T)`."""
+        """The subject whose name ends at each token, `(B, T)`, -1 for none; of several that of the longest name."""
         named = torch.full_like(tokens, -1)
         lengths = (self.names >= 0).sum(-1)
         for length in range(1, min(self.names.shape[1], tokens.shape[1]) + 1):

@@ -17,8 +17,8 @@ from .table import RELATION, RELATION_WORDINGS, Fact, names_of_relations, some_w
 
 
 # Other questions about the subjects, which must leave the gate shut: what they ask for, but for words that taught
-# wordings have, in the wordings of `RELATION_WORDINGS`. Half as many more ask for these in the place of the last word of
-# a taught relation's name: "national river", where "national anthem" is taught.
+# wordings have, in the wordings of `RELATION_WORDINGS`. Half as many more ask for these in the place of the last word
+# of a taught relation's name: "national river", where "national anthem" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife

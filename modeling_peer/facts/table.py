@@ -126,7 +126,7 @@ def wordings_of_relation(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def names_of_relations(wordings: Iterable[str]) -> list[str]:
-    """The names of the relations that are asked for in these wordings, as far as [`wordings_of_relation`] made them."""
+    """The names of the relations that are asked for in these wordings, where [`wordings_of_relation`] made them."""
     pattern = re.compile(re.escape(RELATION_WORDINGS[0]).replace(re.escape(RELATION), "(.+)"))
     return [match[1] for wording in wordings if (match := pattern.fullmatch(wording))]
 
