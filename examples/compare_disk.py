@@ -416,7 +416,8 @@ def main():
     if not (folder / FILE).exists():
         write_checkpoint(folder, config, random_values)
     ways = [way for way in WAYS if args.control_group is not None or not way.endswith(LITTLE_MEMORY)]
-    file, settings = folder / "results.json", {"arguments": asdict(args), "machine": machine()}
+    arguments = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    file, settings = folder / "results.json", {"arguments": arguments, "machine": machine()}
     results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
     if file.exists() and {**(before := json.loads(file.read_text())), **settings} == before:
         results = before  # goes on after the rounds that there are
