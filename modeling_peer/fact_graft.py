@@ -123,9 +123,13 @@ class NameFinder(nn.Module):
             cosines, rows = (F.normalize(embeddings.float(), dim=-1).to(known.device) @ known.T).max(-1)
         return torch.where(cosines >= self.SAME_TOKEN, rows, -1)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The subject whose name ends at each token, `(B, T)`, -1 for none; of several that of the longest name."""
+    def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """
+        The subject whose name ends at each token, `(B, T)`, -1 for none; of several that of the longest name. `starts`
+        is where the sequence of each token begins: a name is in one of them.
+        """
         named = torch.full_like(tokens, -1)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
         lengths = (self.names >= 0).sum(-1)
         for length in range(1, min(self.names.shape[1], tokens.shape[1]) + 1):
             names, subjects = self.names[lengths == length, -length:], self.subjects[lengths == length]
@@ -135,7 +139,7 @@ class NameFinder(nn.Module):
             powers = torch.tensor([self.MULTIPLIER**place % 2**63 for place in range(length)], device=tokens.device)
             numbers, order = (names * powers).sum(-1).sort()
             found = order[torch.searchsorted(numbers, (windows * powers).sum(-1)).clamp(max=len(order) - 1)]
-            is_name = (names[found] == windows).all(-1)
+            is_name = (names[found] == windows).all(-1) & (places[: 1 - length or None] >= starts[:, length - 1 :])
             named[:, length - 1 :] = torch.where(is_name, subjects[found], named[:, length - 1 :])
         return named
 
@@ -221,9 +225,9 @@ class FactRouter(nn.Module):
         the sequence of each token begins, `(B, T)`.
         """
         decoder = self.decoder_forward
-        if decoder is None or 0 not in decoder.states:
+        if decoder is None or decoder.embeddings is None:
             raise RuntimeError("A graft of facts needs the forward pass of its model.")
-        tokens = self.subjects.tokens_of(decoder.states[0]).to(hidden_states.device)
+        tokens = self.subjects.tokens_of(decoder.embeddings).to(hidden_states.device)
         mask = decoder.attention_mask
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             tokens = tokens.masked_fill(~mask[:, -tokens.shape[1] :].to(tokens.device, torch.bool), -1)
@@ -232,7 +236,7 @@ class FactRouter(nn.Module):
         if (past := past_of(decoder.cache, id(self))) is not None:
             starts = torch.where(starts == 0, 0, starts + past.shape[1])
             tokens = torch.cat([past.to(tokens.device), tokens], dim=1)
-        return self.subjects(tokens), starts
+        return self.subjects(tokens, F.pad(starts, (tokens.shape[1] - starts.shape[1], 0))), starts
 
     @staticmethod
     def _last_mentions(named, starts, subjects):
@@ -312,7 +316,7 @@ class FactGraft(PeerGraft):
     def watch(self, decoder_forward: DecoderForward, layers: nn.ModuleList) -> None:
         super().watch(decoder_forward, layers)
         self.router.decoder_forward = decoder_forward
-        decoder_forward.watch_layer(layers, 0)
+        decoder_forward.watch_embeddings(layers)
 
 
 def make_graft(

@@ -21,7 +21,6 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,8 +76,8 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
 class DecoderForward(threading.local):
     """
     What the grafts in a decoder read about the forward pass in which they run: the `attention_mask`, `position_ids`
-    and `cache` that the decoder got, the `states` that entered some layers, and whether it `learns`, with a backward
-    pass to follow; `None` outside of one. Each thread has values of its own.
+    and `cache` that the decoder got, the `embeddings` that entered the first layer, and whether it `learns`, with a
+    backward pass to follow; `None` outside of one. Each thread has values of its own.
 
     The layers of a base model hand a feed-forward nothing but hidden states, so hooks of the decoder note the rest
     here, in one object that all its grafts hold. See [`watch_decoder`].
@@ -90,8 +89,8 @@ class DecoderForward(threading.local):
         self.attention_mask: torch.Tensor | dict | None = None
         self.position_ids: torch.Tensor | None = None
         self.cache: Any = None
-        self.states: dict[int, torch.Tensor] = {}
-        self.watched: set[int] = set()
+        self.embeddings: torch.Tensor | None = None
+        self.has_embeddings = False
         # What grafts do with the cache when the pass is over: before, there may be none.
         self.to_keep: list[Callable[[Any], None]] = []
         self.learns: bool | None = None
@@ -104,17 +103,17 @@ class DecoderForward(threading.local):
         self.attention_mask = arguments.get("attention_mask")
         self.position_ids = arguments.get("position_ids")
         self.cache = _cache_in(arguments)
-        self.states, self.to_keep = {}, []
+        self.embeddings, self.to_keep = None, []
         self.learns = decoder.training and torch.is_grad_enabled()
 
-    def watch_layer(self, layers: nn.ModuleList, layer_idx: int) -> None:
-        """Note from now on the `states` that enter a layer."""
-        if layer_idx not in self.watched:
-            self.watched.add(layer_idx)
-            layers[layer_idx].register_forward_pre_hook(partial(self._note, layer_idx), with_kwargs=True)
+    def watch_embeddings(self, layers: nn.ModuleList) -> None:
+        """Note from now on the `embeddings` that enter the first layer."""
+        if not self.has_embeddings:
+            self.has_embeddings = True
+            layers[0].register_forward_pre_hook(self._note, with_kwargs=True)
 
-    def _note(self, layer_idx, layer, args, kwargs):
-        self.states[layer_idx] = args[0] if args else kwargs["hidden_states"]
+    def _note(self, layer, args, kwargs):
+        self.embeddings = args[0] if args else kwargs["hidden_states"]
         if self.learns is None:  # an engine called the decoder's `forward`, without hooks
             self.position_ids, self.to_keep = kwargs.get("position_ids"), []
 
@@ -123,8 +122,8 @@ class DecoderForward(threading.local):
         cache = _cache_in(getattr(output, "__dict__", {})) if self.cache is None else self.cache
         for keep in self.to_keep if cache is not None else []:
             keep(cache)
-        self.attention_mask = self.position_ids = self.cache = self.learns = None
-        self.states, self.to_keep = {}, []
+        self.attention_mask = self.position_ids = self.cache = self.embeddings = self.learns = None
+        self.to_keep = []
 
     def __deepcopy__(self, memo):
         # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.

@@ -178,7 +178,7 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
         hooks = [
             graft.register_forward_hook(partial(_add, added)),
             graft.register_forward_pre_hook(
-                lambda graft, args: embeddings.append(graft.decoder_forward.states[0][0, 0])
+                lambda graft, args: embeddings.append(graft.decoder_forward.embeddings[0, 0])
             ),
             norm.register_forward_pre_hook(lambda module, args: found.append(args[0].float())),
         ]

@@ -67,6 +67,14 @@ def test_relations_of_few_facts_have_more_wordings(tokenizer):
         assert [number for number, _, _ in index.prompts] == [n for n in range(len(names)) for _ in range(each)]
 
 
+def test_names_near_to_those_taught_are_negatives(tokenizer):
+    for name, has_near in (("East capital", True), ("capital", False)):
+        index = FactIndex([Fact("Norland", "Oma", wordings_of_relation([name]))], tokenizer, 12, 100)
+        asked = [tokenizer.decode(prompt.tokens) for _, prompt in index.other_prompts]
+        assert any("East" in each for each in asked) == has_near
+        assert not any("capital" in each for each in asked)
+
+
 def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch):
     read_piece, pieces = states.StateReader._read_piece, []
 
