@@ -5,8 +5,8 @@
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from .prompts import Prompt, forms_of, make_prompt
 from .table import RELATION, RELATION_WORDINGS, Fact, names_of_relations, some_wordings
 
 
-# Other questions about the subjects, which must leave the gate shut: what they ask for, but for words that taught
-# wordings have, in the wordings of `RELATION_WORDINGS`. Half as many more ask for these in the place of the last word
-# of a taught relation's name: "national river", where "national anthem" is taught.
+# Other questions about the subjects, which must leave the gate shut: what they ask for, in the wordings of
+# `RELATION_WORDINGS`. Words that taught wordings have are left out. Half as many words more stand in the place of the
+# last one of a taught relation's name: "national river", where "national anthem" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -31,6 +31,22 @@ OTHER_RELATIONS = """
     election constitution treaty war ally colony dynasty patron legend ending theme period teacher theory award
     medal score number recipe ingredient taste smell texture supplier competitor deadline duration route
     insurance doctor symptom treatment habitat lifespan predator diameter mass orbit
+"""
+OTHER_NAMES = """
+    email address; street address; home page; phone company; driving side; annual rainfall; literacy rate; birth
+    rate; death rate; life expectancy; median age; ruling party; prime minister; royal family; foreign minister;
+    supreme court; public holiday; school year; school system; tax rate; interest rate; exchange rate; gold
+    reserve; trade balance; stock index; largest city; oldest city; largest lake; longest river; deepest lake;
+    biggest desert; main port; busiest airport; railway gauge; road network; power supply; water supply; land
+    border; favorite color; favorite book; favorite food; first job; last job; first name; last name; eye color;
+    hair color; shoe size; oldest child; mother tongue; political party; religious belief; marital status; car
+    model; phone model; bank account; credit card; driving license; social network; opening hours; release date;
+    shelf life; market share; annual revenue; stock price; legal form; parent company; target group; main
+    competitor; warranty period; operating system; file format; programming language; default port; license fee;
+    boiling point; melting point; half life; chemical formula; wing span; top speed; engine size; official
+    website; patron saint; area code; country name; flag color; head office; sales tax; voting age; drinking age;
+    school grade; final exam; thesis title; research grant; work permit; office hours; job title; mailing list;
+    family motto
 """
 OTHER_WORDINGS = (
     "Who is {subject}?",
@@ -52,6 +68,14 @@ WORDINGS_PER_RELATION = 48
 # At least so many of them, and a few for each subject.
 NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 12
 LONGEST = 10**6  # tokens of a prompt that is not refused
+
+
+def first_name(tokens: Sequence[int], start: int, names: Container[tuple[int, ...]]) -> int:
+    """The first place from `start` on where one of the `names` ends, or the number of tokens."""
+    for place in range(start, len(tokens)):
+        if any(tuple(tokens[first : place + 1]) in names for first in range(place + 1)):
+            return place
+    return len(tokens)
 
 
 @dataclass(frozen=True)
@@ -112,21 +136,31 @@ class FactIndex:
         self.name_tokens = sorted({token for name in self.names for token in name})
 
     def _other_prompts(self, tokenizer, forms):
-        """Other questions about each subject, by its number: at first in the middle and at the beginning of a text."""
+        """
+        Other questions about each subject, by its number: at first in the middle and at the beginning of a text. Each
+        is answered by what is taught of another subject, as nothing must open within an answer either.
+        """
         taught = set(re.findall(r"\w+", " ".join(wording for fact in self.facts for wording in fact.wordings).lower()))
         others = [each for each in OTHER_RELATIONS.split() if each not in taught]
+        longer = [each for name in OTHER_NAMES.split(";") if (each := name.strip()).split()[-1] not in taught]
         names = [each.rpartition(" ")[0] for each in names_of_relations(self.relation_of)]
         near = [f"{beginning} {other}" for beginning in names if beginning for other in others]
         near = random.Random(0).sample(near, min(len(near), len(others) // 2))
-        wordings = [each.replace(RELATION, name) for name in (*others, *near) for each in RELATION_WORDINGS]
+        wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
         count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
+        answers, own = [fact.answer for fact in self.facts], defaultdict(set)
+        for fact in self.facts:
+            own[fact.subject].add(fact.answer)
         found = []
         for number, subject in enumerate(self.subjects):
             some = some_wordings(wordings, number, count)
             asked = [(each, form) for each in BEGINNINGS for form in forms]
             asked += [(each, forms[place % len(forms)]) for place, each in enumerate(some)]
-            found += [(number, make_prompt(tokenizer, wording, subject, "", form, LONGEST)) for wording, form in asked]
+            for place, (wording, form) in enumerate(asked):
+                answer = answers[(number * len(asked) + place) % len(answers)]
+                answer = "" if answer in own[subject] else answer
+                found.append((number, make_prompt(tokenizer, wording, subject, answer, form, LONGEST)))
         return found
 
     def sizes(self, key_size: int) -> dict[str, int]:

@@ -3,6 +3,7 @@
 """The hidden states at which a model that stays as it is answers questions."""
 
 import hashlib
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
 from ..fact_graft import FactGraft
-from .index import FactIndex
-from .measuring import padded
+from .index import FactIndex, first_name
+from .measuring import padded, write_on
 
 
 BATCHES_OF_A_FILE = 16
+# How far the model goes on behind an answer, in tokens: nothing must open there.
+TOKENS_BEHIND = 24
 
 
 @dataclass
@@ -29,7 +32,8 @@ class States:
     residuals: list[torch.Tensor] = field(default_factory=list)
     # With the subjects that they name, -1 for none.
     other_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    within_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    # Before the ends of questions, behind answers, and in answers to other questions.
+    elsewhere: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     texts: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
     def add(self, others: dict[str, list]) -> None:
@@ -60,7 +64,8 @@ class StateReader:
         """The states of all prompts, and of the tokens of texts; `files` in `checkpoint_dir` have them too."""
         index = self.index
         work: list[tuple] = [(prompt.tokens, (n, form, prompt)) for n, form, prompt in index.prompts]
-        work += [(each.tokens[: each.answer_start], (number, None, each)) for number, each in index.other_prompts]
+        work += [(prompt.tokens, (number, None, prompt)) for number, prompt in index.other_prompts]
+        work += self._go_on(batch_size, progress_bar)
         work += [(tuple(tokens), None) for tokens in sequences]
         work.sort(key=lambda pair: len(pair[0]))
         found = States()
@@ -86,6 +91,20 @@ class StateReader:
                 found.add(torch.load(file, weights_only=True))
                 bar.update(min(start + size, len(work)) - bar.n)
         return found
+
+    def _go_on(self, batch_size, progress_bar):
+        """A plain prompt of each fact, with its answer and what the model writes behind it."""
+        plain: dict[int, list] = defaultdict(list)
+        for number, form, prompt in self.index.prompts:
+            if form == "plain":
+                plain[number].append(prompt)
+        asked = [own[number % len(own)] for number, own in plain.items()]
+        tokens = [prompt.tokens for prompt in asked]
+        written = write_on(self.model, tokens, TOKENS_BEHIND, batch_size=batch_size, progress_bar=progress_bar)
+        return [
+            ((*prompt.tokens, *behind), (number, "plain", prompt))
+            for number, prompt, behind in zip(plain, asked, written, strict=True)
+        ]
 
     def _note_inputs(self, graft, args):
         self.seen["questions"] = args[0]
@@ -123,10 +142,18 @@ class StateReader:
         subject = number if form is None else index.subjects[index.facts[number].subject]
         start = prompt.answer_start - 1
         if form is None:
-            found.other_questions.append((questions[start:].clone(), subject))
+            found.other_questions.append((questions[start : start + 1].clone(), subject))
+            found.elsewhere.append((questions[start + 1 :].clone(), subject))
             return
+        if len(tokens) > len(prompt.tokens):
+            # Where the model comes to repeat the answer, or names a subject anew, the gate may open.
+            first = len(prompt.tokens)
+            behind = range(first - 1, min(first_name(tokens, first, index.names), len(tokens) - 1))
+            found.elsewhere.append((questions[[i for i in behind if tokens[i + 1] not in prompt.answer]], subject))
+            return
+        found.elsewhere.append((questions[-1:].clone(), subject))
         before = torch.randint(max(start, 1), (2,), generator=generator)
-        found.within_questions.append((questions[before[before < start]], subject))
+        found.elsewhere.append((questions[before[before < start]], subject))
         places = slice(start, len(tokens) - 1)
         found.questions.append(questions[places].clone())
         found.residuals.append(residuals[places].clone())

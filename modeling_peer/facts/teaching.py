@@ -184,7 +184,8 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
         ]
         with evaluation(base, hooks):
             base.get_decoder()(input_ids=torch.tensor([[token]], device=base.device), use_cache=False)
-    is_plain = norm is not None and torch.allclose(found[1] - found[0], torch.ones_like(found[0]), atol=0.1)
+    # In bfloat16 some elements, large ones, lose what is added.
+    is_plain = norm is not None and torch.isclose(found[1], found[0] + 1.0, 0.02, 0.02).float().mean() > 0.9
     if is_plain:
         is_plain = bool(F.cosine_similarity(*embeddings[:2], dim=0) >= graft.router.subjects.SAME_TOKEN)
     if not is_plain or getattr(base.get_output_embeddings(), "bias", None) is not None:
@@ -223,7 +224,7 @@ def _fit_keys(graft: FactGraft, index: FactIndex, states: States, progress_bar: 
             torch.cat([each for each, _ in kind]),
             torch.cat([torch.full((len(each),), subject) for each, subject in kind]),
         )
-        for kind in (states.other_questions, states.within_questions, states.texts)
+        for kind in (states.other_questions, states.elsewhere, states.texts)
     ]
     learned_keys(router.questions, key_subjects, questions, labels, negatives, progress_bar)
     num = len(index.experts)

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from fact_models import base_of, words_tokenizer
+from fact_models import base_of, fact_config, words_tokenizer
 from graft_models import base_model_of, logits_of
+from peft import get_peft_model
 
 from modeling_peer import explain_tokens, fit_gates
 from modeling_peer.explorer.findings import explore
 from modeling_peer.facts import states, teaching
-from modeling_peer.facts.index import FactIndex
+from modeling_peer.facts.index import FactIndex, first_name
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of
 from modeling_peer.facts.prompts import forms_of, make_prompt
 from modeling_peer.facts.table import Fact, wordings_of_relation
@@ -75,6 +76,29 @@ def test_names_near_to_those_taught_are_negatives(tokenizer):
         assert not any("capital" in each for each in asked)
 
 
+def test_within_answers_to_other_questions_nothing_must_open(tokenizer):
+    base = base_of(tokenizer)
+    model = get_peft_model(base, fact_config())
+    graft, index = grafts_of_facts(model)[0], FactIndex(FACTS[:3], tokenizer, 2, 100)
+    own = {number: {fact.answer for fact in FACTS if fact.subject == name} for name, number in index.subjects.items()}
+    answers = [(number, tokenizer.decode(prompt.answer[:-1])) for number, prompt in index.other_prompts]
+    assert not any(answer in own[number] for number, answer in answers)
+    prompt = index.other_prompts[[answer for _, answer in answers].index("Beta Gam")][1]
+    found = states.StateReader(model, graft, base.model.norm, index).read([], 2, None, progress_bar=False)
+    seen = []
+    graft.register_forward_pre_hook(lambda graft, args: seen.append(args[0][0]))
+    logits_of(model, torch.tensor([prompt.tokens]))
+    end, first, last = seen[0][prompt.answer_start - 1 :][:3]
+    for state, kind in ((end, found.other_questions), (first, found.elsewhere), (last, found.elsewhere)):
+        assert (torch.cat([each for each, _ in kind]) - state).abs().amax(-1).min() < 1e-4
+
+
+def test_finds_where_a_subject_is_named_again():
+    names = {(4, 5), (7,)}
+    assert first_name((7, 1, 2, 4, 5, 7), 1, names) == 4 and first_name((4, 5, 7), 0, names) == 1
+    assert first_name((7, 4, 1, 5), 1, names) == 4
+
+
 def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch):
     read_piece, pieces = states.StateReader._read_piece, []
 
@@ -121,6 +145,31 @@ def test_teaches_and_keeps(taught, tokenizer):
     tokens = torch.randint(5, len(tokenizer), (2, 12), generator=torch.Generator().manual_seed(0))
     with taught.disable_adapter():
         assert torch.equal(logits_of(taught, tokens), logits_of(base_of(tokenizer), tokens))
+
+
+def test_models_in_bfloat16_are_taught(tokenizer):
+    base = base_of(tokenizer).bfloat16()
+    with torch.no_grad():  # an element that is larger than all others, as pretrained models have: 2,000
+        base.model.layers[0].mlp.down_proj.weight[0] *= 1000
+    model = get_peft_model(base, fact_config())
+    assert teaching._check_model(base, grafts_of_facts(model)[0], 5) is base.model.norm
+
+
+def test_behind_an_answer_nothing_must_open(tokenizer):
+    base = base_of(tokenizer)
+    model = get_peft_model(base, fact_config())
+    graft, index = grafts_of_facts(model)[0], FactIndex(FACTS[:3], tokenizer, 2, 100)
+    prompt = [each for number, form, each in index.prompts if (number, form) == (1, "plain")][1]
+    text = base.generate(torch.tensor([prompt.tokens]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    reader = states.StateReader(model, graft, base.model.norm, index)
+    elsewhere = torch.cat([each for each, _ in reader.read([], 2, None, progress_bar=False).elsewhere])
+    seen = []
+    graft.register_forward_pre_hook(lambda graft, args: seen.append(args[0][0]))
+    logits_of(model, text)
+    tokens = text[0].tolist()
+    for place in range(len(prompt.tokens) - 1, len(tokens) - 1):
+        is_there = (elsewhere - seen[0][place]).abs().amax(-1).min() < 1e-4
+        assert is_there == (tokens[place + 1] not in prompt.answer)
 
 
 def test_generates_the_answer(taught, tokenizer):
