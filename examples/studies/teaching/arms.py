@@ -100,6 +100,7 @@ def taught(
             BATCH,
             collate,
             use_cpu=True,
+            bf16=True,
             seed=run.block,
             remove_unused_columns=False,
         )

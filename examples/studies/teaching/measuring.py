@@ -5,6 +5,7 @@
 import copy
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from studies.common.base_model import save_base
 from studies.common.corpora import load_corpus
 from studies.common.study_folder import read_json
 from studies.teaching.arms import taught
-from studies.teaching.asking import Retrieval, ask, last_states
-from studies.teaching.plan import Run
+from studies.teaching.asking import Retrieval, ask, ask_freely, open_experts, opens_behind, place_of, write_freely
+from studies.teaching.plan import RATES, TRIAL_BLOCK, Run
 from studies.teaching.questions import (
     NAMES,
     Question,
@@ -52,9 +53,10 @@ class Study:
         self.forms = forms_of(self.tokenizer)
         self.countries = all_countries()
 
-    def load_model(self) -> Any:
-        """The base model."""
-        return AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32).eval()
+    def load_model(self, dtype: torch.dtype = torch.bfloat16) -> Any:
+        """The base model, whose weights are rounded to bfloat16 whatever the precision."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.bfloat16).eval()
+        return in_precision(model, dtype)
 
     def texts(self) -> torch.Tensor:
         """Blocks of held-out texts."""
@@ -96,6 +98,18 @@ class Study:
         }
 
 
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters in a precision. Buffers, as frequencies of positions, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def is_known(kind: str) -> bool:
+    """Whether questions of a kind are those that the model answers before anything is taught."""
+    return kind.startswith("known")
+
+
 def as_text(flags: list[bool]) -> str:
     """Flags as they are saved."""
     return "".join("01"[flag] for flag in flags)
@@ -104,61 +118,70 @@ def as_text(flags: list[bool]) -> str:
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Make a run. Returns, by kind of question, what was `right`; where the gate is `open`, and what the fact that is
-    found there would have answered (`looked_up`); the first token of answers to questions that nothing was taught
-    about; and the loss on `text`, in nats per token.
+    found there would have answered (`looked_up`); whether taught answers are `invented` for subjects never taught; and the
+    loss on `text`, in nats per token.
     """
     study = Study(folder)
     if run.arm == "base":
-        right = {"countries": as_text(ask(study.load_model(), study.tokenizer, known_questions(study.countries)))}
-        return {"right": right, "text": held_out_loss(study.load_model(), study.texts(), desc="Text")}
+        model = study.load_model(torch.float32)
+        right = {"countries": as_text(ask(model, study.tokenizer, known_questions(study.countries)))}
+        return {"right": right, "text": held_out_loss(model, study.texts(), desc="Text")}
     if run.arm == "two":
         return make_two(run, study)
     facts = study.facts(run)
-    model, costs = study.load_model(), {}
-    questions = study.questions(run, facts)
+    # Experts are made with the model as it is loaded; trainings have their weights in float32.
+    model, costs = study.load_model(torch.float32 if run.arm in RATES else torch.bfloat16), {}
+    questions, others = study.questions(run, facts), negatives(facts, study.forms)
+    if run.block == TRIAL_BLOCK:
+        questions = {kind: some for kind, some in questions.items() if kind == "recall" or is_known(kind)}
+    never = others["subjects never taught"][:OF_NO_GATE]
     if run.arm == "bm25":
         retrieval = Retrieval(facts.taught)
-        questions = {kind: list(map(retrieval.with_facts, some)) for kind, some in questions.items()}
-    else:
+        questions = {kind: list(map(retrieval.with_fact, some)) for kind, some in questions.items()}
+        never = list(map(retrieval.with_fact, never))
+    elif run.arm != "nothing":
         model, costs = taught(run, facts.taught, model, study.tokenizer, study.folder)
-    model.eval()
-    result: dict[str, Any] = {**costs, "text": held_out_loss(model, study.texts(), desc="Text")}
-    result["right"] = {kind: as_text(ask(model, study.tokenizer, some)) for kind, some in questions.items()}
-    asked = negatives(facts, study.forms)
+    # What is compared with the base model is not left to the rounding of bfloat16, which is twice as fast.
+    model = in_precision(model.eval(), torch.float32)
+    # Behind a prompt with facts a model answers in a sentence.
+    ask_known = ask_freely if run.arm == "bm25" else ask
+    right = {kind: as_text(ask_known(model, study.tokenizer, questions[kind])) for kind in filter(is_known, questions)}
+    text = held_out_loss(model, study.texts(), desc="Text")
+    model = in_precision(model, torch.bfloat16)
+    for kind, some in questions.items():
+        if not is_known(kind):
+            right[kind] = as_text(ask_freely(model, study.tokenizer, some))
     if run.arm == "facts":
-        result |= gate_of(model, study, facts, questions | asked)
-    else:
-        never = asked["subjects never taught"][:OF_NO_GATE]
-        if run.arm == "bm25":
-            never = list(map(retrieval.with_facts, never))
-        result["invented"] = as_text(invents(model, study, facts, never))
-    return result
+        costs |= gate_of(model, study, questions | others)
+    return {**costs, "text": text, "right": right, "invented": as_text(invents(model, study, facts, never))}
 
 
-def gate_of(model: Any, study: Study, facts: Split, questions: dict[str, list[Question]]) -> dict[str, Any]:
+def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> dict[str, Any]:
     """Where the gate opens at the ends of questions, and in texts, and what a lookup would answer."""
     (graft,) = grafts_of_facts(model)
     found: dict[str, Any] = {"open": {}, "looked_up": {}}
     for kind, some in questions.items():
-        _, experts = last_states(model, study.tokenizer, some)
+        experts = open_experts(model, study.tokenizer, some)
         found["open"][kind] = as_text([expert >= 0 for expert in experts])
         if kind.startswith("recall"):
             answers = [graft.fact_of(expert)["answer"] if expert >= 0 else None for expert in experts]
             right = [answer == each.item.answer for answer, each in zip(answers, some, strict=True)]
             found["looked_up"][kind] = as_text(right)
+    found["open_behind"] = mean(opens_behind(model, study.tokenizer, questions["recall"]))
     tokens = torch.cat(openings(model, study.texts().tolist(), progress_bar=False))
     return {**found, "open_in_text": tokens.float().mean().item()}
 
 
 def invents(model: nn.Module, study: Study, facts: Split, questions: list[Question]) -> list[bool]:
-    """Whether each question about a subject never taught is answered as others were: by the first token."""
-    first: dict[str, set[int]] = {}
+    """Whether a taught answer of the relation is written behind each question about a subject never taught."""
+    answers: dict[str, set[str]] = {}
     for item in facts.taught:
-        tokens = study.tokenizer(f" {item.answer}", add_special_tokens=False)["input_ids"]
-        chat = study.tokenizer(item.answer, add_special_tokens=False)["input_ids"]
-        first.setdefault(item.relation, set()).update((tokens[0], chat[0]))
-    tokens, _ = last_states(model, study.tokenizer, questions)
-    return [token in first.get(each.item.relation, ()) for token, each in zip(tokens, questions, strict=True)]
+        answers.setdefault(item.relation, set()).add(item.answer)
+    texts = write_freely(model, study.tokenizer, questions)
+    return [
+        any(place_of(answer, text) < len(text) for answer in answers.get(each.item.relation, ()))
+        for each, text in zip(questions, texts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -176,7 +199,8 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     model.load_adapter(folders[1], adapter_name="second")
     model.base_model.set_adapter(["first", "second"])
     result["right"] = {
-        f"recall, file {number}": as_text(ask(model, study.tokenizer, some)) for number, some in enumerate(recall, 1)
+        f"recall, file {number}": as_text(ask_freely(model, study.tokenizer, some))
+        for number, some in enumerate(recall, 1)
     }
     model.delete_adapter("second")
     model.base_model.set_adapter("first")

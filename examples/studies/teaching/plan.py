@@ -8,7 +8,9 @@ from studies.common.parallel_runs import Results
 
 
 EXPOSURES = 30
-SIZE, LARGER = 240, {1000: ("facts", "bm25", "full", "lora"), 5000: ("facts", "bm25")}
+# What has no rates to try comes first.
+UNTRAINED = ("facts", "bm25", "nothing")
+SIZE, LARGER = 240, {1000: (*UNTRAINED, "full", "lora"), 5000: UNTRAINED}
 # Three rates of each training, tried on facts that are not reported. Where the best is the lowest or the highest, one
 # more is tried beyond it.
 RATES = {
@@ -17,8 +19,6 @@ RATES = {
     "dense": (1e-3, 3e-3, 1e-2),
     "graft": (1e-2, 3e-2, 1e-1),
 }
-# What has no rates to try comes first.
-UNTRAINED = ("facts", "bm25")
 ARMS = (*UNTRAINED, *RATES)
 TRIAL_BLOCK, BLOCKS = 0, {240: (1, 2, 3), 1000: (1, 2), 5000: (1,)}
 
@@ -29,7 +29,8 @@ class Run:
     A run.
 
     Args:
-        arm (`str`): A way to teach, `"base"` for what the model knows, or `"two"` for files that are loaded together.
+        arm (`str`):
+            A way to teach, `"nothing"`, `"base"` for what the model knows, or `"two"` for files loaded together.
         number (`int`): Number of facts.
         block (`int`): Which facts are taught, and the seed.
         learning_rate (`float`): Of a training.
@@ -76,7 +77,8 @@ def next_runs(results: Results) -> list[Run]:
     """The runs that are missing of the first stage of which any is."""
 
     def of(arms: tuple[str, ...], number: int) -> list[Run]:
-        return [run for arm in arms for run in reported(arm, number, results)]
+        runs = [run for arm in arms for run in reported(arm, number, results)]
+        return sorted(runs, key=lambda run: run.block)
 
     stages = [lambda: [Run("base")], lambda: of(UNTRAINED, SIZE), lambda: [Run("two", block=1)]]
     stages += [lambda: [run for arm in RATES for run in trials(arm, results)], lambda: of(tuple(RATES), SIZE)]

@@ -71,11 +71,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """A wording with `{subject}` in it, what it is asked about, the answer, and the form, `"plain"` or `"chat"`."""
+    """
+    A wording with `{subject}` in it, what it is asked about, the answer, the form, `"plain"` or `"chat"`, and the other
+    answer that is offered.
+    """
 
     wording: str
     item: Item
     form: str = "plain"
+    rather_than: str = ""
 
 
 def as_fact(item: Item) -> Fact:
@@ -187,8 +191,11 @@ def uses(facts: Split, capitals: dict[str, str], forms: Sequence[str]) -> dict[s
         others = {each.answer for each in facts.taught if each.relation == item.relation} - {item.answer}
         if not others:
             continue
-        pair = draw.sample([item.answer, draw.choice(sorted(others))], 2)
-        found["one of two"].append(Question(CHOICE.format(name=name, first=pair[0], second=pair[1]), item, form))
+        other = draw.choice(sorted(others))
+        pair = draw.sample([item.answer, other], 2)
+        found["one of two"].append(
+            Question(CHOICE.format(name=name, first=pair[0], second=pair[1]), item, form, other)
+        )
     found["of the country whose capital is"] = [
         Question(
             COMBINED.format(name=NAMES[item.relation][0][0]),

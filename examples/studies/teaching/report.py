@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,6 +21,7 @@ LABELS = {
     "gate-full": "the gate before full finetuning",
     "gate-lora": "the gate before LoRA",
     "bm25": "facts in the prompt (BM25)",
+    "nothing": "nothing taught",
     "full": "full finetuning",
     "lora": "LoRA",
     "dense": "dense add-on",
@@ -29,6 +31,7 @@ LOOKS = {
     "facts": VARIANTS["peer"],
     "lookup": Look("#7A7A1F", "X"),
     "bm25": Look(NEUTRAL, "d"),
+    "nothing": Look(NEUTRAL, "x"),
     "gate-full": Look("#000000", "^"),
     "gate-lora": Look("#E69F00", "^"),
 }
@@ -41,11 +44,11 @@ Z = 1.96
 
 def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
     """The runs of an arm that there are; of what is behind the gate, both runs made into one."""
-    if behind := arm.partition("-")[2]:
-        pairs = zip(runs_of("facts", number, results), runs_of(behind, number, results), strict=False)
-        return [behind_gate(*pair) for pair in pairs]
-    if arm == "lookup":
-        return [looked_up(run) for run in runs_of("facts", number, results)]
+    if arm == "lookup" or arm.startswith("gate-"):
+        behind = arm.removeprefix("gate-")
+        gates, before = (runs_of(each, number, results) for each in ("facts", "nothing"))
+        runs = map(looked_up, gates) if arm == "lookup" else runs_of(behind, number, results)
+        return [behind_gate(*each) for each in zip(gates, runs, before, strict=False)]
     try:
         own = reported(arm, number, results)
     except KeyError:
@@ -53,11 +56,12 @@ def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
     return [results[run.name] for run in own if run.name in results]
 
 
-def behind_gate(gate: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """What a model answers where the gate of another opens, and the base model elsewhere."""
+def behind_gate(gate: dict[str, Any], run: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What a run answers where the gate of another one opens, and elsewhere the base model, `before` it was taught."""
     right = {
         kind: "".join(
-            own if opens == "1" else "01"[kind in KNOWN] for own, opens in zip(flags, gate["open"][kind], strict=True)
+            own if opens == "1" else untaught
+            for own, opens, untaught in zip(flags, gate["open"][kind], before["right"][kind], strict=True)
         )
         for kind, flags in run["right"].items()
         if kind not in USES
@@ -66,9 +70,9 @@ def behind_gate(gate: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 
 
 def looked_up(gate: dict[str, Any]) -> dict[str, Any]:
-    """What the fact whose expert opens answers, or the base model."""
-    known = {kind: gate["open"][kind].translate(str.maketrans("01", "10")) for kind in KNOWN if kind in gate["open"]}
-    return {"right": gate["looked_up"] | known, "open": gate["open"]}
+    """What the facts answer whose experts open: no question of what the model knows."""
+    known = {kind: "0" * len(flags) for kind, flags in gate["open"].items() if kind in KNOWN}
+    return {"right": gate["looked_up"] | known}
 
 
 def cell(runs: list[dict[str, Any]], value_of: Callable[[dict[str, Any]], float | None], form: str = ".1%") -> str:
@@ -91,8 +95,8 @@ def right_share(kind: str, is_lost: bool = False) -> Callable[[dict[str, Any]], 
 
 def invented(run: dict[str, Any]) -> float | None:
     """The share of questions about subjects never taught to which a taught answer is given."""
-    flags = run["open"][NEGATIVES[0]] if "open" in run else run.get("invented")
-    return None if flags is None else share(flags)
+    flags = run["invented"] if "invented" in run else run["open"][NEGATIVES[0]]
+    return share(flags)
 
 
 def main_table(results: Results, number: int) -> list[list[str]]:
@@ -136,8 +140,10 @@ def gate_table(results: Results) -> list[list[str]]:
         cells = [cell(runs[number], opening(kind)) for number in BLOCKS]
         flags = "".join(run["open"][kind] for run in own)
         rows.append([kind, *cells, f"{upper_bound(flags):.1%}", f"{len(flags):,}"])
-    if found := runs_of("facts", SIZE, results):
-        rows.append(["tokens of texts", cell(found, lambda run: run["open_in_text"], ".2%"), *[""] * len(BLOCKS), ""])
+    for label, name in (("tokens behind answers", "open_behind"), ("tokens of texts", "open_in_text")):
+        cells = [cell(runs_of("facts", number, results), methodcaller("get", name), ".2%") for number in BLOCKS]
+        if any(cells):
+            rows.append([label, *cells, "", ""])
     return rows
 
 

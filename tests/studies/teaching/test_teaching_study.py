@@ -11,11 +11,12 @@ import torch
 from fact_models import base_of, words_tokenizer
 
 from modeling_peer import Fact, teach_facts
-from modeling_peer.facts.index import OTHER_RELATIONS
+from modeling_peer.facts import index
 from modeling_peer.facts.table import FRAMES
+from modeling_peer.facts.teaching import grafts_of_facts
 from studies.teaching import plan, questions
 from studies.teaching.arms import collate, examples_of
-from studies.teaching.asking import Retrieval, ask, last_states
+from studies.teaching.asking import Retrieval, ask, ask_freely, open_experts, opens_behind, place_of
 from studies.teaching.plan import RATES, Run, next_runs
 from studies.teaching.questions import NAMES, OTHER_NAMES, Item, Question, as_fact, negatives, recall_of, split, uses
 from studies.teaching.report import behind_gate, describe, looked_up, plot, upper_bound
@@ -45,7 +46,8 @@ def test_what_is_asked_is_not_taught():
     asked += itertools.chain(*negatives(facts, FORMS).values(), *uses(facts, {}, FORMS).values())
     assert not {(question.item.subject, question.wording) for question in asked} & taught
     # No negative of `teach_facts` has a word of what the subjects are asked beside.
-    assert not words_of(itertools.chain(*OTHER_NAMES.values())) & set(OTHER_RELATIONS.split())
+    negatives_of_facts = words_of([index.OTHER_RELATIONS, index.OTHER_NAMES])
+    assert not words_of(itertools.chain(*OTHER_NAMES.values())) & negatives_of_facts
 
 
 def test_facts_of_a_run_are_others():
@@ -62,9 +64,8 @@ def test_finds_facts_for_a_prompt():
     items = [Item("capital", "Norland", "Zeli"), *COUNTRIES]
     items = [replace(item, relation="currency") for item in items]
     question = Question("You may wonder about the currency of {subject}. It is", items[0])
-    found = Retrieval(items).with_facts(question).wording
-    assert found.startswith("The currency of Norland is Zeli.\n") and found.endswith(f"\n\n{question.wording}")
-    assert len(found.splitlines()) == 5
+    found = Retrieval(items).with_fact(question).wording
+    assert found == f"Facts:\nThe currency of Norland is Zeli.\n\nQuestion: {question.wording}\nAnswer:"
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,22 @@ def test_asks_a_model_and_its_gate(tokenizer):
     asked = [Question(wordings[0][0], ITEMS[0]), Question(wordings[1][1], ITEMS[1])]
     asked.append(replace(asked[0], item=replace(ITEMS[0], answer="Oma")))
     assert ask(model, tokenizer, asked) == [True, True, False]
+    assert ask_freely(model, tokenizer, asked) == [True, True, False]
+    offered = [replace(asked[0], rather_than=other) for other in ("Oma", "Zeli")]
+    assert ask_freely(model, tokenizer, offered) == [True, False]
     other = Question(wordings[0][0], replace(ITEMS[0], subject="Westia"))
-    tokens, experts = last_states(model, tokenizer, [*asked, other])
-    assert tokenizer.decode(tokens[:3]) == "Zeli Beta Zeli"
+    experts = open_experts(model, tokenizer, [*asked, other])
     assert min(experts[:3]) >= 0 and experts[0] == experts[2] and experts[3] == -1
+    for threshold, opens in ((2.0, False), (-1.0, True)):
+        grafts_of_facts(model)[0].router.questions.threshold.data.fill_(threshold)
+        assert any(opens_behind(model, tokenizer, asked[:2])) == opens
+
+
+def test_an_answer_in_a_sentence_is_right():
+    assert place_of("zeli", " called the zeli.") == 12
+    for text in ("zelis", "7.5", "1-7", "17", "7,5"):
+        assert place_of("zeli", text) == place_of("7", text) == len(text)
+    assert place_of("7", "It is 7.") == 6 and place_of(None, "7") == 1
 
 
 def test_trains_on_what_a_graft_reads(tokenizer):
@@ -113,9 +126,10 @@ def a_run(recall, known, **more):
 
 
 def test_behind_a_gate():
-    gate = a_run("11", "11", open={"recall": "10", "known, others": "01"}, looked_up={"recall": "10"})
-    assert behind_gate(gate, a_run("11", "00"))["right"] == {"recall": "10", "known, others": "10"}
-    assert looked_up(gate)["right"] == {"recall": "10", "known, others": "10"}
+    gate = a_run("111", "11", open={"recall": "100", "known, others": "01"}, looked_up={"recall": "100"})
+    before = a_run("001", "11")
+    assert behind_gate(gate, a_run("110", "00"), before)["right"] == {"recall": "101", "known, others": "10"}
+    assert behind_gate(gate, looked_up(gate), before)["right"] == {"recall": "101", "known, others": "10"}
     # Of none of 1,000, at most 0.38 %, as by the rule of Wilson.
     assert upper_bound("0" * 1000) == pytest.approx(0.00383, abs=1e-5)
 
@@ -133,6 +147,7 @@ def test_plan(tmp_path):
                 "11" * 8,
                 open=opens,
                 looked_up={"recall": recall},
+                open_behind=0.0,
                 open_in_text=0.0,
                 invented="01",
                 seconds=1.0,
