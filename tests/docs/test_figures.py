@@ -472,7 +472,7 @@ def second_facts():
     others = [run for run in results.values() if run["kind"] == "apart" and run["subject"] != "protected"]
     keeping = [run["gained"]["bits"] for run in others if run["left"]["bits"] > run["before"]["bits"] / 2]
     yield page, fixed(0, max(keeping) / capacity.KBIT)
-    for arm in ("protected", "full"):  # those that are alike
+    for arm in ("protected", "full", "replay"):  # those that are alike
         alike = [run for run in results.values() if (run["kind"], run["subject"]) == ("forgetting", arm)]
         gaining = [run for run in alike if run["gained"]["bits"] > 0]
         run = max(gaining, key=lambda own: own["left"]["bits"] + own["gained"]["bits"])

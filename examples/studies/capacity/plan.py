@@ -87,14 +87,12 @@ COMPARED = ("dense", "peer-16384", "pkm-32761")
 BETWEEN = (0.7, 1, 1.4)
 # What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
 LEARNED = Load(2**15, 8, exposures=16)
-# Four times as much, which the large ones do not fill, with one seed. Those without trials have the rate of a smaller one.
-MORE, RATE_OF = Load(2**17, 8, exposures=16), {"pkm-131044": "pkm-32761", "peer-262144": "peer-65536"}
-OFFERED_MORE = ("dense", "peer-16384", "peer-65536", "peer-262144", "pkm-131044")
-ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "pkm-32761", "peer-4096", "peer-16384")
+# Four times as much, with one seed.
+MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
+ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-16384")
 # What fits: at least 1.3 times two bits a parameter.
 FITS = {
     "dense": Load(2**13, 8, exposures=100),
-    "mlp": Load(2**13, 8, exposures=100),
     "peer-256": Load(2**13, 8, exposures=100),
     "peer-1024": Load(2**14, 8, exposures=100),
     "peer-4096": Load(3 * 2**14, 8, exposures=100),
@@ -202,9 +200,9 @@ def learning(variant: str, results: Results) -> list[Run]:
 
 def offered_more(variant: str, results: Results) -> list[Run]:
     """What is learned of a larger offer; of experts and memories at half the best rate, as longer runs bear less."""
-    run = chosen(RATE_OF.get(variant, variant), results)
+    run = chosen(variant, results)
     rate = run.learning_rate / 2 if has_tables(variant) else run.learning_rate
-    return with_seeds(replace(run, subject=variant, load=MORE, learning_rate=rate))[:1]
+    return with_seeds(replace(run, load=MORE, learning_rate=rate))[:1]
 
 
 def of_all_entropies(variant: str, results: Results) -> list[Run]:

@@ -65,7 +65,7 @@ AT_EQUAL_FLOPS = {
         "intermediate_size": 149,  # by which it is initialized
         "output_router_logits": True,  # with the loss that balances its experts
     },
-    # Memories have as many parameters as 4,096 and 16,384 experts, and a larger one below as 65,536.
+    # Memories have as many parameters as 4,096 and 16,384 experts.
     "pkm-8281": _peer(8281, 3, 72, "pkm"),
     "pkm-32761": _peer(32761, 2, 100, "pkm"),
     "peer-256": _peer(256, 6, 16),
@@ -74,11 +74,9 @@ AT_EQUAL_FLOPS = {
     "peer-16384": _peer(16384, 2, 64),
     "peer-65536": _peer(65536, 2, 32),
 }
-# As many FLOPs as these too, and more parameters than the usual offer of facts fills.
-LARGER = {"pkm-131044": _peer(131044, 1, 232, "pkm"), "peer-262144": _peer(262144, 1, 80)}
-# Dense models with as many parameters in all as these, which take 3 and 10 times the FLOPs.
-WIDE = {"dense-as-peer-1024": _dense(748), "dense-as-peer-4096": _dense(2796)}
-VARIANTS = {**AT_EQUAL_FLOPS, **LARGER, **WIDE}
+# A dense model with as many parameters in all as this one, which takes 3 times the FLOPs.
+WIDE = {"dense-as-peer-1024": _dense(748)}
+VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
 
 
 def has_tables(variant: str) -> bool:

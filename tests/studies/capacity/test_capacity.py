@@ -37,7 +37,7 @@ from studies.capacity.plan import (
 )
 from studies.capacity.report import ratio
 from studies.capacity.training import store_composed, store_facts, store_people
-from studies.capacity.variants import AT_EQUAL_FLOPS, LARGER, WIDE, costs
+from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, costs
 from studies.common.parallel_runs import results_of
 from studies.common.people import ASKED_BITS, IDS, VALUES, biographies, draw_people, measure_people
 from studies.common.people import VOCABULARY as WORDS
@@ -134,7 +134,7 @@ def test_people_are_asked_in_a_wording_that_they_are_not_read_in():
 
 
 def test_variants_take_as_many_flops():
-    flops = {name: costs(name).total.flops for name in {**AT_EQUAL_FLOPS, **LARGER}}
+    flops = {name: costs(name).total.flops for name in AT_EQUAL_FLOPS}
     assert max(flops.values()) <= 1.05 * min(flops.values())
     assert flops["dense"] <= min(flops[name] for name in flops if name.startswith("peer")) * 1.02
     for name in WIDE:
