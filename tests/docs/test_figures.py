@@ -480,9 +480,26 @@ def second_facts():
         yield page, percent(1 - run["left"]["bits"] / run["before"]["bits"])
 
 
+def taught_facts():
+    """What a graft of facts and facts in the prompt recall, what the graft loses, and where its gate opens."""
+    results, page = load(f"{STUDIES}teaching/results.json")["runs"], STUDIES + "teaching/README.md"
+    graft, prompt = (teaching_study.runs_of(arm, 240, results) for arm in ("facts", "bm25"))
+    shares = [mean(map(teaching_study.right_share("recall"), runs)) for runs in (graft, prompt)]
+    known = "".join(run["right"][kind] for run in graft for kind in teaching_study.KNOWN)
+    minutes = mean(run["seconds"] for run in graft) / 60
+    yield page, [*fixed(1, minutes), *percent(*shares), *fixed(0, known.count("0"), len(known))]
+    yield page, percent(known.count("0") / len(known), teaching_study.upper_bound(known.translate({48: 49, 49: 48})))
+    opens = [
+        teaching_study.opening(kind)
+        for kind in (*teaching_study.NEGATIVES[:2], "known, taught subjects", teaching_study.NEGATIVES[2])
+    ]
+    yield page, percent(*(mean(map(share, graft)) for share in opens))
+    yield TEACHING, percent(mean(run["open_behind"] for run in graft), digits=0)
+
+
 SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
-SOURCES += [stored_facts, second_facts]
+SOURCES += [stored_facts, second_facts, taught_facts]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)

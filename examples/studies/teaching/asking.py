@@ -26,6 +26,7 @@ SATURATION, LENGTH_SHARE = 1.2, 0.75
 WITH_FACT = "Facts:\n{fact}\n\nQuestion: {question}\nAnswer:"
 # What a model writes after a question: an answer within a sentence, as "The currency of France is the euro", counts.
 NEW_TOKENS = 24
+# Answers behind which the gate is looked at.
 MOST_BEHIND = 120
 
 
