@@ -6,14 +6,15 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .prompts import Prompt, forms_of, make_prompt
-from .table import RELATION, RELATION_WORDINGS, Fact, names_of_relations, some_wordings
+from .table import RELATION, RELATION_WORDINGS, Fact, in_turn, names_of_relations
 
 
 # Other questions about the subjects, which must leave the gate shut: what they ask for, in the wordings of
@@ -63,8 +64,8 @@ OTHER_WORDINGS = (
 )
 # Of each subject: in the middle and at the beginning of a text.
 BEGINNINGS = ("Where is {subject}?", "{subject} is")
-# Wordings of a relation at least: one that has few facts is recognized by more wordings of each.
-WORDINGS_PER_RELATION = 48
+# Prompts of a relation in each form at least. Of a relation that has few facts, all wordings are read.
+PROMPTS_PER_RELATION = 24
 # At least so many of them, and a few for each subject.
 NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 12
 LONGEST = 10**6  # tokens of a prompt that is not refused
@@ -120,10 +121,14 @@ class FactIndex:
         self.first_expert: dict[tuple[int, str], int] = {}
         # Each with its fact and form.
         self.prompts: list[tuple[int, str, Prompt]] = []
+        turns: dict[tuple[tuple[str, ...], str], Iterator[str]] = {}
         for number, fact in enumerate(facts):
-            count = max(num_wordings, math.ceil(WORDINGS_PER_RELATION / shares[relations[number]]))
+            of_all = max(PROMPTS_PER_RELATION, 2 * len(fact.wordings))
+            count = max(num_wordings / len(forms), of_all / shares[relations[number]])
             for form in forms:
-                wordings = some_wordings(fact.wordings, number, math.ceil(count / len(forms)))
+                # Facts are recognized by the wordings of all facts of their relation.
+                turn = turns.setdefault((fact.wordings, form), in_turn(fact.wordings))
+                wordings = dict.fromkeys(islice(turn, math.ceil(count)))
                 own = [make_prompt(tokenizer, each, fact.subject, fact.answer, form, max_length) for each in wordings]
                 own = [each for each in own if each.answer == own[0].answer]  # its tokens may depend on what is before
                 self.first_expert[number, form] = len(self.experts)
@@ -149,14 +154,14 @@ class FactIndex:
         wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
         count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
+        turn = in_turn(wordings)
         answers, own = [fact.answer for fact in self.facts], defaultdict(set)
         for fact in self.facts:
             own[fact.subject].add(fact.answer)
         found = []
         for number, subject in enumerate(self.subjects):
-            some = some_wordings(wordings, number, count)
             asked = [(each, form) for each in BEGINNINGS for form in forms]
-            asked += [(each, forms[place % len(forms)]) for place, each in enumerate(some)]
+            asked += [(each, forms[place // 2 % len(forms)]) for place, each in enumerate(islice(turn, count))]
             for place, (wording, form) in enumerate(asked):
                 answer = answers[(number * len(asked) + place) % len(answers)]
                 answer = "" if answer in own[subject] else answer

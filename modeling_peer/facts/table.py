@@ -4,10 +4,9 @@
 
 import csv
 import json
-import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,14 +149,17 @@ def check_facts(facts: Iterable[Fact]) -> list[Fact]:
     return list(found)
 
 
-def some_wordings(wordings: Sequence[str], number: int, count: int) -> list[str]:
+def in_turn(wordings: Sequence[str]) -> Iterator[str]:
     """
-    `count` of these wordings or fewer, about half of them in a frame. For each `number` they are others: facts of a
-    relation are recognized by the wordings of all of them.
+    Wordings for ever, in random order, every second one in a frame. All come once, in frames and without, before one of
+    them comes again.
     """
-    draw = random.Random(number)
-    found = draw.sample(list(wordings), min(len(wordings), math.ceil(count / 2)))
-    framed = range(len(FRAMES) * len(wordings))
-    for number in draw.sample(framed, min(len(framed), count - len(found))):
-        found.append(FRAMES[number % len(FRAMES)].format(wordings[number // len(FRAMES)]))
-    return found
+    draw = random.Random(0)
+    framed = [frame.format(each) for frame in FRAMES for each in wordings]
+
+    def rounds(choices: Sequence[str]) -> Iterator[str]:
+        while True:
+            yield from draw.sample(choices, len(choices))
+
+    for pair in zip(rounds(wordings), rounds(framed), strict=True):
+        yield from pair

@@ -38,7 +38,7 @@ def table(folder, rows):
 
 def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teach_facts, "TEXT_LENGTH", 16)
-    monkeypatch.setattr(index, "WORDINGS_PER_RELATION", 0)  # a random model tells few frames apart
+    monkeypatch.setattr(index, "PROMPTS_PER_RELATION", 0)  # a random model tells few frames apart
     facts, folder = table(tmp_path, ROWS), tmp_path / "taught"
     flags = ("--model_name_or_path", base, "--facts_file", facts, "--known_file", facts, "--output_dir", folder)
     run_main(teach_facts, *flags)

@@ -3,6 +3,7 @@
 """Tables of facts, and their prompts."""
 
 import json
+from itertools import islice
 
 import pytest
 
@@ -11,8 +12,8 @@ from modeling_peer.facts.table import (
     RELATION_WORDINGS,
     Fact,
     check_facts,
+    in_turn,
     read_facts,
-    some_wordings,
     wordings_of_relation,
 )
 
@@ -66,15 +67,11 @@ def test_the_same_fact_twice_is_one():
         check_facts([Fact("A", "B", ("What of A?",))])
 
 
-def test_half_of_the_wordings_are_framed():
+def test_half_of_the_wordings_are_framed_and_all_come_in_turn():
     wordings = tuple(f"{place} {{subject}}?" for place in range(12))
     framed = {frame.format(wording) for frame in FRAMES for wording in wordings}
-    for number in range(4):
-        own = some_wordings(wordings, number, 6)
-        assert len({*own}) == 6 and len({*own} & {*wordings}) == 3 == len({*own} & framed)
-    assert some_wordings(wordings, 0, 6) != some_wordings(wordings, 1, 6)
-    # One wording has fewer.
-    assert {*some_wordings(("What of {subject}?",), 0, 100)} == {
-        "What of {subject}?",
-        *(frame.format("What of {subject}?") for frame in FRAMES),
-    }
+    turn = in_turn(wordings)
+    first, second = (list(islice(turn, 24)) for _ in range(2))
+    for own in (first, second):
+        assert {*own[::2]} == {*wordings} and len({*own[1::2]} & framed) == 12
+    assert first[::2] != second[::2] and not {*first[1::2]} & {*second[1::2]}

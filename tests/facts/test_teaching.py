@@ -61,11 +61,23 @@ def test_prompts(tokenizer):
         make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 8)
 
 
-def test_relations_of_few_facts_have_more_wordings(tokenizer):
+def test_facts_of_a_relation_are_read_in_all_wordings(tokenizer):
     wordings = wordings_of_relation(["capital"])
-    for names, each in ((["Norland"], 48), (["Norland", "Suland", "Westia"], 16), ([*"ABCDEFGH"], 12)):
+    for names, each in ((["Norland"], 80), (["Norland", "Suland", "Westia"], 28), ([*"ABCDEFGH"], 12)):
         index = FactIndex([Fact(name, "Oma", wordings) for name in names], tokenizer, 12, 100)
         assert [number for number, _, _ in index.prompts] == [n for n in range(len(names)) for _ in range(each)]
+        read = {(form, tokenizer.decode(prompt.tokens)) for _, form, prompt in index.prompts}
+        for form in forms_of(tokenizer):
+            asked = [make_prompt(tokenizer, wording, name, "Oma", form, 100) for wording in wordings for name in names]
+            found = [(form, tokenizer.decode(prompt.tokens)) in read for prompt in asked]
+            assert sum(found) >= len(wordings)
+
+
+def test_other_questions_are_asked_with_and_without_frames_in_each_form(tokenizer):
+    index = FactIndex(FACTS, tokenizer, 12, 100)
+    asked = [tokenizer.decode(prompt.tokens) for _, prompt in index.other_prompts]
+    found = {("<user>" in each, "briefly" in each) for each in asked}
+    assert len(found) == 4
 
 
 def test_names_near_to_those_taught_are_negatives(tokenizer):
