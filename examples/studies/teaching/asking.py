@@ -124,6 +124,7 @@ class Retrieval:
     """
 
     def __init__(self, items: Sequence[Item]):
+        self.subjects = [item.subject for item in items]
         self.sentences = [f"The {NAMES[item.relation][0][0]} of {item.subject} is {item.answer}." for item in items]
         self.counts = [Counter(self._words(each)) for each in self.sentences]
         self.mean_length = sum(map(Counter.total, self.counts)) / len(self.counts)
@@ -137,8 +138,9 @@ class Retrieval:
         return re.findall(r"\w+", text.lower())
 
     def with_fact(self, question: Question) -> Question:
-        """The question behind the sentence that is nearest to it."""
-        words = self._words(question.wording.replace("{subject}", question.item.subject))
+        """The question behind the sentence that is nearest to it, or alone if it does not name that one's subject."""
+        text = question.wording.replace("{subject}", question.item.subject)
+        words = self._words(text)
 
         def score(place):
             counts = self.counts[place]
@@ -149,5 +151,7 @@ class Retrieval:
                 if counts[word]
             )
 
-        fact = self.sentences[max(range(len(self.sentences)), key=score)]
-        return replace(question, wording=WITH_FACT.format(fact=fact, question=question.wording))
+        nearest = max(range(len(self.sentences)), key=score)
+        if self.subjects[nearest] not in text:
+            return question
+        return replace(question, wording=WITH_FACT.format(fact=self.sentences[nearest], question=question.wording))

@@ -64,8 +64,11 @@ def test_finds_facts_for_a_prompt():
     items = [Item("capital", "Norland", "Zeli"), *COUNTRIES]
     items = [replace(item, relation="currency") for item in items]
     question = Question("You may wonder about the currency of {subject}. It is", items[0])
-    found = Retrieval(items).with_fact(question).wording
+    retrieval = Retrieval(items)
+    found = retrieval.with_fact(question).wording
     assert found == f"Facts:\nThe currency of Norland is Zeli.\n\nQuestion: {question.wording}\nAnswer:"
+    unknown = replace(question, item=Item("currency", "Nowhere", ""))  # a fact of another subject is left out
+    assert retrieval.with_fact(unknown) == unknown
 
 
 @pytest.fixture(scope="module")
