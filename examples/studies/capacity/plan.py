@@ -97,7 +97,6 @@ FITS = {
     "peer-1024": Load(2**14, 8, exposures=100),
     "peer-4096": Load(3 * 2**14, 8, exposures=100),
 }
-AT_THE_LIMIT = {name: Load(2**13, 8, exposures=1000) for name in ("dense", "peer-256")}
 COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
 PEOPLE, PEOPLE_TRIALS = Load(5000, 0, exposures=100), Load(5000, 0, exposures=20)
 REMEMBERING = ("dense", "peer-16384")
@@ -224,11 +223,6 @@ def fitting(variant: str, results: Results) -> list[Run]:
     return steady(with_seeds(best(trials_that_fit(variant, results), results)), results)
 
 
-def at_the_limit(variant: str, results: Results) -> list[Run]:
-    """What fits after 1,000 exposures."""
-    return [replace(fitting(variant, results)[0], load=AT_THE_LIMIT[variant])]
-
-
 def composing(variant: str, results: Results) -> list[Run]:
     """Composed facts."""
     return [replace(learning(variant, results)[0], kind="composed", load=COMPOSED)]
@@ -277,5 +271,4 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (WIDE, trials),
     (WIDE, learning),
     (OF_ALL_ENTROPIES, of_all_entropies),
-    (AT_THE_LIMIT, at_the_limit),
 )

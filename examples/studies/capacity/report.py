@@ -14,7 +14,6 @@ from common.pictures import TRAININGS, add_legend, look_of, new_figure, save_pic
 from studies.capacity.facts import VALUE_TOKENS
 from studies.capacity.plan import (
     ARM_TRIALS,
-    AT_THE_LIMIT,
     COMPARED,
     COMPOSING,
     DENSE,
@@ -30,7 +29,6 @@ from studies.capacity.plan import (
     Results,
     Run,
     arm_trials,
-    at_the_limit,
     best,
     chosen,
     composing,
@@ -244,14 +242,13 @@ def narrow_table(results: Results) -> list[list[str]]:
 
 
 def fits_table(results: Results) -> list[list[str]]:
-    """What fits after 100 exposures, and after 1,000."""
-    rows = [["fits", "exposures", "kbit", "of offered", "recalled", "bits / parameter"]]
-    found = [*available(FITS, fitting, results).items(), *available(AT_THE_LIMIT, at_the_limit, results).items()]
-    for name, runs in found:
+    """What fits after 100 exposures."""
+    rows = [["fits", "kbit", "of offered", "recalled", "bits / parameter"]]
+    for name, runs in available(FITS, fitting, results).items():
         own = kilobits(runs, results)
         per_parameter = KBIT * mean(own) / costs(name).total.parameters
         cells = [spread(own), share_offered(runs, results), recalled(runs, results), f"{per_parameter:.2f}"]
-        rows.append([name, f"{runs[0].load.exposures:,}", *cells])
+        rows.append([name, *cells])
     return rows
 
 
