@@ -151,8 +151,8 @@ def check_facts(facts: Iterable[Fact]) -> list[Fact]:
 
 def in_turn(wordings: Sequence[str]) -> Iterator[str]:
     """
-    Wordings for ever, in random order, every second one in a frame. All come once, in frames and without, before one of
-    them comes again.
+    Wordings for ever, in random order, every second one in a frame. All come once, in frames and without, before one
+    of them comes again.
     """
     draw = random.Random(0)
     framed = [frame.format(each) for frame in FRAMES for each in wordings]

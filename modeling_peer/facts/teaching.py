@@ -185,11 +185,9 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
         with evaluation(base, hooks):
             base.get_decoder()(input_ids=torch.tensor([[token]], device=base.device), use_cache=False)
     # In bfloat16 some elements, large ones, lose what is added.
-    is_plain = (
-        norm is not None
-        and bool(torch.isclose(found[1], found[0] + 1.0, 0.02, 0.02).float().mean() > 0.9)
-        and bool(F.cosine_similarity(*embeddings[:2], dim=0) >= graft.router.subjects.SAME_TOKEN)
-    )
+    is_plain = norm is not None and bool(torch.isclose(found[1], found[0] + 1.0, 0.02, 0.02).float().mean() > 0.9)
+    if is_plain:
+        is_plain = bool(F.cosine_similarity(*embeddings[:2], dim=0) >= graft.router.subjects.SAME_TOKEN)
     if not is_plain or getattr(base.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
             f"`model` must read embeddings of tokens alone, and add its last feed-forward to the hidden states that a "
