@@ -27,7 +27,9 @@ class ParallelArguments:
     """Where to save the results, and for how long to make runs."""
 
     output_dir: str = field(default="", metadata={"help": "Output folder, runs/ with the name of the study if empty."})
-    results: str | None = field(default=None, metadata={"help": "A results.json whose runs are reused."})
+    results: str | None = field(
+        default=None, metadata={"help": "A results.json whose runs are taken that are not there."}
+    )
     processes: int = field(default=2, metadata={"help": "Number of runs at once, each of which has one core."})
     hours: float | None = field(
         default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
@@ -55,7 +57,8 @@ def make_runs(
     until = time.time() + 3600 * (args.hours if args.hours is not None else 1000)
     if args.results is not None:
         for name, run in read_json(Path(args.results))["runs"].items():
-            write_json(folder / "runs" / f"{name}.json", run)
+            if not (file := folder / "runs" / f"{name}.json").exists():
+                write_json(file, run)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     while (runs := next_runs(results_of(folder))) and time.time() < until:
         _make_all(list(dict.fromkeys(runs)), folder, make, args.processes, until)

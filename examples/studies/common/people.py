@@ -111,9 +111,9 @@ class Person:
             words += [*subject, *wording.split(), *self.attributes[attribute], "."]
         return words
 
-    def question(self, attribute: str) -> list[str]:
-        """The words of the name and of the wording that is never trained, behind which the attribute is the answer."""
-        return [*self.name, *WORDINGS[attribute][-1].split()]
+    def question(self, attribute: str, wording: int = -1) -> list[str]:
+        """The words of the name and of a wording, the last of which is never trained. Behind them stands the attribute."""
+        return [*self.name, *WORDINGS[attribute][wording].split()]
 
 
 def draw_people(number: int, seed: int) -> list[Person]:

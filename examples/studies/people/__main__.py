@@ -11,7 +11,7 @@ Killed at any point, the same command resumes. Each result is a file in --output
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +27,9 @@ from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.ngrams import losses_by_ngrams
 from studies.common.people import draw_people
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
-from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, train, trials
+from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, next_trial, train
 from studies.people.report import describe
-from studies.people.texts import CORPUS, Amounts, held_out, load_tokenizer, losses, prepare, recall
+from studies.people.texts import CORPUS, TOLD, Amounts, held_out, load_tokenizer, losses, prepare, recall
 
 
 ASKED = 1000  # people, and as many others
@@ -45,7 +45,7 @@ class PeopleArguments:
     trial_steps: int = field(default=120, metadata={"help": "Steps of each trial of a rate."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
     people: int = field(default=10_000, metadata={"help": "Number of people."})
-    exposures: int = field(default=20, metadata={"help": "Biographies of each person."})
+    exposures: int = field(default=24, metadata={"help": "Biographies of each person."})
     characters: int = field(default=28_000_000, metadata={"help": "Characters of real text."})
     block_size: int = field(default=1024, metadata={"help": "Tokens of a sequence."})
     held_out_sequences: int = field(default=64, metadata={"help": "Sequences of each held-out text."})
@@ -57,20 +57,27 @@ class PeopleArguments:
 
 
 def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
-    """The result of a run, which is trained and measured if it is not there: losses of held-out texts, and recall."""
+    """
+    The result of a run, which is trained and measured if it is not there: losses of held-out texts, and recall. Of a
+    trial, the loss by which rates are chosen.
+    """
     file = folder / "results" / f"{run.name}.json"
     if not file.exists():
         output = train(run, folder, args.block_size)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(output), load_tokenizer(folder)
-        told, others = draw_people(args.people, seed=0), draw_people(ASKED, seed=1)
-        result = {
-            **asdict(run),
-            "parameters": model.num_parameters(),
-            "losses": losses(model, held_out(folder)),
-            "recall": recall(model, tokenizer, told[:ASKED]),
-            "recall of others": recall(model, tokenizer, others),
-            "training": read_json(output / "all_results.json"),
-        }
+        texts = held_out(folder)
+        result = {**asdict(run), "training": read_json(output / "all_results.json")}
+        if run.is_trial:
+            result["losses"] = losses(model, {CORPUS: texts[CORPUS]})
+        else:
+            told, others = draw_people(args.people, seed=0)[:ASKED], draw_people(ASKED, seed=1)
+            result |= {
+                "parameters": model.num_parameters(),
+                "losses": losses(model, texts),
+                "recall": recall(model, tokenizer, told),
+                "recall as told": recall(model, tokenizer, told, TOLD),
+                "recall of others": recall(model, tokenizer, others),
+            }
         write_json(file, result)
     return read_json(file)
 
@@ -93,25 +100,32 @@ def read_by_ngrams(folder: Path, args: PeopleArguments, tokens: int) -> dict[str
 def make_study(args: PeopleArguments, folder: Path, until: float) -> dict[str, Any] | None:
     """Makes what is missing. Returns all results, or `None` if the time did not suffice."""
     prepare(folder, args.amounts)
-    tried: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
-    for arm in ARMS:
-        for run in trials(arm, args.trial_steps):
+    tried: dict[str, dict[Run, dict[str, Any]]] = {arm: {} for arm in ARMS}
+
+    def trial_of(arm: str) -> Run | None:
+        return next_trial(
+            arm, args.trial_steps, {run: each["losses"][CORPUS]["all"] for run, each in tried[arm].items()}
+        )
+
+    # In turns, as the machine may be faster at one time than at another.
+    while runs := [run for arm in ARMS if (run := trial_of(arm)) is not None]:
+        for run in runs:
             if time.time() > until:
                 return None
-            tried.setdefault(arm, []).append((run, measured(run, folder, args)))
+            tried[run.arm][run] = measured(run, folder, args)
     results = []
     for seed in range(args.seeds):
-        for arm, found in tried.items():
+        for found in tried.values():
             if time.time() > until:
                 return None
-            best, _ = min(found, key=lambda pair: pair[1]["losses"][CORPUS]["all"])
-            seconds = median(result["training"]["train_runtime"] / run.steps for run, result in found)
-            run = Run(arm, max(1, round(args.seconds / seconds)), best.learning_rate, seed)
-            results.append(measured(run, folder, args))
+            best = min(found, key=lambda run: found[run]["losses"][CORPUS]["all"])
+            seconds = median(result["training"]["train_runtime"] / run.steps for run, result in found.items())
+            steps = max(1, round(args.seconds / seconds))
+            results.append(measured(replace(best, steps=steps, seed=seed, is_trial=False), folder, args))
     return {
         "arguments": asdict(args),
         "machine": machine(),
-        "trials": [result for found in tried.values() for _, result in found],
+        "trials": [result for found in tried.values() for result in found.values()],
         "runs": results,
         "ngrams": read_by_ngrams(folder, args, results[0]["steps"] * TOKENS_PER_STEP),
     }

@@ -1,11 +1,11 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The arms: which model is trained with which rates, by run_clm.py, and for how long."""
+"""The arms: which model is trained, with which rates and initializations, by run_clm.py, and for how long."""
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Arm:
 
 # A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
+# Standard deviations of weights at the beginning: that of the named configurations, and the root of 1 / hidden_size.
+USUAL, LARGER = 0.02, 0.0625
 ARMS = {
     "dense": Arm("dense-laptop", (5e-4, 1e-3, 2e-3), {}),
     "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), {}),
@@ -45,13 +47,15 @@ class Run:
     arm: str
     steps: int
     learning_rate: float
+    initializer_range: float = USUAL
     seed: int = 0
     is_trial: bool = False
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return ("trial-" if self.is_trial else "") + f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.seed}"
+        numbers = f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.initializer_range:g}-{self.seed}"
+        return f"trial-{numbers}" if self.is_trial else numbers
 
 
 def train(run: Run, folder: Path, block: int) -> Path:
@@ -61,7 +65,7 @@ def train(run: Run, folder: Path, block: int) -> Path:
         return output
     arguments = {
         "config_name": arm.configuration,
-        "config_overrides": json.dumps(arm.overrides),
+        "config_overrides": json.dumps({**arm.overrides, "initializer_range": run.initializer_range}),
         "tokenizer_name": folder / "tokenizer",
         "train_file": folder / "train.parquet",
         "output_dir": output,
@@ -83,6 +87,20 @@ def train(run: Run, folder: Path, block: int) -> Path:
     return output
 
 
-def trials(arm: str, steps: int) -> list[Run]:
-    """The trials of an arm."""
-    return [Run(arm, steps, rate, is_trial=True) for rate in ARMS[arm].rates]
+def next_trial(arm: str, steps: int, losses: dict[Run, float]) -> Run | None:
+    """
+    The next trial of an arm by the losses of those that were made: its rates, then the larger initialization at the best
+    of them, then one rate beyond, if the best is the lowest or the highest. `None` if there are all.
+    """
+    rates = ARMS[arm].rates
+    runs = [Run(arm, steps, rate, is_trial=True) for rate in rates]
+    for run in runs:
+        if run not in losses:
+            return run
+    larger = replace(min(runs, key=losses.get), initializer_range=LARGER)
+    if larger not in losses:
+        return larger
+    best = min([*runs, larger], key=losses.get)
+    factor = {min(rates): 0.5, max(rates): 2}.get(best.learning_rate, 1)
+    beyond = replace(best, learning_rate=factor * best.learning_rate)
+    return None if beyond in losses else beyond

@@ -7,32 +7,34 @@ from statistics import mean
 from typing import Any
 
 from studies.common.tables import markdown_table
-from studies.people.texts import HELD_OUT_TEXTS
+from studies.people.arms import TOKENS_PER_STEP
+from studies.people.texts import CORPUS, HELD_OUT_TEXTS
 
 
 def describe(results: dict[str, Any]) -> str:
     """Recall and perplexity of each arm, n-grams beside them, and the trials."""
     texts = list(HELD_OUT_TEXTS)
-    rows = [
-        ["", "parameters, M", "rate", "steps", "exposures", "recalled", "others", "perplexity", "of the second half"]
-    ]
+    rows = [["", "parameters, M", "rate", "weights", "steps", "seconds", "exposures", "recalled", "as told", "others"]]
+    rows[0] += ["perplexity", "of the second half"]
+    of_training = results["arguments"]
     for run in results["runs"]:
-        shares = [f"{mean(run[each].values()):.1%}" for each in ("recall", "recall of others")]
+        shares = [f"{mean(run[each].values()):.1%}" for each in ("recall", "recall as told", "recall of others")]
         perplexities = [
             f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
         ]
-        cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['steps']:,}"]
-        cells.append(f"{results['arguments']['exposures'] * run['training']['epoch']:.1f}")
+        cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
+        cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
+        all_read = run["training"]["train_samples"] * of_training["block_size"]  # tokens of all texts
+        cells.append(f"{of_training['exposures'] * run['steps'] * TOKENS_PER_STEP / all_read:.1f}")
         rows.append([run["arm"], *cells, *shares, *perplexities])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         found = exp(mean(results["ngrams"][kind][text] for text in texts))
-        rows.append([label, *[""] * 7, f"{found:.2f}"])
-    trials = [["trials", "rate", "perplexity of the corpus", "seconds per step"]]
+        rows.append([label, *[""] * (len(rows[0]) - 2), f"{found:.2f}"])
+    trials = [["trials", "rate", "weights", "perplexity of the corpus", "seconds per step"]]
     for run in results["trials"]:
         seconds = run["training"]["train_runtime"] / run["steps"]
-        trials.append(
-            [run["arm"], f"{run['learning_rate']:g}", f"{exp(run['losses']['corpus']['all']):.2f}", f"{seconds:.2f}"]
-        )
+        cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
+        trials.append([run["arm"], *cells, f"{exp(run['losses'][CORPUS]['all']):.2f}", f"{seconds:.2f}"])
     attributes = list(results["runs"][0]["recall"])
     by_attribute = [["recalled", *attributes]]
     by_attribute += [[run["arm"], *(f"{run['recall'][each]:.1%}" for each in attributes)] for run in results["runs"]]

@@ -20,6 +20,8 @@ from studies.common.people import VALUES, Person, draw_people
 
 TRAINING_TEXTS = ("python-docs", "linux-docs", "perl-docs", "php-docs", "sqlite-docs", "prose")
 HELD_OUT_TEXTS = ("brown", "handbook", "postgresql-docs", "django-docs", "git-docs")
+# The wordings of people that are asked: one that is told, and one that is never trained.
+TOLD, UNTOLD = 0, -1
 CORPUS = "corpus"  # held out of the training texts: rates are chosen by it
 
 
@@ -92,17 +94,21 @@ def held_out(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def recall(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, people: list[Person], batch_size: int = 64
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    people: list[Person],
+    wording: int = UNTOLD,
+    batch_size: int = 64,
 ) -> dict[str, float]:
     """
-    The share of people of each attribute that greedy decoding gets right, asked in the wording that is never trained
-    and behind the end of a text.
+    The share of people of each attribute that greedy decoding gets right, asked in a wording and behind the end of a
+    text.
     """
     shares = {}
     with evaluation(model):
         for attribute in VALUES:
             right = 0
-            pairs = [ask(tokenizer, person, attribute) for person in people]
+            pairs = [ask(tokenizer, person, attribute, wording) for person in people]
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 width = max(len(tokens) for tokens, _ in batch)
@@ -117,9 +123,9 @@ def recall(
     return shares
 
 
-def ask(tokenizer, person, attribute):
+def ask(tokenizer, person, attribute, wording=UNTOLD):
     """The tokens of a question with its answer, and where the answer begins."""
-    question = " ".join(person.question(attribute))
+    question = " ".join(person.question(attribute, wording))
     answer = f"{question} {' '.join(person.attributes[attribute])}"
     asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
     return [tokenizer.eos_token_id, *whole], 1 + len(asked)
