@@ -40,15 +40,20 @@ class _Best:
     def update(self, text: int, retrieved: RetrievedExperts) -> None:
         number = self.weights.shape[1]
         num_tokens, num_active = retrieved.experts.shape
-        order = retrieved.weights.flatten().argsort(descending=True, stable=True)
-        order = order[retrieved.experts.flatten()[order].argsort(stable=True)]
-        experts, counts = retrieved.experts.flatten()[order].unique_consecutive(return_counts=True)
+        given, place = retrieved.weights.sort(dim=1, descending=True, stable=True)
+        chosen, again = retrieved.experts.gather(1, place).sort(dim=1, stable=True)
+        given = given.gather(1, again)
+        given[:, 1:][chosen[:, 1:] == chosen[:, :-1]] = 0.0  # of an expert that several heads retrieve, the largest
+        given, chosen = given.flatten(), chosen.flatten()
+        order = given.argsort(descending=True, stable=True)
+        order = order[chosen[order].argsort(stable=True)]
+        experts, counts = chosen[order].unique_consecutive(return_counts=True)
         starts = counts.cumsum(0) - counts
         # One row of candidates for each expert: its largest weights of this text.
         places = starts[:, None] + torch.arange(number)
         is_own = torch.arange(number) < counts[:, None]
         entries = order[places.clamp(max=len(order) - 1)]
-        weights = torch.where(is_own, retrieved.weights.flatten()[entries], 0.0)
+        weights = torch.where(is_own, given[entries], 0.0)
         tokens = torch.arange(num_tokens, dtype=torch.int32).repeat_interleave(num_active)[entries]
         weights, kept = torch.cat([self.weights[experts], weights], dim=1).topk(number, dim=1)
         for own, new in ((self.texts, torch.full_like(tokens, text)), (self.tokens, tokens)):
