@@ -58,9 +58,10 @@ def form_memory_group(model: Any, ep_size: int, device_type: str) -> None:
     replicas = _own_group(tuple(zip(*ranks, strict=True)), dist.group.WORLD) if len(ranks) > 1 else None
     mesh, style = DeviceMesh.from_group(columns, device_type, mesh_dim_names=("ep",)), ExpertColumns()
     group = MemoryGroup(columns, replicas)
-    run_on_columns(model, group)
     for name, table in tables.items():
         style.validate_param(table, "weight", mesh, f"{name}.weight")
+    run_on_columns(model, group)
+    for table in tables.values():
         style.shard_param(table, "weight", mesh)
     decoder = decoder_of(model)
     decoder.memory_group = group
