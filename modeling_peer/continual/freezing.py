@@ -69,8 +69,7 @@ def freeze_experts(
 
     Raises:
         `ValueError`: for layers or experts that the model does not have, a background of other experts, or tables
-            that FSDP2 or tensor parallelism splits over processes.
-        `AttributeError`: for tables that are quantized.
+            that are quantized, or that FSDP2 or tensor parallelism splits over processes.
 
     ```python
     >>> from modeling_peer import ExpertBackground, freeze_experts

@@ -76,10 +76,9 @@ def add_experts(
         [`Addition`]: the indices of the new experts.
 
     Raises:
-        `ValueError`: for a model that is no PEER model, has no PEER layer or is split over processes, or for
-            arguments out of range. The model is left as it was, except if memory does not suffice for an open
+        `ValueError`: for a model that is no PEER model, has no PEER layer, is quantized or split over processes, or
+            for arguments out of range. The model is left as it was, except if memory does not suffice for an open
             addition.
-        `NotImplementedError`: for an open addition to a model that is quantized, for a protected one `ValueError`.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
@@ -95,7 +94,10 @@ def add_experts(
         raise ValueError(f"Experts can be added to PEER models without adapters, got a {type(model).__name__}.")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("Experts are added before a model is split over processes: do so in one, and save the model.")
-    if mode == "open" and any(is_on_disk(table) for table in expert_tables(model).values()):
+    tables = expert_tables(model).values()
+    if not all(table.weight.is_floating_point() for table in tables):
+        raise ValueError("Quantized experts have no new ones beside them: add experts, train, and quantize then.")
+    if mode == "open" and any(map(is_on_disk, tables)):
         raise ValueError("Tables that are kept on a disk do not grow: add experts in protected mode.")
     grown = _peer_layers(model, layers)
     old_config, config = model.config, copy.deepcopy(model.config)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import observe_routers, select_expert_sets
-from ..optim.frozen_rows import FrozenRows, freeze_rows, freezes_of
+from ..optim.frozen_rows import FrozenRows, check_can_freeze, freeze_rows, freezes_of
 
 
 def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ class SparseFinetuningCallback(TrainerCallback):
 
     Raises:
         `ValueError`: for tables or layers that the model does not have, a background of other experts, or a model
-            that is split over processes. The model is left as it was.
+            that is quantized or split over processes. The model is left as it was.
 
     ```python
     >>> background = ExpertBackground.measure(model, reference_corpus)
@@ -103,6 +103,8 @@ class SparseFinetuningCallback(TrainerCallback):
         known = sorted({role for each in self.sets.values() for role in each.tables})
         if not set(roles) <= set(known) or not all(self.tables.values()):
             raise ValueError(f"`tables` must be some of {known}, at least one of each layer, got {roles}.")
+        for weight in self._trained_weights():
+            check_can_freeze(weight)
         self.background = background
         self.num_trained_experts = num_trained_experts
         self._hooks: list = []

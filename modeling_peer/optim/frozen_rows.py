@@ -144,6 +144,8 @@ def freezes_of(module: nn.Module) -> list[FrozenRows]:
 
 def check_can_freeze(parameter: torch.Tensor) -> None:
     """Raise `ValueError` if rows of the parameter cannot be frozen."""
+    if not parameter.is_floating_point():
+        raise ValueError(f"Quantized tables are not trained: there is nothing to freeze in one of {parameter.dtype}.")
     # A process of a memory group has columns of every row, whose gradients nothing reduces.
     if isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("ep",):
         raise ValueError(

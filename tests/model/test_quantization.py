@@ -19,9 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qu
 from transformers.trainer_utils import validate_quantization_for_training
 
 from modeling_peer import (
+    ExpertBackground,
     PeerForCausalLM,
     PeerQuantizationConfig,
+    SparseFinetuningCallback,
+    add_experts,
     dequantize_experts,
+    freeze_experts,
     host_table_device_map,
     quantize_experts,
 )
@@ -257,3 +261,18 @@ class TestRefusals:
         model.to("meta")
         with pytest.raises(RuntimeError, match="meta"):
             quantize_experts(model)
+
+    @each_format
+    def test_to_train_or_grow(self, bits, group_size):
+        model = quantize_experts(tiny_model(VARIANTS["peer"]), bits, group_size)
+        background = ExpertBackground.measure(model, [{"input_ids": random_tokens(9)}], progress_bar=False)
+        grown, trained = copy.deepcopy(model.config), [each.requires_grad for each in model.parameters()]
+        for change in (
+            lambda: freeze_experts(model),
+            lambda: SparseFinetuningCallback(model, background),
+            lambda: add_experts(model, 16),
+            lambda: add_experts(model, 13, mode="open"),
+        ):
+            with pytest.raises(ValueError, match="Quantized"):
+                change()
+        assert model.config == grown and [each.requires_grad for each in model.parameters()] == trained
