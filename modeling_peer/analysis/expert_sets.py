@@ -182,7 +182,9 @@ def expert_indices(experts: Any) -> torch.Tensor | None:
     """What a user names as experts, as a tensor of expert indices or a bool mask, or `None`."""
     if experts is None:
         return None
-    return torch.as_tensor(experts if isinstance(experts, (torch.Tensor, Integral)) else list(experts), device="cpu")
+    if not isinstance(experts, (torch.Tensor, Integral)):
+        experts = list(experts) or torch.tensor([], dtype=torch.long)
+    return torch.as_tensor(experts, device="cpu")
 
 
 def mask_of_indices(experts: ExpertSet, indices: torch.Tensor) -> torch.Tensor:

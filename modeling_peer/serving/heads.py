@@ -26,14 +26,14 @@ def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
         `PreTrainedModel`: the model.
 
     Raises:
-        `ValueError`: for more heads than there are.
+        `ValueError`: for none, or more heads than there are.
 
     ```python
     >>> model = keep_heads(PeerForCausalLM.from_pretrained("checkpoint"), 4)
     ```
     """
-    if num_heads > model.config.num_retrieval_heads:
-        raise ValueError(f"`num_heads` must be at most {model.config.num_retrieval_heads}, got {num_heads}.")
+    if not 1 <= num_heads <= model.config.num_retrieval_heads:
+        raise ValueError(f"`num_heads` must be from 1 to {model.config.num_retrieval_heads}, got {num_heads}.")
     for router in model.modules():
         if not isinstance(router, ProductKeyRouter) or isinstance(router, AddedRouter):
             continue

@@ -205,6 +205,10 @@ def test_experts_in_any_module():
     assert frozen.num_frozen == {"1.expert_pool": 10, "2.expert_pool": 10}
 
 
+def test_no_experts_are_none():
+    assert freeze_experts(small_model(), []).num_frozen == {"model.layers.1.mlp.expert_pool": 0}
+
+
 @pytest.mark.parametrize(
     ("last_layer", "conditions", "name"),
     [

@@ -38,3 +38,11 @@ def test_layers_return_the_sum_over_the_first_heads(options, tmp_path):
         assert_close(loaded.eval()(tokens).logits, model(tokens).logits)
     for name, parameter in loaded.named_parameters():
         assert parameter.shape == model.get_parameter(name).shape
+
+
+@pytest.mark.parametrize("number", [-1, 0, 5])
+def test_heads_that_there_are_not(number):
+    model = tiny_model(tiny_config("peer", num_retrieval_heads=4))
+    with pytest.raises(ValueError, match=f"from 1 to 4, got {number}"):
+        keep_heads(model, number)
+    assert model.model.layers[0].mlp.router.num_heads == 4
