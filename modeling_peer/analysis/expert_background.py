@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Background counts: how many documents of a reference corpus use each expert, saved beside the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ class ExpertBackground:
         model: nn.Module,
         dataset: Any,
         batch_size: int = 8,
-        data_collator: Callable | None = None,
         progress_bar: bool = True,
     ) -> "ExpertBackground":
         """
@@ -65,8 +64,6 @@ class ExpertBackground:
                 A `DataLoader` of batches with the model's arguments by name (`labels` are ignored), or examples with
                 the `input_ids`, and optionally the `attention_mask`, of one sequence each.
             batch_size (`int`, *optional*, defaults to 8): Of examples; a `DataLoader` has its own.
-            data_collator (`Callable`, *optional*):
-                Makes a batch of examples. By default sequences are padded on the right, with an attention mask.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show progress.
 
         Raises:
@@ -89,7 +86,7 @@ class ExpertBackground:
         device = next(model.parameters()).device
         hooks = observe_routers(sets, note)
         with evaluation(model, hooks):
-            for batch in tqdm(batches_of(dataset, batch_size, data_collator), "Background", disable=not progress_bar):
+            for batch in tqdm(batches_of(dataset, batch_size), "Background", disable=not progress_bar):
                 decoder(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
                 num_documents += max(map(len, used.values()), default=0)
                 for name, documents in used.items():
@@ -156,12 +153,12 @@ class ExpertBackground:
             return cls(counts, int(file.metadata()["num_documents"]))
 
 
-def batches_of(dataset: Any, batch_size: int, data_collator: Callable | None = None) -> DataLoader:
-    """Make a `DataLoader` of examples, padded by [`pad_examples`] without a collator; one is returned as it is."""
+def batches_of(dataset: Any, batch_size: int) -> DataLoader:
+    """Make a `DataLoader` of examples, padded by [`pad_examples`]; one is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
-    return DataLoader(examples, batch_size, collate_fn=data_collator or pad_examples)
+    return DataLoader(examples, batch_size, collate_fn=pad_examples)
 
 
 def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
