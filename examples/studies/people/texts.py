@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.text_data import train_tokenizer
 from modeling_peer.analysis.evaluation import evaluation
 from studies.common.corpora import load_corpus
 from studies.common.people import VALUES, Person, draw_people
+from studies.common.single_run import token_losses
 
 
 TRAINING_TEXTS = ("python-docs", "linux-docs", "perl-docs", "php-docs", "sqlite-docs", "prose")
@@ -136,12 +136,7 @@ def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8
     found = {}
     with evaluation(model):
         for name, text in texts.items():
-            of_tokens = torch.cat(
-                [
-                    F.cross_entropy(model(own).logits[:, :-1].float().transpose(1, 2), own[:, 1:], reduction="none")
-                    for own in text.split(batch_size)
-                ]
-            )
+            of_tokens = token_losses(model, text, batch_size)
             half = text.shape[1] // 2
             found[name] = {"all": of_tokens.mean().item(), "second half": of_tokens[:, half - 1 :].mean().item()}
     return found
