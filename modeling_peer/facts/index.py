@@ -19,7 +19,7 @@ from .table import RELATION, RELATION_WORDINGS, Fact, in_turn, names_of_relation
 
 # Other questions about the subjects, which must leave the gate shut: what they ask for, in the wordings of
 # `RELATION_WORDINGS`. Words that taught wordings have are left out. Half as many words more stand in the place of the
-# last one of a taught relation's name: "national river", where "national anthem" is taught.
+# last ones of a taught relation's name: "main river" and "main export river", where "main export market" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -148,8 +148,9 @@ class FactIndex:
         taught = set(re.findall(r"\w+", " ".join(wording for fact in self.facts for wording in fact.wordings).lower()))
         others = [each for each in OTHER_RELATIONS.split() if each not in taught]
         longer = [each for name in OTHER_NAMES.split(";") if (each := name.strip()).split()[-1] not in taught]
-        names = [each.rpartition(" ")[0] for each in names_of_relations(self.relation_of)]
-        near = [f"{beginning} {other}" for beginning in names if beginning for other in others]
+        names = [name.split() for name in names_of_relations(self.relation_of)]
+        beginnings = dict.fromkeys(" ".join(words[:end]) for words in names for end in range(1, len(words)))
+        near = [f"{beginning} {other}" for beginning in beginnings for other in others]
         near = random.Random(0).sample(near, min(len(near), len(others) // 2))
         wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
