@@ -18,8 +18,8 @@ from .table import RELATION, RELATION_WORDINGS, Fact, in_turn, names_of_relation
 
 
 # Other questions about the subjects, which must leave the gate shut: what they ask for, in the wordings of
-# `RELATION_WORDINGS`. Words that taught wordings have are left out. Half as many words more stand in the place of the
-# last ones of a taught relation's name: "main river" and "main export river", where "main export market" is taught.
+# `RELATION_WORDINGS`. Words that taught wordings have are left out. As many words more stand in the place of the last
+# ones of a taught relation's name: "main river" and "main export river", where "main export market" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -151,7 +151,7 @@ class FactIndex:
         names = [name.split() for name in names_of_relations(self.relation_of)]
         beginnings = dict.fromkeys(" ".join(words[:end]) for words in names for end in range(1, len(words)))
         near = [f"{beginning} {other}" for beginning in beginnings for other in others]
-        near = random.Random(0).sample(near, min(len(near), len(others) // 2))
+        near = random.Random(0).sample(near, min(len(near), len(others)))
         wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
         count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
