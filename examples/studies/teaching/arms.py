@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to teach facts: a graft of facts, and trainings of the same prompts."""
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from modeling_peer import PeerGraftConfig, teach_facts
 from modeling_peer.facts.index import LONGEST, FactIndex
+from modeling_peer.facts.prompts import Prompt
 from modeling_peer.graft_layer import PREFIX
 from studies.common.finetuning import train
 from studies.teaching.plan import EXPOSURES, Run
@@ -23,6 +25,9 @@ from studies.teaching.questions import Item, as_fact
 WORDINGS, BATCH = 12, 32
 # Of SmolLM2-135M: a late one of 30, where the pilot of a graft without a gate recalled most.
 LATE_LAYER = 24
+ADD_ON_RANK = 228
+# A batch has prompts of like lengths, out of so many exposures: half of what is computed would be padding otherwise.
+EXPOSURES_TO_SORT = 4
 
 
 def prepare(arm: str, model: Any) -> nn.Module:
@@ -38,8 +43,8 @@ def prepare(arm: str, model: Any) -> nn.Module:
     else:
         # As many multiplications for each token as a graft of 240 facts takes.
         config = LoraConfig(
-            r=256,
-            lora_alpha=256,
+            r=ADD_ON_RANK,
+            lora_alpha=ADD_ON_RANK,
             target_modules=["down_proj"],
             layers_to_transform=[LATE_LAYER],
             task_type="CAUSAL_LM",
@@ -47,17 +52,28 @@ def prepare(arm: str, model: Any) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def examples_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Every fact once for each exposure, in the wordings and forms that a graft of facts reads."""
+def examples_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
+    """
+    Every fact once for each exposure, in the wordings that a graft of facts reads and in one form and the other, in the
+    order of training: batches are in a random order among those of a few exposures.
+    """
     index = FactIndex([as_fact(item) for item in items], tokenizer, WORDINGS, LONGEST)
-    own: list[list] = [[] for _ in items]
-    for number, _, prompt in index.prompts:
-        own[number].append(prompt)
-    return [
-        {"tokens": prompts[turn % len(prompts)].tokens, "answer_start": prompts[turn % len(prompts)].answer_start}
-        for turn in range(EXPOSURES)
-        for prompts in own
-    ]
+    own: dict[tuple[int, str], list[Prompt]] = {}
+    for number, form, prompt in index.prompts:
+        own.setdefault((number, form), []).append(prompt)
+    draw, examples = random.Random(seed), []
+    for first in range(0, EXPOSURES, EXPOSURES_TO_SORT):
+        some = []
+        for turn in range(first, min(first + EXPOSURES_TO_SORT, EXPOSURES)):
+            for number in range(len(items)):
+                prompts = own[number, index.forms[(turn + number) % len(index.forms)]]
+                some.append(prompts[turn // len(index.forms) % len(prompts)])
+        draw.shuffle(some)
+        some.sort(key=lambda prompt: len(prompt.tokens))
+        batches = [some[start : start + BATCH] for start in range(0, len(some), BATCH)]
+        draw.shuffle(batches)
+        examples += [{"tokens": each.tokens, "answer_start": each.answer_start} for batch in batches for each in batch]
+    return examples
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,14 +99,13 @@ def taught(
     set_seed(run.block)
     if run.arm == "facts":
         saved = folder / "adapters" / run.name
-        facts = [as_fact(item) for item in items]
-        model = teach_facts(model, tokenizer, facts, checkpoint_dir=saved / "states", progress_bar=False)
+        model = teach_facts(model, tokenizer, [as_fact(item) for item in items], progress_bar=False)
         model.save_pretrained(saved)
         parts = [each for name, each in model.named_parameters() if PREFIX in name]
     else:
         model = prepare(run.arm, model)
         parts = [each for each in model.parameters() if each.requires_grad]
-        examples = examples_of(items, tokenizer)
+        examples = examples_of(items, tokenizer, run.block)
         train(
             model,
             examples,
@@ -101,6 +116,7 @@ def taught(
             collate,
             use_cpu=True,
             bf16=True,
+            train_sampling_strategy="sequential",
             seed=run.block,
             remove_unused_columns=False,
         )

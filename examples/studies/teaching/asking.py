@@ -117,16 +117,17 @@ def open_experts(
 
 class Retrieval:
     """
-    The fact nearest to a question by BM25, as a sentence.
+    The fact nearest to a question by BM25, among those whose subject the question names, as a sentence.
 
     Args:
-        items (sequence of [`Item`]): The facts, each of which is a sentence with the first name of its relation.
+        items (sequence of [`Item`]):
+            The facts, each found by all taught names of its relation, and a sentence with the first of them.
     """
 
     def __init__(self, items: Sequence[Item]):
-        self.subjects = [item.subject for item in items]
-        self.sentences = [f"The {NAMES[item.relation][0][0]} of {item.subject} is {item.answer}." for item in items]
-        self.counts = [Counter(self._words(each)) for each in self.sentences]
+        self.items = items
+        self.subjects = [re.compile(rf"(?<!\w){re.escape(item.subject)}(?!\w)") for item in items]
+        self.counts = [Counter(self._words(f"{' '.join(NAMES[item.relation][0])} {item.subject}")) for item in items]
         self.mean_length = sum(map(Counter.total, self.counts)) / len(self.counts)
         found_in = Counter(word for each in self.counts for word in each)
         self.rarity = {
@@ -137,8 +138,8 @@ class Retrieval:
     def _words(text):
         return re.findall(r"\w+", text.lower())
 
-    def with_fact(self, question: Question) -> Question:
-        """The question behind the sentence that is nearest to it, or alone if it does not name that one's subject."""
+    def nearest(self, question: Question) -> Item | None:
+        """The fact that is nearest to a question, `None` if it names no subject."""
         text = question.wording.replace("{subject}", question.item.subject)
         words = self._words(text)
 
@@ -151,7 +152,12 @@ class Retrieval:
                 if counts[word]
             )
 
-        nearest = max(range(len(self.sentences)), key=score)
-        if self.subjects[nearest] not in text:
+        named = [place for place, subject in enumerate(self.subjects) if subject.search(text)]
+        return self.items[max(named, key=score)] if named else None
+
+    def with_fact(self, question: Question) -> Question:
+        """The question behind the sentence of the nearest fact, or alone."""
+        if (item := self.nearest(question)) is None:
             return question
-        return replace(question, wording=WITH_FACT.format(fact=self.sentences[nearest], question=question.wording))
+        fact = f"The {NAMES[item.relation][0][0]} of {item.subject} is {item.answer}."
+        return replace(question, wording=WITH_FACT.format(fact=fact, question=question.wording))

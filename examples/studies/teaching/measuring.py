@@ -25,7 +25,6 @@ from studies.teaching.arms import taught
 from studies.teaching.asking import Retrieval, ask, ask_freely, open_experts, opens_behind, place_of, write_freely
 from studies.teaching.plan import RATES, TRIAL_BLOCK, Run
 from studies.teaching.questions import (
-    NAMES,
     Question,
     Split,
     all_countries,
@@ -38,9 +37,9 @@ from studies.teaching.questions import (
 
 
 TEXTS, TEXT_BLOCKS, TEXT_LENGTH = ("brown", "python-docs", "perl-docs"), 8, 256
-# Facts of a large set that are asked, of the first questions of each kind for a model without a gate.
-MOST_ASKED, OF_NO_GATE = 500, 300
-NEW_TOKENS, REPEATS = 32, 5
+# Facts of a large set that are asked, and questions of each kind behind which taught answers are looked for.
+MOST_ASKED, OF_A_KIND = 500, 100
+TIMED_TOKENS, REPEATS = 32, 5
 
 
 class Study:
@@ -88,7 +87,6 @@ class Study:
         kinds: dict[str, list[Question]] = {}
         for each in known:
             kind = "others" if each.item.subject not in subjects else "taught subjects"
-            kind = "taught relations" if each.item.relation in NAMES else kind
             kinds.setdefault(f"known, {kind}", []).append(each)
         return {
             "recall": recall_of(asked, self.forms),
@@ -118,8 +116,8 @@ def as_text(flags: list[bool]) -> str:
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Make a run. Returns, by kind of question, what was `right`; where the gate is `open`, and what the fact that is
-    found there would have answered (`looked_up`); whether taught answers are `invented` for subjects never taught; and the
-    loss on `text`, in nats per token.
+    found there would have answered (`looked_up`); whether a search has `found` the fact; whether taught answers are
+    `invented` where others are asked for; and the loss on `text`, in nats per token.
     """
     study = Study(folder)
     if run.arm == "base":
@@ -134,15 +132,20 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     questions, others = study.questions(run, facts), negatives(facts, study.forms)
     if run.block == TRIAL_BLOCK:
         questions = {kind: some for kind, some in questions.items() if kind == "recall" or is_known(kind)}
-    never = others["subjects never taught"][:OF_NO_GATE]
     if run.arm == "bm25":
         retrieval = Retrieval(facts.taught)
-        questions = {kind: list(map(retrieval.with_fact, some)) for kind, some in questions.items()}
-        never = list(map(retrieval.with_fact, never))
+        costs["found"] = {
+            kind: as_text([retrieval.nearest(each) == each.item for each in some])
+            for kind, some in questions.items()
+            if kind.startswith("recall")
+        }
+        questions, others = (
+            {kind: list(map(retrieval.with_fact, some)) for kind, some in each.items()} for each in (questions, others)
+        )
     elif run.arm != "nothing":
         model, costs = taught(run, facts.taught, model, study.tokenizer, study.folder)
-    # What is compared with the base model is not left to the rounding of bfloat16, which is twice as fast.
-    model = in_precision(model.eval(), torch.float32)
+    # What is compared with the base model is not left to the rounding of products, which is twice as fast.
+    model = in_precision(in_precision(model.eval(), torch.bfloat16), torch.float32)
     # Behind a prompt with facts a model answers in a sentence.
     ask_known = ask_freely if run.arm == "bm25" else ask
     right = {kind: as_text(ask_known(model, study.tokenizer, questions[kind])) for kind in filter(is_known, questions)}
@@ -153,7 +156,11 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
             right[kind] = as_text(ask_freely(model, study.tokenizer, some))
     if run.arm == "facts":
         costs |= gate_of(model, study, questions | others)
-    return {**costs, "text": text, "right": right, "invented": as_text(invents(model, study, facts, never))}
+    if run.block != TRIAL_BLOCK:
+        costs["invented"] = {
+            kind: as_text(invents(model, study, facts, some[:OF_A_KIND])) for kind, some in others.items()
+        }
+    return {**costs, "text": text, "right": right}
 
 
 def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> dict[str, Any]:
@@ -173,15 +180,16 @@ def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> d
 
 
 def invents(model: nn.Module, study: Study, facts: Split, questions: list[Question]) -> list[bool]:
-    """Whether a taught answer of the relation is written behind each question about a subject never taught."""
+    """Whether behind each question another taught answer is written than the true one, of its relation or its subject."""
     answers: dict[str, set[str]] = {}
     for item in facts.taught:
-        answers.setdefault(item.relation, set()).add(item.answer)
-    texts = write_freely(model, study.tokenizer, questions)
-    return [
-        any(place_of(answer, text) < len(text) for answer in answers.get(each.item.relation, ()))
-        for each, text in zip(questions, texts, strict=True)
-    ]
+        for what in (item.relation, item.subject):
+            answers.setdefault(what, set()).add(item.answer)
+    found = []
+    for each, text in zip(questions, write_freely(model, study.tokenizer, questions), strict=True):
+        own = answers.get(each.item.relation, set()) | answers.get(each.item.subject, set())
+        found.append(any(place_of(answer, text) < len(text) for answer in own - {each.item.answer}))
+    return found
 
 
 @torch.no_grad()
@@ -192,6 +200,9 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     tokens = study.texts()[:4]
     before = base(input_ids=tokens).logits
     folders = [study.folder / "adapters" / each.name for each in blocks]
+    for each, folder in zip(blocks, folders, strict=True):
+        if not folder.exists():
+            taught(each, study.facts(each).taught, study.load_model(), study.tokenizer, study.folder)
     recall = [study.questions(each, study.facts(each))["recall"] for each in blocks]
     model: Any = PeftModel.from_pretrained(copy.deepcopy(base), folders[0], adapter_name="first").eval()
     alone = model(input_ids=tokens).logits
@@ -209,23 +220,24 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     return result
 
 
-def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> dict[str, float]:
+def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> dict[str, dict[str, float]]:
     """
-    Seconds for each token of `generate`, the least of several times: of the base model, of one whose gate is shut, and
-    of one where a fact of the file was asked for and answered.
+    Seconds for each token of `generate`, the least of several times, of the `base` model and the `taught` one: behind a
+    text for which the gate is `"shut"`, and behind a question for which it is `"open"`, with the answer.
     """
-    texts = {"base": "Once upon a time there was", "shut": "Once upon a time there was"}
-    open_at = next(each for each in recall if each.form == "plain")
-    texts["open"] = open_at.wording.replace("{subject}", open_at.item.subject)
-    found = {name: float("inf") for name in texts}
+    plain = [each for each in recall if each.form == "plain"]
+    asked = plain[next(i for i, expert in enumerate(open_experts(model, study.tokenizer, plain)) if expert >= 0)]
+    texts = {
+        "shut": "Once upon a time there was",
+        "open": asked.wording.replace("{subject}", asked.item.subject),
+    }
+    found = {name: {"base": float("inf"), "taught": float("inf")} for name in texts}
     for _ in range(REPEATS):
         for name, text in texts.items():
             inputs = study.tokenizer(text, return_tensors="pt")
-            asked = base if name == "base" else model
-            start = time.perf_counter()
-            written = asked.generate(
-                **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-            ).shape[1]
-            seconds = (time.perf_counter() - start) / (written - inputs["input_ids"].shape[1])
-            found[name] = min(found[name], seconds)
+            for which, each in (("base", base), ("taught", model)):
+                start = time.perf_counter()
+                each.generate(**inputs, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False)
+                seconds = (time.perf_counter() - start) / TIMED_TOKENS
+                found[name][which] = min(found[name][which], seconds)
     return found

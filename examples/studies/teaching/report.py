@@ -12,7 +12,7 @@ from typing import Any
 from common.pictures import NEUTRAL, TRAININGS, VARIANTS, Look, new_figure, save_picture
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
-from studies.teaching.plan import ARMS, BLOCKS, RATES, SIZE, Run, reported, share, trials
+from studies.teaching.plan import BLOCKS, RATES, SIZE, Run, reported, share, trials
 
 
 LABELS = {
@@ -36,7 +36,7 @@ LOOKS = {
     "gate-lora": Look("#E69F00", "^"),
 }
 RECALL, OTHER_NAMES = "recall", "recall, other names"
-KNOWN = ("known, taught relations", "known, taught subjects", "known, others")
+KNOWN = ("known, taught subjects", "known, others")
 NEGATIVES = ("subjects never taught", "taught something else", "other relations")
 USES = ("in a sentence", "of the country whose capital is", "one of two", "not true")
 Z = 1.96
@@ -45,10 +45,13 @@ Z = 1.96
 def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
     """The runs of an arm that there are; of what is behind the gate, both runs made into one."""
     if arm == "lookup" or arm.startswith("gate-"):
-        behind = arm.removeprefix("gate-")
-        gates, before = (runs_of(each, number, results) for each in ("facts", "nothing"))
-        runs = map(looked_up, gates) if arm == "lookup" else runs_of(behind, number, results)
-        return [behind_gate(*each) for each in zip(gates, runs, before, strict=False)]
+        parts = ("facts", "facts" if arm == "lookup" else arm.removeprefix("gate-"), "nothing")
+        gates, runs, before = ({run["block"]: run for run in runs_of(each, number, results)} for each in parts)
+        return [
+            behind_gate(gates[block], looked_up(run) if arm == "lookup" else run, before[block])
+            for block, run in runs.items()
+            if block in gates and block in before
+        ]
     try:
         own = reported(arm, number, results)
     except KeyError:
@@ -58,21 +61,28 @@ def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
 
 def behind_gate(gate: dict[str, Any], run: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """What a run answers where the gate of another one opens, and elsewhere the base model, `before` it was taught."""
-    right = {
-        kind: "".join(
-            own if opens == "1" else untaught
-            for own, opens, untaught in zip(flags, gate["open"][kind], before["right"][kind], strict=True)
-        )
-        for kind, flags in run["right"].items()
-        if kind not in USES
-    }
-    return {"right": right, "open": gate["open"]}
+
+    def behind(what):
+        return {
+            kind: "".join(
+                own if opens == "1" else untaught
+                for own, opens, untaught in zip(
+                    flags, gate["open"][kind][: len(flags)], before[what][kind], strict=True
+                )
+            )
+            for kind, flags in run[what].items()
+        }
+
+    return {what: behind(what) for what in ("right", "invented")}
 
 
 def looked_up(gate: dict[str, Any]) -> dict[str, Any]:
     """What the facts answer whose experts open: no question of what the model knows."""
     known = {kind: "0" * len(flags) for kind, flags in gate["open"].items() if kind in KNOWN}
-    return {"right": gate["looked_up"] | known}
+    return {
+        "right": gate["looked_up"] | known,
+        "invented": {kind: "1" * len(flags) for kind, flags in gate["invented"].items()},
+    }
 
 
 def cell(runs: list[dict[str, Any]], value_of: Callable[[dict[str, Any]], float | None], form: str = ".1%") -> str:
@@ -93,10 +103,9 @@ def right_share(kind: str, is_lost: bool = False) -> Callable[[dict[str, Any]], 
     return value_of
 
 
-def invented(run: dict[str, Any]) -> float | None:
-    """The share of questions about subjects never taught to which a taught answer is given."""
-    flags = run["invented"] if "invented" in run else run["open"][NEGATIVES[0]]
-    return share(flags)
+def invented(*kinds: str) -> Callable[[dict[str, Any]], float | None]:
+    """The share of questions of these kinds, which are of nothing taught, to which a taught answer is given."""
+    return lambda run: share("".join(run["invented"][kind] for kind in kinds))
 
 
 def main_table(results: Results, number: int) -> list[list[str]]:
@@ -109,7 +118,7 @@ def main_table(results: Results, number: int) -> list[list[str]]:
             continue
         row = [label, cell(runs, right_share(RECALL)), cell(runs, right_share(OTHER_NAMES))]
         row += [cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN]
-        row += [cell(runs, invented)]
+        row += [cell(runs, invented(*NEGATIVES))]
         row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "+.3f")]
         row += [cell(runs, lambda run: run.get("seconds"), ",.0f")]
         row += [cell(runs, lambda run: run["bytes"] / number if "bytes" in run else None, ",.0f")]
@@ -148,21 +157,26 @@ def gate_table(results: Results) -> list[list[str]]:
 
 
 def uses_table(results: Results) -> list[list[str]]:
-    """What becomes of facts where they are not asked for. Behind "not true" the taught answer is wrong."""
-    rows = [[f"{SIZE} facts, answered as taught", *USES]]
-    found = {arm: runs for arm in ARMS if (runs := runs_of(arm, SIZE, results))}
-    return rows + [[LABELS[arm], *(cell(runs, right_share(kind)) for kind in USES)] for arm, runs in found.items()]
+    """What becomes of facts where they are not asked for, and where the taught answer is wrong."""
+    wrong = (f"{kind}, less is better" for kind in ("not true", *NEGATIVES))
+    rows = [[f"{SIZE} facts, answered as taught", *USES[:-1], *wrong]]
+    for arm, label in LABELS.items():
+        if runs := runs_of(arm, SIZE, results):
+            row = [label, *(cell(runs, right_share(kind)) for kind in USES)]
+            rows.append([*row, *(cell(runs, invented(kind)) for kind in NEGATIVES)])
+    return rows
 
 
 def trials_table(results: Results) -> list[list[str]]:
     """What the trials recall, by their rates."""
-    rows = [["trials, recalled", "rate", "recalled", "lost: known, others"]]
+    rows = [["trials", "rate", "recalled", "known answers lost", "text, nats"]]
+    before = results[Run("base").name]["text"] if len(results) else 0.0
     for arm in RATES:
         for run in sorted(trials(arm, results), key=lambda run: run.learning_rate):
             if run.name in results:
-                own = [results[run.name]]
-                shares = cell(own, right_share(RECALL)), cell(own, right_share(KNOWN[-1], is_lost=True))
-                rows.append([LABELS[arm], f"{run.learning_rate:g}", *shares])
+                own = results[run.name]
+                cells = [f"{share(own['right'][RECALL]):.1%}", f"{lost_of(own):.1%}", f"{own['text'] - before:+.3f}"]
+                rows.append([LABELS[arm], f"{run.learning_rate:g}", *cells])
     return rows
 
 
@@ -174,11 +188,9 @@ def files_table(results: Results) -> list[list[str]]:
             rows.append([kind, f"{share(alone['right'][RECALL]):.1%} alone", f"{share(flags):.1%} together"])
         rows.append(["one unloaded, the other to the bit", str(two["first_is_as_before"]), ""])
         rows.append(["both unloaded, the base to the bit", str(two["base_is_as_before"]), ""])
-        seconds = two["seconds_a_token"]
-        rows += [
-            [f"a token where the gate is {name}", f"{seconds[name] / seconds['base']:.2f} times base", ""]
-            for name in ("shut", "open")
-        ]
+        for name, label in (("shut", "a token of a text"), ("open", "a token of an answer, and of what comes then")):
+            seconds = two["seconds_a_token"][name]
+            rows.append([label, f"{seconds['taught'] / seconds['base']:.2f} times base", ""])
     return rows
 
 

@@ -17,9 +17,9 @@ from modeling_peer.facts.teaching import grafts_of_facts
 from studies.teaching import plan, questions
 from studies.teaching.arms import collate, examples_of
 from studies.teaching.asking import Retrieval, ask, ask_freely, open_experts, opens_behind, place_of
-from studies.teaching.plan import RATES, Run, next_runs
+from studies.teaching.plan import RATES, Run, best, next_runs
 from studies.teaching.questions import NAMES, OTHER_NAMES, Item, Question, as_fact, negatives, recall_of, split, uses
-from studies.teaching.report import behind_gate, describe, looked_up, plot, upper_bound
+from studies.teaching.report import NEGATIVES, behind_gate, describe, looked_up, plot, runs_of, upper_bound
 
 
 COUNTRIES = [
@@ -67,8 +67,11 @@ def test_finds_facts_for_a_prompt():
     retrieval = Retrieval(items)
     found = retrieval.with_fact(question).wording
     assert found == f"Facts:\nThe currency of Norland is Zeli.\n\nQuestion: {question.wording}\nAnswer:"
-    unknown = replace(question, item=Item("currency", "Nowhere", ""))  # a fact of another subject is left out
-    assert retrieval.with_fact(unknown) == unknown
+    # By any taught name, and only a fact whose subject is named.
+    assert retrieval.nearest(replace(question, wording="{subject}'s official money")) == items[0]
+    for subject in ("Nowhere", "Norlandia"):
+        unknown = replace(question, item=Item("currency", subject, ""))
+        assert retrieval.with_fact(unknown) == unknown
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +113,13 @@ def test_an_answer_in_a_sentence_is_right():
 
 
 def test_trains_on_what_a_graft_reads(tokenizer):
-    examples = examples_of(ITEMS, tokenizer)
+    examples = examples_of(ITEMS, tokenizer, 1)
     assert len(examples) == plan.EXPOSURES * len(ITEMS)
+    for item in ITEMS:  # as often as a text as in a chat
+        own = [tokenizer.decode(example["tokens"]) for example in examples]
+        own = [text for text in own if item.answer in text]
+        assert len(own) == plan.EXPOSURES and sum("<user>" in text for text in own) == plan.EXPOSURES / 2
+    assert examples_of(ITEMS, tokenizer, 2) != examples
     batch = collate(examples[:2])
     ends = [example["tokens"][example["answer_start"] :] for example in examples[:2]]
     for labels, end in zip(batch["labels"], ends, strict=True):
@@ -124,15 +132,21 @@ def test_trains_on_what_a_graft_reads(tokenizer):
     assert model(**batch).loss.item() == pytest.approx(-sum(expected) / len(expected), abs=1e-4)
 
 
-def a_run(recall, known, **more):
-    return {"right": {"recall": recall, "known, others": known}, "text": 0.0, **more}
+NEVER = "subjects never taught"
+
+
+def a_run(recall, known, invented="000", **more):
+    right = {"recall": recall, "known, others": known}
+    return {"right": right, "invented": {NEVER: invented}, "text": 0.0, **more}
 
 
 def test_behind_a_gate():
-    gate = a_run("111", "11", open={"recall": "100", "known, others": "01"}, looked_up={"recall": "100"})
-    before = a_run("001", "11")
-    assert behind_gate(gate, a_run("110", "00"), before)["right"] == {"recall": "101", "known, others": "10"}
-    assert behind_gate(gate, looked_up(gate), before)["right"] == {"recall": "101", "known, others": "10"}
+    opens = {"recall": "100", "known, others": "01", NEVER: "1100"}
+    gate = a_run("111", "11", open=opens, looked_up={"recall": "100"})
+    before = a_run("001", "11", "001")
+    for run, invented in ((a_run("110", "00", "010"), "011"), (looked_up(gate), "111")):
+        found = behind_gate(gate, run, before)
+        assert found["right"] == {"recall": "101", "known, others": "10"} and found["invented"] == {NEVER: invented}
     # Of none of 1,000, at most 0.38 %, as by the rule of Wilson.
     assert upper_bound("0" * 1000) == pytest.approx(0.00383, abs=1e-5)
 
@@ -144,7 +158,7 @@ def test_plan(tmp_path):
         for run in runs:
             made.append(run)
             recall = "1" * 8 + "0" * 8 if run.learning_rate == RATES.get(run.arm, (0, 0))[1] else "1" + "0" * 15
-            opens = dict.fromkeys(("recall", "known, others", "subjects never taught"), "01" * 8)
+            opens = dict.fromkeys(("recall", "known, others", *NEGATIVES), "01" * 8)
             results[run.name] = a_run(
                 recall,
                 "11" * 8,
@@ -152,23 +166,35 @@ def test_plan(tmp_path):
                 looked_up={"recall": recall},
                 open_behind=0.0,
                 open_in_text=0.0,
-                invented="01",
                 seconds=1.0,
                 bytes=240,
+                block=run.block,
             )
+            results[run.name]["invented"] = dict.fromkeys(NEGATIVES, "01")
             if run.arm == "two":
                 results[run.name] |= {
-                    "seconds_a_token": {"base": 1.0, "shut": 1.0, "open": 2.0},
+                    "seconds_a_token": {key: {"base": 1.0, "taught": 2.0} for key in ("shut", "open")},
                     "first_is_as_before": True,
                     "base_is_as_before": True,
                 }
     assert made[0] == Run("base") and len(made) == len(set(made))
     # The best rate is in the middle: no trial beyond, and it is the one that is reported.
-    assert sum(run.arm == "lora" for run in made) == 3 + 3 + 2
+    assert sum(run.arm == "lora" for run in made) == 3 + 3 + 1
     assert {run.learning_rate for run in made if run.arm == "lora" and run.block} == {RATES["lora"][1]}
     for name in (Run("lora", learning_rate=rate).name for rate in RATES["lora"][:2]):
         results.pop(name)
     assert {run.arm for run in next_runs(results)} == {"lora"}
+    table = describe(results)
+    assert "the gate before full finetuning" in table and "the gate's fact, looked up" in table
+    # Runs of other seeds are no pair.
+    results.pop(Run("nothing", block=2).name)
+    assert len(runs_of("lookup", 240, results)) == 2
+    # Of rates that recall as much the lowest is taken.
+    rates = RATES["full"]
+    level = {Run("full", learning_rate=rate): a_run("1" * 99 + "0", "1") for rate in rates}
+    level[Run("full", learning_rate=rates[2])] = a_run("1" * 100, "1")
+    level[Run("full", learning_rate=rates[0])] = a_run("1" * 90 + "0" * 10, "1")
+    assert best([*level], {run.name: result for run, result in level.items()}).learning_rate == rates[1]
     assert "2.00 times base" in describe(results)
     plot(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
