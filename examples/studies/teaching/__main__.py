@@ -4,7 +4,7 @@
 Measures facts taught to SmolLM2-135M by a graft of facts, by finetuning, LoRA and other adapters, and facts in the
 prompt: what is recalled in other wordings, what is lost, what is answered that nobody taught.
 
-    ./run study teaching                 # the whole plan, about five hours on two cores
+    ./run study teaching                 # the whole plan, about six hours on two cores
     ./run study teaching --hours 2.5     # as much of it as two and a half hours allow; the same command goes on
     ./run study teaching --results examples/studies/teaching/results.json --hours 2.5    # goes on from these runs
 """
