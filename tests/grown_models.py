@@ -35,7 +35,3 @@ def train_a_little(model, steps=5, optimizer_class=torch.optim.AdamW):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-
-
-def old_state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -151,10 +151,10 @@ def comparison_table(results: Results, sections: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def ratio_interval(over: list[float], under: list[float], samples: int = 2000) -> tuple[float, float]:
+def ratio_interval(over: list[float], under: list[float]) -> tuple[float, float]:
     """The 95 % interval of the ratio of two medians, by a bootstrap of either list."""
     draw = Random(0).choices
-    ratios = [median(draw(over, k=len(over))) / median(draw(under, k=len(under))) for _ in range(samples)]
+    ratios = [median(draw(over, k=len(over))) / median(draw(under, k=len(under))) for _ in range(2000)]
     ends = quantiles(ratios, n=40)
     return ends[0], ends[-1]
 

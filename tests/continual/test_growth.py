@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
-from grown_models import CONFIGS, SIZES, logits_of, old_state, train_a_little
+from grown_models import CONFIGS, SIZES, logits_of, train_a_little
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
-from trainer_worker import counting_sequences, logged, trainer_of
+from trainer_worker import copy_of_state, counting_sequences, logged, trainer_of
 
 from modeling_peer import (
     PeerForCausalLM,
@@ -44,7 +44,7 @@ def mode(request):
 class TestProtected:
     def test_old_outputs_stay_to_the_bit_whatever_is_trained(self, model):
         """And all is trained of the new experts, their keys, queries and statistics; nothing of the old, nor of gates."""
-        before, state = logits_of(model), old_state(model)
+        before, state = logits_of(model), copy_of_state(model)
         add_experts(model, 25)
         assert_close(logits_of(model), before, rtol=0, atol=1e-6)
         added = {n: t.clone() for n, t in model.state_dict().items() if n not in state and ".gate." not in n}
@@ -154,7 +154,7 @@ class TestOpen:
     def test_trains_the_new_rows_and_keys_alone(self, optimizer_class):
         model = tiny_model(CONFIGS["two layers"])
         add_experts(model, 13, mode="open")
-        state = old_state(model)
+        state = copy_of_state(model)
         train_a_little(model, optimizer_class=optimizer_class)
         for name, tensor in model.state_dict().items():
             if "expert_pool" in name:
@@ -223,7 +223,7 @@ class TestGrownModel:
     @pytest.mark.parametrize(("mode", "by_rows"), [("protected", False), ("open", True)])
     def test_trains_in_the_stock_trainer(self, mode, by_rows, tmp_path):
         model = tiny_model(CONFIGS["two layers"])
-        before, old = logits_of(model), old_state(model)
+        before, old = logits_of(model), copy_of_state(model)
         add_experts(model, SIZES[mode], mode=mode)
         trainer = trainer_of(model, tmp_path, counting_sequences(64), max_steps=30, weight_decay=0.1)
         if by_rows:
@@ -278,7 +278,7 @@ class TestRefusals:
     )
     def test_of_arguments(self, arguments):
         model = tiny_model(CONFIGS["two layers"])
-        state, config = old_state(model), copy.deepcopy(model.config.to_dict())
+        state, config = copy_of_state(model), copy.deepcopy(model.config.to_dict())
         with pytest.raises(ValueError):
             add_experts(model, **arguments)
         self.assert_unchanged(model, state, config)
@@ -288,7 +288,7 @@ class TestRefusals:
     def test_of_memory_that_is_not_there(self, number, monkeypatch):
         """The making of the n-th new part fails."""
         model = tiny_model(CONFIGS["two layers"])
-        before, state, config = logits_of(model), old_state(model), copy.deepcopy(model.config.to_dict())
+        before, state, config = logits_of(model), copy_of_state(model), copy.deepcopy(model.config.to_dict())
         calls, initialized = itertools.count(), growth._initialized
 
         def failing(*args):

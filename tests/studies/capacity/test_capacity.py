@@ -252,11 +252,6 @@ def test_second_facts_do_not_depend_on_what_a_process_drew_before(arm, folder, m
     assert results[0] == results[1]
 
 
-def test_processes_find_what_makes_a_run():
-    """Those of a pool do not import `__main__` of a package."""
-    assert capacity_study.make.__module__ != capacity_study.__name__
-
-
 @slow
 def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     load = Load(256, 8, 1)
