@@ -494,6 +494,8 @@ def taught_facts():
         for kind in (*teaching_study.NEGATIVES[:2], "known, taught subjects", teaching_study.NEGATIVES[2])
     ]
     yield page, percent(*(mean(map(share, graft)) for share in opens))
+    yield page, percent(mean(teaching_study.share(run["found"]["recall"]) for run in prompt))
+    yield page, percent(mean(teaching_study.right_share("not true")(run) for run in prompt))
     yield TEACHING, percent(mean(run["open_behind"] for run in graft), digits=0)
 
 
