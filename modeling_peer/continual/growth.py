@@ -94,7 +94,7 @@ def add_experts(
         raise ValueError(f"Experts can be added to PEER models without adapters, got a {type(model).__name__}.")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("Experts are added before a model is split over processes: do so in one, and save the model.")
-    tables = expert_tables(model).values()
+    tables: list[Any] = [*expert_tables(model).values()]
     if not all(table.weight.is_floating_point() for table in tables):
         raise ValueError("Quantized experts have no new ones beside them: add experts, train, and quantize then.")
     if mode == "open" and any(map(is_on_disk, tables)):
