@@ -6,6 +6,7 @@ imports go one way. As a command, `python tests/test_layout.py`, it prints the l
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,16 @@ def test_files_are_short(folder):
     assert not {str(file): len(lines) for file, lines in texts.items() if len(lines) > 600}
     wide = [f"{file}:{i}" for file, lines in texts.items() for i, line in enumerate(lines, 1) if len(line) > 119]
     assert folder != "modeling_peer" or not wide
+
+
+def test_contributing_names_every_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert not [name for name in sorted(FOLDERS) if not re.search(rf"`(modeling_peer/)?{name}/?`", text)]
+
+
+def test_citation_is_of_this_release():
+    version = re.search(r'__version__ = "(.*)"', (PACKAGE / "__init__.py").read_text())[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def main():

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import tiny_config, tiny_model
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import Trainer
 from two_processes import run_on_two_processes, save_parts
 
 from modeling_peer import PeerForCausalLM, shard_experts
 from modeling_peer.ops.experts import run_expert_pool
-from modeling_peer.parallel.columns import MemoryGroup
+from modeling_peer.parallel.columns import ExpertColumns, MemoryGroup
 from modeling_peer.parallel.memory_group import form_memory_group
 from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES, timeout_of_default_group
 from modeling_peer.parallel.token_exchange import TokenExchange
@@ -54,6 +55,20 @@ def test_a_model_is_split_once():
     form_memory_group(model, 1, "cpu")
     with pytest.raises(ValueError, match="split already: `shard_experts`"):
         shard_experts(model, 1)
+
+
+def test_a_split_that_is_refused_leaves_the_model_whole(monkeypatch):
+    def refuse(style, module, param, mesh, parameter_name):
+        if "down_proj" in parameter_name:
+            raise ValueError(parameter_name)
+
+    monkeypatch.setattr(ExpertColumns, "validate_param", refuse)
+    model, tokens = tiny_model(tiny_config("peer")), torch.arange(1, 13).view(2, 6)
+    expected = model(tokens).logits
+    with pytest.raises(ValueError, match="down_proj"):
+        form_memory_group(model, 1, "cpu")
+    assert torch.equal(model(tokens).logits, expected)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def test_processes_agree_once_on_the_number_of_tokens_of_a_forward_pass(group):
