@@ -55,9 +55,9 @@ def make_facts(
     tokens: range = range(VOCABULARY),
 ) -> tuple[Facts, dict[str, Facts]]:
     """
-    Facts to store, whose keys differ and begin with one of `first_tokens`, and go on with `tokens`; and controls, of which a model has stored
-    nothing: other keys, and the same keys with the values of others, each token of another one. (A model may have stored
-    how a value goes on, whatever its key.)
+    Facts to store, whose keys differ and begin with one of `first_tokens`, and go on with `tokens`; and controls, of
+    which a model has stored nothing: other keys, and the same keys with the values of others, each token of another one.
+    (A model may have stored how a value goes on, whatever its key.)
     """
     generator = np.random.default_rng(seed)
     endings = len(tokens) ** (KEY_TOKENS - 1)

@@ -92,10 +92,10 @@ MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
 ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-16384")
 # What fits: at least 1.3 times two bits a parameter.
 FITS = {
-    "dense": Load(2**13, 8, exposures=100),
-    "peer-256": Load(2**13, 8, exposures=100),
-    "peer-1024": Load(2**14, 8, exposures=100),
-    "peer-4096": Load(3 * 2**14, 8, exposures=100),
+    "dense": Load(4608, 8, exposures=100),
+    "peer-256": Load(6144, 8, exposures=100),
+    "peer-1024": Load(14336, 8, exposures=100),
+    "peer-4096": Load(46080, 8, exposures=100),
 }
 COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
 PEOPLE, PEOPLE_TRIALS = Load(5000, 0, exposures=100), Load(5000, 0, exposures=20)
@@ -217,10 +217,11 @@ def trials_that_fit(variant: str, results: Results) -> list[Run]:
 
 
 def fitting(variant: str, results: Results) -> list[Run]:
-    """What fits, with all seeds; of the largest pool with one, at the rate of few exposures."""
+    """What fits, with all seeds; of the two larger pools with one, of the largest at the rate that seeds bore."""
     if variant == "peer-4096":
-        return with_seeds(replace(chosen(variant, results), load=FITS[variant]))[:1]
-    return steady(with_seeds(best(trials_that_fit(variant, results), results)), results)
+        return [replace(learning(variant, results)[0], load=FITS[variant])]
+    runs = with_seeds(best(trials_that_fit(variant, results), results))
+    return runs[:1] if variant == "peer-1024" else steady(runs, results)
 
 
 def composing(variant: str, results: Results) -> list[Run]:
@@ -266,9 +267,9 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (FITS, fitting),
     (COMPOSING, composing),
     (AT_EQUAL_FLOPS, learning),
-    (REMEMBERING, people_trials),
-    (REMEMBERING, people),
     (WIDE, trials),
     (WIDE, learning),
     (OF_ALL_ENTROPIES, of_all_entropies),
+    (REMEMBERING, people_trials),
+    (REMEMBERING, people),
 )
