@@ -5,7 +5,7 @@ Benchmarks a PEER layer against other implementations, other layers and the limi
 
     ./run benchmark
 
-A table of all times is printed, with a table of targets; the measurements (results.json) and a plot of them
+A table of all times is printed; the measurements (results.json) and a plot of them
 (results.png) are saved in --output_dir. Every contender runs in processes of its own, in turn with the others,
 --rounds times; a time is the median over all rounds. Existing measurements are kept, so that an interrupted benchmark
 resumes, unless --overwrite is given.
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.contenders import CONTENDERS, OURS, Task
-from benchmark.report import AGAINST, Results, comparison_table, plot, table, target_table
+from benchmark.report import AGAINST, Results, comparison_table, plot, table
 from common.command_line import parse_arguments
 from common.machine import processor_name
 from common.subprocesses import module_command, module_environment
@@ -355,7 +355,7 @@ def main():
         print(f"\n{name}\n{table(results, name)}")
     if args.against is not None:
         print(f"\nover {args.against}\n{comparison_table(results, args.sections)}")
-    print(f"\n{target_table(results)}\n\nIn {folder}: results.json, results.png")
+    print(f"\nIn {folder}: results.json, results.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Results of the benchmark: floors, a table of times, targets, and plots."""
+"""Results of the benchmark: floors, a table of times, and plots."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -16,7 +15,6 @@ from common.pictures import VARIANTS, add_legend, look_of, new_figure, save_pict
 
 
 SIZE = ("hidden_size", "num_experts", "num_tokens", "dtype", "indices")
-LARGE, SMALL = 1024**2, 512**2
 
 # Added to the name of a section that was measured with the code of another checkout, in turn with it.
 AGAINST = ", other checkout"
@@ -43,12 +41,6 @@ class Results:
             return None
         record = min(found, key=lambda record: record["hidden_size"])
         return median(record["seconds"]) if name == "seconds" else record.get(name)
-
-    def ratio(self, section: str, over: dict, under: dict, **fields) -> float | None:
-        """The time of one record divided by that of another."""
-        return _divide(
-            self.value(section, "seconds", **fields, **over), self.value(section, "seconds", **fields, **under)
-        )
 
     def rate(self, section: str, record: dict, *operations: str) -> float | None:
         """The best bytes or FLOPs per second of the machine in a section, at the size of a record."""
@@ -81,11 +73,6 @@ class Results:
             if not record["contender"].startswith("expert_part")
         ]
         return rows * (reads / read + writes / self.rate(section, machine, "write")) + sum(times)
-
-    def over_floor(self, section: str, **fields) -> float | None:
-        """The time of a record divided by its floor."""
-        found = [record for record in self.records(section, **fields) if record["seconds"]]
-        return _divide(median(found[0]["seconds"]), self.floor(section, found[0])) if found else None
 
 
 def _divide(over, under):
@@ -157,130 +144,6 @@ def ratio_interval(over: list[float], under: list[float]) -> tuple[float, float]
     ratios = [median(draw(over, k=len(over))) / median(draw(under, k=len(under))) for _ in range(2000)]
     ends = quantiles(ratios, n=40)
     return ends[0], ends[-1]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A limit that a value should reach, at least or at most. `device` is `"cpu"` or `"cuda"`."""
-
-    name: str
-    value: Callable[[Results], float | None]
-    limit: float
-    at_most: bool = False
-    device: str = "cpu"
-
-
-def _against_pytorch(section, operation, num_experts):
-    return lambda results: results.ratio(
-        section, {"contender": "peer_pytorch"}, {"contender": "peer"}, operation=operation, num_experts=num_experts
-    )
-
-
-def _gigabytes(section, operation):
-    return lambda results: _divide(
-        results.value(section, "peak_bytes", contender="peer", operation=operation, num_experts=LARGE), 1e9
-    )
-
-
-def _state(operation):
-    tables = 2 * LARGE * 512 * 4
-    fields = {"contender": "peer", "num_experts": LARGE, "hidden_size": 512, "dtype": "float32"}
-    return lambda results: _divide(results.value("training", "state_bytes", operation=operation, **fields), tables)
-
-
-def _wide(rival):
-    return lambda results: results.ratio(
-        "forward", {"contender": "peer"}, {"contender": rival}, hidden_size=1024, num_experts=LARGE
-    )
-
-
-def _decode(size, **fields):
-    return lambda results: results.ratio(
-        "decode", {"contender": f"peer-{size}"}, {"contender": f"dense-{size}"}, **fields
-    )
-
-
-def _half_precision(results):
-    fields = {"operation": "forward", "indices": "uniform", "num_experts": LARGE}
-    return results.ratio("experts", {"dtype": "float32"}, {"dtype": "bfloat16"}, contender="expert_part", **fields)
-
-
-def _integer_gain(results):
-    """How much faster experts are with 8 bits than in bfloat16, over how much faster bare reads of rows are."""
-    ours = _quantized(8, operation="forward", num_tokens=1024)(results)
-    bare = results.ratio(
-        "quantized", {"dtype": "bfloat16"}, {"dtype": "int8"}, contender="machine", operation="row_read_select"
-    )
-    return _divide(_divide(1.0, ours), bare)
-
-
-def _quantized(bits, contender="expert_part", **fields):
-    """The time with quantized tables over that with tables in bfloat16."""
-    return lambda results: results.ratio(
-        "quantized", {"contender": f"{contender}_int{bits}"}, {"contender": contender}, **fields
-    )
-
-
-def _copy_bandwidth(results):
-    fields = {"operation": "forward", "indices": "uniform", "num_experts": LARGE, "dtype": "float32"}
-    found = [r for r in results.records("experts", contender="expert_part", **fields) if r["seconds"]]
-    if not found:
-        return None
-    read = 2 * found[0]["unique_rows"] * found[0]["hidden_size"] * 4 / median(found[0]["seconds"])
-    return _divide(read, results.rate("experts", found[0], "copy"))
-
-
-_BOTH = {"contender": "peer", "operation": "forward_backward", "num_experts": LARGE}
-TARGETS = (
-    Target("forward, N = 1024²: x PEER-pytorch", _against_pytorch("forward", "forward", LARGE), 3.5),
-    Target(
-        "forward + backward, N = 1024²: x PEER-pytorch", _against_pytorch("training", _BOTH["operation"], LARGE), 8
-    ),
-    Target(
-        "forward + backward, N = 1024²: x floor", lambda results: results.over_floor("training", **_BOTH), 1.9, True
-    ),
-    Target("step, N = 1024²: x PEER-pytorch", _against_pytorch("training", "step", LARGE), 6),
-    Target("forward + backward, N = 512²: x PEER-pytorch", _against_pytorch("training", _BOTH["operation"], SMALL), 4),
-    Target("step, N = 512²: x PEER-pytorch", _against_pytorch("training", "step", SMALL), 2.75),
-    Target("forward, N = 1024²: GB above parameters", _gigabytes("forward", "forward"), 0.07, True),
-    Target(
-        "forward + backward, N = 1024²: GB above parameters", _gigabytes("training", _BOTH["operation"]), 0.65, True
-    ),
-    Target("step, N = 1024²: GB of gradients and temporaries", _gigabytes("training", "step"), 0.65, True),
-    Target("step, N = 1024²: optimizer state / tables", _state("step"), 2.01, True),
-    Target("step, one second moment a row: optimizer state / tables", _state("step_row_moment"), 1.01, True),
-    Target("forward, d = 1024: time / gated dense", _wide("dense_gated"), 1.0, True),
-    Target("forward, d = 1024: time / two-matrix dense", _wide("dense"), 1.2, True),
-    Target("experts alone: x bfloat16 over float32", _half_precision, 1.6),
-    Target("decode, 12 layers, d = 512: time / dense twin", _decode("mid", num_experts=LARGE), 1.3, True),
-    Target("decode, peer-tiny: time / dense twin", _decode("tiny"), 1.3, True),
-    Target("experts alone, d = 1024: gain by 8 bits / gain of bare reads", _integer_gain, 0.85),
-    Target(
-        "experts alone, d = 1024: time of 4 bits / bfloat16",
-        _quantized(4, operation="forward", num_tokens=1024),
-        1.0,
-        True,
-    ),
-    Target("decode, 12 layers, d = 1024: time of 8 bits / bfloat16", _quantized(8, "peer-mid"), 1.0, True),
-    Target("decode, 12 layers, d = 1024: time of 4 bits / bfloat16", _quantized(4, "peer-mid"), 1.0, True),
-    Target("forward, N = 1024²: x PEER-pytorch", _against_pytorch("forward", "forward", LARGE), 3, device="cuda"),
-    Target("step, N = 1024²: x PEER-pytorch", _against_pytorch("training", "step", LARGE), 3, device="cuda"),
-    Target("experts alone: unique rows' bytes / copy bandwidth", _copy_bandwidth, 0.8, device="cuda"),
-)
-
-
-def target_table(results: Results) -> str:
-    """The table of the targets of the device and the values that were reached."""
-    device = next((section["settings"]["device"] for section in results.sections.values()), "cpu")
-    lines = [f"{'target':<62}{'':>9}{'reached':>9}"]
-    for target in TARGETS:
-        if (target.device == "cpu") == (device == "cpu"):
-            value = target.value(results)
-            reached = "not measured" if value is None else f"{value:.2f}"
-            if value is not None and (value > target.limit if target.at_most else value < target.limit):
-                reached += "  missed"
-            lines.append(f"{target.name:<62}{'≤' if target.at_most else '≥'} {target.limit:<7g}{reached:>9}")
-    return "\n".join(lines)
 
 
 def plot(results: Results, file: Path) -> None:

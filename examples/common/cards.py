@@ -68,7 +68,6 @@ def make_card(
     description: str = "",
     prompt: str,
     max_new_tokens: int,
-    sequence_length: int | None = None,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
     name_or_path: str | None = None,
@@ -86,7 +85,6 @@ def make_card(
         tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
         description (`str`, *optional*): Further description, in Markdown.
         prompt (`str`), max_new_tokens (`int`): Prompt of the example code, and number of tokens that it generates.
-        sequence_length (`int`, *optional*): Sequence length at which FLOPs are counted, see [`model_costs`].
         training (`dict`, *optional*):
             What is known of the training: `data` and `base_model` by their names, and `settings`. Metadata name a base
             model of the Hub only.
@@ -133,7 +131,7 @@ def make_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         has_experts=has_experts,
-        description="\n\n".join(filter(None, [_describe(config, sequence_length), description, "\n".join(lines)])),
+        description="\n\n".join(filter(None, [_describe(config), description, "\n".join(lines)])),
         training=_describe_training(training),
         usage=f"![Usage of the experts against the training step]({USAGE_PICTURE})\n\n{USAGE_GUIDE}"
         if usage_picture
@@ -201,10 +199,10 @@ def _read_json(file):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _describe(config, sequence_length):
+def _describe(config):
     if not isinstance(config, PeerConfig):
         return ""
-    costs = model_costs(config, sequence_length)
+    costs = model_costs(config)
     sizes = (
         f"Feed-forwards of its layers: {', '.join(config.feed_forward_types)}. {costs.parameters:,} parameters, "
         f"{costs.active_parameters:,} of which a token reads; {costs.flops / 1e6:,.1f} MFLOPs per token at "

@@ -108,4 +108,3 @@ def test_floor():
     results = Results({"training": {"settings": {"device": "cpu"}, "measurements": [*records, record]}})
     expected = 2 * 10**6 * 512 * 4 * (2 / 9e9 + 1 / 4e9) + 4 * 1.0
     assert results.floor("training", record) == pytest.approx(expected)
-    assert results.over_floor("training", contender="peer") == pytest.approx(0.2 / expected)

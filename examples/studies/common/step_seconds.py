@@ -65,14 +65,13 @@ def _training_step(run: Run, plan: TrainingPlan, text: torch.Tensor) -> Callable
         optimizer = RowAdamW(expert_parameter_groups(model, run.learning_rate, 0.0, **multipliers))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0, fused=True)
-    batches = cycle(text.to(device).split(plan.batch_size // plan.accumulation_steps))
+    batches = cycle(text.to(device).split(plan.batch_size))
 
     def step():
-        for _ in range(plan.accumulation_steps):
-            batch = next(batches)
-            with torch.autocast(device, torch.bfloat16, enabled=plan.training.get("bf16", False)):
-                loss = model(input_ids=batch, labels=batch).loss
-            (loss / plan.accumulation_steps).backward()
+        batch = next(batches)
+        with torch.autocast(device, torch.bfloat16, enabled=plan.training.get("bf16", False)):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 # Arguments that may differ between calls: they select which runs are made and do not change their results.
-FREE_ARGUMENTS = ("output_dir", "arms", "seeds", "orders")
+FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
 
 
 def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class TrainingPlan:
         block_size, batch_size (`int`): Tokens per sequence, and sequences per step.
         eval_sequences (`int`): Sequences per held-out text.
         training (`dict`):
-            Further `TrainingArguments` of every run. Its `gradient_accumulation_steps` must divide the `batch_size`.
+            Further `TrainingArguments` of every run.
         fields (`dict`): Fields in which all models differ from the named configurations.
         variants (`dict[str, dict]`):
             For each variant its named `configuration`, its own `training` arguments, and the fields that differ.
@@ -49,31 +49,10 @@ class TrainingPlan:
     fields: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
-    def __post_init__(self):
-        for name in (PEER, DENSE):
-            if name not in self.variants:
-                raise ValueError(
-                    f"`variants` must contain {PEER!r} and {DENSE!r}, which are compared, but got "
-                    f"{list(self.variants)}."
-                )
-        for name in ("training_texts", "evaluation_texts"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must have at least one element.")
-        if self.batch_size % self.accumulation_steps:
-            raise ValueError(
-                f"`batch_size` must be a multiple of `gradient_accumulation_steps` = {self.accumulation_steps}, but "
-                f"got {self.batch_size}."
-            )
-
     @property
     def tokens_of_step(self) -> int:
         """Tokens per training step."""
         return self.block_size * self.batch_size
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Number of forwards per training step."""
-        return self.training.get("gradient_accumulation_steps", 1)
 
     def own_changes(self, run: "Run") -> dict[str, Any]:
         """What a run has beside what all runs have: a named `configuration`, `training` arguments, and fields."""
@@ -135,20 +114,10 @@ def named_configuration(name: str) -> PeerConfig:
 
 
 def changed_fields(run: Run, plan: TrainingPlan) -> dict[str, Any]:
-    """
-    The fields in which the configuration of a run differs from the named one: those of its size and its own.
-
-    Raises:
-        `ValueError`: if the size is not a multiple of the head size.
-    """
+    """The fields in which the configuration of a run differs from the named one: those of its size and its own."""
     base = named_configuration(base_configuration(run, plan))
     fields = {"head_dim": base.head_dim, **plan.fields, **plan.own_changes(run)}
-    heads, rest = divmod(run.hidden_size, fields["head_dim"])
-    if rest:
-        raise ValueError(
-            f"`hidden_sizes` must be multiples of the head size {fields['head_dim']} of {run.variant}, but got "
-            f"{run.hidden_size}."
-        )
+    heads = run.hidden_size // fields["head_dim"]
     for name in ("configuration", "training"):
         fields.pop(name, None)
     widths = {name: fields.get(name, getattr(base, name)) for name in WIDTHS}

@@ -387,7 +387,7 @@ class TrainingStudy:
             "do_eval": True,
             "output_dir": str(self.folder / "models" / run.name),
             "block_size": self.plan.block_size,
-            "per_device_train_batch_size": self.plan.batch_size // self.plan.accumulation_steps,
+            "per_device_train_batch_size": self.plan.batch_size,
             "per_device_eval_batch_size": EVAL_BATCH_SIZE,
             "max_eval_samples": self.plan.eval_sequences,
             "max_steps": run.steps,

@@ -23,7 +23,6 @@ from common.command_line import parse_arguments
 from studies.common.study_folder import sole_use, write_json, write_text
 from studies.common.training_plan import DENSE, Run, budget_name
 from studies.common.training_study import TimeIsUp, TrainingStudyArguments
-from studies.recipe.cards import write_cards
 from studies.recipe.ngrams import ngrams_table, read_by_ngrams
 from studies.recipe.plan import (
     RECIPE,
@@ -123,12 +122,11 @@ def _seed_by_seed(runs):
 
 
 def report(results: Results, folder: Path) -> None:
-    """Writes results, tables, pictures and model cards."""
+    """Writes results, tables and pictures."""
     write_results(folder / "results.json", results)
     write_text(folder / "tables.md", describe(results))
     pictures = [f"{name}.png" for name, plot in PLOTS.items() if plot(results, folder / f"{name}.png")]
-    write_cards(results, folder / "model_cards")
-    print(f"\n{describe(results)}\nIn {folder}: {', '.join(['results.json', 'tables.md', *pictures, 'model_cards'])}")
+    print(f"\n{describe(results)}\nIn {folder}: {', '.join(['results.json', 'tables.md', *pictures])}")
 
 
 def main():

@@ -17,7 +17,6 @@ from studies.common.training_plan import (
     Run,
     TrainingPlan,
     changed_fields,
-    configuration_of,
     corpus_loss,
     merge_changes,
     named_configuration,
@@ -39,13 +38,8 @@ BLOCK = "seed"
 # The training argument that the learning rate of the output tables is multiplied by.
 DOWN_RATE = "down_proj_lr_multiplier"
 
-PARTS_OF_DESIGN = ("variant", "factors", "runs", "seeds", "bar")
-
 # What the learning rate may be divided by at a larger size: the power of the ratio of sizes with one of these exponents.
 EXPONENTS = (1.0, 0.5, 0.0)
-
-# What adopts a factor: an interval that excludes zero, besides a mean of one percent, or the mean alone.
-BARS = ("interval", "mean")
 
 # By the number of runs of a design, for how many factors it has room beside `BLOCK`.
 MOST_FACTORS = {16: 7, 32: 15}
@@ -72,7 +66,8 @@ class RecipePlan(TrainingPlan):
         designs (`list[dict]`):
             Experiments of the search, in their order: the `variant` to which the `factors` of these names are added, the
             number of `runs` of the design, each factor present in half of them, the `seeds` of which the runs are made,
-            1, 2 or both, and the `bar` at which a factor is adopted, see `BARS`.
+            1, 2 or both, and the `bar` at which a factor is adopted: `"interval"`, which must exclude zero besides a mean of
+            one percent, or the `"mean"` alone.
         trials (`dict[str, list[dict]]`):
             For each variant that is compared, learning rates and further changes to choose from: equally many. At
             another size the learning rate is divided by what the size is multiplied by; at a larger one that to the power
@@ -112,73 +107,10 @@ class RecipePlan(TrainingPlan):
     nums_experts: list[int]
     later_runs: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in self.variants:
-            self.lineage(name)
-        for part in ("screened", "trials", "seeds", "hidden_sizes", "exponents"):
-            if unknown := set(getattr(self, part)) - self.variants.keys():
-                raise ValueError(f"`{part}` must name some of `variants`, but got {sorted(unknown)} among them.")
-        for name in self.screened:
-            if "parent" not in self.variants[name]:
-                raise ValueError(f"`screened` must name variants that have a `parent`, but {name!r} has none.")
-        for design in self.designs:
-            self._check_design(design)
-        numbers = {variant: len(trials) for variant, trials in self.trials.items()}
-        if len(set(numbers.values())) > 1:
-            raise ValueError(f"`trials` must be equally many for all variants, but there are {numbers}.")
-        for part in ("seeds", "hidden_sizes"):
-            for name, values in getattr(self, part).items():
-                if len(values) != len(self.budgets):
-                    raise ValueError(
-                        f"`{part}` of {name!r} must have one entry per budget, {len(self.budgets)}, but got {values}."
-                    )
-        self._check_the_recipe()
-
-    def _check_design(self, design):
-        if design.keys() != set(PARTS_OF_DESIGN):
-            raise ValueError(f"`designs` must have {list(PARTS_OF_DESIGN)} each, but got {list(design)}.")
-        if unknown := set(design["factors"]) - self.factors.keys():
-            raise ValueError(f"`designs` must name some of `factors`, but got {sorted(unknown)} among them.")
-        most = MOST_FACTORS.get(design["runs"])
-        is_known = design["variant"] in self.variants and set(design["seeds"]) <= {1, 2} and design["bar"] in BARS
-        if most is None or not 2 <= len(design["factors"]) <= most or not is_known:
-            raise ValueError(
-                f"`designs` must be of one of `variants`, have 16 runs for 2 to {MOST_FACTORS[16]} factors or 32 for 2 to "
-                f"{MOST_FACTORS[32]}, `seeds` 1, 2 or both, and a `bar` of {BARS}, but got {design}."
-            )
-
-    def _check_the_recipe(self):
-        """What would otherwise fail after hours, once there is a recipe."""
-        if RECIPE not in self.trials:
-            return
-        for part in ("seeds", "hidden_sizes"):
-            if missing := self.trials.keys() - getattr(self, part).keys():
-                raise ValueError(f"`{part}` must have all variants of `trials`, but lacks {sorted(missing)}.")
-        if trial := self.trial_of(Run(RECIPE, self.hidden_size, 1, self.learning_rate)):
-            raise ValueError(f"The recipe must have no `trial`, as its time would not be measured, but has {trial}.")
-        if not self.timed_trials or not set(self.timed_trials) <= set(range(len(self.trials[RECIPE]))):
-            raise ValueError(
-                f"`timed_trials` must be numbers of `trials` of the recipe, from 0 to {len(self.trials[RECIPE]) - 1}, but "
-                f"got {self.timed_trials}."
-            )
-        if self.transfer_size is not None and self.transfer_size <= self.hidden_size:
-            raise ValueError(
-                f"`transfer_size` must be larger than `hidden_size`, {self.hidden_size}, but got {self.transfer_size}."
-            )
-        sizes = set(self.sizes_at_equal_seconds)
-        if not sizes or not sizes <= set(self.hidden_sizes[DENSE][-1]):
-            raise ValueError(
-                f"`sizes_at_equal_seconds` must be some of the last `hidden_sizes`, {self.hidden_sizes[DENSE][-1]}, but "
-                f"got {self.sizes_at_equal_seconds}."
-            )
-
     def lineage(self, variant: str) -> list[dict[str, Any]]:
         """What each of the parents of a variant has, the first of them first, and the variant itself."""
         names, name = [], variant
         while name is not None:
-            if name not in self.variants or name in names:
-                raise ValueError(f"The parents of {variant!r} must be other `variants`, but got {[*names[1:], name]}.")
             names.insert(0, name)
             name = self.variants[name].get("parent")
         return [self.variants[name] for name in names]
@@ -259,33 +191,6 @@ def read_plan(file: Path) -> RecipePlan:
     """Reads the plan in a JSON file."""
     (plan,) = HfArgumentParser((RecipePlan,)).parse_json_file(str(file))
     return plan
-
-
-def check_models(plan: RecipePlan) -> None:
-    """
-    Makes the configuration of each model that the plan leads to, whatever is chosen on the way: one that cannot be made
-    raises the error of its configuration before any run.
-    """
-    tuning = tuning_runs(plan)
-    sizes = {
-        variant: {plan.hidden_size}.union(
-            *plan.hidden_sizes.get(variant, ()),
-            plan.dense_sizes if variant == DENSE else (),
-            [plan.transfer_size] if plan.transfer_size is not None and variant in (DENSE, RECIPE) else (),
-            plan.sizes_at_equal_seconds if variant == RECIPE else (),
-        )
-        for variant in tuning
-    }
-    runs = [
-        replace(run, hidden_size=size) for variant, own in tuning.items() for run in own for size in sizes[variant]
-    ]
-    runs += [
-        Run(RECIPE, plan.hidden_size, 1, plan.learning_rate, ablation=(NUM_EXPERTS, f"{number}, {index}"))
-        for number in plan.nums_experts
-        for index in range(len(plan.trials.get(RECIPE, ())))
-    ]
-    for run in (*screening_runs(plan).values(), *search_runs(plan), *runs):
-        configuration_of(run, plan)
 
 
 def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
-from studies.recipe.plan import RecipePlan, check_models, run_of_size, timed_trials
+from studies.recipe.plan import RecipePlan, run_of_size, timed_trials
 from studies.recipe.results import Results
 from studies.recipe.variants import register_variants
 
@@ -27,7 +27,6 @@ class Study(TrainingStudy):
         self, plan: RecipePlan, folder: Path, processes: int, made_elsewhere: Results | None = None, **options
     ):
         register_variants()  # for their costs
-        check_models(plan)
         self.made_elsewhere = made_elsewhere
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 

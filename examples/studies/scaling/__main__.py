@@ -21,7 +21,6 @@ from common.command_line import parse_arguments
 from studies.common.study_folder import sole_use, write_text
 from studies.common.training_plan import budget_name
 from studies.common.training_study import TrainingStudyArguments
-from studies.scaling.cards import write_cards
 from studies.scaling.plan import (
     choose_rates,
     choose_sizes,
@@ -63,13 +62,12 @@ def run_study(study: Study) -> Results:
 
 
 def report(results: Results, folder: Path) -> None:
-    """Writes results, tables, plots and model cards."""
+    """Writes results, tables and plots."""
     write_results(folder / "results.json", results)
     write_text(folder / "tables.md", describe(results))
     for name, plot in PLOTS.items():
         plot(results, folder / f"{name}.png")
-    write_cards(results, folder / "model_cards")
-    print(f"\n{describe(results)}\nIn {folder}: results.json, tables.md, *.png, model_cards")
+    print(f"\n{describe(results)}\nIn {folder}: results.json, tables.md, *.png")
 
 
 def main():

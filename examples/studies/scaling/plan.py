@@ -11,10 +11,6 @@ from transformers import HfArgumentParser
 from studies.common.training_plan import PEER, Run, TrainingPlan, corpus_loss, merge_changes, run_of_budget
 
 
-# Groups of ablations, with one table each.
-ABLATIONS = ("num_experts", "active", "query_norm", "variation")
-
-
 @dataclass
 class Plan(TrainingPlan):
     """
@@ -34,8 +30,8 @@ class Plan(TrainingPlan):
             Size at which learning rates are chosen and ablations are made, the latter for the steps of the last
             budget.
         ablations (`dict[str, dict[str, dict]]`):
-            For each group of `ABLATIONS`, fields and `training` arguments in which models differ from the PEER
-            variant.
+            For each group, `"num_experts"`, `"active"`, `"query_norm"` or `"variation"`, fields and `training` arguments
+            in which models differ from the PEER variant.
         repeated_ablations (`list[str]`):
             Groups of ablations that are made with every seed. The others are made with one.
         after_training (`dict[str, dict]`):
@@ -50,25 +46,6 @@ class Plan(TrainingPlan):
     ablations: dict[str, dict[str, dict[str, Any]]]
     repeated_ablations: list[str]
     after_training: dict[str, dict[str, Any]]
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("ablations", "repeated_ablations"):
-            for group in getattr(self, name):
-                if group not in ABLATIONS:
-                    raise ValueError(f"The groups in `{name}` must be some of {list(ABLATIONS)}, but got {group!r}.")
-        for name in ("hidden_sizes", "budgets", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must have at least one element.")
-        if self.seeds < 1:
-            raise ValueError(f"`seeds` must be at least 1, but got {self.seeds}.")
-        for name, values in (("budgets", self.budgets), *(("hidden_sizes", sizes) for sizes in self.hidden_sizes)):
-            if not values or values != sorted(set(values)):
-                raise ValueError(f"`{name}` must be non-empty and strictly ascending, but got {values}.")
-        if len(self.hidden_sizes) != len(self.budgets):
-            raise ValueError(
-                f"`hidden_sizes` must have one list per budget, {len(self.budgets)}, but got {len(self.hidden_sizes)}."
-            )
 
     def own_changes(self, run: Run) -> dict[str, Any]:
         """What its variant has, with its ablation."""

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 
 from common.pictures import add_legend, look_of, new_figure, save_picture, shades
 from studies.common.single_run import USAGE_BINS
-from studies.common.trained_models import mean_perplexities
 from studies.common.training_plan import CORPUS, DENSE, PEER, Run, budget_name, configuration_of, costs_of
 from studies.scaling.plan import size_runs
 from studies.scaling.report import (
@@ -19,6 +18,7 @@ from studies.scaling.report import (
     active_runs,
     label,
     losses_after_training,
+    mean_perplexities,
     norm_runs,
     paper_margins,
 )

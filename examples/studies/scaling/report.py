@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Results of the scaling study: lookups, and tables beside those of the paper."""
+"""Results of the scaling study: lookups and tables."""
 
 import math
 from dataclasses import asdict
@@ -9,10 +9,8 @@ from statistics import geometric_mean, mean, median, stdev
 from typing import Any
 
 from common.pictures import VARIANTS
-from studies.common.step_seconds import WARM_UPS
 from studies.common.study_folder import read_json, write_runs
-from studies.common.tables import markdown_table
-from studies.common.trained_models import in_words, mean_perplexities, own_training, perplexities, spread
+from studies.common.tables import markdown_table, spread_cell
 from studies.common.training_plan import (
     CORPUS,
     DENSE,
@@ -36,7 +34,6 @@ from studies.scaling.plan import (
 
 
 # Table 1 of the paper: perplexity of compute-optimal models at two budgets.
-PAPER_TEXTS = ("Curation", "Lambada", "Pile", "Wikitext", "C4")
 PAPER_PERPLEXITIES = {
     "6e18": {
         "dense": (23.26, 21.95, 24.55, 29.14, 23.84),
@@ -50,14 +47,6 @@ PAPER_PERPLEXITIES = {
         "pkm": (17.03, 11.18, 16.34, 20.26, 17.36),
         "peer": (16.34, 10.33, 14.99, 19.09, 16.45),
     },
-}
-
-# Table 3 of the paper, in ascending order of N: perplexity on C4, usage in percent, unevenness; without and with
-# BatchNorm.
-PAPER_NUM_EXPERTS = ("16k", "65k", "262k", "1M")
-PAPER_USAGE = {
-    None: ((23.47, 100, 0.45), (22.61, 100, 0.63), (21.54, 100, 0.97), (20.73, 99.8, 1.52)),
-    "batch": ((23.47, 100, 0.30), (22.55, 100, 0.44), (21.47, 100, 0.66), (20.64, 100, 1.06)),
 }
 
 
@@ -129,6 +118,21 @@ class Results:
         return optimal[DENSE], run_of_seconds(optimal[PEER], optimal[DENSE], self.step_seconds)
 
 
+def perplexities(losses: list[dict[str, float]], text: str) -> list[float]:
+    """Perplexity of a text, with each seed."""
+    return [math.exp(each[text]) for each in losses]
+
+
+def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]:
+    """Geometric mean of perplexity over the evaluation texts, with each seed."""
+    return [math.exp(mean(each[name] for name in plan.evaluation_texts)) for each in losses]
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds; of one seed, the value."""
+    return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
+
+
 def _ratio_deviation(values, others):
     """Standard deviation of the ratio of two means, to first order. NaN if one of them is of one seed."""
     if min(len(values), len(others)) == 1:
@@ -175,18 +179,6 @@ def table_of_perplexities(results: Results, budget: float) -> str:
     return markdown_table(rows)
 
 
-def note_on_models(results: Results) -> str:
-    """Note on how to read the tables of perplexities, and on how the training of variants differs."""
-    plan = results.plan
-    own = {variant: own_training(run, plan) for variant, run in results.optimal(plan.budgets[0]).items()}
-    differ = "; ".join(f"{label(variant)} with {in_words(found)}" for variant, found in own.items() if found)
-    return (
-        f"Mean ± standard deviation over {plan.seeds} seeds, none of which is the seed that the size was chosen with; "
-        "size is `hidden_size`. All models are evaluated as they generate: by token choice, also where they were "
-        f"trained with expert choice. All are trained alike{f', except {differ}' if differ else ''}."
-    )
-
-
 def paper_margins() -> dict[str, dict[str, float]]:
     """By which share the mean perplexity of each variant is below that of dense, at each budget of the paper."""
     means = {
@@ -197,16 +189,6 @@ def paper_margins() -> dict[str, dict[str, float]]:
         budget: {variant: 1 - value / found[DENSE] for variant, value in found.items() if variant != DENSE}
         for budget, found in means.items()
     }
-
-
-def table_of_the_paper(budget: str) -> str:
-    """Table of perplexities at a budget of the paper."""
-    rows = [[f"paper, {budget} FLOPs", *PAPER_TEXTS, "geometric mean", "below dense"]]
-    margins = paper_margins()[budget]
-    for variant, values in PAPER_PERPLEXITIES[budget].items():
-        cells = [f"{value:.2f}" for value in (*values, geometric_mean(values))]
-        rows.append([label(variant), *cells, f"{margins[variant]:.1%}" if variant in margins else ""])
-    return markdown_table(rows)
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
@@ -234,23 +216,6 @@ def _corpus_cells(results, runs, variant):
     """Held-out losses of the runs of a variant, the lowest one in bold."""
     losses = [results.losses(run)[CORPUS] for run in runs if run.variant == variant]
     return [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
-
-
-def edges(results: Results) -> list[str]:
-    """Optima at an end of the range that was tried, beyond which there may be better values."""
-    plan = results.plan
-    found = [
-        f"{label(variant)} at a learning rate of {rate:g}"
-        for variant, rate in results.rates.items()
-        if rate in (min(plan.learning_rates), max(plan.learning_rates))
-    ]
-    for budget in plan.budgets:
-        found += [
-            f"{label(variant)} at hidden_size {run.hidden_size} with {budget_name(budget)} FLOPs"
-            for variant, run in results.optimal(budget).items()
-            if run.hidden_size in (min(plan.sizes(budget)), max(plan.sizes(budget)))
-        ]
-    return found
 
 
 def norm_runs(results: Results) -> dict[tuple[str | None, int], Run]:
@@ -293,33 +258,6 @@ def _cost_cells(results, run, losses):
     ]
 
 
-def note_on_experts(results: Results) -> str:
-    """Note on how to read the table of experts."""
-    plan = results.plan
-    return (
-        f"Rows with ± give mean ± standard deviation over {plan.seeds} seeds, others one seed. {_same_text(results)} "
-        f"Usage is counted on {plan.eval_sequences * plan.block_size:,} tokens of the held-out corpus, or on all if "
-        "there are fewer."
-    )
-
-
-def _same_text(results):
-    reference = results.reference()
-    return (
-        f"All models have hidden_size {reference.hidden_size} and {reference.steps:,} steps: equal text, not equal "
-        "FLOPs."
-    )
-
-
-def table_of_the_papers_experts() -> str:
-    """Table of numbers of experts and query norms of the paper."""
-    rows = [["paper, query norm", "N", "C4", "usage, %", "unevenness"]]
-    for norm, measures in PAPER_USAGE.items():
-        for num_experts, (perplexity, usage, unevenness) in zip(PAPER_NUM_EXPERTS, measures, strict=True):
-            rows.append([norm or "none", num_experts, f"{perplexity:.2f}", f"{usage:g}", f"{unevenness:.2f}"])
-    return markdown_table(rows)
-
-
 def active_runs(results: Results) -> dict[int, Run]:
     """Runs that differ only in the number of active experts, by this number."""
     runs = results.ablations("active")
@@ -334,14 +272,6 @@ def table_of_active_experts(results: Results) -> str:
         sizes = (active, config.num_retrieval_heads, config.num_experts_per_head)
         rows.append([*map(str, sizes), *_cost_cells(results, run, results.with_seeds(run))])
     return markdown_table(rows)
-
-
-def note_on_ablations(results: Results) -> str:
-    """Note on seeds and steps of ablations."""
-    return (
-        f"PEER itself is given as mean ± standard deviation over {results.plan.seeds} seeds, others with one seed. "
-        f"{_same_text(results)}"
-    )
 
 
 def losses_after_training(results: Results, change: str) -> list[dict[str, float]]:
@@ -401,19 +331,6 @@ def table_of_seconds(results: Results) -> str:
     return markdown_table(rows)
 
 
-def note_on_seconds(results: Results) -> str:
-    """Note on how and where steps were timed."""
-    measured = [results.seconds[str(size)] for size in results.plan.all_sizes]
-    (repetitions,) = {len(times) for each in measured for times in each["seconds"].values()}
-    machines = {", ".join(f"{name} {value}" for name, value in each["machine"].items()) for each in measured}
-    return (
-        f"The time of a step is the median of {repetitions} steps, measured for dense and PEER in turns: forward, "
-        f"backward and optimizer, without reading data, on {'; '.join(sorted(machines))}. The models were trained for "
-        f"{WARM_UPS} steps before, because tokens of a new model share hardly any experts. Seconds are steps times "
-        "this time."
-    )
-
-
 def table_of_expert_choice(results: Results) -> str:
     """
     Table of perplexities under expert choice, which sees later tokens in training mode. Empty without such a variant.
@@ -430,33 +347,21 @@ def table_of_expert_choice(results: Results) -> str:
 
 
 def describe(results: Results) -> str:
-    """All tables and notes under headings, those of this study before those of the paper."""
+    """All tables under headings."""
     budgets = results.plan.budgets
-    beyond = "; ".join(edges(results)) or "none"
     tables = {
         "Perplexity at equal compute": [
             *(table_of_perplexities(results, budget) for budget in budgets),
-            *map(table_of_the_paper, PAPER_PERPLEXITIES),
             table_of_expert_choice(results),
-            note_on_models(results),
         ],
         "Sizes and learning rates": [
             *(table_of_sizes(results, budget) for budget in budgets),
             table_of_rates(results),
-            f"Optima at an end of the range that was tried: {beyond}.",
         ],
-        "Equal wall-clock time": [table_of_seconds(results), note_on_seconds(results)],
-        "Number of experts and query norms": [
-            table_of_experts(results),
-            table_of_the_papers_experts(),
-            note_on_experts(results),
-        ],
-        "Number of active experts": [
-            table_of_active_experts(results),
-            note_on_ablations(results),
-            table_after_training(results),
-        ],
-        "Variations": [table_of_variations(results), note_on_ablations(results)],
+        "Equal wall-clock time": [table_of_seconds(results)],
+        "Number of experts and query norms": [table_of_experts(results)],
+        "Number of active experts": [table_of_active_experts(results), table_after_training(results)],
+        "Variations": [table_of_variations(results)],
     }
     return "\n".join(
         f"## {heading}\n\n" + "\n\n".join(filter(None, found)) + "\n" for heading, found in tables.items()

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -44,7 +43,6 @@ from studies.stream.report import (
     describe_shares,
     plot,
     rates_beyond,
-    shown_orders,
     summarize,
 )
 from studies.stream.sweep import run_all
@@ -105,17 +103,6 @@ class StreamArguments:
     seeds: int = field(
         default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
     )
-    orders: int = field(
-        default=1,
-        metadata={
-            "help": "Number of orders of the stream in which the chosen hyperparameters of each arm are run: 1, or 2 to "
-            "run them on the reversed stream as well."
-        },
-    )
-
-    def __post_init__(self):
-        if self.orders not in (1, 2):
-            raise ValueError(f"--orders must be 1 or 2, got {self.orders}.")
 
 
 @dataclass
@@ -134,12 +121,6 @@ class Texts:
     train: list[Dataset]
     held_out: list[torch.Tensor]
     to_choose_by: list[torch.Tensor]
-
-    def in_order(self, order: int) -> "Texts":
-        """The texts in the order of the stream, 1, or with the stream reversed, 2."""
-        if order == 1:
-            return self
-        return Texts(*([first, *reversed(rest)] for first, *rest in vars(self).values()))
 
 
 def load_divided(name: str) -> dict[str, Dataset]:
@@ -237,17 +218,16 @@ def run(
     name: str,
     hyperparameters: dict[str, float],
     seed: int,
-    order: int,
     args: StreamArguments,
     texts: Texts,
     folder: Path,
 ) -> dict:
-    """Runs one arm through the stream in one of its orders, or reads the result of an earlier run."""
-    label = {"arm": name, "settings": hyperparameters, "seed": seed, "order": order}
+    """Runs one arm through the stream, or reads the result of an earlier run."""
+    label = {"arm": name, "settings": hyperparameters, "seed": seed}
     return saved_run(
         folder / "stages",
         label,
-        lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts.in_order(order), folder),
+        lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder),
     )
 
 
@@ -315,16 +295,12 @@ def make_study(
         print(f"Pre-training the {name} model ...")
         pretrain(name, bases[name], args, tokenizer, texts, folder)
     runs, level, chosen = run_all(
-        arms, args.seeds, lambda *each: run(*each, 1, args, texts, folder), choose_hyperparameters, rates_beyond
+        arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_hyperparameters, rates_beyond
     )
-    if args.orders == 2:
-        repeated = [(name, chosen[name], seed) for seed in range(args.seeds) for name in arms]
-        runs += [run(*each, 2, args, texts, folder) for each in tqdm(repeated, desc="Reversed order")]
     summary = summarize(runs, texts.names, level, chosen, arguments)
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")
-    tables = [describe_shares(summary), *(describe(summary, order) for order in shown_orders(summary))]
-    print("", *tables, f"In {folder}: results.json, results.png", sep="\n\n")
+    print("", describe_shares(summary), describe(summary), f"In {folder}: results.json, results.png", sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,6 @@ def losses_to_choose_by(run: dict[str, Any]) -> list[list[float]]:
     return run.get("losses_to_choose_by", run["losses"])
 
 
-def order_of(run: dict[str, Any]) -> int:
-    """1 if a run learned the texts in the order of the stream, 2 in the reversed order. Runs that do not say it are of 1."""
-    return run.get("order", 1)
-
-
 def learning_of(losses: list[list[float]]) -> float:
     """
     Mean over texts of how much lower the loss is right after learning the text than in the pre-trained model, in nats.
@@ -168,8 +163,7 @@ def summarize(
     arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """
-    Sums up all figures of the study, together with the runs and arguments that they come from. With runs in two
-    orders, the figures of an arm are those of the mean over both, seed by seed, beside those of each (`orders`).
+    Sums up all figures of the study, together with the runs and arguments that they come from.
     """
     summary: dict[str, Any] = {
         "command": "./run study stream",
@@ -183,17 +177,7 @@ def summarize(
     }
     for arm, hyperparameters in chosen.items():
         own = [run for run in runs if run["arm"] == arm and run["settings"] == hyperparameters]
-        orders = [
-            [measures(run) for run in own if order_of(run) == order]
-            for order in sorted({order_of(run) for run in own})
-        ]
-        of_seeds = [
-            {name: mean(found[name] for found in of_seed) for name in of_seed[0]}
-            for of_seed in zip(*orders, strict=True)
-        ]
-        summary["arms"][arm] = {"settings": hyperparameters, **_spread(of_seeds)}
-        if len(orders) > 1:
-            summary["arms"][arm]["orders"] = [_spread(found) for found in orders]
+        summary["arms"][arm] = {"settings": hyperparameters, **_spread([measures(run) for run in own])}
     return summary
 
 
@@ -216,62 +200,42 @@ COLUMNS = {
 }
 
 
-# The orders of the texts, by their numbers in runs; `None` is the mean over both.
-ORDERS = {1: "first order", 2: "reversed order", None: "mean of both"}
-
-
-def shown_orders(summary: dict[str, Any]) -> list[int | None]:
-    """The orders that tables show apart: both and their mean, or what there is if all runs are in one."""
-    return list(ORDERS) if any("orders" in result for result in summary["arms"].values()) else [None]
-
-
-def describe(summary: dict[str, Any], order: int | None = None) -> str:
-    """The table of all measures, in one of the [`shown_orders`]."""
-    rows = [[_with_order("nats per token", summary, order), *COLUMNS.values(), "hyperparameters"]]
+def describe(summary: dict[str, Any]) -> str:
+    """The table of all measures."""
+    rows = [["nats per token", *COLUMNS.values(), "hyperparameters"]]
     for arm, result in summary["arms"].items():
-        cells = [_cell(result, name, order) for name in COLUMNS]
+        cells = [_cell(result, name) for name in COLUMNS]
         rows.append([ARMS[arm].label, *cells, hyperparameters_cell(result["settings"])])
     return markdown_table(rows)
 
 
 def describe_shares(summary: dict[str, Any]) -> str:
-    """
-    The table of learning and forgetting, of each order and of their mean if there are two. Forgetting is also shown as
-    a share of that of full finetuning and of LoRA.
-    """
+    """The table of learning and forgetting, the latter also as a share of that of full finetuning and of LoRA."""
     references = [arm for arm in ("full", "lora") if arm in summary["arms"]]
     forgetting = {arm: result["mean"]["forgetting"] for arm, result in summary["arms"].items()}
-    shown = [(name, order) for name in ("learning", "forgetting") for order in shown_orders(summary)]
-    columns = [_with_order(name, summary, order) for name, order in shown]
-    rows = [["", *columns, *(f"relative to {ARMS[arm].label}" for arm in references)]]
+    shown = ("learning", "forgetting")
+    rows = [["", *shown, *(f"relative to {ARMS[arm].label}" for arm in references)]]
     for arm, result in summary["arms"].items():
         shares = [f"{forgetting[arm] / forgetting[other]:.0%}" for other in references]
-        rows.append([ARMS[arm].label, *(_cell(result, *each) for each in shown), *shares])
+        rows.append([ARMS[arm].label, *(_cell(result, name) for name in shown), *shares])
     return markdown_table(rows)
 
 
-def _with_order(text, summary, order):
-    """The head of a column, with the order that it is of if there are two."""
-    return text if len(shown_orders(summary)) == 1 else f"{text}, {ORDERS[order]}"
-
-
-def _cell(result, name, order):
-    found = result if order is None else result["orders"][order - 1]
-    return spread_cell(found["mean"].get(name), found["deviation"].get(name))
+def _cell(result, name):
+    return spread_cell(result["mean"].get(name), result["deviation"].get(name))
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:
     """
     Plots learning against forgetting, one curve per family of runs; the loss of the text of the pre-training along the
-    stream; and, for each arm, the losses of all texts after each stage. All are of the first order of the texts.
+    stream; and, for each arm, the losses of all texts after each stage.
     """
     figure = new_figure(14, 9.5)
     curves, matrices = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     trade_off, stream = curves.subplots(1, 2)
-    runs = "seed 0" if len(shown_orders(summary)) == 1 else f"seed 0, {ORDERS[1]}"
     best = {}
     for arm, result in summary["arms"].items():
-        first_seed = [run for run in summary["runs"] if (run["arm"], run["seed"], order_of(run)) == (arm, 0, 1)]
+        first_seed = [run for run in summary["runs"] if (run["arm"], run["seed"]) == (arm, 0)]
         best[arm] = next(run for run in first_seed if run["settings"] == result["settings"])
         style = TRAININGS[arm].style
         for i, (_, family) in enumerate(families_of(first_seed)):
@@ -283,22 +247,22 @@ def plot(summary: dict[str, Any], file: Path) -> None:
     trade_off.set(
         xlabel="learning: nats per token below the pre-trained model",
         ylabel="forgetting, nats per token",
-        title=f"What was learned, and what it cost, {runs};\na line for each family of hyperparameters",
+        title="What was learned, and what it cost, seed 0;\na line for each family of hyperparameters",
     )
     stream.set_xticks(range(len(summary["texts"])), summary["texts"])
     stream.set(xlabel="after learning", ylabel="loss, nats per token")
-    stream.set_title(f"Held-out text of the pre-training, {runs}")
+    stream.set_title("Held-out text of the pre-training, seed 0")
     for axes in (trade_off, stream):
         add_legend(axes)
-    _plot_matrices(matrices, best, summary["texts"], runs)
+    _plot_matrices(matrices, best, summary["texts"])
     save_picture(figure, file)
 
 
-def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str], runs: str) -> None:
+def _plot_matrices(figure: SubFigure, best: dict[str, dict[str, Any]], texts: list[str]) -> None:
     """Plots one matrix of losses per arm: rows are stages, columns are texts."""
     low = min(loss for run in best.values() for row in run["losses"] for loss in row)
     high = max(loss for run in best.values() for row in run["losses"] for loss in row)
-    figure.suptitle(f"Loss of each text (columns) after learning each (rows), {runs}")
+    figure.suptitle("Loss of each text (columns) after learning each (rows), seed 0")
     for i, (axes, (arm, run)) in enumerate(
         zip(figure.subplots(1, len(best), squeeze=False)[0], best.items(), strict=True)
     ):
