@@ -85,14 +85,18 @@ def freeze_experts(
     if used_in is not None:
         used_in.check(model)
     frozen = FrozenExperts({}, [])
-    for name, each in select_expert_sets(model, layers).items():
-        mask = torch.ones(each.num_experts).bool() if indices is None else mask_of_indices(each, indices)
-        if used_in is not None:
-            mask = mask & used_in.used(name, min_documents)
-        frozen.num_frozen[name] = int(mask.sum())
-        table: Any
-        for first, table in (pair for tables in each.tables.values() for pair in tables):
-            rows = mask[first : first + table.num_embeddings]
-            if rows.any():
-                frozen.handles.append(freeze_rows(table, "weight", rows))
+    try:
+        for name, each in select_expert_sets(model, layers).items():
+            mask = torch.ones(each.num_experts).bool() if indices is None else mask_of_indices(each, indices)
+            if used_in is not None:
+                mask = mask & used_in.used(name, min_documents)
+            frozen.num_frozen[name] = int(mask.sum())
+            table: Any
+            for first, table in (pair for tables in each.tables.values() for pair in tables):
+                rows = mask[first : first + table.num_embeddings]
+                if rows.any():
+                    frozen.handles.append(freeze_rows(table, "weight", rows))
+    except BaseException:
+        frozen.remove()
+        raise
     return frozen

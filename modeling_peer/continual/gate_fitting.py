@@ -169,7 +169,8 @@ def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, b
         highest = torch.tensor([each.max() for each in reference[label]])
         threshold = graft.router.questions.threshold
         own, others = (each[torch.arange(len(each)) % 10 != 0].sort()[0] for each in (ends, highest))
-        candidates = torch.cat([own, others + 1e-4]).clamp(min=0.0).unique()
+        # Of what bfloat16 holds, in which adapters are saved.
+        candidates = torch.cat([own, others + 2**-8]).clamp(min=0.0).bfloat16().float().unique()
         wrong = torch.searchsorted(own, candidates) / max(1, len(own))
         wrong += reference_weight * (1 - torch.searchsorted(others, candidates) / max(1, len(others)))
         if len(own):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 
@@ -100,7 +101,7 @@ def add_experts(
     if mode == "open" and any(map(is_on_disk, tables)):
         raise ValueError("Tables that are kept on a disk do not grow: add experts in protected mode.")
     grown = _peer_layers(model, layers)
-    old_config, config = model.config, copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
     addition: dict[str, Any] = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
     budget = {"num_retrieval_heads": num_retrieval_heads, "num_experts_per_head": num_experts_per_head}
     if mode == "protected":
@@ -116,14 +117,20 @@ def add_experts(
     config.expert_additions = [*(config.expert_additions or []), addition]
     config.validate_expert_additions()
     (_grow_protected if mode == "protected" else _grow_open)(model, grown, config)
-    module: Any
-    for module in model.modules():
-        if getattr(module, "config", None) is old_config:
-            module.config = config
+    replace_config(model, config)
     train_added_experts_only(model)
     last = [generations_of(config, index)[-1] for index in grown]
     stops = [generation.first_expert + generation.num_experts for generation in last]
     return Addition({index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)})
+
+
+def replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give a model another configuration, as what it has may be that of other models too."""
+    old_config = model.config
+    module: Any
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config
 
 
 # The last freeze of old rows of each base model.

@@ -107,16 +107,18 @@ class FactIndex:
         self.forms = forms
         # The number of a relation by each of its wordings: facts that share one are of one relation.
         self.relation_of: dict[str, int] = {}
-        num_relations = 0
-        for fact in facts:
-            known = [self.relation_of[each] for each in fact.wordings if each in self.relation_of]
-            for each in fact.wordings:
-                self.relation_of.setdefault(each, known[0] if known else num_relations)
-            num_relations += not known
+        for number, fact in enumerate(facts):
+            known = {self.relation_of[each] for each in fact.wordings if each in self.relation_of}
+            joined = (
+                [each for each, relation in self.relation_of.items() if relation in known] if len(known) > 1 else []
+            )
+            self.relation_of |= dict.fromkeys([*joined, *fact.wordings], min(known, default=number))
+        places = {relation: place for place, relation in enumerate(dict.fromkeys(self.relation_of.values()))}
+        self.relation_of = {each: places[relation] for each, relation in self.relation_of.items()}
         relations = [self.relation_of[fact.wordings[0]] for fact in facts]
         shares = Counter(relations)
         # Each in each form.
-        self.num_relations = num_relations * len(forms)
+        self.num_relations = len(places) * len(forms)
         self.experts: list[Expert] = []
         self.first_expert: dict[tuple[int, str], int] = {}
         # Each with its fact and form.

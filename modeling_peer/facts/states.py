@@ -56,12 +56,11 @@ class StateReader:
     def __init__(self, model: Any, graft: FactGraft, norm: nn.Module, index: FactIndex):
         self.model, self.graft, self.norm, self.index = model, graft, norm, index
         self.seen: dict[str, torch.Tensor] = {}
-        self.files: list[Path] = []
 
     def read(
         self, sequences: list[list[int]], batch_size: int, checkpoint_dir: str | Path | None, progress_bar: bool
     ) -> States:
-        """The states of all prompts, and of the tokens of texts; `files` in `checkpoint_dir` have them too."""
+        """The states of all prompts, and of the tokens of texts; files in `checkpoint_dir` have them too."""
         index = self.index
         work: list[tuple] = [(prompt.tokens, (n, form, prompt)) for n, form, prompt in index.prompts]
         work += [(prompt.tokens, (number, None, prompt)) for number, prompt in index.other_prompts]
@@ -87,7 +86,6 @@ class StateReader:
                     part = file.with_suffix(".part")
                     torch.save(self._read_piece(piece, batch_size, bar), part)
                     part.rename(file)
-                self.files.append(file)
                 found.add(torch.load(file, weights_only=True))
                 bar.update(min(start + size, len(work)) - bar.n)
         return found

@@ -89,7 +89,7 @@ def teach_facts(
     peft_model: Any = model
     is_first = not isinstance(model, PeftModel)
     active = [] if is_first else list(peft_model.active_adapters)
-    trained = [] if is_first else [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if is_first:
         peft_model = get_peft_model(base, config, adapter_name)
     else:
@@ -106,21 +106,25 @@ def teach_facts(
             sequences = [each["input_ids"].tolist() for each in written]
         else:
             sequences = [own for text in reference if (own := tokenizer(text)["input_ids"][:REFERENCE_LENGTH])]
+        if not sequences:
+            raise ValueError("`reference` must have at least one text that is not empty.")
         reader = StateReader(peft_model, graft, norm, index)
         states = reader.read(sequences, batch_size, checkpoint_dir, progress_bar)
         _write_names(graft, base, index)
         _fit_keys(graft, index, states, progress_bar)
         _write_experts(graft, base, norm, index, states, progress_bar)
-        for file in reader.files:
-            file.unlink()
+        for file in Path(checkpoint_dir).glob("states-*.pt") if checkpoint_dir else ():
+            file.unlink()  # also those of other facts, of a teaching that was given up
     except BaseException:
         if is_first:
             peft_model.unload()
+            for parameter in trained:
+                parameter.requires_grad_()
         else:
             peft_model.delete_adapter(adapter_name)
             _activate(peft_model, active, trained)
         raise
-    _activate(peft_model, [*active, adapter_name], trained)
+    _activate(peft_model, [*active, adapter_name], [] if is_first else trained)
     return peft_model
 
 

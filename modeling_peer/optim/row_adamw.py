@@ -185,12 +185,13 @@ class RowAdamW(torch.optim.Optimizer):
         # torch would cast every tensor except `step` to the dtype of its parameter.
         of_rows = {place: state for place, state in state_dict["state"].items() if "row_steps" in state}
         others = {place: state for place, state in state_dict["state"].items() if place not in of_rows}
-        super().load_state_dict({**state_dict, "state": others})
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for place, parameter in zip(places, parameters, strict=True):
-            if place in of_rows:
-                self.state[parameter] = _state_for(parameter, of_rows[place])
+        # Before anything changes; torch names what other groups are.
+        pairs = zip(places, parameters, strict=False)
+        found = {own: _state_for(own, of_rows[place]) for place, own in pairs if place in of_rows}
+        super().load_state_dict({**state_dict, "state": others})
+        self.state.update(found)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

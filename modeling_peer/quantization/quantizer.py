@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized expert tables as a quantizer of Transformers."""
 
+import copy
 from typing import Any
 
 import torch
@@ -139,7 +140,11 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         model.set_submodule(name, quantize_table(tables.pop(name), bits, config.group_size))
     saved = _saved_model(model)
     if saved is not None:
-        # As a model that was loaded so, it knows that it is quantized.
+        # As a model that was loaded so, it knows that it is quantized, and other models of its configuration are not.
+        shared, own = saved.config, copy.deepcopy(saved.config)
+        for module in saved.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
         saved.is_quantized, saved.quantization_method = True, QUANT_METHOD
         saved.hf_quantizer = PeerHfQuantizer(config, pre_quantized=False)
         saved.hf_quantizer.postprocess_model(saved)

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A smaller model of fewer retrieval heads."""
 
+import copy
 from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..continual.growth import replace_config
 from ..router import AddedRouter, ProductKeyRouter
 
 
@@ -46,7 +48,9 @@ def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
             router.query_norm.num_features = size
         if len(router.sub_keys) > 1:
             _keep_rows(router, num_heads, "sub_keys")
-    model.config.num_retrieval_heads = num_heads
+    config = copy.deepcopy(model.config)
+    config.num_retrieval_heads = num_heads
+    replace_config(model, config)
     return model
 
 

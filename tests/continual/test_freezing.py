@@ -228,3 +228,12 @@ def test_what_is_unknown_is_refused_and_changes_nothing(last_layer, conditions, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
     assert not any(freezes_of(module) for module in model.modules())
+
+
+def test_a_layer_without_the_experts_leaves_all_layers_trained():
+    model = small_model("peer", "peer")
+    add_experts(model, 16, layers=[0])
+    model.requires_grad_(True)
+    with pytest.raises(IndexError):
+        freeze_experts(model, range(64, 80))
+    assert not any(freezes_of(module) for module in model.modules())

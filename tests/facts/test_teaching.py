@@ -3,6 +3,8 @@
 """Teaching facts to a small random model, whose words are tokens, asked in plain text and in a chat."""
 
 import copy
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,16 @@ def test_facts_of_a_relation_are_read_in_all_wordings(tokenizer):
             assert sum(found) >= len(wordings)
 
 
+def test_facts_that_share_a_wording_are_of_one_relation_in_any_order(tokenizer):
+    capital, river, both = (CAPITAL[:1], RIVER[:1], (CAPITAL[0], RIVER[0]))
+    facts = [Fact("Norland", "Zeli", capital), Fact("Suland", "Oma", river), Fact("Westia", "Kor", both)]
+    for own in itertools.permutations(facts):
+        index = FactIndex(own, tokenizer, 12, 100)
+        assert index.num_relations == len(index.forms) and set(index.relation_of.values()) == {0}
+    index = FactIndex(FACTS, tokenizer, 12, 100)
+    assert [index.relation_of[each] for each in (*CAPITAL, *RIVER)] == [0, 0, 1, 1]
+
+
 def test_other_questions_are_asked_with_and_without_frames_in_each_form(tokenizer):
     index = FactIndex(FACTS, tokenizer, 12, 100)
     asked = [tokenizer.decode(prompt.tokens) for _, prompt in index.other_prompts]
@@ -121,6 +133,7 @@ def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return read_piece(reader, piece, batch_size, bar)
 
+    Path(tmp_path, "states-of-other-facts.pt").touch()
     monkeypatch.setattr(states.StateReader, "_read_piece", stop_at_third)
     torch.manual_seed(0)
     base = base_of(tokenizer)
@@ -221,9 +234,11 @@ def test_a_model_is_left_as_it_was_where_teaching_fails(taught, tokenizer, is_fi
     with pytest.raises(KeyboardInterrupt):
         teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
     assert torch.equal(logits_of(model, tokens), before)
+    with pytest.raises(ValueError, match="`reference`"):
+        teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", reference=[""], progress_bar=False)
     assert not [name for name, _ in model.named_modules() if name.endswith(".more")]
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not is_first:
-        assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         monkeypatch.undo()
         teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
         assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -248,6 +263,8 @@ def test_thresholds_are_fitted_anew(taught, tokenizer):
     others = ["Tell me about Norland.", "Norland is", "Who is Norland?", "the capital of Westia is"] * 3
     assert ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
     (fit,) = fit_gates(model, sequences(*asked), sequences(*others), progress_bar=False).values()
+    threshold = graft.router.questions.threshold
+    assert torch.equal(threshold, threshold.bfloat16().float())  # in which it is saved
     assert (fit.open_for_new, fit.open_for_reference) == (1.0, 0.0)
     assert not ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
     assert ends(model, tokenizer, CAPITAL[1], "Norland")[0]

@@ -61,7 +61,9 @@ def test_at_load_on_the_fly_and_saved(name, bits, group_size, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "whole", quantization_config=PeerQuantizationConfig(bits, group_size)
     )
-    assert quantize_experts(model, bits, group_size) is model
+    other = copy.deepcopy(model)
+    other.config = model.config
+    assert quantize_experts(model, bits, group_size) is model and not hasattr(other.config, "quantization_config")
     tables = expert_tables(model)
     assert tables and all(isinstance(each, QuantizedTable) for each in tables.values())
     expected = logits_of(model)

@@ -294,8 +294,14 @@ class TestErrors:
         table, other = random_table(), random_table(num_rows=NUM_ROWS - 1)
         optimizer = rows_of(table)
         optimizer.make_state()
+        loading = rows_of(other)
+        loading.make_state()
+        rate, steps = loading.param_groups[0]["lr"], loading.state[other]["row_steps"]
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["lr"] = 2 * rate
         with pytest.raises(ValueError, match="row_steps"):
-            rows_of(other).load_state_dict(optimizer.state_dict())
+            loading.load_state_dict(saved)
+        assert loading.param_groups[0]["lr"] == rate and loading.state[other]["row_steps"] is steps
         with pytest.raises(ValueError, match="another optimizer's"):
             optimizer.load_state_dict(torch.optim.AdamW([table]).state_dict())
 

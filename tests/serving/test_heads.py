@@ -24,13 +24,14 @@ def test_layers_return_the_sum_over_the_first_heads(options, tmp_path):
     """By hand: the softmax of a head is its own, so the others are taken out of what the router returns."""
     config = tiny_config("peer", "pkm", num_retrieval_heads=4, **options)
     model, whole = tiny_model(config).double(), tiny_model(config).double()
+    other = PeerForCausalLM(model.config)
     for layer in whole.model.layers:
         layer.mlp.router.register_forward_hook(lambda router, args, output: (output[0][:, :, :3], output[1][:, :, :3]))
     tokens = random_tokens(2, 9)
     with torch.no_grad():
         expected = whole(tokens).logits
         assert not torch.equal(model(tokens).logits, expected)
-        assert keep_heads(model, 3) is model
+        assert keep_heads(model, 3) is model and other.config.num_retrieval_heads == 4
         assert_close(model(tokens).logits, expected)
         model.save_pretrained(tmp_path)
         loaded = PeerForCausalLM.from_pretrained(tmp_path)
