@@ -344,7 +344,7 @@ def share_of_shared_experts(
         )
         for name in (DOMAIN, KEPT)
     )
-    used = {name: domain.used(name) for name in domain.sizes}
+    used = {name: domain.used(name) for name in domain.document_counts}
     shared = sum(int((mask & kept.used(name)).sum()) for name, mask in used.items())
     return shared / sum(int(mask.sum()) for mask in used.values())
 

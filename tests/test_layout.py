@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The folder tree is the architecture: flat files are what a checkpoint carries, folders are what works on models, and
-imports go one way. As a command, `python tests/test_layout.py`, it prints the longest chain of imports and sizes.
+imports go one way.
 """
 
 import ast
@@ -85,13 +85,6 @@ def longest_chain(graph: dict[str, set[str]]) -> list[str]:
     return max((visit(name, ()) for name in graph), key=len)
 
 
-def sizes(folder: str) -> tuple[int, int, int]:
-    """Files, lines and statements of the Python in a folder of the checkout."""
-    texts = [file.read_text() for file in (ROOT / folder).rglob("*.py")]
-    statements = sum(isinstance(node, ast.stmt) for text in texts for node in ast.walk(ast.parse(text)))
-    return len(texts), sum(len(text.splitlines()) for text in texts), statements
-
-
 def test_imports_go_one_way():
     graph = arrows_between_parts(with_init=True)
     assert set(graph) == set(ORDER) == FLAT | FOLDERS
@@ -110,12 +103,6 @@ def test_no_files_import_each_other():
 def test_chains_of_imports_are_short():
     chain = longest_chain(arrows_between_parts(with_init=False))
     assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
-
-
-def test_a_circle_is_found():
-    with pytest.raises(ValueError, match="a -> b -> a"):
-        longest_chain({"a": {"b"}, "b": {"c", "a"}, "c": set()})
-    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
 
 
 def test_flat_files_are_what_checkpoints_carry(tmp_path):
@@ -148,17 +135,3 @@ def test_contributing_names_every_folder():
 def test_citation_is_of_this_release():
     version = re.search(r'__version__ = "(.*)"', (PACKAGE / "__init__.py").read_text())[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-def main():
-    graph = arrows_between_parts(with_init=False)
-    chain = longest_chain(graph)
-    print(f"longest chain of imports: {len(chain)}, {' -> '.join(chain)}")
-    for name, each in (("files", arrows(with_init=False)), ("flat files and folders", graph)):
-        print(f"{name}: {len(each)}, arrows between them: {sum(map(len, each.values()))}")
-    for folder in ("modeling_peer", "tests"):
-        print("{}: {} files, {} lines, {} statements".format(folder, *sizes(folder)))
-
-
-if __name__ == "__main__":
-    main()

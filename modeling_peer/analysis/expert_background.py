@@ -96,35 +96,21 @@ class ExpertBackground:
             raise ValueError("`dataset` must have at least one document, got none.")
         return cls(counts, num_documents)
 
-    def update(self, other: "ExpertBackground") -> None:
-        """Add the counts of another corpus. Raises `ValueError` if they were measured on other experts."""
-        self.check(other)
-        for name, counts in other.document_counts.items():
-            self.document_counts[name] = self.document_counts[name] + counts
-        self.num_documents += other.num_documents
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of experts of each set."""
-        return {name: len(counts) for name, counts in self.document_counts.items()}
-
     def used(self, name: str, min_documents: int = 1) -> torch.Tensor:
         """Whether at least `min_documents` documents use each expert of a set: bool, `(num_experts,)`."""
         return self.document_counts[name] >= min_documents
 
-    def check(self, other: "nn.Module | ExpertBackground") -> None:
+    def check(self, model: nn.Module) -> None:
         """
         Raise `ValueError` if the counts were measured on other experts than a model has, by name or by number, such as
-        those of the same model before it grew; or than another background was.
+        those of the same model before it grew.
         """
-        if isinstance(other, ExpertBackground):
-            expected = other.sizes
-        else:
-            expected = {name: each.num_experts for name, each in find_expert_sets(other).items()}
-        if self.sizes != expected:
+        found = {name: len(counts) for name, counts in self.document_counts.items()}
+        expected = {name: each.num_experts for name, each in find_expert_sets(model).items()}
+        if found != expected:
             raise ValueError(
-                f"The background counts are of other experts: found {self.sizes}, expected {expected}. Measure them "
-                "on this model as it is now."
+                f"The background counts are of other experts: found {found}, expected {expected}. Measure them on this "
+                "model as it is now."
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -8,11 +8,6 @@ card is where a reader learns that importing the package is enough.
 from pathlib import Path
 
 
-PACKAGE = "modeling-peer"
-
-# The address of the package's repository, once it has one. It is set here and in pyproject.toml.
-REPOSITORY: str | None = None
-
 # What `create_or_update_model_card` of PEFT, by a template of huggingface_hub, leaves to be filled in: how to load an
 # adapter. If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
 CARD_PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
@@ -25,10 +20,11 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USE = """This adapter is a PEER graft, a method of PEFT that the package `{package}` adds. {where}:
+_USE = """This adapter is a PEER graft, a method of PEFT that the package `modeling-peer` adds. It is on no index of packages yet: install
+it in a copy of its source:
 
 ```bash
-pip install {pip_name}
+pip install ".[graft]"
 ```
 
 Import `modeling_peer` before PEFT loads the adapter, which otherwise fails with `KeyError: 'PEER_GRAFT'`:
@@ -59,13 +55,7 @@ def write_adapter_card(folder: str | Path, base_model: str | None, task_type: st
     where there is none. Any other README.md stays as it is.
     """
     card = Path(folder, "README.md")
-    where, package = "It is on no index of packages yet: install it in a copy of its source", '".[graft]"'
-    if REPOSITORY is not None:
-        where, package = "Install it from its repository", f'"{PACKAGE}[graft] @ git+{REPOSITORY}"'
     usage = _USE.format(
-        package=PACKAGE,
-        where=where,
-        pip_name=package,
         auto_class=_AUTO_CLASSES.get(task_type or "", "AutoModel"),
         base_model=base_model or "path/to/the/base/model",
     )

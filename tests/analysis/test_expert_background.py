@@ -70,7 +70,8 @@ class TestBackground:
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert not any(router._forward_hooks for router in model.modules() if isinstance(router, ProductKeyRouter))
-        by_hand = documents_by_hand(model.eval(), background.sizes)
+        sizes = {name: len(counts) for name, counts in background.document_counts.items()}
+        by_hand = documents_by_hand(model.eval(), sizes)
         assert background.num_documents == len(CORPUS)
         assert background.document_counts.keys() == by_hand.keys() == set(sets_of_layers(model))
         for name, counts in background.document_counts.items():
@@ -85,20 +86,6 @@ class TestBackground:
         for collate in (pad_right, pad_left):
             batches = DataLoader(CORPUS, 4, collate_fn=collate)
             assert_same(ExpertBackground.measure(model, batches, progress_bar=False), expected)
-
-    def test_further_documents_are_added(self):
-        model = model_of_three()
-        first, second = (
-            ExpertBackground.measure(model, part, progress_bar=False) for part in (CORPUS[:11], CORPUS[11:])
-        )
-        kept = {name: counts.clone() for name, counts in first.document_counts.items()}
-        older = ExpertBackground(dict(first.document_counts), first.num_documents)
-        first.update(second)
-        assert_same(first, measured(model))
-        assert all(torch.equal(older.document_counts[name], kept[name]) for name in kept)
-        with pytest.raises(ValueError, match="of other experts"):
-            first.update(measured(small_model("dense", "peer")))
-        assert first.num_documents == 30
 
     def test_is_stored_beside_the_model(self, tmp_path):
         model = model_of_three()

@@ -8,14 +8,11 @@ registers them once for all. The card of an adapter says how to load it, and nev
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, logits_of, trained
 from tiny_models import random_tokens
-
-from modeling_peer.graft import card
 
 
 def run(script):
@@ -142,12 +139,3 @@ def test_an_existing_card_is_never_replaced(tmp_path):
     grafted().save_pretrained(tmp_path)
     # PEFT itself adds metadata and its release.
     assert "# Mine\n\nWhat I say of it." in card_of(tmp_path) and "modeling_peer" not in card_of(tmp_path)
-
-
-def test_the_repository_of_cards_is_that_of_the_package(monkeypatch, tmp_path):
-    """It is named in one constant and in pyproject.toml, and where it is known, cards install from it."""
-    urls = re.findall(r'^Repository = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.M)
-    assert urls == ([] if card.REPOSITORY is None else [card.REPOSITORY])
-    monkeypatch.setattr(card, "REPOSITORY", "https://example.org/peer")
-    grafted().save_pretrained(tmp_path)
-    assert '\npip install "modeling-peer[graft] @ git+https://example.org/peer"\n' in card_of(tmp_path)

@@ -5,17 +5,14 @@
 import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import ROOT, run_script
+from kernel_cases import run_script
 from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 
@@ -52,15 +49,6 @@ def libraries(folder):
 
 def compiled(commands):
     return sum("-c" in command for command in commands)
-
-
-LOAD = """
-import sys
-from pathlib import Path
-from modeling_peer.ops import native
-native.constants.HF_HOME = sys.argv[1]
-assert native.load_library(Path(sys.argv[2])).answer() == 42
-"""
 
 
 class TestWithoutACompiler:
@@ -245,24 +233,6 @@ class TestWhereItCannotBeKept:
             monkeypatch.setattr(native, "FileLock", mock.Mock(side_effect=error))
         assert load_library(sources).answer() == 42
         assert not libraries(cache)
-
-    @pytest.mark.skipif(
-        not shutil.which("unshare") or os.getuid() != 0,
-        reason="mounting a file system needs `unshare` and the root user",
-    )
-    def test_on_a_file_system_mounted_noexec(self, sources, tmp_path):
-        home = tmp_path / "home"
-        home.mkdir()
-        if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "noexec", "none", home]).returncode:
-            pytest.skip("root may not mount a file system here, as in a container without that privilege")
-        command = 'mount -t tmpfs -o noexec none "$1" && exec "$2" -c "$3" "$1" "$4"'
-        done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", command, "sh", str(home), sys.executable, LOAD, str(sources)],
-            env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
 
 
 class TestThreads:

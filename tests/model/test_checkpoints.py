@@ -122,16 +122,6 @@ def test_disk_offload(config, tmp_path):
     assert_close(loaded(random_tokens(1, 4)).logits, model(random_tokens(1, 4)).logits)
 
 
-def test_automatic_device_map_offloads_what_does_not_fit(tmp_path):
-    model = tiny_model(tiny_config("dense", "peer", "dense"))
-    model.save_pretrained(tmp_path / "checkpoint")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "checkpoint", device_map="auto", max_memory={"cpu": 40_000}, offload_folder=tmp_path / "offload"
-    )
-    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
-    assert_close(logits_of(loaded), logits_of(model))
-
-
 @pytest.mark.parametrize("k", [1, 6])
 def test_more_or_fewer_experts_per_head_at_load(k, tmp_path):
     model = tiny_model(tiny_config("dense", "peer", num_experts_per_head=3))

@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Configurations: bad input is refused at once, with the field's name and the reason; the named ones load, say only what
-they mean, and are found in a checkout and in a wheel. And docstrings that Transformers completes.
+they mean, and are found in a checkout and in a wheel.
 """
 
 import json
 import math
-import re
 import subprocess
 import sys
 import zipfile
@@ -20,7 +19,6 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from tiny_models import random_tokens, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import modeling_peer
 from modeling_peer import (
     PeerConfig,
     PeerForCausalLM,
@@ -29,7 +27,6 @@ from modeling_peer import (
     list_configurations,
     model_costs,
 )
-from modeling_peer.modeling_peer import PeerCausalLMOutputWithPast, PeerModelOutputWithPast
 from studies.common.training_plan import Run, configuration_of
 from studies.recipe.plan import RECIPE, read_plan
 
@@ -233,25 +230,3 @@ def test_named_configurations_are_found_in_a_wheel(tmp_path):
     imported_from, *names = output.stdout.split()
     assert (tmp_path / imported_from).is_relative_to(tmp_path / "installed")
     assert names == NAMES
-
-
-@pytest.mark.parametrize(
-    "documented",
-    [
-        *(PeerConfig, PeerModelOutputWithPast, PeerCausalLMOutputWithPast, modeling_peer.PeerPreTrainedModel),
-        *(getattr(modeling_peer, name) for name in modeling_peer.__all__ if name.startswith(("PeerModel", "PeerFor"))),
-    ],
-    ids=lambda each: each.__name__,
-)
-def test_docstrings_name_the_model(documented):
-    first_line = documented.__doc__.strip().splitlines()[0]
-    assert re.match("Configuration of a PEER model|The (bare )?PEER model|Output of the|Base class of", first_line)
-    assert not re.search(r"None Model|a None|\[`None`\]", documented.__doc__)
-    assert not re.findall(r"https://huggingface.co/(?!docs|papers)[^)]*", documented.__doc__)
-
-
-def test_docstrings_have_outputs_and_every_field():
-    for model_class, output in ((PeerModel, "PeerModelOutput"), (PeerForCausalLM, "PeerCausalLMOutput")):
-        assert f"Returns:\n            [`{output}WithPast`], or a tuple" in model_class.forward.__doc__
-    for name in PeerConfig.__annotations__:
-        assert re.search(rf"^ *{name} \(.*\):\n +\S", PeerConfig.__doc__, re.MULTILINE), name

@@ -53,11 +53,12 @@ def loaded(folder):
     return PeerForCausalLM.from_pretrained(folder).eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("buffer_bytes", BUFFERS.values(), ids=BUFFERS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
-def test_outputs_are_those_of_tables_in_memory(config, buffer_bytes, saved):
-    folder, tokens = saved(config), random_tokens(2, 9)
+def test_outputs_are_those_of_tables_in_memory(config, buffer_bytes, dtype, saved):
+    folder, tokens = saved(config, dtype=dtype), random_tokens(2, 9)
     expected, model = loaded(folder), loaded(folder)
     keep_tables_on_disk(model, buffer_bytes)
     for table in expert_tables(model).values():
@@ -65,15 +66,6 @@ def test_outputs_are_those_of_tables_in_memory(config, buffer_bytes, saved):
     assert torch.equal(model(tokens).logits, expected(tokens).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     assert torch.equal(model.generate(tokens, **options), expected.generate(tokens, **options))
-
-
-@torch.no_grad()
-def test_in_bfloat16(saved):
-    folder, tokens = saved(VARIANTS["peer"], dtype=torch.bfloat16), random_tokens(2, 9)
-    expected, model = loaded(folder), loaded(folder)
-    keep_tables_on_disk(model)
-    assert model.dtype == torch.bfloat16
-    assert torch.equal(model(tokens).logits, expected(tokens).logits)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "eager"])
