@@ -20,9 +20,8 @@ from transformers import (
 
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
-from modeling_peer import ExpertUsageMeter, keep_tables_on_disk, measure_usage
-from modeling_peer.analysis.expert_sets import find_expert_sets, find_fact_grafts, layer_index
-from modeling_peer.feed_forward import MoeRouter
+from modeling_peer import keep_tables_on_disk, measure_usage
+from modeling_peer.analysis.expert_sets import find_expert_sets, find_fact_grafts
 
 
 @dataclass
@@ -98,10 +97,10 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
         tokens (`torch.Tensor` of shape `(1, num_tokens)`): Tokens of the text.
         num_shown (`int`): Number of experts to list, each with its share of the router weight.
     """
-    usage = _usage_of_experts(model, tokens) | _usage_of_mixtures(model, tokens)
+    usage = _usage_of_experts(model, tokens)
     lines = [f"{label}: facts; `explain_tokens` names those that tell a token" for label in find_fact_grafts(model)]
     if not usage and not lines:
-        return "No layer of this model has experts."
+        return "No layer of this model has PEER or PKM experts."
     for (_, label), meter in sorted(usage.items()):
         shares = meter.scores / meter.scores.sum()
         most = shares.topk(min(num_shown, len(shares)))
@@ -127,34 +126,6 @@ def _label(expert_set):
     numbers = ", ".join(map(str, expert_set.layers))
     label = f"layer{'s' * (len(expert_set.layers) > 1)} {numbers}"
     return label if expert_set.graft is None else f"{label} {expert_set.graft}"
-
-
-def _usage_of_mixtures(model, tokens):
-    """Usage of the experts of MoE layers, likewise."""
-    usage, handles = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, MoeRouter):
-            layer = layer_index(name)
-            meter = ExpertUsageMeter(module.weight.shape[0], device=model.device)
-            handles.append(module.register_forward_hook(_counting(meter, tokens.shape)))
-            usage[(layer,), f"layer {layer}"] = meter
-    try:
-        if usage:
-            model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return usage
-
-
-def _counting(meter, shape):
-    """A hook on the router of a MoE, which has one head and returns tokens without a batch dimension."""
-
-    def hook(router, args, output):
-        indices, weights, _ = output
-        meter.update(indices.view(*shape, 1, -1), weights.view(*shape, 1, -1))
-
-    return hook
 
 
 @ends_on_usage_error()

@@ -44,7 +44,6 @@ from common.command_line import UsageError, command_to_share, ends_on_usage_erro
 from common.evaluation import held_out_loss
 from common.machine import machine
 from common.model_arguments import ModelArguments, check_output_dir, load_config, load_model
-from common.run_estimate import RunEstimateCallback
 from common.text_data import DataTrainingArguments, load_datasets, take_samples
 from common.text_files import errors_name_the_file
 from common.training import (
@@ -57,7 +56,6 @@ from common.training import (
     train,
 )
 from modeling_peer import (
-    ExpertBackground,
     PeerConfig,
     PeerGraftedConfig,
     add_experts,
@@ -186,12 +184,10 @@ class Figures:
         before, after, masked (`dict[str, float]`):
             Held-out perplexity of either text before the teaching, after it, and then without the added experts.
         openness (`dict[str, float]`): Mean of the gates of all layers on either text, after they were fitted.
-        shared (`float`): Of the experts that the domain used before, the share that the kept text used too.
     """
 
     before: dict[str, float]
     openness: dict[str, float]
-    shared: float
     after: dict[str, float] = field(default_factory=dict)
     masked: dict[str, float] = field(default_factory=dict)
 
@@ -331,24 +327,6 @@ def perplexities(
     }
 
 
-def share_of_shared_experts(
-    model: PreTrainedModel, samples: dict[str, Dataset], training_args: DomainTrainingArguments
-) -> float:
-    """Of the experts that the domain uses, the share that the kept text uses too."""
-    domain, kept = (
-        ExpertBackground.measure(
-            model,
-            samples[name],
-            training_args.per_device_eval_batch_size,
-            progress_bar=not training_args.disable_tqdm,
-        )
-        for name in (DOMAIN, KEPT)
-    )
-    used = {name: domain.used(name) for name in domain.document_counts}
-    shared = sum(int((mask & kept.used(name)).sum()) for name, mask in used.items())
-    return shared / sum(int(mask.sum()) for mask in used.values())
-
-
 def grow(
     model: PreTrainedModel,
     texts: dict[str, dict[str, Dataset]],
@@ -358,7 +336,6 @@ def grow(
     """Adds experts and fits their gates. Returns the new experts of each layer, and what is known by then."""
     samples = {name: take_samples(blocks["train"], args.num_gate_sequences) for name, blocks in texts.items()}
     before = perplexities(model, texts, training_args)
-    shared = share_of_shared_experts(model, samples, training_args)
     experts = add_experts(model, args.num_added_experts).experts
     fits = fit_gates(
         model,
@@ -372,7 +349,7 @@ def grow(
         DOMAIN: sum(fit.open_for_new for fit in fits) / len(fits),
         KEPT: sum(fit.open_for_reference for fit in fits) / len(fits),
     }
-    return experts, Figures(before, openness, shared)
+    return experts, Figures(before, openness)
 
 
 def make_trainer(
@@ -389,7 +366,6 @@ def make_trainer(
         eval_dataset={name.replace(" ", "_"): blocks["validation"] for name, blocks in texts.items()},
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[RunEstimateCallback()],
         optimizers=make_optimizers(OptimizerArguments(), training_args, model, is_new=False),
     )
 
@@ -423,7 +399,6 @@ def describe(figures: Figures, model: PreTrainedModel, folder: str) -> str:
 {figures}
 
 {addition["num_experts"]:,} experts were added to each of the layers {addition["layers"]}. With them masked, perplexities are {restored}.
-The kept text uses {figures.shared:.0%} of the experts that the domain used before, so training those would have changed both.
 
 In {folder}: the model with its tokenizer, and all figures in teaching.json.
 What to do next:

@@ -25,13 +25,20 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from common.command_line import UsageError
-from common.launcher import uses_fsdp
 from common.text_data import DatasetArguments, text_column, train_tokenizer
 from modeling_peer import PeerConfig, configuration_path, keep_heads, list_configurations
 from modeling_peer.parallel.split_initialization import make_split_model
 
 
 logger = logging.getLogger(__name__)
+
+
+def uses_fsdp(training_args: TrainingArguments) -> bool:
+    """
+    Whether FSDP splits the model: by `--fsdp`, or by the configuration file of `accelerate launch`, which only sets
+    variables of the environment.
+    """
+    return bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 @dataclass

@@ -29,8 +29,7 @@ from transformers.trainer_utils import SchedulerType
 
 from common.cards import FOLDER, TRAINING_FILE, card_of_folder, id_on_hub, is_written_card
 from common.command_line import UsageError
-from common.launcher import uses_fsdp
-from common.run_estimate import RunEstimateCallback
+from common.model_arguments import uses_fsdp
 from modeling_peer import (
     ExpertUsageCallback,
     RowAdamW,
@@ -253,7 +252,6 @@ def run(
     usage = ExpertUsageCallback()
     # Before the reporting integrations, so that they receive what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, usage)
-    trainer.add_callback(RunEstimateCallback())
     metrics = {}
     if trainer.args.do_train:
         train(trainer, checkpoint, data)

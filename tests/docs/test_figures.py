@@ -172,7 +172,7 @@ def benchmark():
 
 def teaching():
     runs = load("docs/images/teach-a-domain.json")
-    names = ("before", "openness", "shared", "after", "masked")
+    names = ("before", "openness", "after", "masked")
     printed = Figures(**{name: runs["default"][name] for name in names})
     assert all(run["masked"] == run["before"] for run in runs.values())
     for line in filter(numbers, str(printed).splitlines()):
