@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
 from statistics import mean, median
@@ -31,7 +31,7 @@ from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import LARGE, MAIN, WARMUP
+from studies.capacity.plan import LARGE, LEARNED, MAIN, WARMUP
 from studies.common.tables import markdown_table
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
@@ -446,6 +446,7 @@ def stored_facts():
             run["stored"]["bits"]
             for run in results.values()
             if (run["kind"], run["subject"], run["seed"], run["multiplier"]) == ("facts", name, 0, 192)
+            and run["load"] == asdict(LEARNED)
             and run.get("warmup", WARMUP) in warmups
         )
         for name, warmups in (("peer-16384", (0.2,)), ("peer-16384", (0.05,)), ("dense", (0.05, 0.2)))

@@ -45,7 +45,7 @@ def main():
         results, is_finished = make_runs(args, folder, next_runs, make)
         times = folder / "times.json"
         if is_finished and not times.exists():
-            write_json(times, measure_times())
+            write_json(times, measure_times(folder))
         head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
         head["times"] = read_json(times) if times.exists() else {}
         write_runs(folder / "results.json", head, results)

@@ -17,9 +17,6 @@ VOCABULARY = 256
 KEY_TOKENS, VALUE_TOKENS = 3, 8
 LENGTH = KEY_TOKENS + VALUE_TOKENS
 
-# Of facts whose value follows from the class of an entity and from a relation.
-CLASSES, RELATIONS, HELD_OUT_RELATIONS = 64, 16, 4
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -71,26 +68,6 @@ def make_facts(
         permuted[:, KEY_TOKENS + place] = known[:, KEY_TOKENS + place].roll(place + 1)
     controls = {"unseen keys": unseen, "permuted values": permuted}
     return Facts(known, token_bits), {name: Facts(each, token_bits) for name, each in controls.items()}
-
-
-def make_composed_facts(num_entities: int, seed: int) -> tuple[Facts, Facts]:
-    """
-    Facts whose key is an entity of two tokens and a relation, and whose value is that of the entity's class and the
-    relation. The second ones have relations that are not among the first for these entities: who knows the class of an
-    entity can tell them.
-    """
-    generator = np.random.default_rng(seed)
-    entities = generator.choice(VOCABULARY ** (KEY_TOKENS - 1), num_entities, replace=False)
-    classes = generator.integers(CLASSES, size=num_entities)
-    values = generator.integers(VOCABULARY, size=(CLASSES, RELATIONS, VALUE_TOKENS))
-    relations = generator.permuted(np.tile(np.arange(RELATIONS), (num_entities, 1)), axis=1)
-
-    def facts(relations: np.ndarray) -> Facts:
-        each = np.repeat(np.arange(num_entities), relations.shape[1])
-        keys = [entities[each] // VOCABULARY, entities[each] % VOCABULARY, relations.ravel()]
-        return Facts(torch.from_numpy(np.column_stack([*keys, values[classes[each], relations.ravel()]])))
-
-    return facts(relations[:, HELD_OUT_RELATIONS:]), facts(relations[:, :HELD_OUT_RELATIONS])
 
 
 def measure(model: nn.Module, facts: Facts) -> dict[str, float]:

@@ -13,7 +13,7 @@ from studies.common.parallel_runs import Results
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Nine trials of each variant that the picture shows first, three of others. Where the best of any trials has the lowest
+# Nine trials of each variant that the picture shows first, three or four of others. Where the best of any trials has the lowest
 # or the highest rate, up to three more go on beyond it.
 RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
 # Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
@@ -24,6 +24,8 @@ MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
 # from a rate of 0.002 on: it was at its highest before any fact came again, and training did not recover from that.
 WARMUP, LONG_WARMUP = 0.05, 0.2
 RATES_OF_OTHERS = (2.8e-3, 4e-3, 5.7e-3)
+# Of those that have no other trials.
+LOWER_RATE = 2e-3
 # Trials around a rate that was found for another load.
 FACTORS = (0.5, 1, 2)
 
@@ -34,7 +36,7 @@ class Load:
     What is to be stored.
 
     Args:
-        number (`int`): Number of facts, of entities or of people.
+        number (`int`): Number of facts.
         token_bits (`float`): Entropy of each of the eight tokens of a value.
         exposures (`int`): How often each fact is seen.
     """
@@ -51,8 +53,7 @@ class Run:
 
     Args:
         kind (`str`):
-            What is stored: `"facts"`, `"composed"` facts, `"people"`, or facts after others (`"forgetting"`,
-            and `"apart"` if they have other tokens).
+            What is stored: `"facts"`, or facts after others (`"forgetting"`, and `"apart"` if they have other tokens).
         subject (`str`): A variant, or a way to train in a run of forgetting.
         load (`Load`): How much is stored.
         learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
@@ -89,17 +90,16 @@ BETWEEN = (0.7, 1, 1.4)
 LEARNED = Load(2**15, 8, exposures=16)
 # Four times as much, with one seed.
 MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
-ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-16384")
-# What fits: at least 1.3 times two bits a parameter.
+ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-4096")
+# What fits: at least 1.3 times two bits a parameter; dense exceeded these.
 FITS = {
-    "dense": Load(4608, 8, exposures=100),
+    "dense": Load(2**13, 8, exposures=100),
     "peer-256": Load(6144, 8, exposures=100),
     "peer-1024": Load(14336, 8, exposures=100),
     "peer-4096": Load(46080, 8, exposures=100),
 }
-COMPOSED, COMPOSING = Load(2**12, 8, exposures=16), ("dense", "pkm-32761", "peer-16384")
-PEOPLE, PEOPLE_TRIALS = Load(5000, 0, exposures=100), Load(5000, 0, exposures=20)
-REMEMBERING = ("dense", "peer-16384")
+# What dense comes to of the facts of the first table in the end.
+IN_THE_END = replace(LEARNED, exposures=100)
 # A second set of facts after a first, by the way in which it is taught, with three or four trials each.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
 # The same of facts that have tokens of their own, with as many bits as half of the vocabulary has.
@@ -138,11 +138,16 @@ def with_seeds(run: Run) -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS]
 
 
-def steady(runs: list[Run], results: Results) -> list[Run]:
-    """These seeds, or, once one of them stored less than half of what another did, the same at half the rate."""
-    bits = [bits_stored(run, results) for run in runs if run.name in results]
-    if bits and min(bits) < max(bits) / 2:
-        return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
+def steady(trial: Run, results: Results, seeds: int = len(SEEDS)) -> list[Run]:
+    """
+    A trial with each seed; or, once one of these stored less than half of what another or the trial did, the same at half
+    the rate.
+    """
+    runs = with_seeds(trial)[:seeds]
+    if made := [run for run in runs if run.name in results]:
+        bits = [bits_stored(run, results) for run in (*made, trial) if run.name in results]
+        if min(bits) < max(bits) / 2:
+            return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
     return runs
 
 
@@ -161,13 +166,13 @@ def and_beyond(runs: list[Run], results: Results) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """All trials of a variant: nine of those that the picture shows first, three of others."""
+    """All trials of a variant: nine of those that the picture shows first, three or four of others."""
     if has_tables(variant):
         first = [(rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES]
         rates = RATES
     else:
         first = [(rate, MULTIPLIER) for rate in sorted((*RATES, *MORE_RATES))]
-        rates = RATES_OF_OTHERS
+        rates = RATES_OF_OTHERS if variant in MAIN else (LOWER_RATE, *RATES_OF_OTHERS)
     runs = [Run("facts", variant, LEARNED, *each) for each in first] if variant in MAIN else []
     runs += [Run("facts", variant, LEARNED, rate, warmup=LONG_WARMUP) for rate in rates]
     runs = and_beyond(runs, results)
@@ -192,9 +197,8 @@ def chosen(variant: str, results: Results) -> Run:
 
 
 def learning(variant: str, results: Results) -> list[Run]:
-    """What is learned, with all seeds at equal FLOPs."""
-    run = chosen(variant, results)
-    return steady(with_seeds(run), results) if variant in AT_EQUAL_FLOPS else with_seeds(run)[:1]
+    """What is learned, with all seeds."""
+    return steady(chosen(variant, results), results)
 
 
 def offered_more(variant: str, results: Results) -> list[Run]:
@@ -211,32 +215,25 @@ def of_all_entropies(variant: str, results: Results) -> list[Run]:
 
 
 def trials_that_fit(variant: str, results: Results) -> list[Run]:
-    """Trials of what fits, but of the largest pool, a run of which takes an hour."""
-    start = replace(chosen(variant, results), load=FITS[variant])
-    return [] if variant == "peer-4096" else around(start, results)
+    """Trials of what fits, but of the largest pool, a run of which takes an hour: it has the best rate of the next."""
+    if variant == "peer-4096":
+        found = best(trials_that_fit("peer-1024", results), results)
+        return [replace(found, subject=variant, load=FITS[variant])]
+    return around(replace(chosen(variant, results), load=FITS[variant]), results)
 
 
 def fitting(variant: str, results: Results) -> list[Run]:
-    """What fits, with all seeds; of the two larger pools with one, of the largest at the rate that seeds bore."""
+    """What fits, with all seeds; of the larger pools with one, which for the largest is the trial."""
+    trials = trials_that_fit(variant, results)
     if variant == "peer-4096":
-        return [replace(learning(variant, results)[0], load=FITS[variant])]
-    runs = with_seeds(best(trials_that_fit(variant, results), results))
-    return runs[:1] if variant == "peer-1024" else steady(runs, results)
+        return trials
+    return steady(best(trials, results), results, seeds=1 if variant == "peer-1024" else len(SEEDS))
 
 
-def composing(variant: str, results: Results) -> list[Run]:
-    """Composed facts."""
-    return [replace(learning(variant, results)[0], kind="composed", load=COMPOSED)]
-
-
-def people_trials(variant: str, results: Results) -> list[Run]:
-    """Trials of people, with fewer exposures."""
-    return around(replace(chosen(variant, results), kind="people", load=PEOPLE_TRIALS), results)
-
-
-def people(variant: str, results: Results) -> list[Run]:
-    """People."""
-    return with_seeds(replace(best(people_trials(variant, results), results), load=PEOPLE))[:1]
+def in_the_end(variant: str, results: Results) -> list[Run]:
+    """What is learned in many exposures, at the rate of few and at half of it."""
+    run = replace(chosen(variant, results), load=IN_THE_END)
+    return [run, replace(run, learning_rate=run.learning_rate / 2)]
 
 
 def mixed_trials(arm: str, results: Results) -> list[Run]:
@@ -263,13 +260,11 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (ARM_TRIALS, mixed_trials),
     (OFFERED_MORE, offered_more),
     (AT_EQUAL_FLOPS, trials),
-    (FITS, trials_that_fit),
-    (FITS, fitting),
-    (COMPOSING, composing),
+    (("peer-1024", "peer-256", "dense"), trials_that_fit),
+    (("peer-4096", "peer-1024", "dense", "peer-256"), fitting),
+    (("dense",), in_the_end),
     (AT_EQUAL_FLOPS, learning),
     (WIDE, trials),
     (WIDE, learning),
     (OF_ALL_ENTROPIES, of_all_entropies),
-    (REMEMBERING, people_trials),
-    (REMEMBERING, people),
 )

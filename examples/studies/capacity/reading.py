@@ -4,61 +4,82 @@
 
 import time
 from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import DynamicCache
 
-from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
-from studies.capacity.facts import KEY_TOKENS, LENGTH, make_facts
+from modeling_peer import PeerForCausalLM
+from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS, make_facts
+from studies.capacity.plan import LEARNED, Run
+from studies.capacity.training import BATCH_SIZE, optimizer_of, training_arguments
 from studies.capacity.variants import VARIANTS, make_model
 
 
-ROUNDS, BATCH_SIZE, ANSWERS = 9, 256, 16
+# Tokens of a new model share hardly any experts, so that its first steps are slower.
+WARM_UPS, ROUNDS, ANSWERS = 200, 50, 16
 
 
-def training_step(model: PeerForCausalLM, facts: torch.Tensor) -> Callable[[], None]:
-    """A step of training of a model."""
-    optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-3))
+def training_step(model: PeerForCausalLM, facts: torch.Tensor, folder: Path) -> Callable[[], None]:
+    """A step of training of a model as `store` trains it, each with other facts."""
+    run = Run("facts", "", LEARNED, learning_rate=1e-3)
+    arguments = training_arguments(run, folder)
+    optimizer, batches = optimizer_of(model, arguments, run), cycle(facts.split(BATCH_SIZE))
 
     def step() -> None:
         model.train()
-        model(facts, labels=facts).loss.backward()
+        batch = next(batches)
+        labels = batch.clone()
+        labels[:, :KEY_TOKENS] = -100
+        model(batch, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def answers(model: PeerForCausalLM, facts: torch.Tensor) -> Callable[[], None]:
-    """Greedy decoding of the values of several keys."""
+@torch.no_grad()
+def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
+    """Seconds in which a model reads the tokens of values one at a time behind their keys, which are in a cache."""
+    model.eval()
+    seconds = 0.0
+    for fact in facts:
+        cache = DynamicCache(config=model.config)
+        model(fact[None, :KEY_TOKENS], past_key_values=cache, output_router_logits=False)
+        start = time.perf_counter()
+        for token in fact[KEY_TOKENS:]:
+            model(token[None, None], past_key_values=cache, output_router_logits=False)
+        seconds += time.perf_counter() - start
+    return seconds
 
-    def decode() -> None:
-        model.eval()
-        for fact in facts[:ANSWERS]:
-            model.generate(fact[None, :KEY_TOKENS], max_new_tokens=LENGTH - KEY_TOKENS, do_sample=False)
 
-    return decode
-
-
-def measure_times() -> dict[str, dict[str, float]]:
+def measure_times(folder: Path) -> dict[str, dict[str, float]]:
     """
     Seconds of a training step and tokens a second in decoding, of all variants in turn and with one thread: medians over
-    rounds after a first one.
+    rounds.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    facts = make_facts(BATCH_SIZE, 8, seed=0)[0].tokens
+    facts = make_facts(2**13, LEARNED.token_bits, seed=0)[0].tokens
     models = {name: make_model(name, seed=0) for name in VARIANTS}
-    work = {(name, make): make(model, facts) for name, model in models.items() for make in (training_step, answers)}
-    times: dict[tuple, list[float]] = {key: [] for key in work}
-    for _ in range(1 + ROUNDS):
-        for key, call in work.items():
+    steps = {name: training_step(model, facts, folder) for name, model in models.items()}
+    for step in steps.values():
+        for _ in range(WARM_UPS):
+            step()
+    training: dict[str, list[float]] = {name: [] for name in models}
+    reading: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(ROUNDS):
+        for name, model in models.items():
             start = time.perf_counter()
-            call()
-            times[key].append(time.perf_counter() - start)
+            steps[name]()
+            training[name].append(time.perf_counter() - start)
+            asked = facts[turn * ANSWERS % len(facts) :][:ANSWERS]
+            reading[name].append(seconds_of_values(model, asked))
     torch.set_num_threads(threads)
-    seconds = {key: median(each[1:]) for key, each in times.items()}
     return {
-        "seconds_per_step": {name: seconds[name, training_step] for name in models},
-        "tokens_per_second": {name: ANSWERS * (LENGTH - KEY_TOKENS) / seconds[name, answers] for name in models},
+        "seconds_per_step": {name: median(each) for name, each in training.items()},
+        "tokens_per_second": {name: ANSWERS * VALUE_TOKENS / median(each) for name, each in reading.items()},
     }

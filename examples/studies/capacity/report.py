@@ -15,7 +15,6 @@ from studies.capacity.facts import VALUE_TOKENS
 from studies.capacity.plan import (
     ARM_TRIALS,
     COMPARED,
-    COMPOSING,
     DENSE,
     ENTROPIES,
     FITS,
@@ -23,7 +22,6 @@ from studies.capacity.plan import (
     MAIN,
     OF_ALL_ENTROPIES,
     OFFERED_MORE,
-    REMEMBERING,
     TRIAL_SEED,
     WARMUP,
     Results,
@@ -31,17 +29,18 @@ from studies.capacity.plan import (
     arm_trials,
     best,
     chosen,
-    composing,
     fitting,
     forgetting,
+    in_the_end,
     learning,
     mixed_trials,
     of_all_entropies,
     offered_more,
-    people,
     steady,
+    trials_that_fit,
     with_seeds,
 )
+from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs, has_tables
 from studies.common.tables import markdown_table
 
@@ -51,8 +50,8 @@ T_QUANTILE = 4.303
 # A share of what is offered above which bits say no more than that the facts fit.
 FULL = 0.8
 KBIT = 1000
-# Memories, and PEER of as many parameters, of which the last is the larger pair.
-MEMORIES = {"pkm-8281": "peer-4096", "pkm-32761": "peer-16384"}
+# PEER of as many parameters as others have, a larger memory last.
+AS_MANY_PARAMETERS = {"dense-as-peer-1024": "peer-1024", "pkm-8281": "peer-4096", "pkm-32761": "peer-16384"}
 # Behind a variant whose seeds were made again, see `steady`.
 MADE_AGAIN = " †"
 
@@ -128,8 +127,13 @@ def better_dense(found: dict[str, list[Run]], results: Results) -> str | None:
     return max(DENSE, key=lambda name: mean(kilobits(found[name], results)))
 
 
+def marked(name: str, runs: list[Run], trial: Run) -> str:
+    """The name of a variant, with a sign if its seeds were made again at half the rate of its trial."""
+    return name + (MADE_AGAIN if runs[0].learning_rate != trial.learning_rate else "")
+
+
 def learned_table(results: Results) -> list[list[str]]:
-    """What is learned in few exposures: at equal FLOPs with all seeds, of wide dense models with one."""
+    """What is learned in few exposures, at equal FLOPs and of a wider dense model."""
     found = available(VARIANTS, learning, results)
     dense = better_dense(found, results)
     rows = [["learned", "parameters, M", "FLOPs, k", "kbit", "of offered", "recalled", f"to {dense or 'dense'}"]]
@@ -145,8 +149,7 @@ def learned_table(results: Results) -> list[list[str]]:
         cost, own = costs(name).total, kilobits(runs, results)
         cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
         cells += [share_offered(runs, results), recalled(runs, results), to_dense(name)]
-        mark = MADE_AGAIN if runs[0].learning_rate != chosen(name, results).learning_rate else ""
-        rows.append([name + mark, *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
+        rows.append([marked(name, runs, chosen(name, results)), *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
     return rows
 
 
@@ -163,9 +166,9 @@ def more_table(results: Results) -> list[list[str]]:
 
 
 def memories_table(results: Results) -> list[list[str]]:
-    """Product-key memories beside PEER of as many parameters."""
-    rows = [["at equal parameters", "parameters, M", "kbit", "recalled", "kbit of experts", "recalled", "ratio"]]
-    for memory, experts in MEMORIES.items():
+    """Product-key memories and a wider dense model beside PEER of as many parameters."""
+    rows = [["at equal parameters, of experts last", "parameters, M", "kbit", "recalled", "kbit", "recalled", "ratio"]]
+    for memory, experts in AS_MANY_PARAMETERS.items():
         found = available((memory, experts), learning, results)
         if len(found) == 2:
             own, others = (kilobits(found[name], results) for name in (memory, experts))
@@ -174,7 +177,8 @@ def memories_table(results: Results) -> list[list[str]]:
             cells = [millions]
             for name, each in ((memory, own), (experts, others)):
                 cells += [spread(each), recalled(found[name], results)]
-            rows.append([memory, *cells, ratio(own, others, is_bound)])
+            experts_label = marked(experts, found[experts], chosen(experts, results))
+            rows.append([f"{memory}, {experts_label}", *cells, ratio(own, others, is_bound)])
     return rows
 
 
@@ -201,15 +205,19 @@ def trials_table(results: Results) -> list[list[str]]:
 
 def unsteady_table(results: Results) -> list[list[str]]:
     """The seeds that were made at the rate that was best in the trials, of variants of which one fails there."""
-
-    def made(name: str, results: Results) -> list[Run]:
-        return [run for run in with_seeds(chosen(name, results)) if run.name in results]
-
-    rows = [["failed with a seed", "rate", "kbit of each seed", "made again at"]]
-    for name, runs in available(AT_EQUAL_FLOPS, made, results).items():
-        if (later := steady(runs, results)) != runs:
-            cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
-            rows.append([name, f"{runs[0].learning_rate:g}", ", ".join(cells), f"{later[0].learning_rate:g}"])
+    rows = [["failed with a seed", "rate", "kbit of the trial", "of each seed", "made again at"]]
+    stages = [(name, "", chosen) for name in VARIANTS]
+    stages += [(name, ", fits", lambda *each: best(trials_that_fit(*each), results)) for name in FITS]
+    for name, kind, trial_of in stages:
+        try:
+            trial = trial_of(name, results)
+        except KeyError:
+            continue
+        made = [run for run in with_seeds(trial) if run.name in results]
+        if (later := steady(trial, results)) != with_seeds(trial):
+            bits = [f"{value:,.0f}" for value in kilobits([trial, *made], results)]
+            cells = [f"{trial.learning_rate:g}", bits[0], ", ".join(bits[1:]), f"{later[0].learning_rate:g}"]
+            rows.append([name + kind, *cells])
     return rows
 
 
@@ -243,12 +251,24 @@ def narrow_table(results: Results) -> list[list[str]]:
 
 def fits_table(results: Results) -> list[list[str]]:
     """What fits after 100 exposures."""
-    rows = [["fits", "kbit", "of offered", "recalled", "bits / parameter"]]
+    rows = [["fits", "facts", "steps", "rate", "kbit", "of offered", "recalled", "bits / parameter"]]
     for name, runs in available(FITS, fitting, results).items():
-        own = kilobits(runs, results)
-        per_parameter = KBIT * mean(own) / costs(name).total.parameters
-        cells = [spread(own), share_offered(runs, results), recalled(runs, results), f"{per_parameter:.2f}"]
-        rows.append([name, *cells])
+        own, load = kilobits(runs, results), runs[0].load
+        cells = [f"{load.number:,}", f"{load.number * load.exposures // BATCH_SIZE:,}", f"{runs[0].learning_rate:g}"]
+        cells += [spread(own), share_offered(runs, results), recalled(runs, results)]
+        bound = "at least " if share_of_offered(runs, results) > FULL else ""
+        per_parameter = f"{bound}{KBIT * mean(own) / costs(name).total.parameters:.2f}"
+        rows.append([marked(name, runs, best(trials_that_fit(name, results), results)), *cells, per_parameter])
+    return rows
+
+
+def in_the_end_table(results: Results) -> list[list[str]]:
+    """What dense has learned of the facts of the first table after many exposures, in two trials."""
+    rows = [["dense, 100 exposures", "rate", "kbit", "of offered", "recalled", "bits / parameter"]]
+    for run in available(("dense",), in_the_end, results).get("dense", []):
+        (bits,) = kilobits([run], results)
+        cells = [f"{run.learning_rate:g}", f"{bits:,.0f}", share_offered([run], results), recalled([run], results)]
+        rows.append(["", *cells, f"{KBIT * bits / costs('dense').total.parameters:.2f}"])
     return rows
 
 
@@ -258,26 +278,6 @@ def entropies_table(results: Results) -> list[list[str]]:
     for name, runs in available(OF_ALL_ENTROPIES, of_all_entropies, results).items():
         cells = [f"{value:,.0f}" for value in kilobits(runs, results)]
         rows.append([name, *(f"{cell} ({share_offered([r], results)})" for cell, r in zip(cells, runs, strict=True))])
-    return rows
-
-
-def composed_table(results: Results) -> list[list[str]]:
-    """Composed facts that were told, and those that were not."""
-    rows = [["composed facts, recalled", "told", "never told"]]
-    for name, runs in available(COMPOSING, composing, results).items():
-        rows.append([name, recalled(runs, results), recalled(runs, results, "untold")])
-    return rows
-
-
-def people_table(results: Results) -> list[list[str]]:
-    """People in a wording that was never trained."""
-    rows = [["people", "parameters, M", "kbit", "of offered", "bits / parameter", "recalled", "of unknown people"]]
-    for name, runs in available(REMEMBERING, people, results).items():
-        parameters, (bits,) = results[runs[0].name]["parameters"], kilobits(runs, results)
-        cells = [f"{parameters / 1e6:.2f}", f"{bits:,.0f}", share_offered(runs, results)]
-        (unknown,) = results[runs[0].name]["controls"].values()
-        cells += [f"{KBIT * bits / parameters:.2f}", recalled(runs, results), f"{unknown['recalled']:.1%}"]
-        rows.append([name, *cells])
     return rows
 
 
@@ -339,8 +339,7 @@ TABLES = (
     mixed_table,
     fits_table,
     entropies_table,
-    composed_table,
-    people_table,
+    in_the_end_table,
 )
 
 
@@ -382,7 +381,7 @@ def draw_bars(results: Results, axes: Axes) -> None:
 
 def _finding(found: dict[str, list[Run]], results: Results) -> str:
     """What experts and a memory of as many parameters learn beside dense, in two lines."""
-    memory, experts = list(MEMORIES.items())[-1]
+    memory, experts = list(AS_MANY_PARAMETERS.items())[-1]
     middle = interval_of_ratio(*(kilobits(found[name], results) for name in (experts, "dense")))[1]
     least = interval_of_ratio(*(kilobits(found[name], results) for name in (memory, "dense")))[0]
     number = int(experts.partition("-")[2])

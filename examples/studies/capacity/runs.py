@@ -7,13 +7,11 @@ from typing import Any
 
 from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import Run
-from studies.capacity.training import store_composed, store_facts, store_people
+from studies.capacity.training import store_facts
 
 
 KINDS = {
     "facts": store_facts,
-    "composed": store_composed,
-    "people": store_people,
     "forgetting": teach_after,
     "apart": teach_after,
 }

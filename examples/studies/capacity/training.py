@@ -1,23 +1,23 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is trained to store something, and the runs that store facts and people."""
+"""How a model is trained to store facts, and the runs that store them."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from modeling_peer import make_optimizer, quantize_experts
 from modeling_peer.experts import expert_tables
-from studies.capacity.facts import make_composed_facts, make_facts, measure
+from studies.capacity.facts import make_facts, measure
 from studies.capacity.plan import Run
 from studies.capacity.variants import make_model
-from studies.common.people import ASKED_BITS, BLOCK, VOCABULARY, biographies, draw_people, measure_people
 
 
-BATCH_SIZE, BATCH_TOKENS = 256, 4096
+BATCH_SIZE = 256
 
 
 def store(
@@ -26,15 +26,27 @@ def store(
     run: Run,
     folder: Path,
     exposures: int = 1,
-    batch_size: int = BATCH_SIZE,
     callbacks: list[TrainerCallback] | None = None,
     progress: bool = False,
 ) -> None:
     """Train a model on each example as often as `exposures` says, with a progress bar if asked."""
-    arguments = TrainingArguments(
+    arguments = training_arguments(run, folder, num_train_epochs=exposures, disable_tqdm=not progress)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=examples,
+        data_collator=default_data_collator,
+        optimizers=(optimizer_of(model, arguments, run), None),
+        callbacks=callbacks,
+    )
+    trainer.train()
+
+
+def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArguments:
+    """How a run trains."""
+    return TrainingArguments(
         output_dir=str(folder / "trainer"),
-        num_train_epochs=exposures,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=BATCH_SIZE,
         learning_rate=run.learning_rate,
         adam_beta2=0.99,
         weight_decay=0.0,
@@ -44,19 +56,15 @@ def store(
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        disable_tqdm=not progress,
         log_level="error",
         dataloader_pin_memory=False,
+        **others,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=examples,
-        data_collator=default_data_collator,
-        optimizers=(make_optimizer(model, arguments, 0.25, run.multiplier), None),
-        callbacks=callbacks,
-    )
-    trainer.train()
+
+
+def optimizer_of(model: nn.Module, arguments: TrainingArguments, run: Run) -> torch.optim.Optimizer:
+    """The optimizer of a run."""
+    return make_optimizer(model, arguments, 0.25, run.multiplier)
 
 
 def store_facts(run: Run, folder: Path) -> dict[str, Any]:
@@ -70,27 +78,4 @@ def store_facts(run: Run, folder: Path) -> dict[str, Any]:
         "stored": measure(model, facts),
         "controls": {name: measure(model, each) for name, each in controls.items()},
         "in_bits": {bits: measure(quantize_experts(copy.deepcopy(model), bits), facts) for bits in narrow},
-    }
-
-
-def store_composed(run: Run, folder: Path) -> dict[str, Any]:
-    """A new model stores facts that follow from two others, and is asked those that it was never told."""
-    told, untold = make_composed_facts(run.load.number, run.seed)
-    model = make_model(run.subject, run.seed)
-    store(model, told.examples, run, folder, run.load.exposures)
-    return {"stored": measure(model, told), "untold": measure(model, untold)}
-
-
-def store_people(run: Run, folder: Path) -> dict[str, Any]:
-    """A new model reads biographies, and is asked in a wording that was not among them."""
-    drawn = draw_people(2 * run.load.number, run.seed)
-    people, unknown = drawn[: run.load.number], drawn[run.load.number :]
-    model = make_model(run.subject, run.seed, vocab_size=len(VOCABULARY), max_position_embeddings=BLOCK)
-    examples = [{"input_ids": own, "labels": own} for own in biographies(people, run.load.exposures, run.seed).long()]
-    store(model, examples, run, folder, batch_size=BATCH_TOKENS // BLOCK)
-    return {
-        "offered": len(people) * ASKED_BITS,
-        "parameters": model.num_parameters(),
-        "stored": measure_people(model, people),
-        "controls": {"unknown people": measure_people(model, unknown)},
     }

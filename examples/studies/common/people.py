@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Invented people and their biographies, after the description of "Physics of Language Models: Part 3.3"
-(arXiv 2404.05405): 47.6 bits a person, in sentences of several wordings whose order changes with every exposure.
+(arXiv 2404.05405): five attributes, in sentences of several wordings whose order changes with every exposure.
 
-A word is a token. One wording of each attribute is never trained: recall is asked in it.
+One wording of each attribute is never trained: recall is asked in it.
 """
 
 import math
@@ -12,11 +12,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-from modeling_peer.analysis.evaluation import evaluation
 
 
 def _words(number: int, beginnings: str, ends: str) -> list[str]:
@@ -81,15 +76,6 @@ WORDINGS = {
     "major": ("majored in", "specialized in", "chose the field of", "holds a degree in", "concentrated on"),
     "employer": ("works for", "is employed by", "has a position at", "earns a living at", "has a job with"),
 }
-# Of the attributes that are asked; the pronoun has one more.
-ASKED_BITS = sum(math.log2(len(choices)) for values in VALUES.values() for choices in values)
-VOCABULARY = sorted(
-    {word for words in (*NAMES, *(c for v in VALUES.values() for c in v), PRONOUNS) for word in words}
-    | {word for wordings in WORDINGS.values() for wording in wordings for word in wording.split()}
-    | {"."}
-)
-IDS = {word: place for place, word in enumerate(VOCABULARY)}
-BLOCK = 128  # tokens of a sequence, in which biographies follow each other
 
 
 @dataclass(frozen=True)
@@ -130,36 +116,3 @@ def draw_people(number: int, seed: int) -> list[Person]:
         }
         people.append(Person(name, PRONOUNS[generator.integers(2)], attributes))
     return people
-
-
-def biographies(people: list[Person], exposures: int, seed: int) -> torch.Tensor:
-    """`(num_sequences, BLOCK)`: in each exposure every person once, in a new order, one behind the other."""
-    generator = np.random.default_rng(seed)
-    words = [
-        IDS[word]
-        for _ in range(exposures)
-        for place in generator.permutation(len(people))
-        for word in people[place].biography(generator)
-    ]
-    return torch.tensor(words[: len(words) // BLOCK * BLOCK], dtype=torch.int16).view(-1, BLOCK)
-
-
-def measure_people(model: nn.Module, people: list[Person]) -> dict[str, float]:
-    """
-    `bits` of the people that a model gives in answer to questions whose wording was never trained, the entropy of the
-    attributes minus the model's `-log2 p(attribute | question)`, not clipped; and `recalled`, the share of attributes
-    that greedy decoding gets right.
-    """
-    bits, recalled = 0.0, 0
-    with evaluation(model):
-        for attribute, values in VALUES.items():
-            answers = torch.tensor([[IDS[word] for word in person.attributes[attribute]] for person in people])
-            # Behind the end of a sentence, as in training.
-            asked = [[IDS["."], *(IDS[word] for word in person.question(attribute))] for person in people]
-            tokens = torch.cat([torch.tensor(asked), answers], dim=1)
-            for own, answer in zip(tokens.split(1024), answers.split(1024), strict=True):
-                logits = model(own).logits[:, -1 - answer.shape[1] : -1].float()
-                surprise = F.cross_entropy(logits.flatten(0, 1), answer.flatten(), reduction="sum").item()
-                bits += len(answer) * sum(math.log2(len(choices)) for choices in values) - surprise / math.log(2)
-                recalled += (logits.argmax(-1) == answer).all(-1).sum().item()
-    return {"bits": bits, "recalled": recalled / (len(people) * len(VALUES))}
