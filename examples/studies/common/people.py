@@ -78,26 +78,33 @@ WORDINGS = {
 }
 
 
+# Wordings that are trained, of which each person is told in all but one.
+NUM_TRAINED = 4
+
+
 @dataclass(frozen=True)
 class Person:
-    """The words of a name, the pronoun, and the words of each attribute."""
+    """The words of a name, the pronoun, the words of each attribute, and which wording is told of others alone."""
 
     name: tuple[str, ...]
     pronoun: str
     attributes: dict[str, tuple[str, ...]]
+    untold: int
 
     def biography(self, generator: np.random.Generator) -> list[str]:
         """
-        The words of all attributes in a new order, each in one of the wordings that are trained. The first has the name.
+        The words of all attributes in a new order, each in one of the wordings that are told of this person. The first
+        has the name.
         """
         words: list[str] = []
         for attribute in generator.permutation([*VALUES]):
-            wording = WORDINGS[attribute][generator.integers(len(WORDINGS[attribute]) - 1)]
+            told = [wording for place, wording in enumerate(WORDINGS[attribute][:-1]) if place != self.untold]
+            wording = told[generator.integers(len(told))]
             subject = (self.pronoun,) if words else self.name
             words += [*subject, *wording.split(), *self.attributes[attribute], "."]
         return words
 
-    def question(self, attribute: str, wording: int = -1) -> list[str]:
+    def question(self, attribute: str, wording: int) -> list[str]:
         """The words of the name and of a wording, the last of which is never trained. Behind them stands the attribute."""
         return [*self.name, *WORDINGS[attribute][wording].split()]
 
@@ -114,5 +121,6 @@ def draw_people(number: int, seed: int) -> list[Person]:
             attribute: tuple(choices[generator.integers(len(choices))] for choices in values)
             for attribute, values in VALUES.items()
         }
-        people.append(Person(name, PRONOUNS[generator.integers(2)], attributes))
+        pronoun = PRONOUNS[generator.integers(2)]
+        people.append(Person(name, pronoun, attributes, untold=len(people) % NUM_TRAINED))
     return people

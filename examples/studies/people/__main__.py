@@ -29,7 +29,17 @@ from studies.common.people import draw_people
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, next_trial, train
 from studies.people.report import describe
-from studies.people.texts import CORPUS, TOLD, Amounts, held_out, load_tokenizer, losses, prepare, recall
+from studies.people.texts import (
+    CORPUS,
+    TOLD,
+    TOLD_OF_OTHERS,
+    Amounts,
+    held_out,
+    load_tokenizer,
+    losses,
+    prepare,
+    recall,
+)
 
 
 ASKED = 1000  # people, and as many others
@@ -75,6 +85,7 @@ def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
                 "parameters": model.num_parameters(),
                 "losses": losses(model, texts),
                 "recall": recall(model, tokenizer, told),
+                "recall as told of others": recall(model, tokenizer, told, TOLD_OF_OTHERS),
                 "recall as told": recall(model, tokenizer, told, TOLD),
                 "recall of others": recall(model, tokenizer, others),
             }

@@ -14,11 +14,12 @@ from studies.people.texts import CORPUS, HELD_OUT_TEXTS
 def describe(results: dict[str, Any]) -> str:
     """Recall and perplexity of each arm, n-grams beside them, and the trials."""
     texts = list(HELD_OUT_TEXTS)
-    rows = [["", "parameters, M", "rate", "weights", "steps", "seconds", "exposures", "recalled", "as told", "others"]]
-    rows[0] += ["perplexity", "of the second half"]
+    rows = [["", "parameters, M", "rate", "weights", "steps", "seconds", "exposures"]]
+    rows[0] += ["recalled", "as told of others", "as told", "others", "perplexity", "of the second half"]
     of_training = results["arguments"]
     for run in results["runs"]:
-        shares = [f"{mean(run[each].values()):.1%}" for each in ("recall", "recall as told", "recall of others")]
+        kinds = ("recall", "recall as told of others", "recall as told", "recall of others")
+        shares = [f"{mean(run[each].values()):.1%}" for each in kinds]
         perplexities = [
             f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
         ]

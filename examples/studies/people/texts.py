@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common.text_data import train_tokenizer
 from modeling_peer.analysis.evaluation import evaluation
 from studies.common.corpora import load_corpus
-from studies.common.people import VALUES, Person, draw_people
+from studies.common.people import NUM_TRAINED, VALUES, Person, draw_people
 from studies.common.single_run import token_losses
 
 
 TRAINING_TEXTS = ("python-docs", "linux-docs", "perl-docs", "php-docs", "sqlite-docs", "prose")
 HELD_OUT_TEXTS = ("brown", "handbook", "postgresql-docs", "django-docs", "git-docs")
-# The wordings of people that are asked: one that is told, and one that is never trained.
-TOLD, UNTOLD = 0, -1
+# The wordings in which people are asked.
+NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 CORPUS = "corpus"  # held out of the training texts: rates are chosen by it
 
 
@@ -97,7 +97,7 @@ def recall(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     people: list[Person],
-    wording: int = UNTOLD,
+    wording: str = NEVER_TRAINED,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """
@@ -123,9 +123,10 @@ def recall(
     return shares
 
 
-def ask(tokenizer, person, attribute, wording=UNTOLD):
+def ask(tokenizer, person, attribute, wording=NEVER_TRAINED):
     """The tokens of a question with its answer, and where the answer begins."""
-    question = " ".join(person.question(attribute, wording))
+    place = {NEVER_TRAINED: -1, TOLD_OF_OTHERS: person.untold, TOLD: (person.untold + 1) % NUM_TRAINED}[wording]
+    question = " ".join(person.question(attribute, place))
     answer = f"{question} {' '.join(person.attributes[attribute])}"
     asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
     return [tokenizer.eos_token_id, *whole], 1 + len(asked)

@@ -20,7 +20,7 @@ from studies.people import __main__ as people_study
 from studies.people import arms, texts
 from studies.people.arms import ARMS, LARGER, USUAL, Arm, next_trial
 from studies.people.report import describe
-from studies.people.texts import TOLD, UNTOLD, ask, biography, recall
+from studies.people.texts import NEVER_TRAINED, TOLD, TOLD_OF_OTHERS, ask, biography, recall
 
 
 class Knows(nn.Module):
@@ -50,9 +50,16 @@ def test_recall_is_of_whole_answers():
         tokens, begin = ask(tokenizer, people[0], attribute)
         assert tokens[0] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens[begin:]).strip() == " ".join(people[0].attributes[attribute])
-        for wording, is_read in ((UNTOLD, False), (TOLD, True)):
-            words = " ".join(people[0].question(attribute, wording)[3:])
+        own = [text for text in rows["text"] if " ".join(people[0].name) in text]
+        for wording, is_read, is_read_of_them in (
+            (NEVER_TRAINED, False, False),
+            (TOLD_OF_OTHERS, True, False),
+            (TOLD, True, True),
+        ):
+            tokens, begin = ask(tokenizer, people[0], attribute, wording)
+            words = " ".join(tokenizer.decode(tokens[1:begin]).split()[3:])
             assert any(words in text for text in rows["text"]) == is_read
+            assert any(words in text for text in own) == is_read_of_them
 
 
 def test_trials_go_on_beyond_the_best():
