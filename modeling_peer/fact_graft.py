@@ -16,8 +16,9 @@ A graft of facts: each token of an answer has an expert, which a gate opens by t
 
 The first key is the name of the subject, "France": its tokens have to stand at or before the present one, one after
 the other, as what enters the first layer tells. The second is that of the question, "the capital of": it has to match
-the present token, after which the answer's next token is to come, by what enters the graft in a late layer. Questions
-about others, and other questions about the subject, leave the gate shut, and the output is zero.
+the present token, after which the answer's next token is to come, by what enters the graft in a late layer. Within an
+answer, the present token has to be that of the answer too. Questions about others, and other questions about the
+subject, leave the gate shut, and the output is zero.
 """
 
 import itertools
@@ -44,7 +45,7 @@ class FactSizes:
         num_subjects (`int`): Number of subjects.
         num_names (`int`): Number of their names as tokens: one for each way in which a subject stands in texts.
         longest_name (`int`): The most tokens that a name has.
-        num_name_tokens (`int`): Number of different tokens in names.
+        num_tokens (`int`): Number of different tokens in names, and in answers but for their last ones.
         num_relations (`int`): Number of relations: facts of one are asked in the same wordings.
         num_continuations (`int`): Number of answers' tokens after the first: each is found by a key of its own.
         key_size (`int`): Elements of the key of a question.
@@ -53,7 +54,7 @@ class FactSizes:
     num_subjects: int
     num_names: int
     longest_name: int
-    num_name_tokens: int
+    num_tokens: int
     num_relations: int
     num_continuations: int
     key_size: int
@@ -111,7 +112,7 @@ class NameFinder(nn.Module):
 
     def __init__(self, hidden_size: int, sizes: FactSizes):
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(sizes.num_name_tokens, hidden_size))
+        self.tokens = nn.Parameter(torch.empty(sizes.num_tokens, hidden_size))
         # The tokens of each name as rows of `tokens`, with -1 before those of shorter ones, and whose name it is.
         self.register_buffer("names", torch.full((sizes.num_names, sizes.longest_name), -1))
         self.register_buffer("subjects", torch.full((sizes.num_names,), -1))
@@ -144,11 +145,11 @@ class NameFinder(nn.Module):
         return named
 
     @torch.no_grad()
-    def remove(self, subjects: torch.Tensor) -> None:
-        """Forget the names of some subjects, and the tokens that no other name has."""
+    def remove(self, subjects: torch.Tensor, kept_rows: torch.Tensor) -> None:
+        """Forget the names of some subjects, and the tokens that no other name has, but for `kept_rows`."""
         self.names[torch.isin(self.subjects, subjects)] = -1
         rows = torch.arange(len(self.tokens), device=self.names.device)
-        self.tokens[~torch.isin(rows, self.names)] = 0.0
+        self.tokens[~torch.isin(rows, torch.cat([self.names.flatten(), kept_rows]))] = 0.0
 
 
 class FactRouter(nn.Module):
@@ -162,6 +163,7 @@ class FactRouter(nn.Module):
 
     expert_subjects: torch.Tensor
     expert_questions: torch.Tensor
+    expert_tokens: torch.Tensor
 
     def __init__(self, config: PeerConfig, sizes: FactSizes, generation: Any):
         super().__init__()
@@ -171,8 +173,9 @@ class FactRouter(nn.Module):
         self.subjects = NameFinder(config.hidden_size, sizes)
         num_questions = sizes.num_relations + sizes.num_continuations
         self.questions = KeyMatcher(config.hidden_size, num_questions, sizes.key_size)
-        # The subject and the question of each expert; those without a fact have none, -1.
-        for name in ("expert_subjects", "expert_questions"):
+        # The subject and the question of each expert, and the token of the answer at which it opens, as a row of
+        # `subjects.tokens`. Those without a fact have none, -1, and the first ones of answers open at any token.
+        for name in ("expert_subjects", "expert_questions", "expert_tokens"):
             self.register_buffer(name, torch.full((config.num_experts,), -1))
         self.decoder_forward: DecoderForward | None = None
         # Activation checkpointing runs the layer again when the states of other layers are gone.
@@ -194,7 +197,7 @@ class FactRouter(nn.Module):
         The expert of each token and the similarity of its question, both `(B, T)`, -2.0 where no fact can be meant: no
         subject was named, or the question is nearer to another relation.
         """
-        named, starts = self._named_subjects(hidden_states)
+        named, starts, present = self._named_subjects(hidden_states)
         has_hidden_past = self._has_hidden_past(starts)
         shape, num_relations = hidden_states.shape[:2], self.sizes.num_relations
         # Of most texts there is none.
@@ -205,8 +208,10 @@ class FactRouter(nn.Module):
         if not len(candidates):
             return named.new_zeros(shape), hidden_states.new_full(shape, -2.0, dtype=torch.float32)
         subjects, questions = self.expert_subjects[candidates], self.expert_questions[candidates]
+        tokens = self.expert_tokens[candidates]
         mentions = self._last_mentions(named, starts, subjects)
         is_possible = (mentions >= 0) | (has_hidden_past[..., None] & (questions >= num_relations))
+        is_possible &= (tokens < 0) | (tokens == present[..., None])
         # Each key once, as the same product elsewhere in a matrix may be rounded otherwise.
         relations = torch.arange(num_relations, device=questions.device)
         needed, places = torch.cat([relations, questions]).unique(return_inverse=True)
@@ -221,8 +226,8 @@ class FactRouter(nn.Module):
 
     def _named_subjects(self, hidden_states):
         """
-        The subject that each token names, -1 for none, of those before in the cache too, `(B, past + T)`, and where
-        the sequence of each token begins, `(B, T)`.
+        The subject that each token names, -1 for none, of those before in the cache too, `(B, past + T)`; where the
+        sequence of each token begins; and the tokens as rows of `subjects.tokens`, both `(B, T)`.
         """
         decoder = self.decoder_forward
         if decoder is None or decoder.embeddings is None:
@@ -232,11 +237,11 @@ class FactRouter(nn.Module):
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             tokens = tokens.masked_fill(~mask[:, -tokens.shape[1] :].to(tokens.device, torch.bool), -1)
         decoder.to_keep.append(lambda cache, own=tokens: keep_in_cache(cache, id(self), own))
-        starts = self._starts(tokens)
+        starts, present = self._starts(tokens), tokens
         if (past := past_of(decoder.cache, id(self))) is not None:
             starts = torch.where(starts == 0, 0, starts + past.shape[1])
             tokens = torch.cat([past.to(tokens.device), tokens], dim=1)
-        return self.subjects(tokens, F.pad(starts, (tokens.shape[1] - starts.shape[1], 0))), starts
+        return self.subjects(tokens, F.pad(starts, (tokens.shape[1] - starts.shape[1], 0))), starts, present
 
     @staticmethod
     def _last_mentions(named, starts, subjects):
@@ -300,9 +305,9 @@ class FactGraft(PeerGraft):
         experts, router = list(self.experts_of(number)), self.router
         subjects = router.expert_subjects[experts]
         questions = router.expert_questions[experts]
-        router.expert_subjects[experts] = router.expert_questions[experts] = -1
+        router.expert_subjects[experts] = router.expert_questions[experts] = router.expert_tokens[experts] = -1
         router.questions.keys[questions[questions >= router.sizes.num_relations]] = 0.0
-        router.subjects.remove(subjects[~torch.isin(subjects, router.expert_subjects)])
+        router.subjects.remove(subjects[~torch.isin(subjects, router.expert_subjects)], router.expert_tokens)
         self.expert_pool.up_proj.weight[experts] = self.expert_pool.down_proj.weight[experts] = 0.0
         self.facts[number] |= dict.fromkeys(("subject", "question", "answer"), None)
 

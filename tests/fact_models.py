@@ -21,6 +21,10 @@ NAME_TOKENS = [*range(1, 40, 3)]
 NAMES = {(token,): place % 2 for place, token in enumerate(NAME_TOKENS[:-2])} | {(1, 4): 0, tuple(NAME_TOKENS[-2:]): 0}
 
 
+# Of the tokens before the last ones of answers; before the second ones any may stand.
+LAST_ROWS = (3, 4)
+
+
 def fact_config(**fields) -> PeerGraftConfig:
     """Of two facts of two relations, whose answers have three tokens each."""
     return PeerGraftConfig(
@@ -32,7 +36,7 @@ def fact_config(**fields) -> PeerGraftConfig:
             "num_subjects": 2,
             "num_names": len(NAMES),
             "longest_name": 2,
-            "num_name_tokens": len(NAME_TOKENS),
+            "num_tokens": len(NAME_TOKENS),
             "num_relations": 2,
             "num_continuations": 4,
             "key_size": 4,
@@ -63,6 +67,7 @@ def with_keys(graft: FactGraft, base: PreTrainedModel, seed: int) -> None:
     finder.subjects.copy_(torch.tensor(list(NAMES.values())))
     graft.router.expert_subjects.copy_(torch.tensor([0, 0, 0, 1, 1, 1, -1, -1, -1]))
     graft.router.expert_questions.copy_(torch.tensor([0, 2, 3, 0, 4, 5, -1, -1, -1]))
+    graft.router.expert_tokens.copy_(torch.tensor([-1, -1, LAST_ROWS[0], -1, -1, LAST_ROWS[1], -1, -1, -1]))
 
 
 def graft_of(model, adapter_name: str = "default") -> FactGraft:

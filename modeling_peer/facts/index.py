@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -137,10 +137,11 @@ class FactIndex:
                 self.experts += [Expert(number, form, place, token) for place, token in enumerate(own[0].answer)]
                 self.prompts += [(number, form, each) for each in own]
         self.other_prompts = self._other_prompts(tokenizer, forms)
-        # The subjects by the tokens as which they stand in texts.
+        # The subjects by the tokens as which they stand in texts, and all tokens that have to be recognized.
         self.names = {prompt.subject: self.subjects[facts[number].subject] for number, _, prompt in self.prompts}
         self.names |= {prompt.subject: number for number, prompt in self.other_prompts}
-        self.name_tokens = sorted({token for name in self.names for token in name})
+        in_answers = {expert.token for expert, after in pairwise(self.experts) if after.place}
+        self.tokens = sorted({token for name in self.names for token in name} | in_answers)
 
     def _other_prompts(self, tokenizer, forms):
         """
@@ -177,7 +178,7 @@ class FactIndex:
             "num_subjects": len(self.subjects),
             "num_names": len(self.names),
             "longest_name": max(map(len, self.names)),
-            "num_name_tokens": len(self.name_tokens),
+            "num_tokens": len(self.tokens),
             "num_relations": self.num_relations,
             "num_continuations": sum(expert.place > 0 for expert in self.experts),
             "key_size": key_size,
@@ -198,6 +199,12 @@ class FactIndex:
                 relation = self.relation_of[self.facts[expert.fact].wordings[0]]
                 found.append(relation * len(self.forms) + self.forms.index(expert.form))
         return found
+
+    def expert_tokens(self) -> list[int]:
+        """The token before that of each expert as a place in `tokens`, -1 for the first ones of answers."""
+        rows = {token: row for row, token in enumerate(self.tokens)}
+        befores = [None, *self.experts[:-1]]
+        return [rows[before.token] if own.place else -1 for own, before in zip(self.experts, befores, strict=True)]
 
     def descriptions(self) -> list[dict[str, Any]]:
         """What the configuration of a graft says of its facts."""

@@ -98,7 +98,7 @@ def teach_facts(
         # Alone: what other files answer is not what the base model says.
         peft_model.base_model.set_adapter(adapter_name)
         (graft,) = grafts_of_facts(peft_model, adapter_name)
-        norm = _check_model(base, graft, index.name_tokens[0])
+        norm = _check_model(base, graft, index.tokens[0])
         if reference is None:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -206,9 +206,9 @@ def _add(number, module, args, output):
 
 @torch.no_grad()
 def _write_names(graft: FactGraft, base: Any, index: FactIndex) -> None:
-    """Tell the router the names of the subjects."""
-    finder, rows = graft.router.subjects, {token: row for row, token in enumerate(index.name_tokens)}
-    finder.tokens.copy_(F.normalize(base.get_input_embeddings().weight[index.name_tokens].float(), dim=-1))
+    """Tell the router the names of the subjects, and the tokens of answers."""
+    finder, rows = graft.router.subjects, {token: row for row, token in enumerate(index.tokens)}
+    finder.tokens.copy_(F.normalize(base.get_input_embeddings().weight[index.tokens].float(), dim=-1))
     for place, name in enumerate(index.names):
         finder.names[place, -len(name) :] = torch.tensor([rows[token] for token in name])
     finder.subjects.copy_(torch.tensor(list(index.names.values())))
@@ -234,6 +234,7 @@ def _fit_keys(graft: FactGraft, index: FactIndex, states: States, progress_bar: 
     num = len(index.experts)
     router.expert_subjects[:num] = torch.tensor(index.expert_subjects())
     router.expert_questions[:num] = of_expert
+    router.expert_tokens[:num] = torch.tensor(index.expert_tokens())
 
 
 def _write_experts(

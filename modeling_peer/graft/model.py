@@ -39,7 +39,8 @@ from .initialization import computes, init_graft
 GRAFT_PARTS = {
     *("router", "query_proj", "query_norm", "key_norm", "sub_keys", "weight", "bias", "running_mean", "running_var"),
     *("num_batches_tracked", "expert_pool", "up_proj", "gate_proj", "down_proj", "output_bias"),
-    *("subjects", "questions", "tokens", "names", "keys", "threshold", "expert_subjects", "expert_questions"),
+    *("subjects", "questions", "tokens", "names", "keys", "threshold"),
+    *("expert_subjects", "expert_questions", "expert_tokens"),
 }
 
 

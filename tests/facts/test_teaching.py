@@ -11,6 +11,7 @@ import torch
 from fact_models import base_of, fact_config, words_tokenizer
 from graft_models import base_model_of, logits_of
 from peft import get_peft_model
+from torch.nn import functional as F
 
 from modeling_peer import explain_tokens, fit_gates
 from modeling_peer.explorer.findings import explore
@@ -281,4 +282,11 @@ def test_says_who_told_it(taught, tokenizer):
     found = [each.told_by for each in explain_tokens(taught, tokenizer, "the capital of Suland is Beta Gam .")]
     of_fact = "layer_2_default: the capital of Suland is Beta Gam"
     assert found == [*["the base model"] * 4, *[of_fact] * 3, "the base model"]
+    # The token before each of an answer's is its own.
+    router = grafts_of_facts(taught)[0].router
+    embeddings = F.normalize(taught.get_input_embeddings().weight, dim=-1)
+    rows = (router.subjects.tokens @ embeddings.T).argmax(-1)
+    befores = [rows[each].item() if each >= 0 else None for each in router.expert_tokens[:5].tolist()]
+    words = [None if each is None else tokenizer.convert_ids_to_tokens(each) for each in befores]
+    assert words == [None, "Zeli", None, "Zeli", None]
     assert explore(taught, tokenizer, "the capital of Suland is Beta Gam .")["told_by"] == found
