@@ -485,6 +485,7 @@ def taught_facts():
     shares = [mean(map(teaching_study.right_share("recall"), runs)) for runs in (graft, prompt)]
     known = "".join(run["right"][kind] for run in graft for kind in teaching_study.KNOWN)
     minutes = mean(run["seconds"] for run in graft) / 60
+    yield TEACHING, ["240", *fixed(1, minutes)]
     yield page, [*fixed(1, minutes), *percent(*shares), *fixed(0, known.count("0"), len(known))]
     yield page, percent(known.count("0") / len(known), teaching_study.upper_bound(known.translate({48: 49, 49: 48})))
     opens = [
