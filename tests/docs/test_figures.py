@@ -31,7 +31,7 @@ from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import LARGE, LEARNED, MAIN, WARMUP
+from studies.capacity.plan import LARGE, LEARNED, MAIN, WARMUP, best, trials_that_fit
 from studies.common.tables import markdown_table
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
@@ -454,6 +454,19 @@ def stored_facts():
     yield page, fixed(1, shorter / dense)
     bits = [1000 * mean(kilobits[f"peer-{size}"]) / (capacity_variants.LAYERS * size) for size in (16384, 1024)]
     yield CHOOSING, fixed(0, *bits)
+    fitting = capacity.available(("dense", "peer-256"), capacity.fitting, results)
+    fitting["peer-1024"] = [best(trials_that_fit("peer-1024", results), results)]
+    held = {name: capacity.kilobits(runs, results) for name, runs in fitting.items()}
+    each = {
+        name: [1000 * bits / capacity_variants.costs(name).total.parameters for bits in own]
+        for name, own in held.items()
+    }
+    ends = (end for name in ("peer-256", "peer-1024", "dense") for end in sorted({min(each[name]), max(each[name])}))
+    yield CHOOSING, fixed(2, *ends)
+    small, middle, dense = (mean(each[name]) for name in ("peer-256", "peer-1024", "dense"))
+    yield page, [*fixed(0, mean(held["dense"]), mean(kilobits["dense"])), *fixed(1, dense)]
+    yield page, fixed(1, small)
+    yield page, fixed(2, small / dense, middle / dense)
 
 
 def second_facts():
