@@ -109,8 +109,8 @@ class ExpertBackground:
         expected = {name: each.num_experts for name, each in find_expert_sets(model).items()}
         if found != expected:
             raise ValueError(
-                f"The background counts are of other experts: found {found}, expected {expected}. Measure them on this "
-                "model as it is now."
+                f"The background counts are of other experts: found {found}, expected {expected}. Measure them on "
+                "this model as it is now."
             )
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -20,8 +20,8 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USE = """This adapter is a PEER graft, a method of PEFT that the package `modeling-peer` adds. It is on no index of packages yet: install
-it in a copy of its source:
+_USE = """This adapter is a PEER graft, a method of PEFT that the package `modeling-peer` adds. It is on no
+index of packages yet: install it in a copy of its source:
 
 ```bash
 pip install ".[graft]"
