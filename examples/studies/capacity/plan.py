@@ -13,8 +13,8 @@ from studies.common.parallel_runs import Results
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Nine trials of each variant that the picture shows first, three or four of others. Where the best of any trials has the lowest
-# or the highest rate, up to three more go on beyond it.
+# Nine trials of each variant that the picture shows first, three or four of others. Where the best of any trials has
+# the lowest or the highest rate, up to three more go on beyond it.
 RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
 # Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
 MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
@@ -140,8 +140,8 @@ def with_seeds(run: Run) -> list[Run]:
 
 def steady(trial: Run, results: Results, seeds: int = len(SEEDS)) -> list[Run]:
     """
-    A trial with each seed; or, once one of these stored less than half of what another or the trial did, the same at half
-    the rate.
+    A trial with each seed; or, once one of these stored less than half of what another or the trial did, the same at
+    half the rate.
     """
     runs = with_seeds(trial)[:seeds]
     if made := [run for run in runs if run.name in results]:
