@@ -11,6 +11,7 @@ Killed at any point, the same command resumes. Each run is a file in --output_di
 tables and pictures are made from it.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from studies.common.study_folder import claim_folder, read_json, sole_use, write
 
 
 def next_runs(results: Results) -> list[Run]:
-    """The runs that are missing of the first stage of which any is."""
+    """The runs that are missing, as far as they follow from those that there are."""
+    missing: list[Run] = []
     for subjects, runs_of in STAGES:
-        runs = [run for subject in subjects for run in runs_of(subject, results) if run.name not in results]
-        if runs:
-            return runs
-    return []
+        for subject in subjects:
+            with suppress(KeyError):  # what follows from runs that are missing
+                missing += [run for run in runs_of(subject, results) if run.name not in results]
+    return missing
 
 
 def main():

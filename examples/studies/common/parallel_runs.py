@@ -48,7 +48,8 @@ def make_runs(
     Args:
         args (`ParallelArguments`): For how long, and how many at once.
         folder (`Path`): The folder of the study.
-        next_runs (`Callable`): The runs that come next, dataclasses with a `name`, by the results that there are.
+        next_runs (`Callable`):
+            The runs that are missing, dataclasses with a `name`, as far as they follow from the results that there are.
         make (`Callable`): Makes a run in that folder, in a process of its own: a function of a module.
 
     Returns:
@@ -60,29 +61,28 @@ def make_runs(
             if not (file := folder / "runs" / f"{name}.json").exists():
                 write_json(file, run)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
-    while (runs := next_runs(results_of(folder))) and time.time() < until:
-        _make_all(list(dict.fromkeys(runs)), folder, make, args.processes, until)
-    return results_of(folder), not runs
+    making: dict[Future, Any] = {}
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool, tqdm() as bar:
+        while True:
+            results = results_of(folder)
+            runs = list(dict.fromkeys(next_runs(results)))
+            bar.total = bar.n + len(runs)
+            bar.refresh()
+            for run in [run for run in runs if run not in making.values()]:
+                if len(making) < args.processes and time.time() < until:
+                    making[pool.submit(_make_and_save, run, folder, make)] = run
+            if not making:
+                return results, not runs
+            done, _ = wait(making, return_when=FIRST_COMPLETED)
+            for future in done:
+                del making[future]
+                future.result()
+                bar.update()
 
 
 def results_of(folder: Path) -> Results:
     """The results of all runs by their names."""
     return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
-
-
-def _make_all(runs, folder, make, num_processes, until):
-    """Make runs, of which none is begun after the time `until`."""
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = list(runs)
-        futures: set[Future] = set()
-        with tqdm(total=len(runs)) as bar:
-            while futures or (waiting and time.time() < until):
-                while waiting and len(futures) < num_processes and time.time() < until:
-                    futures.add(pool.submit(_make_and_save, waiting.pop(0), folder, make))
-                done, futures = wait(futures, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                bar.update(len(done))
 
 
 def _make_and_save(run, folder, make):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from studies.common.parallel_runs import Results
 
 
-EXPOSURES = 30
+# As many as the graft of facts has prompts of each fact.
+EXPOSURES = 12
 # What has no rates to try comes first.
 UNTRAINED = ("facts", "bm25", "nothing")
 SIZE, LARGER = 240, {1000: (*UNTRAINED, "full", "lora"), 5000: UNTRAINED}
@@ -77,18 +78,21 @@ def reported(arm: str, number: int, results: Results) -> list[Run]:
 
 
 def next_runs(results: Results) -> list[Run]:
-    """The runs that are missing of the first stage of which any is."""
+    """
+    The runs that are missing, as far as they follow from those that there are. What the model knows is asked before all
+    others, and two files come after all others, as they are timed.
+    """
 
-    def of(arms: tuple[str, ...], number: int) -> list[Run]:
-        runs = [run for arm in arms for run in reported(arm, number, results)]
-        return sorted(runs, key=lambda run: run.block)
+    def of(arm, number):
+        try:
+            return reported(arm, number, results)
+        except KeyError:  # which rate they have is not known yet
+            return trials(arm, results)
 
-    stages = [lambda: [Run("base")], lambda: of(UNTRAINED, SIZE)]
-    stages += [lambda: [run for arm in RATES for run in trials(arm, results)], lambda: of(tuple(RATES), SIZE)]
-    for number, arms in LARGER.items():
-        stages.append(lambda number=number, arms=arms: of(arms, number))
-    stages.append(lambda: [Run("two", block=1)])
-    for runs_of in stages:
-        if runs := [run for run in runs_of() if run.name not in results]:
-            return runs
-    return []
+    if (base := Run("base")).name not in results:
+        return [base]
+    runs: list[Run] = []
+    for number, arms in ((SIZE, UNTRAINED), (SIZE, RATES), *LARGER.items()):
+        runs += sorted((run for arm in arms for run in of(arm, number)), key=lambda run: run.block)
+    missing = [run for run in runs if run.name not in results]
+    return missing or [run for run in (Run("two", block=1),) if run.name not in results]

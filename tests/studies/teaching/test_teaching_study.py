@@ -155,7 +155,7 @@ def test_plan(tmp_path):
     results = {}
     made = []
     while runs := next_runs(results):
-        for run in runs:
+        for run in dict.fromkeys(runs):
             made.append(run)
             recall = "1" * 8 + "0" * 8 if run.learning_rate == RATES.get(run.arm, (0, 0))[1] else "1" + "0" * 15
             opens = dict.fromkeys(("recall", "known, others", *NEGATIVES), "01" * 8)
