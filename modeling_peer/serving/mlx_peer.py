@@ -55,9 +55,6 @@ class ModelArgs(llama.ModelArgs):
     share_experts_across_layers: bool = False
     shared_expert_intermediate_size: int | None = None
     expert_additions: list[dict[str, Any]] | None = None
-    moe_num_experts: int = 128
-    moe_num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
     quantization_config: dict[str, Any] | None = None
 
     def __post_init__(self):
@@ -130,12 +127,8 @@ class ExpertPool(nn.Module):
 
         neurons = products(self.up_proj)
         neurons = self.act(products(self.gate_proj)) * neurons if "gate_proj" in self else self.act(neurons)
-        return weighted_sum(neurons * weights, self.down_proj(rows))
-
-
-def weighted_sum(weights: mx.array, rows: mx.array) -> mx.array:
-    """`(weights [..., A], rows [..., A, d]) -> [..., d]`"""
-    return (weights[..., None, :] @ rows.astype(weights.dtype))[..., 0, :]
+        weights = weights * neurons
+        return (weights[..., None, :] @ self.down_proj(rows).astype(weights.dtype))[..., 0, :]
 
 
 class Norm(nn.Module):
@@ -225,66 +218,8 @@ class Peer(nn.Module):
         return output + self.shared_expert(hidden_states) if "shared_expert" in self else output
 
 
-class Pkm(nn.Module):
-    """A product-key memory."""
-
-    def __init__(self, args: ModelArgs, layer: int):
-        super().__init__()
-        self.router = Router(args, args.generations(layer)[0])
-        self.table = Table(args, args.num_experts)  # a module of MLX is a dict, whose `values` are others
-
-    def __call__(self, hidden_states: mx.array) -> mx.array:
-        rows, weights = self.router(hidden_states)
-        return weighted_sum(weights, self.table(rows))
-
-
-class MoeRouter(nn.Module):
-    """The logits of large experts."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.weight = mx.zeros((args.moe_num_experts, args.hidden_size))
-
-    def __call__(self, hidden_states: mx.array) -> mx.array:
-        return hidden_states @ self.weight.T
-
-
-class MoeExperts(nn.Module):
-    """Large experts, a table for each."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        width = args.moe_intermediate_size or args.intermediate_size // args.moe_num_experts_per_tok
-        self.act = ACTIVATIONS[args.hidden_act]
-        self.gate_up_proj = mx.zeros((args.moe_num_experts, 2 * width, args.hidden_size))
-        self.down_proj = mx.zeros((args.moe_num_experts, args.hidden_size, width))
-
-    def __call__(self, hidden_states: mx.array, experts: mx.array) -> mx.array:
-        inputs = hidden_states[..., None, None, :]
-        both = mx.gather_mm(inputs, self.gate_up_proj.swapaxes(-1, -2), rhs_indices=experts)
-        gate, up = mx.split(both, 2, axis=-1)
-        return mx.gather_mm(self.act(gate) * up, self.down_proj.swapaxes(-1, -2), rhs_indices=experts)[..., 0, :]
-
-
-class Moe(nn.Module):
-    """Large experts that tokens choose."""
-
-    def __init__(self, args: ModelArgs, layer: int):
-        super().__init__()
-        self.k, self.gate, self.experts = args.moe_num_experts_per_tok, MoeRouter(args), MoeExperts(args)
-
-    def __call__(self, hidden_states: mx.array) -> mx.array:
-        probabilities = mx.softmax(self.gate(hidden_states).astype(mx.float32), axis=-1)
-        experts = mx.argpartition(-probabilities, self.k - 1, axis=-1)[..., : self.k]
-        weights = mx.take_along_axis(probabilities, experts, axis=-1)
-        weights = (weights / weights.sum(-1, keepdims=True)).astype(hidden_states.dtype)
-        return weighted_sum(weights, self.experts(hidden_states, experts))
-
-
 FEED_FORWARDS = {
     "dense": lambda args, layer: Dense(args, args.intermediate_size),
-    "moe": Moe,
-    "pkm": Pkm,
     "peer": Peer,
 }
 
@@ -304,7 +239,7 @@ class Model(llama.Model):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return {
-            name.replace(".mlp.values.", ".mlp.table."): value
+            name: value
             for name, value in super().sanitize(weights).items()
             if not name.endswith("num_batches_tracked")
         }
