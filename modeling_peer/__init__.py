@@ -64,7 +64,6 @@ _LAZY_NAMES = {
     "parallel.split_checkpoint_callback": ("SplitCheckpointCallback",),
     "parallel.split_checkpoints": ("whole_state_dict",),
     "parallel.split_initialization": ("make_split_model",),
-    "parallel.token_exchange": ("memory_group_bytes",),
     "quantization.quantizer": ("PeerQuantizationConfig", "dequantize_experts", "quantize_experts"),
     "serving.heads": ("keep_heads",),
 }

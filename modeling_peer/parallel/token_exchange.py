@@ -143,37 +143,3 @@ class TokenExchange(ColumnExchange):
 def _padded(matrix, columns=0, tokens=0):
     """A matrix with columns and tokens of zeros added."""
     return F.pad(matrix, (0, columns, 0, tokens)) if columns or tokens else matrix
-
-
-def memory_group_bytes(
-    hidden_size: int, num_active: int, group_size: int, element_bytes: int, num_up_projections: int = 1
-) -> dict[str, int]:
-    """
-    Bytes that a process of a memory group receives for each of its own tokens, in a forward and backward of a layer,
-    by what is exchanged, in the order of the collectives.
-
-    Of an all-to-all it receives `hidden_size / group_size` elements of each of the others, of an all-gather the
-    `num_active` elements of each, of a reduce-scatter a partial sum of its own `num_active` elements from each, in
-    float32 at least. Its own part is not counted.
-
-    Args:
-        hidden_size (`int`): Width of the rows, which `group_size` divides.
-        num_active (`int`): Active experts per token, h · k.
-        group_size (`int`): Number of processes of the group.
-        element_bytes (`int`): Bytes of an element of the hidden states, 4 also in autocast.
-        num_up_projections (`int`, *optional*, defaults to 1): 2 for gated experts, 0 for PKM.
-    """
-    others = group_size - 1
-    columns = others * hidden_size // group_size * element_bytes
-    partial_sums, neurons = (others * num_active * size for size in (max(element_bytes, 4), element_bytes))
-    return {
-        "indices": others * num_active * 4,
-        "hidden states": min(num_up_projections, 1) * columns,
-        "dot products": num_up_projections * partial_sums,
-        "weighted activations": neurons,
-        "outputs": columns,
-        "output gradients": columns,
-        "weight gradients": partial_sums,
-        "neuron gradients": num_up_projections * neurons,
-        "hidden state gradients": min(num_up_projections, 1) * columns,
-    }

@@ -14,12 +14,12 @@ import torch
 from kernels_used import TRAINING
 from launches import assert_same, assert_same_training, handed_over, launch_ranks, of_ranks
 from memory_group import LOOPS, ON_FOUR
+from memory_group_bytes import memory_group_bytes
 from safetensors.torch import load_file
 from slow_tests import REASON, RUN_SLOW
 from train import CASES
 
 from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
-from modeling_peer.parallel.token_exchange import memory_group_bytes
 
 
 # Number of processes and of those in a group.

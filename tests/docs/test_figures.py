@@ -20,6 +20,7 @@ from compare_disk import tables as disk_tables
 from compare_embedding_optimizers import table as optimizers_table
 from compare_vllm import table as vllm_table
 from documentation import ROOT, numbers, numbers_of_blocks
+from memory_group_bytes import memory_group_bytes
 from teach_domain import DOMAIN, KEPT, Figures
 
 from benchmark.report import Results as BenchmarkResults
@@ -28,7 +29,6 @@ from modeling_peer import PeerConfig, configuration_path, list_configurations, m
 from modeling_peer.ops.factored_gradient import MOST_FACTORS
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
-from modeling_peer.parallel.token_exchange import memory_group_bytes
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
 from studies.capacity.plan import LARGE, LEARNED, MAIN, WARMUP, best, trials_that_fit

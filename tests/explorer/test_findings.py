@@ -22,7 +22,7 @@ from modeling_peer import explain_tokens, masked_experts
 from modeling_peer.analysis.expert_mask import masked_sets
 from modeling_peer.analysis.token_explanation import ExpertReader, token_texts
 from modeling_peer.explorer import ExpertContexts
-from modeling_peer.explorer.app import MAX_CHARACTERS, experts_off, make_app, visitors_page
+from modeling_peer.explorer.app import MAX_CHARACTERS, make_app, visitors_page
 from modeling_peer.explorer.findings import _neighbors, explore
 from modeling_peer.explorer.page import explorer_page
 
@@ -143,18 +143,6 @@ def test_all_named_experts_are_described(model, tokenizer):
             assert own["contexts"] == []
 
 
-def test_experts_of_a_description_are_off(model):
-    tokens = random_tokens(1, 5)
-    with torch.no_grad():
-        with experts_off(model, " 0: 3, 5; 1: 7"):
-            found = model(tokens).logits
-        with masked_experts(model, [3, 5], layers=0), masked_experts(model, 7, layers=1):
-            expected = model(tokens).logits
-        assert torch.equal(found, expected)
-        with experts_off(model, " "):
-            assert torch.equal(model(tokens).logits, model(tokens).logits)
-
-
 @pytest.mark.parametrize("sizes", [(64, 36), (64, 64)], ids=str)
 def test_experts_of_one_graft_alone_are_off(sizes, tokenizer):
     model = merged_in_turn(*sizes)
@@ -170,68 +158,28 @@ def test_experts_of_one_graft_alone_are_off(sizes, tokenizer):
             expected = model(tokens).logits
             indices, _ = router(torch.randn(1, 200, 24))
             assert not (indices == expert).any()
-        with torch.no_grad(), experts_off(model, f"1 graft {graft}: {expert}"):
-            assert torch.equal(model(tokens).logits, expected)
         losses = F.cross_entropy(expected[0, :-1], tokens[0, 1:], reduction="none")
         assert own["without"]["losses"] == pytest.approx(losses.tolist(), abs=1e-4)
 
 
-def test_the_layer_of_a_single_graft_is_its_number():
-    model = merged_in_turn(64)
-    (router,) = ExpertReader(model).routers("layer_1_graft_0")
-    with experts_off(model, "1: 3"):
-        indices, _ = router(torch.randn(1, 200, 24))
-    assert len(indices.unique()) == 63 and not (indices == 3).any()
-    with pytest.raises(ValueError, match="1 graft 1, 1 graft 0"), experts_off(merged_in_turn(64, 36), "1: 3"):
-        pass
-
-
-def test_experts_of_a_shared_pool_are_off_in_all_of_its_layers():
-    model = tiny_model(tiny_config("peer", "dense", "peer", share_experts_across_layers=True))
-    tokens = random_tokens(1, 5)
-    with torch.no_grad():
-        with experts_off(model, "2: 3, 5"):
-            found = model(tokens).logits
-        with masked_experts(model, [3, 5]):
-            assert torch.equal(found, model(tokens).logits)
-
-
-@pytest.mark.parametrize(
-    ("description", "message"),
-    [
-        ("4: 1", "one of 0, 1, got '4'"),
-        *(
-            (wrong, "are written as '1: 17, 301; 3: 5'")
-            for wrong in ("3, 5", "0: 1;1: x", "0: -1", "0: 1 2", f"0: {9**20}")
-        ),
-    ],
-)
-def test_other_descriptions_are_refused_and_nothing_stays_off(model, description, message):
-    with pytest.raises(ValueError, match=message), experts_off(model, description):
-        pass
-    assert not any("retrieve" in vars(layer.mlp.router) for layer in model.model.layers)
-
-
 def test_a_text_of_a_visitor_is_limited(model, tokenizer):
     with pytest.raises(ValueError, match="4000"):
-        visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1), "")
-    assert visitors_page(model, tokenizer, "w1 w2", "0: 3; 1: 7").startswith("<iframe")
+        visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1))
+    assert visitors_page(model, tokenizer, "w1 w2").startswith("<iframe")
 
 
 def test_a_text_of_few_characters_and_many_tokens_is_refused(tokenizer, monkeypatch):
     model = tiny_model(tiny_config("peer", max_position_embeddings=1024))
     monkeypatch.setattr("modeling_peer.explorer.app.MAX_TOKENS", 3)
     with pytest.raises(ValueError, match="3 tokens"):
-        visitors_page(model, tokenizer, "w1 w2 w3 w4", "")
+        visitors_page(model, tokenizer, "w1 w2 w3 w4")
 
 
-def test_visitors_at_once_do_not_switch_off_experts_of_each_other(model, tokenizer):
-    pages = {switched_off: visitors_page(model, tokenizer, "w1 w2", switched_off) for switched_off in ("", "0: 3, 5")}
+def test_experts_that_a_page_switches_off_are_on_for_other_visitors(model, tokenizer):
+    pages = {text: visitors_page(model, tokenizer, text) for text in ("w1 w2", "w3 w4")}
     with ThreadPoolExecutor(4) as pool:
         asked = [*pages] * 4
-        found = pool.map(partial(visitors_page, model, tokenizer, "w1 w2"), asked)
-        assert [*found] == [pages[switched_off] for switched_off in asked]
-    assert visitors_page(model, tokenizer, "w1 w2", "") == pages[""]
+        assert [*pool.map(partial(visitors_page, model, tokenizer), asked)] == [pages[text] for text in asked]
 
 
 def test_an_expert_with_a_key_of_zeros_has_neighbors(tokenizer):
@@ -289,4 +237,4 @@ def test_the_app_opens_with_the_page_of_its_text(model, tokenizer, monkeypatch):
     gradio = MagicMock()
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     make_app(model, tokenizer, text="w1 w2")
-    gradio.HTML.assert_called_once_with(visitors_page(model, tokenizer, "w1 w2", ""))
+    gradio.HTML.assert_called_once_with(visitors_page(model, tokenizer, "w1 w2"))
