@@ -288,10 +288,7 @@ def _touched_rows(parameter, gradient):
 
 def _find_touched(gradient, parameter):
     """For each row of a gradient, whether it is non-zero on any process that has a part of it: bool, `(num_rows,)`."""
-    if cpu.can_update(gradient, None):
-        touched = cpu.touched_rows(gradient)
-    else:
-        touched = torch.cat([chunk.ne(0).any(1) for chunk in gradient.split(_rows_per_chunk(gradient))])
+    touched = torch.cat([chunk.ne(0).any(1) for chunk in gradient.split(_rows_per_chunk(gradient))])
     return _touched_anywhere(touched, parameter)
 
 

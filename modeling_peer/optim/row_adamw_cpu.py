@@ -21,13 +21,6 @@ def can_update(parameter: torch.Tensor, gradient: torch.Tensor | None, moments: 
     )
 
 
-def touched_rows(gradient: torch.Tensor) -> torch.Tensor:
-    """For each row of a gradient, whether it has a non-zero element: bool, `(num_rows,)`."""
-    touched = torch.empty(len(gradient), dtype=torch.bool, device="cpu")
-    call(f"touched_rows_{DTYPES[gradient.dtype]}", gradient, touched, *gradient.shape)
-    return touched
-
-
 def update_rows(parameter, state, rows, gradient, places, group) -> None:
     """See `row_adamw.update_rows`."""
     _step(parameter, state, rows.int(), (gradient, places, None, None, None, None), group)

@@ -7,8 +7,6 @@
 
 /* How many rows ahead parameter and moments are prefetched. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 2
-/* Vectors of a gradient between two checks for a non-zero element. */
-#define VECTORS_PER_LOOK 8
 
 /* A hash of 32 bits (MurmurHash3's finalizer), of one number and of a vector of them. */
 #define MIX(x) x ^= x >> 16; x *= 0x85ebca6bu; x ^= x >> 13; x *= 0xc2b2ae35u; x ^= x >> 16
@@ -106,24 +104,6 @@ static inline SUM NAME(mean_square)(const SUM *g, int64_t width) {
     for (int lane = 0; lane < WIDTH; lane++) sum += sums[lane];
     for (; i < width; i++) sum += g[i] * g[i];
     return sum / width;
-}
-
-/* touched[n]: whether row n has a non-zero element. */
-void NAME(touched_rows)(const ROW *gradient, uint8_t *touched, int64_t count, int64_t width, int threads) {
-    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < count; n++) {
-        const ROW *g = gradient + n * width;
-        int64_t i = 0;
-        int found = 0;
-        while (i + WIDTH <= width && !found) {
-            words others = {};
-            for (int j = 0; j < VECTORS_PER_LOOK && i + WIDTH <= width; j++, i += WIDTH)
-                others |= (words)(NAME(load)(g + i) != (VECTOR){});
-            for (int lane = 0; lane < LANES; lane++) found |= others[lane] != 0;
-        }
-        for (; i < width && !found; i++) found = NAME(get)(g + i) != 0;
-        touched[n] = found;
-    }
 }
 
 static inline int NAME(is_zero)(const SUM *g, int64_t width) {
