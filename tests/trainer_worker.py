@@ -1,17 +1,13 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-For tests of the stock `Trainer`: tiny models, data that can be learned, the trainer of both, what came out of it, and a
-training whose process is killed.
+For tests of the stock `Trainer`: tiny models, data that can be learned, the trainer of both, and what came out of it.
 """
-
-import os
-import signal
 
 import torch
 from tiny_models import tiny_config
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.router import QueryBatchNorm
@@ -94,25 +90,3 @@ def copy_of_state(model):
 
 def query_batch_norms(model):
     return [module for module in model.modules() if isinstance(module, QueryBatchNorm)]
-
-
-# Three epochs of five optimizer steps, two micro-batches to a step; the checkpoint is in the midst of the second epoch.
-RESUMED_OPTIONS = {"max_steps": 15, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 8}
-KILLED_AFTER = 11
-
-
-def resumable_trainer(folder, seed=0, callbacks=None):
-    """Its attention drops out: a resumed training must go on with the same random numbers."""
-    model = small_model("dense", "peer", "pkm", attention_dropout=0.1, seed=seed)
-    return trainer_of(model, folder, counting_sequences(40), callbacks=callbacks, **RESUMED_OPTIONS)
-
-
-class KillProcess(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == KILLED_AFTER:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_until_killed(folder):
-    """For a process of its own, which does not outlive it."""
-    resumable_trainer(folder, callbacks=[KillProcess()]).train()

@@ -179,32 +179,6 @@ print(json.dumps({"more": resident("VmHWM") - before, "factors": factors}))
     assert facts["more"] < 100
 
 
-@slow
-def test_accumulated_factors_take_a_multiple_of_the_rows():
-    """Of 32 batches the factors alone would take 57 MB for each of two tables of 2 MB."""
-    script = """
-import json, torch
-from modeling_peer import RowAdamW
-from modeling_peer.ops.experts import run_expert_pool
-from modeling_peer.ops.factored_gradient import MOST_FACTORS
-up, down = tables = [torch.nn.Parameter(torch.randn(1024, 512)) for _ in range(2)]
-optimizer = RowAdamW([{"params": tables, "rows": True}])
-def backward():
-    tokens, weights, indices = torch.randn(512, 512), torch.randn(512, 64), torch.randint(1024, (512, 64))
-    act = torch.nn.functional.gelu
-    run_expert_pool(tokens, indices, weights, up, None, down, act, "cpu").square().sum().backward()
-    return sum(part.nbytes for table in tables for part in table.grad._sum.factors) / (up.nbytes + down.nbytes)
-backward()
-before = resident("VmRSS")
-start_of_peak()
-most = max(backward() for _ in range(31))
-print(json.dumps({"more": resident("VmHWM") - before, "most": most, "allowed": MOST_FACTORS}))
-"""
-    facts = run(script)
-    assert 1 < facts["most"] <= facts["allowed"]
-    assert facts["more"] < 30
-
-
 def test_the_layer_reads_no_weight_but_by_rows():
     """On the meta device nothing can be read; with tables there, what is left of a forward touches only their rows."""
     layer = PeerFeedForward(tiny_config(), 0).eval()

@@ -9,7 +9,6 @@ import copy
 
 import pytest
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from release_names import CHECKPOINTING
 from sft import TRL_OPTIONS, logits_of, preferences, save_tokenizer, sft_trainer
 from torch.testing import assert_close
 from trainer_worker import (
@@ -83,22 +82,6 @@ class TestAdapters:
         assert_close(logits_of(merged), logits, rtol=1e-4, atol=1e-5)
         merged.save_pretrained(tmp_path / "merged")
         assert_close(logits_of(PeerForCausalLM.from_pretrained(tmp_path / "merged")), logits_of(merged))
-
-    @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_activation_checkpointing_changes_nothing(self, tmp_path, use_reentrant):
-        plain, checkpointed = (
-            train(
-                adapted(ADAPTERS["usual"]),
-                tmp_path,
-                max_steps=5,
-                **{CHECKPOINTING: checkpointing},
-                **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
-            )
-            for checkpointing in (False, True)
-        )
-        assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
-        assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
-        assert logged(plain)[-1] != logged(plain)[0]
 
 
 class TestTables:

@@ -3,25 +3,18 @@
 """`Trainer` of Transformers trains every head and variant; none of its options changes what is computed."""
 
 import math
-import signal
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-from kernels_used import TRAINING
-from release_names import CHECKPOINTING
 from torch.testing import assert_close
 from trainer_worker import (
     PERIOD,
-    RESUMED_OPTIONS,
     counting_sequences,
     logged,
     query_batch_norms,
-    resumable_trainer,
     small_model,
     train,
-    train_until_killed,
     trainer_of,
 )
 
@@ -31,7 +24,6 @@ from modeling_peer import (
     PeerForSequenceClassification,
     PeerForTokenClassification,
 )
-from modeling_peer.router import ProductKeyRouter
 
 
 def classified_by_their_last_token(number, seed=1):
@@ -112,34 +104,6 @@ def test_evaluation_changes_nothing_of_a_training(tmp_path):
     assert_close(evaluated.model.state_dict(), alone.model.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(tmp_path, use_reentrant):
-    """Neither losses nor statistics, each micro-batch counted once though its forward runs twice."""
-    trainers, forwards = [], []
-    for checkpointing in (False, True):
-        model = small_model("peer", "dense", "peer", share_experts_across_layers=True, attention_dropout=0.1)
-        router = next(module for module in model.modules() if isinstance(module, ProductKeyRouter))
-        calls = []
-        router.register_forward_hook(lambda *args, calls=calls: calls.append(1))
-        trainers.append(
-            train(
-                model,
-                tmp_path,
-                max_steps=5,
-                gradient_accumulation_steps=2,
-                **{CHECKPOINTING: checkpointing},
-                **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
-            )
-        )
-        forwards.append(len(calls))
-    assert forwards == [10, 20]
-    plain, checkpointed = trainers
-    assert logged(checkpointed) == pytest.approx(logged(plain), rel=1e-6)
-    assert logged(checkpointed, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
-    assert [norm.num_batches_tracked for norm in query_batch_norms(checkpointed.model)] == [10, 10]
-    assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-6)
-
-
 class TestGradientAccumulation:
     def test_equals_the_large_batch(self, tmp_path):
         """Of sequences of different lengths: the mean over tokens is no mean of the micro-batches' means."""
@@ -189,29 +153,6 @@ class TestGradientAccumulation:
         assert_close(norm.running_var, variance)
         of_the_joint_batch, _ = folded([torch.cat(micro_batches)])
         assert not torch.allclose(norm.running_mean, of_the_joint_batch, rtol=0.1)
-
-
-def test_resumes_where_a_killed_process_left_its_checkpoint(tmp_path, used_kernels):
-    process = preloaded.context().Process(target=train_until_killed, args=(str(tmp_path / "killed"),))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    assert [folder.name for folder in (tmp_path / "killed").iterdir()] == [
-        f"checkpoint-{RESUMED_OPTIONS['save_steps']}"
-    ]
-
-    unbroken = resumable_trainer(tmp_path / "unbroken")
-    unbroken.train()
-    # Its own first weights are others: all that it knows is from the checkpoint.
-    resumed = resumable_trainer(tmp_path / "killed", seed=1)
-    resumed.train(resume_from_checkpoint=True)
-    for name in ("loss", "grad_norm", "learning_rate"):
-        assert len(logged(resumed, name)) == RESUMED_OPTIONS["max_steps"]
-        assert logged(resumed, name) == logged(unbroken, name)
-    counts = [int(norm.num_batches_tracked) for norm in query_batch_norms(resumed.model)]
-    assert counts == 2 * [2 * RESUMED_OPTIONS["max_steps"]]
-    assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
-    assert used_kernels == TRAINING
 
 
 def test_losses_are_those_of_the_literal_experts(tmp_path, used_kernels):

@@ -10,7 +10,7 @@ import preloaded
 import pytest
 import torch
 from safetensors import SafetensorError
-from trainer_worker import logged, small_model, trainer_of
+from trainer_worker import counting_sequences, logged, small_model, trainer_of
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,8 +24,10 @@ MOMENTS = ["weights", "optimizer", "random state", "trainer state", "complete"]
 
 
 def resumable_trainer(folder, seed=0):
-    model = small_model(attention_dropout=0.1, seed=seed)
-    return trainer_of(model, folder, max_steps=9, save_strategy="steps", save_steps=3)
+    """Epochs have five steps, so that the second save is in the midst of the second epoch."""
+    model = small_model("dense", "peer", "pkm", attention_dropout=0.1, seed=seed)
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    return trainer_of(model, folder, counting_sequences(40), max_steps=9, **options)
 
 
 def killed_at(moment, method):
@@ -81,7 +83,8 @@ def test_a_training_killed_while_it_saves_resumes_to_the_bit(moment, tmp_path, u
             resumable_trainer(tmp_path, seed=1).train(resume_from_checkpoint=True)
     resumed = resumable_trainer(tmp_path, seed=1)
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert logged(resumed) == logged(unbroken)
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert len(logged(resumed, name)) == 9 and logged(resumed, name) == logged(unbroken, name)
     for name, tensor in unbroken.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
