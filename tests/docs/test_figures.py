@@ -31,7 +31,7 @@ from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import LARGE, LEARNED, MAIN, WARMUP, best, trials_that_fit
+from studies.capacity.plan import FITS, LARGE, LEARNED, MAIN, WARMUP, in_the_end
 from studies.common.tables import markdown_table
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
@@ -428,9 +428,10 @@ def forgetting():
 
 def stored_facts():
     """What is learned at equal FLOPs, beside dense, and by each expert."""
-    results = load(f"{STUDIES}capacity/results.json")["runs"]
+    results, times = (load(f"{STUDIES}capacity/results.json")[part] for part in ("runs", "times"))
     found, page = capacity.available(MAIN, capacity.learning, results), STUDIES + "capacity/README.md"
     kilobits = {name: capacity.kilobits(runs, results) for name, runs in found.items()}
+    yield page, fixed(1, times["seconds_per_step"]["peer-16384"] / times["seconds_per_step"]["dense"])
     parameters = {name: capacity_variants.costs(name).total.parameters for name in kilobits}
     with_equal_trials = [replace(run, multiplier=192, warmup=0.2) for run in found["peer-16384"]]
     for runs in (with_equal_trials, found["peer-16384"]):
@@ -450,23 +451,22 @@ def stored_facts():
         )
         for name, warmups in (("peer-16384", (0.2,)), ("peer-16384", (0.05,)), ("dense", (0.05, 0.2)))
     )
-    yield page, percent(longer / shorter - 1, digits=0)
-    yield page, fixed(1, shorter / dense)
+    yield page, [*percent(longer / shorter - 1, digits=0), *fixed(1, shorter / dense)]
     bits = [1000 * mean(kilobits[f"peer-{size}"]) / (capacity_variants.LAYERS * size) for size in (16384, 1024)]
     yield CHOOSING, fixed(0, *bits)
-    fitting = capacity.available(("dense", "peer-256"), capacity.fitting, results)
-    fitting["peer-1024"] = [best(trials_that_fit("peer-1024", results), results)]
-    held = {name: capacity.kilobits(runs, results) for name, runs in fitting.items()}
-    each = {
-        name: [1000 * bits / capacity_variants.costs(name).total.parameters for bits in own]
-        for name, own in held.items()
-    }
-    ends = (end for name in ("peer-256", "peer-1024", "dense") for end in sorted({min(each[name]), max(each[name])}))
-    yield CHOOSING, fixed(2, *ends)
-    small, middle, dense = (mean(each[name]) for name in ("peer-256", "peer-1024", "dense"))
-    yield page, [*fixed(0, mean(held["dense"]), mean(kilobits["dense"])), *fixed(1, dense)]
-    yield page, fixed(1, small)
-    yield page, fixed(2, small / dense, middle / dense)
+    held = {name: 1000 * mean(capacity.kilobits(capacity.fitting(name, results), results)) for name in FITS}
+    dense, *pools = (bits / capacity.costs(name).total.parameters for name, bits in held.items())
+    yield page, fixed(1, dense, min(pools), max(pools))
+    yield CHOOSING, fixed(1, min(pools), max(pools))
+    yield page, fixed(2, *(each / dense for each in pools))
+    yield CHOOSING, fixed(2, *pools, dense)
+    (last, _) = capacity.kilobits(in_the_end("dense", results), results)
+    yield page, fixed(0, last, mean(kilobits["dense"]))
+    others = ("moe-32", *capacity_variants.WIDE)
+    moe, wide = (capacity.kilobits(capacity.learning(name, results), results) for name in others)
+    for each, other in ((moe, kilobits["dense"]), (wide, kilobits["peer-1024"])):
+        low, middle, high = capacity.interval_of_ratio(each, other)
+        yield page, fixed(1, middle, low, high)
 
 
 def second_facts():
