@@ -135,7 +135,7 @@ def train(
     optimizer = RowAdamW(
         expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1),
         eps=1e-2,
-        second_moment="row" if "row" in name else "full",
+        second_moment="row" if "row" in name or is_graft else "full",
         rounding_seed=ROUNDING_SEED if checkpoint is None else 0,
     )
     trainer = trainer_of(

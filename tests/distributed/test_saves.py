@@ -21,7 +21,7 @@ from modeling_peer.parallel.releases import HAS_PARALLEL_STYLES
 SAVED_AT = 3
 
 # Of each launch, the number of processes and the trainings, one after the other. A training of "row" in its name has
-# one second moment for each row, one of "graft" in its name a graft in a base model.
+# one second moment for each row, one of "graft" in its name these in a graft of a base model.
 UNBROKEN = {"whole": {}, "whole-row": {}, "whole-graft": {"is_graft": True}}
 ON_TWO = {
     "split": {"group_size": 2},

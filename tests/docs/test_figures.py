@@ -431,7 +431,7 @@ def stored_facts():
     results, times = (load(f"{STUDIES}capacity/results.json")[part] for part in ("runs", "times"))
     found, page = capacity.available(MAIN, capacity.learning, results), STUDIES + "capacity/README.md"
     kilobits = {name: capacity.kilobits(runs, results) for name, runs in found.items()}
-    yield page, fixed(1, times["seconds_per_step"]["peer-16384"] / times["seconds_per_step"]["dense"])
+    yield [page, README], fixed(1, times["seconds_per_step"]["peer-16384"] / times["seconds_per_step"]["dense"])
     parameters = {name: capacity_variants.costs(name).total.parameters for name in kilobits}
     with_equal_trials = [replace(run, multiplier=192, warmup=0.2) for run in found["peer-16384"]]
     for runs in (with_equal_trials, found["peer-16384"]):

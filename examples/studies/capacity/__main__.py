@@ -11,7 +11,7 @@ Killed at any point, the same command resumes. Each run is a file in --output_di
 tables and pictures are made from it.
 """
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def next_runs(results: Results) -> list[Run]:
     missing: list[Run] = []
     for subjects, runs_of in STAGES:
         for subject in subjects:
-            with suppress(KeyError):  # what follows from runs that are missing
+            # What follows from runs that are missing is not known yet.
+            with suppress(KeyError) if missing else nullcontext():
                 missing += [run for run in runs_of(subject, results) if run.name not in results]
     return missing
 

@@ -82,17 +82,15 @@ def next_runs(results: Results) -> list[Run]:
     The runs that are missing, as far as they follow from those that there are. What the model knows is asked before all
     others, and two files come after all others, as they are timed.
     """
-
-    def of(arm, number):
-        try:
-            return reported(arm, number, results)
-        except KeyError:  # which rate they have is not known yet
-            return trials(arm, results)
-
     if (base := Run("base")).name not in results:
         return [base]
     runs: list[Run] = []
     for number, arms in ((SIZE, UNTRAINED), (SIZE, RATES), *LARGER.items()):
-        runs += sorted((run for arm in arms for run in of(arm, number)), key=lambda run: run.block)
+        own = []
+        for arm in arms:
+            tried = trials(arm, results) if arm in RATES else []
+            is_known = all(run.name in results for run in tried)  # which rate is reported
+            own += reported(arm, number, results) if is_known else tried
+        runs += sorted(own, key=lambda run: run.block)
     missing = [run for run in runs if run.name not in results]
     return missing or [run for run in (Run("two", block=1),) if run.name not in results]

@@ -1,0 +1,38 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are made several at once: each once, and none waits for others than those from which it follows."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from studies.common.parallel_runs import ParallelArguments, make_runs
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+
+
+def next_runs(results):
+    """A long run, a short one, and one that follows from the short one."""
+    known = [Run("long"), Run("short"), *([Run("follows")] if "short" in results else [])]
+    return [run for run in known if run.name not in results]
+
+
+def make(run, folder: Path):
+    """The long run ends when that which follows from the short one is there."""
+    with open(folder / "made", "a") as made:
+        made.write(f"{run.name} ")
+    until = time.time() + 60
+    while run.name == "long" and not (folder / "runs" / "follows.json").exists():
+        if time.time() > until:
+            raise TimeoutError("The run that follows waits for a long one.")
+        time.sleep(0.1)
+    return {}
+
+
+def test_runs_wait_for_those_alone_from_which_they_follow(tmp_path):
+    results, is_finished = make_runs(ParallelArguments(), tmp_path, next_runs, make)
+    assert is_finished and set(results) == {"long", "short", "follows"}
+    assert sorted((tmp_path / "made").read_text().split()) == ["follows", "long", "short"]
