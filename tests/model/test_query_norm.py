@@ -115,7 +115,7 @@ def test_too_few_tokens_for_a_variance_leave_the_statistics(num_tokens):
 def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
     """
     Layers run twice, and a forward without gradients comes between: gradients and running statistics are those of
-    layers that run once, with the moments of their batch.
+    layers that run once, with the moments of their batch, of one with padding too.
     """
     plain = tiny_model(VARIANTS[variant]).train()
     checkpointed = copy.deepcopy(plain)
@@ -124,10 +124,11 @@ def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
     for model in (plain, checkpointed):
         if use_reentrant:
             model.enable_input_require_grads()
-        loss = model(tokens, labels=tokens).loss
-        with torch.no_grad():
-            model(others)
-        loss.backward()
+        for attention_mask in (None, (torch.arange(8) < 6).long().expand_as(tokens)):
+            loss = model(tokens, attention_mask=attention_mask, labels=tokens).loss
+            with torch.no_grad():
+                model(others)
+            loss.backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain))
     torch.testing.assert_close([*checkpointed.buffers()], [*plain.buffers()], rtol=0, atol=0)
 
