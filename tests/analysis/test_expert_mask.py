@@ -84,6 +84,15 @@ class TestMask:
             first, second = model(random_tokens(2, 20), output_router_indices=True).router_indices
         assert 5 <= first.min() < 20 <= second.min()
 
+    def test_is_in_all_layers_of_a_shared_pool_and_goes_after_an_error(self):
+        model = tiny_model(tiny_config("peer", "dense", "peer", share_experts_across_layers=True))
+        hidden_states = torch.randn(1, 200, 24)
+        routers = [model.model.layers[layer].mlp.router for layer in (0, 2)]
+        with pytest.raises(ZeroDivisionError), masked_experts(model, [3, 5]):
+            assert not any(torch.isin(router(hidden_states)[0], torch.tensor([3, 5])).any() for router in routers)
+            raise ZeroDivisionError
+        assert all(torch.isin(router(hidden_states)[0], torch.tensor([3, 5])).any() for router in routers)
+
     def test_of_all_experts_leaves_the_rest_of_the_layer(self):
         """The dense branch, and of a PKM layer nothing."""
         model, pkm = tiny_model(CONFIGS["gated, dense branch"]), tiny_model(tiny_config("pkm"))
