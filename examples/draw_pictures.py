@@ -84,11 +84,12 @@ def draw_findings(file: Path) -> None:
     step of the benchmark.
     """
     arms = _read(ROOT / "examples/studies/stream/results.json")["arms"]
-    names = [name for name in ("lora", "full", "sparse", "replay", "protected") if name in arms]
+    contenders = ["peer_pytorch", "peer", "dense"]
+    names = ["lora", "open", "full", "sparse", "replay", "protected"]
     steps = {
         each["contender"]: 1000 * statistics.median(each["seconds"])
         for each in _read(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
-        if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"].startswith("peer")
+        if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"] in contenders
     }
     figure = new_figure(16, 3.2)
     first, left, right = figure.subplots(1, 3, width_ratios=(3, 3, 2.8))
@@ -99,10 +100,10 @@ def draw_findings(file: Path) -> None:
     )
     left.bar_label(bars, fmt="%.2f", padding=3)
     left.set_title(
-        f"Added experts forget {forgetting[-1]:.2f} nats,\nfull finetuning {arms['full']['mean']['forgetting']:.2f}"
+        f"Added experts behind gates forget {forgetting[-1]:.2f} nats,\n"
+        f"full finetuning {arms['full']['mean']['forgetting']:.2f}"
     )
     left.set_xlabel("forgetting after learning four texts, nats per token")
-    contenders = ["peer_pytorch", "peer"]
     bars = right.barh(
         [VARIANTS[name].label for name in contenders],
         [steps[name] for name in contenders],

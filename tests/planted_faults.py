@@ -297,7 +297,7 @@ def copy_checkout(folder: Path) -> None:
 
 
 def plant(fault: Fault, folder: Path, log: Path) -> tuple[str, str, float]:
-    """[`run_tests`] with a fault in a copy of the checkout, which afterwards is as it was."""
+    """[`run_tests`] with a fault in a copy of the checkout, which afterward is as it was."""
     file = folder / fault.file
     log.write_text("")
     if not file.is_file():

@@ -70,7 +70,7 @@ print(json.dumps({"changed": [key for key in before if before[key] != after[key]
 
 
 def test_it_replaces_nothing_in_libraries():
-    """No function of a module and no attribute of a class is another one afterwards, and no class has new ones."""
+    """No function of a module and no attribute of a class is another one afterward, and no class has new ones."""
     script = """
 import importlib, types
 for name in ("peft.tuners.tuners_utils", "peft.peft_model", "transformers.trainer", "transformers.modeling_utils"):

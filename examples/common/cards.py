@@ -52,7 +52,7 @@ USAGE_GUIDE = (
     "is from equal shares, in nats: 0 if all experts get the same, log N if one gets all. Top-1 usage counts experts that "
     "were the first choice of a head. Healthy, after short trainings and on 65,536 tokens, were a usage of 1.0 and an "
     "unevenness of 0.4 with 1,024 experts, 0.95 and 0.8 with 4,096, 0.7 and 1.3 with 16,384. With 65,536 a usage of 0.4 "
-    "was common. A usage that falls towards 0 while unevenness rises towards log N means that few experts do everything: "
+    "was common. A usage that falls toward 0 while unevenness rises toward log N means that few experts do everything: "
     'fewer experts, or `query_norm` "rms", use more of them.'
 )
 
@@ -131,6 +131,7 @@ def make_card(
         template_path=str(TEMPLATE),
         model_name=model_name,
         has_experts=has_experts,
+        is_quantized=getattr(config, "quantization_config", None) is not None,
         description="\n\n".join(filter(None, [_describe(config), description, "\n".join(lines)])),
         training=_describe_training(training),
         usage=f"![Usage of the experts against the training step]({USAGE_PICTURE})\n\n{USAGE_GUIDE}"

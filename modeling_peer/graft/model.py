@@ -192,7 +192,7 @@ class PeerGraftModel(BaseTuner):
                 "`merge_and_unload` found no graft of the named or active adapters: `unload` leaves out all."
             )
         if any(has_quantized_tables(graft) for graft in grafts):
-            raise ValueError("`merge_and_unload` needs expert tables in floating point: quantize them afterwards.")
+            raise ValueError("`merge_and_unload` needs expert tables in floating point: quantize them afterward.")
         if safe_merge and not all(each.isfinite().all() for graft in grafts for each in graft.parameters()):
             raise ValueError("A graft has NaN or infinite elements.")
         # Without names, layers of other methods merge their own active adapters.

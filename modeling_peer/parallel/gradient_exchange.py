@@ -117,7 +117,7 @@ def _tables_left_out(replicas, decoder):
 def average_gradients(tables: Iterable[Any], group: dist.ProcessGroup) -> None:
     """
     Average the gradients of some tables over the processes of a group: `parameter.grad` is the same on all of them
-    afterwards, to the bit. A table without a gradient on a process counts as zero there. All processes pass the same
+    afterward, to the bit. A table without a gradient on a process counts as zero there. All processes pass the same
     tables in the same order.
     """
     tables = [table for table in tables if table.requires_grad]

@@ -342,7 +342,7 @@ class Cases:
     def run(self) -> None:
         loops = ON_FOUR["loops"] if WORLD_SIZE == 4 else LOOPS
         trainers = ON_FOUR["trainers"] if WORLD_SIZE == 4 else [name for name in train.CASES if name != "moe"]
-        # Before there is a process group: afterwards only the first process would write.
+        # Before there is a process group: afterward only the first process would write.
         for name in loops:
             tiny_model(LOOPS[name]).save_pretrained(self.start(name))
         for name in trainers:

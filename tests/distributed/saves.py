@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("jobs", type=json.loads, nargs="+")
     arguments = parser.parse_args()
     if any(job.get("is_graft") for job in arguments.jobs):
-        # Before there is a process group: afterwards only the first process would write.
+        # Before there is a process group: afterward only the first process would write.
         base_model_of("llama", **BASE_MODEL).save_pretrained(base_folder(arguments.output))
     for job in arguments.jobs:
         (measure if job["name"] == "memory" else train)(arguments.output, **job)

@@ -182,7 +182,7 @@ def main() -> None:
     # A model without expert tables has no memory group.
     names = [name for name in CASES if name != "moe" or arguments.group_size == 1]
     if arguments.fsdp:
-        # Before there is a process group: afterwards only the first process would write.
+        # Before there is a process group: afterward only the first process would write.
         for name in names:
             tiny_model(CASES[name][0]).save_pretrained(start_folder(arguments.output, name))
     for name in names:

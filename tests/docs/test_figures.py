@@ -275,7 +275,7 @@ def below_dense():
         for runs in (large, small)
     ]
     yield QUALITY, fixed(0, *stored)
-    yield README, fixed(0, stored[0])
+    yield README, fixed(0, stored[1])
     for name in ("moe-token-choice", "peer", "pkm", "pkm-gated"):
         found = results.below(small["recipe"], small[name])
         yield RECIPE, percent(found.low, found.high)

@@ -123,7 +123,7 @@ def with_seeds(run: Run, plan: Plan) -> list[Run]:
     """
     The run with every seed that its figures are means over.
 
-    Sizes and learning rates are chosen by the loss with the first seed, so the choice is biased towards runs that were
+    Sizes and learning rates are chosen by the loss with the first seed, so the choice is biased toward runs that were
     lucky with it: their figures come from other seeds. Ablations are not chosen and keep the first seed.
     """
     first = 1 if run.ablation is None else 0
