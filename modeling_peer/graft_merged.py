@@ -36,12 +36,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .fact_graft import FactGraft, make_graft
-from .graft_layer import (
-    LAYER_FIELDS,
-    GraftedFeedForward,
-    peer_config_of_base_model,
-    watch_decoder,
-)
+from .graft_layer import LAYER_FIELDS, GraftedFeedForward, peer_config_of_base_model, watch_decoder
 from .modeling_peer import ExtensibleCheckpoints, check_package
 
 

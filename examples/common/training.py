@@ -16,13 +16,7 @@ import datasets
 import torch
 import transformers
 from datasets import DatasetDict, IterableDatasetDict
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
@@ -30,12 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from common.cards import FOLDER, TRAINING_FILE, card_of_folder, id_on_hub, is_written_card
 from common.command_line import UsageError
 from common.model_arguments import uses_fsdp
-from modeling_peer import (
-    ExpertUsageCallback,
-    RowAdamW,
-    last_complete_checkpoint,
-    make_optimizer,
-)
+from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
 from modeling_peer.optim.parameter_groups import learning_rate_of_new_model
 
 

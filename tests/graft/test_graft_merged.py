@@ -32,13 +32,7 @@ from graft_models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import random_tokens, tiny_config
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from modeling_peer import PeerForCausalLM, graft_merged
 from modeling_peer.graft_layer import GraftedFeedForward, find_decoder_layers

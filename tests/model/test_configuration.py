@@ -19,14 +19,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from tiny_models import random_tokens, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_peer import (
-    PeerConfig,
-    PeerForCausalLM,
-    PeerModel,
-    configuration_path,
-    list_configurations,
-    model_costs,
-)
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel, configuration_path, list_configurations, model_costs
 from studies.common.training_plan import Run, configuration_of
 from studies.recipe.plan import RECIPE, read_plan
 

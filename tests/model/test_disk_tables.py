@@ -17,13 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from modeling_peer import (
-    PeerForCausalLM,
-    add_experts,
-    keep_tables_on_disk,
-    quantize_experts,
-    train_added_experts_only,
-)
+from modeling_peer import PeerForCausalLM, add_experts, keep_tables_on_disk, quantize_experts, train_added_experts_only
 from modeling_peer.experts import expert_tables
 from modeling_peer.ops.disk_tables import DiskMeter, DiskRows
 

@@ -9,12 +9,7 @@ import torch
 from tiny_models import PROTECTED, tiny_config
 from torch import nn
 
-from modeling_peer import (
-    FeedForwardInterface,
-    PeerConfig,
-    PeerForCausalLM,
-    PeerForSequenceClassification,
-)
+from modeling_peer import FeedForwardInterface, PeerConfig, PeerForCausalLM, PeerForSequenceClassification
 from modeling_peer.parallel import columns, releases
 from modeling_peer.parallel.releases import PARALLEL_STYLES
 

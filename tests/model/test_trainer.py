@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from trainer_worker import (
-    PERIOD,
-    counting_sequences,
-    logged,
-    query_batch_norms,
-    small_model,
-    train,
-    trainer_of,
-)
+from trainer_worker import PERIOD, counting_sequences, logged, query_batch_norms, small_model, train, trainer_of
 
 from modeling_peer import (
     PeerForCausalLM,

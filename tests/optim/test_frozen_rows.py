@@ -10,16 +10,7 @@ import weakref
 
 import pytest
 import torch
-from rows_by_hand import (
-    FROZEN,
-    NUM_ROWS,
-    OPTIMIZERS,
-    WIDTH,
-    backward,
-    random_module,
-    random_parameter,
-    without_rows,
-)
+from rows_by_hand import FROZEN, NUM_ROWS, OPTIMIZERS, WIDTH, backward, random_module, random_parameter, without_rows
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 

@@ -11,14 +11,7 @@ from filelock import FileLock
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from modeling_peer import (
-    ExpertBackground,
-    GateFit,
-    PeerForCausalLM,
-    SparseFinetuningCallback,
-    add_experts,
-    fit_gates,
-)
+from modeling_peer import ExpertBackground, GateFit, PeerForCausalLM, SparseFinetuningCallback, add_experts, fit_gates
 from studies.capacity.facts import VOCABULARY, Facts, make_facts, measure
 from studies.capacity.plan import BEFORE, BEFORE_APART, MULTIPLIER, TAUGHT, Load, Run
 from studies.capacity.training import store

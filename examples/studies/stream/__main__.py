@@ -18,14 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
@@ -37,14 +30,7 @@ from modeling_peer import PeerForCausalLM, last_complete_checkpoint, masked_expe
 from studies.common.corpora import load_corpus, split_documents
 from studies.common.study_folder import claim_folder, read_json, saved_run, sole_use, write_json
 from studies.stream.arms import ARMS, Arm, Stage
-from studies.stream.report import (
-    choose_hyperparameters,
-    describe,
-    describe_shares,
-    plot,
-    rates_beyond,
-    summarize,
-)
+from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, rates_beyond, summarize
 from studies.stream.sweep import run_all
 
 

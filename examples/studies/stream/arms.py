@@ -16,13 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from modeling_peer import (
-    ExpertBackground,
-    SparseFinetuningCallback,
-    add_experts,
-    fit_gates,
-    generate_text,
-)
+from modeling_peer import ExpertBackground, SparseFinetuningCallback, add_experts, fit_gates, generate_text
 from modeling_peer.experts import expert_tables
 from studies.common.finetuning import train
 
