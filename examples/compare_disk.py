@@ -26,7 +26,6 @@ import statistics
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,10 +41,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
-from common.machine import machine
+from common.machine import OwnMemory, machine
 from modeling_peer import PeerConfig, PeerForCausalLM, keep_tables_on_disk
 from modeling_peer.experts import expert_tables
 from modeling_peer.memory.advice import advise_huge_pages, advise_whole_access
+from studies.common.study_folder import read_json, write_json
 from studies.common.tables import markdown_table
 
 
@@ -212,26 +212,6 @@ class Tables:
             list(pool.map(read, [starts[each::READERS] for each in range(READERS)]))
         os.close(file)
         return (time.perf_counter() - begun) / len(starts)
-
-
-class OwnMemory:
-    """The most memory that this process had for itself while the block lasted, in bytes, as `peak`."""
-
-    def __enter__(self):
-        self.peak, self.done = 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while not self.done.wait(0.005):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            own = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.peak = max(self.peak, 1024 * own)
-
-    def __exit__(self, *error):
-        self.done.set()
-        self.thread.join()
 
 
 def read_from_disk() -> int:
@@ -419,7 +399,7 @@ def main():
     arguments = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     file, settings = folder / "results.json", {"arguments": arguments, "machine": machine()}
     results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
-    if file.exists() and {**(before := json.loads(file.read_text())), **settings} == before:
+    if file.exists() and {**(before := read_json(file)), **settings} == before:
         results = before  # goes on after the rounds that there are
     for turn in tqdm(range(len(results["seconds_per_raw_row"]), args.rounds), "rounds"):
         found = {way: measure_apart(way, turn, args) for way in ways}
@@ -429,7 +409,7 @@ def main():
         for way, each in found.items():
             results["ways"][way].append(each)
         results["seconds_per_raw_row"].append(measure_raw(turn, args, found[DISK]))
-        file.write_text(json.dumps(results, indent=1))
+        write_json(file, results)
     print(f"\n\n{tables(results)}\n\nIn {folder}: results.json, and the checkpoint, which you may delete.")
 
 

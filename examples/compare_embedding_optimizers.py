@@ -10,7 +10,6 @@ It takes a few minutes on two cores, and prints and saves the peak memory of eac
 state of the table, the median time of a step, and the loss on held-out text at the end.
 """
 
-import json
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +31,8 @@ from common.command_line import parse_arguments
 from common.machine import machine
 from common.text_data import DataTrainingArguments, standard_library, tokenize_into_blocks
 from modeling_peer import RowAdamW, expert_parameter_groups
+from studies.common.study_folder import write_json
+from studies.common.tables import markdown_table
 
 
 TOKENIZER = Path(__file__).parent / "checkpoints" / "peer-nano"
@@ -96,7 +97,7 @@ def read_blocks(number: int) -> torch.Tensor:
 def measure(contender: str, args: ComparisonArguments, blocks: np.ndarray) -> dict[str, Any]:
     """Train a model with an optimizer, in a process of its own."""
     result: dict[str, Any] = {}
-    peak = peak_bytes(lambda: result.update(train(contender, args, blocks)), "cpu")
+    peak = peak_bytes(lambda: result.update(train(contender, args, blocks)))
     return {"peak_memory": peak, **result}
 
 
@@ -127,14 +128,11 @@ def train(contender: str, args: ComparisonArguments, blocks: np.ndarray) -> dict
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results in Markdown."""
-    lines = [
-        "| optimizer | peak memory, GB | state of the table, MB | ms a step | loss, held out |",
-        "|---|---|---|---|---|",
-    ]
+    rows = [["optimizer", "peak memory, GB", "state of the table, MB", "ms a step", "loss, held out"]]
     for name, each in results.items():
         cells = [f"{each['peak_memory'] / 1e9:.2f}", f"{each['state'] / 1e6:,.0f}", f"{1e3 * each['seconds']:.0f}"]
-        lines.append(f"| {' | '.join([name, *cells, format(each['loss'], '.3f')])} |")
-    return "\n".join(lines)
+        rows.append([name, *cells, format(each["loss"], ".3f")])
+    return markdown_table(rows)
 
 
 def main():
@@ -145,8 +143,7 @@ def main():
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         results = {name: pool.submit(measure, name, args, blocks.numpy()).result() for name in CONTENDERS}
     file = Path(args.output_file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"results": results, "arguments": asdict(args), "machine": machine()}, indent=1))
+    write_json(file, {"results": results, "arguments": asdict(args), "machine": machine()})
     print(f"\n{table(results)}\n\nIn {file}.")
 
 

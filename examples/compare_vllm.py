@@ -12,7 +12,6 @@ results are saved in --output_file.
 """
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from common.command_line import parse_arguments
 from common.machine import machine
 from modeling_peer import PeerForCausalLM, configuration_path
+from studies.common.study_folder import write_json
 from studies.common.tables import markdown_table
 
 
@@ -131,8 +131,7 @@ def main() -> None:
             results["equal_prompts"][f"{way}, {mode}"] = f"{equal} of {len(PROMPTS)}"
             results["tokens_per_second"][f"{way}, {mode}"] = speeds
     file = Path(arguments.output_file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(file, results)
     print(f"\n{table(results)}\n\nIn {file}.")
 
 

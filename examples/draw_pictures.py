@@ -9,7 +9,6 @@ Draws the pictures of the repository again, from the results that are saved besi
 The studies, the benchmark and the quickstart draw the same pictures of the results that they measure.
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from benchmark import report as benchmark
 from common.command_line import parse_arguments
 from common.pictures import TRAININGS, VARIANTS, new_figure, save_picture
 from studies.capacity import report as capacity
+from studies.common.study_folder import read_json
 from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
@@ -53,13 +53,13 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         "docs/images/findings.png": draw_findings,
         "docs/images/quickstart.png": lambda file: quickstart.plot_losses(_quickstart_results(), file),
         "examples/benchmark/results.png": lambda file: benchmark.plot(
-            benchmark.Results(_read(ROOT / "examples/benchmark/results.json")), file
+            benchmark.Results(read_json(ROOT / "examples/benchmark/results.json")), file
         ),
         "examples/studies/capacity/results.png": lambda file: capacity.plot(
-            _read(studies / "capacity/results.json")["runs"], file
+            read_json(studies / "capacity/results.json")["runs"], file
         ),
         "examples/studies/teaching/results.png": lambda file: teaching.plot(
-            _read(studies / "teaching/results.json")["runs"], file
+            read_json(studies / "teaching/results.json")["runs"], file
         ),
         **{
             f"examples/studies/recipe/{name}.png": lambda file, draw=draw: _draw_recipe(draw, recipe, file)
@@ -67,7 +67,7 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         },
         **{
             f"examples/studies/stream/{name}.png": lambda file, name=name: stream.plot(
-                _read(studies / f"stream/{name}.json"), file
+                read_json(studies / f"stream/{name}.json"), file
             )
             for name in ("results", "recipe/results")
         },
@@ -83,17 +83,17 @@ def draw_findings(file: Path) -> None:
     Draw what the front page shows: facts stored at equal FLOPs, forgetting in the study of a stream of texts, and a
     step of the benchmark.
     """
-    arms = _read(ROOT / "examples/studies/stream/results.json")["arms"]
+    arms = read_json(ROOT / "examples/studies/stream/results.json")["arms"]
     contenders = ["peer_pytorch", "peer", "dense"]
     names = ["lora", "open", "full", "sparse", "replay", "protected"]
     steps = {
         each["contender"]: 1000 * statistics.median(each["seconds"])
-        for each in _read(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
+        for each in read_json(ROOT / "examples/benchmark/results.json")["training"]["measurements"]
         if each["operation"] == "step" and each["num_experts"] == 1024**2 and each["contender"] in contenders
     }
     figure = new_figure(16, 3.2)
     first, left, right = figure.subplots(1, 3, width_ratios=(3, 3, 2.8))
-    capacity.draw_bars(_read(ROOT / "examples/studies/capacity/results.json")["runs"], first)
+    capacity.draw_bars(read_json(ROOT / "examples/studies/capacity/results.json")["runs"], first)
     forgetting = [arms[name]["mean"]["forgetting"] for name in names]
     bars = left.barh(
         [STREAM_ARMS[name].label for name in names], forgetting, color=[TRAININGS[n].color for n in names]
@@ -125,12 +125,8 @@ def _draw_recipe(draw, results, file):
     return draw(results, file)
 
 
-def _read(file):
-    return json.loads(file.read_text())
-
-
 def _quickstart_results():
-    results = _read(ROOT / "docs/images/quickstart.json")
+    results = read_json(ROOT / "docs/images/quickstart.json")
     for result in results.values():
         for losses in ("train_losses", "eval_losses"):
             result[losses] = {int(step): loss for step, loss in result[losses].items()}

@@ -31,7 +31,6 @@ from modeling_peer import quantize_experts
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-PROMPT = "def main("
 TWINS = {"peer-nano": "dense-nano", "dense-nano": "peer-nano"}
 
 DESCRIPTION = """\
@@ -138,7 +137,6 @@ def describe(name: str, trainer: Trainer, data_args: NanoDataArguments, results:
         {"perplexity": results["perplexity"]["16 bits"]},
         license="apache-2.0",
         description=description,
-        prompt=PROMPT,
         max_new_tokens=100,
         training=training,
     )

@@ -26,7 +26,6 @@ Reads are measured at random rows, writes in order.
 """
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass, field
@@ -44,6 +43,7 @@ from common.command_line import parse_arguments
 from common.machine import processor_name
 from common.subprocesses import module_command, module_environment
 from common.text_data import standard_library
+from studies.common.study_folder import write_json
 
 
 TRAINED_INDICES = "trained_indices.pt"
@@ -70,11 +70,10 @@ class BenchmarkArguments:
     overwrite: bool = field(default=False, metadata={"help": "Measure sections again that results.json has already."})
     repetitions: int = field(default=9, metadata={"help": "Number of timed repetitions, over all rounds."})
     rounds: int = field(default=3, metadata={"help": "Number of turns of every contender."})
-    device: str = field(default="cpu", metadata={"help": "Device, cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "Data type of weights and tokens, float32 or bfloat16."})
     allow_fallback: bool = field(
         default=False,
-        metadata={"help": "Measure layers of this package even if the kernels for the device are unavailable."},
+        metadata={"help": "Measure layers of this package even if the C kernels are unavailable."},
     )
     checkpoint: str | None = field(
         default=None,
@@ -195,7 +194,6 @@ def conditions(args: BenchmarkArguments) -> dict:
     """Conditions that times depend on, beside the task."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "transparent_huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
@@ -238,7 +236,7 @@ def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
         "facts": turn == 0,
         "repetitions": repetitions_per_turn(args),
         "indices": str(Path(args.output_dir, TRAINED_INDICES).resolve()),
-        **{name: getattr(args, name) for name in ("device", "allow_fallback")},
+        "allow_fallback": args.allow_fallback,
     }
 
 
@@ -310,9 +308,7 @@ class Store:
                 self.sections[name]["measurements"].append(new)
             else:
                 record.update(new, seconds=record["seconds"] + new["seconds"])
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.sections, indent=1) + "\n")
-        os.replace(temporary, self.file)
+        write_json(self.file, self.sections)
 
 
 def measure_sections(args: BenchmarkArguments, store: Store) -> None:

@@ -184,7 +184,7 @@ NUM_TABLES = {"pkm": 1, "pkm_embedding_bag": 1, "dense": 0, "dense_gated": 0, "d
 NUM_TABLES |= dict.fromkeys(BITS, 3)  # in bfloat16 first
 
 
-def build(task: Task, device: str) -> nn.Module:
+def build(task: Task, device: str = "cpu") -> nn.Module:
     """Makes a contender with random weights. The values repeat, because drawing gigabytes of them takes too long."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(task.torch_dtype)

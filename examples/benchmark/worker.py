@@ -32,24 +32,20 @@ from modeling_peer.ops.kernels import resolve_kernels
 DECODED_TOKENS, PROMPT_TOKENS = 16, 64
 
 
-def expert_kernels(module: nn.Module, device: str, allow_fallback: bool) -> str | None:
-    """
-    Kernels of the experts of a module of this package. Raises `RuntimeError` if they are not those for the device.
-    """
+def expert_kernels(module: nn.Module, allow_fallback: bool) -> str | None:
+    """Kernels of the experts of a module of this package. Raises `RuntimeError` if they are not the C kernels."""
     configured = {part.config.expert_kernels for part in module.modules() if hasattr(part, "config")} - {"auto"}
     # Of a quantized table the last parameter is its scales, of a dtype that kernels know.
     tables = [[*table.parameters()][-1] for table in expert_tables(module).values()]
     names = configured or {resolve_kernels(None, table) for table in tables}
-    fastest = {"cpu": "cpu", "cuda": "triton"}[device]
-    if names - {fastest} and not allow_fallback:
+    if names - {"cpu"} and not allow_fallback:
         raise RuntimeError(
-            f"Experts run on the kernels {sorted(names)} here instead of {fastest!r}: --allow_fallback measures them "
-            "too."
+            f"Experts run on the kernels {sorted(names)} here instead of 'cpu': --allow_fallback measures them too."
         )
     return ", ".join(sorted(names)) or None
 
 
-def unavailable_reason(task: Task, device: str, built: bool) -> str | None:
+def unavailable_reason(task: Task, built: bool) -> str | None:
     """Why a task cannot be measured here: it needs more memory than is free, or a package. `None` if it can."""
     if task.contender == "peer_pytorch" and find_spec("PEER_pytorch") is None:
         return "needs `pip install peer-pytorch`"
@@ -60,34 +56,21 @@ def unavailable_reason(task: Task, device: str, built: bool) -> str | None:
         needed += 3 * task.num_tokens * task.num_active * task.hidden_size * task.torch_dtype.itemsize
     if task.contender == "doge_cdmoe":  # this one scores all experts for every token
         needed += 16 * task.num_tokens * task.num_experts
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
     if needed <= 0.9 * free:
         return None
     return f"needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """Seconds that a call takes; on a GPU, between two events."""
-    if device == "cpu":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+def seconds(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
     function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return time.perf_counter() - start
 
 
-def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+def peak_bytes(function: Callable[[], object]) -> int | None:
     """By how many bytes memory use rises during a call. `None` where the system does not report it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)
@@ -111,8 +94,8 @@ class LayerRun:
 
     per_call = 1
 
-    def __init__(self, module: nn.Module, task: Task, device: str, indices_file: str | None):
-        self.module, self.task, self.device = module, task, device
+    def __init__(self, module: nn.Module, task: Task, indices_file: str | None):
+        self.module, self.task = module, task
         self.trained_indices = torch.load(indices_file) if task.indices == "trained" else None
         self.steps = task.operation.startswith("step")
         # A backward alone has one too: gradients come in factors while there is an optimizer that takes them.
@@ -121,11 +104,11 @@ class LayerRun:
     def prepare(self) -> None:
         """Draws tokens and clears gradients, unless the measured training step does that itself."""
         task = self.task
-        self.inputs = [torch.randn(1, task.num_tokens, task.hidden_size, device=self.device, dtype=task.torch_dtype)]
+        self.inputs = [torch.randn(1, task.num_tokens, task.hidden_size, dtype=task.torch_dtype)]
         self.gradient = torch.randn_like(self.inputs[0])
         if task.contender.startswith("expert_part"):
-            indices = draw_indices(task, self.trained_indices).to(self.device)
-            weights = torch.rand(indices.shape, device=self.device, dtype=task.torch_dtype)
+            indices = draw_indices(task, self.trained_indices)
+            weights = torch.rand(indices.shape, dtype=task.torch_dtype)
             self.inputs, self.gradient = [self.inputs[0][0], indices, weights], self.gradient[0]
         if task.operation != "forward":
             self.inputs[0].requires_grad_()  # as in every layer but the first
@@ -147,7 +130,7 @@ class LayerRun:
         """What is measured once, apart from time."""
         self.prepare()
         self.module.zero_grad()
-        facts = {"peak_bytes": peak_bytes(self, self.device)}
+        facts = {"peak_bytes": peak_bytes(self)}
         if self.steps:
             states = [value for state in self.optimizer.state.values() for value in state.values()]
             facts["state_bytes"] = sum(s.numel() * s.element_size() for s in states if isinstance(s, torch.Tensor))
@@ -179,13 +162,13 @@ class DecodeRun:
 
     per_call = DECODED_TOKENS
 
-    def __init__(self, module: nn.Module, task: Task, device: str, indices_file: str | None):
-        self.model, self.device = module.eval(), device
+    def __init__(self, module: nn.Module, task: Task, indices_file: str | None):
+        self.model = module.eval()
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Runs the forward of a random prompt."""
-        prompt = torch.randint(self.model.config.vocab_size, (1, PROMPT_TOKENS), device=self.device)
+        prompt = torch.randint(self.model.config.vocab_size, (1, PROMPT_TOKENS))
         self.output = self.model(prompt, use_cache=True)
         # The name of the cache depends on the release of Transformers.
         self.cache = next(name for name in ("cache", "past_key_values") if name in self.output)
@@ -205,8 +188,8 @@ class MachineRun:
 
     per_call = 1
 
-    def __init__(self, module: nn.Module, task: Task, device: str, indices_file: str | None):
-        self.task, self.device = task, device
+    def __init__(self, module: nn.Module, task: Task, indices_file: str | None):
+        self.task = task
         self.count = min(task.num_tokens * task.num_active, task.num_experts)
         width, queries = task.hidden_size, task.num_retrieval_heads * task.query_size
         keys, half = grid_size(task.num_experts), task.query_size // 2
@@ -228,12 +211,12 @@ class MachineRun:
             self.work = self.count * width * task.torch_dtype.itemsize * (1 + (task.operation == "copy"))
 
     def _new(self, *shape, dtype):
-        return advise_huge_pages(torch.empty(*shape, dtype=dtype, device=self.device)).fill_(0.5)
+        return advise_huge_pages(torch.empty(*shape, dtype=dtype)).fill_(0.5)
 
     def prepare(self) -> None:
         """Draws distinct rows."""
         if hasattr(self, "table"):
-            self.rows = torch.randperm(self.task.num_experts, device=self.device)[: self.count]
+            self.rows = torch.randperm(self.task.num_experts)[: self.count]
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -242,8 +225,7 @@ class MachineRun:
             bags = self.rows[: self.count // 128 * 128].view(-1, 128) if self.count >= 128 else self.rows[None]
             F.embedding_bag(bags, self.table, mode="sum")
         elif operation == "row_read_select":
-            step = 512 if self.device == "cpu" else self.count  # written rows stay in the cache
-            for rows in self.rows.split(step):
+            for rows in self.rows.split(512):  # written rows stay in the cache
                 torch.index_select(self.table, 0, rows, out=self.out[: len(rows)])
         elif operation == "write":
             self.out.fill_(1.0)
@@ -258,24 +240,19 @@ class MachineRun:
 
 def measure(task: Task, module: nn.Module | None, job: dict) -> dict:
     """Seconds of all repetitions of a task, and its facts if the job asks for them."""
-    device = job["device"]
     kind = {"machine": MachineRun}.get(task.contender, DecodeRun if task.operation == "decode" else LayerRun)
     result = {}
     if task.contender in OURS:
-        result["kernels"] = expert_kernels(module, device, job["allow_fallback"])
-    try:
-        run = kind(module, task, device, job["indices"])
-        for _ in range(1 if device == "cpu" else 5):  # warm-up: compiles, tunes, allocates optimizer state
-            run.prepare()
-            run()
-        if job["facts"]:
-            result |= run.facts()
-        times = []
-        for _ in range(job["repetitions"]):
-            run.prepare()
-            times.append(seconds(run, device) / run.per_call)
-    except torch.OutOfMemoryError:
-        return {"seconds": [], "reason": "out of memory"}
+        result["kernels"] = expert_kernels(module, job["allow_fallback"])
+    run = kind(module, task, job["indices"])
+    run.prepare()
+    run()  # compiles, and allocates optimizer state
+    if job["facts"]:
+        result |= run.facts()
+    times = []
+    for _ in range(job["repetitions"]):
+        run.prepare()
+        times.append(seconds(run) / run.per_call)
     return {"seconds": times, **result}
 
 
@@ -287,9 +264,9 @@ def run_job(job: dict) -> Iterator[dict]:
     for _, group in groupby(tasks, lambda task: replace(task, operation="", num_tokens=0, indices=None)):
         module = None
         for task in group:
-            reason = unavailable_reason(task, job["device"], built=module is not None)
+            reason = unavailable_reason(task, built=module is not None)
             if reason is None and module is None and task.contender != "machine":
-                module = build(task, job["device"])
+                module = build(task)
             result = {"seconds": [], "reason": reason} if reason else measure(task, module, job)
             if module is not None:
                 module.zero_grad()  # the next task may need the memory

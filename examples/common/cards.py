@@ -66,8 +66,8 @@ def make_card(
     dataset_name: str | None = None,
     tags: list[str] | None = None,
     description: str = "",
-    prompt: str,
-    max_new_tokens: int,
+    prompt: str = PROMPT,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     training: dict[str, Any] | None = None,
     usage_picture: bool = False,
     name_or_path: str | None = None,
@@ -84,7 +84,8 @@ def make_card(
             License of the model, and the dataset that it was trained on, which metadata name if it is of the Hub.
         tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
         description (`str`, *optional*): Further description, in Markdown.
-        prompt (`str`), max_new_tokens (`int`): Prompt of the example code, and number of tokens that it generates.
+        prompt (`str`, *optional*), max_new_tokens (`int`, *optional*):
+            Prompt of the example code, and number of tokens that it generates.
         training (`dict`, *optional*):
             What is known of the training: `data` and `base_model` by their names, and `settings`. Metadata name a base
             model of the Hub only.
@@ -160,40 +161,19 @@ def is_written_card(file: Path) -> bool:
     return file.exists() and MARK in file.read_text(encoding="utf-8")
 
 
-def card_of_folder(
-    folder: Path,
-    repo_id: str,
-    config: PreTrainedConfig,
-    *,
-    license: str | None = None,
-    dataset_name: str | None = None,
-    tags: list[str] | None = None,
-    prompt: str = PROMPT,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    name_or_path: str | None = None,
-) -> ModelCard:
+def card_of_folder(folder: Path, repo_id: str, config: PreTrainedConfig, **options: Any) -> ModelCard:
     """
     Makes the card of a trained model and a picture of the usage of its experts, with what its training left in the
     folder: results, settings and logs.
 
     Args:
         folder (`Path`): Folder of the model. The picture is written into it.
-        repo_id, config, license, dataset_name, tags, prompt, max_new_tokens, name_or_path: See [`make_card`].
+        repo_id, config, options: See [`make_card`].
     """
     history = _read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
-    return make_card(
-        repo_id,
-        config,
-        _read_json(folder / "all_results.json"),
-        license=license,
-        dataset_name=dataset_name,
-        tags=tags,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        training=_read_json(folder / TRAINING_FILE),
-        usage_picture=plot_usage(history, folder / USAGE_PICTURE),
-        name_or_path=name_or_path,
-    )
+    options["usage_picture"] = plot_usage(history, folder / USAGE_PICTURE)
+    results, training = (_read_json(folder / name) for name in ("all_results.json", TRAINING_FILE))
+    return make_card(repo_id, config, results, training=training, **options)
 
 
 def _read_json(file):

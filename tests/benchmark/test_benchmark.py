@@ -43,7 +43,7 @@ def run_here(*flags):
 
 def contender(name):
     task = replace(TINY, contender=name, dtype="float64")
-    return build(task, "cpu"), torch.randn(1, task.num_tokens, task.hidden_size, dtype=torch.float64)
+    return build(task), torch.randn(1, task.num_tokens, task.hidden_size, dtype=torch.float64)
 
 
 def test_contenders_of_peer_are_one_function():

@@ -10,12 +10,9 @@ Each job is the arguments of `train`, or those of `measure` if it has the name "
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -29,6 +26,7 @@ from train import RANK, WORLD_SIZE, log_of, trainer_of, whole, whole_state
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
+from common.machine import OwnMemory
 from modeling_peer import (
     PeerForCausalLM,
     RowAdamW,
@@ -153,30 +151,6 @@ def train(
     hand_over(output, f"{name}-{RANK}", whole_state(trainer.model), facts)
 
 
-class PeakMemory:
-    """Samples the memory of this process that is not mapped from files; `peak` is in bytes, above that at the start."""
-
-    def __enter__(self):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        self.start, self.peak, self.ends = self._anonymous(), 0, threading.Event()
-        self.thread = threading.Thread(target=self._sample)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        self.ends.set()
-        self.thread.join()
-
-    def _sample(self):
-        while not self.ends.wait(0.0005):
-            self.peak = max(self.peak, self._anonymous() - self.start)
-
-    def _anonymous(self):
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
-
-
 def measure(output: Path, name: str, group_size: int) -> None:
     """Hands over the memory that it takes to save, load and resume a model with large tables."""
     folder = output / name
@@ -185,30 +159,34 @@ def measure(output: Path, name: str, group_size: int) -> None:
     peaks = {}
     # Chunks as small beside these tables as they are beside large ones.
     with mock.patch.object(split_checkpoints, "CHUNK_ELEMENTS", 2**16):
-        with PeakMemory() as peaks["save"]:
+        with OwnMemory(0.0005) as peaks["save"]:
             model.save_pretrained(folder)
-        with PeakMemory() as peaks["resume"]:
+        with OwnMemory(0.0005) as peaks["resume"]:
             model.load_state_dict(load_file(folder / "model.safetensors"))
         table = "model.layers.0.mlp.expert_pool.up_proj.weight"
         expected = whole(model.state_dict()[table]).clone()
         del model
-        with PeakMemory() as peaks["load"]:
+        with OwnMemory(0.0005) as peaks["load"]:
             config = DistributedConfig(fsdp_size=WORLD_SIZE, ep_size=group_size)
             model = PeerForCausalLM.from_pretrained(folder, distributed_config=config)
         is_same = torch.equal(whole(model.state_dict()[table]), expected)
         del model
         model = new_model(LARGE, group_size, beside_replicas=True, dtype=torch.bfloat16)
-        with PeakMemory() as peaks["save_beside_replicas"]:
+        with OwnMemory(0.0005) as peaks["save_beside_replicas"]:
             state_dict = whole_state_dict(model, output)
             if RANK == 0:
                 model.save_pretrained(folder, state_dict=state_dict)
         del model
         model = shard_experts(grafted(base_model_of("llama", hidden_size=64), num_experts=480**2), group_size)
-        with PeakMemory() as peaks["save_graft"]:
+        with OwnMemory(0.0005) as peaks["save_graft"]:
             state_dict = whole_state_dict(model, output)
             if RANK == 0:
                 model.save_pretrained(folder, state_dict=state_dict)
-    facts = {"table": expected.nbytes, "is_same": is_same, **{key: each.peak for key, each in peaks.items()}}
+    facts = {
+        "table": expected.nbytes,
+        "is_same": is_same,
+        **{key: each.peak - each.start for key, each in peaks.items()},
+    }
     hand_over(output, f"{name}-{RANK}", {}, facts)
 
 

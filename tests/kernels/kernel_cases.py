@@ -66,7 +66,7 @@ def run_script(script: str, *arguments, **environment: str) -> str:
     """What a script prints in a process of its own."""
     process = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

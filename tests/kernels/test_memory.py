@@ -22,27 +22,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read 
 # Peak resident memory in MB, from the moment that `start_of_peak()` is called.
 MEMORY = """
 import sys
-import threading
 from pathlib import Path
+from common.machine import OwnMemory
 def start_of_peak():
     Path("/proc/self/clear_refs").write_text("5")
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-class OwnMemory:
-    "The peak of RssAnon, which the system keeps no peak of, while the block lasts: read every two milliseconds."
-    def __enter__(self):
-        self.peak, self.done = 0.0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-    def watch(self):
-        while not self.done.wait(0.002):
-            self.peak = max(self.peak, resident("RssAnon"))
-    def __exit__(self, *error):
-        self.done.set()
-        self.thread.join()
-        self.peak = max(self.peak, resident("RssAnon"))
 def advised(address, flag="rr"):
     "Whether the mapping at an address is advised to be read at random, or by `hg` to come in huge pages."
     here = False
@@ -99,7 +85,7 @@ GENERATE = """
 import json, torch
 from modeling_peer import PeerForCausalLM, keep_tables_on_disk
 facts = {}
-with OwnMemory() as loading:
+with OwnMemory(0.002) as loading:
     model = PeerForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
     if sys.argv[2] == "disk":
         keep_tables_on_disk(model, buffer_bytes=2**24)
@@ -107,13 +93,13 @@ table = model.model.layers[1].mlp.expert_pool.up_proj
 for name, length in (("short", 3), ("long", 1000)):
     start_of_peak()
     prompt = torch.arange(length)[None] * 31 + 5
-    with OwnMemory() as generating:
+    with OwnMemory(0.002) as generating:
         tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
     facts[name] = {
-        "tokens": tokens.shape[1], "own": generating.peak, "resident": resident("VmHWM"), "file": resident("RssFile")
+        "tokens": tokens.shape[1], "own": generating.peak / 2**20, "resident": resident("VmHWM"), "file": resident("RssFile")
     }
 facts |= {
-    "dtype": str(table.weight.dtype), "loading": loading.peak,
+    "dtype": str(table.weight.dtype), "loading": loading.peak / 2**20,
     "advised": advised(table.weight.data_ptr()),
 }
 print(json.dumps(facts))

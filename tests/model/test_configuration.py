@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel, configuration_path, list_configurations, model_costs
 from studies.common.training_plan import Run, configuration_of
-from studies.recipe.plan import RECIPE, read_plan
+from studies.recipe.plan import RECIPE, RecipePlan
 
 
 REFUSED_VALUES = [
@@ -193,7 +193,7 @@ def test_twins_of_the_recipe(size):
     peer, dense = (
         PeerConfig.from_pretrained(configuration_path(f"{variant}-{size}")) for variant in ("peer", "dense")
     )
-    plan = read_plan(CHECKOUT / "examples" / "studies" / "recipe" / "plans" / "two-cores.json")
+    plan = RecipePlan.read(CHECKOUT / "examples" / "studies" / "recipe" / "plans" / "two-cores.json")
     studied = configuration_of(Run(RECIPE, peer.hidden_size, 1, 0.004), plan)
     for name in ("query_size", "num_retrieval_heads", "num_experts_per_head", "sub_keys_per_head", "query_norm"):
         assert getattr(peer, name) == getattr(studied, name), name

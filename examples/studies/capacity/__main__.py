@@ -18,10 +18,10 @@ from typing import Any
 from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
+from studies.capacity.forgetting import make
 from studies.capacity.plan import STAGES, Results, Run
 from studies.capacity.reading import measure_times
 from studies.capacity.report import describe, plot
-from studies.capacity.runs import make
 from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import SHARED
 from studies.common.parallel_runs import ParallelArguments, make_runs
@@ -53,8 +53,7 @@ def main():
         head["times"] = read_json(times) if times.exists() else {}
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
-        made = [name for name in ("results.json", "results.png") if (folder / name).exists()]
-        print(f"\n{describe(results, head['times'])}\n\nIn {folder}: {', '.join(made)}")
+        print(f"\n{describe(results, head['times'])}\n\nResults and the picture are in {folder}.")
         if not is_finished:
             print("The study is not finished: the same command goes on.")
 

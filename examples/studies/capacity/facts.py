@@ -29,7 +29,7 @@ class Facts:
     """
 
     tokens: torch.Tensor
-    token_bits: float = math.log2(VOCABULARY)
+    token_bits: float
 
     @property
     def bits(self) -> float:

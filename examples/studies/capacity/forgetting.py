@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_peer import ExpertBackground, GateFit, PeerForCausalLM, SparseFinetuningCallback, add_experts, fit_gates
 from studies.capacity.facts import VOCABULARY, Facts, make_facts, measure
 from studies.capacity.plan import BEFORE, BEFORE_APART, MULTIPLIER, TAUGHT, Load, Run
-from studies.capacity.training import store
+from studies.capacity.training import store, store_facts
 from studies.capacity.variants import make_model
 
 
@@ -99,3 +99,8 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
         "gates_open": [mean(each) for each in zip(*(astuple(gate) for gate in gates.values()), strict=True)],
         "trained_parameters": trained,
     }
+
+
+def make(run: Run, folder: Path) -> dict[str, Any]:
+    """Makes a run of any kind, in a process that cannot import `__main__` of a package."""
+    return (store_facts if run.kind == "facts" else teach_after)(run, folder)

@@ -42,7 +42,7 @@ from studies.capacity.plan import (
 )
 from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import AT_EQUAL_FLOPS, VARIANTS, costs, has_tables
-from studies.common.tables import markdown_table
+from studies.common.tables import markdown_table, spread
 
 
 # The 97.5 % point of Student's t with two degrees of freedom, of three seeds.
@@ -77,11 +77,6 @@ def available(
 def kilobits(runs: list[Run], results: Results, part: str = "stored") -> list[float]:
     """Thousands of bits of each run."""
     return [results[run.name][part]["bits"] / KBIT for run in runs]
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{mean(values):,.0f}" + (f" ± {stdev(values):,.0f}" if len(values) > 1 else "")
 
 
 def interval_of_ratio(values: list[float], others: list[float]) -> list[float]:
@@ -147,7 +142,7 @@ def learned_table(results: Results) -> list[list[str]]:
 
     for name, runs in found.items():
         cost, own = costs(name).total, kilobits(runs, results)
-        cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own)]
+        cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.flops / 1e3:.0f}", spread(own, ",.0f")]
         cells += [share_offered(runs, results), recalled(runs, results), to_dense(name)]
         rows.append([marked(name, runs, chosen(name, results)), *cells, f"{KBIT * mean(own) / cost.parameters:.2f}"])
     return rows
@@ -159,7 +154,7 @@ def more_table(results: Results) -> list[list[str]]:
     rows = [["learned of a larger offer", "parameters, M", "kbit", "of offered", "recalled", "to dense"]]
     for name, runs in found.items():
         own = kilobits(runs, results)
-        cells = [f"{costs(name).total.parameters / 1e6:.2f}", spread(own), share_offered(runs, results)]
+        cells = [f"{costs(name).total.parameters / 1e6:.2f}", spread(own, ",.0f"), share_offered(runs, results)]
         to_dense = ratio(own, kilobits(found["dense"], results)) if "dense" in found and name != "dense" else ""
         rows.append([name, *cells, recalled(runs, results), to_dense])
     return rows
@@ -176,7 +171,7 @@ def memories_table(results: Results) -> list[list[str]]:
             millions = f"{costs(memory).total.parameters / 1e6:.2f}"
             cells = [millions]
             for name, each in ((memory, own), (experts, others)):
-                cells += [spread(each), recalled(found[name], results)]
+                cells += [spread(each, ",.0f"), recalled(found[name], results)]
             experts_label = marked(experts, found[experts], chosen(experts, results))
             rows.append([f"{memory}, {experts_label}", *cells, ratio(own, others, is_bound)])
     return rows
@@ -255,7 +250,7 @@ def fits_table(results: Results) -> list[list[str]]:
     for name, runs in available(FITS, fitting, results).items():
         own, load = kilobits(runs, results), runs[0].load
         cells = [f"{load.number:,}", f"{load.number * load.exposures // BATCH_SIZE:,}", f"{runs[0].learning_rate:g}"]
-        cells += [spread(own), share_offered(runs, results), recalled(runs, results)]
+        cells += [spread(own, ",.0f"), share_offered(runs, results), recalled(runs, results)]
         bound = "at least " if share_of_offered(runs, results) > FULL else ""
         per_parameter = f"{bound}{KBIT * mean(own) / costs(name).total.parameters:.2f}"
         rows.append([marked(name, runs, best(trials_that_fit(name, results), results)), *cells, per_parameter])
@@ -306,10 +301,11 @@ def _second_facts(label, found, results):
         rate = f"{runs[0].learning_rate:g}"
         if arm != "lora":  # which trains no v_i
             rate += f", v_i {runs[0].multiplier / 4:g} times"
-        cells = [f"{trained:.2f}", rate]
-        cells.append(f"{mean(shares):.2f}" + (f" ± {stdev(shares):.2f}" if len(shares) > 1 else ""))
+        cells = [f"{trained:.2f}", rate, spread(shares)]
         cells += [recalled(runs, results, part) for part in ("before", "left")]
-        rows.append([arm, *cells, spread(kilobits(runs, results, "gained")), recalled(runs, results, "gained")])
+        rows.append(
+            [arm, *cells, spread(kilobits(runs, results, "gained"), ",.0f"), recalled(runs, results, "gained")]
+        )
     return rows
 
 

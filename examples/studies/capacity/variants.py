@@ -84,10 +84,10 @@ def has_tables(variant: str) -> bool:
     return variant.startswith(("peer", "pkm"))
 
 
-def configuration(variant: str, **fields: Any) -> PeerConfig:
-    """The configuration of a variant, with other `fields`."""
+def configuration(variant: str) -> PeerConfig:
+    """The configuration of a variant."""
     FeedForwardInterface.register("mlp", MlpFeedForward)
-    return PeerConfig(**{**SHARED, **VARIANTS[variant], **fields})
+    return PeerConfig(**SHARED | VARIANTS[variant])
 
 
 def costs(variant: str) -> ModelCosts:
@@ -95,7 +95,7 @@ def costs(variant: str) -> ModelCosts:
     return model_costs(configuration(variant), sequence_length=LENGTH)
 
 
-def make_model(variant: str, seed: int, **fields: Any) -> PeerForCausalLM:
-    """A new model of a variant, with other `fields` of its configuration."""
+def make_model(variant: str, seed: int) -> PeerForCausalLM:
+    """A new model of a variant."""
     set_seed(seed)
-    return PeerForCausalLM(configuration(variant, **fields))
+    return PeerForCausalLM(configuration(variant))

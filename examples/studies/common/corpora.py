@@ -23,6 +23,7 @@ from zlib import crc32
 
 from datasets import Dataset, DatasetDict
 from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
 
 from common.text_data import DatasetArguments, load_datasets
 
@@ -180,6 +181,21 @@ def load_corpus(name: str) -> DatasetDict:
         split = "validation" if crc32(file.encode()) % 100 < HELD_OUT_PERCENTAGE else "train"
         splits[split].append({"file": file, "text": corpus.read(paths[file])})
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+def blocks_in_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int, number: int) -> Dataset:
+    """
+    At most `number` sequences of `size` tokens, drawn at random, that each lie in one of the texts, whose number is in
+    the column `document`.
+    """
+    found = {"input_ids": [], "document": []}
+    for document, text in enumerate(texts):
+        tokens = tokenizer(text)["input_ids"]
+        for start in range(0, len(tokens) - size + 1, size):
+            found["input_ids"].append(tokens[start : start + size])
+            found["document"].append(document)
+    blocks = Dataset.from_dict(found).shuffle(seed=0)
+    return blocks.select(range(min(number, len(blocks))))
 
 
 def split_documents(dataset: Dataset, column: str) -> tuple[Dataset, Dataset]:

@@ -50,7 +50,8 @@ def train(
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=False,
-        **{"lr_scheduler_type": "cosine", **options},
+        lr_scheduler_type="cosine",
+        **options,
     )
     trainer = Trainer(
         model,

@@ -7,6 +7,7 @@ Invented people and their biographies, after the description of "Physics of Lang
 One wording of each attribute is never trained: recall is asked in it.
 """
 
+import calendar
 import math
 from dataclasses import dataclass
 from itertools import product
@@ -30,20 +31,7 @@ NAMES = [
         "by dale field ford ham ley man mere more ridge son ton well wick worth",
     ),
 ]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+_, *MONTHS = calendar.month_name
 CITIES = _words(200, "Avel Brim Cor Dray Els Fen Gar", "burg chester haven mouth polis stad ville")
 UNIVERSITIES = [
     f"{word}-University"

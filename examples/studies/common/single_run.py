@@ -131,7 +131,7 @@ def with_study_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     Arguments of run_clm.py with what is meant where it is not given, as the results in this repository were made: the
     learning rate of all other parameters for the tables, and no log of the first step. By itself run_clm.py takes the
-    rates that this study found.
+    rates that the scaling study found.
     """
     same = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} if arguments["row_adamw"] else {}
     return {"logging_first_step": False, **same, **arguments}

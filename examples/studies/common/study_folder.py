@@ -4,8 +4,7 @@
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,23 +78,3 @@ def write_runs(file: Path, head: dict[str, Any], runs: dict[str, dict[str, Any]]
     shared = json.dumps(head, indent=1).removesuffix("\n}")
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     write_text(file, f'{shared},\n "runs": {{\n{lines}\n }}\n}}\n')
-
-
-def saved_run(folder: Path, label: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """
-    The result of a run: read from its file, or made and saved.
-
-    Args:
-        folder (`Path`): Folder with one file per run.
-        label (`dict[str, Any]`):
-            The `arm`, the hyperparameters (`settings`), the `seed` and what else tells the run from others. They name
-            its file and are saved in it.
-        make (`Callable`): Makes the run and returns what else to save.
-    """
-    hyperparameters = [f"{key}={value:g}" for key, value in label["settings"].items()]
-    others = [f"{key}={value}" for key, value in label.items() if key not in ("arm", "settings")]
-    file = folder / ("-".join([label["arm"], *hyperparameters, *others]) + ".json")
-    if not file.exists():
-        start = time.time()
-        write_json(file, {**label, **make(), "seconds": time.time() - start})
-    return read_json(file)

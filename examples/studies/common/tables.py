@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables in Markdown, and their cells."""
 
+from statistics import mean, stdev
+
 
 def markdown_table(rows: list[list[str]]) -> str:
     """
@@ -14,11 +16,6 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def spread_cell(value: float | None, deviation: float | None, digits: int = 3) -> str:
-    """`"0.123 ± 0.004"`; the value alone where one seed gives no deviation; an empty string without a value."""
-    return " ± ".join(f"{each:.{digits}f}" for each in (value, deviation) if each is not None)
-
-
-def hyperparameters_cell(hyperparameters: dict[str, float]) -> str:
-    """`"learning_rate 0.001, num_trained_experts 256"`."""
-    return ", ".join(f"{name} {value:g}" for name, value in hyperparameters.items())
+def spread(values: list[float], form: str = ".2f") -> str:
+    """`"0.12 ± 0.04"`, mean and standard deviation over seeds; of one seed, the value alone."""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")

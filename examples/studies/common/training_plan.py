@@ -6,10 +6,12 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from common.model_arguments import ModelArguments, load_config
 from modeling_peer import ModelCosts, PeerConfig, configuration_path, model_costs
+from studies.common.study_folder import read_json
 
 
 # Variants that every plan has: the layer of interest, and the layer that it replaces.
@@ -48,6 +50,11 @@ class TrainingPlan:
     training: dict[str, Any]
     fields: dict[str, Any]
     variants: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, file: Path) -> "TrainingPlan":
+        """Reads the plan in a JSON file."""
+        return cls(**read_json(file))
 
     @property
     def tokens_of_step(self) -> int:

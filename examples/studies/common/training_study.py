@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -38,10 +38,6 @@ from studies.common.training_plan import (
     trains_by_rows,
 )
 
-
-# Makes the C library keep freed memory, such as the logits of a step, for the next step. Otherwise it is returned to
-# the system and mapped again page by page, which takes a quarter of the time of a step of a small model.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 # Parts of the plan that all runs share. The rest is checked for each run: lists of sizes, budgets and ablations may
 # grow.
@@ -73,14 +69,6 @@ class TrainingStudyArguments:
         return self.processes or torch.cuda.device_count() or 2
 
 
-class SavedResults(Protocol):
-    """What a study may go on from."""
-
-    plan: TrainingPlan
-    runs: dict[str, dict[str, Any]]
-    seconds: dict[str, Any]
-
-
 class TimeIsUp(Exception):
     """Runs of a study are left at the end of the time that it was given."""
 
@@ -93,8 +81,8 @@ class TrainingStudy:
         plan (`TrainingPlan`): Plan of the study.
         folder (`Path`): Folder of the study.
         processes (`int`): Number of runs at once.
-        made_elsewhere ([`SavedResults`], *optional*):
-            Runs and step times to reuse where they have not been started here.
+        made_elsewhere (`Results`, *optional*):
+            Results of the study, whose `runs` and step times, `seconds`, to reuse where they have not been started here.
         until (`float`, *optional*): Time, as `time.time()` gives it, from which on no run is begun.
 
     Raises:
@@ -109,7 +97,7 @@ class TrainingStudy:
         plan: TrainingPlan,
         folder: Path,
         processes: int,
-        made_elsewhere: SavedResults | None = None,
+        made_elsewhere: Any = None,
         until: float | None = None,
     ):
         self.plan = plan
@@ -230,8 +218,8 @@ class TrainingStudy:
             "result_file": str(result_file),
         }
         write_json(file, work)
-        environment = module_environment() | ({} if torch.cuda.is_available() else KEEP_MEMORY)
-        subprocess.run(module_command("studies.common.step_seconds", str(file)), env=environment, check=True)
+        command = module_command("studies.common.step_seconds", str(file))
+        subprocess.run(command, env=module_environment(), check=True)
 
     def make(self, runs: list[Run], description: str) -> dict[str, dict[str, Any]]:
         """
@@ -326,10 +314,7 @@ class TrainingStudy:
         device = devices.get()
         try:
             with open(file.with_suffix(".log"), "a") as log:
-                command, environment = (
-                    module_command(self.single_run, str(file)),
-                    self._environment(device),
-                )
+                command, environment = module_command(self.single_run, str(file)), self._environment(device)
                 status = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         finally:
             devices.put(device)
@@ -351,7 +336,6 @@ class TrainingStudy:
             environment["CUDA_VISIBLE_DEVICES"] = names[device % len(names)]
         else:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
-            environment |= KEEP_MEMORY
         return environment
 
     def work(self, run: Run) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
+from common.evaluation import held_out_loss
 from common.machine import machine
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from modeling_peer import PeerGraftConfig
 from studies.common.base_model import MODEL_PACKAGE, save_base
 from studies.common.corpora import load_corpus
 from studies.common.finetuning import train
-from studies.common.study_folder import claim_folder, read_json, write_json
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
 from studies.common.tables import markdown_table
 
 
@@ -71,21 +72,17 @@ def graft(base: nn.Module, start: str, args: StartArguments) -> nn.Module:
     return get_peft_model(base, config).eval()
 
 
-@torch.no_grad()
 def loss_of(model: nn.Module, held_out: torch.Tensor) -> float:
     """Returns the held-out loss in nats per token."""
     with torch.autocast("cpu", torch.bfloat16):
-        return sum(model(input_ids=b, labels=b).loss.item() * len(b) for b in held_out.split(4)) / len(held_out)
+        return held_out_loss(model, held_out, 4, progress_bar=False)
 
 
 def loss_without(base: nn.Module, held_out: torch.Tensor) -> float:
-    """Returns the held-out loss of the base model without the feed-forward of its middle layer."""
+    """Returns the held-out loss of the base model without the feed-forward of its middle layer, which it loses."""
     layer = base.model.layers[(base.config.num_hidden_layers - 1) // 2]
-    hook = layer.mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    try:
-        return loss_of(base, held_out)
-    finally:
-        hook.remove()
+    layer.mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    return loss_of(base, held_out)
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -103,7 +100,14 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(args.output_dir)
-    claim_folder(folder, vars(args))
+    with sole_use(folder):
+        claim_folder(folder, vars(args))
+        results = make_study(args, folder)
+    print(f"\n{describe(results)}\n\nIn {folder}: results.json")
+
+
+def make_study(args: StartArguments, folder: Path) -> dict[str, Any]:
+    """Makes all runs in the folder of the study, and sums them up."""
     save_base(args.model_name_or_path, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     corpus = load_corpus(args.text)
@@ -112,11 +116,7 @@ def main():
         for split in ("train", "validation")
     }
     held_out = torch.tensor(blocks["validation"].select(range(args.eval_blocks))["input_ids"])
-    results: dict[str, Any] = {
-        "command": "./run study graft_starts",
-        "arguments": vars(args),
-        "machine": machine(),
-    }
+    results: dict[str, Any] = {"command": "./run study graft_starts", "arguments": vars(args), "machine": machine()}
     results["host"] = loss_of(load_base(folder), held_out)
     results["without feed-forward"] = loss_without(load_base(folder), held_out)
     for start in STARTS:
@@ -130,7 +130,7 @@ def main():
             write_json(file, {"loss": loss_of(model, held_out)})
         results[start][f"learning rate {rate:g}"] = read_json(file)["loss"]
     write_json(folder / "results.json", results)
-    print(f"\n{describe(results)}\n\nIn {folder}: results.json")
+    return results
 
 
 if __name__ == "__main__":

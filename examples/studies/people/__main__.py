@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
@@ -27,19 +27,10 @@ from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.ngrams import losses_by_ngrams
 from studies.common.people import draw_people
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
+from studies.common.training_plan import CORPUS
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, next_trial, train
 from studies.people.report import describe
-from studies.people.texts import (
-    CORPUS,
-    TOLD,
-    TOLD_OF_OTHERS,
-    Amounts,
-    held_out,
-    load_tokenizer,
-    losses,
-    prepare,
-    recall,
-)
+from studies.people.texts import TOLD, TOLD_OF_OTHERS, held_out, losses, prepare, recall
 
 
 ASKED = 1000  # people, and as many others
@@ -60,11 +51,6 @@ class PeopleArguments:
     block_size: int = field(default=1024, metadata={"help": "Tokens of a sequence."})
     held_out_sequences: int = field(default=64, metadata={"help": "Sequences of each held-out text."})
 
-    @property
-    def amounts(self) -> Amounts:
-        """What the texts are made of."""
-        return Amounts(self.people, self.exposures, self.characters, 8192, self.block_size, self.held_out_sequences)
-
 
 def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
     """
@@ -74,7 +60,10 @@ def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
     file = folder / "results" / f"{run.name}.json"
     if not file.exists():
         output = train(run, folder, args.block_size)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(output), load_tokenizer(folder)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(output),
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        )
         texts = held_out(folder)
         result = {**asdict(run), "training": read_json(output / "all_results.json")}
         if run.is_trial:
@@ -97,7 +86,7 @@ def read_by_ngrams(folder: Path, args: PeopleArguments, tokens: int) -> dict[str
     """What n-grams of as many tokens as a model read predict of the second half of sequences, made once."""
     file = folder / "ngrams.json"
     if not file.exists():
-        tokenizer = load_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         text = Dataset.from_parquet(str(folder / "train.parquet"))
         blocks = tokenize_into_blocks(text, tokenizer, args.block_size, DataTrainingArguments()).shuffle(seed=0)
         train_blocks = np.array(blocks.select(range(min(len(blocks), tokens // args.block_size)))["input_ids"])
@@ -110,7 +99,7 @@ def read_by_ngrams(folder: Path, args: PeopleArguments, tokens: int) -> dict[str
 
 def make_study(args: PeopleArguments, folder: Path, until: float) -> dict[str, Any] | None:
     """Makes what is missing. Returns all results, or `None` if the time did not suffice."""
-    prepare(folder, args.amounts)
+    prepare(folder, args.people, args.exposures, args.characters, args.block_size, args.held_out_sequences)
     tried: dict[str, dict[Run, dict[str, Any]]] = {arm: {} for arm in ARMS}
 
     def trial_of(arm: str) -> Run | None:

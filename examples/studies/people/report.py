@@ -7,8 +7,9 @@ from statistics import mean
 from typing import Any
 
 from studies.common.tables import markdown_table
+from studies.common.training_plan import CORPUS
 from studies.people.arms import TOKENS_PER_STEP
-from studies.people.texts import CORPUS, HELD_OUT_TEXTS
+from studies.people.texts import HELD_OUT_TEXTS
 
 
 def describe(results: dict[str, Any]) -> str:

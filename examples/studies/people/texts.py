@@ -2,47 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real text with the biographies of invented people among it, and what of both a model is asked."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.text_data import train_tokenizer
 from modeling_peer.analysis.evaluation import evaluation
-from studies.common.corpora import load_corpus
+from studies.common.corpora import blocks_in_documents, load_corpus
 from studies.common.people import NUM_TRAINED, VALUES, Person, draw_people
 from studies.common.single_run import token_losses
+from studies.common.training_plan import CORPUS
 
 
 TRAINING_TEXTS = ("python-docs", "linux-docs", "perl-docs", "php-docs", "sqlite-docs", "prose")
 HELD_OUT_TEXTS = ("brown", "handbook", "postgresql-docs", "django-docs", "git-docs")
 # The wordings in which people are asked.
 NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
-CORPUS = "corpus"  # held out of the training texts: rates are chosen by it
-
-
-@dataclass(frozen=True)
-class Amounts:
-    """
-    How much there is to read.
-
-    Args:
-        people, exposures (`int`): Number of people, and of biographies of each.
-        characters (`int`): Characters of real text beside them.
-        vocabulary, block (`int`): Size of the tokenizer, and tokens of a sequence.
-        held_out (`int`): Sequences of each held-out text.
-    """
-
-    people: int
-    exposures: int
-    characters: int
-    vocabulary: int
-    block: int
-    held_out: int
+VOCABULARY = 8192  # tokens of the tokenizer
 
 
 def biography(person: Person, generator: np.random.Generator) -> str:
@@ -50,39 +30,39 @@ def biography(person: Person, generator: np.random.Generator) -> str:
     return " ".join(person.biography(generator)).replace(" .", ".")
 
 
-def prepare(folder: Path, amounts: Amounts) -> None:
-    """Writes the training text, `train.parquet`, the tokenizer and the held-out sequences of each text, once."""
+def prepare(folder: Path, people: int, exposures: int, characters: int, block: int, num_held_out: int) -> None:
+    """
+    Writes the training text, `train.parquet`, the tokenizer and the held-out sequences of each text, once.
+
+    Args:
+        folder (`Path`)
+        people, exposures (`int`): Number of people, and of biographies of each.
+        characters (`int`): Characters of real text beside them.
+        block (`int`): Tokens of a sequence.
+        num_held_out (`int`): Sequences of each held-out text.
+    """
     if (folder / "prepared").exists():
         return
     parts = [load_corpus(name) for name in TRAINING_TEXTS]
     documents, corpus = (concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation"))
     documents = documents.select_columns("text").shuffle(seed=0)
     lengths = np.cumsum([len(text) for text in documents["text"]])
-    documents = documents.select(range(int(np.searchsorted(lengths, amounts.characters))))
+    documents = documents.select(range(int(np.searchsorted(lengths, characters))))
     generator = np.random.default_rng(0)
-    people = draw_people(amounts.people, seed=0)
-    told = [biography(person, generator) for _ in range(amounts.exposures) for person in people]
+    drawn = draw_people(people, seed=0)
+    told = [biography(person, generator) for _ in range(exposures) for person in drawn]
     train = concatenate_datasets([documents, Dataset.from_dict({"text": told})]).shuffle(seed=0)
     train.to_parquet(folder / "train.parquet")
-    tokenizer = train_tokenizer(train, "text", amounts.vocabulary, amounts.block)
+    tokenizer = train_tokenizer(train, "text", VOCABULARY, block)
     tokenizer.save_pretrained(folder / "tokenizer")
     held_out = {
         CORPUS: corpus,
         **{name: concatenate_datasets([*load_corpus(name).values()]) for name in HELD_OUT_TEXTS},
     }
     for name, texts in held_out.items():
-        blocks(texts["text"], tokenizer, amounts).save_to_disk(folder / "held_out" / name)
+        sequences = blocks_in_documents(texts["text"], tokenizer, block, num_held_out)
+        sequences.save_to_disk(folder / "held_out" / name)
     (folder / "prepared").touch()
-
-
-def blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, amounts: Amounts) -> Dataset:
-    """Sequences that each lie in one document, drawn at random."""
-    found = []
-    for text in texts:
-        tokens = torch.tensor(tokenizer(text)["input_ids"])
-        found += tokens[: len(tokens) // amounts.block * amounts.block].view(-1, amounts.block).tolist()
-    sequences = Dataset.from_dict({"input_ids": found}).shuffle(seed=0)
-    return sequences.select(range(min(amounts.held_out, len(sequences))))
 
 
 def held_out(folder: Path) -> dict[str, torch.Tensor]:
@@ -141,8 +121,3 @@ def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8
             half = text.shape[1] // 2
             found[name] = {"all": of_tokens.mean().item(), "second half": of_tokens[:, half - 1 :].mean().item()}
     return found
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of [`prepare`]."""
-    return AutoTokenizer.from_pretrained(folder / "tokenizer")

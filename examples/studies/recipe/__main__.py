@@ -26,11 +26,11 @@ from studies.common.training_study import TimeIsUp, TrainingStudyArguments
 from studies.recipe.ngrams import ngrams_table, read_by_ngrams
 from studies.recipe.plan import (
     RECIPE,
+    RecipePlan,
     choose,
     compared_runs,
     dense_runs,
     expert_runs,
-    read_plan,
     runs_beyond,
     runs_by_size,
     runs_to_tune,
@@ -133,7 +133,7 @@ def main():
     (args,) = parse_arguments((RecipeArguments,), __doc__)
     logging.set_verbosity_error()
     folder = Path(args.output_dir)
-    plan = read_plan(Path(args.plan))
+    plan = RecipePlan.read(Path(args.plan))
     until = None if args.hours is None else time.time() + 3600 * args.hours
     with sole_use(folder):
         made_elsewhere = None if args.results is None else read_results(Path(args.results))

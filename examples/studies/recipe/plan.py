@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 from studies.common.training_plan import (
     DENSE,
@@ -185,12 +182,6 @@ def with_kept_down_rate(changes: dict[str, Any], times: float) -> dict[str, Any]
     if (multiplier := training.get(DOWN_RATE)) is None:
         return changes
     return changes | {"training": training | {DOWN_RATE: multiplier * times}}
-
-
-def read_plan(file: Path) -> RecipePlan:
-    """Reads the plan in a JSON file."""
-    (plan,) = HfArgumentParser((RecipePlan,)).parse_json_file(str(file))
-    return plan
 
 
 def with_seeds(runs: Iterable[Run], seeds: Iterable[int]) -> list[Run]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
+from studies.common.corpora import blocks_in_documents
 from studies.common.study_folder import read_json
 from studies.common.training_plan import DENSE, Run
 from studies.common.training_study import TrainingStudy
@@ -67,11 +67,4 @@ class Study(TrainingStudy):
     def held_out_blocks(self, texts: Dataset) -> Dataset:
         """Sequences that each lie in one document, whose number is in the column `document`: these are resampled."""
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
-        size, found = self.plan.block_size, {"input_ids": [], "document": []}
-        for number, text in enumerate(texts["text"]):
-            tokens = torch.tensor(tokenizer(text)["input_ids"])
-            for block in tokens[: len(tokens) // size * size].view(-1, size).tolist():
-                found["input_ids"].append(block)
-                found["document"].append(number)
-        blocks = Dataset.from_dict(found).shuffle(seed=0)
-        return blocks.select(range(min(self.plan.eval_sequences, len(blocks))))
+        return blocks_in_documents(texts["text"], tokenizer, self.plan.block_size, self.plan.eval_sequences)

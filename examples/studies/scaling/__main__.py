@@ -14,18 +14,19 @@ file in --output_dir; `results.json` there sums them up, and tables, plots and m
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
 from common.command_line import parse_arguments
 from studies.common.study_folder import sole_use, write_text
-from studies.common.training_plan import budget_name
-from studies.common.training_study import TrainingStudyArguments
+from studies.common.training_plan import DENSE, PEER, Run, budget_name
+from studies.common.training_study import TrainingStudy, TrainingStudyArguments
 from studies.scaling.plan import (
+    Plan,
     choose_rates,
     choose_sizes,
     rate_runs,
-    read_plan,
     reference_run,
     repeated_ablation_runs,
     size_runs,
@@ -33,7 +34,6 @@ from studies.scaling.plan import (
 )
 from studies.scaling.plots import PLOTS
 from studies.scaling.report import Results, describe, read_results, write_results
-from studies.scaling.study import Study
 
 
 PLAN = Path(__file__).parent / "plans" / "two-cores.json"
@@ -45,6 +45,23 @@ class ScalingArguments(TrainingStudyArguments):
 
     plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
     output_dir: str = field(default="runs/scaling", metadata={"help": "Output folder."})
+
+
+class Study(TrainingStudy):
+    """See [`TrainingStudy`]; its plan is a [`Plan`]."""
+
+    def timed_runs(self) -> dict[str, list[Run]]:
+        """Dense and PEER at all sizes."""
+        rate = self.plan.learning_rates[0]
+        return {
+            str(hidden_size): [Run(variant, hidden_size, 1, rate) for variant in (DENSE, PEER)]
+            for hidden_size in self.plan.all_sizes
+        }
+
+    def changes_after_training(self, run: Run) -> dict[str, dict[str, Any]]:
+        """Those of the plan, in the models that ablations are compared with."""
+        reference = reference_run(self.plan, {PEER: run.learning_rate})
+        return self.plan.after_training if run in with_seeds(reference, self.plan) else {}
 
 
 def run_study(study: Study) -> Results:
@@ -74,7 +91,7 @@ def main():
     (args,) = parse_arguments((ScalingArguments,), __doc__)
     logging.set_verbosity_error()
     folder = Path(args.output_dir)
-    plan = read_plan(Path(args.plan))
+    plan = Plan.read(Path(args.plan))
     with sole_use(folder):
         made_elsewhere = None if args.results is None else read_results(Path(args.results))
         study = Study(plan, folder, args.num_processes, made_elsewhere)

@@ -3,10 +3,7 @@
 """The plan of the scaling study: which models are trained, at which sizes, for how long, and which are compared."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 from studies.common.training_plan import PEER, Run, TrainingPlan, corpus_loss, merge_changes, run_of_budget
 
@@ -60,12 +57,6 @@ class Plan(TrainingPlan):
     def all_sizes(self) -> list[int]:
         """Sizes of all budgets, in ascending order."""
         return sorted({size for sizes in self.hidden_sizes for size in sizes})
-
-
-def read_plan(file: Path) -> Plan:
-    """Reads the plan in a JSON file."""
-    (plan,) = HfArgumentParser((Plan,)).parse_json_file(str(file))
-    return plan
 
 
 def rate_runs(plan: Plan) -> list[Run]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.pictures import VARIANTS
 from studies.common.study_folder import read_json, write_runs
-from studies.common.tables import markdown_table, spread_cell
+from studies.common.tables import markdown_table, spread
 from studies.common.training_plan import (
     CORPUS,
     DENSE,
@@ -56,7 +56,7 @@ class Results:
 
     Args:
         plan (`Plan`): Plan of the study.
-        runs (`dict[str, dict]`): Results of studies/scaling/single_run.py by the names of runs.
+        runs (`dict[str, dict]`): Results of studies/common/single_run.py by the names of runs.
         seconds (`dict`): Step times from `Study.seconds`.
     """
 
@@ -126,11 +126,6 @@ def perplexities(losses: list[dict[str, float]], text: str) -> list[float]:
 def mean_perplexities(losses: list[dict[str, float]], plan: Plan) -> list[float]:
     """Geometric mean of perplexity over the evaluation texts, with each seed."""
     return [math.exp(mean(each[name] for name in plan.evaluation_texts)) for each in losses]
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds; of one seed, the value."""
-    return spread_cell(mean(values), stdev(values) if len(values) > 1 else None, digits=2)
 
 
 def _ratio_deviation(values, others):

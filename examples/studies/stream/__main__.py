@@ -11,6 +11,8 @@ held-out text, and the losses of the other part are reported. Killed at any poin
 a file in --output_dir; `results.json` and `results.png` there sum them up.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.utils import logging
 
@@ -28,10 +31,9 @@ from common.text_data import DataTrainingArguments, text_column, tokenize_into_b
 from common.training import OptimizerArguments, has_finished, make_optimizers
 from modeling_peer import PeerForCausalLM, last_complete_checkpoint, masked_experts
 from studies.common.corpora import load_corpus, split_documents
-from studies.common.study_folder import claim_folder, read_json, saved_run, sole_use, write_json
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
 from studies.stream.arms import ARMS, Arm, Stage
 from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, rates_beyond, summarize
-from studies.stream.sweep import run_all
 
 
 # The models that are pre-trained, by the `base` of arms: a named configuration, fields of it that are changed, and
@@ -89,6 +91,10 @@ class StreamArguments:
     seeds: int = field(
         default=3, metadata={"help": "Number of seeds for the chosen hyperparameters of each arm. All others get one."}
     )
+
+    def __post_init__(self):
+        if unknown := set(self.arms) - set(ARMS):
+            raise ValueError(f"--arms must be some of {list(ARMS)}, got {sorted(unknown)} among them.")
 
 
 @dataclass
@@ -209,12 +215,14 @@ def run(
     folder: Path,
 ) -> dict:
     """Runs one arm through the stream, or reads the result of an earlier run."""
-    label = {"arm": name, "settings": hyperparameters, "seed": seed}
-    return saved_run(
-        folder / "stages",
-        label,
-        lambda: take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder),
-    )
+    settings = [f"{key}={value:g}" for key, value in hyperparameters.items()]
+    file = folder / "stages" / ("-".join([name, *settings, f"seed={seed}"]) + ".json")
+    if not file.exists():
+        start = time.time()
+        result = take_through_stream(ARMS[name], hyperparameters, seed, args, texts, folder)
+        label = {"arm": name, "settings": hyperparameters, "seed": seed}
+        write_json(file, {**label, **result, "seconds": time.time() - start})
+    return read_json(file)
 
 
 def take_through_stream(
@@ -252,10 +260,30 @@ def take_through_stream(
     return result
 
 
+def run_all(
+    arms: dict[str, Arm], seeds: int, run: Callable[[str, dict[str, float], int], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], float, dict[str, dict[str, float]]]:
+    """
+    Sweeps the hyperparameters of all arms with one seed, and runs the chosen ones of each arm with several. The choice
+    may fall on values that were not swept: these are run with the first seed, and the choice is repeated with them.
+    Returns all runs, the level of learning at which arms are compared, and the chosen hyperparameters of each arm.
+    """
+    tried = [(name, hyperparameters) for name, arm in arms.items() for hyperparameters in arm.sweep]
+    runs = [run(*each, 0) for each in tqdm(tried, desc="Sweep")]
+    while further := rates_beyond(runs):
+        runs += [run(*each, 0) for each in tqdm(further, desc="Beyond the sweep")]
+        tried = tried + further
+    level, chosen = choose_hyperparameters(runs)
+    while untried := [(name, chosen[name]) for name in arms if (name, chosen[name]) not in tried]:
+        runs += [run(*each, 0) for each in tqdm(untried, desc="Chosen hyperparameters")]
+        tried = tried + untried
+        level, chosen = choose_hyperparameters(runs)
+    repeated = [(name, hyperparameters, seed) for seed in range(1, seeds) for name, hyperparameters in chosen.items()]
+    return runs + [run(*each) for each in tqdm(repeated, desc="Seeds")], level, chosen
+
+
 def main():
     (args,) = parse_arguments((StreamArguments,), __doc__)
-    if unknown := set(args.arms) - set(ARMS):
-        raise ValueError(f"--arms must be some of {list(ARMS)}, got {sorted(unknown)} among them.")
     arms = {name: ARMS[name] for name in args.arms}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -280,9 +308,7 @@ def make_study(
     for name in dict.fromkeys(arm.base for arm in arms.values()):
         print(f"Pre-training the {name} model ...")
         pretrain(name, bases[name], args, tokenizer, texts, folder)
-    runs, level, chosen = run_all(
-        arms, args.seeds, lambda *each: run(*each, args, texts, folder), choose_hyperparameters, rates_beyond
-    )
+    runs, level, chosen = run_all(arms, args.seeds, lambda *each: run(*each, args, texts, folder))
     summary = summarize(runs, texts.names, level, chosen, arguments)
     write_json(folder / "results.json", summary)
     plot(summary, folder / "results.png")

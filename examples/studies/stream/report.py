@@ -11,7 +11,7 @@ from matplotlib.figure import SubFigure
 
 from common.machine import machine
 from common.pictures import TRAININGS, add_legend, new_figure, save_picture
-from studies.common.tables import hyperparameters_cell, markdown_table, spread_cell
+from studies.common.tables import markdown_table
 from studies.stream.arms import ARMS
 
 
@@ -205,7 +205,8 @@ def describe(summary: dict[str, Any]) -> str:
     rows = [["nats per token", *COLUMNS.values(), "hyperparameters"]]
     for arm, result in summary["arms"].items():
         cells = [_cell(result, name) for name in COLUMNS]
-        rows.append([ARMS[arm].label, *cells, hyperparameters_cell(result["settings"])])
+        settings = ", ".join(f"{name} {value:g}" for name, value in result["settings"].items())
+        rows.append([ARMS[arm].label, *cells, settings])
     return markdown_table(rows)
 
 
@@ -222,7 +223,8 @@ def describe_shares(summary: dict[str, Any]) -> str:
 
 
 def _cell(result, name):
-    return spread_cell(result["mean"].get(name), result["deviation"].get(name))
+    values = (result[kind].get(name) for kind in ("mean", "deviation"))
+    return " ± ".join(f"{value:.3f}" for value in values if value is not None)
 
 
 def plot(summary: dict[str, Any], file: Path) -> None:

@@ -30,7 +30,7 @@ def main():
         head: dict[str, Any] = {"command": "./run study teaching", "machine": machine()}
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
-        print(f"\n{describe(results)}\n\nIn {folder}: results.json, results.png")
+        print(f"\n{describe(results)}\n\nResults and the picture are in {folder}.")
         if not is_finished:
             print("The study is not finished: the same command goes on.")
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from operator import methodcaller
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from common.pictures import NEUTRAL, TRAININGS, VARIANTS, Look, new_figure, save_picture
 from studies.common.parallel_runs import Results
-from studies.common.tables import markdown_table
+from studies.common.tables import markdown_table, spread
 from studies.teaching.plan import BLOCKS, RATES, SIZE, Run, reported, share, trials
 
 
@@ -88,9 +88,7 @@ def looked_up(gate: dict[str, Any]) -> dict[str, Any]:
 def cell(runs: list[dict[str, Any]], value_of: Callable[[dict[str, Any]], float | None], form: str = ".1%") -> str:
     """The mean of a value over runs ± its standard deviation, empty where it was not measured."""
     values = [value for run in runs if (value := value_of(run)) is not None]
-    if not values:
-        return ""
-    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+    return spread(values, form) if values else ""
 
 
 def right_share(kind: str, is_lost: bool = False) -> Callable[[dict[str, Any]], float | None]:

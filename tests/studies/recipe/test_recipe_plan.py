@@ -21,7 +21,6 @@ from studies.recipe.plan import (
     MOST_FACTORS,
     RecipePlan,
     factor_levels,
-    read_plan,
     runs_beyond,
     screening_runs,
     search_runs,
@@ -65,7 +64,7 @@ def test_what_diverged_is_not_chosen():
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.json")), ids=lambda file: file.stem)
 def test_committed_plans_make_models(file):
-    plan = read_plan(file)
+    plan = RecipePlan.read(file)
     for run in (*screening_runs(plan).values(), *search_runs(plan)):
         assert isinstance(configuration_of(run, plan), PeerConfig)
         assert training_flops(run, plan) == pytest.approx(plan.budgets[0], rel=0.01)
@@ -78,7 +77,7 @@ def committed():
 
 def test_every_run_was_made_as_planned(committed, tmp_path):
     """Those that the study asks for, up to the step that lacks results."""
-    plan, asked = read_plan(PLANS / "two-cores.json"), {}
+    plan, asked = RecipePlan.read(PLANS / "two-cores.json"), {}
 
     def make(runs, _):
         asked.update({run.name: run for run in runs})

@@ -13,10 +13,9 @@ import pytest
 from modeling_peer import PeerConfig
 from studies.common.single_run import comparable
 from studies.common.training_plan import Run, configuration_of, costs_of, training_flops
-from studies.scaling.__main__ import run_study
-from studies.scaling.plan import ablation_runs, read_plan, reference_run, size_runs
+from studies.scaling.__main__ import Study, run_study
+from studies.scaling.plan import Plan, ablation_runs, reference_run, size_runs
 from studies.scaling.report import read_results, table_of_perplexities
-from studies.scaling.study import Study
 
 
 SCALING = Path(__file__).parents[3] / "examples" / "studies" / "scaling"
@@ -26,7 +25,7 @@ PLAN = RESULTS.plan
 
 @pytest.mark.parametrize("file", sorted((SCALING / "plans").glob("*.json")), ids=lambda file: file.stem)
 def test_every_model_can_be_made_and_takes_its_budget(file):
-    plan = read_plan(file)
+    plan = Plan.read(file)
     rates = dict.fromkeys(plan.variants, plan.learning_rates[0])
     for budget in plan.budgets:
         for run in size_runs(plan, rates, budget):
@@ -41,7 +40,7 @@ def test_every_model_can_be_made_and_takes_its_budget(file):
 
 def test_committed_results_were_made_as_planned(tmp_path):
     """All runs of the plan and no others, with the arguments that the plan makes today."""
-    assert read_plan(SCALING / "plans" / "two-cores.json") == PLAN
+    assert Plan.read(SCALING / "plans" / "two-cores.json") == PLAN
     asked = set()
 
     def make(runs, description):

@@ -20,7 +20,7 @@ from modeling_peer import PeerConfig
 from studies.common import training_study
 from studies.common.single_run import load
 from studies.common.training_plan import CORPUS
-from studies.scaling.plan import read_plan, with_seeds
+from studies.scaling.plan import Plan, with_seeds
 from studies.scaling.plots import PLOTS
 from studies.scaling.report import describe, read_results
 
@@ -80,7 +80,7 @@ def results(small_study):
 
 def test_comes_to_its_end_and_makes_nothing_again(small_study, results, monkeypatch):
     folder, main = small_study
-    assert results.plan == read_plan(folder / "plan.json")
+    assert results.plan == Plan.read(folder / "plan.json")
     assert (folder / "tables.md").read_text() == describe(results)
     for name in PLOTS:
         assert (folder / f"{name}.png").stat().st_size > 5000

@@ -18,7 +18,6 @@ from studies.stream import arms as stream_arms
 from studies.stream import report
 from studies.stream.arms import Arm, with_rates
 from studies.stream.report import choose_hyperparameters, measures
-from studies.stream.sweep import run_all
 
 
 # Two texts after the pre-training: rows are stages, columns texts.
@@ -67,7 +66,7 @@ def test_arms_are_compared_at_what_all_of_them_learned():
     assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
 
 
-def test_what_is_chosen_is_tried_and_chosen_again():
+def test_what_is_chosen_is_tried_and_chosen_again(monkeypatch):
     """Learning is the square root of the rate, and a line through two runs is a bad guess of it."""
     made = []
 
@@ -78,7 +77,8 @@ def test_what_is_chosen_is_tried_and_chosen_again():
         return {"arm": arm, "settings": hyperparameters, "seed": seed, "losses": losses}
 
     arms = {"full": Arm("", None, with_rates(0.1, 10.0)), "lora": Arm("", None, with_rates(1.0, 2.0))}
-    runs, level, chosen = run_all(arms, 2, run, choose_hyperparameters)
+    monkeypatch.setattr(report, "MOST_RATES_BEYOND", 0)
+    runs, level, chosen = stream_study.run_all(arms, 2, run)
     assert level == pytest.approx(2**0.1)
     assert chosen["lora"] == {"learning_rate": 2.0}
     assert chosen["full"]["learning_rate"] ** 0.5 == pytest.approx(level, rel=0.05)
