@@ -166,6 +166,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
 class PeerPreTrainedModel(ExtensibleCheckpoints, PreTrainedModel):
     config: PeerConfig
     base_model_prefix = "model"
+    was_loaded = False
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values", "expert_pool"]  # the cache by all its names

@@ -86,7 +86,7 @@ def expert_parameter_groups(
             if tables.setdefault(id(embedding.weight), "embeddings") == "embeddings":
                 let_gradients_come_in_factors(embedding)
         if not hasattr(type(model), IGNORED_BY_DDP):  # a PEER model tells DDP itself
-            names = ALL_CHECKPOINT_FUNCTIONS.get(IGNORED_BY_DDP, lambda model: [])(model)
+            names = ALL_CHECKPOINT_FUNCTIONS[IGNORED_BY_DDP](model)
             setattr(model, IGNORED_BY_DDP, list(dict.fromkeys([*getattr(model, IGNORED_BY_DDP, ()), *names])))
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NAMES_WITHOUT_DECAY))
     names = ("decayed", "not_decayed", "tables", "down_tables", "embeddings")
@@ -157,7 +157,9 @@ def make_optimizer(
             stacklevel=2,
         )
     config = getattr(model, "config", None)
-    if args.learning_rate == LEARNING_RATE_OF_TRAINER and config is not None and not model.name_or_path:
+    # The name of a new model may be that of the configuration it was made with.
+    is_new = config is not None and not getattr(model, "was_loaded", model.name_or_path)
+    if args.learning_rate == LEARNING_RATE_OF_TRAINER and is_new:
         warnings.warn(
             f"`learning_rate` is {args.learning_rate}, the default of `Trainer` for models that are trained further, "
             f"and this model is new: take about {learning_rate_of_new_model(config.hidden_size)}.",

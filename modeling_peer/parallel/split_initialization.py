@@ -71,6 +71,7 @@ def make_split_model(
             None, config=config, state_dict={}, distributed_config=distributed_config, **kwargs
         )
     model.name_or_path = model.config.name_or_path = ""  # not "None", which cards would name as its base model
+    model.was_loaded = False
     _zero_padding(model)
     return model.train()
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from modeling_peer import freeze_query_norm
+from modeling_peer import freeze_query_norm, make_split_model
 from modeling_peer.router import QueryBatchNorm
 
 
@@ -170,6 +170,7 @@ def test_a_loaded_model_says_how_it_normalizes_when_its_training_begins(tmp_path
     monkeypatch.setattr("modeling_peer.optim.query_norm.logger.warning_once", said.append)
     model = tiny_model(VARIANTS["peer"])
     model.train()
+    make_split_model(type(model), model.config)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert not said

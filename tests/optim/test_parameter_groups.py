@@ -10,7 +10,7 @@ import torch
 from grown_models import CONFIGS, SIZES
 from tiny_models import tiny_model
 from trainer_worker import small_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from modeling_peer import (
     RowAdamW,
@@ -110,9 +110,11 @@ def test_a_training_resumes_with_other_multipliers():
 
 def test_a_new_model_at_the_default_rate_is_warned_of_with_one_for_its_size(tmp_path):
     model, args = small_model("dense", "peer"), TrainingArguments("unused")
-    with pytest.warns(UserWarning, match="`learning_rate` is 5e-05.*this model is new: take about 0.004"):
-        make_optimizer(model, args)
     model.save_pretrained(tmp_path)
+    named = type(model)(AutoConfig.from_pretrained(tmp_path))  # after the folder of its configuration
+    for new in (model, named):
+        with pytest.warns(UserWarning, match="`learning_rate` is 5e-05.*this model is new: take about 0.004"):
+            make_optimizer(new, args)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_optimizer(type(model).from_pretrained(tmp_path), args)
