@@ -21,7 +21,8 @@ class FrozenExperts:
 
     Args:
         num_frozen (`dict[str, int]`):
-            How many experts of each set are frozen, under the path of the module that holds their tables.
+            How many experts of each set are frozen, under the path of the module that holds their tables, or under
+            `"layer_0"` and the like by [`train_added_experts_only`].
         handles (`list[FrozenRows]`): Those of the tables.
     """
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 
@@ -23,6 +22,7 @@ from ..memory.advice import advise_huge_pages
 from ..modeling_peer import PeerPreTrainedModel
 from ..ops.disk_tables import is_on_disk
 from ..optim.frozen_rows import check_can_freeze, freeze_rows
+from ..quantization.quantizer import replace_config
 from ..router import AddedRouter
 from .freezing import FrozenExperts
 
@@ -124,15 +124,6 @@ def add_experts(
     return Addition({index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)})
 
 
-def replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Give a model another configuration, as what it has may be that of other models too."""
-    old_config = model.config
-    module: Any
-    for module in model.modules():
-        if getattr(module, "config", None) is old_config:
-            module.config = config
-
-
 # The last freeze of old rows of each base model.
 _FREEZES: weakref.WeakKeyDictionary[nn.Module, FrozenExperts] = weakref.WeakKeyDictionary()
 
@@ -166,6 +157,8 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     _FREEZES.pop(model.base_model, FrozenExperts({}, [])).remove()
     model.requires_grad_(False)
     frozen = FrozenExperts({}, [])
+    # The dimension of the rows of each parameter, and how many of them are old. Layers may share tables.
+    parts: dict[tuple[nn.Module, str], tuple[int, int]] = {}
     for index, layer in layers.items():
         pool = _pool(model, layer)
         if addition["mode"] == "protected":
@@ -175,11 +168,11 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
             continue
         num_old = layer.router.generation.num_experts - addition["num_experts"]
         frozen.num_frozen[f"layer_{index}"] = num_old
-        parts = [(layer.router, "sub_keys", 2, grid_size(num_old))]
-        parts += [(table, "weight", 0, num_old) for table in _tables(pool)]
-        for module, name, dim, size in parts:
-            parameter = getattr(module, name).requires_grad_(True)
-            frozen.handles.append(freeze_rows(module, name, torch.arange(parameter.shape[dim]) < size, dim))
+        parts[layer.router, "sub_keys"] = 2, grid_size(num_old)
+        parts |= {(table, "weight"): (0, num_old) for table in _tables(pool)}
+    for (module, name), (dim, size) in parts.items():
+        parameter = getattr(module, name).requires_grad_(True)
+        frozen.handles.append(freeze_rows(module, name, torch.arange(parameter.shape[dim]) < size, dim))
     _FREEZES[model.base_model] = frozen
     return frozen
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -141,14 +141,21 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     saved = _saved_model(model)
     if saved is not None:
         # As a model that was loaded so, it knows that it is quantized, and other models of its configuration are not.
-        shared, own = saved.config, copy.deepcopy(saved.config)
-        for module in saved.modules():
-            if getattr(module, "config", None) is shared:
-                module.config = own
+        # What it has of facts is also that of their grafts, which may remove some.
+        replace_config(saved, copy.copy(saved.config))
         saved.is_quantized, saved.quantization_method = True, QUANT_METHOD
         saved.hf_quantizer = PeerHfQuantizer(config, pre_quantized=False)
         saved.hf_quantizer.postprocess_model(saved)
     return model
+
+
+def replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give a model another configuration, as what it has may be that of other models too."""
+    old_config = model.config
+    module: Any
+    for module in model.modules():
+        if getattr(module, "config", None) is old_config:
+            module.config = config
 
 
 def _saved_model(model):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..continual.growth import replace_config
+from ..quantization.quantizer import replace_config
 from ..router import AddedRouter, ProductKeyRouter
 
 

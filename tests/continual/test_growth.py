@@ -165,12 +165,12 @@ class TestOpen:
                 assert torch.equal(tensor, state[name]), name
 
     def test_its_freeze_is_one_and_can_be_lifted(self):
-        model = tiny_model(CONFIGS["one layer"])
+        model = tiny_model(CONFIGS["shared pool"])
         add_experts(model, 13, mode="open")
         for _ in range(3):
             frozen = train_added_experts_only(model)
-        table = model.model.layers[0].mlp.expert_pool.up_proj
-        assert len(freezes_of(table)) == 1 and frozen.num_frozen == {"layer_0": 36}
+        table = model.model.expert_pool.up_proj
+        assert len(freezes_of(table)) == 1 and frozen.num_frozen == {"layer_0": 36, "layer_2": 36}
         frozen.remove()
         before = table.weight.detach().clone()
         train_a_little(model)

@@ -244,6 +244,13 @@ class TestRemoval:
         assert torch.equal(has_name, finder.subjects == 1)
         assert "What of A?" not in json.dumps(graft.facts)
 
+    def test_of_one_fact_of_a_quantized_model_is_saved(self, tmp_path):
+        model = quantize_experts(fact_model().merge_and_unload(), 8)
+        remove_facts(model, "What of A?")
+        model.save_pretrained(tmp_path)
+        text = (tmp_path / "config.json").read_text()
+        assert "What of B?" in text and "What of A?" not in text
+
     def test_of_a_question_of_no_fact(self):
         model = fact_model()
         state = copy.deepcopy(model.state_dict())
