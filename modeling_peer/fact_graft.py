@@ -165,10 +165,10 @@ class FactRouter(nn.Module):
     expert_questions: torch.Tensor
     expert_tokens: torch.Tensor
 
-    def __init__(self, config: PeerConfig, sizes: FactSizes, generation: Any):
+    query_norm = None
+
+    def __init__(self, config: PeerConfig, sizes: FactSizes):
         super().__init__()
-        self.generation = generation
-        self.num_heads, self.query_norm = 1, None
         self.sizes = sizes
         self.subjects = NameFinder(config.hidden_size, sizes)
         num_questions = sizes.num_relations + sizes.num_continuations
@@ -284,7 +284,7 @@ class FactGraft(PeerGraft):
     def __init__(self, config: PeerConfig, sizes: FactSizes, facts: list[dict[str, Any]]):
         super().__init__(config)
         self.facts = facts
-        self.router = FactRouter(config, sizes, self.router.generation)
+        self.router = FactRouter(config, sizes)
 
     def experts_of(self, number: int) -> range:
         """The experts of the fact with a number in `facts`."""

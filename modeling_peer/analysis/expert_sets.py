@@ -27,7 +27,6 @@ class ExpertSet:
     pool, or the values of a PKM layer.
 
     Args:
-        name (`str`): The name of the module that holds the tables.
         layers (`tuple[int]`): Indices of the layers that retrieve from the set, see [`layer_index`].
         routers (`tuple[ProductKeyRouter]`): The routers of these layers.
         tables (`dict[str, list[tuple[int, nn.Module]]]`):
@@ -39,7 +38,6 @@ class ExpertSet:
             the graft of the adapter of this name, `"layer_1_graft_0"` for the first merged graft.
     """
 
-    name: str
     layers: tuple[int, ...]
     routers: tuple[ProductKeyRouter, ...]
     tables: dict[str, list[tuple[int, nn.Module]]]
@@ -107,7 +105,7 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
         layers = tuple(sorted({layer_index(name) for name in names}))
         routers = [each for name in names for each in modules[name].modules() if isinstance(each, ProductKeyRouter)]
         label = module_label(modules, names[0], layers)
-        sets[holder] = ExpertSet(holder, layers, tuple(routers), _tables(modules[holder]), label)
+        sets[holder] = ExpertSet(layers, tuple(routers), _tables(modules[holder]), label)
     return sets
 
 

@@ -81,7 +81,9 @@ def learned_keys(
             schedule.step()
     with torch.no_grad():
         weight, bias = (projection / deviation[:, None]).T, -(mean / deviation) @ projection
-        _write(matcher, weight, bias, F.normalize(keys, dim=-1))
+        found = ((matcher.weight, weight), (matcher.bias, bias), (matcher.keys, F.normalize(keys, dim=-1)))
+        for parameter, value in found:
+            _round_into(parameter, value)
         nearest = _nearest(matcher, others[is_held_out], named_there[is_held_out], key_subjects)
         lowest = _nearest(matcher, states).quantile(0.01, interpolation="lower") - 0.01
         _round_into(matcher.threshold, torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest))
@@ -90,11 +92,6 @@ def learned_keys(
 def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Set a parameter to what bfloat16 can hold, in which adapters are saved: thresholds are close to similarities."""
     parameter.copy_(value.bfloat16())
-
-
-def _write(matcher: KeyMatcher, weight: torch.Tensor, bias: torch.Tensor, keys: torch.Tensor) -> None:
-    for parameter, value in ((matcher.weight, weight), (matcher.bias, bias), (matcher.keys, keys)):
-        _round_into(parameter, value)
 
 
 def _nearest(

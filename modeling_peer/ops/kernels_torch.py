@@ -7,11 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
+from ..experts import PIECE_SIZE
 from .quantized_rows import QuantizedRows, dequantize
-
-
-# Elements of a piece: 4 MB in float32, which a cache holds.
-PIECE_SIZE = 2**20
 
 
 class TorchKernels:

@@ -64,7 +64,7 @@ class RowAdamW(torch.optim.Optimizer):
             2^32, which is saved with the state. Replicas of a model must have the same.
 
     Raises:
-        `ValueError`: for a hyperparameter out of its range and, at its first step, a row parameter that is no matrix.
+        `ValueError`: for a hyperparameter out of its range, or a row parameter that is no real matrix.
 
     ```python
     >>> from modeling_peer import RowAdamW, expert_parameter_groups

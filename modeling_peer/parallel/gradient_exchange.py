@@ -94,8 +94,7 @@ def _average_after_backward(decoder, args, output):
     if memory_group is not None:
         tables, group = _weights_of_tables(decoder), memory_group.replicas
     else:
-        tables = [] if replicas is None else _tables_left_out(replicas, decoder)
-        group = None if replicas is None else replicas.process_group
+        tables, group = _tables_left_out(replicas, decoder), replicas.process_group
 
     def average():
         # FSDP2 is asked in the backward, where it decides, and DDP in the forward.

@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert tables in integers of 8 or 4 bits, as a quantizer of Transformers, which importing this folder registers."""
 
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from .quantizer import QUANT_METHOD, PeerHfQuantizer, PeerQuantizationConfig
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantization_config(QUANT_METHOD)(PeerQuantizationConfig)
-    register_quantizer(QUANT_METHOD)(PeerHfQuantizer)
+register_quantization_config(QUANT_METHOD)(PeerQuantizationConfig)
+register_quantizer(QUANT_METHOD)(PeerHfQuantizer)

@@ -5,8 +5,8 @@ A PEER model for MLX, which `examples/convert_to_mlx.py` writes beside a checkpo
 
     python -m mlx_lm generate --model FOLDER --trust-remote-code --prompt "def main("
 
-Attention, caches and sampling are those of `mlx_lm`. Here is what stands in for its feed-forward: dense, MoE, PKM and
-PEER layers in evaluation, with added experts and shared pools. It needs nothing but `mlx_lm`.
+Attention, caches and sampling are those of `mlx_lm`. Here is what stands in for its feed-forward: dense and PEER
+layers in evaluation, with added experts and shared pools. It needs nothing but `mlx_lm`.
 """
 
 import math

@@ -78,20 +78,6 @@ int64_t NAME(row_gradient)(const SUM *coefficients, const int32_t *sources, cons
     return 0;
 }
 
-static inline SUM NAME(square)(const SUM *values, int64_t width) {
-    VECTOR squares = {};
-    int64_t i = 0;
-    for (; i + WIDTH <= width; i += WIDTH) {
-        VECTOR x;
-        memcpy(&x, values + i, sizeof x);
-        squares += x * x;
-    }
-    SUM square = 0;
-    for (int lane = 0; lane < WIDTH; lane++) square += squares[lane];
-    for (; i < width; i++) square += values[i] * values[i];
-    return square;
-}
-
 /* The sum of the squares of all rows, to `total`, in an order that depends on the number of threads alone. Of a row
    that one assignment names it is that of the token, which is computed once. Returns -1 if out of memory. */
 int64_t NAME(squared_norm)(const SUM *coefficients, const int32_t *sources, const int32_t *starts, const SUM *tokens,

@@ -92,20 +92,6 @@ static inline VECTOR NAME(update)(const ROW *x, SUM *m, SUM *v, const SUM *g, SU
     return c.decay * NAME(load)(x) - rate * (first / divisors);
 }
 
-static inline SUM NAME(mean_square)(const SUM *g, int64_t width) {
-    VECTOR sums = {};
-    int64_t i = 0;
-    for (; i + WIDTH <= width; i += WIDTH) {
-        VECTOR gradient;
-        memcpy(&gradient, g + i, sizeof gradient);
-        sums += gradient * gradient;
-    }
-    SUM sum = 0;
-    for (int lane = 0; lane < WIDTH; lane++) sum += sums[lane];
-    for (; i < width; i++) sum += g[i] * g[i];
-    return sum / width;
-}
-
 static inline int NAME(is_zero)(const SUM *g, int64_t width) {
     for (int64_t i = 0; i < width; i++)
         if (g[i] != 0) return 0;
@@ -134,7 +120,7 @@ static inline void NAME(step_row)(const NAME(table) *t, int64_t row, int64_t ahe
     const SUM rate = t->lr / -expm1(step * t->log_beta1), root_correction = sqrt(-expm1(step * t->log_beta2));
     SUM divisor = 1 / root_correction;
     if (t->shared) {
-        const SUM second = t->c.second_kept * t->exp_avg_sq[row] + t->c.second * NAME(mean_square)(g, width);
+        const SUM second = t->c.second_kept * t->exp_avg_sq[row] + t->c.second * (NAME(square)(g, width) / width);
         t->exp_avg_sq[row] = second;
         divisor = (SUM)sqrt(second) * divisor + t->c.eps;
     }

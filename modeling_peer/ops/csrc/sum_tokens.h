@@ -38,3 +38,17 @@ static inline void NAME(sum_tokens)(const SUM *coefficients, const int32_t *sour
             if (coefficients[e] != 0) sums[i] += coefficients[e] * tokens[sources[e] * width + i];
     }
 }
+
+static inline SUM NAME(square)(const SUM *values, int64_t width) {
+    VECTOR squares = {};
+    int64_t i = 0;
+    for (; i + WIDTH <= width; i += WIDTH) {
+        VECTOR x;
+        memcpy(&x, values + i, sizeof x);
+        squares += x * x;
+    }
+    SUM square = 0;
+    for (int lane = 0; lane < WIDTH; lane++) square += squares[lane];
+    for (; i < width; i++) square += values[i] * values[i];
+    return square;
+}
