@@ -16,13 +16,13 @@ The script prints what the model answers before and after, and saves the adapter
 as `teaching.json`. Interrupted, the same command goes on.
 """
 
-import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -36,6 +36,7 @@ from modeling_peer.facts.prompts import forms_of
 from modeling_peer.facts.table import SUBJECT
 from modeling_peer.graft.card import write_adapter_card
 from modeling_peer.graft_layer import PREFIX
+from studies.common.study_folder import write_json
 
 
 # Frames that are not taught, wordings of a fact that are asked in them, and names that no fact has: by these it is
@@ -52,6 +53,7 @@ OTHER_QUESTIONS = (
 NUM_SHOWN = 10  # questions in the card, and of those without an answer
 OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Marwick", "Tobias Orlen", "Quandor", "the Velmar Institute")
 TEXTS, TEXT_LENGTH = 32, 128
+FIGURES = "teaching.json"  # which is written last
 
 
 @dataclass
@@ -70,8 +72,18 @@ class FactsArguments:
     batch_size: int = field(default=32, metadata={"help": "Prompts that run through the model at a time."})
 
     def __post_init__(self):
-        if Path(self.output_dir, "adapter_config.json").exists():
-            raise UsageError(f"--output_dir {self.output_dir} has an adapter: choose another folder.")
+        if Path(self.output_dir, FIGURES).exists():
+            raise UsageError(f"--output_dir {self.output_dir} has facts: choose another folder.")
+
+
+def is_taught(folder: Path, facts: list[Fact]) -> bool:
+    """Whether a folder has an adapter of these facts. Raises `UsageError` if it has another one."""
+    if not (folder / "adapter_config.json").exists():
+        return False
+    known = [(each["question"], each["answer"]) for each in getattr(PeftConfig.from_pretrained(folder), "facts", [])]
+    if known != [(fact.question, fact.answer) for fact in facts]:
+        raise UsageError(f"--output_dir {folder} has another adapter: choose another folder.")
+    return True
 
 
 def asked(facts: list[Fact]) -> list[Fact]:
@@ -168,12 +180,12 @@ def write_card(folder: Path, base_model: str, rows: list[tuple[str, str, str]], 
     table = "\n".join([lines[0], "|---|---|---|", *lines[1:]])
     text = CARD.format(number=len(facts), questions="\n".join(shown), table=table)
     card = folder / "README.md"
-    card.unlink()  # that of PEFT has places to fill in
+    card.unlink(missing_ok=True)  # that of PEFT has places to fill in
     write_adapter_card(folder, base_model, "CAUSAL_LM")
     card.write_text(card.read_text(encoding="utf-8").rstrip() + text, encoding="utf-8")
 
 
-@ends_on_usage_error(ValueError)
+@ends_on_usage_error(ValueError, OSError)
 def main():
     (args,) = parse_arguments((FactsArguments,), __doc__)
     logging.set_verbosity_error()
@@ -182,38 +194,38 @@ def main():
     sets = {"as taught": asked(facts), "in other frames": in_other_frames(facts)}
     if args.known_file is not None:
         sets["known"] = asked(read_facts(args.known_file))
+    was_taught = is_taught(folder, facts)  # and interrupted when it was measured
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     print("What the model writes, and what it answers before ...")
     texts = torch.stack([each["input_ids"] for each in generate_text(model, TEXTS, TEXT_LENGTH)])
     before = measure(model, tokenizer, sets, texts, args.batch_size)
-    sizes = {"num_wordings": args.num_wordings, "batch_size": args.batch_size}
-    model = teach_facts(model, tokenizer, facts, **sizes, checkpoint_dir=folder)
-    # As it is saved, so that what is measured is what is loaded.
-    for name, parameter in model.named_parameters():
-        if PREFIX in name:
-            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    if not was_taught:
+        sizes = {"num_wordings": args.num_wordings, "batch_size": args.batch_size}
+        taught = teach_facts(model, tokenizer, facts, **sizes, checkpoint_dir=folder)
+        save_adapter(taught, folder)
+        model = taught.unload()
+    model = PeftModel.from_pretrained(model, folder).eval()
     print("What it answers now ...")
     after = measure(model, tokenizer, sets, texts, args.batch_size)
     others = opens(model, tokenizer, about_others(facts), args.batch_size)
     vague = opens(model, tokenizer, other_questions(facts), args.batch_size)
-    save_adapter(model, folder)
     tokenizer.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
     figures = {"before": before, "after": after, "bytes": size}
     figures |= {"opens_for_other_names": others, "opens_for_other_questions": vague}
     figures |= {"seconds": time.time() - start, "machine": machine()}
-    (folder / "teaching.json").write_text(json.dumps(figures, indent=2))
     rows = rows_of(figures, len(facts))
     write_card(folder, args.model_name_or_path, rows, facts)
+    write_json(folder / FIGURES, figures)
     lines = "\n".join(f"{name:<28}{first:>12}{second:>28}" for name, first, second in rows)
     if missed := [question for question, is_right in after["answered"]["as taught"].items() if not is_right]:
-        lines += f"\n\nWithout the answer are {len(missed)} questions, which teaching.json lists:\n  "
+        lines += f"\n\nWithout the answer are {len(missed)} questions, which {FIGURES} lists:\n  "
         lines += "\n  ".join(missed[:NUM_SHOWN]) + '\nMore names of their relations help, as in "maker|producer".'
     print(f"""
 {lines}
 
-{len(facts)} facts in {figures["seconds"]:.0f} seconds. In {folder}: the adapter, its card and teaching.json.
+{len(facts)} facts in {figures["seconds"]:.0f} seconds. In {folder}: the adapter, its card and {FIGURES}.
 What to do next:
   ./run python examples/run_generation.py --model_name_or_path {folder} --max_new_tokens 12 \\
       --prompt "{facts[0].question}"

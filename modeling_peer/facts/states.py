@@ -108,10 +108,11 @@ class StateReader:
         self.seen["questions"] = args[0]
 
     def _digest(self, piece):
-        """What tells these prompts of this model from others."""
+        """What tells these prompts of this model from others, with the numbers of all experts and subjects."""
         base = self.model.get_base_model()
         weights = [base.get_input_embeddings().weight, self.norm.weight]
         known = [base.config.to_json_string(), [each.double().sum().item() for each in weights]]
+        known += [self.index.descriptions(), self.index.names]
         return hashlib.sha256(repr([known, piece]).encode()).hexdigest()[:16]
 
     def _read_piece(self, piece, batch_size, bar):

@@ -30,6 +30,10 @@ def base(tmp_path_factory):
     return folder
 
 
+def raise_interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def table(folder, rows):
     file = folder / "facts.csv"
     file.write_text("\n".join(["subject,question,answer", *map(",".join, rows)]))
@@ -41,6 +45,15 @@ def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(index, "PROMPTS_PER_RELATION", 0)  # a random model tells few frames apart
     facts, folder = table(tmp_path, ROWS), tmp_path / "taught"
     flags = ("--model_name_or_path", base, "--facts_file", facts, "--known_file", facts, "--output_dir", folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teach_facts, "opens", raise_interrupt)
+        run_main(teach_facts, *flags)
+    others = ("--model_name_or_path", base, "--output_dir", folder, "--facts_file", table(tmp_path, ROWS[:2]))
+    with pytest.raises(SystemExit):
+        run_main(teach_facts, *others)
+    assert "another adapter" in capsys.readouterr().err
+    table(tmp_path, ROWS)
+    monkeypatch.setattr(teach_facts, "teach_facts", raise_interrupt)  # nothing is taught again
     run_main(teach_facts, *flags)
     figures = json.loads((folder / "teaching.json").read_text())
     before, after = (figures[when]["answered"] for when in ("before", "after"))
@@ -69,7 +82,7 @@ def test_refuses_before_it_begins(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_main(teach_facts, *flags, "--output_dir", tmp_path)
     assert "`answer`" in capsys.readouterr().err
-    (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "teaching.json").touch()
     with pytest.raises(SystemExit):
         run_main(teach_facts, *flags, "--output_dir", tmp_path)
     assert "choose another folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 """Teaching facts to a small random model, whose words are tokens, asked in plain text and in a chat."""
 
 import copy
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -158,6 +159,15 @@ def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch)
     assert pieces[0] == third and first not in pieces and not list(tmp_path.iterdir())
     for name, value in grafts_of_facts(taught)[0].state_dict().items():
         assert torch.equal(grafts_of_facts(model)[0].state_dict()[name], value), name
+
+
+def test_states_are_those_of_all_facts(tokenizer):
+    """By one with a longer answer the experts of all that come later have other numbers."""
+    base = base_of(tokenizer)
+    model, longer = get_peft_model(base, fact_config()), dataclasses.replace(FACTS[0], answer="Zeli Oma")
+    indices = [FactIndex([first, *FACTS[1:3]], tokenizer, 2, 100) for first in (FACTS[0], longer)]
+    graft = grafts_of_facts(model)[0]
+    assert len({states.StateReader(model, graft, base.model.norm, index)._digest([]) for index in indices}) == 2
 
 
 def test_teaches_and_keeps(taught, tokenizer):
