@@ -45,7 +45,7 @@ from common.machine import OwnMemory, machine
 from modeling_peer import PeerConfig, PeerForCausalLM, keep_tables_on_disk
 from modeling_peer.experts import expert_tables
 from modeling_peer.memory.advice import advise_huge_pages, advise_whole_access
-from studies.common.study_folder import read_json, write_json
+from studies.common.study_folder import claim_folder, read_json, write_json
 from studies.common.tables import markdown_table
 
 
@@ -393,6 +393,7 @@ def main():
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(args.num_experts, args.hidden_size)
+    claim_folder(folder, {"num_experts": args.num_experts, "hidden_size": args.hidden_size})
     if not (folder / FILE).exists():
         write_checkpoint(folder, config, random_values)
     ways = [way for way in WAYS if args.control_group is not None or not way.endswith(LITTLE_MEMORY)]

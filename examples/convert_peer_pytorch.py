@@ -158,6 +158,8 @@ def place_layer(
         `UsageError`: if the layer does not fit into the model.
     """
     config = base_model.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError("The checkpoint is quantized: give the one that it was made from.")
     _check_fit(config, layer, fields)
     types = list(config.feed_forward_types)
     types[layer] = "peer"

@@ -72,7 +72,7 @@ def convert(folder: Path, output_dir: Path) -> None:
     (output_dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
-@ends_on_usage_error()
+@ends_on_usage_error(ValueError)
 def main():
     (args,) = parse_arguments((ConversionArguments,), __doc__)
     check_output_dir(args.output_dir, args.model_name_or_path)

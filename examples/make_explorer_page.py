@@ -37,7 +37,7 @@ class Arguments:
     )
 
 
-@ends_on_usage_error()
+@ends_on_usage_error(ValueError, OSError)
 def main() -> None:
     (arguments,) = parse_arguments((Arguments,), __doc__)
     folder = Path(arguments.model_name_or_path)

@@ -11,6 +11,7 @@ the task is to predict which package of the Python standard library a few lines 
 --model_name_or_path a new model is trained on this task alone. The accuracy is in `all_results.json`.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
-from common.model_arguments import ModelArguments, load_config, load_model, load_tokenizer
+from common.model_arguments import ModelArguments, check_output_dir, load_config, load_model, load_tokenizer
 from common.text_data import DatasetArguments, load_datasets, take_samples, text_column
 from common.training import (
     ExampleTrainingArguments,
@@ -41,6 +42,8 @@ from common.training import (
     setup_logging,
 )
 
+
+logger = logging.getLogger(__name__)
 
 # The default task: a snippet of `SNIPPET_LINES` lines comes from one of these packages.
 PACKAGES = (
@@ -82,18 +85,27 @@ class DataTrainingArguments(DatasetArguments):
 
 
 def load_labeled_datasets(args: DataTrainingArguments) -> DatasetDict:
-    """Loads the training set and the held-out set, with a column of texts and a column of labels."""
+    """Loads the training set and the held-out set, of which each row has a text and a label."""
     datasets = load_datasets(args)
     if args.dataset_name is None and args.train_file is None and args.validation_file is None:
         columns = datasets["train"].column_names
         datasets = datasets.map(_cut_snippets, batched=True, remove_columns=columns, desc="Cutting snippets")
     for split, dataset in datasets.items():
         if args.label_column_name not in dataset.column_names:
-            raise ValueError(
+            raise UsageError(
                 f"The {split} set has no column {args.label_column_name!r}: choose another --label_column_name of "
                 f"{dataset.column_names}."
             )
+        args.text_column_name = text_column(dataset.remove_columns(args.label_column_name), args)
+        columns = [args.text_column_name, args.label_column_name]
+        datasets[split] = dataset.filter(_is_complete, input_columns=columns, desc="Looking for labels")
+        if left_out := len(dataset) - len(datasets[split]):
+            logger.warning(f"Left out: {left_out} rows of the {split} set, which have no text or no label.")
     return datasets
+
+
+def _is_complete(text: str | None, label: Any) -> bool:
+    return text is not None and label not in (None, "", -1)  # in a `ClassLabel`, -1 is none
 
 
 def _cut_snippets(files: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -212,6 +224,8 @@ def main():
     setup_logging(training_args)
     set_seed(training_args.seed)
     check_has_model(training_args, model_args.is_new)
+    if training_args.do_train:
+        check_output_dir(training_args.output_dir, model_args.model_name_or_path)
     checkpoint = last_checkpoint(training_args)
     with training_args.main_process_first(desc="loading the texts"):
         datasets = load_labeled_datasets(data_args)

@@ -70,6 +70,11 @@ class NanoDataArguments(DataTrainingArguments):
         default=64, metadata={"help": "Number of held-out sequences to evaluate on, evenly spaced."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.streaming:
+            raise UsageError("--streaming is for longer texts than this script takes, which holds them in memory.")
+
 
 def train(name: str, args: NanoArguments, data_args: NanoDataArguments) -> tuple[Trainer, dict[str, float]]:
     """Trains a model of a named configuration, or goes on with it. Returns its trainer and metrics."""

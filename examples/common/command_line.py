@@ -49,7 +49,7 @@ def parse_arguments(dataclass_types: tuple[type, ...], description: str, main_fl
         usage="%(prog)s [--flag value ...]",
         formatter_class=_HelpFormatter,
     )
-    with ends_on_usage_error(ValueError):
+    with ends_on_usage_error(ValueError, OSError):
         if len(words) == 1 and words[0].endswith(".json"):
             return parser.parse_json_file(json_file=os.path.abspath(words[0]))
         return parser.parse_args_into_dataclasses(words)
@@ -65,11 +65,11 @@ def _main_dataclass(dataclass_types, names):
 
 
 @contextmanager
-def ends_on_usage_error(error_type: type[ValueError] = UsageError) -> Iterator[None]:
-    """Ends the program on an error of this type, with its message and the exit code of wrong flags, 2."""
+def ends_on_usage_error(*error_types: type[Exception]) -> Iterator[None]:
+    """Ends the program on `UsageError` or errors of these types, with the message and the exit code of wrong flags, 2."""
     try:
         yield
-    except error_type as error:
+    except (UsageError, *error_types) as error:
         print(f"{_program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

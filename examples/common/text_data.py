@@ -133,7 +133,10 @@ def load_datasets(args: DatasetArguments, streaming: bool = False) -> DatasetDic
     standard library.
     """
     if args.dataset_name is not None:
-        datasets = load_dataset(args.dataset_name, args.dataset_config_name, streaming=streaming)
+        try:
+            datasets = load_dataset(args.dataset_name, args.dataset_config_name, streaming=streaming)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
         if "train" not in datasets or "validation" in datasets or not args.validation_split_percentage:
             return datasets
         parts = [Part(datasets["train"], None if streaming else len(datasets["train"]))]
@@ -163,6 +166,7 @@ def standard_library(validation_split_percentage: int = 5) -> DatasetDict:
                 _read_sources, gen_kwargs={"root": str(root), "names": tuple(names), "version": sys.version}
             )
             for split, names in splits.items()
+            if names
         }
     )
 

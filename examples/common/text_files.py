@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 import numpy as np
@@ -148,17 +148,22 @@ def load_parts(names: list[str], encoding: str, streaming: bool) -> list[Part]:
     options = _options(loader, encoding)
     with errors_name_the_file(names, encoding, ValueError):
         if loader != "text":
-            dataset = load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+            dataset = load_dataset(loader, data_files=_exact(files), split="train", streaming=streaming, **options)
             return [Part(dataset, None if streaming else len(dataset))]
         large = [file for file in files if _is_large(file)]
         whole = [file for file in files if file not in large]
         parts = [_lines_of(file, options, streaming) for file in large]
         if whole:
             dataset = load_dataset(
-                "text", data_files=whole, split="train", streaming=streaming, sample_by="document", **options
+                "text", data_files=_exact(whole), split="train", streaming=streaming, sample_by="document", **options
             )
             parts.append(Part(dataset, len(whole)))
         return parts
+
+
+def _exact(files):
+    """As `load_dataset` takes them, which reads names as patterns."""
+    return [file if "://" in file else escape(file) for file in files]
 
 
 def _options(loader, encoding):
@@ -174,7 +179,7 @@ def _is_large(file):
 
 def _lines_of(file, options, streaming):
     lines = load_dataset(
-        "text", data_files=[file], split="train", streaming=streaming, keep_linebreaks=True, **options
+        "text", data_files=_exact([file]), split="train", streaming=streaming, keep_linebreaks=True, **options
     )
     end = Dataset.from_dict({"text": [""], ENDS: [True]})
     dataset = concatenate_datasets([with_ends(lines, False), end.to_iterable_dataset() if streaming else end])
@@ -221,7 +226,8 @@ def errors_name_the_file(names: list[str], encoding: str, *exceptions: type[Exce
 def _check_readable(file, encoding):
     loader = loader_of(file)
     try:
-        rows = load_dataset(loader, data_files=[file], split="train", streaming=True, **_options(loader, encoding))
+        options = {"split": "train", "streaming": True, **_options(loader, encoding)}
+        rows = load_dataset(loader, data_files=_exact([file]), **options)
         num_rows = sum(1 for _ in rows)
     except StopIteration:
         num_rows = 0

@@ -5,6 +5,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -266,7 +267,8 @@ def describe_run(trainer: Trainer, metrics: dict[str, float], next_command: str 
     lines += [
         f"In {folder}: " + ("the model, and " if trainer.args.do_train else "") + "all figures in all_results.json"
     ]
-    lines += [f"Next: {next_command.format(folder=folder)}"] if next_command else []
+    if next_command and trainer.args.do_train:
+        lines.append(f"Next: {next_command.format(folder=shlex.quote(folder))}")
     return "\n".join(["", *lines])
 
 

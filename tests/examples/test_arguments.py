@@ -3,6 +3,7 @@
 """The model that examples train, from their flags, and mistakes that end a script before it works for hours."""
 
 import convert_peer_pytorch
+import convert_to_mlx
 import huggingface_hub
 import push_to_hub
 import pytest
@@ -12,6 +13,8 @@ import run_classification
 import run_clm
 import run_generation
 import teach_domain
+import teach_facts
+import train_nano
 from main_runs import run_main
 from tiny_models import tiny_config
 
@@ -40,6 +43,11 @@ LAYER = ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1", "--output_dir", "o
         # The figures of an untrained model would be written into the card of the model that is in the folder.
         (run_clm, ("--do_eval", "--output_dir", "out"), "--model_name_or_path"),
         (run_classification, ("--do_eval", "--output_dir", "out"), "--model_name_or_path"),
+        (run_classification, TRAIN, "'label'"),
+        (run_clm, ("no.json",), "no.json"),
+        (train_nano, (*DATA, "--streaming"), "--streaming"),
+        (teach_facts, (*MODEL, "--facts_file", "no.csv"), "no.csv"),
+        (convert_to_mlx, ("--model_name_or_path", "a/b/c", "--output_dir", "out"), "a/b/c"),
         *((each, (*TRAIN, "--resume_from_checkpoint", "no"), "resume") for each in (run_clm, run_classification)),
         (teach_domain, (*TRAIN, "--resume_from_checkpoint", "no"), "resume"),
         (teach_domain, ("--model_name_or_path", "here", *DATA, "--streaming"), "--streaming"),
@@ -48,6 +56,7 @@ LAYER = ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1", "--output_dir", "o
         (quantize, ("--model_name_or_path", "out", "--output_dir", "out"), "--output_dir"),
         (convert_peer_pytorch, ("--model_name_or_path", "out", *LAYER), "--output_dir"),
         (teach_domain, ("--model_name_or_path", "out", *DATA), "--output_dir"),
+        (run_classification, ("--model_name_or_path", "out", *TRAIN), "--output_dir"),
     ],
 )
 def test_mistakes_end_with_one_line(script, flags, named, tmp_path, monkeypatch, capsys):

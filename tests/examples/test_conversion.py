@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from common.command_line import UsageError
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, quantize_experts
 
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +94,12 @@ def test_layers_that_do_not_fit(types, options, flags):
     peer = peer_pytorch_layer(**options)
     with pytest.raises(UsageError):
         place_layer(host(*types), 0, peer.state_dict(), layer_fields(peer.state_dict(), **flags))
+
+
+def test_a_quantized_checkpoint_is_refused():
+    peer = peer_pytorch_layer()
+    with pytest.raises(UsageError, match="quantized"):
+        place_layer(quantize_experts(host("peer")), 0, peer.state_dict(), layer_fields(peer.state_dict()))
 
 
 def test_script(tmp_path):

@@ -163,11 +163,11 @@ def test_prints_text_and_experts(checkpoint):
 
 
 def test_learns_labels_of_a_csv_and_keeps_their_ids(checkpoint, tmp_path):
-    """Also if what it is evaluated on lacks a label that the model knows."""
+    """Also if what it is evaluated on lacks a label that the model knows. Rows without a text or a label are left out."""
     for name, numbers in (("train", range(160)), ("held_out", range(1000, 1160)), ("odd", range(1001, 1160, 2))):
-        rows = [f"number {i},{'odd' if i % 2 else 'even'}" for i in numbers]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["content,parity", *rows]))
-    columns = ("--text_column_name", "content", "--label_column_name", "parity")
+        rows = [f"{'odd' if i % 2 else 'even'},number {i}" for i in numbers]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["parity,content", *rows, "odd,", ",number 3"]))
+    columns = ("--label_column_name", "parity")
     run(
         *("run_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path / "model"),
         *("--train_file", tmp_path / "train.csv", "--validation_file", tmp_path / "held_out.csv", *columns),

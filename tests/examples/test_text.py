@@ -21,7 +21,7 @@ from common.text_data import (
     tokenize_into_blocks,
     train_tokenizer,
 )
-from common.text_files import find_files
+from common.text_files import find_files, load_parts
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,10 @@ def test_standard_library():
     assert all(again[name]["file"] == splits[name]["file"] for name in splits)
     with tokenize.open(Path(library_files()[0], first["file"])) as file:
         assert first["text"] == file.read()
+
+
+def test_the_standard_library_whole():
+    assert list(standard_library(0)) == ["train"]
 
 
 def test_files_that_are_read(notes):
@@ -83,6 +87,15 @@ class TestTexts:
         tokenizer, tokens = tokens_of(args, streaming)
         parts = tokenizer.decode(tokens).split("<|endoftext|>")
         assert sorted(parts) == sorted(["", "one\n" * 30, "two\n" * 30, "three\n"]) and parts[-1] == ""
+
+    def test_names_with_brackets_are_no_patterns(self, tmp_path, streaming):
+        for name in ("a [1].md", "[id].md", "1.md"):
+            (tmp_path / name).write_text(name)
+        args = DataTrainingArguments(train_file=[str(tmp_path / "a [1].md"), str(tmp_path / "[id].md")])
+        assert {row["text"] for row in load_parts(args.train_file, "utf-8", streaming)[0].dataset} == {
+            "a [1].md",
+            "[id].md",
+        }
 
     def test_lines_of_large_files_are_held_out_in_runs(self, tmp_path, streaming, monkeypatch):
         monkeypatch.setattr(text_files, "LARGE_BYTES", 50)

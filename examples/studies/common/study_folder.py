@@ -18,14 +18,11 @@ FREE_ARGUMENTS = ("output_dir", "arms", "seeds")
 
 def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
     """
-    Creates the folder of a study, or checks that an existing folder belongs to the same study.
+    Creates the folder of a study, or ends the process if an existing folder belongs to another study.
 
     Args:
         folder (`Path`): Folder of the study.
         arguments (`dict[str, Any]`): Arguments of the study. They are saved in `arguments.json`.
-
-    Raises:
-        `ValueError`: if the folder holds a study with other arguments.
     """
     arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
     file = folder / "arguments.json"
@@ -33,7 +30,7 @@ def claim_folder(folder: Path, arguments: dict[str, Any]) -> None:
         before = json.loads(file.read_text())
         changed = {name for name in arguments.keys() | before.keys() if arguments.get(name) != before.get(name)}
         if changed:
-            raise ValueError(
+            raise SystemExit(
                 f"{folder} holds a study with other arguments: "
                 + ", ".join(f"{name} was {before.get(name)}, got {arguments.get(name)}" for name in sorted(changed))
                 + ". Choose another --output_dir, or remove it."
