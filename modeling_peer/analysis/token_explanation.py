@@ -184,9 +184,8 @@ class ExpertReader:
         for first, pool in pools.items():
             table: Any = pool.down_proj if isinstance(pool, ExpertPool) else pool.values
             chosen = (own == first).nonzero()[:, 0]
-            device = next(table.parameters()).device
             # By a call of the table, whatever an adapter, a quantizer or an offloader has put around it.
-            rows = table((experts[chosen] - first).to(head.device if device.type == "meta" else device))
+            rows = table((experts[chosen] - first).to(_device_of(table, head)))
             vectors[chosen.to(head.device)] = rows[:, : head.shape[1]].to(vectors)  # a graft's may have one for biases
         return vectors
 
@@ -205,8 +204,14 @@ class ExpertReader:
 
 def _dot_products(tokens, rows, table):
     """`tokens [T, d], rows [T, A] -> [T, A]`"""
-    pieces = zip(tokens.split(PIECE), rows.split(PIECE), strict=True)
-    return torch.cat([torch.einsum("td,tad->ta", some, table(own).to(some.dtype)) for some, own in pieces])
+    pieces = zip(tokens.split(PIECE), rows.to(_device_of(table, rows)).split(PIECE), strict=True)
+    return torch.cat([torch.einsum("td,tad->ta", some, table(own).to(some)) for some, own in pieces])
+
+
+def _device_of(table, tensor):
+    """Where a table looks rows up: of one that is offloaded, where a tensor is."""
+    device = next(table.parameters()).device
+    return tensor.device if device.type == "meta" else device
 
 
 def explain_tokens(

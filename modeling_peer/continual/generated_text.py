@@ -55,6 +55,8 @@ def generate_text(
     prompts = torch.full((num_sequences, 1), first, device=model.device).split(batch_size)
     sequences: list[torch.Tensor] = []
     # A generation configuration holds for all that a call of `generate` does not name, so it is replaced.
+    # A `PeftModel` would leave it in its base model.
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with evaluation(model):

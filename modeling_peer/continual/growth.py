@@ -19,6 +19,7 @@ from ..configuration_peer import generations_of, grid_size
 from ..experts import ExpertPool, expert_tables
 from ..feed_forward import PeerFeedForward
 from ..memory.advice import advise_huge_pages
+from ..memory.host_tables import keep_in_host_memory
 from ..modeling_peer import PeerPreTrainedModel
 from ..ops.disk_tables import is_on_disk
 from ..optim.frozen_rows import check_can_freeze, freeze_rows
@@ -100,6 +101,8 @@ def add_experts(
         raise ValueError("Quantized experts have no new ones beside them: add experts, train, and quantize then.")
     if mode == "open" and any(map(is_on_disk, tables)):
         raise ValueError("Tables that are kept on a disk do not grow: add experts in protected mode.")
+    if num_experts < 1:
+        raise ValueError(f"`num_experts` must be at least 1, got {num_experts}.")
     grown = _peer_layers(model, layers)
     config = copy.deepcopy(model.config)
     addition: dict[str, Any] = {"layers": sorted(grown), "mode": mode, "num_experts": num_experts}
@@ -150,6 +153,8 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
+    if not all(table.weight.is_floating_point() for table in expert_tables(model).values()):
+        raise ValueError("Quantized experts are not trained: `dequantize_experts` makes them trainable again.")
     addition = model.config.expert_additions[-1]
     layers = _peer_layers(model, addition["layers"])
     for layer in layers.values() if addition["mode"] == "open" else ():
@@ -207,6 +212,7 @@ def _grow_protected(model, grown, config):
         added[layer.added_routers] = router
     for modules, module in added.items():
         modules.append(module)
+    keep_in_host_memory(model)
 
 
 def _initialized(model, reference, module_class, *arguments):

@@ -5,6 +5,7 @@
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
 from ..fact_graft import FactGraft
+from ..graft_layer import PREFIX
 from .index import FactIndex, first_name
 from .measuring import padded, write_on
 
@@ -109,11 +111,14 @@ class StateReader:
 
     def _digest(self, piece):
         """What tells these prompts of this model from others, with the numbers of all experts and subjects."""
+        return hashlib.sha256(repr([self._known, piece]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _known(self):
         base = self.model.get_base_model()
-        weights = [base.get_input_embeddings().weight, self.norm.weight]
-        known = [base.config.to_json_string(), [each.double().sum().item() for each in weights]]
-        known += [self.index.descriptions(), self.index.names]
-        return hashlib.sha256(repr([known, piece]).encode()).hexdigest()[:16]
+        weights = [each for name, each in base.named_parameters() if PREFIX not in name and not each.is_meta]
+        sums = [each.detach().double().sum().item() for each in weights]
+        return [base.config.to_json_string(), sums, self.index.descriptions(), self.index.names]
 
     def _read_piece(self, piece, batch_size, bar):
         """The fields of [`States`] of some prompts."""

@@ -71,10 +71,15 @@ def teach_facts(
         `PeftModel`: the model with the graft.
 
     Raises:
-        `ValueError`: for facts that [`check_facts`] refuses, or a prompt that is too long for the model.
+        `ValueError`: for facts that [`check_facts`] refuses, a prompt that is too long for the model, or a model whose
+            adapters Transformers loaded.
     """
     facts = check_facts(facts)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base is model and getattr(base, "peft_config", None):
+        raise ValueError(
+            "`model` has adapters: load them by `PeftModel.from_pretrained`, to which others can be added."
+        )
     text_config = base.config.get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None) or LONGEST
     index = FactIndex(facts, tokenizer, num_wordings, longest)

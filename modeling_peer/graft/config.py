@@ -47,7 +47,7 @@ class PeerGraftConfig(PeftConfig):
             As in [`PeerConfig`].
         query_norm (`str`, *optional*, defaults to `"rms"`):
             Normalization of queries: `"rms"`, `"batch"` as in the paper, or `None`. With `"batch"` and activation
-            checkpointing, each forward pass must be followed by its backward pass.
+            checkpointing, each forward pass must be followed by its backward pass, and so beside a graft of facts.
         expert_act (`str`, *optional*, defaults to `"auto"`):
             Activation of the experts, `None` for none. `"auto"` is the base model's with `init_from_ffn`, else
             `"gelu"`.

@@ -29,7 +29,7 @@ from ..memory.host_tables import advise_tables
 from ..parallel.columns import is_split
 from ..parallel.gradient_exchange import leave_tables_out_of_ddp
 from ..parallel.split_checkpoints import state_dict_to_save
-from ..quantization.table import has_quantized_tables
+from ..quantization.table import QuantizedTable, has_quantized_tables
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward, whole_feed_forward
 from .config import PeerGraftConfig
 from .initialization import computes, init_graft
@@ -58,7 +58,6 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.peer_graft_layer = nn.ModuleDict()
         self.peer_graft_placement: dict[str, str] = {}
-        self.register_state_dict_pre_hook(_refuse_to_save_quantized)
 
     def add_graft(self, adapter_name: str, graft: PeerGraft, placement: str) -> None:
         """Add a graft, on the device of the feed-forward and with parameters of its dtype."""
@@ -91,10 +90,14 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         return None if replacing else self.base_layer, grafts
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
+        """As in PEFT, but that quantized tables learn nothing. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.branches(names)
-        super().set_adapter(names, inference_mode=inference_mode)
+        for name, graft in self.peer_graft_layer.items():
+            for module in graft.modules():
+                for parameter in module.parameters(recurse=False) if not isinstance(module, QuantizedTable) else ():
+                    parameter.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
@@ -107,11 +110,6 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         """What stays in the base model: its feed-forward and, with `merge`, the grafts."""
         feed_forward, grafts = self.branches(adapter_names) if merge else (None, [])
         return GraftedFeedForward(feed_forward, grafts) if grafts else self.base_layer
-
-
-def _refuse_to_save_quantized(layer, prefix, keep_vars):
-    if has_quantized_tables(layer.peer_graft_layer):
-        raise ValueError("The state dict of an adapter needs expert tables in floating point: `dequantize_experts`.")
 
 
 class PeerGraftModel(BaseTuner):
@@ -140,6 +138,13 @@ class PeerGraftModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel reads it of the `PeftModel` that it wraps, which asks this part of it.
         return [f"base_model.{name}" for name in leave_tables_out_of_ddp(self)]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Raises `ValueError` before anything changes, as [`~PeerGraftLayer.branches`] does."""
+        for layer in self.model.modules():
+            if isinstance(layer, PeerGraftLayer):
+                layer.branches([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As in PEFT, after every check that may refuse the adapter."""
@@ -206,6 +211,11 @@ class PeerGraftModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        layers = [module for module in model.modules() if isinstance(module, PeerGraftLayer)]
+        if any(has_quantized_tables(nn.ModuleList(layer.branches([adapter_name])[1])) for layer in layers):
+            raise ValueError(
+                "The state dict of an adapter needs expert tables in floating point: `dequantize_experts`."
+            )
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if not any(is_split(tensor) for tensor in own.values()):
             return own

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_config, tiny_model
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -251,6 +252,9 @@ class TestGeneratedText:
         model.eval()
         torch.manual_seed(0)  # it generated in evaluation: without dropout
         assert torch.equal(self.generate(model), in_training)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        self.generate(adapted)
+        assert model.generation_config is own
 
     def test_is_refused_where_texts_begin_with_no_token(self):
         with pytest.raises(ValueError, match="bos_token_id"):

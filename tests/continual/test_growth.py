@@ -272,6 +272,8 @@ class TestRefusals:
             {"num_experts": 25, "num_retrieval_heads": 3},
             {"num_experts": 13, "mode": "open", "num_experts_per_head": 2},
             {"num_experts": -25},
+            {"num_experts": 0, "mode": "open"},
+            {"num_experts": -11, "mode": "open"},
             {"num_experts": 25, "num_experts_per_head": 0},
             {"num_experts": 25, "num_retrieval_heads": 0},
         ],

@@ -145,7 +145,7 @@ def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch)
     first, second, third = pieces
     # The states of another model are not those of this one.
     pieces[:] = [first, second]
-    weight = base.get_input_embeddings().weight
+    weight = base.model.layers[0].mlp.down_proj.weight
     was = weight.detach().clone()
     with torch.no_grad():
         weight[0] += 1
@@ -253,6 +253,14 @@ def test_a_model_is_left_as_it_was_where_teaching_fails(taught, tokenizer, is_fi
         monkeypatch.undo()
         teach_facts(model, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
         assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_adapters_that_transformers_loaded_are_left_alone(taught, tokenizer, tmp_path):
+    taught.save_pretrained(tmp_path)
+    base = base_of(tokenizer)
+    base.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match="has adapters"):
+        teach_facts(base, tokenizer, FACTS[3:], adapter_name="more", progress_bar=False)
 
 
 @pytest.mark.parametrize(("family", "name"), [("gemma2", "Gemma2ForCausalLM"), ("gpt2", "GPT2LMHeadModel")])

@@ -145,6 +145,11 @@ class TestSeveralAdapters:
         assert_same_state(state_of(model), before)
         model.base_model.set_adapter(["first", "elsewhere"])
         assert not torch.equal(logits_of(model), logits)
+        model.set_adapter("first")
+        model.add_adapter("both", graft_config(placement="in_place", layers_to_transform=[0, 1]))
+        with pytest.raises(ValueError, match=r"\['first', 'both'\]"):
+            model.base_model.set_adapter(["first", "both"])
+        assert torch.equal(logits_of(model), logits)
 
     def test_of_a_name_in_the_model_are_refused(self):
         names = {"mlp"}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from graft_models import grafted, logits_of, trained
+from graft_models import graft_config, grafted, logits_of, trained
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -55,6 +55,14 @@ def test_live(bits, group_size):
     model = trained(grafted())
     quantize_experts(model, bits, group_size)
     logits = logits_of(model)
+    with model.disable_adapter():
+        assert not torch.equal(logits_of(model), logits)
+    model.add_adapter("more", graft_config())
+    model.set_adapter("more")
+    assert not torch.equal(logits_of(model), logits) and get_peft_model_state_dict(model, adapter_name="more")
+    model.delete_adapter("more")
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model), logits)
     with pytest.raises(ValueError, match="state dict"):
         get_peft_model_state_dict(model)
     with pytest.raises(ValueError, match="merge_and_unload"):

@@ -28,6 +28,7 @@ from modeling_peer import (
     freeze_experts,
     host_table_device_map,
     quantize_experts,
+    train_added_experts_only,
 )
 from modeling_peer.experts import expert_tables
 from modeling_peer.quantization.table import QuantizedTable
@@ -266,6 +267,11 @@ class TestRefusals:
 
     @each_format
     def test_to_train_or_grow(self, bits, group_size):
+        grown_before = tiny_model(VARIANTS["peer"])
+        add_experts(grown_before, 16)
+        with pytest.raises(ValueError, match="Quantized"):
+            train_added_experts_only(quantize_experts(grown_before, bits, group_size))
+        assert any(each.requires_grad for each in grown_before.parameters())
         model = quantize_experts(tiny_model(VARIANTS["peer"]), bits, group_size)
         background = ExpertBackground.measure(model, [{"input_ids": random_tokens(9)}], progress_bar=False)
         grown, trained = copy.deepcopy(model.config), [each.requires_grad for each in model.parameters()]
