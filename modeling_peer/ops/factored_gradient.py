@@ -121,6 +121,8 @@ class FactoredGradient(torch.Tensor):
 
     def is_finite(self) -> torch.Tensor:
         """Whether all factors are finite, and so the rows that they sum to: bool, `()`."""
+        if self._sum.rows is not None:
+            return self._sum.rows.isfinite().all()
         finite = [
             torch.isfinite(part).all() for each in self._sum.factors for part in (each.coefficients, each.tokens)
         ]

@@ -115,8 +115,8 @@ class Assignments:
 
 class Factors:
     """
-    The factors of one backward, which may share memory with the layer's input and the gradient of its output: who
-    writes there before the optimizer's step gets a `RuntimeError` where they are used.
+    The factors of one backward, which may share memory with the layer's input, its router indices and the gradient of
+    its output: who writes there before the optimizer's step gets a `RuntimeError` where they are used.
 
     Args:
         coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`): Kept at least in float32.
@@ -126,8 +126,8 @@ class Factors:
 
     def __init__(self, coefficients: torch.Tensor, tokens: torch.Tensor, assignments: Assignments):
         coefficients = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
-        self._tensors = coefficients, tokens
-        self._versions = coefficients._version, tokens._version
+        self._tensors = coefficients, tokens, assignments.rows
+        self._versions = [each._version for each in self._tensors]
         self.assignments = assignments
 
     @classmethod
@@ -149,16 +149,16 @@ class Factors:
     tokens = property(lambda self: self._unchanged(1))
 
     def _unchanged(self, place):
-        if self._tensors[place]._version != self._versions[place]:
+        if [each._version for each in self._tensors] != self._versions:
             raise RuntimeError(
-                "The gradient of an expert table needs the input of the layer and the gradient of its output until "
-                "the optimizer's step, and one of them was written in place: write to a clone instead."
+                "The gradient of an expert table needs the input of the layer, its router indices and the gradient of its "
+                "output until the optimizer's step, and one of them was written in place: write to a clone instead."
             )
         return self._tensors[place]
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (*self._tensors, self.assignments.rows))
+        return sum(each.nbytes for each in self._tensors)
 
     @property
     def rows(self) -> torch.Tensor:

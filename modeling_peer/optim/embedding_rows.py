@@ -64,7 +64,7 @@ def _in_factors(embedding, args, kwargs, output):
         or not takes_factors(weight)
     ):
         return None
-    if output.grad_fn.name() != "EmbeddingBackward0":  # another hook has changed it
+    if output.grad_fn is None or output.grad_fn.name() != "EmbeddingBackward0":  # another hook has changed it
         return None
     return _Rows.apply(weight, rows, output.detach(), embedding.padding_idx)
 

@@ -69,7 +69,7 @@ class FrozenRows:
     def zero(self, gradient: torch.Tensor) -> None:
         """Zero the frozen rows of a gradient in place, all columns of them that this process has."""
         gradient = self._local(gradient)
-        if isinstance(gradient, FactoredGradient):
+        if isinstance(gradient, FactoredGradient) and self.dim == 0:
             gradient.zero_rows(self.rows)
         else:
             gradient.index_fill_(self.dim, self._indices, 0)
@@ -194,7 +194,8 @@ def _before_step(optimizer, args, kwargs):
                 # Clipping by a norm that is not finite leaves no zeros, and a gradient may have been set by hand.
                 freeze.zero(parameter.grad)
             moves = parameter.grad is not None or with_closure
-            if moves and not _leaves_rows_without_gradient(optimizer, group, freeze.dim):
+            # A closure may leave a gradient that is not finite.
+            if moves and (with_closure or not _leaves_rows_without_gradient(optimizer, group, freeze.dim)):
                 saved.append(freeze.copy_of_rows(parameter))
     # A stack, as a step may call that of a parent class. It has an entry for each step, also an empty one, so that
     # the entry that a failed step leaves is not taken for that of the next.

@@ -158,8 +158,8 @@ def make_optimizer(
         )
     config = getattr(model, "config", None)
     # The name of a new model may be that of the configuration it was made with.
-    is_new = config is not None and not getattr(model, "was_loaded", model.name_or_path)
-    if args.learning_rate == LEARNING_RATE_OF_TRAINER and is_new:
+    is_new = not getattr(model, "was_loaded", getattr(model, "name_or_path", True))
+    if args.learning_rate == LEARNING_RATE_OF_TRAINER and is_new and hasattr(config, "hidden_size"):
         warnings.warn(
             f"`learning_rate` is {args.learning_rate}, the default of `Trainer` for models that are trained further, "
             f"and this model is new: take about {learning_rate_of_new_model(config.hidden_size)}.",

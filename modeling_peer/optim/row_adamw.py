@@ -93,7 +93,11 @@ class RowAdamW(torch.optim.Optimizer):
         """Add a group of parameters. Raise `ValueError` as the constructor does."""
         _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._take_factors(self.param_groups[-1])
+        try:
+            self._take_factors(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _take_factors(self, group):
         rows = group["params"] if group["rows"] else ()
@@ -154,8 +158,8 @@ class RowAdamW(torch.optim.Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state.update(_dense_state(parameter))
-            if parameter.is_cuda:  # torch's fused kernel counts steps where the parameter is
-                state["step"] = state["step"].to(parameter.device)
+            # On a GPU torch's fused kernel counts steps where the parameter is.
+            state["step"] = state["step"].to(parameter.device if parameter.is_cuda else "cpu")
         local = [_local(parameter) for parameter in parameters]
         adamw(
             local,

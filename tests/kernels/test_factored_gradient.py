@@ -199,9 +199,9 @@ def test_accumulates_over_backwards(kernels, start):
     assert optimizer.param_groups
 
 
-@pytest.mark.parametrize("which", ["input", "gradient", "weights"])
+@pytest.mark.parametrize("which", ["input", "gradient", "weights", "rows"])
 def test_writes_to_what_factors_share_are_noticed(which):
-    """The input of the layer, and the gradient of its output: who writes there gets an error, and no wrong gradient."""
+    """The layer's input, its router indices and the gradient of its output: who writes there gets an error."""
     table = nn.Parameter(torch.randn(NUM_ROWS, WIDTH))
     optimizer = RowAdamW([{"params": [table], "rows": True}])
     rows, hidden, direction = torch.randint(NUM_ROWS, (4, 3)), torch.randn(4, WIDTH), torch.randn(4, WIDTH)
@@ -210,9 +210,9 @@ def test_writes_to_what_factors_share_are_noticed(which):
     run_expert_pool(hidden, rows, weights, up, None, down, nn.Identity(), "cpu").backward(direction)
     expected = table.grad.to_rows()
     clone = table.grad.clone()
-    {"input": direction, "gradient": hidden, "weights": hidden}[which].zero_()  # is not shared
+    {"input": direction, "gradient": hidden, "weights": hidden, "rows": hidden}[which].zero_()  # is not shared
     assert torch.equal(clone.to_rows(), expected)
-    {"input": hidden, "gradient": direction, "weights": weights}[which].zero_()
+    {"input": hidden, "gradient": direction, "weights": weights, "rows": rows}[which].zero_()
     for use in (FactoredGradient.to_rows, torch.Tensor.norm, lambda g: g.mul(2), FactoredGradient.is_finite):
         with pytest.raises(RuntimeError, match="written in place"):
             use(table.grad)
@@ -445,7 +445,9 @@ class TestWrites:
         expected = write_some(gradient.to_rows())
         assert write_some(gradient) is gradient
         assert isinstance(gradient, FactoredGradient)
-        assert torch.equal(gradient.to_rows(), expected)
+        assert torch.equal(gradient.to_rows(), expected) and gradient.is_finite()
+        gradient[0] = math.nan
+        assert not gradient.is_finite()
 
     @pytest.mark.parametrize("how", ["hook", "gradient"])
     def test_reach_a_step(self, how):
@@ -478,13 +480,13 @@ class TestFrozenRows:
         """Its first token is not finite, and names frozen rows alone."""
         parts, finite = random_parts(0, NUM_ROWS, WIDTH, [(5, 3), (40, 20)], kernels=kernels), []
         for place, part in enumerate(parts):
-            tokens = part.tokens.clone()
+            coefficients, tokens = part.coefficients, part.tokens.clone()
             part.assignments.rows[0] = part.assignments.rows[0] // 2 * 2
             tokens[0] = 0
-            finite.append(Factors(part.coefficients, tokens, part.assignments).without(self.FROZEN))
+            finite.append(Factors(coefficients, tokens, part.assignments).without(self.FROZEN))
             tokens = tokens.clone()
             tokens[0] = value
-            parts[place] = Factors(part.coefficients, tokens, part.assignments)
+            parts[place] = Factors(coefficients, tokens, part.assignments)
         gradient = FactoredGradient(torch.empty(NUM_ROWS, WIDTH), parts)
         gradient.zero_rows(self.FROZEN)
         return gradient, literal_rows(finite, NUM_ROWS, WIDTH)

@@ -64,6 +64,15 @@ def test_pkm_equals_brute_force(config):
     assert_same_gradients(output, expected, [layer], hidden_states)
 
 
+def test_of_no_tokens():
+    config = tiny_config()
+    assert layer_in_float64(config)(torch.empty(0, 5, config.hidden_size, dtype=torch.float64)).shape == (
+        0,
+        5,
+        config.hidden_size,
+    )
+
+
 def test_scores_are_computed_in_float32_whatever_the_dtype():
     config = tiny_config(num_experts=32**2, num_experts_per_head=8, query_norm=None)
     layer = layer_in_float64(config).bfloat16()

@@ -14,6 +14,7 @@ from rows_by_hand import FROZEN, NUM_ROWS, OPTIMIZERS, WIDTH, backward, random_m
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.optim import frozen_rows
 from modeling_peer.optim.frozen_rows import freeze_rows, freezes_of
 
@@ -113,6 +114,16 @@ class TestRows:
         moved = bits(parameter).ne(bits(before)).movedim(dim, 0)
         assert moved[~held].all() and not moved[held].any()
 
+    def test_along_another_dimension_of_factors(self):
+        table, held = nn.Embedding(64, 4), torch.tensor([True, False, False, False])
+        optimizer = RowAdamW(expert_parameter_groups(table, 0.1, embeddings=True))
+        freeze_rows(table, "weight", held, dim=1)
+        before = table.weight.detach().clone()
+        table(torch.tensor([1, 40])).sum().backward()
+        optimizer.step()
+        moved = table.weight.ne(before)
+        assert not moved[:, held].any() and moved[[1, 40]][:, ~held].all()
+
     @pytest.mark.parametrize("name", ["AdamW", "RowAdamW"])
     def test_stay_where_zeros_did_not_last(self, name):
         """A norm that is not finite makes clipping leave none, and a gradient may be set by hand."""
@@ -136,8 +147,10 @@ class TestRows:
         def closure():
             optimizer.zero_grad()
             backward(parameter, 0)
+            parameter.grad.mul_(factors.pop())
 
-        for _ in range(2):
+        factors = [math.nan, 1.0]  # as clipping by a norm that is not finite does
+        while factors:
             optimizer.zero_grad()
             optimizer.step(closure=closure) if by_name else optimizer.step(closure)
         assert torch.equal(parameter.ne(before).any(1), ~FROZEN)

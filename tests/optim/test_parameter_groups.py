@@ -4,6 +4,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_a_new_model_at_the_default_rate_is_warned_of_with_one_for_its_size(tmp_
         warnings.simplefilter("error")
         make_optimizer(type(model).from_pretrained(tmp_path), args)
         make_optimizer(model, TrainingArguments("unused", learning_rate=2e-3))
+
+
+def test_a_model_of_another_library():
+    model = torch.nn.Embedding(64, 4)
+    model.config = SimpleNamespace(n_embd=4)
+    (group,) = make_optimizer(model, TrainingArguments("unused"), embeddings=True).param_groups
+    assert group["rows"] and group["params"] == [model.weight]
 
 
 def test_a_training_without_the_optimizer_is_told_of_it_whatever_its_tables_take(monkeypatch):

@@ -288,7 +288,7 @@ class TestErrors:
         table, optimizer = random_table(), RowAdamW([random_table()])
         with pytest.raises(ValueError, match="matrices"):
             optimizer.add_param_group({"params": [table, nn.Parameter(parameter)], "rows": True})
-        assert not takes_factors(table)
+        assert not takes_factors(table) and len(optimizer.param_groups) == 1
 
     def test_state_of_another_size_or_optimizer(self):
         table, other = random_table(), random_table(num_rows=NUM_ROWS - 1)

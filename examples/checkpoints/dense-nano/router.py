@@ -248,7 +248,7 @@ class ProductKeyRouter(nn.Module):
             queries, sub_keys = self._normalized(queries, padding_mask, forward_pass)
             indices, scores = self.retrieve(queries.flatten(0, -4), sub_keys, self.num_experts_per_head)
             weights = self.scoring_function(scores)
-        shape = *hidden_states.shape[:-1], self.num_heads, -1
+        shape = *hidden_states.shape[:-1], *indices.shape[1:]
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
     def retrieve(self, queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
