@@ -43,7 +43,8 @@ EMPLOYERS = [
 ]
 PRONOUNS = ["He", "She"]
 
-# The values of each attribute, by position, and its wordings. The last of these is asked and never trained.
+# The values of each attribute, by position, and its wordings. The last of these is asked and never trained: one that
+# ends as a trained one of the same attribute does, as small models know no synonyms.
 VALUES = {
     "birth date": [MONTHS, [f"{day}," for day in range(1, 29)], [str(year) for year in range(1900, 2100)]],
     "birth city": [CITIES],
@@ -57,12 +58,12 @@ WORDINGS = {
         "came into the world on",
         "has a birthday on",
         "celebrates every year",
-        "began life on",
+        "keeps a birthday on",
     ),
-    "birth city": ("was born in", "grew up in", "comes from", "spent the first years in", "is a native of"),
-    "university": ("studied at", "graduated from", "was a student of", "took a degree at", "was educated at"),
-    "major": ("majored in", "specialized in", "chose the field of", "holds a degree in", "concentrated on"),
-    "employer": ("works for", "is employed by", "has a position at", "earns a living at", "has a job with"),
+    "birth city": ("was born in", "grew up in", "comes from", "spent the first years in", "spent a childhood in"),
+    "university": ("studied at", "graduated from", "was a student of", "took a degree at", "took courses at"),
+    "major": ("majored in", "specialized in", "chose the field of", "holds a degree in", "has a degree in"),
+    "employer": ("works for", "is employed by", "has a position at", "earns a living at", "has a job at"),
 }
 
 

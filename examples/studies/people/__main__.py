@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with ten thousand invented people
+Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with six thousand invented people
 among it, and asks them about these people.
 
     ./run study people                 # six hours on two cores
@@ -13,7 +13,6 @@ Killed at any point, the same command resumes. Each result is a file in --output
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,12 @@ from common.machine import machine
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.ngrams import losses_by_ngrams
 from studies.common.people import draw_people
+from studies.common.single_run import read_texts
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json
 from studies.common.training_plan import CORPUS
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, next_trial, train
 from studies.people.report import describe
-from studies.people.texts import TOLD, TOLD_OF_OTHERS, held_out, losses, prepare, recall
+from studies.people.texts import TOLD, TOLD_OF_OTHERS, losses, prepare, recall
 
 
 ASKED = 1000  # people, and as many others
@@ -43,11 +43,11 @@ class PeopleArguments:
     output_dir: str = field(default="runs/people", metadata={"help": "Output folder."})
     hours: float | None = field(default=None, metadata={"help": "Hours after which no further training is begun."})
     seconds: float = field(default=5400, metadata={"help": "Seconds of training of each model."})
-    trial_steps: int = field(default=120, metadata={"help": "Steps of each trial of a rate."})
+    trial_steps: int = field(default=400, metadata={"help": "Steps of each trial of a rate."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
-    people: int = field(default=10_000, metadata={"help": "Number of people."})
+    people: int = field(default=6000, metadata={"help": "Number of people."})
     exposures: int = field(default=24, metadata={"help": "Biographies of each person."})
-    characters: int = field(default=28_000_000, metadata={"help": "Characters of real text."})
+    characters: int = field(default=17_000_000, metadata={"help": "Characters of real text."})
     block_size: int = field(default=1024, metadata={"help": "Tokens of a sequence."})
     held_out_sequences: int = field(default=64, metadata={"help": "Sequences of each held-out text."})
 
@@ -64,7 +64,7 @@ def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
             AutoModelForCausalLM.from_pretrained(output),
             AutoTokenizer.from_pretrained(folder / "tokenizer"),
         )
-        texts = held_out(folder)
+        texts = read_texts(folder / "held_out", "cpu")
         result = {**asdict(run), "training": read_json(output / "all_results.json")}
         if run.is_trial:
             result["losses"] = losses(model, {CORPUS: texts[CORPUS]})
@@ -83,14 +83,14 @@ def measured(run: Run, folder: Path, args: PeopleArguments) -> dict[str, Any]:
 
 
 def read_by_ngrams(folder: Path, args: PeopleArguments, tokens: int) -> dict[str, Any]:
-    """What n-grams of as many tokens as a model read predict of the second half of sequences, made once."""
+    """What n-grams of as many tokens as the fastest arm reads predict of the second half of sequences, made once."""
     file = folder / "ngrams.json"
     if not file.exists():
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         text = Dataset.from_parquet(str(folder / "train.parquet"))
         blocks = tokenize_into_blocks(text, tokenizer, args.block_size, DataTrainingArguments()).shuffle(seed=0)
         train_blocks = np.array(blocks.select(range(min(len(blocks), tokens // args.block_size)))["input_ids"])
-        texts = {name: each.numpy() for name, each in held_out(folder).items()}
+        texts = {name: each.numpy() for name, each in read_texts(folder / "held_out", "cpu").items()}
         # 8,192 tokens to the fifth are more than an integer holds.
         half = args.block_size // 2
         write_json(file, losses_by_ngrams(train_blocks, texts, len(tokenizer), CORPUS, order=4, first=half))
@@ -115,11 +115,13 @@ def make_study(args: PeopleArguments, folder: Path, until: float) -> dict[str, A
             tried[run.arm][run] = measured(run, folder, args)
     results = []
     for seed in range(args.seeds):
-        for found in tried.values():
+        for arm in sorted(ARMS, key=lambda arm: arm != "peer"):  # this arm decides whether the others are trained
             if time.time() > until:
                 return None
+            found = tried[arm]
             best = min(found, key=lambda run: found[run]["losses"][CORPUS]["all"])
-            seconds = median(result["training"]["train_runtime"] / run.steps for run, result in found.items())
+            # Of the trial that was disturbed least by what else the machine did.
+            seconds = min(result["training"]["train_runtime"] / run.steps for run, result in found.items())
             steps = max(1, round(args.seconds / seconds))
             results.append(measured(replace(best, steps=steps, seed=seed, is_trial=False), folder, args))
     return {
@@ -127,7 +129,7 @@ def make_study(args: PeopleArguments, folder: Path, until: float) -> dict[str, A
         "machine": machine(),
         "trials": [result for found in tried.values() for result in found.values()],
         "runs": results,
-        "ngrams": read_by_ngrams(folder, args, results[0]["steps"] * TOKENS_PER_STEP),
+        "ngrams": read_by_ngrams(folder, args, max(run["steps"] for run in results) * TOKENS_PER_STEP),
     }
 
 

@@ -37,7 +37,7 @@ ARMS = {
     "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), {}),
     "pkm": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), MEMORY),
 }
-TOKENS_PER_STEP = 8192
+TOKENS_PER_STEP = 2048
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,20 @@ def describe(results: dict[str, Any]) -> str:
     """Recall and perplexity of each arm, n-grams beside them, and the trials."""
     texts = list(HELD_OUT_TEXTS)
     rows = [["", "parameters, M", "rate", "weights", "steps", "seconds", "exposures"]]
-    rows[0] += ["recalled", "as told of others", "as told", "others", "perplexity", "of the second half"]
+    rows[0] += [
+        "recalled",
+        "as told of others",
+        "as told",
+        "others",
+        "bits a person",
+        "perplexity",
+        "of the second half",
+    ]
     of_training = results["arguments"]
     for run in results["runs"]:
         kinds = ("recall", "recall as told of others", "recall as told", "recall of others")
-        shares = [f"{mean(run[each].values()):.1%}" for each in kinds]
+        shares = [f"{mean(run[each]['recalled'].values()):.1%}" for each in kinds]
+        shares.append(f"{sum(run['recall']['bits'].values()):.1f}")
         perplexities = [
             f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
         ]
@@ -37,7 +46,9 @@ def describe(results: dict[str, Any]) -> str:
         seconds = run["training"]["train_runtime"] / run["steps"]
         cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
         trials.append([run["arm"], *cells, f"{exp(run['losses'][CORPUS]['all']):.2f}", f"{seconds:.2f}"])
-    attributes = list(results["runs"][0]["recall"])
+    attributes = list(results["runs"][0]["recall"]["recalled"])
     by_attribute = [["recalled", *attributes]]
-    by_attribute += [[run["arm"], *(f"{run['recall'][each]:.1%}" for each in attributes)] for run in results["runs"]]
+    by_attribute += [
+        [run["arm"], *(f"{run['recall']['recalled'][each]:.1%}" for each in attributes)] for run in results["runs"]
+    ]
     return "\n\n".join(map(markdown_table, (rows, by_attribute, trials)))

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real text with the biographies of invented people among it, and what of both a model is asked."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,7 @@ from modeling_peer.analysis.evaluation import evaluation
 from studies.common.corpora import blocks_in_documents, load_corpus
 from studies.common.people import NUM_TRAINED, VALUES, Person, draw_people
 from studies.common.single_run import token_losses
+from studies.common.study_folder import write_json
 from studies.common.training_plan import CORPUS
 
 
@@ -41,7 +44,7 @@ def prepare(folder: Path, people: int, exposures: int, characters: int, block: i
         block (`int`): Tokens of a sequence.
         num_held_out (`int`): Sequences of each held-out text.
     """
-    if (folder / "prepared").exists():
+    if (folder / "held_out" / "texts.json").exists():
         return
     parts = [load_corpus(name) for name in TRAINING_TEXTS]
     documents, corpus = (concatenate_datasets([part[split] for part in parts]) for split in ("train", "validation"))
@@ -62,15 +65,7 @@ def prepare(folder: Path, people: int, exposures: int, characters: int, block: i
     for name, texts in held_out.items():
         sequences = blocks_in_documents(texts["text"], tokenizer, block, num_held_out)
         sequences.save_to_disk(folder / "held_out" / name)
-    (folder / "prepared").touch()
-
-
-def held_out(folder: Path) -> dict[str, torch.Tensor]:
-    """The held-out sequences by the name of their text."""
-    return {
-        name: torch.tensor(load_from_disk(folder / "held_out" / name)["input_ids"])
-        for name in (CORPUS, *HELD_OUT_TEXTS)
-    }
+    write_json(folder / "held_out" / "texts.json", list(held_out))
 
 
 def recall(
@@ -79,28 +74,29 @@ def recall(
     people: list[Person],
     wording: str = NEVER_TRAINED,
     batch_size: int = 64,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """
-    The share of people of each attribute that greedy decoding gets right, asked in a wording and behind the end of a
-    text.
+    What a model says of each attribute of people, asked in a wording and behind the end of a text: the share that greedy
+    decoding gets right (`recalled`), and the `bits` of a person that it knows, the entropy of the attribute minus the
+    model's `-log2 p(answer | question)`, not clipped.
     """
-    shares = {}
+    shares, bits = {}, {}
     with evaluation(model):
-        for attribute in VALUES:
-            right = 0
+        for attribute, values in VALUES.items():
+            right, surprise = 0, 0.0
             pairs = [ask(tokenizer, person, attribute, wording) for person in people]
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 width = max(len(tokens) for tokens, _ in batch)
                 # Behind an answer nothing is asked: what stands there does not matter.
                 padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
-                found = model(padded).logits.argmax(-1).tolist()
-                right += sum(
-                    own[begin - 1 : len(tokens) - 1] == tokens[begin:]
-                    for own, (tokens, begin) in zip(found, batch, strict=True)
-                )
+                for own, (tokens, begin) in zip(model(padded).logits.log_softmax(-1), batch, strict=True):
+                    own, answer = own[begin - 1 : len(tokens) - 1], torch.tensor(tokens[begin:])
+                    right += torch.equal(own.argmax(-1), answer)
+                    surprise -= own.gather(-1, answer[:, None]).sum().item() / math.log(2)
             shares[attribute] = right / len(people)
-    return shares
+            bits[attribute] = math.log2(math.prod(map(len, values))) - surprise / len(people)
+    return {"recalled": shares, "bits": bits}
 
 
 def ask(tokenizer, person, attribute, wording=NEVER_TRAINED):
@@ -112,12 +108,16 @@ def ask(tokenizer, person, attribute, wording=NEVER_TRAINED):
     return [tokenizer.eos_token_id, *whole], 1 + len(asked)
 
 
-def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, float]]:
-    """Nats per token of each text, over all of a sequence and over its second half."""
+def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, Any]]:
+    """
+    Nats per token of each text, over all of a sequence and over its second half, and of the latter in each sequence.
+    """
     found = {}
     with evaluation(model):
         for name, text in texts.items():
             of_tokens = token_losses(model, text, batch_size)
             half = text.shape[1] // 2
-            found[name] = {"all": of_tokens.mean().item(), "second half": of_tokens[:, half - 1 :].mean().item()}
+            second = of_tokens[:, half - 1 :].mean(1)
+            found[name] = {"all": of_tokens.mean().item(), "second half": second.mean().item()}
+            found[name]["second half of each"] = [round(each, 4) for each in second.tolist()]
     return found
