@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import graft_merged, ops, parallel, quantization  # noqa: F401
 from .configuration_peer import PeerConfig
@@ -100,6 +101,8 @@ for auto_class, model_class in (
     auto_class.register(PeerConfig, model_class, exist_ok=True)
     # A saved checkpoint carries the code it needs, and loads with `trust_remote_code=True` where this package is not.
     model_class.register_for_auto_class(auto_class.__name__)
+# By these names `Trainer` knows whose labels it has to shift for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["peer"] = PeerForCausalLM.__name__
 
 # PEFT finds an adapter's method only if it was registered before. Whatever is wrong with PEFT, PEER models do not need
 # it.

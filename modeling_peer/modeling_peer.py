@@ -178,9 +178,9 @@ class PeerPreTrainedModel(ExtensibleCheckpoints, PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": PeerDecoderLayer,
         "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(MoeRouter, index=2),
         "router_indices": [OutputRecorder(ProductKeyRouter, index=0), OutputRecorder(MoeRouter, index=0)],
         "router_weights": [OutputRecorder(ProductKeyRouter, index=1), OutputRecorder(MoeRouter, index=1)],
-        "router_logits": OutputRecorder(MoeRouter, index=2),
     }
 
     @classmethod

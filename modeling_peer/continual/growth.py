@@ -209,6 +209,9 @@ def _grow_protected(model, grown, config):
             added[pool.added] = _initialized(model, pool.up_proj.weight, ExpertPool, config, [generation])
         router = _initialized(model, layer.router.sub_keys, AddedRouter, config, generation)
         _copy_query_network(router, layer.router)
+        for hook in layer.router._forward_hooks.values():  # by which Transformers returns what routers give
+            if getattr(hook, "__name__", None) == "output_capturing_hook":
+                router.register_forward_hook(hook)
         added[layer.added_routers] = router
     for modules, module in added.items():
         modules.append(module)

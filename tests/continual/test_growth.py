@@ -75,6 +75,7 @@ class TestProtected:
 
     def test_has_a_budget_of_its_own(self):
         model = tiny_model(CONFIGS["two layers"])
+        model(random_tokens(2, 20), output_router_indices=True)
         add_experts(model, 16, layers=2, num_retrieval_heads=1, num_experts_per_head=4)
         output = model(random_tokens(2, 20), output_router_indices=True, output_router_weights=True)
         old_0, old_2, new_2 = output.router_indices

@@ -101,8 +101,9 @@ def test_shared_pool_is_stored_once(tmp_path):
         VARIANTS["all_in_one"],
         tiny_config("peer", "peer", share_experts_across_layers=True, gated_experts=True),
         tiny_config("dense", "peer", tie_word_embeddings=True, expert_kernels="cpu"),
+        GROWN["grown"],
     ],
-    ids=["all_in_one", "shared_pool", "kernels_by_name"],
+    ids=["all_in_one", "shared_pool", "kernels_by_name", "grown"],
 )
 def test_disk_offload(config, tmp_path):
     """With and without gradients: where the experts are is known once the hook of a table has loaded it."""
@@ -120,6 +121,12 @@ def test_disk_offload(config, tmp_path):
     generated = loaded.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.generate(random_tokens(1, 4), max_new_tokens=4, do_sample=False))
     assert_close(loaded(random_tokens(1, 4)).logits, model(random_tokens(1, 4)).logits)
+
+
+def test_attentions_are_returned_by_a_configuration_that_says_so(tmp_path):
+    tiny_model(tiny_config("peer", output_attentions=True)).save_pretrained(tmp_path)
+    (attentions,) = AutoModelForCausalLM.from_pretrained(tmp_path)(random_tokens(1, 4)).attentions
+    assert_close(attentions.sum(-1), torch.ones(1, 4, 4))
 
 
 @pytest.mark.parametrize("k", [1, 6])

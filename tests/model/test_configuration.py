@@ -29,6 +29,7 @@ REFUSED_VALUES = [
     {"num_experts": 0},
     {"num_experts_per_head": 7},
     {"query_size": 7},
+    {"head_dim": 0},
     {"num_retrieval_heads": 0},
     {"num_experts_per_head": -1},
     {"num_hidden_layers": 0, "feed_forward_types": []},

@@ -177,6 +177,11 @@ def test_router_outputs():
     assert [tuple(indices.shape) for indices in output.router_indices] == [(2, 9, 2, 3), (18, 2), (2, 9, 2, 3)]
     assert [weights.shape for weights in output.router_weights] == [indices.shape for indices in output.router_indices]
     assert [logits.shape for logits in output.router_logits] == [(18, 4)]
+    flags = {f"output_router_{name}": True for name in ("logits", "indices", "weights")}
+    for own, expected in zip(
+        model.model(tokens, return_dict=False, **flags)[-3:], model.model(tokens, **flags).to_tuple()[-3:], strict=True
+    ):
+        assert all(map(torch.equal, own, expected))
     hidden = model(tokens, output_hidden_states=True).hidden_states[0]
     layer = model.model.layers[0]
     embeddings = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm

@@ -4,14 +4,21 @@
 
 import pytest
 import torch
+from tiny_models import GROWN
 from torch import nn
 
 from modeling_peer import PeerConfig, PeerModel, configuration_path
 from modeling_peer.experts import expert_tables
-from modeling_peer.router import ForwardPass
+from modeling_peer.router import ExpertGate, ForwardPass
 
 
 NUM_TOKENS = 256
+
+
+def test_gates_of_added_experts_are_open():
+    model = PeerModel(GROWN["grown"])
+    gates = [module for module in model.modules() if isinstance(module, ExpertGate)]
+    assert len(gates) == 3 and all(gate(torch.randn(5, 24)).eq(1).all() for gate in gates)
 
 
 class Retrieved(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from release_names import enable_checkpointing
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from torch import nn
+from torch.distributed.utils import _apply_to_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -131,6 +132,20 @@ def test_activation_checkpointing_changes_nothing(variant, use_reentrant):
             loss.backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(plain))
     torch.testing.assert_close([*checkpointed.buffers()], [*plain.buffers()], rtol=0, atol=0)
+
+
+def test_layers_whose_arguments_fsdp_copies_learn_once():
+    """As it does where it computes in another dtype."""
+    model, tokens = tiny_model(VARIANTS["peer"]).train(), random_tokens(3, 8)
+    enable_checkpointing(model)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: (args, _apply_to_tensors(lambda tensor: tensor, kwargs)), with_kwargs=True
+        )
+    norm = model.model.layers[0].mlp.router.query_norm
+    before = norm.num_batches_tracked.item()
+    model(tokens, labels=tokens).loss.backward()
+    assert norm.num_batches_tracked == before + 1
 
 
 def test_the_statistics_rest_without_gradients_and_when_frozen():

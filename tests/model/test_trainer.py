@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from trainer_worker import PERIOD, counting_sequences, logged, query_batch_norms, small_model, train, trainer_of
 
@@ -85,6 +86,14 @@ def test_bfloat16_follows_float32(tmp_path, half):
     (norm,), (reference_norm,) = query_batch_norms(model), query_batch_norms(reference)
     assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
     assert_close(norm.running_var.mean(), reference_norm.running_var.mean(), rtol=0.1, atol=0)
+
+
+def test_label_smoothing_is_of_the_next_token(tmp_path):
+    model, tokens = small_model().eval(), torch.randint(PERIOD, (2, 9))
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
+    loss, logits = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens}), model(tokens).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), label_smoothing=0.1)
+    assert_close(loss, expected)
 
 
 def test_evaluation_changes_nothing_of_a_training(tmp_path):

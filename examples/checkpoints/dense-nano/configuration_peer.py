@@ -31,7 +31,14 @@ FORMAT_VERSION = 1
 
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings", "num_retrieval_heads", "num_experts_per_head", "query_size"),
+    *(
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "num_retrieval_heads",
+        "num_experts_per_head",
+        "query_size",
+    ),
     *("moe_num_experts", "moe_num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
     *("initializer_range", "expert_initializer_range", "rms_norm_eps"),
 )
@@ -214,6 +221,8 @@ class PeerConfig(PreTrainedConfig):
             "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
         }
         super().__post_init__(**kwargs)
+        if self.output_attentions and self._attn_implementation is None:
+            self._attn_implementation = "eager"  # as where it is set later: the model validates again
 
     @property
     def num_experts_per_tok(self) -> int:

@@ -16,7 +16,6 @@ The router of PEER and PKM: query network, query norm, product keys, and scores 
 "Mixture of A Million Experts", arXiv 2407.04153, sections 2.1 to 2.3).
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,7 +40,6 @@ SHUT_BELOW = 0.01  # a gate that is less open counts as shut
 OPEN_LOGIT = 32.0  # a logit whose sigmoid is 1 in float32
 
 
-@dataclass
 class ForwardPass:
     """
     One forward pass of a base model, given to every layer, and marked as ended after the last. A layer cannot see
@@ -52,8 +50,9 @@ class ForwardPass:
         has_ended (`bool`, *optional*, defaults to `False`): Whether it is over: a layer that runs now recomputes.
     """
 
-    learns: bool
-    has_ended: bool = False
+    # Not a dataclass, of which FSDP2 gives each layer a copy, and that does not see the end.
+    def __init__(self, learns: bool, has_ended: bool = False):
+        self.learns, self.has_ended = learns, has_ended
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -270,6 +269,19 @@ class ProductKeyRouter(nn.Module):
         return queries, sub_keys
 
 
+class GateLogit(nn.Linear):
+    """The last layer of an [`ExpertGate`], which starts open."""
+
+    def init_own_weights(self) -> None:
+        init.zeros_(self.weight)
+        init.constant_(self.bias, OPEN_LOGIT)
+
+    def forward(self, neurons: torch.Tensor) -> torch.Tensor:
+        """`(..., GATE_WIDTH) -> (..., 1)`"""
+        # Not by a matrix-vector product, whose rounding may depend on where in memory a loaded weight lies.
+        return (neurons * self.weight).sum(-1, keepdim=True) + self.bias
+
+
 class ExpertGate(nn.Module):
     """
     A gate that decides which inputs use the added experts: a classifier `sigmoid(w · gelu(W x + b) + c)` that
@@ -280,11 +292,7 @@ class ExpertGate(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, GATE_WIDTH)
-        self.down_proj = nn.Linear(GATE_WIDTH, 1)
-
-    def init_own_weights(self) -> None:
-        init.zeros_(self.down_proj.weight)
-        init.constant_(self.down_proj.bias, OPEN_LOGIT)
+        self.down_proj = GateLogit(GATE_WIDTH, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size) -> (..., 1)`, between 0 and 1."""
@@ -293,9 +301,7 @@ class ExpertGate(nn.Module):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The logits, `(..., 1)`, whose sigmoid is the gate."""
-        neurons = F.gelu(self.up_proj(hidden_states))
-        # Not by a matrix-vector product, whose rounding may depend on where in memory a loaded weight lies.
-        return (neurons * self.down_proj.weight).sum(-1, keepdim=True) + self.down_proj.bias
+        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
 
 
 class AddedRouter(ProductKeyRouter):
