@@ -153,7 +153,8 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
-    if not all(table.weight.is_floating_point() for table in expert_tables(model).values()):
+    tables: list[Any] = [*expert_tables(model).values()]
+    if not all(table.weight.is_floating_point() for table in tables):
         raise ValueError("Quantized experts are not trained: `dequantize_experts` makes them trainable again.")
     addition = model.config.expert_additions[-1]
     layers = _peer_layers(model, addition["layers"])
