@@ -3,9 +3,10 @@
 """For tests of gradients of expert tables: their rows in any layout, factors, and an optimizer that takes none."""
 
 import torch
+from tiny_models import tiny_config, tiny_model
 from torch import nn
 
-from modeling_peer import RowAdamW
+from modeling_peer import PeerForCausalLM, RowAdamW, expert_parameter_groups
 from modeling_peer.experts import expert_tables
 from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.ops.gradient_factors import Assignments, Factors
@@ -62,6 +63,16 @@ def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The expert tables of a model by their names, each once."""
     tables = {id(module.weight) for module in expert_tables(model).values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
+def model_of(*feed_forward_types: str, **fields) -> PeerForCausalLM:
+    """A small model in float64, in training mode."""
+    return tiny_model(tiny_config(*(feed_forward_types or ("peer", "pkm")), **fields)).double().train()
+
+
+def optimizer_of(model: nn.Module, optimizer_class: type[RowAdamW] = RowAdamW) -> RowAdamW:
+    """One with the tables of a model as rows."""
+    return optimizer_class(expert_parameter_groups(model, 1e-2, weight_decay=0.1))
 
 
 class DenseRowAdamW(RowAdamW):

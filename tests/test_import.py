@@ -90,25 +90,27 @@ def attributes():
                 found[module_name, name] |= vars(value)
     return found
 
+def changed():
+    after = attributes()
+    return [
+        [*key, name]
+        for key, values in before.items()
+        for name in values.keys() | after[key].keys()
+        if values.get(name, name) is not after[key].get(name, name)
+    ]
+
 before = attributes()
 assert ("peft.tuners.tuners_utils", "BaseTuner") in before and ("peft.peft_model", "PeftModel") in before
 assert "inject_adapter" in before["peft.tuners.tuners_utils", "BaseTuner"]
 import modeling_peer
-EDIT
-after = attributes()
-changed = [
-    [*key, name]
-    for key, values in before.items()
-    for name in values.keys() | after[key].keys()
-    if values.get(name, name) is not after[key].get(name, name)
-]
-print(json.dumps([len(before), changed]))
+found = changed()
+sys.modules["peft"].PeftModel._upload_modified_files = print
+print(json.dumps([len(before), found, changed()]))
 """
-    number, changed = run(script.replace("EDIT", ""))
+    number, changed, patched = run(script)
     # PEFT's enumeration of methods has one more.
     assert number > 3000 and {tuple(each) for each in changed} <= {("peft.utils.peft_types", "PeftType", "PEER_GRAFT")}
-    patch = "peft.PeftModel._upload_modified_files, json.dumps = print, json.dumps"
-    assert ["peft.peft_model", "PeftModel", "_upload_modified_files"] in run(script.replace("EDIT", patch))[1]
+    assert ["peft.peft_model", "PeftModel", "_upload_modified_files"] in patched
 
 
 def test_it_is_quick():

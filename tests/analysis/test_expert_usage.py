@@ -11,12 +11,13 @@ from peft import LoraConfig, get_peft_model
 from release_names import CHECKPOINTING
 from slow_tests import slow
 from torch import nn
-from trainer_worker import counting_sequences, pad_right, small_model
+from torch.testing import assert_close
+from trainer_worker import copy_of_state, counting_sequences, pad_right, small_model
 from trainer_worker import trainer_of as stock_trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter
+from modeling_peer.analysis.expert_usage import ExpertUsageCallback, ExpertUsageMeter, measure_usage
 from modeling_peer.router import ProductKeyRouter
 
 
@@ -68,6 +69,17 @@ def trainer_of(model, folder, callbacks=None, **options):
 
 def measures_of(entry, layer, prefix=""):
     return {name: entry[f"{prefix}expert_{name}/{layer}"] for name in NAMES}
+
+
+def test_a_text_is_measured_in_evaluation_and_without_padding():
+    model = model_of_three().train()
+    before, records = copy_of_state(model), record_router(model, 1)
+    meters = measure_usage(model, **pad_right(counting_sequences(4)))
+    ((in_training, record),) = records
+    assert not in_training and model.training and not record[2].all()
+    found = meters["model.layers.1.mlp.expert_pool"].compute()
+    assert found == pytest.approx(measured_by_hand(144, [record]), rel=1e-5)
+    assert_close(copy_of_state(model), before, rtol=0, atol=0)
 
 
 class TestMeter:

@@ -329,8 +329,9 @@ class TestRefusals:
         ids=["no PEER layer", "injected adapters", "adapters"],
     )
     def test_of_models_that_cannot_grow(self, make):
-        with pytest.raises(ValueError):
-            add_experts(make(), 25)
+        model = make()
+        with pytest.raises(ValueError, match="PEER"):
+            add_experts(model, 25)
 
 
 def test_models_of_one_configuration_grow_by_themselves():

@@ -42,7 +42,6 @@ STEPS = 6
 NUM_TOKENS, NUM_ACTIVE = 13, 5
 UNEVEN = {2: [13, 0], 4: [6, 2, 5, 0]}
 
-FROZEN = range(0, 64, 2)  # experts
 FROZEN_FROM = 3  # the step
 
 # What the plain loop trains; on four processes, those of these names alone.
@@ -132,7 +131,8 @@ def train_in_loop(
     for step in range(steps):
         if freezes and step == FROZEN_FROM:
             freeze_every_second(model)
-            frozen = {f"frozen.{name}": tensor for name, tensor in rows_of(model, FROZEN).items()}
+            tables = expert_tables(model).items()
+            frozen = {f"frozen.{name}.weight": whole(table.weight.detach()).clone() for name, table in tables}
         optimizer.zero_grad()
         loss = joint_loss(model, rows_of_step(step), idle)
         loss.backward()
@@ -149,12 +149,6 @@ def freeze_every_second(model: torch.nn.Module) -> None:
     """Freezes every second expert."""
     for table in expert_tables(model).values():
         freeze_rows(table, "weight", torch.arange(len(table.weight)) % 2 == 0)
-
-
-def rows_of(model: torch.nn.Module, rows: range) -> dict[str, torch.Tensor]:
-    """Copies of some rows of all expert tables."""
-    tables = expert_tables(model).items()
-    return {f"{name}.weight": whole(table.weight.detach())[rows].clone() for name, table in tables}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

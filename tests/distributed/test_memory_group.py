@@ -122,8 +122,7 @@ def test_frozen_experts_stay_to_the_bit(ranks):
         assert tables
         for key in tables:
             after = state[key.removeprefix("frozen.")]
-            assert torch.equal(after[:64:2], state[key])
-            assert after[1:64:2].ne(state[key]).any()
+            assert torch.equal(after[::2], state[key][::2]) and after[1::2].ne(state[key][1::2]).any()
 
 
 @pytest.mark.parametrize("run", [(4, 2)])

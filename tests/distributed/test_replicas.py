@@ -211,7 +211,7 @@ def averages(rank):
     found = {}
     for num_rows in (1000, 7):
         tables = [nn.Parameter(torch.zeros(num_rows, 19)) for _ in range(5)]
-        optimizer = RowAdamW([{"params": tables, "rows": True}])
+        _optimizer = RowAdamW([{"params": tables, "rows": True}])
         for table, gradient in zip(tables, random_gradients(rank, num_rows)[0], strict=True):
             table.grad = gradient
         average_gradients(tables, dist.group.WORLD)
@@ -224,7 +224,6 @@ def averages(rank):
         for table in tables:  # what is added to an average
             table.grad += random_gradients(1 - rank, num_rows)[0][0]
         found[num_rows]["sums"] = [dense(table.grad) for table in tables]
-        assert optimizer.param_groups
     return found
 
 
@@ -232,7 +231,7 @@ def gradients_of(rank=None, compiled=None):
     """Of a batch, or a half of it, in a model that is compiled before or after it is wrapped."""
     torch.manual_seed(0)
     model = PeerForCausalLM(tiny_config("peer", num_experts=32**2, query_norm="rms")).train()
-    optimizer = by_rows(model) if compiled == "after" else stock(model)
+    _optimizer = by_rows(model) if compiled == "after" else stock(model)
     tokens = random_tokens(4, 12)
     if rank is None:
         causal_loss(model, tokens).backward()
@@ -241,7 +240,6 @@ def gradients_of(rank=None, compiled=None):
         wrapped = DistributedDataParallel(inner)
         wrapped = torch.compile(wrapped, backend="aot_eager") if compiled == "after" else wrapped
         causal_loss(wrapped, tokens.chunk(2)[rank]).backward()
-    assert optimizer.param_groups
     return {name: dense(parameter.grad) for name, parameter in model.named_parameters()}
 
 
@@ -274,7 +272,7 @@ def test_training_is_that_of_one_process(found, name):
             assert torch.equal(tensor, ranks[1]["state"][key]), key
     assert ranks[0]["kinds"] == ({"Tensor"} if case.get("optimizer") is stock else {"FactoredGradient"})
     assert ranks[0]["averages"] == AVERAGES.get(name, 3)
-    assert ranks[0]["ignored"] == IGNORED.get(name, ranks[0]["ignored"])
+    assert ranks[0]["ignored"] == IGNORED.get(name, 3)
     assert ranks[0]["norms"].min() > CLIPPING
 
 

@@ -14,7 +14,14 @@ from torch.testing import assert_close
 from transformers import Trainer
 from two_processes import run_on_two_processes, save_parts
 
-from modeling_peer import PeerForCausalLM, shard_experts
+from modeling_peer import (
+    ExpertBackground,
+    PeerForCausalLM,
+    SparseFinetuningCallback,
+    add_experts,
+    quantize_experts,
+    shard_experts,
+)
 from modeling_peer.ops.experts import run_expert_pool
 from modeling_peer.parallel.columns import ExpertColumns, MemoryGroup
 from modeling_peer.parallel.memory_group import form_memory_group
@@ -167,3 +174,16 @@ def test_two_processes_with_different_numbers_of_tokens(of_ranks):
     of_tokens, of_tables = zip(*(each[:3] for each in of_ranks), strict=True), [each[3:] for each in of_ranks]
     found = [*map(torch.cat, of_tokens), *(2 * torch.cat(each, dim=1) for each in zip(*of_tables, strict=True))]
     assert_close(found, run_pool(None))  # gradients of tables are the mean over the two
+
+
+def test_what_needs_whole_tables_refuses_split_ones(group):
+    model = tiny_model(tiny_config("peer"))
+    background = ExpertBackground.measure(model, [{"input_ids": torch.arange(1, 7)[None]}], progress_bar=False)
+    form_memory_group(model, 1, "cpu")
+    for change, said in (
+        (lambda: add_experts(model, 16), "before a model is split"),
+        (lambda: SparseFinetuningCallback(model, background), "split over processes"),
+        (lambda: quantize_experts(model), "cannot be quantized"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            change()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from release_names import enable_checkpointing
 from slow_tests import slow
-from table_gradients import DenseRowAdamW, dense, tables_of
+from table_gradients import DenseRowAdamW, dense, model_of, optimizer_of, tables_of
 from tiny_models import GROWN, random_tokens, tiny_config, tiny_model
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from modeling_peer import RowAdamW, expert_parameter_groups
+from modeling_peer import RowAdamW
 from modeling_peer.ops.factored_gradient import FactoredGradient
 
 
@@ -32,14 +32,6 @@ def fresh():
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def model_of(*feed_forward_types, **fields):
-    return tiny_model(tiny_config(*(feed_forward_types or ("peer", "pkm")), **fields)).double().train()
-
-
-def optimizer_of(model, optimizer_class=RowAdamW):
-    return optimizer_class(expert_parameter_groups(model, 1e-2, weight_decay=0.1))
 
 
 def compiled(model, **options):
@@ -93,9 +85,8 @@ def test_dense_gradients_come_from_one_graph(config):
 def test_factors_come_with_graph_breaks(optimizer_class, gated):
     """And none for another optimizer."""
     model = model_of("peer", "pkm", gated_experts=gated)
-    optimizer = optimizer_of(model, optimizer_class)
+    _optimizer = optimizer_of(model, optimizer_class)
     assert come_in_factors(model, compiled(model, fullgraph=False)) == {optimizer_class is RowAdamW}
-    assert optimizer.param_groups
 
 
 @slow
@@ -136,10 +127,9 @@ def test_optimizers_that_come_after_a_graph():
 @pytest.mark.parametrize("optimizer_class", [RowAdamW, DenseRowAdamW])
 def test_activation_checkpointing(options, optimizer_class):
     model = model_of("peer", "pkm", "peer", share_experts_across_layers=True, query_norm="rms")
-    optimizer = optimizer_of(model, optimizer_class)
+    _optimizer = optimizer_of(model, optimizer_class)
     enable_checkpointing(model, options)
     assert come_in_factors(model, compiled(model, fullgraph=False)) == {optimizer_class is RowAdamW}
-    assert optimizer.param_groups
 
 
 @slow
@@ -156,7 +146,7 @@ def test_autocast():
 
 def test_inference_is_one_graph():
     model = model_of()
-    optimizer = optimizer_of(model)
+    _optimizer = optimizer_of(model)
     with torch.no_grad():
         assert_close(compiled(model)(TOKENS[0]).logits, model(TOKENS[0]).logits)
-    assert counters["stats"]["unique_graphs"] == 1 and optimizer.param_groups
+    assert counters["stats"]["unique_graphs"] == 1

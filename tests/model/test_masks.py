@@ -5,7 +5,6 @@
 import torch
 from release_names import CACHE
 from tiny_models import VARIANTS, random_tokens, tiny_model
-from transformers import StaticCache
 
 
 def training_statistics(*chunks):
@@ -50,17 +49,3 @@ def test_a_padding_mask_beside_a_mask_of_attention():
     )
     assert torch.allclose(implied, explicit, atol=1e-6)
     assert not torch.allclose(implied, unknown, atol=1e-4)
-
-
-def test_a_static_cache_takes_masks_of_its_whole_length():
-    model = tiny_model(VARIANTS["peer"])
-    tokens = random_tokens(2, 10)
-    mask = torch.zeros(2, 16, dtype=torch.long)
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    logits = []
-    with torch.no_grad():
-        for start, end in ((0, 6), (6, 10)):
-            mask[:, :end] = 1
-            logits.append(model(tokens[:, start:end], attention_mask=mask, use_cache=True, **{CACHE: cache}).logits)
-        expected = model(tokens).logits
-    assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-5)
