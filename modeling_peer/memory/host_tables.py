@@ -40,7 +40,9 @@ def _places(module, prefix, device, tables):
     if module in tables:
         yield prefix, "cpu"
     elif tables.isdisjoint(module.modules()):
-        yield prefix, device
+        # Accelerate would bring inputs to a module without tensors too: to the activation of experts.
+        if [*module.parameters(), *module.buffers()]:
+            yield prefix, device
     else:
         dot = f"{prefix}." if prefix else ""
         for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

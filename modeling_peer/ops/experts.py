@@ -185,6 +185,8 @@ class ExpertPoolFunction(torch.autograd.Function):
         if kept is None:
             kept = weights if activations is None else weights * activations
         of_neurons, of_gates, *_ = *of_products, None, None
+        # Gradients live until they are cleared, and the graph behind the input need not.
+        columns = None if columns is None else columns.detach()
         factors = (of_neurons, columns), (of_gates, columns), (kept, gradient)
         # Tables of one length, all unless one grew alone, share their assignments, which are grouped once.
         assignments: dict[int, Assignments] = {}

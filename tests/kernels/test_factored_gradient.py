@@ -219,6 +219,14 @@ def test_writes_to_what_factors_share_are_noticed(which):
         optimizer.step()
 
 
+def test_factors_let_the_graph_behind_them_go():
+    table, hidden = nn.Parameter(torch.randn(NUM_ROWS, WIDTH)), torch.randn(4, WIDTH, requires_grad=True) * 2
+    _optimizer = RowAdamW([{"params": [table], "rows": True}])
+    rows, weights = torch.randint(NUM_ROWS, (4, 3)), torch.randn(4, 3)
+    run_expert_pool(hidden, rows, weights, table, None, table.detach(), nn.Identity(), "cpu").sum().backward()
+    assert table.grad.factors.tokens.grad_fn is None
+
+
 class TestLists:
     """What `torch.optim` and gradient clipping do to all gradients at once."""
 

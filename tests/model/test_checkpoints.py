@@ -191,6 +191,8 @@ def test_a_device_map_leaves_tables_in_host_memory(name, tmp_path):
     for name, table in tables.items():
         assert torch.equal(table.weight, expert_tables(model)[name].weight)
         assert not hasattr(table, "_hf_hook")
+    pools = [module for module in loaded.modules() if hasattr(type(module), "expert_table_names")]
+    assert not any(hasattr(pool.act_fn, "_hf_hook") for pool in pools if hasattr(pool, "act_fn"))
     weights = {f"{name}.weight" for name in tables}
     assert all(parameter.is_meta for name, parameter in loaded.named_parameters() if name not in weights)
 
