@@ -90,7 +90,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         return None if replacing else self.base_layer, grafts
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT, but that quantized tables learn nothing. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
+        """As in PEFT; quantized tables learn nothing. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.branches(names)
         for name, graft in self.peer_graft_layer.items():

@@ -151,8 +151,8 @@ class Factors:
     def _unchanged(self, place):
         if [each._version for each in self._tensors] != self._versions:
             raise RuntimeError(
-                "The gradient of an expert table needs the input of the layer, its router indices and the gradient of its "
-                "output until the optimizer's step, and one of them was written in place: write to a clone instead."
+                "The gradient of an expert table needs the input of the layer, its router indices and the gradient of "
+                "its output until the optimizer's step, and one was written in place: write to a clone instead."
             )
         return self._tensors[place]
 

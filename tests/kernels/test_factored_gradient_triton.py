@@ -45,8 +45,12 @@ def blocks(request, monkeypatch):
 def factors_of(num_tokens, width=24, dtype=torch.float32, seed=0):
     """Of rows of which some are named very often, and the last two by none."""
     (factors,) = random_parts(seed, NUM_ROWS, width, [(num_tokens, 7)], dtype, "triton")
-    factors.assignments.rows.clamp_(max=NUM_ROWS - 3)
-    return factors
+    return of_other_rows(factors, factors.assignments.rows.clamp(max=NUM_ROWS - 3))
+
+
+def of_other_rows(factors, rows):
+    """With other rows for the same coefficients."""
+    return Factors(factors.coefficients, factors.tokens, Assignments(rows, NUM_ROWS, "triton"))
 
 
 def changed(factors, tokens=None, coefficients=None):
@@ -97,12 +101,11 @@ class TestSums:
 
     def test_of_a_row_that_all_name(self, blocks):
         factors = factors_of(50)
-        factors.assignments.rows.fill_(5)
-        assert_sums(factors)
+        assert_sums(of_other_rows(factors, torch.full_like(factors.assignments.rows, 5)))
 
     def test_of_rows_that_one_assignment_names(self):
         (factors,) = random_parts(0, NUM_ROWS, 24, [(6, 1)], kernels="triton")
-        factors.assignments.rows[:] = torch.arange(6)[:, None]
+        factors = of_other_rows(factors, torch.arange(6)[:, None])
         assert_sums(factors)
         unused = changed(factors, coefficients={3: 0})
         assert_sums(changed(unused, {3: math.nan}), exact=[unused])

@@ -204,12 +204,8 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
         config.validate()  # once more: fields may have been set since
         check_package(config)
         PreTrainedModel.__init__(self, config)  # not that of LlamaModel, which makes Llama layers
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [PeerDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         # One module for all PEER layers: a tied key would count only with tied embeddings.

@@ -29,11 +29,7 @@ from .configuration_peer import Generation, PeerConfig, grid_size
 from .experts import ALL_RETRIEVAL_FUNCTIONS, find_function
 
 
-SCORING_FUNCTIONS = {
-    "softmax": partial(torch.softmax, dim=-1),
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-}
+SCORING_FUNCTIONS = {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid, "relu": torch.relu}
 
 GATE_WIDTH = 64
 SHUT_BELOW = 0.01  # a gate that is less open counts as shut
@@ -110,10 +106,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self.process_group: dist.ProcessGroup | None = None
 
     def forward(
-        self,
-        queries: torch.Tensor,
-        padding_mask: torch.Tensor | None = None,
-        forward_pass: ForwardPass | None = None,
+        self, queries: torch.Tensor, padding_mask: torch.Tensor | None = None, forward_pass: ForwardPass | None = None
     ) -> torch.Tensor:
         """
         Args:
@@ -277,7 +270,6 @@ class GateLogit(nn.Linear):
         init.constant_(self.bias, OPEN_LOGIT)
 
     def forward(self, neurons: torch.Tensor) -> torch.Tensor:
-        """`(..., GATE_WIDTH) -> (..., 1)`"""
         # Not by a matrix-vector product, whose rounding may depend on where in memory a loaded weight lies.
         return (neurons * self.weight).sum(-1, keepdim=True) + self.bias
 
