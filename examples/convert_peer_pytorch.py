@@ -7,9 +7,9 @@ Converts a layer of PEER-pytorch (PyPI `peer-pytorch` 0.2.2) into a layer of a c
         --layer 5 --output_dir runs/converted
 
 `layer.pt` is the `state_dict()` of the layer, or of a larger model with `--prefix "blocks.5.ff."`. The weights do not
-determine the flags `--num_experts_per_head`, `--product_key_topk`, `--non_competing_scores` and `--activation`, which are
-the arguments that the layer was made with. Dropout, which only matters in training, is not converted. One run converts one layer and
-keeps layers that were converted before.
+determine the flags `--num_experts_per_head`, `--product_key_topk`, `--non_competing_scores` and `--activation`, which
+are the arguments that the layer was made with. Dropout, which only matters in training, is not converted. One run
+converts one layer and keeps layers that were converted before.
 
 | PEER-pytorch | here |
 |---|---|

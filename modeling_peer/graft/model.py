@@ -96,7 +96,8 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         for name, graft in self.peer_graft_layer.items():
             for module in graft.modules():
                 for parameter in module.parameters(recurse=False) if not isinstance(module, QuantizedTable) else ():
-                    parameter.requires_grad_(name in names and not inference_mode)
+                    if parameter.is_leaf:  # the first FSDP has views of its own parameters there
+                        parameter.requires_grad_(name in names and not inference_mode)
         self._active_adapter = names
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

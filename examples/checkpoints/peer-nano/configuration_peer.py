@@ -31,16 +31,9 @@ FORMAT_VERSION = 1
 
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *(
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "num_retrieval_heads",
-        "num_experts_per_head",
-        "query_size",
-    ),
+    *("num_key_value_heads", "max_position_embeddings", "num_retrieval_heads", "num_experts_per_head", "query_size"),
     *("moe_num_experts", "moe_num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    *("initializer_range", "expert_initializer_range", "rms_norm_eps"),
+    *("head_dim", "initializer_range", "expert_initializer_range", "rms_norm_eps"),
 )
 
 # pip never sees which releases the code in a checkpoint needs, so the code itself refuses those that it does not know.

@@ -270,6 +270,7 @@ class GateLogit(nn.Linear):
         init.constant_(self.bias, OPEN_LOGIT)
 
     def forward(self, neurons: torch.Tensor) -> torch.Tensor:
+        """`(..., GATE_WIDTH) -> (..., 1)`"""
         # Not by a matrix-vector product, whose rounding may depend on where in memory a loaded weight lies.
         return (neurons * self.weight).sum(-1, keepdim=True) + self.bias
 
