@@ -10,55 +10,62 @@ from pathlib import Path
 from typing import Any
 
 from common.subprocesses import EXAMPLES, module_environment
+from studies.common.parallel_runs import Results
+from studies.common.training_plan import CORPUS
+from studies.people.texts import BLOCK
 
 
 @dataclass(frozen=True)
 class Arm:
     """
-    A model and the learning rates of its trials.
+    A model and how it is trained.
 
     Args:
         configuration (`str`): Its named configuration.
-        rates (`tuple[float]`): Learning rates to try.
+        learning_rate (`float`): The best rate of earlier trials, see README.md.
         overrides (`dict`): Fields in which it differs from the configuration.
     """
 
     configuration: str
-    rates: tuple[float, ...]
+    learning_rate: float
     overrides: dict[str, Any]
 
 
 # A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
-# Standard deviations of weights at the beginning: that of the named configurations, and the root of 1 / hidden_size.
-USUAL, LARGER = 0.02, 0.0625
 ARMS = {
-    "dense": Arm("dense-laptop", (5e-4, 1e-3, 2e-3), {}),
-    "peer": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), {}),
-    "pkm": Arm("peer-laptop", (5e-4, 1e-3, 2e-3), MEMORY),
+    "peer": Arm("peer-laptop", 1e-3, {}),
+    "dense": Arm("dense-laptop", 1e-3, {}),
+    "pkm": Arm("peer-laptop", 5e-4, MEMORY),
 }
-TOKENS_PER_STEP = 2048
+# Standard deviations of weights at the beginning: that of the named configurations, and the root of 1 / hidden_size.
+INITIALIZER_RANGES = (0.02, 0.0625)
+TRIAL_STEPS = 400
+SECONDS = 6600  # of each training
+TOKENS_PER_STEP = 2 * BLOCK
+# Trainings in their order, arms and seeds. Two run at once, so that the first two are trained side by side.
+TRAININGS = (("peer", 0), ("dense", 0), ("pkm", 0), ("dense", 1), ("peer", 1))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training of an arm. A trial of a rate is short, and saves no checkpoints, which would take a part of its time."""
+    """A training of an arm. A trial is short, and saves no checkpoints, which would take a part of its time."""
 
     arm: str
     steps: int
     learning_rate: float
-    initializer_range: float = USUAL
+    initializer_range: float
     seed: int = 0
     is_trial: bool = False
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of its results and its folder."""
         numbers = f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.initializer_range:g}-{self.seed}"
         return f"trial-{numbers}" if self.is_trial else numbers
 
 
-def train(run: Run, folder: Path, block: int) -> Path:
+def train(run: Run, folder: Path) -> Path:
     """Trains a model by run_clm.py, which resumes where it was killed. Returns its folder."""
     arm, output = ARMS[run.arm], folder / "models" / run.name
     if (output / "all_results.json").exists():
@@ -69,8 +76,8 @@ def train(run: Run, folder: Path, block: int) -> Path:
         "tokenizer_name": folder / "tokenizer",
         "train_file": folder / "train.parquet",
         "output_dir": output,
-        "block_size": block,
-        "per_device_train_batch_size": TOKENS_PER_STEP // block,
+        "block_size": BLOCK,
+        "per_device_train_batch_size": TOKENS_PER_STEP // BLOCK,
         "max_steps": run.steps,
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -87,20 +94,29 @@ def train(run: Run, folder: Path, block: int) -> Path:
     return output
 
 
-def next_trial(arm: str, steps: int, losses: dict[Run, float]) -> Run | None:
-    """
-    The next trial of an arm by the losses of those that were made: its rates, then the larger initialization at the best
-    of them, then one rate beyond, if the best is the lowest or the highest. `None` if there are all.
-    """
-    rates = ARMS[arm].rates
-    runs = [Run(arm, steps, rate, is_trial=True) for rate in rates]
-    for run in runs:
-        if run not in losses:
-            return run
-    larger = replace(min(runs, key=losses.get), initializer_range=LARGER)
-    if larger not in losses:
-        return larger
-    best = min([*runs, larger], key=losses.get)
-    factor = {min(rates): 0.5, max(rates): 2}.get(best.learning_rate, 1)
-    beyond = replace(best, learning_rate=factor * best.learning_rate)
-    return None if beyond in losses else beyond
+def loss_of(result: dict[str, Any]) -> float:
+    """Nats per token of the held-out text of the training's sources, by which runs are chosen."""
+    return result["losses"][CORPUS]["all"]
+
+
+def next_runs(results: Results) -> list[Run]:
+    """The runs that are missing, as far as they follow from those that there are: trials, and then trainings."""
+    needed = [trial(arm, weights) for weights in INITIALIZER_RANGES for arm in ARMS]
+    for arm, seed in TRAININGS:
+        trials = [trial(arm, weights) for weights in INITIALIZER_RANGES]
+        if any(run.name not in results for run in trials):
+            break
+        best = min(trials, key=lambda run: loss_of(results[run.name]))
+        # Of the trial that was disturbed least by what else the machine did.
+        seconds = min(results[run.name]["training"]["train_runtime"] for run in trials) / TRIAL_STEPS
+        run = replace(best, steps=round(SECONDS / seconds), seed=seed, is_trial=False)
+        # What ends above the loss of its trial has failed, and is made again with half the rate.
+        while run.name in results and loss_of(results[run.name]) > loss_of(results[best.name]):
+            run = replace(run, learning_rate=run.learning_rate / 2)
+        needed.append(run)
+    return [run for run in needed if run.name not in results]
+
+
+def trial(arm: str, initializer_range: float) -> Run:
+    """The trial of an arm with weights that begin with this standard deviation."""
+    return Run(arm, TRIAL_STEPS, ARMS[arm].learning_rate, initializer_range, is_trial=True)

@@ -6,49 +6,45 @@ from math import exp
 from statistics import mean
 from typing import Any
 
+from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
-from studies.common.training_plan import CORPUS
-from studies.people.arms import TOKENS_PER_STEP
-from studies.people.texts import HELD_OUT_TEXTS
+from studies.people.arms import TOKENS_PER_STEP, loss_of
+from studies.people.measure import NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
+from studies.people.texts import BLOCK, GROUPS, HELD_OUT_TEXTS
 
 
-def describe(results: dict[str, Any]) -> str:
-    """Recall and perplexity of each arm, n-grams beside them, and the trials."""
-    texts = list(HELD_OUT_TEXTS)
-    rows = [["", "parameters, M", "rate", "weights", "steps", "seconds", "exposures"]]
-    rows[0] += [
-        "recalled",
-        "as told of others",
-        "as told",
-        "others",
-        "bits a person",
-        "perplexity",
-        "of the second half",
+def share(found: dict[str, Any]) -> float:
+    """The mean share of attributes that are recalled."""
+    return mean(found["recalled"].values())
+
+
+def describe(results: Results, ngrams: dict[str, Any]) -> str:
+    """Recall and perplexity of each training, n-grams beside them, and the trials."""
+    of_text = [
+        ["", "seed", "parameters, M", "rate", "weights", "steps", "seconds", "perplexity", "of the second half"]
     ]
-    of_training = results["arguments"]
-    for run in results["runs"]:
-        kinds = ("recall", "recall as told of others", "recall as told", "recall of others")
-        shares = [f"{mean(run[each]['recalled'].values()):.1%}" for each in kinds]
-        shares.append(f"{sum(run['recall']['bits'].values()):.1f}")
-        perplexities = [
-            f"{exp(mean(run['losses'][text][part] for text in texts)):.2f}" for part in ("all", "second half")
-        ]
-        cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
-        cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
-        all_read = run["training"]["train_samples"] * of_training["block_size"]  # tokens of all texts
-        cells.append(f"{of_training['exposures'] * run['steps'] * TOKENS_PER_STEP / all_read:.1f}")
-        rows.append([run["arm"], *cells, *shares, *perplexities])
+    recalled = [["", "seed", "told", "read", *(kinds := (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)), "bits a person"]]
+    trials = [["trials", "rate", "weights", "nats of held-out text", "seconds per step"]]
+    for run in results.values():
+        seconds = run["training"]["train_runtime"]
+        trained = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
+        if run["is_trial"]:
+            trials.append([run["arm"], *trained, f"{loss_of(run):.3f}", f"{seconds / run['steps']:.2f}"])
+            continue
+        name = [run["arm"], str(run["seed"])]
+        of_texts = [exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS)) for part in ("all", "second half")]
+        cells = [f"{run['parameters'] / 1e6:.1f}", *trained, f"{run['steps']:,}", f"{seconds:,.0f}"]
+        of_text.append([*name, *cells, *(f"{each:.2f}" for each in of_texts)])
+        part_read = run["steps"] * TOKENS_PER_STEP / (run["training"]["train_samples"] * BLOCK)
+        for told in GROUPS:
+            found = run["recall"][str(told)]
+            bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}"
+            recalled.append(
+                [*name, str(told), f"{told * part_read:.1f}", *(f"{share(found[each]):.1%}" for each in kinds), bits]
+            )
+        recalled.append([*name, OTHERS, "", f"{share(run['recall'][OTHERS][NEVER_TRAINED]):.1%}", "", "", ""])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
-        found = exp(mean(results["ngrams"][kind][text] for text in texts))
-        rows.append([label, *[""] * (len(rows[0]) - 2), f"{found:.2f}"])
-    trials = [["trials", "rate", "weights", "perplexity of the corpus", "seconds per step"]]
-    for run in results["trials"]:
-        seconds = run["training"]["train_runtime"] / run["steps"]
-        cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
-        trials.append([run["arm"], *cells, f"{exp(run['losses'][CORPUS]['all']):.2f}", f"{seconds:.2f}"])
-    attributes = list(results["runs"][0]["recall"]["recalled"])
-    by_attribute = [["recalled", *attributes]]
-    by_attribute += [
-        [run["arm"], *(f"{run['recall']['recalled'][each]:.1%}" for each in attributes)] for run in results["runs"]
-    ]
-    return "\n\n".join(map(markdown_table, (rows, by_attribute, trials)))
+        if ngrams:
+            perplexity = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
+            of_text.append([label, *[""] * (len(of_text[0]) - 2), f"{perplexity:.2f}"])
+    return "\n\n".join(map(markdown_table, (recalled, of_text, trials)))

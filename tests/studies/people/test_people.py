@@ -4,6 +4,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,15 @@ from study_runs import TEXTS
 from torch import nn
 
 from common.text_data import train_tokenizer
+from studies.common.parallel_runs import results_of
 from studies.common.people import VALUES, draw_people
+from studies.common.study_folder import write_json
+from studies.common.training_plan import CORPUS
 from studies.people import __main__ as people_study
-from studies.people import arms, texts
-from studies.people.arms import ARMS, LARGER, USUAL, Arm, next_trial
-from studies.people.report import describe
-from studies.people.texts import NEVER_TRAINED, TOLD, TOLD_OF_OTHERS, ask, biography, recall
+from studies.people import arms, measure, report, texts
+from studies.people.arms import ARMS, INITIALIZER_RANGES, SECONDS, TRIAL_STEPS, Arm, Run, next_runs
+from studies.people.measure import NEVER_TRAINED, TOLD, TOLD_OF_OTHERS, ask, make, recall
+from studies.people.texts import GROUPS, biography, groups_of_people, prepare
 
 
 class Knows(nn.Module):
@@ -71,46 +75,66 @@ def test_recall_is_of_whole_answers():
             assert any(words in text for text in own) == is_read_of_them
 
 
-def test_trials_go_on_beyond_the_best():
-    def all_trials(loss_of):
-        losses = {}
-        while run := next_trial("dense", 120, losses):
-            assert run.is_trial and run not in losses
-            losses[run] = loss_of(run.learning_rate, run.initializer_range)
-        return [(run.learning_rate, run.initializer_range) for run in losses]
+def test_groups_are_told_of_as_often():
+    groups = groups_of_people()
+    assert {told: len(people) for told, people in groups.items()} == GROUPS
+    assert len({told * len(people) for told, people in groups.items()}) == 1
+    names = [person.name for people in groups.values() for person in people]
+    assert len(set(names)) == len(names)
 
-    low, middle, high = ARMS["dense"].rates
-    three = [(rate, USUAL) for rate in ARMS["dense"].rates]
-    assert all_trials(lambda rate, weights: abs(rate - middle) + weights) == [*three, (middle, LARGER)]
-    found = all_trials(lambda rate, weights: -rate - weights)
-    assert found == [*three, (high, LARGER), (2 * high, LARGER)]
-    found = all_trials(lambda rate, weights: rate + weights)
-    assert found == [*three, (low, LARGER), (low / 2, USUAL)]
+
+def test_trainings_follow_from_trials():
+    """By the better weights and the steps of the faster trial; one that fails is made again with half the rate."""
+    results, losses = {}, {"dense": [6.0, 5.0], "peer": [4.0, 5.0], "pkm": [3.0, 4.0]}
+
+    def add(run, loss, seconds):
+        results[run.name] = {**asdict(run), "losses": {CORPUS: {"all": loss}}, "training": {"train_runtime": seconds}}
+
+    trials = next_runs(results)
+    assert {(run.arm, run.initializer_range) for run in trials} == {
+        (arm, weights) for arm in ARMS for weights in INITIALIZER_RANGES
+    }
+    for run in trials:
+        assert run.is_trial and run.learning_rate == ARMS[run.arm].learning_rate
+        place = INITIALIZER_RANGES.index(run.initializer_range)
+        add(run, losses[run.arm][place], TRIAL_STEPS * (2 + place))
+    runs = next_runs(results)
+    assert [(run.arm, run.seed) for run in runs] == [*arms.TRAININGS]
+    for run in runs:
+        assert not run.is_trial and run.steps == SECONDS // 2
+        assert run.initializer_range == INITIALIZER_RANGES[run.arm == "dense"]
+        add(run, min(losses[run.arm]) + (0.1 if run.arm == "pkm" else -1), SECONDS)
+    (again,) = next_runs(results)
+    assert (again.arm, again.learning_rate) == ("pkm", ARMS["pkm"].learning_rate / 2)
+    add(again, min(losses["pkm"]) - 1, SECONDS)
+    assert next_runs(results) == []
 
 
 @slow
 def test_a_small_study(tmp_path, monkeypatch, capsys):
-    small = {"dense": Arm("dense-nano", (1e-3, 2e-3), {}), "peer": Arm("peer-nano", (1e-3,), {})}
-    for module in (people_study, arms):
-        monkeypatch.setattr(module, "ARMS", small)
     monkeypatch.setattr(texts, "load_corpus", lambda name: TEXTS["old" if name in texts.TRAINING_TEXTS else "new"])
-    sizes = {"people": 20, "exposures": 3, "characters": 30_000, "block_size": 32, "held_out_sequences": 4}
-    flags = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
-    flags += ["--seconds", "1", "--trial_steps", "2", "--output_dir", str(tmp_path)]
-    run_main(people_study, *flags, "--hours", "0")
-    assert "the same command goes on" in capsys.readouterr().out
-    run_main(people_study, *flags)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert describe(results) in capsys.readouterr().out
-    assert [run["arm"] for run in results["runs"]] == ["peer", "dense"]
-    for arm, number in (("dense", 3), ("peer", 2)):  # and perhaps one beyond
-        assert sum(run["arm"] == arm for run in results["trials"]) in (number, number + 1)
-    assert results["runs"][0]["parameters"] > results["runs"][1]["parameters"]
+    small = {"BLOCK": 32, "CHARACTERS": 30_000, "GROUPS": {6: 5, 3: 10}, "NUM_HELD_OUT": 4, "TOKENS_PER_STEP": 64}
+    small |= {"ASKED": 5, "ARMS": {"peer": Arm("peer-nano", 1e-3, {}), "dense": Arm("dense-nano", 1e-3, {})}}
+    for module in (texts, arms, measure, report, people_study):
+        for name in small.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, small[name])
+    prepare(tmp_path)
     told = Dataset.from_parquet(str(tmp_path / "train.parquet"))["text"]
-    for person in draw_people(20, seed=0):
-        assert sum(" ".join(person.name) in text for text in told) == 3
-    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*.json")}
-    run_main(people_study, *flags)
-    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "results").glob("*.json")}
-    with pytest.raises(SystemExit, match="people"):
-        run_main(people_study, *flags, "--people", "30")
+    for place, person in enumerate(draw_people(15, seed=0)):
+        assert sum(" ".join(person.name) in text for text in told) == (6 if place < 5 else 3)
+    runs = [Run("peer", 2, 1e-3, 0.02, is_trial=True), Run("peer", 3, 1e-3, 0.02), Run("dense", 3, 1e-3, 0.02)]
+    for run in runs:
+        write_json(tmp_path / "runs" / f"{run.name}.json", {**asdict(run), **make(run, tmp_path)})
+    results = results_of(tmp_path)
+    peer, dense = (results[run.name] for run in runs[1:])
+    assert peer["parameters"] > dense["parameters"]
+    assert [*peer["recall"]] == ["6", "3", "others"]
+    run_main(people_study, "--output_dir", str(tmp_path), "--hours", "0")
+    printed = capsys.readouterr().out
+    assert "the same command goes on" in printed
+    assert all(f"| {arm} " in printed for arm in ("peer", "dense", "4-gram"))
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["runs"] == results and saved["ngrams"]["tokens"] <= 3 * 64
+    monkeypatch.setattr(people_study, "GROUPS", {6: 6})
+    with pytest.raises(SystemExit, match="groups"):
+        run_main(people_study, "--output_dir", str(tmp_path), "--hours", "0")

@@ -1,0 +1,101 @@
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a model that was trained knows of people, and how well it reads text."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_peer.analysis.evaluation import evaluation
+from studies.common.people import NUM_TRAINED, VALUES, Person, draw_people
+from studies.common.single_run import read_texts, token_losses
+from studies.common.study_folder import read_json
+from studies.common.training_plan import CORPUS
+from studies.people.arms import Run, train
+from studies.people.texts import groups_of_people
+
+
+# The wordings in which people are asked.
+NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
+ASKED = 300  # people of each group, and as many others
+OTHERS = "others"  # people who were never told of, in what is recalled
+
+
+def make(run: Run, folder: Path) -> dict[str, Any]:
+    """
+    Trains a model and measures it: losses of held-out texts, and what it recalls of each group of people in each wording.
+    Of a trial, the loss by which runs are chosen.
+    """
+    output = train(run, folder)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    texts = read_texts(folder / "held_out", "cpu")
+    result = {"training": read_json(output / "all_results.json")}
+    if run.is_trial:
+        return {**result, "losses": losses(model, {CORPUS: texts[CORPUS]})}
+    people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
+    recalled = {
+        group: {wording: recall(model, tokenizer, asked, wording) for wording in (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)}
+        for group, asked in people.items()
+    }
+    recalled[OTHERS] = {NEVER_TRAINED: recall(model, tokenizer, draw_people(ASKED, seed=1))}
+    return {**result, "parameters": model.num_parameters(), "losses": losses(model, texts), "recall": recalled}
+
+
+def recall(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    people: list[Person],
+    wording: str = NEVER_TRAINED,
+    batch_size: int = 64,
+) -> dict[str, dict[str, float]]:
+    """
+    What a model says of each attribute of people, asked in a wording and behind the end of a text: the share that greedy
+    decoding gets right (`recalled`), and the `bits` of a person that it knows, the entropy of the attribute minus the
+    model's `-log2 p(answer | question)`, not clipped.
+    """
+    shares, bits = {}, {}
+    with evaluation(model):
+        for attribute, values in VALUES.items():
+            right, surprise = 0, 0.0
+            pairs = [ask(tokenizer, person, attribute, wording) for person in people]
+            for start in range(0, len(pairs), batch_size):
+                batch = pairs[start : start + batch_size]
+                width = max(len(tokens) for tokens, _ in batch)
+                # Behind an answer nothing is asked: what stands there does not matter.
+                padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
+                for own, (tokens, begin) in zip(model(padded).logits.log_softmax(-1), batch, strict=True):
+                    own, answer = own[begin - 1 : len(tokens) - 1], torch.tensor(tokens[begin:])
+                    right += torch.equal(own.argmax(-1), answer)
+                    surprise -= own.gather(-1, answer[:, None]).sum().item() / math.log(2)
+            shares[attribute] = right / len(people)
+            bits[attribute] = math.log2(math.prod(map(len, values))) - surprise / len(people)
+    return {"recalled": shares, "bits": bits}
+
+
+def ask(tokenizer, person, attribute, wording=NEVER_TRAINED):
+    """The tokens of a question with its answer, and where the answer begins."""
+    place = {NEVER_TRAINED: -1, TOLD_OF_OTHERS: person.untold, TOLD: (person.untold + 1) % NUM_TRAINED}[wording]
+    question = " ".join(person.question(attribute, place))
+    answer = f"{question} {' '.join(person.attributes[attribute])}"
+    asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
+    return [tokenizer.eos_token_id, *whole], 1 + len(asked)
+
+
+def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, Any]]:
+    """
+    Nats per token of each text, over all of a sequence and over its second half, and of the latter in each sequence.
+    """
+    found = {}
+    with evaluation(model):
+        for name, text in texts.items():
+            of_tokens = token_losses(model, text, batch_size)
+            half = text.shape[1] // 2
+            second = of_tokens[:, half - 1 :].mean(1)
+            found[name] = {"all": of_tokens.mean().item(), "second half": second.mean().item()}
+            found[name]["second half of each"] = [round(each, 4) for each in second.tolist()]
+    return found
