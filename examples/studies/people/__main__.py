@@ -22,8 +22,8 @@ from common.machine import machine
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.ngrams import losses_by_ngrams
 from studies.common.parallel_runs import ParallelArguments, make_runs
-from studies.common.single_run import read_texts
-from studies.common.study_folder import claim_folder, sole_use, write_runs
+from studies.common.single_run import digests, read_texts
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_runs
 from studies.common.training_plan import CORPUS
 from studies.people.arms import TOKENS_PER_STEP, next_runs
 from studies.people.measure import make
@@ -50,6 +50,13 @@ def main():
         shared = {"characters": CHARACTERS, "block_size": BLOCK, "held_out_sequences": NUM_HELD_OUT}
         claim_folder(folder, {**shared, "groups": [list(group) for group in GROUPS.items()]})
         prepare(folder)
+        texts = digests(read_texts(folder / "held_out", "cpu"))
+        for name, run in read_json(Path(args.results))["runs"].items() if args.results else ():
+            if run.get("texts", texts) != texts:
+                raise SystemExit(
+                    f"{name} of {args.results} was measured on other texts: their packages have changed since, and a study "
+                    "of these begins without --results."
+                )
         results, is_finished = make_runs(args, folder, next_runs, make)
         head: dict[str, Any] = {"command": "./run study people", "machine": machine(), "ngrams": {}}
         if steps := max((run["steps"] for run in results.values() if not run["is_trial"]), default=0):

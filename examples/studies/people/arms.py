@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from common.subprocesses import EXAMPLES, module_environment
 from studies.common.parallel_runs import Results
@@ -22,21 +25,22 @@ class Arm:
 
     Args:
         configuration (`str`): Its named configuration.
-        learning_rate (`float`): The best rate of earlier trials, see README.md.
+        rates (`tuple[float]`):
+            The best rate of earlier trials, see README.md, and others that are tried with the first initialization.
         overrides (`dict`): Fields in which it differs from the configuration.
     """
 
     configuration: str
-    learning_rate: float
+    rates: tuple[float, ...]
     overrides: dict[str, Any]
 
 
 # A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
 ARMS = {
-    "peer": Arm("peer-laptop", 1e-3, {}),
-    "dense": Arm("dense-laptop", 1e-3, {}),
-    "pkm": Arm("peer-laptop", 5e-4, MEMORY),
+    "peer": Arm("peer-laptop", (1e-3,), {}),
+    "dense": Arm("dense-laptop", (1e-3,), {}),
+    "pkm": Arm("peer-laptop", (5e-4, 2.5e-4), MEMORY),
 }
 # Standard deviations of weights at the beginning: that of the named configurations, and the root of 1 / hidden_size.
 INITIALIZER_RANGES = (0.02, 0.0625)
@@ -67,9 +71,17 @@ class Run:
 
 def train(run: Run, folder: Path) -> Path:
     """Trains a model by run_clm.py, which resumes where it was killed. Returns its folder."""
-    arm, output = ARMS[run.arm], folder / "models" / run.name
-    if (output / "all_results.json").exists():
-        return output
+    output = folder / "models" / run.name
+    output.parent.mkdir(exist_ok=True)
+    # A run may outlive a study that was killed.
+    with FileLock(output.parent / f"{run.name}.lock"):
+        if not (output / "all_results.json").exists():
+            subprocess.run(_command(run, folder, output), env=module_environment(), check=True)
+    return output
+
+
+def _command(run, folder, output):
+    arm = ARMS[run.arm]
     arguments = {
         "config_name": arm.configuration,
         "config_overrides": json.dumps({**arm.overrides, "initializer_range": run.initializer_range}),
@@ -89,9 +101,7 @@ def train(run: Run, folder: Path) -> Path:
         "report_to": "none",
     }
     flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
-    command = [sys.executable, str(EXAMPLES / "run_clm.py"), "--do_train", *flags]
-    subprocess.run(command, env=module_environment(), check=True)
-    return output
+    return [sys.executable, str(EXAMPLES / "run_clm.py"), "--do_train", *flags]
 
 
 def loss_of(result: dict[str, Any]) -> float:
@@ -99,24 +109,26 @@ def loss_of(result: dict[str, Any]) -> float:
     return result["losses"][CORPUS]["all"]
 
 
+def trials_of(arm: str) -> list[Run]:
+    """The trials of an arm: each initialization at its best rate, and then other rates."""
+    first, *others = ARMS[arm].rates
+    tried = [(first, weights) for weights in INITIALIZER_RANGES] + [(rate, INITIALIZER_RANGES[0]) for rate in others]
+    return [Run(arm, TRIAL_STEPS, rate, weights, is_trial=True) for rate, weights in tried]
+
+
 def next_runs(results: Results) -> list[Run]:
     """The runs that are missing, as far as they follow from those that there are: trials, and then trainings."""
-    needed = [trial(arm, weights) for weights in INITIALIZER_RANGES for arm in ARMS]
+    trials = {arm: trials_of(arm) for arm in ARMS}
+    needed = [run for runs in zip_longest(*trials.values()) for run in runs if run is not None]
     for arm, seed in TRAININGS:
-        trials = [trial(arm, weights) for weights in INITIALIZER_RANGES]
-        if any(run.name not in results for run in trials):
-            break
-        best = min(trials, key=lambda run: loss_of(results[run.name]))
-        # Of the trial that was disturbed least by what else the machine did.
-        seconds = min(results[run.name]["training"]["train_runtime"] for run in trials) / TRIAL_STEPS
+        if any(run.name not in results for run in trials[arm]):
+            continue
+        best = min(trials[arm], key=lambda run: loss_of(results[run.name]))
+        # Of the trial that was disturbed least by what else the machine did, of the two that all arms have.
+        seconds = min(results[run.name]["training"]["train_runtime"] for run in trials[arm][:2]) / TRIAL_STEPS
         run = replace(best, steps=round(SECONDS / seconds), seed=seed, is_trial=False)
-        # What ends above the loss of its trial has failed, and is made again with half the rate.
-        while run.name in results and loss_of(results[run.name]) > loss_of(results[best.name]):
-            run = replace(run, learning_rate=run.learning_rate / 2)
         needed.append(run)
+        # What does not end below the loss of its trial has failed, and is made again with half the rate.
+        if run.name in results and not loss_of(results[run.name]) < loss_of(results[best.name]):
+            needed.append(replace(run, learning_rate=run.learning_rate / 2))
     return [run for run in needed if run.name not in results]
-
-
-def trial(arm: str, initializer_range: float) -> Run:
-    """The trial of an arm with weights that begin with this standard deviation."""
-    return Run(arm, TRIAL_STEPS, ARMS[arm].learning_rate, initializer_range, is_trial=True)

@@ -3,6 +3,7 @@
 """What a model that was trained knows of people, and how well it reads text."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from common.machine import machine
 from modeling_peer.analysis.evaluation import evaluation
 from studies.common.people import NUM_TRAINED, VALUES, Person, draw_people
-from studies.common.single_run import read_texts, token_losses
+from studies.common.single_run import digests, read_texts, token_losses
 from studies.common.study_folder import read_json
 from studies.common.training_plan import CORPUS
 from studies.people.arms import Run, train
@@ -23,12 +25,13 @@ from studies.people.texts import groups_of_people
 NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 ASKED = 300  # people of each group, and as many others
 OTHERS = "others"  # people who were never told of, in what is recalled
+IN_TEXT = "told, in a text"  # asked behind the middle of a text, as most biographies stand in training
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Trains a model and measures it: losses of held-out texts, and what it recalls of each group of people in each wording.
-    Of a trial, the loss by which runs are chosen.
+    What stands in the middle of a text is asked of some people as a control. Of a trial, the loss by which runs are chosen.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -38,12 +41,20 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     if run.is_trial:
         return {**result, "losses": losses(model, {CORPUS: texts[CORPUS]})}
     people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
+    most = next(iter(people))
     recalled = {
         group: {wording: recall(model, tokenizer, asked, wording) for wording in (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)}
-        for group, asked in people.items()
+        for group, asked in {**people, OTHERS: draw_people(ASKED, seed=1)}.items()
     }
-    recalled[OTHERS] = {NEVER_TRAINED: recall(model, tokenizer, draw_people(ASKED, seed=1))}
-    return {**result, "parameters": model.num_parameters(), "losses": losses(model, texts), "recall": recalled}
+    recalled[most][IN_TEXT] = recall(model, tokenizer, people[most][:100], TOLD, texts[CORPUS][0, :200].tolist())
+    return {
+        **result,
+        "parameters": model.num_parameters(),
+        "losses": losses(model, texts),
+        "recall": recalled,
+        "texts": digests(texts),
+        "machine": machine(),
+    }
 
 
 def recall(
@@ -51,18 +62,20 @@ def recall(
     tokenizer: PreTrainedTokenizerBase,
     people: list[Person],
     wording: str = NEVER_TRAINED,
+    before: Sequence[int] = (),
     batch_size: int = 64,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """
-    What a model says of each attribute of people, asked in a wording and behind the end of a text: the share that greedy
-    decoding gets right (`recalled`), and the `bits` of a person that it knows, the entropy of the attribute minus the
-    model's `-log2 p(answer | question)`, not clipped.
+    What a model says of each attribute of people, asked in a wording and behind the end of a text, of which the tokens
+    `before` are shown: the share that greedy decoding gets right (`recalled`), which of the people are `right`, a digit for
+    each, and the `bits` of a person that it knows, the entropy of the attribute minus the model's
+    `-log2 p(answer | question)`, not clipped.
     """
-    shares, bits = {}, {}
+    shares, bits, right_of_each = {}, {}, {}
     with evaluation(model):
         for attribute, values in VALUES.items():
-            right, surprise = 0, 0.0
-            pairs = [ask(tokenizer, person, attribute, wording) for person in people]
+            right, surprise = [], 0.0
+            pairs = [ask(tokenizer, person, attribute, wording, before) for person in people]
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 width = max(len(tokens) for tokens, _ in batch)
@@ -70,20 +83,21 @@ def recall(
                 padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
                 for own, (tokens, begin) in zip(model(padded).logits.log_softmax(-1), batch, strict=True):
                     own, answer = own[begin - 1 : len(tokens) - 1], torch.tensor(tokens[begin:])
-                    right += torch.equal(own.argmax(-1), answer)
+                    right.append(torch.equal(own.argmax(-1), answer))
                     surprise -= own.gather(-1, answer[:, None]).sum().item() / math.log(2)
-            shares[attribute] = right / len(people)
+            shares[attribute] = sum(right) / len(people)
+            right_of_each[attribute] = "".join(str(int(each)) for each in right)
             bits[attribute] = math.log2(math.prod(map(len, values))) - surprise / len(people)
-    return {"recalled": shares, "bits": bits}
+    return {"recalled": shares, "bits": bits, "right": right_of_each}
 
 
-def ask(tokenizer, person, attribute, wording=NEVER_TRAINED):
+def ask(tokenizer, person, attribute, wording=NEVER_TRAINED, before=()):
     """The tokens of a question with its answer, and where the answer begins."""
     place = {NEVER_TRAINED: -1, TOLD_OF_OTHERS: person.untold, TOLD: (person.untold + 1) % NUM_TRAINED}[wording]
     question = " ".join(person.question(attribute, place))
     answer = f"{question} {' '.join(person.attributes[attribute])}"
     asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
-    return [tokenizer.eos_token_id, *whole], 1 + len(asked)
+    return [*before, tokenizer.eos_token_id, *whole], len(before) + 1 + len(asked)
 
 
 def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, Any]]:

@@ -23,8 +23,8 @@ from studies.common.study_folder import write_json
 from studies.common.training_plan import CORPUS
 from studies.people import __main__ as people_study
 from studies.people import arms, measure, report, texts
-from studies.people.arms import ARMS, INITIALIZER_RANGES, SECONDS, TRIAL_STEPS, Arm, Run, next_runs
-from studies.people.measure import NEVER_TRAINED, TOLD, TOLD_OF_OTHERS, ask, make, recall
+from studies.people.arms import ARMS, INITIALIZER_RANGES, SECONDS, TRIAL_STEPS, Arm, Run, next_runs, trials_of
+from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS, ask, make, recall
 from studies.people.texts import GROUPS, biography, groups_of_people, prepare
 
 
@@ -52,6 +52,7 @@ def test_recall_is_of_whole_answers():
     tokenizer = train_tokenizer(rows, "text", 1000, 128)
     found = recall(Knows(tokenizer, people[:15]), tokenizer, people, batch_size=4)
     assert found["recalled"] == dict.fromkeys(VALUES, 0.5)
+    assert found["right"] == dict.fromkeys(VALUES, "1" * 15 + "0" * 15)
     size = len(tokenizer)
     surprises = [math.log2(math.e + size - 1) - math.log2(math.e), math.log2(size)]  # of a token, known or not
     for attribute, values in VALUES.items():
@@ -64,6 +65,8 @@ def test_recall_is_of_whole_answers():
         assert tokens[0] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens[begin:]).strip() == " ".join(people[0].attributes[attribute])
         own = [text for text in rows["text"] if " ".join(people[0].name) in text]
+        behind, begin_behind = ask(tokenizer, people[0], attribute, before=[5, 6])
+        assert behind == [5, 6, *tokens] and begin_behind == begin + 2
         for wording, is_read, is_read_of_them in (
             (NEVER_TRAINED, False, False),
             (TOLD_OF_OTHERS, True, False),
@@ -85,27 +88,27 @@ def test_groups_are_told_of_as_often():
 
 def test_trainings_follow_from_trials():
     """By the better weights and the steps of the faster trial; one that fails is made again with half the rate."""
-    results, losses = {}, {"dense": [6.0, 5.0], "peer": [4.0, 5.0], "pkm": [3.0, 4.0]}
+    results, losses = {}, {"dense": [6.0, 5.0], "peer": [4.0, 5.0], "pkm": [3.0, 4.0, 3.5]}
 
     def add(run, loss, seconds):
         results[run.name] = {**asdict(run), "losses": {CORPUS: {"all": loss}}, "training": {"train_runtime": seconds}}
 
     trials = next_runs(results)
-    assert {(run.arm, run.initializer_range) for run in trials} == {
-        (arm, weights) for arm in ARMS for weights in INITIALIZER_RANGES
-    }
+    both = [(ARMS[arm].rates[0], weights, arm) for weights in INITIALIZER_RANGES for arm in ARMS]
+    others = [(rate, INITIALIZER_RANGES[0], arm) for arm in ARMS for rate in ARMS[arm].rates[1:]]
+    assert [(run.learning_rate, run.initializer_range, run.arm) for run in trials] == both + others
     for run in trials:
-        assert run.is_trial and run.learning_rate == ARMS[run.arm].learning_rate
-        place = INITIALIZER_RANGES.index(run.initializer_range)
-        add(run, losses[run.arm][place], TRIAL_STEPS * (2 + place))
+        assert run.is_trial
+        place = trials_of(run.arm).index(run)
+        add(run, losses[run.arm][place], TRIAL_STEPS * (2 - place))
     runs = next_runs(results)
     assert [(run.arm, run.seed) for run in runs] == [*arms.TRAININGS]
     for run in runs:
-        assert not run.is_trial and run.steps == SECONDS // 2
+        assert not run.is_trial and run.steps == SECONDS
         assert run.initializer_range == INITIALIZER_RANGES[run.arm == "dense"]
         add(run, min(losses[run.arm]) + (0.1 if run.arm == "pkm" else -1), SECONDS)
     (again,) = next_runs(results)
-    assert (again.arm, again.learning_rate) == ("pkm", ARMS["pkm"].learning_rate / 2)
+    assert (again.arm, again.learning_rate) == ("pkm", ARMS["pkm"].rates[0] / 2)
     add(again, min(losses["pkm"]) - 1, SECONDS)
     assert next_runs(results) == []
 
@@ -114,7 +117,11 @@ def test_trainings_follow_from_trials():
 def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "load_corpus", lambda name: TEXTS["old" if name in texts.TRAINING_TEXTS else "new"])
     small = {"BLOCK": 32, "CHARACTERS": 30_000, "GROUPS": {6: 5, 3: 10}, "NUM_HELD_OUT": 4, "TOKENS_PER_STEP": 64}
-    small |= {"ASKED": 5, "ARMS": {"peer": Arm("peer-nano", 1e-3, {}), "dense": Arm("dense-nano", 1e-3, {})}}
+    small |= {
+        "ASKED": 5,
+        "TRAININGS": (("peer", 0), ("dense", 0)),
+        "ARMS": {"peer": Arm("peer-nano", (1e-3,), {}), "dense": Arm("dense-nano", (1e-3,), {})},
+    }
     for module in (texts, arms, measure, report, people_study):
         for name in small.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, small[name])
@@ -128,13 +135,20 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     results = results_of(tmp_path)
     peer, dense = (results[run.name] for run in runs[1:])
     assert peer["parameters"] > dense["parameters"]
-    assert [*peer["recall"]] == ["6", "3", "others"]
+    assert [*peer["recall"]] == ["6", "3", OTHERS]
+    assert [*peer["recall"]["6"]] == [*peer["recall"]["3"], IN_TEXT] == [*dense["recall"][OTHERS], IN_TEXT]
     run_main(people_study, "--output_dir", str(tmp_path), "--hours", "0")
     printed = capsys.readouterr().out
     assert "the same command goes on" in printed
     assert all(f"| {arm} " in printed for arm in ("peer", "dense", "4-gram"))
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["runs"] == results and saved["ngrams"]["tokens"] <= 3 * 64
+    saved["runs"][runs[1].name]["texts"][CORPUS] = "another"
+    write_json(tmp_path / "other.json", saved)
+    with pytest.raises(SystemExit, match=f"{runs[1].name} .* other texts"):
+        run_main(
+            people_study, "--output_dir", str(tmp_path), "--hours", "0", "--results", str(tmp_path / "other.json")
+        )
     monkeypatch.setattr(people_study, "GROUPS", {6: 6})
     with pytest.raises(SystemExit, match="groups"):
         run_main(people_study, "--output_dir", str(tmp_path), "--hours", "0")
