@@ -6,8 +6,8 @@ Trains the small checkpoints that come with this repository: a PEER model, and i
     ./run python examples/train_nano.py
 
 Both read the source code of Python's standard library in the same order. A training that was interrupted is resumed. The
-weights are saved in bf16 in examples/checkpoints/, with a tokenizer, a card and results.json: perplexities on held-out
-files as trained, as saved, and with expert tables in 8 and 4 bits.
+weights are saved in bf16 in runs/nano/, from where examples/checkpoints/ has them, with a tokenizer, a card and
+results.json: perplexities on held-out files as trained, as saved, and with expert tables in 8 and 4 bits.
 """
 
 import json
@@ -30,7 +30,6 @@ from common.training import PretrainingArguments, last_checkpoint, run, setup_lo
 from modeling_peer import quantize_experts
 
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 TWINS = {"peer-nano": "dense-nano", "dense-nano": "peer-nano"}
 
 DESCRIPTION = """\
@@ -53,8 +52,10 @@ class NanoArguments:
     """Which of the two models to train, for how long, and where to save it."""
 
     models: list[str] = field(default_factory=lambda: list(TWINS), metadata={"help": "Which models to train."})
-    output_dir: str = field(default=str(CHECKPOINTS), metadata={"help": "Folder of the saved models."})
-    training_dir: str = field(default="runs/nano", metadata={"help": "Folder of the logs, and of what is resumed."})
+    output_dir: str = field(default="runs/nano", metadata={"help": "Folder of the saved models."})
+    training_dir: str = field(
+        default="runs/nano/training", metadata={"help": "Folder of the logs, and of what is resumed."}
+    )
     max_steps: int = field(default=3000, metadata={"help": "Training steps of two sequences."})
 
     def __post_init__(self):

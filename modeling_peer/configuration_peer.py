@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of PEER models."""
 
 import math
@@ -201,9 +190,6 @@ class PeerConfig(PreTrainedConfig):
             self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
-        if self.expert_kernels == "native":  # its name in the checkpoints of earlier releases
-            self.expert_kernels = "cpu"
-        kwargs.pop("sparse_expert_gradients", None)  # of earlier releases: the optimizer decides
         # Without the repository that a remote copy came from: every checkpoint carries the code itself.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_peer.PeerConfig",

@@ -1,16 +1,5 @@
-# Copyright 2026 The PEER for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The PEER for Transformers authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The router of PEER and PKM: query network, query norm, product keys, and scores turned into router weights (Xu Owen He,
 "Mixture of A Million Experts", arXiv 2407.04153, sections 2.1 to 2.3).
@@ -55,15 +44,14 @@ class SumOverRanks(torch.autograd.Function):
     """The sum of every rank's tensor. The gradient of each rank's tensor is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
+    def forward(ctx, tensor):
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx, gradient):
-        return SumOverRanks.apply(gradient, ctx.group), None
+        return SumOverRanks.apply(gradient)
 
 
 class QueryRMSNorm(nn.RMSNorm):
@@ -94,7 +82,6 @@ class QueryBatchNorm(nn.BatchNorm1d):
 
     Attributes:
         num_replicas (`int`): How many ranks see each batch: more than one under tensor parallelism.
-        process_group (`dist.ProcessGroup`, *optional*): Where moments are reduced, the default group if `None`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -103,7 +90,6 @@ class QueryBatchNorm(nn.BatchNorm1d):
         self.running_mean = torch.zeros(num_features, dtype=torch.float32)
         self.running_var = torch.ones(num_features, dtype=torch.float32)
         self.num_replicas = 1
-        self.process_group: dist.ProcessGroup | None = None
 
     def forward(
         self, queries: torch.Tensor, padding_mask: torch.Tensor | None = None, forward_pass: ForwardPass | None = None
@@ -164,7 +150,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _sum_over_ranks(self, tensor):
-        return SumOverRanks.apply(tensor, self.process_group) / self.num_replicas if self._spans_ranks() else tensor
+        return SumOverRanks.apply(tensor) / self.num_replicas if self._spans_ranks() else tensor
 
     @torch.no_grad()
     def _update_statistics(self, mean, variance, count):

@@ -95,35 +95,6 @@ def test_kernels_that_are_not_registered_are_the_fastest():
     assert torch.equal(tiny_model(tiny_config("peer", "dense", expert_kernels="theirs"))(tokens).logits, expected)
 
 
-def test_fields_of_former_configurations_load(tmp_path):
-    """The former name of the CPU kernels is renamed, and sparse gradients are ignored: the optimizer decides."""
-    assert tiny_config(expert_kernels="native").expert_kernels == "cpu"
-    model = PeerForCausalLM(tiny_config())
-    model.save_pretrained(tmp_path / "old")
-    file = tmp_path / "old" / "config.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"expert_kernels": "native", "sparse_expert_gradients": True})
-    )
-    loaded = PeerForCausalLM.from_pretrained(tmp_path / "old")
-    assert loaded.config.expert_kernels == loaded.model.layers[0].mlp.router.config.expert_kernels == "cpu"
-    assert not hasattr(loaded.config, "sparse_expert_gradients")
-    loaded.save_pretrained(tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["expert_kernels"] == "cpu"
-
-
-@pytest.mark.parametrize("fields", [{"sparse_expert_gradients": True}, {"expert_kernels": "native"}], ids=str)
-def test_fields_of_former_grafts_load(fields, tmp_path):
-    from graft_models import base_model_of, grafted, logits_of
-    from peft import PeftModel
-
-    model = grafted()
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    loaded = PeftModel.from_pretrained(base_model_of(), tmp_path).eval()
-    torch.testing.assert_close(logits_of(loaded), logits_of(model))
-
-
 @pytest.mark.parametrize(
     ("fields", "layers"), [({}, 12), ({"num_hidden_layers": 1}, 1), ({"num_hidden_layers": 2}, 2)]
 )

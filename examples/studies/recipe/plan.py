@@ -38,9 +38,6 @@ DOWN_RATE = "down_proj_lr_multiplier"
 # What the learning rate may be divided by at a larger size: the power of the ratio of sizes with one of these exponents.
 EXPONENTS = (1.0, 0.5, 0.0)
 
-# By the number of runs of a design, for how many factors it has room beside `BLOCK`.
-MOST_FACTORS = {16: 7, 32: 15}
-
 # The first seed of the comparison: nothing was chosen with it or those after it.
 FIRST_SEED = 3
 
