@@ -140,11 +140,10 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
     sections = {
         "forward": tasks(["machine"], ROWS + PRODUCTS, args.num_experts)
         + tasks(["machine"], ROWS + PRODUCTS, largest, **wide)
-        + tasks((*LAYERS, "peer_torch"), ["forward"], args.num_experts)
+        + tasks(LAYERS, ["forward"], args.num_experts)
         + tasks(["peer", "dense", "dense_gated"], ["forward"], largest, **wide),
         "training": tasks(["machine"], ROWS + PRODUCTS, args.num_experts)
         + tasks(LAYERS, ["forward_backward", "step"], args.num_experts)
-        + tasks(["peer_torch"], ["forward_backward"], args.num_experts)
         + tasks(["peer"], ["step_row_moment"], args.num_experts),
         "experts": [
             task

@@ -70,11 +70,6 @@ def peer_eager(task: Task) -> nn.Module:
     return PeerFeedForward(peer_config(task, expert_kernels="eager"), 0)
 
 
-def peer_torch(task: Task) -> nn.Module:
-    """What the code in a checkpoint runs where this package is not installed, with dense gradients."""
-    return PeerFeedForward(peer_config(task, expert_kernels="torch"), 0)
-
-
 def peer_pytorch(task: Task) -> nn.Module:
     """The PyPI package `peer-pytorch`, configured to compute the same function as the layer of this package."""
     from PEER_pytorch import PEER
@@ -160,7 +155,6 @@ def expert_part(task: Task) -> nn.Module:
 CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "peer": lambda task: PeerFeedForward(peer_config(task), 0),
     "peer_eager": peer_eager,
-    "peer_torch": peer_torch,
     "peer_pytorch": peer_pytorch,
     "doge_cdmoe": doge_cdmoe,
     "pkm": lambda task: PkmFeedForward(peer_config(task), 0),
@@ -191,8 +185,7 @@ def build(task: Task, device: str = "cpu") -> nn.Module:
     try:
         with no_init_weights(), torch.device(device):
             module = CONTENDERS[task.contender](task)
-            if task.contender != "peer_torch":
-                advise_tables(module, advise_huge_pages)  # as where the package makes a model
+            advise_tables(module, advise_huge_pages)  # as where the package makes a model
     finally:
         torch.set_default_dtype(default)
     for parameter in module.parameters():

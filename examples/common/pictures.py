@@ -41,7 +41,6 @@ VARIANTS = {
     "peer": Look("#D55E00", "o", "PEER"),
     "recipe": Look("#8C1C13", "*", "PEER, the recipe"),
     "peer_eager": Look("#F3B48B", "p", "PEER, Algorithm 1"),
-    "peer_torch": Look("#E58E55", "H", "PEER, without the package"),
     "peer_pytorch": Look("#CC79A7", "X", "PEER-pytorch"),
     "doge_cdmoe": Look("#000000", ">", "Doge CDMoE"),
 }

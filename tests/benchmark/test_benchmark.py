@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from convert_peer_pytorch import convert_layer
 from main_runs import run_main
 from torch.testing import assert_close
 
@@ -16,6 +15,7 @@ from benchmark.__main__ import make_job
 from benchmark.contenders import Task, build, peer_config
 from benchmark.report import Results
 from benchmark.worker import run_job
+from modeling_peer.experts import expert_index
 from modeling_peer.feed_forward import PeerFeedForward, PkmFeedForward
 
 
@@ -44,6 +44,20 @@ def run_here(*flags):
 def contender(name):
     task = replace(TINY, contender=name, dtype="float64")
     return build(task), torch.randn(1, task.num_tokens, task.hidden_size, dtype=torch.float64)
+
+
+def convert_layer(state_dict):
+    """The state dict of a `PeerFeedForward` that computes what a layer of PEER-pytorch does."""
+    num_heads, size, _, dim_key = state_dict["keys"].shape
+    # Of (half, head, feature) to (head, half, feature), and from experts row by row to those of shells.
+    queries = state_dict["to_queries.0.weight"].unflatten(0, (2, num_heads, dim_key)).transpose(0, 1).flatten(0, 2)
+    order = expert_index(*torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten().argsort()
+    return {
+        "router.query_proj.weight": queries,
+        "router.sub_keys": state_dict["keys"].transpose(1, 2),
+        "expert_pool.up_proj.weight": state_dict["weight_down_embed.weight"][order],
+        "expert_pool.down_proj.weight": state_dict["weight_up_embed.weight"][order],
+    }
 
 
 def test_contenders_of_peer_are_one_function():

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that examples train, from their flags, and mistakes that end a script before it works for hours."""
 
-import convert_peer_pytorch
 import convert_to_mlx
 import huggingface_hub
 import push_to_hub
@@ -24,7 +23,6 @@ from modeling_peer import PeerQuantizationConfig
 MODEL = ("--model_name_or_path", "runs/none")
 DATA = ("--train_file", "a.md", "--output_dir", "out")
 TRAIN = ("--do_train", *DATA)
-LAYER = ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1", "--output_dir", "out")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,6 @@ LAYER = ("--peer_pytorch_checkpoint", "a.pt", "--layer", "1", "--output_dir", "o
         (teach_domain, (*MODEL, *DATA, "--validation_split_percentage", "0"), "--validation_file"),
         # Scripts that change a model refuse its folder.
         (quantize, ("--model_name_or_path", "out", "--output_dir", "out"), "--output_dir"),
-        (convert_peer_pytorch, ("--model_name_or_path", "out", *LAYER), "--output_dir"),
         (teach_domain, ("--model_name_or_path", "out", *DATA), "--output_dir"),
         (run_classification, ("--model_name_or_path", "out", *TRAIN), "--output_dir"),
     ],
