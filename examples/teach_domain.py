@@ -336,7 +336,7 @@ def grow(
     """Adds experts and fits their gates. Returns the new experts of each layer, and what is known by then."""
     samples = {name: take_samples(blocks["train"], args.num_gate_sequences) for name, blocks in texts.items()}
     before = perplexities(model, texts, training_args)
-    experts = add_experts(model, args.num_added_experts).experts
+    experts = add_experts(model, args.num_added_experts)
     fits = fit_gates(
         model,
         samples[DOMAIN],

@@ -80,7 +80,9 @@ def is_taught(folder: Path, facts: list[Fact]) -> bool:
     """Whether a folder has an adapter of these facts. Raises `UsageError` if it has another one."""
     if not (folder / "adapter_config.json").exists():
         return False
-    known = [(each["question"], each["answer"]) for each in getattr(PeftConfig.from_pretrained(folder), "facts", [])]
+    known = [
+        (each["question"], each["answer"]) for each in getattr(PeftConfig.from_pretrained(folder), "facts", None) or []
+    ]
     if known != [(fact.question, fact.answer) for fact in facts]:
         raise UsageError(f"--output_dir {folder} has another adapter: choose another folder.")
     return True

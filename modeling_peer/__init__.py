@@ -50,7 +50,7 @@ _LAZY_NAMES = {
     "continual.freezing": ("FrozenExperts", "freeze_experts"),
     "continual.gate_fitting": ("GateFit", "fit_gates"),
     "continual.generated_text": ("generate_text",),
-    "continual.growth": ("Addition", "add_experts", "train_added_experts_only"),
+    "continual.growth": ("add_experts", "train_added_experts_only"),
     "continual.sparse_finetuning": ("SparseFinetuningCallback",),
     "facts.table": ("Fact", "read_facts"),
     "facts.teaching": ("remove_facts", "teach_facts"),

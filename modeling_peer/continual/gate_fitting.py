@@ -90,7 +90,7 @@ def fit_gates(
         if isinstance(module, PeerFeedForward) and module.layer_idx in last["layers"]
     }
     texts = [
-        _hidden_states(model, layers, name, text, batch_size, progress_bar)
+        _by_sequence(model, layers, lambda layer, states: states, name, text, batch_size, progress_bar)
         for name, text in (("new_text", new_text), ("reference_text", reference_text))
     ]
     results: dict[int | str, GateFit] = {}
@@ -104,22 +104,23 @@ def fit_gates(
     return results
 
 
-def _hidden_states(model, layers, name, text, batch_size, progress_bar):
-    """By layer, its inputs of each sequence: `[sequence_length, hidden_size]`, on the CPU."""
-    sequences: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+def _by_sequence(model, modules, read, name, text, batch_size, progress_bar):
+    """By the label of a module, what `read` makes of it and its input, of the tokens of each sequence, on the CPU."""
+    found: dict[Any, list[torch.Tensor]] = {label: [] for label in modules}
 
-    def note(layer, args):
-        sequences[layer.layer_idx] += [states[mask] for states, mask in zip(args[0].cpu(), present, strict=True)]
+    def note(label, module, args):
+        of_sequences = zip(read(module, args[0]).cpu(), present, strict=True)
+        found[label] += [own[mask] for own, mask in of_sequences if mask.any()]
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    hooks = [module.register_forward_pre_hook(partial(note, label)) for label, module in modules.items()]
     with evaluation(model, hooks):
-        for batch in tqdm(batches_of(text, batch_size), desc=f"Hidden states, {name}", disable=not progress_bar):
+        for batch in tqdm(batches_of(text, batch_size), desc=f"Reading {name}", disable=not progress_bar):
             present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
-            model.base_model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"})
-    sequences = {index: [each for each in of_layer if len(each)] for index, of_layer in sequences.items()}
-    if min(map(len, sequences.values())) < 2:
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+            model.base_model(**inputs, use_cache=False)
+    if min(map(len, found.values())) < 2:
         raise ValueError(f"`{name}` must have at least two sequences, one to fit and one to hold out.")
-    return sequences
+    return found
 
 
 def _fit(gate, new, reference, reference_weight, steps):
@@ -158,8 +159,13 @@ def _openness(gate, states):
 
 def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, batch_size, progress_bar):
     """See [`fit_gates`]: of each graft, the threshold of questions at which the fewest sequences are wrong."""
+    routers = {label: graft.router for label, graft in grafts.items()}
+
+    def similarities(router, states):
+        return router.retrieve_facts(states)[1]
+
     new, reference = (
-        _similarities(model, grafts, name, text, batch_size, progress_bar)
+        _by_sequence(model, routers, similarities, name, text, batch_size, progress_bar)
         for name, text in (("new_text", new_text), ("reference_text", reference_text))
     )
     results = {}
@@ -178,22 +184,3 @@ def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, b
         opens = [(each[::10] >= threshold.item()).float().mean().item() for each in (ends, highest)]
         results[label] = GateFit(*opens)
     return results
-
-
-def _similarities(model, grafts, name, text, batch_size, progress_bar):
-    """By the label of a graft, the similarities of the tokens of each sequence, see `retrieve_facts`."""
-    found: dict[str, list[torch.Tensor]] = {label: [] for label in grafts}
-
-    def note(label, router, args, output):
-        for own, mask in zip(router.retrieve_facts(args[0])[1].cpu(), present, strict=True):
-            found[label].append(own[mask])
-
-    hooks = [graft.router.register_forward_hook(partial(note, label)) for label, graft in grafts.items()]
-    with evaluation(model, hooks):
-        for batch in tqdm(batches_of(text, batch_size), desc=f"Similarities, {name}", disable=not progress_bar):
-            present = batch.get("attention_mask", torch.ones(batch["input_ids"].shape)).bool().cpu()
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
-            model(**inputs, use_cache=False)
-    if min(map(len, found.values())) < 2:
-        raise ValueError(f"`{name}` must have at least two sequences, one to fit and one to hold out.")
-    return found

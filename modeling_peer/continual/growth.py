@@ -5,7 +5,6 @@
 import copy
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,18 +27,6 @@ from ..router import AddedRouter
 from .freezing import FrozenExperts
 
 
-@dataclass(frozen=True)
-class Addition:
-    """
-    Result of [`add_experts`].
-
-    Args:
-        experts (`dict[int, range]`): Expert indices of the new experts, by layer.
-    """
-
-    experts: dict[int, range]
-
-
 def add_experts(
     model: PeerPreTrainedModel,
     num_experts: int,
@@ -48,7 +35,7 @@ def add_experts(
     mode: str = "protected",
     num_retrieval_heads: int | None = None,
     num_experts_per_head: int | None = None,
-) -> Addition:
+) -> dict[int, range]:
     """
     Add experts to a trained model and to its configuration, and leave only them to be trained (see
     [`train_added_experts_only`]). Old experts keep their indices and vectors; new ones are silent at first, v_i = 0.
@@ -75,7 +62,7 @@ def add_experts(
             that each retrieves. Those of the configuration if not given.
 
     Returns:
-        [`Addition`]: the indices of the new experts.
+        `dict[int, range]`: the indices of the new experts, by layer.
 
     Raises:
         `ValueError`: for a model that is no PEER model, has no PEER layer, is quantized or split over processes, or
@@ -124,7 +111,7 @@ def add_experts(
     train_added_experts_only(model)
     last = [generations_of(config, index)[-1] for index in grown]
     stops = [generation.first_expert + generation.num_experts for generation in last]
-    return Addition({index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)})
+    return {index: range(stop - num_experts, stop) for index, stop in zip(grown, stops, strict=True)}
 
 
 # The last freeze of old rows of each base model.

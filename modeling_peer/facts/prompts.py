@@ -69,5 +69,5 @@ def make_prompt(
     first = text.rindex(question) + len(before)
     last = first + len(subject) - 1
     of_subject = [place for place, (start, end) in enumerate(places) if start <= last and end > first]
-    answer_start = next(place for place, (start, end) in enumerate(places) if end > len(text))
+    answer_start = next((place for place, (start, end) in enumerate(places) if end > len(text)), len(tokens))
     return Prompt(tuple(tokens), of_subject[0], of_subject[-1], answer_start)

@@ -137,8 +137,8 @@ def check_facts(facts: Iterable[Fact]) -> list[Fact]:
     found: dict[Fact, None] = {}
     answers: dict[tuple[str, str], str] = {}
     for fact in facts:
-        if not fact.wordings or any(SUBJECT not in wording for wording in fact.wordings):
-            raise ValueError(f"`wordings` must have one, and {SUBJECT} in each, got {fact.wordings} for {fact}.")
+        if not fact.subject or not fact.wordings or any(SUBJECT not in wording for wording in fact.wordings):
+            raise ValueError(f"A fact needs a `subject`, and `wordings` with {SUBJECT} in each, got {fact}.")
         for wording in fact.wordings:
             if (known := answers.setdefault((fact.subject, wording), fact.answer)) != fact.answer:
                 question = wording.replace(SUBJECT, fact.subject)

@@ -47,7 +47,6 @@ class FrozenRows:
         parameter = self.parameter()
         if parameter is None or self not in _every_freeze():
             raise RuntimeError("These rows are no longer frozen: the freeze was removed, or the parameter is gone.")
-        _check_rows(parameter, rows, self.dim)
         self.rows, self._indices = rows.clone(), rows.nonzero()[:, 0]
         if self.took_gradient and not rows.all():
             parameter.requires_grad_(True)
@@ -121,12 +120,10 @@ def freeze_rows(
         [`FrozenRows`]: to end the freeze, or to freeze other rows.
 
     Raises:
-        `ValueError`: for a mask of another type or shape, or a parameter that FSDP2 or tensor parallelism splits over
-            processes.
+        `ValueError`: for a quantized parameter, or one that FSDP2 or tensor parallelism splits over processes.
     """
     parameter = getattr(module, name)
     check_can_freeze(parameter)
-    _check_rows(parameter, rows, dim)
     _hold_rows_in_steps()
     freeze = FrozenRows(parameter, name, dim, optimizer)
     if rows.all():
@@ -158,12 +155,6 @@ def _every_freeze():
     return [freeze for freezes in list(_FREEZES.values()) for freeze in freezes]
 
 
-def _check_rows(parameter, rows, dim):
-    expected = (parameter.shape[dim],)
-    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.bool or rows.shape != expected:
-        raise ValueError(f"`rows` must be a torch.bool tensor of shape {expected}, got {rows!r:.99}.")
-
-
 @functools.cache
 def _hold_rows_in_steps():
     """Make the hooks, once a process: most optimizers are made after the freeze, and no other hook reaches them."""
@@ -173,7 +164,7 @@ def _hold_rows_in_steps():
 
 def _before_step(optimizer, args, kwargs):
     saved = []
-    with_closure = len(args) > 1 or kwargs.get("closure") is not None
+    with_closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None  # None is that of Accelerate
     groups = {id(each): group for group in optimizer.param_groups if _FREEZES for each in group["params"]}
     others = groups.keys() - {id(freeze.parameter()) for freeze in _every_freeze()}
     for module, freezes in list(_FREEZES.items()):

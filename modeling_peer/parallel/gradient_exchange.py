@@ -96,13 +96,21 @@ def _average_after_backward(decoder, args, output):
     else:
         tables, group = _tables_left_out(replicas, decoder), replicas.process_group
 
+    is_due = []  # where one of the tensors has met the backward
+
     def average():
+        is_due.clear()
         # FSDP2 is asked in the backward, where it decides, and DDP in the forward.
         if replicas is not None or reduces_gradients(decoder):
             average_gradients(tables, group)
 
-    if tables and group is not None:
-        tensors[0].register_hook(lambda gradient: call_after_backward(average))
+    def await_end(gradient):
+        if not is_due:
+            is_due.append(True)
+            call_after_backward(average)
+
+    for tensor in tensors if tables and group is not None else ():
+        tensor.register_hook(await_end)
 
 
 def _tables_left_out(replicas, decoder):

@@ -19,10 +19,10 @@ TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers:TransformersForC
 
 def register() -> None:
     """Register PEER models, merged grafts and quantized tables with vLLM."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.layers.quantization import register_quantization_config
-
     try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
         from .vllm_peer import QuantizedTablesConfig
     except Exception as error:  # it would end vLLM, whatever model that is to run
         warnings.warn(f"PEER models do not run by this release of vLLM: {error}", stacklevel=2)

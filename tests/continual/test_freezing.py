@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from release_names import CHECKPOINTING
-from rows_by_hand import without_rows
-from table_gradients import DenseRowAdamW
 from tiny_models import tiny_config
 from torch import nn
 from torch.testing import assert_close
 from trainer_worker import copy_of_state, counting_sequences, logged, small_model, train, trainer_of
-from transformers import TrainerCallback
 
 from modeling_peer import ExpertBackground, RowAdamW, add_experts, expert_parameter_groups, freeze_experts
 from modeling_peer.analysis.expert_sets import find_expert_sets
@@ -22,45 +18,16 @@ from modeling_peer.feed_forward import PeerFeedForward
 from modeling_peer.optim.frozen_rows import freezes_of
 
 
-class FreezeLate(TrainerCallback):
-    """Freezes experts after five steps; without the package, by the letter, if `by_hand`."""
-
-    def __init__(self, by_hand=False, **conditions):
-        self.by_hand, self.conditions, self.before = by_hand, conditions, None
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == 5:
-            self.before = copy_of_state(model)
-            if not self.by_hand:
-                freeze_experts(model, **self.conditions)
-                return
-            for table in tables_of(model):
-                self.hold_by_hand(table, torch.arange(table.num_embeddings) % 2 == 0, optimizer.optimizer)
-
-    def hold_by_hand(self, table, rows, optimizer):
-        before = table.weight.detach().clone()
-
-        def zero(weight):
-            weight.grad = without_rows(weight.grad, rows)
-
-        def put_back(*args):
-            table.weight.data[rows] = before[rows]
-
-        table.weight.register_post_accumulate_grad_hook(zero)
-        optimizer.register_step_post_hook(put_back)
-
-
 def tables_of(model):
     return list(expert_tables(model).values())
 
 
-def trainer_of_experts(folder, optimizer="stock", callbacks=None, seed=0, **options):
+def trainer_of_experts(folder, optimizer="stock", seed=0, **options):
     model = small_model("peer", "pkm", "peer", gated_experts=True, seed=seed)
     options = {"max_steps": 30, "weight_decay": 0.1, "max_grad_norm": 0.2, **options}
-    trainer = trainer_of(model, folder, counting_sequences(40), callbacks=callbacks, **options)
+    trainer = trainer_of(model, folder, counting_sequences(40), **options)
     if optimizer != "stock":
-        optimizer_class = DenseRowAdamW if optimizer == "dense rows" else RowAdamW
-        trainer.optimizer = optimizer_class(expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
+        trainer.optimizer = RowAdamW(expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
     return trainer
 
 
@@ -68,30 +35,6 @@ EVEN = range(0, 64, 2)
 
 
 class TestTrainer:
-    @pytest.mark.parametrize("optimizer", ["stock", "dense rows", "rows"])
-    @pytest.mark.parametrize(
-        "options",
-        [{}, {"gradient_accumulation_steps": 2, CHECKPOINTING: True}],
-        ids=["plain", "accumulated"],
-    )
-    def test_frozen_experts_stay_and_all_else_trains_as_by_hand(self, tmp_path, optimizer, options):
-        late, by_hand = FreezeLate(experts=EVEN), FreezeLate(by_hand=True)
-        trainer, other = (
-            trainer_of_experts(tmp_path, optimizer, [callback], **options) for callback in (late, by_hand)
-        )
-        trainer.train()
-        other.train()
-        for name, table in expert_tables(trainer.model).items():
-            before = late.before[f"{name}.weight"]
-            assert torch.equal(table.weight[::2], before[::2])
-            assert table.weight[1::2].ne(before[1::2]).any(1).sum() > 20
-        assert len(tables_of(trainer.model)) == 7
-        assert_close(trainer.model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
-        # Of the gradients that are not frozen: what is logged, and what is clipped.
-        assert logged(trainer, "grad_norm") == logged(other, "grad_norm")
-        assert min(logged(trainer, "grad_norm")) > 0.2
-        assert logged(trainer) == logged(other)
-
     @pytest.mark.parametrize("optimizer", ["stock", "rows"])
     def test_a_resumed_training_that_freezes_anew_is_the_unbroken_one(self, tmp_path, optimizer):
         options = {"save_strategy": "steps", "save_steps": 12, "gradient_accumulation_steps": 2}

@@ -41,7 +41,7 @@ def frozen_module(rows=FROZEN):
 def take_step(optimizer, parameter, step=0):
     optimizer.zero_grad()
     backward(parameter, step)
-    optimizer.step()
+    optimizer.step(None)  # as Accelerate does
 
 
 def assert_step_moves(moved, optimizer, parameter, step=0):
@@ -96,7 +96,7 @@ class TestRows:
         optimizer = OPTIMIZERS[name](parameter)
         take_step(optimizer, parameter)
         optimizer.zero_grad()
-        optimizer.step()  # has no gradient to step with
+        optimizer.step(None)  # has no gradient to step with
         assert len(copied) == copies and not any(vars(optimizer)[frozen_rows.SAVED_ROWS])
 
     @pytest.mark.parametrize(("name", "shape", "dim"), [("AdamW", (2, 3, 7, 4), 2), ("RowAdamW", (11, 5), 1)])
@@ -275,17 +275,6 @@ class TestRows:
         again.remove()
         freeze.remove()
         assert_step_moves(torch.ones_like(FROZEN), optimizer, module.weight)
-
-    @pytest.mark.parametrize(("rows", "dim"), [(FROZEN[:-1], 0), (FROZEN.long(), 0), (FROZEN, 1), ([True] * 11, 0)])
-    def test_of_another_size_are_refused(self, rows, dim):
-        module = random_module()
-        with pytest.raises(ValueError, match="`rows`"):
-            freeze_rows(module, "weight", rows, dim)
-        assert not freezes_of(module) and not module.weight._post_accumulate_grad_hooks
-        freeze = freeze_rows(module, "weight", FROZEN)
-        with pytest.raises(ValueError, match="`rows`"):
-            freeze.set_rows(FROZEN[:-1])
-        assert torch.equal(freeze.rows, FROZEN)
 
     def test_go_with_the_parameter_and_do_not_hold_it(self):
         """Without the garbage collector: a table may take most of the memory."""

@@ -235,7 +235,6 @@ def take_through_stream(
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)
     result: dict[str, list] = {"losses": [], "losses_to_choose_by": [], "masked": []}
-    memory: dict = {}
 
     def measure():
         result["losses"].append(losses(model, texts.held_out))
@@ -250,7 +249,6 @@ def take_through_stream(
             8,
             folder / "trainer",
             seed,
-            memory,
         )
         model = arm.learn(model, stage, hyperparameters)
         measure()

@@ -3,12 +3,11 @@
 """
 The arms of the study of streams: ways to teach a trained model a new text, stage by stage.
 
-An arm is a function `(model, stage, hyperparameters) -> model`. State that it needs in later stages is kept in
-`stage.memory`.
+An arm is a function `(model, stage, hyperparameters) -> model`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ class Stage:
         batch_size (`int`): Number of sequences per step.
         folder (`Path`): Output folder of the `Trainer`.
         seed (`int`): Seed of the training.
-        memory (`dict`): State that an arm keeps from stage to stage.
     """
 
     blocks: Dataset
@@ -49,7 +47,6 @@ class Stage:
     batch_size: int
     folder: Path
     seed: int
-    memory: dict[str, Any] = field(default_factory=dict)
 
     def sequences(self, dataset: Dataset, number: int) -> Dataset:
         """The first sequences of a text, at most `number`."""
@@ -126,19 +123,11 @@ def sparse_finetuning(model: PreTrainedModel, stage: Stage, hyperparameters: dic
     """
     Trains, in each layer, the t experts that a step uses most and earlier texts use least: their v alone, or u too.
     """
-    measured = stage.earlier[stage.memory.get("num_texts", 0) :]
-    for text in measured:
-        background = ExpertBackground.measure(
-            model, stage.sequences(text, BACKGROUND_SEQUENCES), batch_size=16, progress_bar=False
-        )
-        if "background" in stage.memory:
-            background.update(stage.memory["background"])
-        stage.memory["background"] = background
-    stage.memory["num_texts"] = len(stage.earlier)
-    tables = ("down_proj", "up_proj")[: int(hyperparameters.get("num_tables", 2))]
-    callback = SparseFinetuningCallback(
-        model, stage.memory["background"], int(hyperparameters["num_trained_experts"]), tables
+    background = ExpertBackground.measure(
+        model, stage.reference(BACKGROUND_SEQUENCES * len(stage.earlier)), batch_size=16, progress_bar=False
     )
+    tables = ("down_proj", "up_proj")[: int(hyperparameters.get("num_tables", 2))]
+    callback = SparseFinetuningCallback(model, background, int(hyperparameters["num_trained_experts"]), tables)
     train_stage(model, stage, hyperparameters["learning_rate"], callbacks=[callback])
     return model
 

@@ -17,53 +17,6 @@ from studies.stream import __main__ as stream_study
 from studies.stream import arms as stream_arms
 from studies.stream import report
 from studies.stream.arms import Arm, with_rates
-from studies.stream.report import choose_hyperparameters, measures
-
-
-# Two texts after the pre-training: rows are stages, columns texts.
-LOSSES = [[3.0, 6.0, 5.0], [3.2, 4.0, 4.5], [3.5, 4.4, 3.0]]
-
-
-def test_measures():
-    assert measures({"losses": LOSSES, "masked": [[3.0, 6, 5], [3.1, 6, 5]]}) == pytest.approx(
-        {
-            "learning": ((6 - 4) + (5 - 3)) / 2,
-            "forgetting": ((3.5 - 3) + (4.4 - 4)) / 2,
-            "backward_transfer": -0.45,
-            "forgetting_of_pretraining": 0.5,
-            "forgetting_of_pretraining_masked": 0.1,
-            "forward_transfer": 5 - 4.5,
-            "final_mean": (3.5 + 4.4 + 3) / 3,
-        }
-    )
-
-
-def test_arms_are_compared_at_what_all_of_them_learned():
-    def swept(arm, rate, learned, forgotten, **hyperparameters):
-        losses = [[3.0, 6.0], [3.0 + forgotten, 6.0 - learned]]
-        return {"arm": arm, "settings": {"learning_rate": rate, **hyperparameters}, "losses": losses}
-
-    runs = [
-        swept("full", 1, 1.0, 0.1),
-        swept("full", 100, 3.0, 0.9),
-        swept("full", 1000, 3.5, 2.0),
-        swept("lora", 1, 2.0, 0.2),
-        swept("lora", 2, 1.9, 0.1),  # learns less again: nothing to look for between
-        swept("sparse", 1, 3.0, 0.9, t=1),
-        swept("sparse", 10, 4.0, 2.0, t=1),
-        swept("sparse", 4, 1.8, 0.1, t=2),  # learns too little at any rate
-        swept("sparse", 1, 1.0, 0.0, t=3),
-        swept("sparse", 10, 3.0, 0.2, t=3),
-    ]
-    level, chosen = choose_hyperparameters(runs)
-    assert level == pytest.approx(2.0)
-    assert chosen == {
-        "full": {"learning_rate": 10},  # half way between the runs around the level, as rates go
-        "lora": {"learning_rate": 1},
-        "sparse": {"learning_rate": 3.2, "t": 3},
-    }
-    # Of families that learn more with any rate, a slower one is sought, and forgets what it would forget there.
-    assert choose_hyperparameters([*runs[3:7]])[1]["sparse"] == {"learning_rate": 0.1, "t": 1}
 
 
 def test_what_is_chosen_is_tried_and_chosen_again(monkeypatch):
