@@ -55,9 +55,9 @@ def convert(folder: Path, output_dir: Path) -> None:
     if (config.get("quantization_config") or {}).get("bits", 8) != 8:
         raise UsageError(f"{folder} has tables in 4 bits; MLX runs floating point and 8 bits.")
     for name, known in (
-        ("hidden_act", ACTIVATIONS),
+        ("hidden_act", ("silu", "swish")),
         ("expert_act", ACTIVATIONS),
-        ("feed_forward_types", FEED_FORWARDS),
+        ("feed_forward_types", ("dense", "peer")),
     ):
         values = config[name] if isinstance(config[name], list) else [config[name]]
         if unknown := set(values) - set(known):

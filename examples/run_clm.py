@@ -55,7 +55,7 @@ from common.training import (
     setup_logging,
 )
 from modeling_peer import ExpertUsageCallback, PeerConfig, PeerForCausalLM, SplitCheckpointCallback
-from modeling_peer.parallel.split_checkpoints import PARTS
+from modeling_peer.parallel.split_checkpoint_callback import PARTS
 
 
 logger = logging.getLogger(__name__)

@@ -113,19 +113,13 @@ def describe_experts(model: PreTrainedModel, tokens: torch.Tensor, num_shown: in
 
 
 def _usage_of_experts(model, tokens):
-    """Usage of the experts of PEER and PKM layers and of grafts, by their layers and a label."""
+    """Usage of the experts of PEER and PKM layers and of grafts, by their layers and their name in logs."""
     try:
         sets = find_expert_sets(model)
     except ValueError:  # there are none
         return {}
     meters = measure_usage(model, input_ids=tokens)
-    return {(each.layers, _label(each)): meters[name] for name, each in sets.items()}
-
-
-def _label(expert_set):
-    numbers = ", ".join(map(str, expert_set.layers))
-    label = f"layer{'s' * (len(expert_set.layers) > 1)} {numbers}"
-    return label if expert_set.graft is None else f"{label} {expert_set.graft}"
+    return {(each.layers, each.label): meters[name] for name, each in sets.items()}
 
 
 @ends_on_usage_error()

@@ -47,11 +47,6 @@ class ExpertSet:
     def num_experts(self) -> int:
         return max(each.generation.first_expert + each.generation.num_experts for each in self.routers)
 
-    @property
-    def graft(self) -> str | None:
-        """The part of the label that distinguishes a graft from others of its layer, `None` outside of grafts."""
-        return self.label.removeprefix("_".join(["layer", *map(str, self.layers)])).removeprefix("_") or None
-
 
 def module_label(modules: Mapping[str, nn.Module], name: str, layers: Iterable[int] = ()) -> str:
     """

@@ -36,23 +36,16 @@ class ExpertUsageMeter:
         self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, indices: torch.Tensor, weights: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+    def update(self, indices: torch.Tensor, weights: torch.Tensor) -> None:
         """
         Add the output of a router, see [`ProductKeyRouter`].
 
         Args:
             indices (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, k)`): Experts, best first.
-            weights (`torch.Tensor` of the same shape): Their router weights, not negative.
-            padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                True (or 1) where there is a token; other positions are not counted.
+            weights (`torch.Tensor` of the same shape): Their router weights, not negative, 0 where there is no token.
         """
         device = self.scores.device
         indices, weights = indices.to(device), weights.to(device, torch.float32)
-        is_token = torch.ones(1, dtype=torch.bool, device=device)
-        if padding_mask is not None:
-            is_token = padding_mask.to(device, torch.bool)[..., None]
-        # Selected rather than multiplied by zero: weights of padding may be NaN.
-        weights = torch.where(is_token[..., None], weights, 0.0)
         # Summed separately first: added one by one to a large float32 sum, small weights would be lost.
         self.scores += torch.zeros_like(self.scores).index_add_(0, indices.flatten(), weights.flatten())
         best = indices[..., 0]

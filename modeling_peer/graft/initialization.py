@@ -13,20 +13,16 @@ Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher 
 (N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`./run study graft_starts`).
 """
 
-import copy
 import math
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ..configuration_peer import PeerConfig, grid_size
 from ..experts import expert_index, router_weight_power
 from ..graft_layer import PeerGraft
-from .base_feed_forward import FeedForwardParts, recognize_feed_forward, weight_matrix
+from .base_feed_forward import FeedForwardParts, weight_matrix
 
 
 # Scale of the scores at first: small, so that a head's neurons get nearly equal weights.
@@ -124,25 +120,3 @@ def _find_neurons(router, activated):
         router.query_norm.weight.fill_(FLATNESS)
     router.query_proj.weight.copy_(queries.flatten(0, 2))
     router.sub_keys.copy_(sub_keys)
-
-
-@torch.no_grad()
-def computes(feed_forward: nn.Module, activation: str | None) -> bool:
-    """
-    Whether a recognized feed-forward is its linear layers and an activation and nothing else, in evaluation mode.
-    Assumed for one on the meta device, which has no weights to try.
-    """
-    if activation not in ACT2FN:
-        return False
-    # In float32, which tells functions apart that are nearly the same.
-    feed_forward = copy.deepcopy(feed_forward).float().eval()
-    parts: Any = recognize_feed_forward(feed_forward)
-    if parts.up.weight.is_meta:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, 4, parts.hidden_size, generator=generator).to(parts.up.weight.device)
-    act_fn = ACT2FN[activation]
-    neurons = parts.up(hidden_states)
-    neurons = act_fn(neurons) if parts.gate is None else act_fn(parts.gate(hidden_states)) * neurons
-    output = feed_forward(hidden_states)
-    return torch.allclose(output, parts.down(neurons), rtol=0, atol=1e-4 * output.abs().max().item())

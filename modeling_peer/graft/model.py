@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ..fact_graft import make_graft
 from ..graft_layer import (
@@ -32,7 +33,7 @@ from ..parallel.split_checkpoints import state_dict_to_save
 from ..quantization.table import QuantizedTable, has_quantized_tables
 from .base_feed_forward import FeedForwardParts, recognize_feed_forward, whole_feed_forward
 from .config import PeerGraftConfig
-from .initialization import computes, init_graft
+from .initialization import init_graft
 
 
 # Every name in the path of a graft's weight or buffer, whatever its options.
@@ -318,14 +319,13 @@ def _resolve(config, model, targets):
     activation, gated = "gelu", False
     for name, parts in targets.items() if config.starts_as_neurons else ():
         activation, gated = base_activation(text_config), parts.gate is not None
-        feed_forward = whole_feed_forward(model.get_submodule(name))
-        _check_neurons(config, name, feed_forward, parts, activation)
+        _check_neurons(config, name, parts, activation)
     for name, value in {**found, **config.layer_fields(activation, gated)}.items():
         setattr(config, name, value)
     config.target_modules = set(targets)
 
 
-def _check_neurons(config: PeerGraftConfig, name, feed_forward, parts, activation):
+def _check_neurons(config: PeerGraftConfig, name, parts, activation):
     """Check that there is an expert for each neuron, of the neuron's kind."""
     if config.num_experts < parts.intermediate_size:
         raise ValueError(
@@ -339,8 +339,8 @@ def _check_neurons(config: PeerGraftConfig, name, feed_forward, parts, activatio
                 f"{getattr(config, field)!r}."
             )
     is_float = all(layer.weight.is_floating_point() for layer in parts.linear_layers)
-    if not (is_float and computes(feed_forward, activation)):
+    if not is_float or activation not in ACT2FN:
         raise ValueError(
-            f"`init_from_ffn` needs a feed-forward that is its linear layers in floating point and the activation "
-            f"{activation!r}, but {name} computes something else."
+            f"`init_from_ffn` needs linear layers in floating point and an activation of Transformers, but {name} has "
+            f"{parts.up.weight.dtype} and {activation!r}."
         )

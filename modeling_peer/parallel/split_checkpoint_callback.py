@@ -19,7 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
 from ..optim.row_adamw import RowAdamW
-from .split_checkpoints import PARTS, has_parts_alone, whole_state_dict
+from .split_checkpoints import has_parts_alone, whole_state_dict
+
+
+# The folder in a checkpoint that has the parts of what is not the model. If its name had "optimizer" in it, `Trainer`
+# would look for more.
+PARTS = "training_state"
 
 
 class SplitCheckpointCallback(TrainerCallback):

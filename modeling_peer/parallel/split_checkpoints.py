@@ -23,7 +23,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..experts import expert_tables
 from ..memory.advice import advise_random_access, advise_whole_access
@@ -31,12 +30,6 @@ from ..memory.host_tables import advise_tables, keep_in_host_memory
 from .columns import is_split, tables_left_out
 from .split_initialization import own_part
 
-
-logger = logging.get_logger(__name__)
-
-# The folder in a checkpoint that has the parts of what is not the model, see [`SplitCheckpointCallback`]. If its name
-# had "optimizer" in it, `Trainer` would look for more.
-PARTS = "training_state"
 
 # Elements that are gathered at a time, 16 MB in float32.
 CHUNK_ELEMENTS = 2**22
@@ -64,12 +57,6 @@ def save_pretrained(method: Any, model: Any, save_directory: str | os.PathLike, 
     state_dict = state_dict_to_save(model, kwargs.get("state_dict"))
     if state_dict is not None:
         kwargs["state_dict"] = state_dict
-    elif getattr(model, "is_distributed_loading_by_transformers", False):
-        from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # which takes long to import
-
-        folder = Path(save_directory)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR) and not (folder / PARTS).exists():
-            logger.warning_once(f"{folder} has no optimizer's state: give `Trainer` a `SplitCheckpointCallback`.")
     model._save_directory = save_directory
     advise_tables(model, advise_whole_access)
     try:

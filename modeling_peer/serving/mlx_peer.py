@@ -5,12 +5,12 @@ A PEER model for MLX, which `examples/convert_to_mlx.py` writes beside a checkpo
 
     python -m mlx_lm generate --model FOLDER --trust-remote-code --prompt "def main("
 
-Attention, caches and sampling are those of `mlx_lm`. Here is what stands in for its feed-forward: dense and PEER
-layers in evaluation, with added experts and shared pools. It needs nothing but `mlx_lm`.
+Attention, dense layers, caches and sampling are those of `mlx_lm`. Here are PEER layers in evaluation, with added
+experts and shared pools. It needs nothing but `mlx_lm`.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -40,7 +40,6 @@ GATE_WIDTH, SHUT_BELOW = 64, 0.01
 class ModelArgs(llama.ModelArgs):
     """The fields of `PeerConfig` that evaluation needs, see there."""
 
-    hidden_act: str = "silu"
     rope_parameters: dict[str, Any] | None = None
     feed_forward_types: list[str] = field(default_factory=list)
     num_experts: int = 1024**2
@@ -75,20 +74,6 @@ class ModelArgs(llama.ModelArgs):
                 names = ("num_experts", "num_retrieval_heads", "num_experts_per_head")
                 found.append(tuple(addition[name] for name in names))
         return found
-
-
-class Dense(nn.Module):
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`"""
-
-    def __init__(self, args: ModelArgs, width: int):
-        super().__init__()
-        self.act = ACTIVATIONS[args.hidden_act]
-        self.gate_proj = nn.Linear(args.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(args.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, args.hidden_size, bias=False)
-
-    def __call__(self, hidden_states: mx.array) -> mx.array:
-        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class Table(nn.Module):
@@ -131,19 +116,6 @@ class ExpertPool(nn.Module):
         return (weights[..., None, :] @ self.down_proj(rows).astype(weights.dtype))[..., 0, :]
 
 
-class Norm(nn.Module):
-    """BatchNorm by running statistics."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight, self.bias, self.running_mean, self.running_var = (mx.zeros(size) for _ in range(4))
-
-    def __call__(self, queries: mx.array) -> mx.array:
-        normalized = (queries - self.running_mean) * mx.rsqrt(self.running_var + self.eps)
-        return normalized * self.weight.astype(mx.float32) + self.bias.astype(mx.float32)
-
-
 class Router(nn.Module):
     """Indices and router weights of the experts of all heads, `hidden [..., d] -> [..., h · k]` each."""
 
@@ -154,7 +126,7 @@ class Router(nn.Module):
         self.query_proj = nn.Linear(args.hidden_size, self.heads * args.query_size, bias=False)
         self.query_norm: Any
         if args.query_norm == "batch":
-            self.query_norm = Norm(self.heads * args.query_size, args.rms_norm_eps)
+            self.query_norm = nn.BatchNorm(self.heads * args.query_size, args.rms_norm_eps)
         elif args.query_norm == "rms":
             self.query_norm, self.key_norm = (nn.RMSNorm(self.half, args.rms_norm_eps) for _ in range(2))
         self.sub_keys = mx.zeros((self.heads if args.sub_keys_per_head else 1, 2, math.isqrt(number), self.half))
@@ -207,7 +179,8 @@ class Peer(nn.Module):
         if not args.share_experts_across_layers:
             self.expert_pool = ExpertPool(args, first[0], added)
         if args.shared_expert_intermediate_size is not None:
-            self.shared_expert = Dense(args, args.shared_expert_intermediate_size)
+            width = args.shared_expert_intermediate_size
+            self.shared_expert = llama.MLP(replace(args, intermediate_size=width))
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
         pool = self.expert_pool if "expert_pool" in self else self._pool
@@ -216,12 +189,6 @@ class Peer(nn.Module):
             experts(hidden_states, *router(hidden_states)) for router, experts in zip(routers, pools, strict=True)
         )
         return output + self.shared_expert(hidden_states) if "shared_expert" in self else output
-
-
-FEED_FORWARDS = {
-    "dense": lambda args, layer: Dense(args, args.intermediate_size),
-    "peer": Peer,
-}
 
 
 class Model(llama.Model):
@@ -233,9 +200,10 @@ class Model(llama.Model):
             first, *added = args.generations(None)
             self.model.expert_pool = ExpertPool(args, first[0], added)
         for index, (layer, kind) in enumerate(zip(self.layers, args.feed_forward_types, strict=True)):
-            layer.mlp = FEED_FORWARDS[kind](args, index)
-            if kind == "peer" and args.share_experts_across_layers:
-                layer.mlp._pool = self.model.expert_pool  # no parameter of the layer
+            if kind == "peer":
+                layer.mlp = Peer(args, index)
+                if args.share_experts_across_layers:
+                    layer.mlp._pool = self.model.expert_pool  # no parameter of the layer
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return {

@@ -62,16 +62,6 @@ def test_what_cannot_be_resumed_is_refused(unbroken, tmp_path):
         resumable_trainer(tmp_path, save_only_model=False).train()
 
 
-def test_what_is_saved_without_the_callback_is_warned_of(monkeypatch, tmp_path):
-    said, model = [], small_model()
-    monkeypatch.setattr("modeling_peer.parallel.split_checkpoints.logger.warning_once", said.append)
-    model._is_distributed_loading_by_transformers = True
-    for folder in ("checkpoint-3/training_state", "checkpoint-6", "model"):
-        (tmp_path / folder).mkdir(parents=True)
-        model.save_pretrained(tmp_path / folder.partition("/")[0])
-    assert len(said) == 1 and "checkpoint-6" in said[0] and "SplitCheckpointCallback" in said[0]
-
-
 class DecidesLate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = state.global_step == 3

@@ -64,12 +64,7 @@ def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
     if fsdp or group_size == 1:
         # Every process takes part in gathering what is sharded, the first writes.
         trainer.save_model()
-    if fsdp:
-        batch = padded_batch(ROWS[:ROWS_PER_STEP], "right")
-        with torch.no_grad():
-            tensors = {"logits": trainer.model.eval()(**batch).logits, **batch}
-    else:
-        tensors = whole_state(trainer.model)
+    tensors = {} if fsdp else whole_state(trainer.model)
     hand_over(output, f"{name}-{RANK}", tensors, facts)
 
 

@@ -158,7 +158,7 @@ def test_quantize(checkpoint, text_file, bits, tmp_path):
 def test_prints_text_and_experts(checkpoint):
     flags = ("--do_sample", "--temperature", "0.7", "--max_new_tokens", "12", "--num_shown_experts", "3")
     printed = run("run_generation.py", "--model_name_or_path", checkpoint, "--prompt", "7 and 8 are", *flags)
-    (line,) = (line for line in printed.splitlines() if line.startswith("layer 1: "))
+    (line,) = (line for line in printed.splitlines() if line.startswith("layer_1: "))
     assert "7 and 8 are" in printed and "of 64 experts" in line and line.count("%") == 3
 
 

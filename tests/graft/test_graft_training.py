@@ -27,16 +27,6 @@ def model_of(family="llama", **fields):
 
 
 class TestTrainer:
-    @pytest.mark.parametrize(("family", "query_norm"), [("llama", "rms"), ("gpt2", "batch")])
-    def test_learns_and_comes_back(self, tmp_path, family, query_norm):
-        trainer = trainer_of(model_of(family, query_norm=query_norm), tmp_path, max_steps=40, learning_rate=3e-2)
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        assert trainer.evaluate()["eval_loss"] < 0.9 * before
-        trainer.save_model(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(base_model_of(family), tmp_path / "adapter")
-        assert torch.equal(logits_of(loaded), logits_of(trainer.model))
-
     def test_resumes_to_the_bit(self, tmp_path):
         options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
 
@@ -49,11 +39,6 @@ class TestTrainer:
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
         assert logged(resumed)[-4:] == logged(whole)[-4:]
         assert_close(copy_of_state(resumed.model), copy_of_state(whole.model), rtol=0, atol=0)
-
-    def test_usage_is_measured(self, tmp_path):
-        trainer = train(model_of(), tmp_path, max_steps=3, callbacks=[ExpertUsageCallback()])
-        assert all(0 < value <= 1 for value in logged(trainer, "expert_usage/layer_1_default"))
-        assert len(logged(trainer, "expert_usage/layer_1_default")) == 3
 
     def test_usage_of_grafts_that_were_merged_one_after_the_other(self, tmp_path):
         model, seen = merged_in_turn(64, 36), {64: set(), 36: set()}

@@ -5,7 +5,6 @@
 import ctypes
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 from unittest import mock
@@ -161,25 +160,6 @@ class TestKept:
             each.join(60)
         assert reported == ["42", "42", "42", "compiled"]
         assert len(libraries(cache)) == 1
-
-    def test_a_killed_process_leaves_nothing_that_is_loaded(self, cache, sources, monkeypatch):
-        context, replace = multiprocessing.get_context("fork"), os.replace
-        started = context.Event()
-
-        def for_ever(*arguments):
-            started.set()
-            time.sleep(600)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(native.os, "replace", for_ever)
-            process = context.Process(target=load_library, args=(sources,))
-            process.start()
-            assert started.wait(60)
-            os.kill(process.pid, signal.SIGKILL)
-            process.join(60)
-        assert native.os.replace is replace and list(cache.glob("*.part")) and not libraries(cache)
-        assert fresh_load(sources).answer() == 42
-        assert not list(cache.glob("*.part"))
 
 
 class TestWhereItCannotBeKept:
