@@ -27,7 +27,7 @@ from studies.common.study_folder import claim_folder, read_json, sole_use, write
 from studies.common.training_plan import CORPUS
 from studies.people.arms import TOKENS_PER_STEP, next_runs
 from studies.people.measure import make
-from studies.people.report import describe
+from studies.people.report import describe, plot
 from studies.people.texts import BLOCK, CHARACTERS, GROUPS, NUM_HELD_OUT, prepare
 
 
@@ -62,7 +62,8 @@ def main():
         if steps := max((run["steps"] for run in results.values() if not run["is_trial"]), default=0):
             head["ngrams"] = read_by_ngrams(folder, steps * TOKENS_PER_STEP)
         write_runs(folder / "results.json", head, results)
-        print(f"\n{describe(results, head['ngrams'])}\n\nResults are in {folder}.")
+        plot(results, folder / "results.png")
+        print(f"\n{describe(results, head['ngrams'])}\n\nResults and the picture are in {folder}.")
         if not is_finished:
             print("The study is not finished: the same command goes on.")
 

@@ -1,50 +1,142 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the study of people."""
+"""The tables of the study of people, and its picture."""
 
 from math import exp
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
+from common.pictures import add_legend, look_of, new_figure, save_picture
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
 from studies.people.arms import TOKENS_PER_STEP, loss_of
-from studies.people.measure import NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
+from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
 from studies.people.texts import BLOCK, GROUPS, HELD_OUT_TEXTS
 
 
-def share(found: dict[str, Any]) -> float:
+WORDINGS = (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)
+DRAWS = 2000  # of people, for intervals
+LEAST = 0.02  # above others, of which dense is a divisor
+
+
+def trainings(results: Results) -> list[dict[str, Any]]:
+    """The runs that are no trials, dense first."""
+    return sorted((run for run in results.values() if not run["is_trial"]), key=lambda run: (run["arm"], run["seed"]))
+
+
+def share(run: dict[str, Any], group: str, wording: str) -> float:
     """The mean share of attributes that are recalled."""
-    return mean(found["recalled"].values())
+    return mean(run["recall"][group][wording]["recalled"].values())
 
 
-def describe(results: Results, ngrams: dict[str, Any]) -> str:
-    """Recall and perplexity of each training, n-grams beside them, and the trials."""
-    of_text = [
-        ["", "seed", "parameters, M", "rate", "weights", "steps", "seconds", "perplexity", "of the second half"]
-    ]
-    recalled = [["", "seed", "told", "read", *(kinds := (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)), "bits a person"]]
-    trials = [["trials", "rate", "weights", "nats of held-out text", "seconds per step"]]
-    for run in results.values():
-        seconds = run["training"]["train_runtime"]
-        trained = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
-        if run["is_trial"]:
-            trials.append([run["arm"], *trained, f"{loss_of(run):.3f}", f"{seconds / run['steps']:.2f}"])
-            continue
-        name = [run["arm"], str(run["seed"])]
-        of_texts = [exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS)) for part in ("all", "second half")]
-        cells = [f"{run['parameters'] / 1e6:.1f}", *trained, f"{run['steps']:,}", f"{seconds:,.0f}"]
-        of_text.append([*name, *cells, *(f"{each:.2f}" for each in of_texts)])
-        part_read = run["steps"] * TOKENS_PER_STEP / (run["training"]["train_samples"] * BLOCK)
+def read_of(run: dict[str, Any], told: int) -> float:
+    """How many of the biographies of a person a training has read."""
+    return told * run["steps"] * TOKENS_PER_STEP / (run["training"]["train_samples"] * BLOCK)
+
+
+def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
+    """
+    What is recalled of all, the mean over the groups, less what is recalled of people who were never told of; then the
+    same with people drawn anew, the same ones for each run: `(1 + DRAWS,)`.
+    """
+    generator = np.random.default_rng(0)
+    shares = {}
+    for group in [*map(str, GROUPS), OTHERS]:
+        right = np.array([[*map(int, each)] for each in run["recall"][group][wording]["right"].values()]).mean(0)
+        drawn = generator.integers(len(right), size=(DRAWS, len(right)))
+        shares[group] = np.concatenate([[right.mean()], right[drawn].mean(1)])
+    return np.mean([shares[str(told)] for told in GROUPS], axis=0) - shares[OTHERS]
+
+
+def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str:
+    """How many times as much as dense a model recalls, with an interval of 95 %, or at least if dense recalls little."""
+    own, others = above_others(run, wording), above_others(dense, wording)
+    if others[0] < LEAST:
+        return f"at least {own[0] / LEAST:.1f}"
+    ratios = own / others
+    low, high = np.quantile(ratios[1:], (0.025, 0.975))
+    return f"{ratios[0]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def all_table(results: Results) -> list[list[str]]:
+    """What is recalled of all people, above others, and how many times dense that is."""
+    rows = [["recalled of all, above others", "seed", *WORDINGS, *(f"times dense, {each}" for each in WORDINGS[:2])]]
+    dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
+    for run in trainings(results):
+        cells = [f"{above_others(run, wording)[0]:.1%}" for wording in WORDINGS]
+        if run["arm"] != "dense" and run["seed"] in dense:
+            cells += [times_dense(run, dense[run["seed"]], wording) for wording in WORDINGS[:2]]
+        rows.append([run["arm"], str(run["seed"]), *cells, *[""] * (5 - len(cells))])
+    return rows
+
+
+def groups_table(results: Results) -> list[list[str]]:
+    """What is recalled of the people of each group."""
+    rows = [["", "seed", "biographies", "read", *WORDINGS, IN_TEXT, "bits of a person"]]
+    for run in trainings(results):
         for told in GROUPS:
             found = run["recall"][str(told)]
+            cells = [f"{share(run, str(told), each):.1%}" if each in found else "" for each in (*WORDINGS, IN_TEXT)]
             bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}"
-            recalled.append(
-                [*name, str(told), f"{told * part_read:.1f}", *(f"{share(found[each]):.1%}" for each in kinds), bits]
-            )
-        recalled.append([*name, OTHERS, "", f"{share(run['recall'][OTHERS][NEVER_TRAINED]):.1%}", "", "", ""])
+            rows.append([run["arm"], str(run["seed"]), str(told), f"{read_of(run, told):.1f}", *cells, bits])
+        others = [f"{share(run, OTHERS, each):.1%}" for each in WORDINGS]
+        rows.append([run["arm"], str(run["seed"]), OTHERS, "", *others, "", ""])
+    return rows
+
+
+def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
+    """How well text is read, and by how much training."""
+    rows = [["", "seed", "parameters, M", "rate", "weights", "steps", "seconds", "perplexity", "of the second half"]]
+    for run in trainings(results):
+        cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
+        cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
+        of_texts = [exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS)) for part in ("all", "second half")]
+        rows.append([run["arm"], str(run["seed"]), *cells, *(f"{each:.2f}" for each in of_texts)])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         if ngrams:
             perplexity = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
-            of_text.append([label, *[""] * (len(of_text[0]) - 2), f"{perplexity:.2f}"])
-    return "\n\n".join(map(markdown_table, (recalled, of_text, trials)))
+            rows.append([label, *[""] * (len(rows[0]) - 2), f"{perplexity:.2f}"])
+    return rows
+
+
+def trials_table(results: Results) -> list[list[str]]:
+    """The trials, by whose losses runs are chosen."""
+    rows = [["trials", "rate", "weights", "nats of held-out text", "seconds of a step"]]
+    for run in results.values():
+        if run["is_trial"]:
+            cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}", f"{loss_of(run):.3f}"]
+            rows.append([run["arm"], *cells, f"{run['training']['train_runtime'] / run['steps']:.2f}"])
+    return rows
+
+
+def describe(results: Results, ngrams: dict[str, Any]) -> str:
+    """All tables that have a row."""
+    tables = [all_table(results), groups_table(results), texts_table(results, ngrams), trials_table(results)]
+    return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
+
+
+def plot(results: Results, file: Path) -> None:
+    """Plots what is recalled against how often it was read, once there are two arms."""
+    runs = {run["arm"]: run for run in trainings(results) if run["seed"] == 0}
+    if not runs.keys() >= {"dense", "peer"}:
+        return
+    figure = new_figure(11, 4.4)
+    for axes, wording in zip(figure.subplots(1, 2, sharey=True), (NEVER_TRAINED, TOLD), strict=True):
+        for arm, run in runs.items():
+            places, shares = zip(
+                *((read_of(run, told), share(run, str(told), wording)) for told in GROUPS), strict=True
+            )
+            look = look_of(arm)
+            axes.plot(places, [100 * each for each in shares], **look.style, label=look.label)
+        axes.set(xscale="log", xlabel="biographies of a person that were read")
+        axes.set_title(f"in the wording that is {wording}" if wording != TOLD else "in a wording of their own texts")
+        add_legend(axes, loc="upper left")
+    figure.axes[0].set_ylabel("attributes recalled, %")
+    peer, dense = (100 * share(runs[arm], str(max(GROUPS)), NEVER_TRAINED) for arm in ("peer", "dense"))
+    figure.suptitle(
+        f"Of people told most often, as much training time makes experts recall {peer:.0f} %, dense layers {dense:.0f} %"
+    )
+    save_picture(figure, file)

@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -113,6 +114,23 @@ def test_trainings_follow_from_trials():
     assert next_runs(results) == []
 
 
+def test_ratios_are_of_what_is_recalled_above_others(monkeypatch):
+    monkeypatch.setattr(report, "GROUPS", {2: 4, 1: 8})
+
+    def run(*right):
+        groups = zip(("2", "1", OTHERS), right, strict=True)
+        return {"recall": {group: {TOLD: {"right": {"major": 25 * each, "employer": 25 * each}}} for group, each in groups}}
+
+    peer, dense = run("1111", "1100", "0001"), run("1100", "0000", "0000")
+    assert report.above_others(peer, TOLD)[0] == pytest.approx((1 + 0.5) / 2 - 0.25)
+    assert len(set(report.above_others(peer, TOLD))) > 3
+    ratio, low, high = map(float, re.findall(r"[\d.]+", report.times_dense(peer, dense, TOLD)))
+    assert ratio == 2.0 and 1.4 < low < 1.8 and 2.2 < high < 2.8
+    assert report.times_dense(peer, run("0000", "0000", "0000"), TOLD) == "at least 25.0"
+    # The people who are drawn anew are the same for all.
+    assert report.times_dense(dense, dense, TOLD).startswith("1.00 (1.00 to 1.00")
+
+
 @slow
 def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "load_corpus", lambda name: TEXTS["old" if name in texts.TRAINING_TEXTS else "new"])
@@ -141,6 +159,7 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "the same command goes on" in printed
     assert all(f"| {arm} " in printed for arm in ("peer", "dense", "4-gram"))
+    assert (tmp_path / "results.png").stat().st_size > 10_000
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["runs"] == results and saved["ngrams"]["tokens"] <= 3 * 64
     saved["runs"][runs[1].name]["texts"][CORPUS] = "another"
