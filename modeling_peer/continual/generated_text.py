@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that a model generates, in place of the text that it was trained on."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
@@ -52,24 +55,58 @@ def generate_text(
     if first is None:
         raise ValueError("The configuration needs a `bos_token_id` or an `eos_token_id`, with which a text begins.")
     first = first[0] if isinstance(first, list) else first
-    prompts = torch.full((num_sequences, 1), first, device=model.device).split(batch_size)
-    sequences: list[torch.Tensor] = []
-    # A generation configuration holds for all that a call of `generate` does not name, so it is replaced.
-    # A `PeftModel` would leave it in its base model.
+    written = write_on(
+        model,
+        [[first]] * num_sequences,
+        sequence_length - 1,
+        batch_size=batch_size,
+        progress_bar=progress_bar,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    return [{"input_ids": torch.tensor([first, *tokens])} for tokens in written]
+
+
+def write_on(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    batch_size: int = 32,
+    progress_bar: bool = True,
+    **sampling: Any,
+) -> list[list[int]]:
+    """
+    What a model writes behind each prompt, `num_tokens` whether a text ends before or not: by greedy decoding, or as
+    the arguments of `generate` say.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    # A generation configuration holds for all that a call of `generate` does not name, so it is replaced.
+    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
         with evaluation(model):
-            for prompt in tqdm(prompts, desc="Generated text", disable=not progress_bar):
-                sequences += model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=sequence_length - 1,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                ).cpu()
+            for start in tqdm(range(0, len(order), batch_size), desc="Written", disable=not progress_bar):
+                some = order[start : start + batch_size]
+                ids, mask = padded([prompts[place] for place in some], padding_side="left")
+                tokens = model.generate(
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=num_tokens,
+                    **({"do_sample": False} | sampling),
+                )
+                for place, written in zip(some, tokens[:, ids.shape[1] :].tolist(), strict=True):
+                    found[place] = written
     finally:
         model.generation_config = own
-    return [{"input_ids": sequence} for sequence in sequences]
+    return found
+
+
+def padded(sequences: Sequence[Sequence[int]], padding_side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of tokens as one batch, padded on one side, and its attention mask."""
+    rows = [torch.tensor(tokens) for tokens in sequences]
+    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    return pad(rows), pad([torch.ones_like(row) for row in rows])

@@ -3,30 +3,26 @@
 """What a model answers, and where the gates of its grafts of facts open."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.evaluation import evaluation
+from ..continual.generated_text import padded
 from ..fact_graft import FactRouter
 from .index import LONGEST
 from .prompts import Prompt, make_prompt
 from .table import Fact
 
 
-def prompts_of(
-    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], form: str, wordings: Sequence[str] | None = None
-) -> list[Prompt]:
-    """The prompts of facts in a form: in all of their own wordings, or in others, which have `{subject}` in them."""
+def prompts_of(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], form: str) -> list[Prompt]:
+    """The prompts of facts in a form, in all of their wordings."""
     return [
         make_prompt(tokenizer, wording, fact.subject, fact.answer, form, LONGEST)
         for fact in facts
-        for wording in wordings or fact.wordings
+        for wording in fact.wordings
     ]
 
 
@@ -55,45 +51,6 @@ def are_answered(
                 predicted = found[row, prompt.answer_start - 1 - first : len(prompt.tokens) - 1 - first]
                 right[place] = predicted.tolist() == list(prompt.answer)
     return right
-
-
-def padded(sequences: Sequence[Sequence[int]], padding_side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of tokens as one batch, padded on one side, and its attention mask."""
-    rows = [torch.tensor(tokens) for tokens in sequences]
-    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
-    return pad(rows), pad([torch.ones_like(row) for row in rows])
-
-
-def write_on(
-    model: PreTrainedModel | PeftModel,
-    prompts: Sequence[Sequence[int]],
-    num_tokens: int,
-    *,
-    batch_size: int = 32,
-    progress_bar: bool = True,
-) -> list[list[int]]:
-    """What a model writes behind each prompt by greedy decoding, `num_tokens` whether a text ends before or not."""
-    found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    # A generation configuration holds for all that a call of `generate` does not name, so it is replaced.
-    own, base.generation_config = base.generation_config, GenerationConfig(pad_token_id=0)
-    try:
-        with evaluation(model):
-            for start in tqdm(range(0, len(order), batch_size), desc="Written", disable=not progress_bar):
-                some = order[start : start + batch_size]
-                ids, mask = padded([prompts[place] for place in some], padding_side="left")
-                tokens = base.generate(
-                    ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=num_tokens,
-                    do_sample=False,
-                )
-                for place, written in zip(some, tokens[:, ids.shape[1] :].tolist(), strict=True):
-                    found[place] = written
-    finally:
-        base.generation_config = own
-    return found
 
 
 def openings(

@@ -14,10 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
+from ..continual.generated_text import padded, write_on
 from ..fact_graft import FactGraft
 from ..graft_layer import PREFIX
 from .index import FactIndex, first_name
-from .measuring import padded, write_on
 
 
 BATCHES_OF_A_FILE = 16

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_peer.analysis.evaluation import evaluation
+from modeling_peer.continual.generated_text import padded, write_on
 from modeling_peer.fact_graft import FactGraft
 from modeling_peer.facts.index import LONGEST, first_name
-from modeling_peer.facts.measuring import are_answered, openings, padded, write_on
+from modeling_peer.facts.measuring import are_answered, openings
 from modeling_peer.facts.prompts import Prompt, make_prompt
 from studies.teaching.questions import NAMES, Item, Question
 

@@ -119,7 +119,9 @@ def test_ratios_are_of_what_is_recalled_above_others(monkeypatch):
 
     def run(*right):
         groups = zip(("2", "1", OTHERS), right, strict=True)
-        return {"recall": {group: {TOLD: {"right": {"major": 25 * each, "employer": 25 * each}}} for group, each in groups}}
+        return {
+            "recall": {group: {TOLD: {"right": {"major": 25 * each, "employer": 25 * each}}} for group, each in groups}
+        }
 
     peer, dense = run("1111", "1100", "0001"), run("1100", "0000", "0000")
     assert report.above_others(peer, TOLD)[0] == pytest.approx((1 + 0.5) / 2 - 0.25)
