@@ -25,7 +25,7 @@ def main():
     (args,) = parse_arguments((ParallelArguments,), __doc__)
     folder = Path(args.output_dir or "runs/teaching")
     with sole_use(folder):
-        Study(folder)  # what all processes read is there before they begin
+        Study(folder).texts()  # what all processes read is there before they begin
         results, is_finished = make_runs(args, folder, next_runs, make)
         head: dict[str, Any] = {"command": "./run study teaching", "machine": machine()}
         write_runs(folder / "results.json", head, results)

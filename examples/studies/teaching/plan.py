@@ -80,17 +80,18 @@ def reported(arm: str, number: int, results: Results) -> list[Run]:
 def next_runs(results: Results) -> list[Run]:
     """
     The runs that are missing, as far as they follow from those that there are. What the model knows is asked before all
-    others, and two files come after all others, as they are timed.
+    others. Two files come by themselves, as they are timed, and before trainings, while their adapters are there.
     """
-    if (base := Run("base")).name not in results:
-        return [base]
+    untrained = [run for arm in UNTRAINED for run in reported(arm, SIZE, results)]
+    for stage in ([Run("base")], untrained, [Run("two", block=1)]):
+        if missing := [run for run in sorted(stage, key=lambda run: run.block) if run.name not in results]:
+            return missing
     runs: list[Run] = []
-    for number, arms in ((SIZE, UNTRAINED), (SIZE, RATES), *LARGER.items()):
+    for number, arms in ((SIZE, ("lora", "full")), (SIZE, ("graft", "dense")), *LARGER.items()):
         own = []
         for arm in arms:
             tried = trials(arm, results) if arm in RATES else []
             is_known = all(run.name in results for run in tried)  # which rate is reported
             own += reported(arm, number, results) if is_known else tried
         runs += sorted(own, key=lambda run: run.block)
-    missing = [run for run in runs if run.name not in results]
-    return missing or [run for run in (Run("two", block=1),) if run.name not in results]
+    return [run for run in runs if run.name not in results]

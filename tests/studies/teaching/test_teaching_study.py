@@ -178,6 +178,8 @@ def test_plan(tmp_path):
                     "base_is_as_before": True,
                 }
     assert made[0] == Run("base") and len(made) == len(set(made))
+    arms = [run.arm for run in made]
+    assert arms.index("two") == 1 + 3 * 3 and {*arms[: arms.index("two")]} == {"base", "facts", "bm25", "nothing"}
     # The best rate is in the middle: no trial beyond, and it is the one that is reported.
     assert sum(run.arm == "lora" for run in made) == 3 + 3 + 1
     assert {run.learning_rate for run in made if run.arm == "lora" and run.block} == {RATES["lora"][1]}
