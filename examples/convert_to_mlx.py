@@ -25,7 +25,6 @@ from common.model_arguments import check_output_dir, loads_checkpoint
 MODEL_FILE = Path(modeling_peer.__file__).parent / "serving" / "mlx_peer.py"
 # What its file has, which this program may have no MLX to ask for.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "linear", None)
-FEED_FORWARDS = ("dense", "peer")
 # Weights, and what tokenizers and generation need; the code for torch stays behind.
 COPIED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*")
 

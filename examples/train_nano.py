@@ -6,8 +6,8 @@ Trains the small checkpoints that come with this repository: a PEER model, and i
     ./run python examples/train_nano.py
 
 Both read the source code of Python's standard library in the same order. A training that was interrupted is resumed. The
-weights are saved in bf16 in runs/nano/, from where examples/checkpoints/ has them, with a tokenizer, a card and
-results.json: perplexities on held-out files as trained, as saved, and with expert tables in 8 and 4 bits.
+weights are saved in bf16 in runs/nano/, with a tokenizer, a card and results.json: perplexities on held-out files as trained,
+as saved, and with expert tables in 8 and 4 bits. examples/checkpoints/ has all of it but the code, which are links there.
 """
 
 import json

@@ -37,7 +37,8 @@ class PeerGraftConfig(PeftConfig):
             Modules of the base model that are trained and saved besides.
         init_from_ffn (`bool`, *optional*):
             Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, and all
-            others with down-projection vectors of zeros. Defaults to `True` there: it was better than random experts
+            others with down-projection vectors of zeros. What else a feed-forward computes is not copied. Defaults to
+            `True` there: it was better than random experts
             at every learning rate (`./run study graft_starts`). If √N is at least 2h and at least the width of the
             feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the
             neurons that matter most; otherwise it starts at random.

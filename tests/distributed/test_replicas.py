@@ -84,6 +84,11 @@ def by_rows(model):
     return RowAdamW(expert_parameter_groups(model, 1e-2, weight_decay=0.1), eps=EPS)
 
 
+def without_decay(model):
+    """By which parameters that a loss does not use stay, also where their gradients are zeros in place of none."""
+    return RowAdamW(expert_parameter_groups(model, 1e-2, weight_decay=0.0), eps=EPS)
+
+
 def stock(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS, weight_decay=0.1)
 
@@ -95,6 +100,11 @@ def causal_loss(model, tokens):
 def loss_of_sums(model, tokens):
     """One that is a sum over tokens."""
     return model(input_ids=tokens).logits.square().sum() / 100
+
+
+def loss_of_an_inner_state(model, tokens):
+    """As of a probe: the last layer and the head are left out."""
+    return 10 * model(input_ids=tokens, output_hidden_states=True).hidden_states[2].square().mean()
 
 
 def halves(step):
@@ -116,6 +126,11 @@ CASES = {
     "checkpointed": {"checkpointing": {"use_reentrant": False}},
     "reentrant": {"checkpointing": {"use_reentrant": True}},
     "unused parameters": {"wrapping": {"find_unused_parameters": True, "gradient_as_bucket_view": True}},
+    "inner state": {
+        "loss": loss_of_an_inner_state,
+        "optimizer": without_decay,
+        "wrapping": {"find_unused_parameters": True},
+    },
     "graft": {"model": new_graft},
     "adapter": {"model": new_adapter},
     "tables alone": {"model": new_tables},

@@ -63,8 +63,9 @@ def test_the_same_fact_twice_is_one():
     assert check_facts([fact, fact]) == [fact]
     with pytest.raises(ValueError, match="at least one fact"):
         check_facts([])
-    with pytest.raises(ValueError, match="{subject}"):
-        check_facts([Fact("A", "B", ("What of A?",))])
+    for subject, wording in (("A", "What of A?"), ("", "What of {subject}?")):
+        with pytest.raises(ValueError, match="{subject}"):
+            check_facts([Fact(subject, "B", (wording,))])
 
 
 def test_half_of_the_wordings_are_framed_and_all_come_in_turn():

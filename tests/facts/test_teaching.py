@@ -52,6 +52,15 @@ def ends(model, tokenizer, wording, subject):
     return [each[-1].item() for each in found]
 
 
+def without_end(tokenizer):
+    """The prompt of a chat without an answer, by a tokenizer without an end of texts."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
+    prompt = make_prompt(tokenizer, "{subject} is what ?", "user", "", "chat", 100)
+    assert prompt.answer == ()
+    return prompt
+
+
 def test_prompts(tokenizer):
     prompt = make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 100)
     words = tokenizer.convert_ids_to_tokens(prompt.tokens)
@@ -61,6 +70,7 @@ def test_prompts(tokenizer):
     prompt = make_prompt(tokenizer, "{subject} is what ?", "user", "Oma", "chat", 100)
     words = tokenizer.convert_ids_to_tokens(prompt.tokens)
     assert words[-2:] == ["Oma", "<eos>"] and prompt.subject_end == 1
+    assert words[:-2] == tokenizer.convert_ids_to_tokens(without_end(tokenizer).tokens)
     with pytest.raises(ValueError, match="takes 9 tokens, at most 8"):
         make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 8)
 
@@ -281,7 +291,9 @@ def test_thresholds_are_fitted_anew(taught, tokenizer):
     asked = ["what is the capital of Norland ?", "which river flows through Norland ?"] * 6
     others = ["Tell me about Norland.", "Norland is", "Who is Norland?", "the capital of Westia is"] * 3
     assert ends(model, tokenizer, "Tell me about {subject}.", "Norland")[0]
-    (fit,) = fit_gates(model, sequences(*asked), sequences(*others), progress_bar=False).values()
+    # A row of padding alone is no question.
+    empty = dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(4, dtype=torch.int64))
+    (fit,) = fit_gates(model, [*sequences(*asked), empty], sequences(*others), progress_bar=False).values()
     threshold = graft.router.questions.threshold
     assert torch.equal(threshold, threshold.bfloat16().float())  # in which it is saved
     assert (fit.open_for_new, fit.open_for_reference) == (1.0, 0.0)

@@ -120,6 +120,25 @@ print(json.dumps(found))
         assert {file.name: file.read_bytes() for file in each.glob("*.py")} == CORE_FILES
 
 
+def test_checkpoints_of_earlier_code_compute_the_same(tmp_path):
+    """Grown ones, and one of another class, where the package cannot be imported."""
+    script = """
+from safetensors.torch import load_file
+saved = load_file(sys.argv[1])
+for folder in sys.argv[2:]:
+    name = folder.rpartition("/")[2]
+    classifies = name == "sequence_classification"
+    model = load(folder, "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM")
+    tokens, mask, expected = (saved[f"{name}.{each}"] for each in ("input_ids", "attention_mask", "logits"))
+    chosen = slice(None) if classifies else mask.bool()
+    logits = model(input_ids=tokens, attention_mask=mask).logits
+    torch.testing.assert_close(logits[chosen], expected[chosen], rtol=0, atol=1e-5)
+print("true")
+"""
+    folders = [with_code(name, tmp_path) for name in ("grown", "grown_shared_pool", "sequence_classification")]
+    assert run(WITHOUT_THE_PACKAGE + script, CHECKPOINTS / "logits.safetensors", *folders, home=tmp_path)
+
+
 def test_a_quantized_checkpoint_asks_for_the_package(tmp_path):
     script = """
 for folder in sys.argv[1:]:

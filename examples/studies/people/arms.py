@@ -3,6 +3,7 @@
 """The arms: which model is trained, with which rates and initializations, by run_clm.py, and for how long."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -105,8 +106,9 @@ def _command(run, folder, output):
 
 
 def loss_of(result: dict[str, Any]) -> float:
-    """Nats per token of the held-out text of the training's sources, by which runs are chosen."""
-    return result["losses"][CORPUS]["all"]
+    """Nats per token of the held-out text of the training's sources, by which runs are chosen. Infinite if not a number."""
+    loss = result["losses"][CORPUS]["all"]
+    return math.inf if math.isnan(loss) else loss
 
 
 def trials_of(arm: str) -> list[Run]:

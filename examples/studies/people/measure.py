@@ -25,13 +25,13 @@ from studies.people.texts import groups_of_people
 NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 ASKED = 300  # people of each group, and as many others
 OTHERS = "others"  # people who were never told of, in what is recalled
-IN_TEXT = "told, in a text"  # asked behind the middle of a text, as most biographies stand in training
+IN_TEXT = "told, in a text"  # asked behind the tokens of another text, as most biographies stand in training
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Trains a model and measures it: losses of held-out texts, and what it recalls of each group of people in each wording.
-    What stands in the middle of a text is asked of some people as a control. Of a trial, the loss by which runs are chosen.
+    Some people are asked behind another text too, as a control. Of a trial, the loss by which runs are chosen.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -39,7 +39,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     texts = read_texts(folder / "held_out", "cpu")
     result = {"training": read_json(output / "all_results.json")}
     if run.is_trial:
-        return {**result, "losses": losses(model, {CORPUS: texts[CORPUS]})}
+        return {**result, "losses": losses(model, {CORPUS: texts[CORPUS]}), "texts": digests(texts)}
     people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
     most = next(iter(people))
     recalled = {

@@ -133,6 +133,15 @@ def test_ratios_are_of_what_is_recalled_above_others(monkeypatch):
     assert report.times_dense(dense, dense, TOLD).startswith("1.00 (1.00 to 1.00")
 
 
+def test_a_training_that_failed_is_no_baseline():
+    def run(rate, loss):
+        fields = {"arm": "dense", "seed": 0, "is_trial": False, "learning_rate": rate}
+        return {**fields, "losses": {CORPUS: {"all": loss}}}
+
+    results = {f"{rate:g}": run(rate, loss) for rate, loss in ((5e-4, 4.0), (1e-3, 7.0), (2e-3, math.nan))}
+    assert report.successes(results) == {("dense", 0): results["0.0005"]}
+
+
 @slow
 def test_a_small_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "load_corpus", lambda name: TEXTS["old" if name in texts.TRAINING_TEXTS else "new"])

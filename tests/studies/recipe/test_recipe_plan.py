@@ -12,7 +12,7 @@ from recipe_plans import PLANS, SMALL
 
 from modeling_peer import PeerConfig
 from studies.common.single_run import comparable
-from studies.common.training_plan import configuration_of, training_flops
+from studies.common.training_plan import configuration_of, training_flops, trains_by_rows
 from studies.common.training_study import TimeIsUp
 from studies.recipe.__main__ import run_study
 from studies.recipe.plan import (
@@ -49,6 +49,8 @@ def test_committed_plans_make_models(file):
     assert runs
     for run in runs:
         assert isinstance(configuration_of(run, plan), PeerConfig)
+        # Or its multipliers of rates would be refused when it is trained.
+        assert trains_by_rows(run, plan) or "peer" not in configuration_of(run, plan).feed_forward_types
         assert training_flops(run, plan) == pytest.approx(plan.budgets[0], rel=0.01)
 
 
