@@ -213,34 +213,16 @@ def many_gpus():
     few, many = (pools * (M * (2 * T * (e * d + 4 * 8 * A) + 20 * 8 * T * A) + 8 * N) / 1e9 for M in (1, most))
     yield MANY_GPUS, [*fixed(1, few), "8,192", *fixed(1, many), str(most), str(most + 1)]
     fsdp2 = 5 * e * elements * 7 / 8 / 1e9
-    yield MANY_GPUS, ["8", "8,192", *fixed(1, received(8, d, A, e, pools * T)[0] * 2), *fixed(0, fsdp2)]
-    seconds = {}
-    for G in (8, 16, 32, 64):
+    in_group = {G: 2 * pools * T * sum(memory_group_bytes(d, A, G, e).values()) / 1e9 for G in (8, 16, 32, 64)}
+    yield MANY_GPUS, ["8", "8,192", *fixed(1, in_group[8]), *fixed(0, fsdp2)]
+    for G, received in in_group.items():
         n, table = 64 // G, torch.empty(N, d // G, device="meta")
         dense = 2 * e * elements / G * (1 - 1 / n) / 1e9
-        whole, from_others = received(G, d, A, e, pools * T)
         gradient = (e * elements / G + 2 * pools * 32 * N) / 1e9 * (n > 1)
-        seconds[G] = [M * ((whole - from_others) / 450 + from_others / 50) + dense / 50 for M in range(17)]
         # Only one micro-batch has factors that are smaller.
-        by_factors = [
-            _factors_are_smaller([table] * 2, [d // G] * 2, [M * G * T * A] * n, [M * G * T] * n) for M in (2, 8, 16)
-        ]
-        assert n == 1 or not any(by_factors)
-        cells = fixed(1, held(G) + gradient, 2 * whole, 2 * from_others, dense)
-        yield MANY_GPUS, [str(G), *cells, *fixed(2, *(seconds[G][M] for M in (2, 8, 16)))]
-    fastest = [min(seconds, key=lambda G: seconds[G][M]) for M in range(2, 17)]
-    last = {G: M for M, G in enumerate(fastest, 2)}
-    yield MANY_GPUS, [str(each) for G in (64, 32, 16) for each in (G, last[G])]
-    assert fastest == sorted(fastest, reverse=True)
-
-
-def received(G, d, A, e, num_tokens):
-    """GB that a GPU of a group receives for its tokens, and those of them from other nodes of eight GPUs."""
-    by_name = memory_group_bytes(d, A, G, e)
-    by_all_to_all = sum(size for name, size in by_name.items() if re.search("hidden|output", name))
-    others = sum(by_name.values()) - by_all_to_all
-    from_others = by_all_to_all * (G - 8) / (G - 1) + others / 8 * (G > 8)
-    return sum(by_name.values()) * num_tokens / 1e9, from_others * num_tokens / 1e9
+        by_factors = _factors_are_smaller([table] * 2, [d // G] * 2, [2 * G * T * A] * n, [2 * G * T] * n)
+        assert n == 1 or not by_factors
+        yield MANY_GPUS, [str(G), *fixed(1, held(G) + gradient, received, dense)]
 
 
 def scaling_study():
