@@ -38,15 +38,8 @@ class GenerationArguments:
     temperature: float | None = field(
         default=None, metadata={"help": "Sampling temperature; below 1, likely tokens become more likely."}
     )
-    top_k: int | None = field(default=None, metadata={"help": "Number of most likely tokens to sample from."})
     top_p: float | None = field(
         default=None, metadata={"help": "Sample from the most likely tokens that together have this probability."}
-    )
-    repetition_penalty: float | None = field(
-        default=None, metadata={"help": "Penalty on tokens that already occur; above 1, they become less likely."}
-    )
-    num_beams: int | None = field(
-        default=None, metadata={"help": "Number of beams. With several, the text is printed when it is complete."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
     num_shown_experts: int = field(default=5, metadata={"help": "Number of experts to list per layer."})
@@ -57,7 +50,7 @@ class GenerationArguments:
 
     def generation_options(self) -> dict[str, float | int | bool]:
         """The flags that were given, as arguments of `generate`."""
-        names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+        names = ("do_sample", "temperature", "top_p")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
         return {"max_new_tokens": self.max_new_tokens, **chosen}
 
@@ -78,13 +71,7 @@ def generate(
         `torch.Tensor` of shape `(1, num_tokens)`: the tokens of prompt and continuation.
     """
     inputs = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    # Beams can change until the end and cannot be streamed.
-    streams = options.get("num_beams", model.generation_config.num_beams) in (None, 1)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if streams else None
-    tokens = model.generate(**inputs, streamer=streamer, **options)
-    if not streams:
-        print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-    return tokens
+    return model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **options)
 
 
 @torch.no_grad()

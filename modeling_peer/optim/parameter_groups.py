@@ -72,8 +72,6 @@ def expert_parameter_groups(
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
     """
-    if not isinstance(learning_rate, int | float):
-        raise TypeError(f"`learning_rate` must be a number, got {learning_rate!r}.")
     tables = {
         id(module.weight): "down_tables" if name.endswith(("down_proj", "values")) else "tables"
         for name, table in expert_tables(model).items()
@@ -146,8 +144,6 @@ def make_optimizer(
     >>> trainer = Trainer(model, args, train_dataset=dataset, optimizers=(make_optimizer(model, args), None))
     ```
     """
-    if not hasattr(args, "learning_rate"):
-        raise TypeError(f"`args` must be the `TrainingArguments` that are given to `Trainer`, got {args!r:.99}.")
     grown = getattr(getattr(model, "config", None), "expert_additions", None)
     tables = [table for name, table in expert_tables(model).items() if ".added." not in name] if grown else []
     if any(table.weight.requires_grad and not freezes_of(table) for table in tables):

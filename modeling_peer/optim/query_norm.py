@@ -30,8 +30,6 @@ def freeze_query_norm(model: nn.Module) -> None:
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers, also a model they are grafted onto.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a module, got {model!r:.99}.")
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
             module.requires_grad_(False)

@@ -123,13 +123,10 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         The model.
 
     Raises:
-        `TypeError`: if `model` is none.
         `ValueError`: for wrong arguments, a model that is quantized already, or tables that cannot be quantized: there
             is none, one has an adapter or a hook, is split over processes or offloaded to disk, or has elements that
             are NaN or infinite. Only in the last case are tables that come before it quantized.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a module, got {model!r:.99}.")
     config = PeerQuantizationConfig(bits, group_size)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

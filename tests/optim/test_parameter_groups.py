@@ -18,9 +18,7 @@ from modeling_peer import (
     add_experts,
     expert_parameter_groups,
     freeze_experts,
-    freeze_query_norm,
     make_optimizer,
-    quantize_experts,
     train_added_experts_only,
 )
 from modeling_peer.experts import expert_tables
@@ -143,20 +141,6 @@ def test_a_training_without_the_optimizer_is_told_of_it_whatever_its_tables_take
 
 def test_rates_follow_the_width():
     assert [learning_rate_of_new_model(width) for width in (32, 128, 768)] == [4e-3, 2e-3, 3.3e-4]
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda model: make_optimizer(model, None), "`args` must be .* got None"),
-        (lambda model: expert_parameter_groups(model, "x"), "`learning_rate` must be a number, got 'x'"),
-        (lambda model: quantize_experts(None), "`model` must be a module, got None"),
-        (lambda model: freeze_query_norm(None), "`model` must be a module, got None"),
-    ],
-)
-def test_arguments_of_another_type_are_named(call, message):
-    with pytest.raises(TypeError, match=message):
-        call(small_model("dense", "peer"))
 
 
 def test_models_that_did_not_grow_are_not_warned_of():
