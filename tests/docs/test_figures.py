@@ -32,7 +32,6 @@ from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
 from studies.capacity.plan import FITS, LARGE, LEARNED, MAIN, WARMUP, in_the_end
-from studies.common.tables import markdown_table
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
 from studies.recipe.plan import runs_by_size, tuning_runs
@@ -541,10 +540,6 @@ TABLES = [
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
     (QUALITY, tables_of_scaling),
     (STUDIES + "teaching/README.md", lambda: teaching_study.describe(load(STUDIES + "teaching/results.json")["runs"])),
-    (
-        CONTINUAL,
-        lambda: markdown_table(teaching_study.main_table(load(STUDIES + "teaching/results.json")["runs"], 240)),
-    ),
     (STUDIES + "graft_starts/README.md", lambda: describe_starts(load(STUDIES + "graft_starts/results.json"))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream(""))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream("recipe/"))),
