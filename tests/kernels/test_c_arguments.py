@@ -31,48 +31,28 @@ ARGUMENTS = {
     },
 }
 
-# Of a function, changes of its arguments and the name of what is refused.
+# Of a function, changes of its arguments and the name of what is refused: for each check, and each kind of tensor once.
 REFUSED = [
-    ("up", {"hidden_states": torch.randn(3, 24)}, "hidden_states"),
     ("up", {"hidden_states": torch.randn(5, 20)}, "hidden_states"),
     ("up", {"hidden_states": torch.randn(5, 24, device="meta")}, "hidden_states"),
-    ("up", {"table": torch.randn(36, 24, 1)}, "table"),
     ("up", {"table": torch.ones(36, 24, dtype=torch.int64)}, "table"),
     ("up", {"table": torch.randn(36, 24).to_sparse()}, "table"),
     ("up", {"rows": torch.zeros(5, 6, dtype=torch.int32)}, "rows"),
-    ("up", {"rows": torch.zeros(30, dtype=torch.int64)}, "rows"),
     ("down", {"weights": torch.randn(5, 7)}, "weights"),
-    ("down", {"weights": torch.randn(5, 6, device="meta")}, "weights"),
     ("up", {"table": QUANTIZED, "hidden_states": torch.randn(5, 23)}, "hidden_states"),
-    ("up", {"table": QUANTIZED, "hidden_states": torch.randn(5, 24, device="meta")}, "hidden_states"),
-    ("up", {"table": QUANTIZED, "rows": torch.zeros(5, 6, dtype=torch.int32)}, "rows"),
     ("up", {"table": QUANTIZED._replace(integers=torch.zeros(36, 24))}, "integers"),
-    ("up", {"table": QUANTIZED._replace(integers=torch.zeros(35, 24, dtype=torch.int8))}, "integers"),
     ("up", {"table": QUANTIZED._replace(integers=torch.zeros(36, 25, dtype=torch.int8))}, "integers"),
-    ("up", {"table": QUANTIZED._replace(scales=torch.ones(36, 2).bfloat16())}, "scales"),
     ("up", {"table": QUANTIZED._replace(scales=torch.ones(36, 1))}, "scales"),
     ("retrieve", {"k": -1}, "num_experts_per_head"),
+    ("retrieve", {"queries": torch.randn(5, 2, 2, 8).double()}, "queries"),
+    ("retrieve", {"queries": torch.randn(5, 2, 3, 8)}, "queries"),
+    ("retrieve", {"sub_keys": torch.randn(2, 6, 8)}, "sub_keys"),
+    ("retrieve", {"sub_keys": torch.randn(1, 2, 6, 7)}, "sub_keys"),
+    ("retrieve", {"sub_keys": torch.randn(3, 2, 6, 8)}, "sub_keys"),
+    ("retrieve", {"queries": torch.randn(5, 0, 2, 8), "sub_keys": torch.randn(0, 2, 6, 8)}, "sub_keys"),
+    ("retrieval_gradients", {"queries": torch.randn(5, 2, 3, 8)}, "queries"),
     ("retrieval_gradients", {"gradient": torch.zeros(5, 2, 4)}, "gradient"),
-    ("retrieval_gradients", {"gradient": torch.zeros(5, 2, 3).double()}, "gradient"),
-    ("retrieval_gradients", {"indices": torch.zeros(5, 2, 3)}, "indices"),
     ("retrieval_gradients", {"indices": torch.zeros(4, 2, 3).long()}, "indices"),
-    ("retrieval_gradients", {"indices": torch.zeros(10, 3).long()}, "indices"),
-    *(
-        (function, changes, name)
-        for function in ("retrieve", "retrieval_gradients")
-        for changes, name in (
-            ({"queries": torch.randn(5, 2, 2, 8).double()}, "queries"),
-            ({"queries": torch.randn(5, 2, 2, 8, device="meta")}, "queries"),
-            ({"queries": torch.randn(10, 2, 8)}, "queries"),
-            ({"queries": torch.randn(5, 2, 3, 8)}, "queries"),
-            ({"sub_keys": torch.randn(1, 2, 6, 8).bfloat16()}, "sub_keys"),
-            ({"sub_keys": torch.randn(2, 6, 8)}, "sub_keys"),
-            ({"sub_keys": torch.randn(1, 1, 6, 8)}, "sub_keys"),
-            ({"sub_keys": torch.randn(1, 2, 6, 7)}, "sub_keys"),
-            ({"sub_keys": torch.randn(3, 2, 6, 8)}, "sub_keys"),
-            ({"queries": torch.randn(5, 0, 2, 8), "sub_keys": torch.randn(0, 2, 6, 8)}, "sub_keys"),
-        )
-    ),
 ]
 
 
