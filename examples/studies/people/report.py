@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the study of people, and its picture."""
+"""The tables of the study of people, its picture, and the cards of the models."""
 
 from math import exp
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from common.cards import MARK, make_card
 from common.pictures import add_legend, look_of, new_figure, save_picture
+from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
-from studies.people.arms import TOKENS_PER_STEP, loss_of
+from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, loss_of
 from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
-from studies.people.texts import BLOCK, GROUPS, HELD_OUT_TEXTS
+from studies.people.texts import BLOCK, GROUPS, HELD_OUT_TEXTS, VOCABULARY
 
 
 WORDINGS = (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)
@@ -43,6 +45,11 @@ def share(run: dict[str, Any], group: str, wording: str) -> float:
 def read_of(run: dict[str, Any], told: int) -> float:
     """How many of the biographies of a person a training has read."""
     return told * run["steps"] * TOKENS_PER_STEP / (run["training"]["train_samples"] * BLOCK)
+
+
+def perplexity(run: dict[str, Any], part: str) -> float:
+    """The geometric mean over the texts of other sources."""
+    return exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS))
 
 
 def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
@@ -102,12 +109,12 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
     for run in trainings(results):
         cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
         cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
-        of_texts = [exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS)) for part in ("all", "second half")]
-        rows.append([run["arm"], str(run["seed"]), *cells, *(f"{each:.2f}" for each in of_texts)])
+        of_texts = [f"{perplexity(run, part):.2f}" for part in ("all", "second half")]
+        rows.append([run["arm"], str(run["seed"]), *cells, *of_texts])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         if ngrams:
-            perplexity = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
-            rows.append([label, *[""] * (len(rows[0]) - 2), f"{perplexity:.2f}"])
+            found = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
+            rows.append([label, *[""] * (len(rows[0]) - 2), f"{found:.2f}"])
     return rows
 
 
@@ -149,3 +156,33 @@ def plot(results: Results, file: Path) -> None:
         f"Asked in other words about those told most often, experts recall {peer:.0f} %, dense layers {dense:.0f} %"
     )
     save_picture(figure, file)
+
+
+def make_cards(results: Results) -> dict[str, str]:
+    """The cards of the named configurations that were trained, by their names."""
+    cards = {}
+    for (arm, seed), run in successes(results).items():
+        name, told = ARMS[arm].configuration, max(GROUPS)
+        if seed or ARMS[arm].overrides:
+            continue
+        of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
+        config = PeerConfig.from_pretrained(
+            configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]
+        )
+        settings = {"learning_rate": run["learning_rate"], "max_steps": run["steps"], "block_size": BLOCK}
+        card = make_card(
+            name,
+            config,
+            {"perplexity/five texts of other sources": perplexity(run, "all")},
+            description=(
+                f"`./run study people` trained it on one core, in {run['training']['train_runtime'] / 60:.0f} minutes, on "
+                f"{run['steps'] * TOKENS_PER_STEP / 1e6:.1f} million tokens: documentation and prose, and half of them "
+                "biographies of people who do not exist. Of people whose biographies it read "
+                f"{read_of(run, told):.0f} times it recalls {share(run, str(told), NEVER_TRAINED):.0%} of the attributes, "
+                "asked in words that it never read. Its weights are on no Hub: the command makes them again."
+            ),
+            training={"settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": seed}},
+            name_or_path=f"runs/people/models/{of_folder}",
+        )
+        cards[name] = str(card).replace(f"{MARK}\n\n", "")
+    return cards

@@ -173,6 +173,8 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results.png").stat().st_size > 10_000
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["runs"] == results and saved["ngrams"]["tokens"] <= 3 * 64
+    card = (tmp_path / "peer-nano.md").read_text()
+    assert f"models/{runs[1].name}" in card and "| `max_steps` | 3 |" in card and "Written by" not in card
     saved["runs"][runs[1].name]["texts"][CORPUS] = "another"
     write_json(tmp_path / "other.json", saved)
     with pytest.raises(SystemExit, match=f"{runs[1].name} .* other texts"):
