@@ -34,6 +34,7 @@ from studies.capacity import variants as capacity_variants
 from studies.capacity.plan import FITS, LARGE, LEARNED, MAIN, WARMUP, in_the_end
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
+from studies.people import report as people
 from studies.recipe.plan import runs_by_size, tuning_runs
 from studies.recipe.report import describe as describe_recipe
 from studies.recipe.results import read_results as read_recipe
@@ -527,7 +528,13 @@ def tables_of_capacity():
     return capacity.describe(results["runs"], results["times"])
 
 
+def tables_of_people():
+    results = load(STUDIES + "people/results.json")
+    return people.describe(results["runs"], results["ngrams"])
+
+
 TABLES = [
+    (STUDIES + "people/README.md", tables_of_people),
     (STUDIES + "capacity/README.md", tables_of_capacity),
     (
         "docs/large-embeddings.md",
@@ -554,6 +561,11 @@ def test_pages_have_the_tables_of_the_results(page, make):
     rows = [line for line in make().splitlines() if line.startswith("|") and numbers(line)]
     text = (ROOT / page).read_text().splitlines()
     assert rows and not [row for row in rows if row not in text]
+
+
+def test_cards_are_those_of_the_runs():
+    cards = people.make_cards(load(STUDIES + "people/results.json")["runs"])
+    assert cards and all((ROOT / f"model_cards/{name}.md").read_text() == card for name, card in cards.items())
 
 
 def test_the_command_of_a_page_is_that_of_its_runs():

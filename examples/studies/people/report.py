@@ -1,16 +1,14 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the study of people, its picture, and the cards of the models."""
+"""The tables of the study of people, and the cards of the models."""
 
 from math import exp
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from common.cards import MARK, make_card
-from common.pictures import add_legend, look_of, new_figure, save_picture
 from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
@@ -52,6 +50,18 @@ def perplexity(run: dict[str, Any], part: str) -> float:
     return exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS))
 
 
+def below(run: dict[str, Any], dense: dict[str, Any]) -> str:
+    """How far the perplexity of the second half is below that of dense, with an interval of 95 % over the sequences."""
+    pairs = [
+        [np.array(each["losses"][text]["second half of each"]) for each in (dense, run)] for text in HELD_OUT_TEXTS
+    ]
+    nats = [first - second for first, second in pairs]
+    error = np.sqrt(sum(each.var(ddof=1) / len(each) for each in nats)) / len(nats)
+    middle = np.mean([each.mean() for each in nats])
+    share, low, high = (1 - np.exp(-each) for each in (middle, middle - 1.96 * error, middle + 1.96 * error))
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
 def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
     """
     What is recalled of all, the mean over the groups, less what is recalled of people who were never told of; then the
@@ -69,6 +79,8 @@ def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
 def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str:
     """How many times as much as dense a model recalls, with an interval of 95 %, or at least if dense recalls little."""
     own, others = above_others(run, wording), above_others(dense, wording)
+    if max(own[0], others[0]) < LEAST:
+        return "neither recalls them"
     if others[0] < LEAST:
         return f"at least {own[0] / LEAST:.1f}"
     ratios = own / others
@@ -111,10 +123,16 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
         cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
         of_texts = [f"{perplexity(run, part):.2f}" for part in ("all", "second half")]
         rows.append([run["arm"], str(run["seed"]), *cells, *of_texts])
+    found = successes(results)
+    for (arm, seed), run in found.items():
+        if arm != "dense" and ("dense", seed) in found:
+            rows.append(
+                [f"{arm} below dense", str(seed), *[""] * (len(rows[0]) - 3), below(run, found["dense", seed])]
+            )
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         if ngrams:
-            found = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
-            rows.append([label, *[""] * (len(rows[0]) - 2), f"{found:.2f}"])
+            of_texts = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
+            rows.append([label, *[""] * (len(rows[0]) - 2), f"{of_texts:.2f}"])
     return rows
 
 
@@ -132,30 +150,6 @@ def describe(results: Results, ngrams: dict[str, Any]) -> str:
     """All tables that have a row."""
     tables = [all_table(results), groups_table(results), texts_table(results, ngrams), trials_table(results)]
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
-
-
-def plot(results: Results, file: Path) -> None:
-    """Plots what is recalled against how often it was read, once there are two arms."""
-    runs = {arm: run for (arm, seed), run in successes(results).items() if seed == 0}
-    if not runs.keys() >= {"dense", "peer"}:
-        return
-    figure = new_figure(11, 4.4)
-    for axes, wording in zip(figure.subplots(1, 2, sharey=True), (NEVER_TRAINED, TOLD), strict=True):
-        for arm, run in runs.items():
-            places, shares = zip(
-                *((read_of(run, told), share(run, str(told), wording)) for told in GROUPS), strict=True
-            )
-            look = look_of(arm)
-            axes.plot(places, [100 * each for each in shares], **look.style, label=look.label)
-        axes.set(xscale="log", xlabel="biographies of a person that were read")
-        axes.set_title(f"in the wording that is {wording}" if wording != TOLD else "in a wording of their own texts")
-        add_legend(axes, loc="upper left")
-    figure.axes[0].set_ylabel("attributes recalled, %")
-    peer, dense = (100 * share(runs[arm], str(max(GROUPS)), NEVER_TRAINED) for arm in ("peer", "dense"))
-    figure.suptitle(
-        f"Asked in other words about those told most often, experts recall {peer:.0f} %, dense layers {dense:.0f} %"
-    )
-    save_picture(figure, file)
 
 
 def make_cards(results: Results) -> dict[str, str]:
