@@ -158,7 +158,9 @@ def test_the_code_of_a_checkpoint_stands_alone():
     lines = 0
     for file in CORE.values():
         text = file.read_text()
-        lines += len(text.splitlines()) - 2  # the license
+        lines += sum(
+            not line.startswith("#") or index > 12 for index, line in enumerate(text.splitlines())
+        )  # no license
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 assert {alias.name.partition(".")[0] for alias in node.names} <= allowed, file
