@@ -250,7 +250,8 @@ print(json.dumps([*found, "modeling_peer" in sys.modules]))
 )
 def test_releases(library, release, is_supported, monkeypatch):
     """What `configuration_peer.py` says, imported first of the code of a checkpoint. A vendor's build may be an alpha."""
-    monkeypatch.setattr(library, "__version__", release)
+    # What is imported by that name now: Transformers puts another module in the place of its own.
+    monkeypatch.setattr(sys.modules[library.__name__], "__version__", release)
     spec = importlib.util.spec_from_file_location("configuration_of_a_checkpoint", CORE["configuration_peer.py"])
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
