@@ -31,7 +31,9 @@ def trainer_with_rows(folder, factored=True, second_moment="full", seed=0, optim
         attention_dropout=0.1,
         seed=seed,
     )
-    groups = expert_parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, expert_lr_multiplier=2.0)
+    # In 16 bits later steps amplify the rounding of earlier ones, by processors differently.
+    rate = 1e-3 if options.get("bf16") else 1e-2
+    groups = expert_parameter_groups(model, learning_rate=rate, weight_decay=0.1, expert_lr_multiplier=2.0)
     trainer = trainer_of(model, folder, counting_sequences(40), max_steps=8, max_grad_norm=0.5, **options)
     trainer.optimizer = (RowAdamW if factored else DenseRowAdamW)(groups, second_moment=second_moment)
     return trainer
@@ -57,8 +59,7 @@ def test_gradients_in_factors_train_as_dense_ones(tmp_path, options):
         trainers.append(trainer)
     factored, dense = trainers
     assert layouts == [FactoredGradient] * 8 + [torch.Tensor] * 8
-    # In 16 bits a step's rounding differs, and later steps amplify it, by processors differently.
-    losses, norms = (6e-2, 6e-2) if "bf16" in options else (1e-4, 1e-3)
+    losses, norms = (1e-2, 1e-2) if "bf16" in options else (1e-4, 1e-3)
     assert logged(factored) == pytest.approx(logged(dense), rel=losses)
     assert logged(factored, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=norms)
     assert min(logged(factored, "grad_norm")) > 0.5
