@@ -66,8 +66,7 @@ def add_experts(
 
     Raises:
         `ValueError`: for a model that is no PEER model, has no PEER layer, is quantized or split over processes, or
-            for arguments out of range. The model is left as it was, except if memory does not suffice for an open
-            addition.
+            for arguments out of range. The model is then left as it was.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
