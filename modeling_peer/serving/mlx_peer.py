@@ -10,7 +10,8 @@ experts and shared pools. It needs nothing but `mlx_lm`.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -179,8 +180,9 @@ class Peer(nn.Module):
         if not args.share_experts_across_layers:
             self.expert_pool = ExpertPool(args, first[0], added)
         if args.shared_expert_intermediate_size is not None:
-            width = args.shared_expert_intermediate_size
-            self.shared_expert = llama.MLP(replace(args, intermediate_size=width))
+            of_shared = copy(args)
+            of_shared.intermediate_size = args.shared_expert_intermediate_size
+            self.shared_expert = llama.MLP(of_shared)
 
     def __call__(self, hidden_states: mx.array) -> mx.array:
         pool = self.expert_pool if "expert_pool" in self else self._pool
