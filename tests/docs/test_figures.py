@@ -528,13 +528,13 @@ def tables_of_capacity():
     return capacity.describe(results["runs"], results["times"])
 
 
-def tables_of_people():
-    results = load(STUDIES + "people/results.json")
+def tables_of_people(name):
+    results = load(f"{STUDIES}people/{name}.json")
     return people.describe(results["runs"], results["ngrams"])
 
 
 TABLES = [
-    (STUDIES + "people/README.md", tables_of_people),
+    (STUDIES + "people/README.md", lambda: tables_of_people("earlier/5625_people")),
     (STUDIES + "capacity/README.md", tables_of_capacity),
     (
         "docs/large-embeddings.md",
@@ -564,7 +564,7 @@ def test_pages_have_the_tables_of_the_results(page, make):
 
 
 def test_cards_are_those_of_the_runs():
-    cards = people.make_cards(load(STUDIES + "people/results.json")["runs"])
+    cards = people.make_cards(load(STUDIES + "people/earlier/5625_people.json")["runs"])
     assert cards and all((ROOT / f"model_cards/{name}.md").read_text() == card for name, card in cards.items())
 
 

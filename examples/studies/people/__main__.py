@@ -1,11 +1,10 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with invented people among it, and
-asks them about these people.
+Trains dense-laptop and peer-laptop for equal seconds on real text with invented people among it, and asks them about these
+people.
 
-    ./run study people                 # three hours, two runs at once with a core each
-    ./run study people --results examples/studies/people/results.json --hours 1    # goes on from these runs
+    ./run study people                 # two hours, both at once with a core each
 
 Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up.
 """
@@ -59,7 +58,7 @@ def main():
                 )
         results, is_finished = make_runs(args, folder, next_runs, make)
         head: dict[str, Any] = {"command": "./run study people", "machine": machine(), "ngrams": {}}
-        if steps := max((run["steps"] for run in results.values() if not run["is_trial"]), default=0):
+        if steps := max((run["steps"] for run in results.values()), default=0):
             head["ngrams"] = read_by_ngrams(folder, steps * TOKENS_PER_STEP)
         write_runs(folder / "results.json", head, results)
         for name, card in make_cards(results).items():

@@ -31,24 +31,21 @@ IN_TEXT = "told, in a text"  # asked behind the tokens of another text, as most 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Trains a model and measures it: losses of held-out texts, and what it recalls of each group of people in each wording.
-    Some people are asked behind another text too, as a control. Of a trial, the loss by which runs are chosen.
+    Some people are asked behind another text too, as a control.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     texts = read_texts(folder / "held_out", "cpu")
-    result = {"training": read_json(output / "all_results.json")}
-    if run.is_trial:
-        return {**result, "losses": losses(model, {CORPUS: texts[CORPUS]}), "texts": digests(texts)}
     people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
     most = next(iter(people))
     recalled = {
         group: {wording: recall(model, tokenizer, asked, wording) for wording in (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)}
         for group, asked in {**people, OTHERS: draw_people(ASKED, seed=1)}.items()
     }
-    recalled[most][IN_TEXT] = recall(model, tokenizer, people[most][:100], TOLD, texts[CORPUS][0, :200].tolist())
+    recalled[most][IN_TEXT] = recall(model, tokenizer, people[most][:50], TOLD, texts[CORPUS][0, :200].tolist())
     return {
-        **result,
+        "training": read_json(output / "all_results.json"),
         "parameters": model.num_parameters(),
         "losses": losses(model, texts),
         "recall": recalled,

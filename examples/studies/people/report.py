@@ -12,9 +12,10 @@ from common.cards import MARK, make_card
 from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
-from studies.people.arms import ARMS, TOKENS_PER_STEP, Run, loss_of
+from studies.common.training_plan import CORPUS
+from studies.people.arms import ARMS, TOKENS_PER_STEP, Run
 from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
-from studies.people.texts import BLOCK, GROUPS, HELD_OUT_TEXTS, VOCABULARY
+from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
 
 
 WORDINGS = (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)
@@ -24,15 +25,14 @@ LEAST = 0.02  # above others, of which dense is a divisor
 
 def trainings(results: Results) -> list[dict[str, Any]]:
     """The runs that are no trials, dense first."""
-    return sorted((run for run in results.values() if not run["is_trial"]), key=lambda run: (run["arm"], run["seed"]))
+    return sorted(
+        (run for run in results.values() if not run.get("is_trial")), key=lambda run: (run["arm"], run["seed"])
+    )
 
 
-def successes(results: Results) -> dict[tuple[str, int], dict[str, Any]]:
-    """Of each arm and seed the training that ended with the lowest loss: one that failed was made again."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for run in sorted(trainings(results), key=loss_of):
-        found.setdefault((run["arm"], run["seed"]), run)
-    return found
+def groups_of(run: dict[str, Any]) -> list[int]:
+    """How many biographies there are of each person of a group, the most first."""
+    return [int(group) for group in run["recall"] if group != OTHERS]
 
 
 def share(run: dict[str, Any], group: str, wording: str) -> float:
@@ -69,11 +69,11 @@ def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
     """
     generator = np.random.default_rng(0)
     shares = {}
-    for group in [*map(str, GROUPS), OTHERS]:
+    for group in run["recall"]:
         right = np.array([[*map(int, each)] for each in run["recall"][group][wording]["right"].values()]).mean(0)
         drawn = generator.integers(len(right), size=(DRAWS, len(right)))
         shares[group] = np.concatenate([[right.mean()], right[drawn].mean(1)])
-    return np.mean([shares[str(told)] for told in GROUPS], axis=0) - shares[OTHERS]
+    return np.mean([shares[str(told)] for told in groups_of(run)], axis=0) - shares[OTHERS]
 
 
 def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str:
@@ -92,7 +92,7 @@ def all_table(results: Results) -> list[list[str]]:
     """What is recalled of all people, above others, and how many times dense that is."""
     rows = [["recalled of all, above others", "seed", "rate", *WORDINGS]]
     rows[0] += [f"times dense, {each}" for each in WORDINGS[:2]]
-    dense = {seed: run for (arm, seed), run in successes(results).items() if arm == "dense"}
+    dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
     for run in trainings(results):
         cells = [f"{above_others(run, wording)[0]:.1%}" for wording in WORDINGS]
         if run["arm"] != "dense" and run["seed"] in dense:
@@ -103,9 +103,9 @@ def all_table(results: Results) -> list[list[str]]:
 
 def groups_table(results: Results) -> list[list[str]]:
     """What is recalled of the people of each group."""
-    rows = [["", "seed", "biographies", "read", *WORDINGS, "told, 100 behind a text", f"bits, {NEVER_TRAINED}"]]
-    for run in successes(results).values():
-        for told in GROUPS:
+    rows = [["", "seed", "biographies", "read", *WORDINGS, "told, behind a text", f"bits, {NEVER_TRAINED}"]]
+    for run in trainings(results):
+        for told in groups_of(run):
             found = run["recall"][str(told)]
             cells = [f"{share(run, str(told), each):.1%}" if each in found else "" for each in (*WORDINGS, IN_TEXT)]
             bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}"
@@ -123,12 +123,11 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
         cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
         of_texts = [f"{perplexity(run, part):.2f}" for part in ("all", "second half")]
         rows.append([run["arm"], str(run["seed"]), *cells, *of_texts])
-    found = successes(results)
-    for (arm, seed), run in found.items():
-        if arm != "dense" and ("dense", seed) in found:
-            rows.append(
-                [f"{arm} below dense", str(seed), *[""] * (len(rows[0]) - 3), below(run, found["dense", seed])]
-            )
+    dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
+    for run in trainings(results):
+        if run["arm"] != "dense" and run["seed"] in dense:
+            label, seed = f"{run['arm']} below dense", run["seed"]
+            rows.append([label, str(seed), *[""] * (len(rows[0]) - 3), below(run, dense[seed])])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         if ngrams:
             of_texts = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
@@ -137,11 +136,12 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """The trials, by whose losses runs are chosen."""
+    """The trials of weights, which were made before the first trainings alone."""
     rows = [["trials", "rate", "weights", "nats of held-out text", "seconds of a step"]]
     for run in results.values():
-        if run["is_trial"]:
-            cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}", f"{loss_of(run):.3f}"]
+        if run.get("is_trial"):
+            loss = run["losses"][CORPUS]["all"]
+            cells = [f"{run['learning_rate']:g}", f"{run['initializer_range']:g}", f"{loss:.3f}"]
             rows.append([run["arm"], *cells, f"{run['training']['train_runtime'] / run['steps']:.2f}"])
     return rows
 
@@ -155,10 +155,8 @@ def describe(results: Results, ngrams: dict[str, Any]) -> str:
 def make_cards(results: Results) -> dict[str, str]:
     """The cards of the named configurations that were trained, by their names."""
     cards = {}
-    for (arm, seed), run in successes(results).items():
-        name, told = ARMS[arm].configuration, max(GROUPS)
-        if seed or ARMS[arm].overrides:
-            continue
+    for run in trainings(results):
+        name, told = ARMS[run["arm"]], groups_of(run)[0]
         of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
         config = PeerConfig.from_pretrained(
             configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]
@@ -175,7 +173,9 @@ def make_cards(results: Results) -> dict[str, str]:
                 f"{read_of(run, told):.0f} times it recalls {share(run, str(told), NEVER_TRAINED):.0%} of the attributes, "
                 "asked in words that it never read. Its weights are on no Hub: the command makes them again."
             ),
-            training={"settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": seed}},
+            training={
+                "settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": run["seed"]}
+            },
             name_or_path=f"runs/people/models/{of_folder}",
         )
         cards[name] = str(card).replace(f"{MARK}\n\n", "")

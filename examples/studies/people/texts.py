@@ -22,7 +22,7 @@ BLOCK = 1024  # tokens of a sequence
 CHARACTERS = 17_000_000  # of real text
 NUM_HELD_OUT = 64  # sequences of each held-out text
 # Biographies of each person of a group, and people of it: each group has as many biographies.
-GROUPS = {96: 375, 48: 750, 24: 1500, 12: 3000}
+GROUPS = {768: 50, 192: 200, 48: 800}
 
 
 def groups_of_people() -> dict[int, list[Person]]:
@@ -32,8 +32,9 @@ def groups_of_people() -> dict[int, list[Person]]:
 
 
 def biography(person: Person, generator: np.random.Generator) -> str:
-    """A biography as text."""
-    return " ".join(person.biography(generator)).replace(" .", ".")
+    """A biography as text, with the name in each sentence."""
+    text = " ".join(person.biography(generator)).replace(" .", ".")
+    return text.replace(f". {person.pronoun} ", f". {' '.join(person.name)} ")
 
 
 def prepare(folder: Path) -> None:
