@@ -108,14 +108,16 @@ class QueryBatchNorm(nn.BatchNorm1d):
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         statistics = self.running_mean, self.running_var
         if not (self.training and forward_pass.learns and self.weight.requires_grad):
-            running_mean, running_var = (each.to(features.dtype) for each in statistics)
-            normalized = F.batch_norm(features, running_mean, running_var, weight, bias, eps=self.eps)
+            # For a backward, copies: a forward that comes before it may change the statistics.
+            copies = (each.to(features.dtype, copy=torch.is_grad_enabled()) for each in statistics)
+            normalized = F.batch_norm(features, *copies, weight, bias, eps=self.eps)
         elif self._is_plain(features, padding_mask):
-            if forward_pass.has_ended:
-                statistics = [each.clone() for each in statistics]
-            else:
+            copies = [each.clone() for each in statistics]
+            normalized = F.batch_norm(features, *copies, weight, bias, True, self.momentum, self.eps)
+            if not forward_pass.has_ended:
                 self.num_batches_tracked += 1
-            normalized = F.batch_norm(features, *statistics, weight, bias, True, self.momentum, self.eps)
+                for own, new in zip(statistics, copies, strict=True):
+                    own.copy_(new)
         else:
             mean, variance, count = self._batch_moments(features, padding_mask)
             if not forward_pass.has_ended:

@@ -66,6 +66,22 @@ def test_a_batch_without_padding(mask):
     torch.testing.assert_close(norm.running_var.double(), in_float64.running_var, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("first_in_training", [True, False])
+@pytest.mark.parametrize("second_is_masked", [True, False])
+def test_a_forward_before_the_backward_of_another_changes_nothing_of_it(first_in_training, second_is_masked):
+    """As of two batches in one loss."""
+    torch.manual_seed(0)
+    queries, mask = torch.randn(2, 4, 7, 6, requires_grad=True), torch.arange(7).expand(4, 7) < 5
+    found = []
+    for has_second in (False, True):
+        norm = QueryBatchNorm(6).train(first_in_training)
+        outputs = norm(3 * queries[0])
+        if has_second:
+            norm.train()(queries[1], mask if second_is_masked else None)
+        found.append(torch.autograd.grad(outputs.square().sum(), queries)[0])
+    assert torch.equal(*found)
+
+
 class OperatorNames(TorchDispatchMode):
     """The names of the operators that ran."""
 
