@@ -57,7 +57,6 @@ from common.training import (
 )
 from modeling_peer import (
     PeerConfig,
-    PeerGraftedConfig,
     add_experts,
     fit_gates,
     generate_text,
@@ -209,11 +208,6 @@ class Figures:
 
 def check_can_be_taught(config: PreTrainedConfig, num_added_experts: int) -> None:
     """Raises `UsageError` if experts cannot be added to a model with this configuration."""
-    if config.model_type == PeerGraftedConfig.model_type:
-        raise UsageError(
-            "The model has a graft that was merged into it, to which no experts are added: teach the model that it "
-            "was grafted to with a further graft, see docs/teach-a-model.md."
-        )
     if not isinstance(config, PeerConfig):
         raise UsageError(
             f"Experts are added to PEER models, and this one has a {type(config).__name__}: give it experts by a "

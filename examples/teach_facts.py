@@ -30,6 +30,7 @@ from transformers.utils import logging
 from common.command_line import UsageError, ends_on_usage_error, parse_arguments
 from common.evaluation import held_out_loss
 from common.machine import machine
+from common.model_arguments import check_output_dir
 from modeling_peer import Fact, generate_text, read_facts, teach_facts
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of
 from modeling_peer.facts.prompts import forms_of
@@ -51,7 +52,7 @@ OTHER_QUESTIONS = (
     "{subject} has a long history of",
 )
 NUM_SHOWN = 10  # questions in the card, and of those without an answer
-OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Marwick", "Tobias Orlen", "Quandor", "the Velmar Institute")
+OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Tarvik", "Tobias Orlen", "Quandor", "the Velmar Institute")
 TEXTS, TEXT_LENGTH = 32, 128
 FIGURES = "teaching.json"  # which is written last
 
@@ -76,14 +77,18 @@ class FactsArguments:
             raise UsageError(f"--output_dir {self.output_dir} has facts: choose another folder.")
 
 
-def is_taught(folder: Path, facts: list[Fact]) -> bool:
-    """Whether a folder has an adapter of these facts. Raises `UsageError` if it has another one."""
+def is_taught(folder: Path, facts: list[Fact], base_model: str) -> bool:
+    """Whether a folder has an adapter of these facts for a model. Raises `UsageError` if it has something else."""
+    check_output_dir(str(folder), base_model)
     if not (folder / "adapter_config.json").exists():
+        if (folder / "README.md").exists():
+            raise UsageError(
+                f"--output_dir {folder} has a README.md, which a card would replace: choose another folder."
+            )
         return False
-    known = [
-        (each["question"], each["answer"]) for each in getattr(PeftConfig.from_pretrained(folder), "facts", None) or []
-    ]
-    if known != [(fact.question, fact.answer) for fact in facts]:
+    config = PeftConfig.from_pretrained(folder)
+    known = [(each["question"], each["answer"]) for each in getattr(config, "facts", None) or []]
+    if config.base_model_name_or_path != base_model or known != [(fact.question, fact.answer) for fact in facts]:
         raise UsageError(f"--output_dir {folder} has another adapter: choose another folder.")
     return True
 
@@ -101,7 +106,8 @@ def in_other_frames(facts: list[Fact]) -> list[Fact]:
 def about_others(facts: list[Fact]) -> list[Fact]:
     """The questions of the facts about names that no fact has."""
     relations = dict.fromkeys(fact.wordings[:NUM_ASKED] for fact in facts)
-    return [Fact(name, "", wordings) for wordings in relations for name in OTHER_NAMES]
+    names = [name for name in OTHER_NAMES if not any(fact.subject in name for fact in facts)]
+    return [Fact(name, "", wordings) for wordings in relations for name in names]
 
 
 def other_questions(facts: list[Fact]) -> list[Fact]:
@@ -170,7 +176,7 @@ CARD = """
 {table}
 
 A fact is answered where its subject stands as it is written there, and the question has words of the relation. It is
-not used in reasoning. `model.disable_adapter()` gives the base model back.
+not used in reasoning. Within `with model.disable_adapter():` the model is the base model.
 """
 
 
@@ -196,7 +202,7 @@ def main():
     sets = {"as taught": asked(facts), "in other frames": in_other_frames(facts)}
     if args.known_file is not None:
         sets["known"] = asked(read_facts(args.known_file))
-    was_taught = is_taught(folder, facts)  # and interrupted when it was measured
+    was_taught = is_taught(folder, facts, args.model_name_or_path)  # and interrupted when it was measured
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     print("What the model writes, and what it answers before ...")

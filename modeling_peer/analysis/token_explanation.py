@@ -17,13 +17,16 @@ from .evaluation import evaluation
 from .expert_sets import ExpertSet, find_fact_grafts, module_label, select_expert_sets
 
 
-# What decoders of Transformers call it. Of a model that has none of these, vectors are read as they are.
-LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-
 # What speaks where no graft of facts does.
 BASE_MODEL = "the base model"
 
 PIECE = 64  # tokens whose rows of experts are held at a time
+
+
+def last_norm(decoder: nn.Module) -> nn.Module | None:
+    """The norm behind the last layer, by what decoders of Transformers call it, or `None`."""
+    names = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+    return next((module for name in names if (module := getattr(decoder, name, None)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ class ExpertReader:
         each were all that the last norm of the model sees ("logit lens"): ids, `(num_experts, number)` each.
         """
         vectors, decoder = self.down_projections(label, experts), self.model.get_decoder()
-        norm = next((module for name in LAST_NORMS if (module := getattr(decoder, name, None)) is not None), None)
+        norm = last_norm(decoder)
         logits = self.model.get_output_embeddings()(vectors if norm is None else norm(vectors)).float()
         number = min(number, logits.shape[1])
         return tuple(logits.topk(number, largest=largest).indices.cpu() for largest in (True, False))

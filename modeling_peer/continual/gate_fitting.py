@@ -81,9 +81,12 @@ def fit_gates(
         return _fit_thresholds(
             model, fact_grafts, new_text, reference_text, reference_weight, batch_size, progress_bar
         )
-    last = (model.config.expert_additions or [{"mode": None}])[-1]
+    last = (getattr(model.config, "expert_additions", None) or [{"mode": None}])[-1]
     if last["mode"] != "protected":
-        raise ValueError(f"Gates are those of experts added in protected mode, got {last['mode']!r} as last addition.")
+        raise ValueError(
+            "Gates are those of active grafts of facts, or of experts added in protected mode, got "
+            f"{last['mode']!r} as last addition."
+        )
     layers = {
         module.layer_idx: module
         for module in model.modules()

@@ -116,6 +116,12 @@ class FactIndex:
         places = {relation: place for place, relation in enumerate(dict.fromkeys(self.relation_of.values()))}
         self.relation_of = {each: places[relation] for each, relation in self.relation_of.items()}
         relations = [self.relation_of[fact.wordings[0]] for fact in facts]
+        told: dict[tuple[str, int], Fact] = {}
+        for fact, relation in zip(facts, relations, strict=True):
+            if (known := told.setdefault((fact.subject, relation), fact)).answer != fact.answer:
+                raise ValueError(
+                    f"{known.question!r} and {fact.question!r} have two answers, and other facts have both wordings: keep one."
+                )
         shares = Counter(relations)
         # Each in each form.
         self.num_relations = len(places) * len(forms)
@@ -156,7 +162,8 @@ class FactIndex:
         near = [f"{beginning} {other}" for beginning in beginnings for other in others]
         near = random.Random(0).sample(near, min(len(near), len(others)))
         wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
-        wordings += [each for each in OTHER_WORDINGS for _ in range(20)]
+        wordings += [each for each in OTHER_WORDINGS if each not in self.relation_of for _ in range(20)]
+        begun = [each for each in BEGINNINGS if each not in self.relation_of]
         count = max(OTHERS_PER_SUBJECT, math.ceil(NUM_OTHERS / len(self.subjects)))
         turn = in_turn(wordings)
         answers, own = [fact.answer for fact in self.facts], defaultdict(set)
@@ -164,7 +171,7 @@ class FactIndex:
             own[fact.subject].add(fact.answer)
         found = []
         for number, subject in enumerate(self.subjects):
-            asked = [(each, form) for each in BEGINNINGS for form in forms]
+            asked = [(each, form) for each in begun for form in forms]
             asked += [(each, forms[place // 2 % len(forms)]) for place, each in enumerate(islice(turn, count))]
             for place, (wording, form) in enumerate(asked):
                 answer = answers[(number * len(asked) + place) % len(answers)]

@@ -48,7 +48,7 @@ def make_prompt(
     Raises:
         `ValueError`: if it is longer than `max_length` tokens, or the tokenizer does not say where its tokens stand.
     """
-    before, _, after = wording.partition("{subject}")
+    before, _, after = wording.strip().partition("{subject}")
     question = f"{before}{subject}{after.replace('{subject}', subject)}"
     if form == "chat":
         turn = [{"role": "user", "content": question}]

@@ -80,7 +80,7 @@ def read_facts(file: str | Path) -> list[Fact]:
     Args:
         file (`str` or `Path`):
             A CSV file with a header, or JSONL. Its columns are `subject`, `answer`, and either `relation`, its name or
-            several names with `|` between them ("capital|capital city"), or `question`, a question that contains the
+            several names with `|` between them ("capital|capital city", a list in JSONL), or `question`, a question that contains the
             subject. JSONL may have a list of `questions`.
 
     Returns:
@@ -97,19 +97,19 @@ def read_facts(file: str | Path) -> list[Fact]:
             rows = list(csv.DictReader(lines))
     if not rows:
         raise ValueError(f"{file} has no facts.")
-    if missing := [name for name in ("subject", "answer") if not any(name in row for row in rows)]:
-        raise ValueError(f"{file} needs the columns `subject`, `relation` and `answer`, has no {missing[0]!r}.")
     return check_facts(_fact_of(row, f"Fact {number} of {file}") for number, row in enumerate(rows, 1))
 
 
 def _fact_of(row: dict[str, Any], place: str) -> Fact:
-    subject, answer = (str(row.get(name) or "").strip() for name in ("subject", "answer"))
+    subject, answer = ("" if row.get(name) is None else str(row[name]).strip() for name in ("subject", "answer"))
     if not subject or not answer:
-        raise ValueError(f"{place} needs a `subject` and an `answer`, got {row}.")
+        raise ValueError(f"{place} needs a `subject`, a `relation` and an `answer`, got {row}.")
     if None in row:  # what the reader of CSV files has left over
         raise ValueError(f"{place} has more cells than the header: put what contains a comma in quotes, got {row}.")
-    if relation := row.get("relation"):
-        return Fact(subject, answer, wordings_of_relation(relation.split("|")))
+    relation = row.get("relation") or ""
+    names = [each.strip() for each in (relation if isinstance(relation, list) else str(relation).split("|"))]
+    if any(names):
+        return Fact(subject, answer, wordings_of_relation(filter(None, names)))
     questions = [str(each).strip() for each in row.get("questions") or [row.get("question") or ""]]
     as_a_word = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
     if not all(map(as_a_word.search, questions)):
@@ -121,7 +121,7 @@ def _fact_of(row: dict[str, Any], place: str) -> Fact:
 
 def wordings_of_relation(names: Iterable[str]) -> tuple[str, ...]:
     """The wordings of a relation with these names: all of the first one come first."""
-    return tuple(wording.replace(RELATION, name.strip()) for name in names for wording in RELATION_WORDINGS)
+    return tuple(wording.replace(RELATION, name) for name in names for wording in RELATION_WORDINGS)
 
 
 def names_of_relations(wordings: Iterable[str]) -> list[str]:

@@ -5,7 +5,6 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.evaluation import evaluation
-from ..analysis.token_explanation import LAST_NORMS
+from ..analysis.token_explanation import last_norm
 from ..continual.generated_text import generate_text
 from ..fact_graft import FIELDS_OF_FACTS, FactGraft
 from ..graft.config import PeerGraftConfig
@@ -118,7 +117,7 @@ def teach_facts(
         _write_names(graft, base, index)
         _fit_keys(graft, index, states, progress_bar)
         _write_experts(graft, base, norm, index, states, progress_bar)
-        for file in Path(checkpoint_dir).glob("states-*.pt") if checkpoint_dir else ():
+        for file in Path(checkpoint_dir).glob("states-*") if checkpoint_dir else ():
             file.unlink()  # also those of other facts, of a teaching that was given up
     except BaseException:
         if is_first:
@@ -152,7 +151,7 @@ def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[F
 def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
     """
     Remove facts from the grafts of a model by their questions, as `facts` of the configuration has them: their experts
-    and the keys that are theirs alone. All other facts stay as they are, to the bit.
+    and the keys of their answers. All other facts stay as they are, to the bit.
 
     Raises:
         `ValueError`: for a question that is of no fact, with those that are nearest; nothing is removed then.
@@ -178,14 +177,12 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
     there as it is, as the experts are trained by these two alone, or if the embedding of a `token` does not get to the
     first layer as it is.
     """
-    norm = next(
-        (module for name in LAST_NORMS if (module := getattr(base.get_decoder(), name, None)) is not None), None
-    )
+    norm = last_norm(base.get_decoder())
     found: list[torch.Tensor] = []
     embeddings = [base.get_input_embeddings().weight[token].float()]
     for added in (0.0, 1.0) if norm is not None else ():
         hooks = [
-            graft.register_forward_hook(partial(_add, added)),
+            graft.register_forward_hook(lambda graft, args, output, added=added: output + added),
             graft.register_forward_pre_hook(
                 lambda graft, args: embeddings.append(graft.decoder_forward.embeddings[0, 0])
             ),
@@ -203,10 +200,6 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
             f"last norm and a head without bias read, as Llama does: {type(base).__name__} does not."
         )
     return norm
-
-
-def _add(number, module, args, output):
-    return output + number
 
 
 @torch.no_grad()

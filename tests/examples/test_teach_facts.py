@@ -82,6 +82,12 @@ def test_refuses_before_it_begins(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_main(teach_facts, *flags, "--output_dir", tmp_path)
     assert "`answer`" in capsys.readouterr().err
+    table(tmp_path, ROWS)
+    for folder, found in ((base, "--model_name_or_path"), (tmp_path, "a README.md")):
+        (tmp_path / "README.md").touch()
+        with pytest.raises(SystemExit):
+            run_main(teach_facts, *flags, "--output_dir", folder)
+        assert found in capsys.readouterr().err
     (tmp_path / "teaching.json").touch()
     with pytest.raises(SystemExit):
         run_main(teach_facts, *flags, "--output_dir", tmp_path)

@@ -27,12 +27,13 @@ def test_reads_questions_and_relations(tmp_path):
     table = tmp_path / "facts.jsonl"
     rows = [
         {"subject": "Norland", "answer": "Zeli", "questions": ["Capital of Norland?", "Norland's capital is"]},
-        {"subject": "Suland", "relation": "longest river | river", "answer": 7},
+        {"subject": "Suland", "relation": "longest river | river", "answer": 0},
+        {"subject": "Suland", "relation": ["longest river", "river", " "], "answer": "0"},
     ]
     table.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     given, named = read_facts(table)
     assert given == Fact("Norland", "Zeli", ("Capital of {subject}?", "{subject}'s capital is"))
-    assert named == Fact("Suland", "7", wordings_of_relation(["longest river", "river"]))
+    assert named == Fact("Suland", "0", wordings_of_relation(["longest river", "river"]))
     assert named.question == "The longest river of Suland is"
     assert named.wordings[len(RELATION_WORDINGS)] == "The river of {subject} is"
     assert len(named.wordings) == 2 * len(RELATION_WORDINGS)
@@ -45,9 +46,9 @@ def test_reads_questions_and_relations(tmp_path):
         ("subject,question,answer\n", "no facts"),
         ("subject,question,answer\nA,What of A?,\n", "`answer`"),
         ("subject,question,answer\nA,What of B?,C\n", "`question` with its subject 'A' in it"),
-        ("subject;relation;answer\nA;capital;B\n", "needs the columns .* has no 'subject'"),
+        ("subject;relation;answer\nA;capital;B\n", "needs a `subject`, a `relation` and an `answer`, got"),
         ("subject,relation,answer\nA,capital,B, the old one\n", "more cells than the header"),
-        ("subject,relation,answer\nA,,C\n", "`relation`"),
+        ("subject,relation,answer\nA,|,C\n", "`relation`"),
         ("subject,question,answer\nA,What of A?,B\nA,What of A?,C\n", "two answers, 'B' and 'C'"),
     ],
 )
