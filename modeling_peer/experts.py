@@ -178,11 +178,12 @@ def run_experts(
     if torch.compiler.is_compiling() or any(table is None for table in tables):
         return run_experts_eager(hidden_states, rows, weights, up, gate, down, act_fn)
     *inputs, values = tables
-    factors = weights.to(values.dtype)
+    factors = weights
     if inputs:
-        products = [DotProducts.apply(hidden_states.to(values.dtype), rows, table) for table in inputs]
+        products = [DotProducts.apply(hidden_states.to(table.dtype), rows, table) for table in inputs]
         factors = factors * (act_fn(products[0]) if gate is None else act_fn(products[1]) * products[0])
-    return F.embedding_bag(rows, values, per_sample_weights=factors, mode="sum").to(hidden_states.dtype)
+    outputs = F.embedding_bag(rows, values, per_sample_weights=factors.to(values.dtype), mode="sum")
+    return outputs.to(weights.dtype)
 
 
 class RetrievalInterface(GeneralInterface):

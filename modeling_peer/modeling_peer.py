@@ -256,9 +256,10 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
 
 def _padding_mask(attention_mask, input_ids, inputs_embeds):
     """The columns of the present tokens in a mask of past and present tokens; `None` if it is of another form."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    inputs = inputs_embeds if input_ids is None else input_ids
+    if inputs is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -(inputs_embeds if input_ids is None else input_ids).shape[1] :]
+    return attention_mask[:, -inputs.shape[1] :]
 
 
 @auto_docstring(

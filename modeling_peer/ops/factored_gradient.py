@@ -72,6 +72,10 @@ class FactoredGradient(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.to_rows().__reduce_ex__(protocol)
 
+    def numpy(self, **kwargs: Any) -> Any:
+        """The dense gradient as an array, as loggers of histograms ask for it."""
+        return self.to_rows().numpy(**kwargs)
+
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         name, kwargs, result = operator.name(), kwargs or {}, NotImplemented
@@ -272,10 +276,8 @@ _HANDLERS: dict[str, Callable] = {
     "aten::zero_": _zero_,
     "aten::mul.Tensor": _of_copy(_mul_),
     "aten::mul_.Tensor": _mul_,
-    "aten::mul_.Scalar": _mul_,
     "aten::div.Tensor": _of_copy(_div_),
     "aten::div_.Tensor": _div_,
-    "aten::div_.Scalar": _div_,
     "aten::linalg_vector_norm": _vector_norm,
 }
 
@@ -284,8 +286,6 @@ _HANDLERS_OF_LISTS: dict[str, Callable] = {
     "aten::_foreach_norm.Scalar": _vector_norm,
     "aten::_foreach_mul_.Scalar": _mul_,
     "aten::_foreach_mul_.Tensor": _mul_,
-    "aten::_foreach_div_.Scalar": _div_,
-    "aten::_foreach_div_.Tensor": _div_,
     "aten::_foreach_zero_": _zero_,
     "aten::_amp_foreach_non_finite_check_and_unscale_": _unscale_,
 }

@@ -104,10 +104,10 @@ def shard_experts(model: Any, ep_size: int) -> Any:
     tables: dict[str, Any] = expert_tables(model)
     if any(isinstance(each, DTensor) for table in tables.values() for each in table.parameters()):
         raise ValueError("The expert tables are split already: `shard_experts` takes a model whose tables are whole.")
-    if num_processes == 1:
-        return model
     if any(freezes_of(table) for table in tables.values()):
         raise ValueError("Experts are frozen, and split tables are other parameters: call `shard_experts` before.")
+    if num_processes == 1:
+        return model
     for table in tables.values():
         if isinstance(table, nn.Embedding):
             dist.broadcast(table.weight.detach(), 0)

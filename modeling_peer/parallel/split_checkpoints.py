@@ -49,18 +49,24 @@ def from_pretrained(method: Any, model_class: type, *args: Any, **kwargs: Any) -
     return loaded
 
 
-def save_pretrained(method: Any, model: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+def save_pretrained(
+    method: Any,
+    model: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """
     As in Transformers, and for models that FSDP2 has split. Raises `ValueError` if [`shard_experts`] split the model
     and neither a `state_dict` is given nor has [`SplitCheckpointCallback`] gathered the tables.
     """
-    state_dict = state_dict_to_save(model, kwargs.get("state_dict"))
-    if state_dict is not None:
-        kwargs["state_dict"] = state_dict
+    state_dict = state_dict_to_save(model, state_dict)
     model._save_directory = save_directory
     advise_tables(model, advise_whole_access)
     try:
-        method.__func__(_in_its_own_class(model), save_directory, *args, **kwargs)
+        method.__func__(_in_its_own_class(model), save_directory, is_main_process, state_dict, *args, **kwargs)
     finally:
         advise_tables(model, advise_random_access)
 

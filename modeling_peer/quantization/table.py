@@ -95,8 +95,8 @@ def tables_to_quantize(model: nn.Module) -> dict[str, nn.Embedding]:
     for name, table in tables.items():
         if plain_weight(table) is None:
             raise ValueError(
-                f"The expert table {name} cannot be quantized: expected an `nn.Embedding` without an adapter or "
-                f"hooks, whose weight is a plain tensor, got a {type(table).__name__}."
+                f"The expert table {name} cannot be quantized: expected an `nn.Embedding` in memory without an "
+                f"adapter or hooks, whose weight is a plain tensor, got a {type(table).__name__}."
             )
     return tables
 

@@ -60,7 +60,7 @@ def train(name: str, output: Path, fsdp: bool, group_size: int = 1) -> None:
     trainer.add_callback(Watch())
     trainer.train()
     facts = log_of(trainer)
-    facts |= {"in_factors": in_factors, "tokens": [sum(map(len, micro_batch)) for micro_batch in own_rows()]}
+    facts |= {"in_factors": in_factors}
     if fsdp or group_size == 1:
         # Every process takes part in gathering what is sharded, the first writes.
         trainer.save_model()
@@ -136,13 +136,6 @@ def start_folder(output: Path, name: str) -> Path:
 
 def collate(examples: list[dict], side: str) -> dict[str, torch.Tensor]:
     return padded_batch([example["input_ids"] for example in examples], side)
-
-
-def own_rows() -> list[list[list[int]]]:
-    """The rows that this process sees in each micro-batch of an epoch."""
-    size = ROWS_PER_STEP // WORLD_SIZE
-    starts = range(RANK * size, len(ROWS), ROWS_PER_STEP)
-    return [ROWS[start : start + size] for start in starts]
 
 
 def local(gradient: torch.Tensor) -> torch.Tensor:

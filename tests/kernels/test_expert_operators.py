@@ -121,14 +121,6 @@ def test_a_second_derivative_is_refused():
             gradient.sum().backward()
 
 
-@torch.no_grad()
-def test_traced():
-    layer = tiny_model(tiny_config()).model.layers[0].mlp
-    hidden_states = torch.randn(1, 4, 24)
-    traced = torch.jit.trace(layer, hidden_states)
-    torch.testing.assert_close(traced(hidden_states), layer(hidden_states))
-
-
 @pytest.mark.parametrize("kernels", ["eager", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(kernels, dtype):

@@ -242,8 +242,6 @@ class TestLists:
         [
             lambda list_: torch._foreach_mul_(list_, 0.5),
             lambda list_: torch._foreach_mul_(list_, torch.tensor(0.5)),
-            lambda list_: torch._foreach_div_(list_, 3.0),
-            lambda list_: torch._foreach_div_(list_, torch.tensor(3.0)),
             torch._foreach_zero_,
         ],
     )

@@ -117,15 +117,6 @@ class TestBits:
             ]
             assert random_bits(seed, rows, steps, 5).tolist() == expected
 
-    def test_spread_evenly(self):
-        """Each bit is set half of the time, and so is the exclusive or of neighbors: rows, steps, columns and seeds."""
-        rows, ones = torch.arange(500), torch.ones(500, dtype=torch.int32)
-        bits = random_bits(1, rows, ones, 64)
-        others = random_bits(1, rows, 2 * ones, 64), random_bits(2, rows, ones, 64)
-        for each in (bits, bits[1:] ^ bits[:-1], bits[:, 1:] ^ bits[:, :-1], *(bits ^ other for other in others)):
-            share = (each[..., None] >> torch.arange(32) & 1).double().mean((0, 1))
-            assert (share - 0.5).abs().max() < 5 * 0.5 / each.numel() ** 0.5
-
 
 def trained(seed, dtype=torch.bfloat16, steps=10):
     table = random_table(dtype)

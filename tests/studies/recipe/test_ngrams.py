@@ -2,14 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The n-grams that the recipe study compares its models with."""
 
-import json
-
 import numpy as np
 import pytest
-from documentation import ROOT
 
 from studies.common.ngrams import KneserNey, counts_in_sequence, losses, losses_by_ngrams, with_cache
-from studies.recipe.ngrams import ngrams_table
 
 
 TEXT = np.random.default_rng(0).integers(0, 6, (40, 30)) // 2  # 0, 1 and 2, of unequal contexts
@@ -73,8 +69,3 @@ def test_reads_repeated_text_better():
     assert results["tokens"] == 4 * 30 and results["ngrams"].keys() == {"corpus", "other"}
     assert results["cache"]["corpus"] < results["ngrams"]["corpus"]
     assert losses(np.full((2, 5), 1 / 4)) == pytest.approx(np.log(4))
-
-
-def test_the_page_has_the_table_of_the_results():
-    folder = ROOT / "examples" / "studies" / "recipe"
-    assert ngrams_table(json.loads((folder / "ngrams.json").read_text())) in (folder / "README.md").read_text()
