@@ -346,8 +346,7 @@ def more_experts_and_larger_dense_models():
     runs = results.by_num_experts()
     perplexities = [results.perplexity(own) for own in runs.values()]
     yield (QUALITY, RECIPE), fixed(2, *perplexities)
-    pairs = zip(fixed(2, *perplexities), fixed(0, *runs), strict=True)
-    yield CHOOSING, [each for pair in pairs for each in pair]
+    yield CHOOSING, fixed(0, *runs) + fixed(2, *perplexities)
     for fewer, more in pairwise(runs.values()):
         yield RECIPE, percent(results.below(more, fewer).share)
     of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])["recipe"]]
@@ -545,12 +544,10 @@ TABLES = [
     ("docs/larger-than-memory.md", lambda: disk_tables(load("examples/compare_disk.json"))),
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
-    (QUALITY, tables_of_scaling),
     (STUDIES + "teaching/README.md", lambda: teaching_study.describe(load(STUDIES + "teaching/results.json")["runs"])),
     (STUDIES + "graft_starts/README.md", lambda: describe_starts(load(STUDIES + "graft_starts/results.json"))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream(""))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream("recipe/"))),
-    (CONTINUAL, lambda: stream.describe_shares(rebuilt_stream(""))),
     (CONTINUAL, lambda: stream.describe_shares(rebuilt_stream("recipe/"))),
 ]
 
