@@ -397,7 +397,7 @@ def main():
     if not (folder / FILE).exists():
         write_checkpoint(folder, config, random_values)
     ways = [way for way in WAYS if args.control_group is not None or not way.endswith(LITTLE_MEMORY)]
-    arguments = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    arguments = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "rounds")}
     file, settings = folder / "results.json", {"arguments": arguments, "machine": machine()}
     results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
     if file.exists() and {**(before := read_json(file)), **settings} == before:

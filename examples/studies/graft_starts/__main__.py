@@ -115,7 +115,7 @@ def make_study(args: StartArguments, folder: Path) -> dict[str, Any]:
         split: tokenize_into_blocks(corpus[split], tokenizer, 256, DataTrainingArguments()).shuffle(seed=0)
         for split in ("train", "validation")
     }
-    held_out = torch.tensor(blocks["validation"].select(range(args.eval_blocks))["input_ids"])
+    held_out = torch.tensor(blocks["validation"][: args.eval_blocks]["input_ids"])
     results: dict[str, Any] = {"command": "./run study graft_starts", "arguments": vars(args), "machine": machine()}
     results["host"] = loss_of(load_base(folder), held_out)
     results["without feed-forward"] = loss_without(load_base(folder), held_out)

@@ -68,6 +68,7 @@ def _command(run, folder, output):
         "save_total_limit": 1,
         "validation_split_percentage": 0,
         "report_to": "none",
+        "use_cpu": True,
     }
     flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
     return [sys.executable, str(EXAMPLES / "run_clm.py"), "--do_train", *flags]

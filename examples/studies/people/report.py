@@ -167,7 +167,7 @@ def make_cards(results: Results) -> dict[str, str]:
             config,
             {"perplexity/five texts of other sources": perplexity(run, "all")},
             description=(
-                f"`./run study people` trained it on one core, in {run['training']['train_runtime'] / 60:.0f} minutes, on "
+                f"`./run study people` trained it on "
                 f"{run['steps'] * TOKENS_PER_STEP / 1e6:.1f} million tokens: documentation and prose, and half of them "
                 "biographies of people who do not exist. Of people whose biographies it read "
                 f"{read_of(run, told):.0f} times it recalls {share(run, str(told), NEVER_TRAINED):.0%} of the attributes, "

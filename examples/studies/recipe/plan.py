@@ -270,13 +270,7 @@ def _rounded(rate):
 
 def choose(runs: list[Run], results: dict[str, dict]) -> Run:
     """The run with the lowest loss on the held-out part of the training texts. One without others needs no result."""
-    return runs[0] if len(runs) == 1 else min(runs, key=lambda run: _loss(results[run.name]))
-
-
-def _loss(result):
-    """Infinite if the run diverged: comparisons with NaN are false, whatever is compared."""
-    loss = corpus_loss(result)
-    return math.inf if math.isnan(loss) else loss
+    return runs[0] if len(runs) == 1 else min(runs, key=lambda run: corpus_loss(results[run.name]))
 
 
 def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
@@ -314,7 +308,7 @@ def choose_rate(runs: list[Run], results: dict[str, dict]) -> Run:
     Of runs with several learning rates, that with the lowest of those whose perplexity is within one percent of the
     best: larger budgets train for longer, where lower rates are better.
     """
-    losses = {run: _loss(results[run.name]) for run in runs}
+    losses = {run: corpus_loss(results[run.name]) for run in runs}
     level = [run for run in runs if losses[run] <= min(losses.values()) + math.log(1.01)]
     return min(level, key=lambda run: run.learning_rate)
 

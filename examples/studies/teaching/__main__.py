@@ -6,7 +6,6 @@ prompt: what is recalled in other wordings, what is lost, what is answered that 
 
     ./run study teaching                 # the whole plan, about six hours on two cores
     ./run study teaching --hours 2.5     # as much of it as two and a half hours allow; the same command goes on
-    ./run study teaching --results examples/studies/teaching/results.json --hours 2.5    # goes on from these runs
 """
 
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 from common.command_line import parse_arguments
 from common.machine import machine
 from studies.common.parallel_runs import ParallelArguments, make_runs
-from studies.common.study_folder import sole_use, write_runs
+from studies.common.study_folder import claim_folder, sole_use, write_runs
 from studies.teaching.measuring import Study, make
-from studies.teaching.plan import next_runs
+from studies.teaching.plan import EXPOSURES, next_runs
 from studies.teaching.report import describe, plot
 
 
@@ -25,6 +24,7 @@ def main():
     (args,) = parse_arguments((ParallelArguments,), __doc__)
     folder = Path(args.output_dir or "runs/teaching")
     with sole_use(folder):
+        claim_folder(folder, {"exposures": EXPOSURES})  # which names of runs do not say
         Study(folder).texts()  # what all processes read is there before they begin
         results, is_finished = make_runs(args, folder, next_runs, make)
         head: dict[str, Any] = {"command": "./run study teaching", "machine": machine()}
