@@ -1,10 +1,11 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains dense-laptop and peer-laptop for equal seconds on real text with invented people among it, and asks them about these
-people.
+Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with invented people among it, and
+asks them about these people.
 
-    ./run study people                 # two hours, both at once with a core each
+    ./run study people                 # four hours, two trainings at once with a core each
+    ./run study people --results examples/studies/people/results.json    # goes on from these trainings
 
 Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up.
 """

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -16,8 +17,14 @@ from studies.people.texts import BLOCK
 
 
 TOKENS_PER_STEP = 2 * BLOCK
-# The named configurations that are trained, by their arms.
-ARMS = {"peer": "peer-laptop", "dense": "dense-laptop"}
+# A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
+MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
+# Named configurations, and fields in which a model differs from them.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peer": ("peer-laptop", {}),
+    "dense": ("dense-laptop", {}),
+    "pkm": ("peer-laptop", MEMORY),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Run:
 
 
 # Rates and weights are from trials, and steps are those of 110 minutes on a core beside another training, see README.md.
-TRAININGS = (Run("peer", 4347, 1e-3, 0.02), Run("dense", 6012, 1e-3, 0.0625))
+TRAININGS = (Run("peer", 4347, 1e-3, 0.02), Run("dense", 6012, 1e-3, 0.0625), Run("pkm", 4049, 5e-4, 0.02))
 
 
 def train(run: Run, folder: Path) -> Path:
@@ -52,9 +59,10 @@ def train(run: Run, folder: Path) -> Path:
 
 
 def _command(run, folder, output):
+    configuration, overrides = ARMS[run.arm]
     arguments = {
-        "config_name": ARMS[run.arm],
-        "config_overrides": json.dumps({"initializer_range": run.initializer_range}),
+        "config_name": configuration,
+        "config_overrides": json.dumps({**overrides, "initializer_range": run.initializer_range}),
         "tokenizer_name": folder / "tokenizer",
         "train_file": folder / "train.parquet",
         "output_dir": output,

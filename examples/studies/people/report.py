@@ -156,7 +156,9 @@ def make_cards(results: Results) -> dict[str, str]:
     """The cards of the named configurations that were trained, by their names."""
     cards = {}
     for run in trainings(results):
-        name, told = ARMS[run["arm"]], groups_of(run)[0]
+        (name, overrides), told = ARMS[run["arm"]], groups_of(run)[0]
+        if overrides:
+            continue
         of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
         config = PeerConfig.from_pretrained(
             configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]

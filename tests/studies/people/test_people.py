@@ -113,7 +113,7 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     small |= {
         "ASKED": 5,
         "TRAININGS": (Run("peer", 3, 1e-3, 0.02), Run("dense", 3, 1e-3, 0.02), Run("dense", 4, 1e-3, 0.02)),
-        "ARMS": {"peer": "peer-nano", "dense": "dense-nano"},
+        "ARMS": {"peer": ("peer-nano", {}), "dense": ("dense-nano", {})},
     }
     for module in (texts, arms, measure, report, people_study):
         for name in small.keys() & vars(module).keys():
