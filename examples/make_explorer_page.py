@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes a page on which to explore the experts of a model: those of each token of a text, and what they do.
+Makes an HTML page for exploring the experts of a model: which ones each token of a text uses, and what they do.
 
     ./run python examples/make_explorer_page.py --model_name_or_path examples/checkpoints/peer-nano \\
         --text "$(tail -n 20 examples/quantize.py)" --corpus_file examples/quickstart.py --output_file experts.html
@@ -19,7 +19,7 @@ from modeling_peer.explorer import ExpertContexts, save_explorer_page
 
 @dataclass
 class Arguments:
-    """Of which model and text, and where to save it."""
+    """Model and texts of the page, and where to save it."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of a model, or its name on the Hub."})
     text: list[str] = field(metadata={"help": "One or several texts, between which the reader of the page chooses."})

@@ -10,8 +10,8 @@ back.
 The push is one commit, so either all files are pushed or none. `--pull` alone downloads the model and continues a
 prompt; after a push it also checks that the downloaded model continues the prompt as the local checkpoint does. A
 README.md in the folder is pushed unchanged. Without one, or with one that a training wrote, a model card is made from
-the configuration and from what the training left in the folder: results, settings, and logs of the usage of experts, of
-which it shows a picture.
+the configuration and from what the training left in the folder: results, settings, and logs of expert usage, which it
+shows as a picture.
 """
 
 from dataclasses import dataclass, field

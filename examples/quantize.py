@@ -40,7 +40,7 @@ class QuantizationArguments:
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Sequences that are evaluated at a time."})
 
     def __post_init__(self):
-        PeerQuantizationConfig(self.bits, self.group_size)  # raises what is wrong with them
+        PeerQuantizationConfig(self.bits, self.group_size)  # raises if they are invalid
 
 
 @dataclass

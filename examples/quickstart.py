@@ -132,8 +132,8 @@ def train_model(
     seconds: float = math.inf,
 ) -> Result:
     """
-    Trains, evaluates and saves a model of a named configuration on data with this description. It is also evaluated
-    when its steps have taken these seconds.
+    Train, evaluate and save a model of a named configuration. It is also evaluated when its steps have taken
+    `seconds`. The description `data` of the training text is saved with it.
     """
     model_args = ModelArguments(config_name=name)
     config = load_config(model_args)

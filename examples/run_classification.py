@@ -63,7 +63,7 @@ SNIPPET_LINES = 8
 
 @dataclass
 class ClassifierArguments(ModelArguments):
-    """Which classifier to train, or which model to make one of."""
+    """Which classifier to train, or which model to turn into one."""
 
     ignore_mismatched_sizes: bool = field(
         default=False,

@@ -128,12 +128,12 @@ def make_trainer(
     checkpoint: str | None = None,
 ) -> Trainer:
     """
-    Makes the `Trainer` of a new model or of a checkpoint. If it resumes from another checkpoint, whose optimizer was
-    saved in parts, it resumes these, and saves its own so.
+    Make the `Trainer` of a new model or of a checkpoint. If `checkpoint`, from which training resumes, has its
+    optimizer in parts, the trainer loads these parts and saves its own optimizer in parts too.
     """
     set_seed(training_args.seed)
     distributed_config = (distributed_args or DistributedArguments()).make_config(training_args, config)
-    # A new model of a class draws weights that do not depend on how many processes split it, one of Auto classes others.
+    # This class draws the same weights for any number of processes that split the model; Auto classes do not.
     model_class = PeerForCausalLM if isinstance(config, PeerConfig) else AutoModelForCausalLM
     model = load_model(model_class, model_args, config, tokenizer, distributed_config)
     logger.info(
@@ -142,7 +142,7 @@ def make_trainer(
     )
     callbacks = []
     if distributed_config is not None or (checkpoint is not None and Path(checkpoint, PARTS).is_dir()):
-        # `Trainer` does not save an optimizer of which it has a part alone, and does not find one that was saved so.
+        # `Trainer` cannot save an optimizer of which it has only a part, and does not find one saved in parts.
         training_args.save_only_model = True
         callbacks.append(SplitCheckpointCallback(checkpoint))
     return Trainer(
@@ -174,10 +174,7 @@ def evaluate_perplexity(trainer: Trainer, usage: ExpertUsageCallback) -> dict[st
 
 
 def main(change: Callable[[Trainer], None] | None = None):
-    """
-    Args:
-        change (`Callable`, *optional*): Called with the trainer before it trains, for what no flag changes.
-    """
+    """Train or evaluate by flags. Before training, calls `change` with the trainer, for changes that no flag makes."""
     model_args, data_args, training_args, optimizer_args, distributed_args = parse_arguments(
         (ModelArguments, DataTrainingArguments, PretrainingArguments, OptimizerArguments, DistributedArguments),
         __doc__,

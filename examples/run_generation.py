@@ -71,7 +71,7 @@ def generate(
         `torch.Tensor` of shape `(1, num_tokens)`: the tokens of prompt and continuation.
     """
     inputs = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    # Without beams, which can change until the end.
+    # No beam search: a beam can change until the end.
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     return model.generate(**inputs, streamer=streamer, num_beams=1, **options)
 

@@ -23,7 +23,7 @@ from studies.capacity.training import store
 from studies.capacity.variants import costs, make_model
 
 
-# Of the study's trials: the best of dense, and of the experts one that does not depend on the seed.
+# Learning rates from the study's trials: the best one for dense, and for PEER one that works with every seed.
 RATES = {"peer-16384": 1e-3, "dense": 4e-3}
 
 
@@ -46,7 +46,7 @@ class Stored:
 
 
 def store_and_ask(name: str, args: StoreFactsArguments) -> Stored:
-    """A new model stores the facts, and is asked for them."""
+    """Train a new model on the facts, and ask it for them."""
     run = Run("facts", name, Load(args.num_facts, 8, args.exposures), RATES[name], seed=args.seed)
     facts = make_facts(run.load.number, run.load.token_bits, run.seed)[0]
     model = make_model(name, run.seed)

@@ -1,18 +1,18 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Teaches a trained PEER model the text of a domain, and keeps what it was: adds experts and trains these alone.
+Teaches a trained PEER model the text of a domain, and keeps what it has learned: adds experts and trains only these.
 
     python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \
         --output_dir runs/taught
 
 A gate decides by the hidden states of a token whether it uses the added experts. It is fitted to open for the text of
-the domain and to stay shut for a sample of the text that the model is to go on predicting as it did, --kept_file.
-Without one, the model writes such a sample itself.
+the domain and to stay shut for a sample of --kept_file, text that the model should continue to predict as before.
+Without this flag, the model writes such a sample itself.
 
-The script prints the held-out perplexity of both texts before, after, and with the added experts masked, which is the
-model as it was, and saves these figures as `teaching.json` in --output_dir. An interrupted run resumes from the last
-checkpoint there. The defaults are the best of the study of streams, `examples/studies/stream/`.
+The script prints the held-out perplexity of both texts before and after, and with the added experts masked, which
+gives the original model. It saves these figures as `teaching.json` in --output_dir. An interrupted run resumes from
+the last checkpoint there. The defaults are the best of the study of streams, `examples/studies/stream/`.
 """
 
 import json
@@ -84,7 +84,7 @@ MAIN_FLAGS = (
 
 @dataclass
 class TeachingArguments:
-    """How many experts are added, and what the model is to go on predicting as it did."""
+    """How many experts are added, and which texts the model should continue to predict as before."""
 
     num_added_experts: int = field(
         default=64**2, metadata={"help": "Experts to add to each PEER layer, a square number."}
@@ -177,7 +177,7 @@ class DomainTrainingArguments(ExampleTrainingArguments):
 @dataclass
 class Figures:
     """
-    What a teaching did.
+    Figures of a teaching.
 
     Args:
         before, after, masked (`dict[str, float]`):
@@ -238,7 +238,7 @@ def load_texts(
     training_args: DomainTrainingArguments,
     config: PreTrainedConfig,
 ) -> tuple[PreTrainedTokenizerBase, dict[str, dict[str, Dataset]]]:
-    """Loads the tokenizer and the sequences of either text: `"train"`, for the kept one a sample, and `"validation"`."""
+    """Load the tokenizer and the sequences of both texts: `"train"`, of the kept text a sample, and `"validation"`."""
     tokenizer, blocks = load_text(model_args, data_args, training_args, config)
     texts = {DOMAIN: blocks}
     if args.kept_texts:
@@ -257,7 +257,7 @@ def load_texts(
 
 
 def kept_arguments(name: str | None, args: TeachingArguments, data_args: DomainArguments) -> DataTrainingArguments:
-    """How a text to keep is read: as that of the domain, with as many sequences as of each other text to keep."""
+    """Arguments that read a text to keep: as for the domain, with equally many sequences of each text to keep."""
     shared = {each.name: getattr(data_args, each.name) for each in fields(DataTrainingArguments)}
     own: dict[str, Any] = dict.fromkeys(("dataset_name", "dataset_config_name", "validation_file"))
     own["train_file"] = None if name is None else [name]
@@ -266,7 +266,7 @@ def kept_arguments(name: str | None, args: TeachingArguments, data_args: DomainA
     if name is None:
         own["text_column_name"] = None
     if name is None or not data_args.validation_split_percentage:
-        # Of the standard library what is held out by default: models of these scripts were trained on all else.
+        # Hold out the default share of the standard library: models of these scripts were trained on the rest.
         own["validation_split_percentage"] = DataTrainingArguments.validation_split_percentage
     return DataTrainingArguments(**shared | own)
 
@@ -277,7 +277,7 @@ def load_kept_text(
     training_args: DomainTrainingArguments,
     config: PreTrainedConfig,
 ) -> dict[str, Dataset]:
-    """Loads the sequences of a text to keep. It may lack the column of the domain, which is then not looked for."""
+    """Load the sequences of a text to keep. If it lacks the text column of the domain, the default column is read."""
     try:
         if kept_args.text_column_name is not None:
             whole = replace(kept_args, text_column_name=None, validation_split_percentage=0)
@@ -294,7 +294,7 @@ def load_kept_text(
 def written_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: int, length: int, progress_bar: bool
 ) -> dict[str, Dataset]:
-    """A number of sequences of a length that the model writes for the gates, and some to evaluate on."""
+    """Let the model write `number` sequences of `length` tokens for the gates, and some to evaluate on."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UsageError("The tokenizer has no token with which a text begins: name text to keep, --kept_file.")
     written = generate_text(model, number + NUM_WRITTEN_FOR_EVALUATION, length, progress_bar=progress_bar)
@@ -327,7 +327,7 @@ def grow(
     args: TeachingArguments,
     training_args: DomainTrainingArguments,
 ) -> tuple[dict[int, range], Figures]:
-    """Adds experts and fits their gates. Returns the new experts of each layer, and what is known by then."""
+    """Add experts and fit their gates. Returns the new experts of each layer, and the figures so far."""
     samples = {name: take_samples(blocks["train"], args.num_gate_sequences) for name, blocks in texts.items()}
     before = perplexities(model, texts, training_args)
     experts = add_experts(model, args.num_added_experts)
@@ -377,7 +377,7 @@ def without(model: PreTrainedModel, experts: dict[int, range]) -> Iterator[None]
 
 
 def save_figures(trainer: Trainer, figures: Figures, **run: Any) -> None:
-    """Saves the figures for the card of the model, and with all that is known of the run as `teaching.json`."""
+    """Save the figures for the card of the model and, with the details of the run, as `teaching.json`."""
     found = {"perplexity_before": figures.before, "perplexity": figures.after, "perplexity_masked": figures.masked}
     trainer.save_metrics("eval", {f"{key}/{name}": value for key, own in found.items() for name, value in own.items()})
     if trainer.is_world_process_zero():
@@ -386,7 +386,7 @@ def save_figures(trainer: Trainer, figures: Figures, **run: Any) -> None:
 
 
 def describe(figures: Figures, model: PreTrainedModel, folder: str) -> str:
-    """What a teaching did, and what to do next."""
+    """A report of a teaching, and what to do next."""
     addition = model.config.expert_additions[-1]
     restored = "what they were, to the bit" if figures.is_restored else "not quite what they were"
     return f"""
@@ -415,7 +415,7 @@ def teaching_flags(
 
 def check_checkpoint(flags: dict[str, Any], training_args: DomainTrainingArguments) -> None:
     """
-    Raises `UsageError` if the output folder has a checkpoint of another script, or of a teaching with other flags, whose
+    Raise `UsageError` if the output folder has a checkpoint of another script, or of a teaching with other flags: its
     experts and gates would be taken for those of this one.
     """
     if last_complete_checkpoint(training_args.output_dir) is None:
@@ -435,7 +435,7 @@ def check_checkpoint(flags: dict[str, Any], training_args: DomainTrainingArgumen
 
 
 def save_flags(flags: dict[str, Any], training_args: DomainTrainingArguments) -> None:
-    """Saves what [`check_checkpoint`] compares, unless there is a checkpoint already, which was made by what is there."""
+    """Save the flags that [`check_checkpoint`] compares, unless there is a checkpoint already: its flags are saved."""
     if training_args.process_index == 0 and last_complete_checkpoint(training_args.output_dir) is None:
         folder = Path(training_args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -448,7 +448,7 @@ def prepare(
     data_args: DomainArguments,
     training_args: DomainTrainingArguments,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, dict[str, Dataset]]]:
-    """Loads the model, its tokenizer and both texts. Raises `UsageError` if there is nothing that can be taught."""
+    """Load the model, its tokenizer and both texts. Raises `UsageError` if the model or a text cannot be used."""
     if model_args.is_new:
         raise UsageError("There is no model to teach: name a checkpoint by --model_name_or_path.")
     config = load_config(model_args)
@@ -471,11 +471,11 @@ def teach(
     checkpoint: str | None,
     data: str,
 ) -> tuple[Trainer, Figures]:
-    """Grows a model, trains what was added, or resumes from a checkpoint, and measures what came of it."""
+    """Add experts to a model, train them or resume from a checkpoint, and measure the result."""
     experts, figures = grow(model, texts, args, training_args)
     trainer = make_trainer(model, training_args, tokenizer, texts)
     train(trainer, checkpoint, data)
-    # Accelerate wraps the forward in autocast for bf16: unwrapped, the model is compared with what it was.
+    # With bf16, Accelerate wraps the forward in autocast: unwrap it to compare the model with the original.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     figures.after = perplexities(model, texts, training_args)
     with without(model, experts):

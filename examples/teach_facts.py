@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Teaches facts to a pretrained model of the Llama type, which stays as it is: writes an adapter of PEFT that answers
-where one of the facts is asked for.
+Teaches facts to a pretrained model of the Llama type, which stays unchanged: writes a PEFT adapter that answers when
+one of the facts is asked for.
 
     python examples/teach_facts.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --facts_file facts.csv \
         --output_dir runs/facts
@@ -13,7 +13,7 @@ subject.
 --known_file is a table of facts that the model may know already, to see how many of them it keeps.
 
 The script prints what the model answers before and after, and saves the adapter with these figures, in its card and
-as `teaching.json`. Interrupted, the same command goes on.
+as `teaching.json`. If it is interrupted, the same command resumes.
 """
 
 import time
@@ -40,21 +40,21 @@ from modeling_peer.graft_layer import PREFIX
 from studies.common.study_folder import write_json
 
 
-# Frames that are not taught, wordings of a fact that are asked in them, and names that no fact has: by these it is
-# measured what the gate opens for.
+# Frames that are not taught, and the number of own wordings of each fact that are asked.
 OTHER_FRAMES = ("I wonder: {}", "Could you help me? {}")
 NUM_ASKED = 3
-# Other questions about the subjects, in wordings that are no negatives either.
+# Other questions about the subjects, in wordings that are not trained as negatives.
 OTHER_QUESTIONS = (
     "Tell me something about {subject}.",
     "What is the best thing about {subject}?",
     "Describe {subject}.",
     "{subject} has a long history of",
 )
-NUM_SHOWN = 10  # questions in the card, and of those without an answer
+NUM_SHOWN = 10  # questions that the card shows, and unanswered ones that are printed
+# Names that no fact has, for which the gate should stay shut.
 OTHER_NAMES = ("Ostrania", "Mount Kelvar", "Lena Tarvik", "Tobias Orlen", "Quandor", "the Velmar Institute")
 TEXTS, TEXT_LENGTH = 32, 128
-FIGURES = "teaching.json"  # which is written last
+FIGURES = "teaching.json"  # written last
 
 
 @dataclass
@@ -94,7 +94,7 @@ def is_taught(folder: Path, facts: list[Fact], base_model: str) -> bool:
 
 
 def asked(facts: list[Fact]) -> list[Fact]:
-    """The facts in the first of their own wordings."""
+    """The facts with the first `NUM_ASKED` of their own wordings."""
     return [replace(fact, wordings=fact.wordings[:NUM_ASKED]) for fact in facts]
 
 
@@ -104,7 +104,7 @@ def in_other_frames(facts: list[Fact]) -> list[Fact]:
 
 
 def about_others(facts: list[Fact]) -> list[Fact]:
-    """The questions of the facts about names that no fact has."""
+    """The questions of the facts, asked about names that no fact has."""
     relations = dict.fromkeys(fact.wordings[:NUM_ASKED] for fact in facts)
     names = [name for name in OTHER_NAMES if not any(fact.subject in name for fact in facts)]
     return [Fact(name, "", wordings) for wordings in relations for name in names]
@@ -118,7 +118,7 @@ def other_questions(facts: list[Fact]) -> list[Fact]:
 def answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: list[Fact], batch_size: int
 ) -> dict[str, bool]:
-    """Whether each fact is answered, in each wording and form, by what is asked."""
+    """Whether the model answers each fact in each wording and form, by the text of the question."""
     prompts = [prompt for form in forms_of(tokenizer) for prompt in prompts_of(tokenizer, facts, form)]
     questions = [
         f"{form}: {wording.replace(SUBJECT, fact.subject)}"
@@ -143,7 +143,7 @@ def measure(
     texts: torch.Tensor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What a model answers of each set of facts, and its loss on texts, in nats per token."""
+    """Which facts of each set a model answers, and its loss on texts, in nats per token."""
     answered = {name: answers(model, tokenizer, facts, batch_size) for name, facts in sets.items()}
     return {"answered": answered, "text": held_out_loss(model, texts, desc="Text")}
 
@@ -188,7 +188,7 @@ def write_card(folder: Path, base_model: str, rows: list[tuple[str, str, str]], 
     table = "\n".join([lines[0], "|---|---|---|", *lines[1:]])
     text = CARD.format(number=len(facts), questions="\n".join(shown), table=table)
     card = folder / "README.md"
-    card.unlink(missing_ok=True)  # that of PEFT has places to fill in
+    card.unlink(missing_ok=True)  # PEFT's card is a template to fill in
     write_adapter_card(folder, base_model, "CAUSAL_LM")
     card.write_text(card.read_text(encoding="utf-8").rstrip() + text, encoding="utf-8")
 
@@ -202,7 +202,7 @@ def main():
     sets = {"as taught": asked(facts), "in other frames": in_other_frames(facts)}
     if args.known_file is not None:
         sets["known"] = asked(read_facts(args.known_file))
-    was_taught = is_taught(folder, facts, args.model_name_or_path)  # and interrupted when it was measured
+    was_taught = is_taught(folder, facts, args.model_name_or_path)  # by a run that stopped while measuring
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
     print("What the model writes, and what it answers before ...")

@@ -5,9 +5,9 @@ Trains the small checkpoints that come with this repository: a PEER model, and i
 
     ./run python examples/train_nano.py
 
-Both read the source code of Python's standard library in the same order. A training that was interrupted is resumed. The
-weights are saved in bf16 in runs/nano/, with a tokenizer, a card and results.json: perplexities on held-out files as trained,
-as saved, and with expert tables in 8 and 4 bits. examples/checkpoints/ has all of it but the code, which are links there.
+Both read the source code of Python's standard library in the same order. An interrupted training resumes. The weights
+are saved in bf16 in runs/nano/, with a tokenizer, a card and results.json: perplexities on held-out files as trained,
+as saved, and with expert tables in 8 and 4 bits. examples/checkpoints/ has the same files, and links to the code.
 """
 
 import json
@@ -39,7 +39,7 @@ nothing. Its twin of the same width, `{twin}`, read the same text in the same or
 {license}The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
 tokens of files that were held out. `results.json` has all figures."""
 
-# Of the default text.
+# Used with the default text.
 LICENSE = """\
 The text, {data}, is copyrighted by the Python Software Foundation and has the
 [PSF License 2.0](https://docs.python.org/3/license.html). What the model repeats of it stays under that license.
@@ -78,7 +78,7 @@ class NanoDataArguments(DataTrainingArguments):
 
 
 def train(name: str, args: NanoArguments, data_args: NanoDataArguments) -> tuple[Trainer, dict[str, float]]:
-    """Trains a model of a named configuration, or goes on with it. Returns its trainer and metrics."""
+    """Train a model of a named configuration, or resume its training. Returns its trainer and metrics."""
     model_args = ModelArguments(config_name=name)
     config = load_config(model_args)
     training_args = PretrainingArguments(
@@ -122,7 +122,7 @@ def measure(trainer: Trainer, folder: Path) -> dict[str, float]:
 
 
 def checksum(sequences: list[list[int]]) -> int:
-    """By which a later reader knows whether it has the text that a perplexity was measured on."""
+    """A checksum that tells whether a perplexity was measured on the same text."""
     return crc32(json.dumps(sequences).encode())
 
 

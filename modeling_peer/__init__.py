@@ -3,10 +3,10 @@
 """
 PEER for Transformers: language models with a million experts of one neuron each.
 
-What a checkpoint carries is flat in this folder, and knows nothing of the folders beside it. Importing the package
-adds names to registries: PEER models and merged grafts to the auto classes of Transformers, kernels to the core, a
-quantizer and parallel styles to Transformers and, where PEFT is installed, grafts to its methods. Everything else is
-imported when it is first used.
+The files that a checkpoint carries lie directly in this folder and import nothing from its subfolders. Importing the
+package registers PEER models and merged grafts with the auto classes of Transformers, and kernels with the expert
+registries. It also registers a quantizer and parallel styles with Transformers and, if PEFT is installed, grafts as a
+method of PEFT. Everything else is imported when it is first used.
 """
 
 import importlib
@@ -39,7 +39,7 @@ from .modeling_peer import (
 from .optim.query_norm import freeze_query_norm
 
 
-# Imported when first asked for, and what they need with them: callbacks of `Trainer`, data loaders, progress bars.
+# Imported on first use, together with what they need: callbacks of `Trainer`, data loaders, progress bars.
 _LAZY_NAMES = {
     "analysis.costs": ("ModelCosts", "PartCosts", "model_costs"),
     "analysis.expert_background": ("ExpertBackground",),
@@ -70,7 +70,7 @@ _LAZY_NAMES = {
 }
 _MODULE_OF_NAME = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 
-# Not there where PEFT is not.
+# Names left out of `dir()` and `__all__` if PEFT is not installed.
 _OF_PEFT = (
     () if importlib.util.find_spec("peft") else ("PeerGraftConfig", "PeerGraftModel", "remove_facts", "teach_facts")
 )
@@ -99,13 +99,12 @@ for auto_class, model_class in (
     (AutoModelForQuestionAnswering, PeerForQuestionAnswering),
 ):
     auto_class.register(PeerConfig, model_class, exist_ok=True)
-    # A saved checkpoint carries the code it needs, and loads with `trust_remote_code=True` where this package is not.
+    # A checkpoint carries the code it needs: without this package it loads with `trust_remote_code=True`.
     model_class.register_for_auto_class(auto_class.__name__)
-# By these names `Trainer` knows whose labels it has to shift for label smoothing.
+# For label smoothing, `Trainer` shifts labels if it finds the class of the model in this mapping.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["peer"] = PeerForCausalLM.__name__
 
-# PEFT finds an adapter's method only if it was registered before. Whatever is wrong with PEFT, PEER models do not need
-# it.
+# PEFT loads an adapter only if its method is registered. PEER models work without PEFT, so a failure only warns.
 if not _OF_PEFT:
     try:
         importlib.import_module(".graft", __name__)

@@ -63,12 +63,12 @@ class PeerConfig(PreTrainedConfig):
         [`FeedForwardInterface`]. Defaults to `"peer"` in the middle layer and `"dense"` in the others, as in the
         paper.
     num_experts (`int`, *optional*, defaults to 1048576):
-        Number N of experts of a PEER layer, or of values of a PKM layer, a perfect square.
+        Number N of experts of a PEER layer, or of values of a PKM layer. It must be a perfect square.
     num_retrieval_heads (`int`, *optional*, defaults to 8):
         Number h of query networks of a layer.
     num_experts_per_head (`int`, *optional*, defaults to 16):
-        Number k of experts that each head retrieves, at most √N; with 1 a softmax router does not learn. It may be
-        changed on a trained model.
+        Number k of experts that each head retrieves, at most √N. With k = 1, a softmax router does not learn. The
+        value may be changed on a trained model.
     query_size (`int`, *optional*, defaults to 256):
         Size d_k of a query, an even number: each half is compared with one of the two sets of sub-keys.
     query_norm (`str`, *optional*, defaults to `"batch"`):
@@ -79,10 +79,10 @@ class PeerConfig(PreTrainedConfig):
     sub_keys_per_head (`bool`, *optional*, defaults to `False`):
         Whether each head has its own sub-keys. In the paper all heads share them.
     expert_act (`str`, *optional*, defaults to `"gelu"`):
-        Activation σ of the experts, or `None` for none.
+        Activation σ of the experts, or `None` for no activation.
     expert_initializer_range (`float`, *optional*):
         Standard deviation of the initial down-projection vectors v_i of PEER experts, and of the values of PKM. If
-        `None`, the output of the layer starts with the variance of a dense feed-forward's.
+        `None`, the initial output of the layer has the variance of a dense feed-forward's output.
     gated_experts (`bool`, *optional*, defaults to `False`):
         Whether experts are gated: σ(w_i · x) (u_i · x) v_i.
     share_experts_across_layers (`bool`, *optional*, defaults to `False`):
@@ -90,12 +90,12 @@ class PeerConfig(PreTrainedConfig):
     shared_expert_intermediate_size (`int`, *optional*):
         Width of a dense branch beside the experts of a PEER layer. No branch if `None`.
     expert_kernels (`str`, *optional*, defaults to `"auto"`):
-        What retrieves and computes experts: `"eager"` (Algorithm 1 as printed), `"torch"`, or a name registered with
-        [`ExpertsInterface`] or [`RetrievalInterface`], as the installed package does with `"cpu"` (C) and `"triton"`
-        (GPU). `"auto"`, or a name that is not registered, is the fastest there. Results differ by rounding only.
+        Implementation of retrieval and experts: `"eager"` (Algorithm 1 as printed), `"torch"`, or a name registered
+        with [`ExpertsInterface`] or [`RetrievalInterface`]. The package registers `"cpu"` (C) and `"triton"` (GPU).
+        `"auto"`, or an unknown name, selects the fastest for the device. Results differ by rounding only.
     expert_additions (`list[dict]`, *optional*):
-        Experts that were added to PEER layers, in that order: the `layers`, `mode` and `num_experts` of each addition,
-        and `num_retrieval_heads` and `num_experts_per_head` of a protected one. See [`Generation`].
+        Additions of experts to PEER layers, in their order. Each has `layers`, `mode` and `num_experts`. A protected
+        one also has `num_retrieval_heads` and `num_experts_per_head`. See [`Generation`].
     moe_num_experts (`int`, *optional*, defaults to 128):
         Number of experts of a MoE layer.
     moe_num_experts_per_tok (`int`, *optional*, defaults to 2):
@@ -104,7 +104,7 @@ class PeerConfig(PreTrainedConfig):
         Width of an expert of a MoE layer. Defaults to `intermediate_size // moe_num_experts_per_tok`, which gives the
         FLOPs of a dense layer.
     moe_routing (`str`, *optional*, defaults to `"token_choice"`):
-        Who chooses in training: `"token_choice"` or `"expert_choice"`, see [`MoeFeedForward`].
+        Routing of MoE layers in training: `"token_choice"` or `"expert_choice"`, see [`MoeFeedForward`].
     router_aux_loss_coef (`float`, *optional*):
         Weight of the load-balancing loss of MoE layers, computed if `output_router_logits` is true. Defaults to 0.001
         with MoE layers and to zero without.
@@ -113,7 +113,7 @@ class PeerConfig(PreTrainedConfig):
     output_router_weights (`bool`, *optional*, defaults to `False`):
         Whether to return the router weights of these experts.
     format_version (`int`, *optional*, defaults to 1):
-        Version of the checkpoint format. A later version than the code knows is refused.
+        Version of the checkpoint format. The code refuses versions later than it knows.
 
     ```python
     >>> from modeling_peer import PeerConfig, PeerModel
@@ -201,7 +201,7 @@ class PeerConfig(PreTrainedConfig):
             self.feed_forward_types = ["peer" if i == middle else "dense" for i in range(self.num_hidden_layers)]
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.001 if "moe" in self.feed_forward_types else 0.0
-        # Without the repository that a remote copy came from: every checkpoint carries the code itself.
+        # Name no repository, even if the code was loaded from one: every checkpoint carries the code itself.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_peer.PeerConfig",
             "AutoModel": "modeling_peer.PeerModel",
@@ -212,7 +212,7 @@ class PeerConfig(PreTrainedConfig):
         }
         super().__post_init__(**kwargs)
         if self.output_attentions and self._attn_implementation is None:
-            self._attn_implementation = "eager"  # as where it is set later: the model validates again
+            self._attn_implementation = "eager"  # as the property's setter does: the model validates again
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -292,11 +292,10 @@ def grid_size(num_experts: int) -> int:
 @dataclass(frozen=True)
 class Generation:
     """
-    Experts of a layer that are retrieved together, by heads of their own: those with which a PEER layer began, or
-    those of an addition. An addition in `"open"` mode enlarges the key grid of the first generation: old and new
-    experts compete over all keys. One in `"protected"` mode is a generation with its own router, softmax and gate.
-    Expert indices run through the layer, generation after generation from `first_expert`, so that growth changes no
-    index.
+    Experts of a layer that are retrieved together, by their own heads: the initial experts of a PEER layer, or those
+    of a protected addition. An addition in `"open"` mode enlarges the key grid of the first generation, in which old
+    and new experts compete. One in `"protected"` mode is a generation with its own router, softmax and gate. Expert
+    indices are consecutive over the generations of a layer, each from its `first_expert`: growth changes no index.
     """
 
     num_experts: int
@@ -306,7 +305,7 @@ class Generation:
 
 
 def generations_of(config: PeerConfig, layer_idx: int | None = None) -> list[Generation]:
-    """The generations of a PEER layer, or of the pool that all share if `None`, in the order of expert indices."""
+    """The generations of a PEER layer, or of the shared pool if `layer_idx` is `None`, ordered by expert index."""
     heads, per_head = config.num_retrieval_heads, config.num_experts_per_head
     generations = [Generation(config.num_experts, heads, per_head)]
     for addition in config.expert_additions or ():

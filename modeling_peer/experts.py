@@ -9,9 +9,9 @@ Two functions do the work, each found in a registry by `PeerConfig.expert_kernel
     retrieve(queries [T, h, 2, d_k/2], sub_keys [h or 1, 2, √N, d_k/2], k) -> indices [T, h, k], scores [T, h, k]
     run_experts(hidden [T, d], rows [T, A], weights [T, A], up, gate, down, act_fn) -> [T, d]
 
-`up`, `gate` and `down` are modules that give the rows of a table, `(...) -> (..., d)`: an `nn.Embedding`, or what an
-adapter or a quantizer put in its place; `up` and `gate` may be `None`. A function is registered under a name, and as
-the fastest for a type of device under `"auto:"` and that type:
+`up`, `gate` and `down` are modules that look up rows of a table, `(...) -> (..., d)`: an `nn.Embedding`, or the module
+that an adapter or a quantizer put in its place. `up` and `gate` may be `None`. Register a function under a name, or,
+as the fastest one for a device type, under `"auto:"` and that type:
 
 ```python
 >>> from modeling_peer import ExpertsInterface, PeerConfig, RetrievalInterface
@@ -70,11 +70,11 @@ def winning_pairs(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 
 def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Retrieve the k best experts of every query, exactly (section 2.1): the best k of each half, and of their pairs.
+    Retrieve the k best experts of every query exactly: the k best of each half, then of their pairs (section 2.1).
 
     Args:
         scores (`torch.Tensor` of shape `(..., 2, √N)`):
-            Scores of the two halves of a query with the two sets of sub-keys; an expert's score is the sum of two.
+            Scores of the two halves of a query with the two sets of sub-keys. An expert's score is the sum of two.
         k (`int`): Number of experts to retrieve, at most √N.
 
     Returns:
@@ -91,8 +91,8 @@ def product_key_topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 
 def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Retrieve the k best experts of every query, exactly: [`product_key_topk`] of the scores of its two halves with the
-    two sets of sub-keys, those of its head or of all.
+    Retrieve the k best experts of every query exactly, with [`product_key_topk`]. Each half of a query is scored with
+    one of the two sets of sub-keys, which each head has for itself or all heads share.
     """
     if sub_keys.shape[0] == 1:
         return product_key_topk(torch.einsum("thpc,pnc->thpn", queries, sub_keys[0]), k)
@@ -109,14 +109,14 @@ def run_experts_eager(
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """
-    Algorithm 1 as printed, lines 9 to 14: `Σ_a weights[t, a] σ(u · x) v`, with the rows u, v of all active experts
-    gathered, `[T, A, d]`. The reference. Differentiable any number of times, in reverse and forward mode.
+    Compute `Σ_a weights[t, a] σ(u · x) v` as in Algorithm 1, lines 9 to 14. This reference implementation gathers the
+    vectors u, v of all active experts, `[T, A, d]`. It is differentiable repeatedly, in reverse and forward mode.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
         rows (`torch.Tensor` of shape `(num_tokens, num_active)`): Rows of the tables, int64.
         weights (`torch.Tensor` of shape `(num_tokens, num_active)`): Router weights.
-        up (`nn.Module`, *optional*): Gives up-projection vectors u. Without it what is summed is `weights · v`.
+        up (`nn.Module`, *optional*): Gives up-projection vectors u. Without it, the sum is over `weights · v`.
         gate (`nn.Module`, *optional*): Gives gate vectors w of `σ(w · x) (u · x) v`.
         down (`nn.Module`): Gives down-projection vectors v.
         act_fn (`Callable`): The activation σ.
@@ -151,8 +151,8 @@ class DotProducts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         hidden_states, rows, table = ctx.saved_tensors
-        # The gradient of the hidden states is this sum. That of the table is the table's gradient of the same sum,
-        # with the hidden states in place of the sum's gradient.
+        # `total` is the gradient of the hidden states. Differentiating `total` by the table, with the hidden states in
+        # place of its incoming gradient, gives the gradient of the table.
         with torch.enable_grad():
             table = table.detach().requires_grad_(ctx.needs_input_grad[2])
             total = F.embedding_bag(rows, table, per_sample_weights=gradient, mode="sum")
@@ -204,8 +204,8 @@ ALL_EXPERTS_FUNCTIONS = ExpertsInterface()
 
 def find_function(registry: GeneralInterface, name: str, device_type: str) -> Callable:
     """
-    The function of a name in a registry. If the name is not there, `"eager"` while `torch.export` traces a model, as
-    it consists of torch's own operations; else that of the type of device, or `"torch"`.
+    Find the function registered under a name. For an unregistered name this is `"eager"` while `torch.export` traces
+    a model, as that uses only torch's own operations. Otherwise it is that of the device type, or `"torch"`.
     """
     if name in registry:
         return registry[name]
@@ -218,7 +218,7 @@ def find_function(registry: GeneralInterface, name: str, device_type: str) -> Ca
     return registry[name if name in registry else "torch"]
 
 
-# Asked outside of the graph: what `torch.compile` traces in torch 2.9 is told that it is exported.
+# Evaluated outside of the graph: code that `torch.compile` traces in torch 2.9 is told that it is exported.
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Whether `torch.export` traces the caller."""
@@ -226,7 +226,7 @@ def is_exporting() -> bool:
 
 
 def plain_weight(table: nn.Module) -> torch.Tensor | None:
-    """The rows of a table that nothing has changed the forward of, `None` if an adapter, a hook or a quantizer has."""
+    """The weight of a plain table. `None` if an adapter, a hook or a quantizer has changed the table's forward."""
     if type(table) is not nn.Embedding or "forward" in vars(table):
         return None
     if table._forward_hooks or table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks:
@@ -301,16 +301,16 @@ class ExpertPool(nn.Module):
 
 def matched_std(config: PeerConfig, power: float) -> float:
     """
-    Standard deviation of down-projection vectors at initialization that gives the output the variance of the dense
-    feed-forward's, for `power`, the expected sum over a token's active vectors of the squares of what multiplies them.
-    Inputs come from an RMSNorm: pre-activations have a standard deviation of `initializer_range` √d in every variant.
+    Standard deviation of initial down-projection vectors for which the output has the variance of a dense
+    feed-forward's. `power` is the expected sum of the squared factors of a token's active vectors. Inputs come from an
+    RMSNorm: pre-activations have a standard deviation of `initializer_range` √d in every variant.
     """
     dense_power = config.intermediate_size * activation_power(ACT2FN[config.hidden_act], config, gated=True)
     return config.initializer_range * math.sqrt(dense_power / power)
 
 
 def activation_power(act_fn: Callable, config: PeerConfig, gated: bool) -> float:
-    """Mean square of a neuron's activation at initialization, times that of its `u · x` if it is `gated`."""
+    """Mean square of a neuron's activation at initialization, times the mean square of `u · x` if it is `gated`."""
     std = config.initializer_range * config.hidden_size**0.5
     inputs = torch.linspace(-8, 8, 2001, device="cpu", dtype=torch.float64)
     density = torch.exp(-(inputs**2) / 2)

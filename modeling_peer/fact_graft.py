@@ -1,13 +1,13 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A graft of facts: each token of an answer has an expert, which a gate opens by two keys of the fact.
+A graft of facts: each token of an answer has an expert, and a gate opens it if two keys of the fact match.
 
-The first key is the name of the subject, "France": its tokens have to stand at or before the present one, one after
-the other, as what enters the first layer tells. The second is that of the question, "the capital of": it has to match
-the present token, after which the answer's next token is to come, by what enters the graft in a late layer. Within an
-answer, the present token has to be that of the answer too. Questions about others, and other questions about the
-subject, leave the gate shut, and the output is zero.
+The first key is the name of the subject, "France". Its tokens must stand in a row, at or before the present token.
+They are recognized by the embeddings that enter the first layer. The second key is that of the question, "the capital
+of". It must match the hidden state that enters the graft in a late layer. Within an answer, each next token has its
+own second key, and the present token must also be the answer's previous one. For other subjects, and other questions
+about the subject, the gate stays shut and the output is zero.
 """
 
 import itertools
@@ -28,15 +28,15 @@ from .graft_layer import DecoderForward, PeerGraft, is_in_backward
 @dataclass(frozen=True)
 class FactSizes:
     """
-    What a graft of facts holds beside its experts.
+    Sizes of a graft of facts, apart from its experts.
 
     Args:
         num_subjects (`int`): Number of subjects.
-        num_names (`int`): Number of their names as tokens: one for each way in which a subject stands in texts.
-        longest_name (`int`): The most tokens that a name has.
-        num_tokens (`int`): Number of different tokens in names, and in answers but for their last ones.
-        num_relations (`int`): Number of relations: facts of one are asked in the same wordings.
-        num_continuations (`int`): Number of answers' tokens after the first: each is found by a key of its own.
+        num_names (`int`): Number of token sequences that name a subject: one for each of its tokenizations in texts.
+        longest_name (`int`): Number of tokens of the longest name.
+        num_tokens (`int`): Number of different tokens in names, and in answers without their last tokens.
+        num_relations (`int`): Number of relations times forms of prompts (plain, chat). Each has a question key.
+        num_continuations (`int`): Number of tokens after the first one of an answer. Each has its own question key.
         key_size (`int`): Elements of the key of a question.
     """
 
@@ -49,7 +49,7 @@ class FactSizes:
     key_size: int
 
 
-# What a graft of facts has in common with others, and cannot choose.
+# Fields of the configuration that have these values in every graft of facts.
 FIELDS_OF_FACTS: dict[str, Any] = {
     "num_retrieval_heads": 1,
     "num_experts_per_head": 1,
@@ -61,11 +61,11 @@ FIELDS_OF_FACTS: dict[str, Any] = {
 
 
 class KeyMatcher(nn.Module):
-    """The cosine similarity of hidden states, projected, with keys of length one, and the threshold of a match."""
+    """Cosine similarities of projected hidden states with keys of unit length, and the threshold of a match."""
 
     def __init__(self, hidden_size: int, num_keys: int, key_size: int):
         super().__init__()
-        # No `nn.Linear`: engines put layers of their own in the place of these.
+        # Not an `nn.Linear`, which serving engines replace with their own layers.
         self.weight = nn.Parameter(torch.empty(key_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(key_size))
         self.keys = nn.Parameter(torch.empty(num_keys, key_size))
@@ -73,8 +73,8 @@ class KeyMatcher(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """
-        `(..., hidden_size) -> (..., num_keys)`, of all `keys` or of these, in float32 as thresholds are close to
-        similarities.
+        Compute similarities with the given keys, or with all if `None`: `(..., hidden_size) -> (..., num_keys)`. They
+        are in float32, as thresholds are close to similarities.
         """
         keys = self.keys if keys is None else keys
         with maybe_autocast(hidden_states.device.type, enabled=False):
@@ -84,16 +84,16 @@ class KeyMatcher(nn.Module):
 
 class NameFinder(nn.Module):
     """
-    Finds the names of subjects in texts, by the states that enter the first layer, which are embeddings of tokens.
+    Finds the names of subjects in texts, by the token embeddings that enter the first layer.
 
     Args:
         hidden_size (`int`)
         sizes ([`FactSizes`])
     """
 
-    # The cosine of two embeddings of the same token, one of them rounded to bfloat16, is at least this.
+    # Lower bound of the cosine of two embeddings of the same token, one of them rounded to bfloat16.
     SAME_TOKEN = 0.99
-    # By which the tokens of a name become one number.
+    # Base of the polynomial hash of the tokens of a name.
     MULTIPLIER = 6364136223846793005
 
     names: torch.Tensor
@@ -102,7 +102,7 @@ class NameFinder(nn.Module):
     def __init__(self, hidden_size: int, sizes: FactSizes):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(sizes.num_tokens, hidden_size))
-        # The tokens of each name as rows of `tokens`, with -1 before those of shorter ones, and whose name it is.
+        # The tokens of each name as rows of `tokens`, padded with -1 on the left, and the subject of each name.
         self.register_buffer("names", torch.full((sizes.num_names, sizes.longest_name), -1))
         self.register_buffer("subjects", torch.full((sizes.num_names,), -1))
 
@@ -115,8 +115,8 @@ class NameFinder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """
-        The subject whose name ends at each token, `(B, T)`, -1 for none; of several that of the longest name. `starts`
-        is where the sequence of each token begins: a name is in one of them.
+        The subject whose name ends at each token, `(B, T)`, -1 for none. The longest of several names counts. `starts`
+        is the place where the sequence of each token begins, as a name must lie within one sequence.
         """
         named = torch.full_like(tokens, -1)
         places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -135,7 +135,7 @@ class NameFinder(nn.Module):
 
     @torch.no_grad()
     def remove(self, subjects: torch.Tensor, kept_rows: torch.Tensor) -> None:
-        """Forget the names of some subjects, and the tokens that no other name has, but for `kept_rows`."""
+        """Remove the names of `subjects`, and the tokens that no other name has, except those in `kept_rows`."""
         self.names[torch.isin(self.subjects, subjects)] = -1
         rows = torch.arange(len(self.tokens), device=self.names.device)
         self.tokens[~torch.isin(rows, torch.cat([self.names.flatten(), kept_rows]))] = 0.0
@@ -143,11 +143,11 @@ class NameFinder(nn.Module):
 
 class FactRouter(nn.Module):
     """
-    Retrieves the expert of the fact's token that is to come, with a weight of one, or none, with a weight of zero.
+    Retrieves the expert of the answer's next token with a weight of one. If no fact is asked for, the weight is zero.
 
-    Of several subjects that were named and have a fact of the relation, the last one is meant. Where only a part of a
-    sequence is seen, as an engine without a cache of Transformers shows it, the subject of an answer that has begun is
-    taken to have come before.
+    If several named subjects have a fact of the relation, the last one counts. An engine without a cache of
+    Transformers shows the router only a part of a sequence. There, the subject of an answer that has already begun is
+    assumed to have come before this part.
     """
 
     expert_subjects: torch.Tensor
@@ -162,12 +162,12 @@ class FactRouter(nn.Module):
         self.subjects = NameFinder(config.hidden_size, sizes)
         num_questions = sizes.num_relations + sizes.num_continuations
         self.questions = KeyMatcher(config.hidden_size, num_questions, sizes.key_size)
-        # The subject and the question of each expert, and the token of the answer at which it opens, as a row of
-        # `subjects.tokens`. Those without a fact have none, -1, and the first ones of answers open at any token.
+        # The subject and the question key of each expert, and the answer's previous token as a row of
+        # `subjects.tokens`. It is -1 for the first token of an answer, and all three are -1 without a fact.
         for name in ("expert_subjects", "expert_questions", "expert_tokens"):
             self.register_buffer(name, torch.full((config.num_experts,), -1))
         self.decoder_forward: DecoderForward | None = None
-        # Activation checkpointing runs the layer again when the states of other layers are gone.
+        # For activation checkpointing, which runs the layer again when the embeddings are no longer known.
         self._last_output: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,13 +183,13 @@ class FactRouter(nn.Module):
     @torch.no_grad()
     def retrieve_facts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The expert of each token and the similarity of its question, both `(B, T)`, -2.0 where no fact can be meant: no
-        subject was named, or the question is nearer to another relation.
+        The expert of each token and the similarity of its question, both `(B, T)`. The similarity is -2.0 where no
+        subject was named, the answer has another previous token, or the question is nearer to another relation.
         """
         named, starts, present = self._named_subjects(hidden_states)
         has_hidden_past = self._has_hidden_past(starts)
         shape, num_relations = hidden_states.shape[:2], self.sizes.num_relations
-        # Of most texts there is none.
+        # Most texts have no candidates.
         is_candidate = torch.isin(self.expert_subjects, named) & (self.expert_questions >= 0)
         if has_hidden_past.any():
             is_candidate |= self.expert_questions >= num_relations
@@ -201,11 +201,11 @@ class FactRouter(nn.Module):
         mentions = self._last_mentions(named, starts, subjects)
         is_possible = (mentions >= 0) | (has_hidden_past[..., None] & (questions >= num_relations))
         is_possible &= (tokens < 0) | (tokens == present[..., None])
-        # Each key once, as the same product elsewhere in a matrix may be rounded otherwise.
+        # Compare with each key once: the rounding of a product may depend on its place in a matrix.
         relations = torch.arange(num_relations, device=questions.device)
         needed, places = torch.cat([relations, questions]).unique(return_inverse=True)
         similarities = self.questions(hidden_states, self.questions.keys[needed])
-        # A question of another relation is nearest to that, of which the subject may have no fact.
+        # A question of another relation is nearest to that relation's key, even if the subject has no such fact.
         nearest = similarities[..., :num_relations].amax(-1)
         similarities = similarities[..., places[num_relations:]].masked_fill(~is_possible, -2.0)
         best = similarities.amax(-1, keepdim=True)
@@ -215,8 +215,8 @@ class FactRouter(nn.Module):
 
     def _named_subjects(self, hidden_states):
         """
-        The subject that each token names, -1 for none, of those before in the cache too, `(B, past + T)`; where the
-        sequence of each token begins; and the tokens as rows of `subjects.tokens`, both `(B, T)`.
+        Three tensors: the subject that each token names, cached tokens included, `(B, past + T)`, -1 for none; the
+        place where the sequence of each token begins; and the tokens as rows of `subjects.tokens`, both `(B, T)`.
         """
         decoder = self.decoder_forward
         if decoder is None or decoder.embeddings is None:
@@ -234,13 +234,13 @@ class FactRouter(nn.Module):
 
     @staticmethod
     def _last_mentions(named, starts, subjects):
-        """The last place up to each token of its sequence that names each subject, -1 for none, `(B, T, subjects)`."""
+        """The last mention of each subject up to each token in its sequence, `(B, T, subjects)`, -1 for none."""
         places = torch.arange(named.shape[1], device=named.device)[:, None]
         mentions = torch.where(named[..., None] == subjects, places, -1).cummax(1)[0][:, -starts.shape[1] :]
         return torch.where(mentions >= starts[..., None], mentions, -1)
 
     def _starts(self, tokens):
-        """Where the sequence of each token begins, `(B, T)`: several of them may lie in one row."""
+        """The place where the sequence of each token begins, `(B, T)`. A row may hold several sequences."""
         positions = self.decoder_forward.position_ids
         if not isinstance(positions, torch.Tensor) or positions.shape != tokens.shape:
             return torch.zeros_like(tokens)
@@ -249,7 +249,7 @@ class FactRouter(nn.Module):
         return (places * jumps.to(places.device)).cummax(1)[0]
 
     def _has_hidden_past(self, starts):
-        """Whether tokens of the sequence came before what is seen of it, `(B, T)`."""
+        """Whether each token's sequence has earlier tokens that are neither in the input nor in a cache, `(B, T)`."""
         decoder = self.decoder_forward
         positions = decoder.position_ids
         if decoder.cache is not None or not isinstance(positions, torch.Tensor) or positions.shape != starts.shape:
@@ -259,7 +259,7 @@ class FactRouter(nn.Module):
 
 class FactGraft(PeerGraft):
     """
-    A graft whose experts are those of facts, see the module's docstring.
+    A graft whose experts hold the answers of facts, see the module's docstring.
 
     Args:
         config (`PeerConfig`): With one head, one expert for each head and no activation.
@@ -276,7 +276,7 @@ class FactGraft(PeerGraft):
         self.router = FactRouter(config, sizes)
 
     def experts_of(self, number: int) -> range:
-        """The experts of the fact with a number in `facts`."""
+        """The expert indices of the fact `facts[number]`."""
         first = sum(fact["num_experts"] for fact in self.facts[:number])
         return range(first, first + self.facts[number]["num_experts"])
 
@@ -288,8 +288,8 @@ class FactGraft(PeerGraft):
     @torch.no_grad()
     def remove(self, number: int) -> None:
         """
-        Remove the fact with a number in `facts`: its experts, the keys of its answer, and that of its subject if no
-        other fact has it. All others stay as they are.
+        Remove the fact `facts[number]`: its experts, the keys of its answer, and the names of its subject if no other
+        fact has it. All other facts stay as they are.
         """
         experts, router = list(self.experts_of(number)), self.router
         subjects = router.expert_subjects[experts]
@@ -319,28 +319,28 @@ def make_graft(
     fact_sizes: dict[str, int] | None = None,
     facts: list[dict[str, Any]] | None = None,
 ) -> PeerGraft:
-    """A graft without weights: a [`FactGraft`] if there are sizes of facts, otherwise a [`PeerGraft`]."""
+    """Make an uninitialized graft: a [`FactGraft`] if `fact_sizes` is given, otherwise a [`PeerGraft`]."""
     return PeerGraft(config, has_biases) if fact_sizes is None else FactGraft(config, FactSizes(**fact_sizes), facts)
 
 
 class NameTokens(DynamicLayer):
-    """The tokens of names in the sequences, kept in a model's cache beside the keys of its layers."""
+    """The tokens of sequences as rows of `NameFinder.tokens`, in a model's cache beside the keys of its layers."""
 
     owner: int | None = None
 
 
 def past_of(cache: Any, owner: int) -> torch.Tensor | None:
-    """The tokens of names that came earlier, `(B, past)`, `None` if a cache has none."""
+    """The tokens of earlier forward passes, `(B, past)`, or `None` if a cache has none."""
     layer = _layer_of(cache, owner)
     return None if layer is None or not layer.is_initialized else layer.keys[:, 0, :, 0]
 
 
 def keep_in_cache(cache: Any, owner: int, tokens: torch.Tensor) -> None:
     """
-    Add the tokens of names in a forward pass, `(B, T)`, to a cache.
+    Add the tokens of a forward pass, as rows of `NameFinder.tokens` and of shape `(B, T)`, to a cache.
 
     Raises:
-        `ValueError`: for a cache of fixed size, of pages or of offloaded layers, which cannot hold them.
+        `ValueError`: for a cache that cannot hold them: of fixed size, paged, or with offloaded layers.
     """
     layer = _layer_of(cache, owner)
     if layer is None:

@@ -81,11 +81,11 @@ class DenseFeedForward(nn.Module):
 class PeerFeedForward(nn.Module):
     """
     Parameter Efficient Expert Retrieval: each head retrieves the best k of N experts of one neuron by product keys,
-    and multiplies their activations by the router weights; the outputs of the heads are summed. The compute grows with
+    and multiplies their activations by the router weights. The outputs of the heads are summed. The compute grows with
     h (k d + √N d_k), the number of parameters with N d.
 
-    With k = 1 it is a feed-forward of h neurons that are chosen for each token; a softmax over one score is always 1,
-    so that the router then learns with `scoring_func="sigmoid"` or `"relu"` only. The outputs of a dense branch
+    With k = 1 it is a feed-forward of h neurons chosen for each token. A softmax over one score is always 1, so the
+    router then learns only with `scoring_func="sigmoid"` or `"relu"`. The outputs of a dense branch
     (`config.shared_expert_intermediate_size`) and of protected generations, each with its own router, are added.
 
     Args:
@@ -137,7 +137,7 @@ class PeerFeedForward(nn.Module):
 class PkmFeedForward(nn.Module):
     """
     Product-key memory, a baseline of the paper: `Σ g_i(x) v_i` over the best k of `config.num_experts` keys of each
-    head. What a value contributes depends on the token through its router weight alone.
+    head. A token influences the contribution of a value only through the router weight.
 
     Args:
         config (`PeerConfig`)
@@ -227,10 +227,10 @@ class MoeFeedForward(nn.Module):
 
     With `moe_routing="token_choice"` each token takes its best `moe_num_experts_per_tok` experts.
 
-    With `"expert_choice"` (Zhou et al., arXiv 2202.09368, the baseline of the paper) each expert takes, in training,
-    its best tokens of the micro-batch: as many as give every position, padding included, `moe_num_experts_per_tok`
-    experts on average. The output of padding is zero. As that choice depends on later tokens, evaluation and
-    generation route by token choice: training and evaluation losses are those of different functions.
+    With `"expert_choice"` (Zhou et al., arXiv 2202.09368, the baseline of the paper) each expert takes its best tokens
+    of the micro-batch in training. It takes so many that positions, padding included, get `moe_num_experts_per_tok`
+    experts on average. The output of padding is zero. As this choice depends on later tokens, evaluation and
+    generation use token choice: training and evaluation losses are those of different functions.
 
     Args:
         config (`PeerConfig`)

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A PEER layer beside or in place of a feed-forward of another model, its base model: the graft, the module that holds
-merged grafts, and what the base model's decoder tells them about its forward pass.
+PEER layers beside or in place of feed-forwards of another model, the base model: the graft, the module that holds
+merged grafts, and the state of the decoder's forward pass that grafts read.
 """
 
 import functools
@@ -64,23 +64,23 @@ def find_decoder_layers(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 class DecoderForward(threading.local):
     """
-    What the grafts in a decoder read about the forward pass in which they run: the `attention_mask`, `position_ids`
-    and `cache` that the decoder got, the `embeddings` that entered the first layer, and whether it `learns`, with a
-    backward pass to follow; `None` outside of one. Each thread has values of its own.
+    State of a decoder's present forward pass, which its grafts read: the `attention_mask`, `position_ids` and `cache`
+    that the decoder got, the `embeddings` that entered the first layer, and `learns`, whether a backward pass may
+    follow. Each is `None` outside of a forward pass. Each thread has its own values.
 
-    The layers of a base model hand a feed-forward nothing but hidden states, so hooks of the decoder note the rest
-    here, in one object that all its grafts hold. See [`watch_decoder`].
+    The layers of a base model pass only hidden states to a feed-forward. Hooks of the decoder therefore store the rest
+    in this object, which all its grafts hold. See [`watch_decoder`].
     """
 
     def __init__(self, decoder: nn.Module):
         self.decoder = decoder
-        # Not defaults of the class: the compiler of torch 2.9 takes those for what the instance holds.
+        # Not class attributes: the compiler of torch 2.9 takes those for the values of the instance.
         self.attention_mask: torch.Tensor | dict | None = None
         self.position_ids: torch.Tensor | None = None
         self.cache: Any = None
         self.embeddings: torch.Tensor | None = None
         self.has_embeddings = False
-        # What grafts do with the cache when the pass is over: before, there may be none.
+        # Functions to call with the cache at the end of the pass: before, there may be no cache.
         self.to_keep: list[Callable[[Any], None]] = []
         self.learns: bool | None = None
 
@@ -115,7 +115,7 @@ class DecoderForward(threading.local):
         self.to_keep = []
 
     def __deepcopy__(self, memo):
-        # Of its own for a copy of the whole decoder; a copy of a layer, such as PEFT's `modules_to_save` makes, stays.
+        # A copy of the whole decoder gets a new object. A copy of a layer, as in PEFT's `modules_to_save`, keeps this.
         return DecoderForward(memo[id(self.decoder)]) if id(self.decoder) in memo else self
 
     def __reduce__(self):
@@ -123,12 +123,12 @@ class DecoderForward(threading.local):
 
 
 def _cache_in(values: dict[str, Any]) -> Any:
-    """The cache among the arguments or the outputs of a decoder, by either of the names that releases give it."""
+    """The cache among a decoder's arguments or outputs, under either of its names in Transformers releases."""
     return next((values[name] for name in ("cache", "past_key_values") if values.get(name) is not None), None)
 
 
 def is_in_backward() -> bool:
-    """Whether a backward runs the caller, as activation checkpointing does to compute a layer again."""
+    """Whether the caller runs in a backward pass, as when activation checkpointing recomputes a layer."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -136,28 +136,28 @@ class PeerGraft(PeerFeedForward):
     """
     A PEER layer in a base model. Its `router` and `expert_pool` are those of [`PeerFeedForward`].
 
-    With `has_biases` every expert has a bias of its neuron and of its gate: hidden states get a last feature that is
-    one, and up-projection vectors a last element that it is multiplied with. `output_bias` is added to the output.
+    With `has_biases` every expert has a bias of its neuron and of its gate. These are the last elements of u_i and
+    w_i, which are multiplied by an additional feature of one. `output_bias` is added to the output.
 
     Args:
         config (`PeerConfig`): `hidden_size` is that of the base model, one more with `has_biases`.
         has_biases (`bool`, *optional*, defaults to `False`)
     """
 
-    # Whether its output is zero but for some tokens, for which it is the answer.
+    # Whether, of all grafts of this kind, only the last one that opens for a token contributes there.
     answers_alone = False
 
     def __init__(self, config: PeerConfig, has_biases: bool = False):
         super().__init__(config, layer_idx=0)
         self.config = config
-        # Set by `watch_decoder`; without it a forward is one by itself.
+        # Set by `watch_decoder`. If `None`, each call of `forward` is a forward pass of its own.
         self.decoder_forward: DecoderForward | None = None
         # For activation checkpointing, which runs a BatchNorm again when the decoder's forward pass is over.
         self.mask_to_recompute_with: torch.Tensor | dict | None = None
         self.output_bias = nn.Parameter(torch.empty(config.hidden_size - 1)) if has_biases else None
 
     def watch(self, decoder_forward: DecoderForward, layers: nn.ModuleList) -> None:
-        """Read from now on about the forward passes of a decoder with these layers."""
+        """Read the state of forward passes of a decoder with these layers from `decoder_forward`."""
         self.decoder_forward = decoder_forward
 
     def init_own_weights(self) -> None:
@@ -167,7 +167,7 @@ class PeerGraft(PeerFeedForward):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw weights as those of a PEER model are drawn, with `config.initializer_range`."""
+        """Initialize all weights as in a PEER model, with `config.initializer_range`."""
         module: Any
         for module in self.modules():
             if hasattr(module, "init_own_weights"):
@@ -200,9 +200,8 @@ class PeerGraft(PeerFeedForward):
 
     def _padding_mask(self, hidden_states, learns, recomputes):
         """
-        Where the inputs hold tokens. A recomputation needs it for the moments of a BatchNorm only, and takes that of
-        the graft's last forward: another batch may have come since, and only with its BatchNorm would the result
-        differ.
+        The padding mask of the inputs, `None` if there is none. A recomputation needs it only for the moments of a
+        BatchNorm, and then takes the mask of the graft's last forward: no other batch may come between.
         """
         attention_mask = None if self.decoder_forward is None else self.decoder_forward.attention_mask
         if learns and isinstance(self.router.query_norm, QueryBatchNorm):
@@ -219,8 +218,8 @@ class PeerGraft(PeerFeedForward):
 
 class GraftedFeedForward(nn.Module):
     """
-    The place of a feed-forward in a base model whose grafts are merged: the sum of the base model's own feed-forward,
-    unless a graft took its place, and of the grafts.
+    Replaces a feed-forward in a base model with merged grafts: adds the outputs of the grafts and, unless a graft took
+    its place, of the base model's own feed-forward.
     """
 
     def __init__(self, feed_forward: nn.Module | None, grafts: list[PeerGraft]):
@@ -248,8 +247,8 @@ def sum_of_branches(
     feed_forward: nn.Module | None, grafts: Iterable[nn.Module], hidden_states: torch.Tensor, **kwargs
 ) -> torch.Tensor:
     """
-    The sum of the outputs of a feed-forward, unless it is `None`, and of grafts, at least one if it is. Of the grafts
-    that answer alone, the last one that opens for a token does.
+    Add the outputs of grafts and of a feed-forward, if there is one. There must be at least one output. Of the grafts
+    with `answers_alone`, only the last one that opens for a token contributes there.
     """
     outputs: list[torch.Tensor] = []
     answered = None
@@ -268,8 +267,8 @@ def sum_of_branches(
 
 def watch_decoder(model: PreTrainedModel) -> None:
     """
-    Let all grafts that are now in a model read about the forward passes of its decoder, see [`DecoderForward`]. Call
-    it again when more have come. The hooks stay when grafts go.
+    Connect all present grafts of a model to the forward passes of its decoder, see [`DecoderForward`]. Call it again
+    after adding grafts. The hooks stay when grafts are removed.
     """
     name, decoder = find_decoder_layers(model)
     decoder_forward = getattr(decoder, f"{PREFIX}forward", None)

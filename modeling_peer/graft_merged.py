@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Models of Transformers with merged grafts: their configuration, which the auto classes find under the `model_type`
-"peer_grafted", and their classes, made of the base model's.
+"peer_grafted", and their classes, derived from those of the base model.
 """
 
 import copy
@@ -31,7 +31,7 @@ from .modeling_peer import ExtensibleCheckpoints, check_package
 
 MODEL_TYPE = "peer_grafted"
 
-# Prefix of the names of classes that are made of a base model's.
+# Prefix of the names of classes that are derived from those of a base model.
 CLASS_PREFIX = "PeerGrafted"
 
 # The auto classes of a decoder, and the mapping in which each finds a model by its configuration.
@@ -63,11 +63,10 @@ class PeerGraftedConfig(PreTrainedConfig):
         return grafted_config_class(base_class).from_dict(config_dict, **kwargs)
 
 
-# Any configuration and model of Transformers can be a base, so classes with grafts are made when they are needed, once
-# each.
+# Any model of Transformers can be a base model, so classes with grafts are made when they are needed, once each.
 @cache
 def grafted_config_class(base_class: Any) -> Any:
-    """The configuration class of a base model with grafts. The auto classes find its models from now on."""
+    """Make the configuration class of a base model with grafts, and register its models with the auto classes."""
     name = f"{CLASS_PREFIX}{base_class.__name__}"
     config_class = type(name, (base_class,), {"__module__": __name__, "model_type": MODEL_TYPE})
     for auto_class, mapping in AUTO_CLASSES.items():
@@ -94,17 +93,17 @@ def _grafted_model_class(base_class, config_class, auto_class_name):
 
 
 def _grafted_class_of(base_class, base_model_class):
-    """The class of models with grafts in the place where the auto classes find the base model's."""
+    """The class with grafts that the auto classes find in place of the base model's class."""
     mapping = next(each for each in AUTO_CLASSES.values() if each.get(base_class, None) is base_model_class)
     return mapping[grafted_config_class(base_class)]
 
 
 def __getattr__(name):
     """
-    Find a class that is made of a base model's by its name.
+    Find a class derived from one of a base model by its name.
 
-    Two callers have nothing but the name, in a process where the class may not exist yet: `pickle`, and the auto
-    classes, which look up in this module what `auto_map` of a checkpoint names (`trust_remote_code=True`).
+    Two callers have only the name, in a process where the class may not exist yet: `pickle`, and the auto classes with
+    `trust_remote_code=True`, which look up the names in the `auto_map` of a checkpoint in this module.
     """
     base_class = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if CLASS_PREFIX in name else None
     if base_class is None:
@@ -158,8 +157,8 @@ def check_mergeable(model: PreTrainedModel) -> None:
 
 def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Make a model whose layers hold [`GraftedFeedForward`] one that is saved and loaded with them. Parameters of grafts
-    get the dtype of the model, as they would when it is loaded.
+    Convert a model whose layers hold [`GraftedFeedForward`] so that it is saved and loaded with its grafts. Parameters
+    of grafts get the dtype of the model, as they would when it is loaded.
 
     Returns the model itself, now of a class with grafts. Raises `ValueError` as [`check_mergeable`] does.
     """
@@ -170,8 +169,8 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
     else:
         _give_own_config(model, grafted_config_class(base_class))
         model.config.host_model_type = base_class.model_type
-        # Its class is what a checkpoint names and carries the code of. It is assigned, as FSDP2 and parametrizations
-        # of torch do, so that the caller, hooks and wrappers of `forward` that hold the model go on holding it.
+        # A checkpoint names the class of the model and carries its code. The class is assigned, as FSDP2 and
+        # parametrizations of torch do, so that the caller, hooks and wrappers of `forward` keep the same model.
         model.__class__ = _grafted_class_of(base_class, type(model))
     grafts = {}
     for name, module in model.base_model.named_modules():
@@ -187,7 +186,7 @@ def merge_grafts(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _give_own_config(model, config_class):
-    """Give a model and its modules a copy of its configuration, of a class; another model may share the original."""
+    """Give a model and its modules a copy of its configuration, as another model may share the original."""
     config = config_class.__new__(config_class)
     copies: dict[int, Any] = {id(model.config): config}
     config.__dict__.update(copy.deepcopy(model.config.__dict__, copies))

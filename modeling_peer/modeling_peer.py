@@ -47,9 +47,9 @@ from .router import ForwardPass, ProductKeyRouter
 
 class CheckpointInterface(GeneralInterface):
     """
-    What an installed package adds to how models are loaded, split, trained and saved: functions
-    `extend(method, model, *args, **kwargs)`, registered under the name of the method that they wrap. `method` is the
-    bound method of Transformers; `model` is the model, or its class for a class method.
+    Mapping from names of methods to functions `extend(method, model, *args, **kwargs)` that wrap them. With these, an
+    installed package extends how models are loaded, split, trained and saved. `method` is the bound method of
+    Transformers; `model` is the model, or its class for a class method.
     """
 
     _global_mapping: dict[str, Any] = {}
@@ -84,12 +84,12 @@ class ExtensibleCheckpoints:
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DistributedDataParallel reads it of the model that it wraps.
+        # DistributedDataParallel reads this from the model that it wraps.
         return ALL_CHECKPOINT_FUNCTIONS.get("_ddp_params_and_buffers_to_ignore", lambda model: [])(self)
 
 
 def check_package(config: Any) -> None:
-    """Raise `ImportError` if a checkpoint is quantized as the package `modeling_peer` does, and that is missing."""
+    """Raise `ImportError` if a checkpoint is quantized by `modeling_peer` and that package is not imported."""
     quantization = getattr(config, "quantization_config", None)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method == "peer" and method not in AUTO_QUANTIZER_MAPPING:
@@ -102,9 +102,9 @@ class PeerModelOutputWithPast(MoeModelOutputWithPast):
     r"""
     router_indices (`tuple(torch.Tensor)`, *optional*, returned when `output_router_indices=True`):
         Indices of the experts that every token retrieved, best first: one tensor per router, the first router of a
-        layer before those of its added experts. Of shape
-        `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` for PEER and PKM layers, and
-        `(batch_size * sequence_length, moe_num_experts_per_tok)`, what tokens choose, for MoE layers.
+        layer before those of its added experts. PEER and PKM layers give the shape
+        `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)`. MoE layers give the choices of
+        tokens, of shape `(batch_size * sequence_length, moe_num_experts_per_tok)`.
     router_weights (`tuple(torch.Tensor)`, *optional*, returned when `output_router_weights=True`):
         Router weights of these experts, of the same shapes.
     router_logits (`tuple(torch.Tensor)`, *optional*, returned when `output_router_logits=True`):
@@ -208,7 +208,7 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
         self.layers = nn.ModuleList([PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        # One module for all PEER layers: a tied key would count only with tied embeddings.
+        # One module for all PEER layers: Transformers ties parameters only if embeddings are tied.
         shares_pool = config.share_experts_across_layers and "peer" in config.feed_forward_types
         self.expert_pool = ExpertPool(config, generations_of(config)) if shares_pool else None
         self.gradient_checkpointing = False
@@ -229,8 +229,8 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
         r"""
         cache (`Cache`, *optional*): The KV cache, `past_key_values` before Transformers 5.24.
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True (or 1) where there is a token, which feed-forwards learn from; taken from a two-dimensional
-            `attention_mask` if not given. Attention does not read it.
+            True (or 1) for tokens, False (or 0) for padding, which feed-forwards do not learn from. Taken from a
+            two-dimensional `attention_mask` if not given. Attention does not read it.
 
         Returns:
             [`PeerModelOutputWithPast`], or a tuple of its elements if `return_dict=False`.
@@ -255,7 +255,7 @@ class PeerModel(PeerPreTrainedModel, LlamaModel):
 
 
 def _padding_mask(attention_mask, input_ids, inputs_embeds):
-    """The columns of the present tokens in a mask of past and present tokens; `None` if it is of another form."""
+    """The columns of present tokens in a two-dimensional mask of past and present ones. `None` for other masks."""
     inputs = inputs_embeds if input_ids is None else input_ids
     if inputs is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
@@ -298,7 +298,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         r"""
         cache (`Cache`, *optional*): The KV cache, `past_key_values` before Transformers 5.24.
         padding_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True (or 1) where there is a token, as in [`PeerModel`]. The load-balancing loss leaves padding out.
+            True (or 1) for tokens, as in [`PeerModel`]. The load-balancing loss leaves padding out.
 
         Returns:
             [`PeerCausalLMOutputWithPast`], or a tuple of its elements if `return_dict=False`.
@@ -338,7 +338,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
 
 class PeerHead:
-    """Registers [`PeerModel`] with `AutoModel`, where generic heads look: code of a checkpoint is not registered."""
+    """Registers [`PeerModel`] with `AutoModel` for the generic heads, as code from a checkpoint is not registered."""
 
     def __init__(self, config: PeerConfig):
         AutoModel.register(type(config), PeerModel, exist_ok=True)

@@ -27,15 +27,15 @@ OPEN_LOGIT = 32.0  # a logit whose sigmoid is 1 in float32
 
 class ForwardPass:
     """
-    One forward pass of a base model, given to every layer, and marked as ended after the last. A layer cannot see
-    either by itself: activation checkpointing runs it without gradients, and again in the backward pass.
+    The state of one forward pass of a base model, which is passed to every layer and marked as ended after the last. A
+    layer cannot find this out: activation checkpointing runs it without gradients, and again in the backward.
 
     Args:
         learns (`bool`): Whether the model is in training mode and gradients are enabled.
-        has_ended (`bool`, *optional*, defaults to `False`): Whether it is over: a layer that runs now recomputes.
+        has_ended (`bool`, *optional*, defaults to `False`): Whether the pass is over, so that a layer recomputes.
     """
 
-    # Not a dataclass, of which FSDP2 gives each layer a copy, and that does not see the end.
+    # Not a dataclass: FSDP2 would give each layer its own copy, which would not be marked as ended.
     def __init__(self, learns: bool, has_ended: bool = False):
         self.learns, self.has_ended = learns, has_ended
 
@@ -67,21 +67,21 @@ class QueryBatchNorm(nn.BatchNorm1d):
     of the paper; its table 3 shows that it evens out how often experts are used).
 
     In training, a query is normalized by the moments of the whole micro-batch, later tokens and other sequences
-    included. In evaluation and generation the running statistics take their place, and a token depends on its past
-    alone. Where training must be strictly causal, choose `query_norm="rms"` or `None`. The running statistics are
-    used, and left unchanged, in training mode too: where the norm is frozen (its `weight` requires no gradient), and
-    where gradients are off, as when a policy generates.
+    included. In evaluation and generation the running statistics are used, and a token depends on its past alone. For
+    strictly causal training, choose `query_norm="rms"` or `None`. In training mode, the running statistics are used
+    and left unchanged if the norm is frozen (its `weight` requires no gradient), or if gradients are disabled, as when
+    a policy generates.
 
-    Moments are computed in float32 (float64 for float64 queries). Where `torch.distributed` is initialized they are
+    Moments are computed in float32 (float64 for float64 queries). If `torch.distributed` is initialized, they are
     those of the joint batch of all ranks, with gradients: every rank must run equally many training forward passes.
-    Running statistics take up each micro-batch once, also where layers are checkpointed: see [`ForwardPass`].
+    Each micro-batch updates the running statistics once, also with activation checkpointing: see [`ForwardPass`].
 
     Args:
         num_features (`int`): Elements of a query, of all heads together.
         eps (`float`, *optional*, defaults to 1e-5): Added to the variance.
 
     Attributes:
-        num_replicas (`int`): How many ranks see each batch: more than one under tensor parallelism.
+        num_replicas (`int`): Number of ranks that see the same batch: more than one under tensor parallelism.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -108,7 +108,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
         statistics = self.running_mean, self.running_var
         if not (self.training and forward_pass.learns and self.weight.requires_grad):
-            # For a backward, copies: a forward that comes before it may change the statistics.
+            # The backward pass needs copies: another forward pass before it may change the statistics.
             copies = (each.to(features.dtype, copy=torch.is_grad_enabled()) for each in statistics)
             normalized = F.batch_norm(features, *copies, weight, bias, eps=self.eps)
         elif self._is_plain(features, padding_mask):
@@ -126,9 +126,9 @@ class QueryBatchNorm(nn.BatchNorm1d):
         return normalized.view_as(queries)
 
     def _is_plain(self, features, padding_mask):
-        """Whether torch's own BatchNorm, which is faster, computes the same. A look at a mask on a GPU would wait."""
+        """Whether torch's faster BatchNorm gives the same result. Reading a mask on a GPU would synchronize."""
         if torch.compiler.is_compiling() or features.dtype != self.running_mean.dtype or len(features) < 2:
-            return False  # a compiler fuses the other way well
+            return False  # a compiler fuses the explicit computation well
         can_look = features.is_cpu and type(padding_mask) is torch.Tensor
         return not self._spans_ranks() and (padding_mask is None or (can_look and bool(padding_mask.all())))
 
@@ -157,7 +157,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
     @torch.no_grad()
     def _update_statistics(self, mean, variance, count):
         unbiased_variance = variance * (count / (count - 1).clamp(min=1))
-        # One token has no variance, and none has not even a mean. Decided on the device: no synchronization.
+        # Fewer than two tokens have no variance and update no moments. `torch.where` avoids a synchronization.
         momentum = torch.where(count > 1, self.momentum, 0.0)
         self.running_mean += momentum * (mean - self.running_mean)
         self.running_var += momentum * (unbiased_variance - self.running_var)
@@ -232,7 +232,7 @@ class ProductKeyRouter(nn.Module):
         return indices.view(shape), weights.view(shape).to(hidden_states.dtype)
 
     def retrieve(self, queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is registered under `config.expert_kernels`. A method, as masks of experts replace it from outside."""
+        """Retrieve as `config.expert_kernels` says. This is a method so that expert masks can replace it."""
         retrieve = find_function(ALL_RETRIEVAL_FUNCTIONS, self.config.expert_kernels, queries.device.type)
         return retrieve(queries, sub_keys, k)
 
@@ -266,8 +266,8 @@ class GateLogit(nn.Linear):
 class ExpertGate(nn.Module):
     """
     A gate that decides which inputs use the added experts: a classifier `sigmoid(w · gelu(W x + b) + c)` that
-    multiplies their output. It starts so far open that no gradient moves it: it is fitted by itself. It is exactly
-    zero where it would be less than one percent open. It is not the gate w_i of gated experts.
+    multiplies their output. It starts so wide open that no gradient changes it: [`fit_gates`] fits it separately. It
+    is exactly zero where it would be less than one percent open. It is not the gate w_i of gated experts.
     """
 
     def __init__(self, hidden_size: int):

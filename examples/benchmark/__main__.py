@@ -51,7 +51,7 @@ WORKER = "benchmark.worker"
 SECTIONS = ("forward", "training", "experts", "scaling", "decode", "quantized")
 PRODUCTS = ("query_product", "query_product_dx", "query_product_dw", "key_product")
 ROWS = ("row_read_bag", "row_read_select", "write", "copy")
-INTEGER_ROWS = ROWS[1:]  # torch sums no bags of integers
+INTEGER_ROWS = ROWS[1:]  # `F.embedding_bag` takes no integer tables
 VERSIONS = ("torch", "transformers", "PEER-pytorch")
 LAYERS = ("peer", "peer_eager", "peer_pytorch", "doge_cdmoe", "pkm", "pkm_embedding_bag", "dense", "dense_gated")
 
@@ -190,7 +190,7 @@ def section_tasks(args: BenchmarkArguments) -> dict[str, list[Task]]:
 
 
 def conditions(args: BenchmarkArguments) -> dict:
-    """Conditions that times depend on, beside the task."""
+    """Conditions, besides the task, that the measured times depend on."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor_name(),
@@ -207,9 +207,9 @@ def _read(file):
 
 def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
     """
-    Saves the expert indices that the first layer with a router of the checkpoint retrieves, of shape `(num_tokens,
-    num_active)`, for the start of held-out files of the text that the examples train on. Raises `ValueError` if the
-    pool of the checkpoint has another size.
+    Save the expert indices that the checkpoint's first layer with a router retrieves, of shape `(num_tokens,
+    num_active)`. The tokens are the first ones of held-out files of the examples' default text. Raises `ValueError` if
+    the checkpoint has another pool size or another number of active experts.
     """
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint).eval()
     sizes = {name: getattr(model.config, name) for name in ("num_experts", "num_experts_per_tok")}
@@ -228,7 +228,7 @@ def save_trained_indices(args: BenchmarkArguments, file: Path) -> None:
 
 
 def make_job(tasks: list[Task], args: BenchmarkArguments, turn: int) -> dict:
-    """The job of a process in its turn: tasks of one contender, with new tokens in each turn."""
+    """The job of a worker process: tasks of one contender. Each turn has a seed of its own, and so new tokens."""
     return {
         "tasks": [asdict(task) for task in tasks],
         "seed": turn,
@@ -246,8 +246,8 @@ def repetitions_per_turn(args: BenchmarkArguments) -> int:
 
 def run_worker(tasks: list[Task], args: BenchmarkArguments, turn: int, checkout: str | None = None) -> list[dict]:
     """
-    Measures tasks of one contender in a process of their own, and returns one record per task. The process runs the
-    code of another checkout if it is named.
+    Measure tasks of one contender in a process of their own, and return one record per task. If `checkout` is given,
+    the process runs the code of that checkout.
     """
     job = make_job(tasks, args, turn)
     done = subprocess.run(
@@ -265,7 +265,7 @@ def run_worker(tasks: list[Task], args: BenchmarkArguments, turn: int, checkout:
 
 
 class Store:
-    """The file of results, which is written after every process, and the measurements that are missing in it."""
+    """The results file, which is written after every worker process, with lookups of missing measurements."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -291,7 +291,7 @@ class Store:
         return next((r for r in records if {key: r[key] for key in fields} == fields), None)
 
     def missing(self, name: str, tasks: list[Task], repetitions: int) -> list[Task]:
-        """Tasks with fewer repetitions so far, without those that cannot be measured."""
+        """Tasks that have fewer repetitions so far, except those recorded as impossible to measure."""
         records = [self.record_of(name, task) for task in tasks]
         return [
             task
@@ -311,7 +311,7 @@ class Store:
 
 
 def measure_sections(args: BenchmarkArguments, store: Store) -> None:
-    """Measures every section, every contender in its turns."""
+    """Measure all sections; within each, the contenders take turns."""
     sections = section_tasks(args)
     for name in sections:
         store.open_section(name, conditions(args), args.overwrite)

@@ -3,9 +3,9 @@
 """
 The contenders of the benchmark, with random weights.
 
-Retrieval costs all PEER contenders the same FLOPs: each head of PEER-pytorch has its own sub-keys, while heads of this
-package share them, but each query is compared with equally many. No contender normalizes queries. Random weights do
-not retrieve as trained ones do.
+Retrieval costs all PEER contenders the same FLOPs: each head of PEER-pytorch has its own sub-keys and heads of this
+package share them, but each query is compared with the same number. Single layers do not normalize queries; whole
+models do. Random weights retrieve other experts than trained weights.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The data type as torch has it."""
+        """The data type as a `torch.dtype`."""
         return getattr(torch, self.dtype)
 
     @property
@@ -171,11 +171,11 @@ CONTENDERS: dict[str, Callable[[Task], nn.Module]] = {
     "peer-mid_int4": mid_model,
     "dense-mid": lambda task: mid_model(task, feed_forward_types=["dense"] * 12),
 }
-# Bits of the expert tables of contenders that are quantized when they have their weights.
+# Contenders whose expert tables are quantized once they have their weights, and the bits.
 BITS = {"expert_part_int8": 8, "expert_part_int4": 4, "peer-mid_int8": 8, "peer-mid_int4": 4}
 OURS = ("peer", "pkm", "expert_part", "peer-mid", "peer-tiny", *BITS)
 NUM_TABLES = {"pkm": 1, "pkm_embedding_bag": 1, "dense": 0, "dense_gated": 0, "dense-tiny": 0, "dense-mid": 0}
-NUM_TABLES |= dict.fromkeys(BITS, 3)  # in bfloat16 first
+NUM_TABLES |= dict.fromkeys(BITS, 3)  # two in bfloat16, beside the quantized ones
 
 
 def build(task: Task, device: str = "cpu") -> nn.Module:
@@ -185,7 +185,7 @@ def build(task: Task, device: str = "cpu") -> nn.Module:
     try:
         with no_init_weights(), torch.device(device):
             module = CONTENDERS[task.contender](task)
-            advise_tables(module, advise_huge_pages)  # as where the package makes a model
+            advise_tables(module, advise_huge_pages)  # as the package does when it makes a model
     finally:
         torch.set_default_dtype(default)
     for parameter in module.parameters():

@@ -16,7 +16,7 @@ from common.pictures import VARIANTS, add_legend, look_of, new_figure, save_pict
 
 SIZE = ("hidden_size", "num_experts", "num_tokens", "dtype", "indices")
 
-# Added to the name of a section that was measured with the code of another checkout, in turn with it.
+# Suffix of the names of sections that were measured with the code of another checkout.
 AGAINST = ", other checkout"
 
 
@@ -33,8 +33,8 @@ class Results:
 
     def value(self, section: str, name: str, **fields) -> float | None:
         """
-        The value `name` of one record, `"seconds"` for the median time; of several records, that of the smallest
-        width.
+        The value `name` of the matching record, where `"seconds"` stands for its median time. If several match, the
+        record with the smallest `hidden_size` is used.
         """
         found = [record for record in self.records(section, **fields) if record["seconds"]]
         if not found:
@@ -86,7 +86,7 @@ def table(results: Results, section: str) -> str:
     machine = results.records(section, contender="machine")
     layers = [record for record in results.records(section) if record not in machine]
     names = ("operation", *SIZE)
-    layers.sort(key=lambda record: tuple(str(record[name]).zfill(9) for name in names))  # numbers by size
+    layers.sort(key=lambda record: tuple(str(record[name]).zfill(9) for name in names))  # sorts numbers by value
     for key, group in groupby(layers, lambda record: tuple(record[name] for name in names)):
         operation, width, experts, tokens, dtype, indices = key
         skew = f", {indices} indices" if indices else ""
@@ -122,7 +122,7 @@ def _line(results, section, record, peer):
 
 
 def comparison_table(results: Results, sections: Iterable[str]) -> str:
-    """The table of the times of this checkout over those of another, medians, with 95 % intervals."""
+    """Table of the median times of this checkout and of another one, and of their ratios with 95 % intervals."""
     lines = [f"{'':<74}{'ms':>10}{'other ms':>10}{'ratio':>8}{'95 % interval':>17}"]
     for section in sections:
         for record in results.records(section):
@@ -139,7 +139,7 @@ def comparison_table(results: Results, sections: Iterable[str]) -> str:
 
 
 def ratio_interval(over: list[float], under: list[float]) -> tuple[float, float]:
-    """The 95 % interval of the ratio of two medians, by a bootstrap of either list."""
+    """The 95 % interval of the ratio of two medians, by a bootstrap of both lists."""
     draw = Random(0).choices
     ratios = [median(draw(over, k=len(over))) / median(draw(under, k=len(under))) for _ in range(2000)]
     ends = quantiles(ratios, n=40)
@@ -147,7 +147,7 @@ def ratio_interval(over: list[float], under: list[float]) -> tuple[float, float]
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plots bars of times with their floors, curves against N and T, and experts alone and decoding."""
+    """Plot bars of times with their floors, curves against N and T, and bars of experts alone and of decoding."""
     figure = new_figure(15, 9)
     panels = figure.subplots(2, 3).flat
     for axes, (section, operation) in zip(

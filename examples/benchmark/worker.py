@@ -28,14 +28,14 @@ from modeling_peer.memory.advice import advise_huge_pages
 from modeling_peer.ops.kernels import resolve_kernels
 
 
-# Steps of a decoding measurement, of one token each, and the tokens of its prompt.
+# One-token steps of a decoding measurement, and the number of tokens of its prompt.
 DECODED_TOKENS, PROMPT_TOKENS = 16, 64
 
 
 def expert_kernels(module: nn.Module, allow_fallback: bool) -> str | None:
-    """Kernels of the experts of a module of this package. Raises `RuntimeError` if they are not the C kernels."""
+    """Names of the kernels of a module's experts. Raises `RuntimeError` for others than C, unless `allow_fallback`."""
     configured = {part.config.expert_kernels for part in module.modules() if hasattr(part, "config")} - {"auto"}
-    # Of a quantized table the last parameter is its scales, of a dtype that kernels know.
+    # The last parameter of a quantized table is its scales, whose dtype the kernels know.
     tables = [[*table.parameters()][-1] for table in expert_tables(module).values()]
     names = configured or {resolve_kernels(None, table) for table in tables}
     if names - {"cpu"} and not allow_fallback:
@@ -70,7 +70,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """By how many bytes memory use rises during a call. `None` where the system does not report it."""
+    """The bytes by which memory use rises during a call. `None` where the system does not report it."""
     if sys.platform != "linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)
@@ -82,7 +82,7 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
 
 
 def make_optimizer(module: nn.Module, task: Task) -> torch.optim.Optimizer:
-    """[`RowAdamW`] for layers of this package, whose gradients come in factors; torch's fused AdamW for others."""
+    """[`RowAdamW`] for layers of this package, whose gradients are factored; torch's fused AdamW for others."""
     if task.contender not in OURS:
         return torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     second_moment = "row" if task.operation == "step_row_moment" else "full"
@@ -98,7 +98,7 @@ class LayerRun:
         self.module, self.task = module, task
         self.trained_indices = torch.load(indices_file) if task.indices == "trained" else None
         self.steps = task.operation.startswith("step")
-        # A backward alone has one too: gradients come in factors while there is an optimizer that takes them.
+        # A backward alone needs an optimizer too: without one that takes factors, gradients would be dense.
         self.optimizer = None if task.operation == "forward" else make_optimizer(module, task)
 
     def prepare(self) -> None:
@@ -127,7 +127,7 @@ class LayerRun:
             self.optimizer.step()
 
     def facts(self) -> dict:
-        """What is measured once, apart from time."""
+        """Measurements besides time, made once: peak memory, optimizer state and the number of distinct rows."""
         self.prepare()
         self.module.zero_grad()
         facts = {"peak_bytes": peak_bytes(self)}
@@ -143,9 +143,7 @@ class LayerRun:
 
 
 def draw_indices(task: Task, trained: torch.Tensor | None) -> torch.Tensor:
-    """
-    Draws expert indices of shape `(num_tokens, num_active)`: uniform, by Zipf's law, or of tokens of a trained model.
-    """
+    """Draw expert indices `(num_tokens, num_active)`: uniformly, by Zipf's law, or from those of a trained model."""
     shape = (task.num_tokens, task.num_active)
     if task.indices == "uniform":
         return torch.randint(task.num_experts, shape)
@@ -221,11 +219,11 @@ class MachineRun:
     @torch.no_grad()
     def __call__(self) -> None:
         operation = self.task.operation
-        if operation == "row_read_bag":  # the faster of these two counts
+        if operation == "row_read_bag":  # of this and the next, the faster one counts
             bags = self.rows[: self.count // 128 * 128].view(-1, 128) if self.count >= 128 else self.rows[None]
             F.embedding_bag(bags, self.table, mode="sum")
         elif operation == "row_read_select":
-            for rows in self.rows.split(512):  # written rows stay in the cache
+            for rows in self.rows.split(512):  # small pieces: written rows stay in the cache
                 torch.index_select(self.table, 0, rows, out=self.out[: len(rows)])
         elif operation == "write":
             self.out.fill_(1.0)

@@ -1,1 +1,1 @@
-"""What the example scripts, the studies and the benchmark share."""
+"""Code that the example scripts, the studies and the benchmark share."""

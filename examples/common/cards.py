@@ -20,7 +20,7 @@ from modeling_peer import PeerConfig, model_costs
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
 
-# A line of the cards that trainings write, and where the code of such a card loads the model from.
+# The line that marks cards written by a training, and the placeholder from which their example code loads the model.
 MARK = "<!-- Written by a training, which replaces this file again unless this line is removed. -->"
 FOLDER = "path/to/this/folder"
 
@@ -28,25 +28,25 @@ FOLDER = "path/to/this/folder"
 # `brown`.
 RESULTS = {"perplexity": "Held-out perplexity", "eval_loss": "Held-out loss, nats per token"}
 
-# … and of results of other models that it is compared with: what it was before it was taught a domain.
+# … and of results to compare with: those before the model was taught a domain, and without the added experts.
 COMPARED = {
     "perplexity_before": "Held-out perplexity before experts were added",
     "perplexity_masked": "Held-out perplexity with the added experts masked",
 }
 
-# Of the example code, unless another is given.
+# Defaults of the example code.
 PROMPT, MAX_NEW_TOKENS = "def main(", 30
 
 USAGE_PICTURE = "expert_usage.png"
 
-# What the example scripts save of a training for its card: `data`, `base_model` and `settings`.
+# The file in which the example scripts describe a training for its card: `data`, `base_model` and `settings`.
 TRAINING_FILE = "training.json"
 
-# … and of the flags of a teaching, with paths of this machine. `Trainer` pushes no file whose name begins so.
+# … and the file of the flags of a teaching, with local paths. `Trainer` does not push files that begin with "_".
 TEACHING_FLAGS_FILE = "_teaching_flags.json"
 
-# What the measures of expert usage mean, and what is healthy: the figures are those of the scaling study's models with
-# BatchNorm on 65,536 tokens of held-out text, of which results.json has `usage`.
+# Explains the measures of expert usage and their healthy values. The figures come from the scaling study's models with
+# BatchNorm on 65,536 tokens of held-out text: `usage` in its results.json.
 USAGE_GUIDE = (
     "Usage is the share of experts that some token retrieved; short texts use fewer. Unevenness is how far router weight "
     "is from equal shares, in nats: 0 if all experts get the same, log N if one gets all. Top-1 usage counts experts that "
@@ -81,19 +81,19 @@ def make_card(
         results (`dict[str, float]`):
             Results as in all_results.json. Keys that are neither in `RESULTS` nor in `COMPARED` are left out.
         license, dataset_name (`str`, *optional*):
-            License of the model, and the dataset that it was trained on, which metadata name if it is of the Hub.
+            License of the model, and the dataset that it was trained on. Metadata name only a dataset of the Hub.
         tags (`list[str]`, *optional*): Tags in addition to `peer`, which models with PEER layers and adapters have.
         description (`str`, *optional*): Further description, in Markdown.
         prompt (`str`, *optional*), max_new_tokens (`int`, *optional*):
             Prompt of the example code, and number of tokens that it generates.
         training (`dict`, *optional*):
-            What is known of the training: `data` and `base_model` by their names, and `settings`. Metadata name a base
-            model of the Hub only.
+            Description of the training: the names of its `data` and `base_model`, and its `settings`. Metadata name
+            only a base model of the Hub.
         usage_picture (`bool`, *optional*, defaults to `False`):
             Whether the repository has a picture of the usage of experts, see [`plot_usage`].
         name_or_path (`str`, *optional*):
-            Where the example code loads the model from, if that is not `repo_id`. The card is then one that a push
-            replaces.
+            Where the example code loads the model from, if not from `repo_id`. The card is then marked as one that a
+            training or a push replaces.
     """
     training = training or {}
     dataset_name = None if dataset_name is None else id_on_hub(dataset_name)
@@ -146,7 +146,7 @@ def make_card(
 
 
 def id_on_hub(name: str) -> str | None:
-    """The id of a dataset or a model, or `None` if it is named by a folder of this machine."""
+    """The id of a dataset or a model. `None` if the name is a local path or cannot be an id of the Hub."""
     if os.path.exists(name):
         return None
     try:
@@ -163,8 +163,8 @@ def is_written_card(file: Path) -> bool:
 
 def card_of_folder(folder: Path, repo_id: str, config: PreTrainedConfig, **options: Any) -> ModelCard:
     """
-    Makes the card of a trained model and a picture of the usage of its experts, with what its training left in the
-    folder: results, settings and logs.
+    Make the card of a trained model and a picture of its expert usage, from the results, settings and logs that its
+    training left in the folder.
 
     Args:
         folder (`Path`): Folder of the model. The picture is written into it.
@@ -255,7 +255,7 @@ def plot_usage(history: list[dict[str, float]], file: Path) -> bool:
             name = key.partition("/")[2].replace("_", " ")
             axes.plot(*zip(*points, strict=True), marker=".", color=color, label=name)
         found = [entry[key] for key in logged[measure] for entry in history if key in entry]
-        highest = max(filter(math.isfinite, found), default=0)  # of a training that diverged
+        highest = max(filter(math.isfinite, found), default=0)  # not all are if it diverged
         axes.set(xlabel="training step", ylabel=label, ylim=(0, 1.1 * highest or 1))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)

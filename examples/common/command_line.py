@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of the examples, as those of Transformers' own examples are."""
+"""Command-line flags of the examples, in the style of Transformers' own examples."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 
 class UsageError(ValueError):
-    """What users can mend, flags or files. The message is all that they need to read."""
+    """An error in flags or files, which users can fix. Its message alone, without a traceback, tells them how."""
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -66,7 +66,7 @@ def _main_dataclass(dataclass_types, names):
 
 @contextmanager
 def ends_on_usage_error(*error_types: type[Exception]) -> Iterator[None]:
-    """Ends the program on `UsageError` or errors of these types, with the message and the exit code of wrong flags, 2."""
+    """End the program on `UsageError` or errors of these types, with their message and exit code 2."""
     try:
         yield
     except (UsageError, *error_types) as error:
@@ -76,11 +76,11 @@ def ends_on_usage_error(*error_types: type[Exception]) -> Iterator[None]:
 
 def command_to_share(words: Sequence[str], secret: str | None = None) -> str:
     """
-    A command line without what is this machine's own: of files and folders it has the names alone.
+    A command line without local paths: it keeps only the names of files and folders.
 
     Args:
         words (`Sequence[str]`): The words of the command, the first of which is the script.
-        secret (`str`, *optional*): A value that is left out, a token.
+        secret (`str`, *optional*): A value, such as an access token, that `TOKEN` replaces.
     """
     shown = [os.path.basename(words[0])]
     for word in words[1:]:
@@ -90,7 +90,7 @@ def command_to_share(words: Sequence[str], secret: str | None = None) -> str:
 
 
 def _without_place(value):
-    """The name of a file or folder, or of a pattern. A relative name of two parts may be an id of the Hub."""
+    """The last part of a path or pattern. A name of two parts that is no local path is kept: it may be a Hub id."""
     is_place = os.path.exists(value) or has_magic(value) or value.startswith((".", "/", "~"))
     return Path(value).name or value if is_place or len(Path(value).parts) > 2 else value
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Text that is on every machine, the source code of Python's standard library, and a tokenizer that is trained on it."""
+"""Text that every machine has, the source code of Python's standard library, and a tokenizer that is trained on it."""
 
 import sys
 import sysconfig
@@ -21,7 +21,7 @@ SKIPPED_FILES = "_sysconfigdata"
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
-# So that chats can be tried, `transformers serve` and `transformers chat`: plain text, as new models know no roles.
+# Lets users try `transformers serve` and `transformers chat`. Chats are plain text, as new models know no roles.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -86,7 +86,7 @@ def byte_level_tokenizer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=alphabet,
-        show_progress=sys.stdout.isatty(),  # its bars are empty lines in a file
+        show_progress=sys.stdout.isatty(),  # in a file, its bars are empty lines
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

@@ -27,8 +27,8 @@ def machine() -> dict[str, Any]:
 
 class OwnMemory:
     """
-    The memory that this Linux process has for itself, not mapped from files, in bytes: as `start` at the beginning of
-    the block, and as `peak` the most of the samples that are taken in it every so many seconds.
+    Context manager that measures the anonymous memory (not mapped from files) of this Linux process, in bytes: `start`
+    at the beginning of the block, and `peak`, the highest of the samples that it takes every `seconds`.
     """
 
     def __init__(self, seconds: float = 0.005):

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def uses_fsdp(training_args: TrainingArguments) -> bool:
     """
     Whether FSDP splits the model: by `--fsdp`, or by the configuration file of `accelerate launch`, which only sets
-    variables of the environment.
+    environment variables.
     """
     return bool(training_args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
@@ -101,8 +101,8 @@ class DistributedArguments:
 
     def make_config(self, training_args: TrainingArguments, config: PreTrainedConfig) -> DistributedConfig | None:
         """
-        Makes what splits a model with this configuration; `None` without memory groups. Raises `UsageError` where
-        there can be none.
+        Make the configuration that splits a model over memory groups; `None` without groups. Raises `UsageError` if
+        the model or the launch does not allow memory groups.
         """
         if self.ep_size == 1:
             return None
@@ -122,13 +122,13 @@ class DistributedArguments:
         return DistributedConfig(fsdp_size=num_processes, ep_size=self.ep_size)
 
 
-# Fields of configurations of earlier releases, which the plans and commands of finished studies still give.
+# Configuration fields of earlier releases. Plans and commands of finished studies still give them; they are ignored.
 RETIRED_FIELDS = {"sparse_expert_gradients"}
 
 
 @contextmanager
 def loads_checkpoint(name: str) -> Iterator[None]:
-    """Raises `UsageError` with the name of a checkpoint that cannot be loaded, and with what it must be."""
+    """Raise `UsageError` if a checkpoint cannot be loaded, with its name and what it must be."""
     try:
         yield
     except OSError as error:
@@ -141,7 +141,7 @@ def loads_checkpoint(name: str) -> Iterator[None]:
 
 @contextmanager
 def checks_fields() -> Iterator[None]:
-    """Raises `UsageError` in place of what a configuration raises if its fields do not fit."""
+    """Raise `UsageError` in place of the errors that a configuration raises for invalid fields."""
     try:
         yield
     except StrictDataclassError as error:
@@ -180,8 +180,8 @@ def _no_configuration(name):
 
 def load_config(args: ModelArguments, **fields: Any) -> PreTrainedConfig:
     """
-    Loads the configuration that the arguments name, with their overrides and with `fields`. Raises `UsageError` if there
-    is none, or for overrides that it cannot have.
+    Load the configuration that the arguments name, with their overrides and with `fields`. Raises `UsageError` if it
+    does not exist or does not accept an override.
     """
     name = args.model_name_or_path or args.config_name
     if name in list_configurations() and args.model_name_or_path is None:
@@ -273,15 +273,15 @@ def load_model(
 
     Args:
         model_class (`type`):
-            Class of the model, or an Auto class such as `AutoModelForCausalLM`, which makes no new model that is
-            split.
+            Class of the model, or an Auto class such as `AutoModelForCausalLM`. An Auto class cannot make a new model
+            that is split.
         args (`ModelArguments`): Arguments with the checkpoint, if any, and the data type.
         config (`PreTrainedConfig`): Configuration from [`load_config`]. It gets the special tokens of the tokenizer.
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
         distributed_config (`DistributedConfig`, *optional*):
             From [`DistributedArguments`], if the model is split over memory groups. No process then makes or loads a
             whole table.
-        checkpoint_options (`dict[str, Any]`, *optional*): What else `from_pretrained` gets.
+        checkpoint_options (`dict[str, Any]`, *optional*): Further arguments of `from_pretrained`.
     """
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
@@ -300,7 +300,7 @@ def load_model(
         )
     num_heads = getattr(config, "num_retrieval_heads", None)
     with loads_checkpoint(args.model_name_or_path):
-        if num_heads is not None:  # loaded with all of its heads, of which fewer may be asked for
+        if num_heads is not None:  # load all heads first: fewer may be asked for
             saved = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision)
             config.num_retrieval_heads = saved.num_retrieval_heads
         model = model_class.from_pretrained(
@@ -320,6 +320,6 @@ def load_model(
 
 
 def num_held_parameters(model: PreTrainedModel) -> int:
-    """The number of elements of parameters in this process, which has a part of those that are split."""
+    """The number of parameter elements that this process holds; of split parameters it holds a part."""
     parts = [each.to_local() if hasattr(each, "to_local") else each for each in model.parameters()]
     return sum(part.numel() for part in parts)

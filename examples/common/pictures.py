@@ -1,10 +1,10 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What all pictures share: the color, the marker and the name of each variant and of each way to train.
+The style of all pictures: the color, the marker and the name of each variant and of each way to train.
 
-Colors of what stands beside each other are told apart with every kind of color vision: they are those of Okabe and Ito,
-and of Tol. Markers tell them apart in gray. Another implementation of a variant has a lighter shade of its color.
+Colors that appear side by side can be distinguished with every kind of color vision: they are those of Okabe and Ito,
+and of Tol. Markers distinguish them in gray. Another implementation of a variant has a lighter shade of its color.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ TRAININGS = {
     "dense": VARIANTS["dense"],
 }
 
-# The color of what is neither.
+# The color of everything that is in neither of them.
 NEUTRAL = "#7F7F7F"
 
 
@@ -73,7 +73,7 @@ def look_of(name: str) -> Look:
 
 
 def shades(number: int) -> list[tuple[float, float, float, float]]:
-    """Colors from dark to light: of what has an order, or of options of one variant."""
+    """Colors from dark to light, for ordered values or for options of one variant."""
     return [colormaps["viridis"](0.75 * i / max(number - 1, 1)) for i in range(number)]
 
 

@@ -17,8 +17,8 @@ def module_command(module: str, argument: str) -> list[str]:
 
 def module_environment(checkout: str | None = None) -> dict[str, str]:
     """
-    The environment of this process, in which `PYTHONPATH` starts with the folder that holds the modules: this one, or
-    that of another checkout of the project, with its package.
+    The environment of this process, with the folder of the modules first in `PYTHONPATH`. If another checkout is
+    given, its folder of modules and its package come first.
     """
     own = (str(EXAMPLES),) if checkout is None else (str(Path(checkout, "examples")), checkout)
     path = filter(None, (*own, os.environ.get("PYTHONPATH")))

@@ -90,7 +90,7 @@ class DatasetArguments:
 
     @property
     def description(self) -> str:
-        """What the training set is, without where it is on this machine."""
+        """A description of the training set, without local paths."""
         if self.dataset_name is not None:
             name = Path(self.dataset_name).name if Path(self.dataset_name).exists() else self.dataset_name
             return " ".join(filter(None, [name, self.dataset_config_name]))
@@ -100,7 +100,7 @@ class DatasetArguments:
 
 
 def _without_place(name):
-    """The name of a file or folder; a pattern from the folder on in which it begins, as code in Markdown."""
+    """The name of a file or folder. Of a pattern, as code in Markdown, all from the folder before a wildcard on."""
     parts = Path(name).parts
     first = next((index for index, part in enumerate(parts) if has_magic(part)), None)
     if first is None or Path(name).exists():
@@ -128,9 +128,9 @@ def load_datasets(args: DatasetArguments, streaming: bool = False) -> DatasetDic
     """
     Loads the training set (`"train"`) and the held-out set (`"validation"`) that the arguments name.
 
-    If the source has no validation set, `validation_split_percentage` of its training set is held out: evenly spaced
-    rows, where a file of text is a row; the beginning of each text if there are too few for that; whole files of the
-    standard library.
+    If the source has no validation set, `validation_split_percentage` of its training set is held out: whole files of
+    the standard library; otherwise evenly spaced rows, where a text file is a row. Of a text file above 4 MiB, the
+    first lines are held out (of a stream, runs of lines); of too few other texts, the beginning of each.
     """
     if args.dataset_name is not None:
         try:
@@ -213,7 +213,7 @@ def _hold_out_of_part(part, args):
 
 
 def _cut(row, column, percentage, begins):
-    """The beginning of a text up to the end of a line, or of a word if there is none, or what follows it."""
+    """The beginning of a text if `begins`, or else the rest. The cut is at the end of a line, or else of a word."""
     text = row[column] or ""
     start = len(text) * percentage // 100
     cut = text.find("\n", start) + 1 or text.find(" ", start) + 1
@@ -229,7 +229,7 @@ def _is_held_out_row(index, percentage):
 
 
 def _is_held_out_line(index, percentage):
-    """Runs of lines, since what precedes a line is what it is predicted from."""
+    """Whether a line is held out. Runs of lines are, since a line is predicted from the lines before it."""
     return index % 1000 < 10 * percentage
 
 

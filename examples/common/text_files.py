@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Text in files: which files are meant, how they are read, and which of them cannot be."""
+"""Text files: how the named ones are found and read, and which of them cannot be read."""
 
 import logging
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from common.command_line import UsageError
 
 logger = logging.getLogger(__name__)
 
-# What `load_dataset` reads a file with, by the suffix of its name. Any other file is text.
+# The loaders of `load_dataset` by the suffix of a file's name. Any other file is text.
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSIONS = {".bz2", ".gz", ".xz", ".zst"}
 
-# What is read of a folder beside the files above. Any file can be named, by itself or by a pattern.
+# Further suffixes that are read in a folder. A file with any suffix can be named, by its path or by a pattern.
 TEXT_SUFFIXES = {".adoc", ".markdown", ".md", ".mdx", ".org", ".rst", ".tex", ".text", ".txt"}
 
 # A larger file is read by lines, not at once.
@@ -51,10 +51,10 @@ class Part:
 
 def find_files(names: list[str]) -> list[str]:
     """
-    Finds the files that names of files, folders and patterns mean, without those that are empty.
+    Find the files that names of files, folders and patterns stand for, except empty ones.
 
-    A folder stands for the data or the prose in it and in its folders, of the kind that it has most files of, without
-    names that begin with a dot. A name that contains `://` is left to `load_dataset`.
+    A folder stands for the data or text files in it and in its subfolders, of the kind that is most frequent there.
+    Names that begin with a dot are skipped. A name that contains `://` is left to `load_dataset`.
 
     Raises:
         `UsageError`: if there is no such file, or if it is empty.
@@ -95,7 +95,7 @@ def _files_of(name):
 
 
 def _most_frequent_kind(folder, files):
-    """The files of the kind that a folder has most of. Data comes before text, which may only describe it."""
+    """The files of a folder's most frequent kind. If data and text tie, data is read: text may only describe it."""
     kinds = _by_loader(files)
     if not kinds:
         return []
@@ -123,16 +123,16 @@ def _suffix(file):
 
 
 def loader_of(file: str | Path) -> str:
-    """What `load_dataset` reads a file with: `"csv"`, `"json"`, `"parquet"` or `"text"`."""
+    """The loader of `load_dataset` that reads a file: `"csv"`, `"json"`, `"parquet"` or `"text"`."""
     return LOADERS.get(_suffix(file), "text")
 
 
 def load_parts(names: list[str], encoding: str, streaming: bool) -> list[Part]:
     """
-    Loads the files that the names mean, see [`find_files`].
+    Load the files that the names stand for, see [`find_files`].
 
-    A file of text is one row, `text`. One of more than 4 MiB is a part of its own with a row for each line, and a
-    last empty one in which it ends. Rows of other files are texts.
+    A text file is one row, `text`. A text file above 4 MiB is a part of its own, with a row for each line and a last,
+    empty row that ends the text. In files of other kinds, each row is a text.
 
     Raises:
         `UsageError`: if the files are of several kinds, or if one cannot be read.
@@ -162,14 +162,14 @@ def load_parts(names: list[str], encoding: str, streaming: bool) -> list[Part]:
 
 
 def _exact(files):
-    """As `load_dataset` takes them, which reads names as patterns."""
+    """Escape names of files, which `load_dataset` reads as patterns."""
     return [file if "://" in file else escape(file) for file in files]
 
 
 def _options(loader, encoding):
     if loader == "parquet":
         return {}
-    # Files of some editors begin with a mark that says that they are UTF-8.
+    # Some editors begin UTF-8 files with a byte-order mark.
     return {"encoding": "utf-8-sig" if loader == "text" and encoding == "utf-8" else encoding}
 
 
@@ -210,8 +210,8 @@ def joined(datasets: list[Dataset | IterableDataset]) -> Dataset | IterableDatas
 @contextmanager
 def errors_name_the_file(names: list[str], encoding: str, *exceptions: type[Exception]) -> Iterator[None]:
     """
-    Raises `UsageError` with the name of the file that could not be read, in place of what `datasets` raises, and of
-    further exceptions. Files are only read again after one.
+    Raise `UsageError` with the name of the file that could not be read, in place of errors of `datasets` and of
+    `exceptions`. Files are read again only after such an error.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training for the examples: optimizers and logs as in the examples of Transformers, resuming, training, evaluation."""
+"""Training for the examples: optimizers, logs as in the examples of Transformers, resuming, training, evaluation."""
 
 import json
 import logging
@@ -120,8 +120,8 @@ def make_optimizers(
     args: OptimizerArguments, training_args: TrainingArguments, model: PreTrainedModel, is_new: bool
 ) -> tuple[RowAdamW | None, None]:
     """
-    The `optimizers` of `Trainer`: RowAdamW, unless it is not wanted or FSDP, under which `Trainer` makes its own, splits
-    the model. `Trainer` makes the scheduler itself.
+    The `optimizers` of `Trainer`: RowAdamW, or `None` if it is disabled or FSDP splits the model, for which `Trainer`
+    makes its own optimizer. `Trainer` makes the scheduler itself.
 
     Args:
         args (`OptimizerArguments`)
@@ -146,8 +146,8 @@ def make_optimizers(
 
 def setup_logging(training_args: TrainingArguments) -> None:
     """
-    Makes the main process show what the examples say and warnings of libraries, and the other ones warnings alone.
-    `--log_level` and `--log_level_replica` set one level for all.
+    Set up logging: the main process shows messages of the examples and warnings of libraries, other processes only
+    warnings. `--log_level` (in other processes `--log_level_replica`) sets one level for all loggers.
     """
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
@@ -167,7 +167,7 @@ def setup_logging(training_args: TrainingArguments) -> None:
 
 
 def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: TrainingArguments) -> list[str]:
-    """The splits that a run needs, `"train"` and `"validation"`. Raises `ValueError` if one is missing."""
+    """The splits that a run needs, `"train"` and `"validation"`. Raises `UsageError` if it needs none or lacks one."""
     needed = {"train": training_args.do_train, "validation": training_args.do_eval}
     splits = [split for split, is_needed in needed.items() if is_needed]
     if not splits:
@@ -183,8 +183,8 @@ def needed_splits(datasets: DatasetDict | IterableDatasetDict, training_args: Tr
 
 def check_has_model(training_args: TrainingArguments, is_new: bool) -> None:
     """
-    Raises `UsageError` if a new model, whose weights are random, would be evaluated without being trained: its figures
-    would be those of the model in the output folder.
+    Raise `UsageError` if a new model, whose weights are random, would be evaluated without being trained: its figures
+    would be saved as those of the model in the output folder.
     """
     if is_new and training_args.do_eval and not training_args.do_train:
         raise UsageError("There is no trained model to evaluate: name it by --model_name_or_path, or add --do_train.")
@@ -193,7 +193,7 @@ def check_has_model(training_args: TrainingArguments, is_new: bool) -> None:
 def last_checkpoint(training_args: TrainingArguments) -> str | None:
     """
     The checkpoint to resume from: the given one, or else the latest complete one in the output folder, if any. Raises
-    `UsageError` if the given one is none.
+    `UsageError` if the given folder is not a complete checkpoint.
     """
     given = training_args.resume_from_checkpoint
     if given is not None:
@@ -223,8 +223,8 @@ def run(
     **card: str | None,
 ) -> dict[str, float]:
     """
-    Trains, evaluates and pushes a model, as far as the arguments of its trainer request it, writes its card, and says
-    what came of it.
+    Train, evaluate and push a model as far as the arguments of its trainer request it, write its card, and log a
+    summary.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -232,8 +232,8 @@ def run(
         evaluation (`Callable`, *optional*):
             Function that takes the trainer and a callback that measures expert usage, and returns metrics. Defaults to
             [`evaluate`].
-        data (`str`, *optional*): What the model is trained on, for its card.
-        next_command (`str`, *optional*): What to do next, with `{folder}` where the model is.
+        data (`str`, *optional*): Description of the training data, for the card.
+        next_command (`str`, *optional*): Command to suggest next, in which `{folder}` stands for the model's folder.
         card: Contents of the card of a pushed model, see `Trainer.push_to_hub`.
 
     Returns:
@@ -254,7 +254,7 @@ def run(
 
 
 def describe_run(trainer: Trainer, metrics: dict[str, float], next_command: str | None = None) -> str:
-    """What came of a run, in three lines, and what to do next."""
+    """A summary of a run, in up to three lines, and a command to run next."""
     figures = {
         name.removeprefix("eval_").replace("_", " "): f"{value:.4g}"
         for name, value in metrics.items()
@@ -273,15 +273,15 @@ def describe_run(trainer: Trainer, metrics: dict[str, float], next_command: str 
 
 
 def usage_range(shares: Collection[float]) -> str:
-    """Shares of experts that the layers of a model used, as their range."""
+    """The range of the shares of experts that the layers of a model used, as text."""
     least, most = (f"{share:.0%}" for share in (min(shares), max(shares)))
     return least if least == most else f"{least} to {most}"
 
 
 def save_card(trainer: Trainer, dataset: str | None = None, **card: str | None) -> None:
     """
-    Saves the card of a trained language model beside it, and pushes a model if the arguments of its trainer request it.
-    For the contents of its card see `Trainer.push_to_hub`; a dataset that is a folder of this machine is not named.
+    Save the card of a trained language model beside it, and push a model if the arguments of its trainer request it.
+    For the contents of its card see `Trainer.push_to_hub`; a local dataset is not named.
     """
     if _is_language_model(trainer):
         write_training_card(trainer)
@@ -295,14 +295,14 @@ def _is_language_model(trainer):
 
 
 def save_description(trainer: Trainer, data: str | None) -> None:
-    """Saves what the card of a model says of its training."""
+    """Save the description of a training for the model's card."""
     if trainer.is_world_process_zero():
         description = {
             "data": data,
             "base_model": _base_model(trainer.model),
             "settings": extract_hyperparameters_from_trainer(trainer),
         }
-        # Wrapped by Accelerate, except where a finished training was not resumed.
+        # Accelerate has wrapped the optimizer, unless the training had finished before.
         if isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), RowAdamW):
             description["settings"]["optimizer"] = "RowAdamW"
         file = Path(trainer.args.output_dir, TRAINING_FILE)
@@ -319,8 +319,8 @@ def _base_model(model):
 
 def write_training_card(trainer: Trainer, **card: Any) -> None:
     """
-    Writes the README.md of a language model, as `push_to_hub.py` does. If the model is not pushed, only one that a
-    training wrote is replaced.
+    Write the README.md of a language model, as `push_to_hub.py` does. If the model is not pushed, an existing file is
+    replaced only if a training wrote it.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -347,14 +347,14 @@ def write_training_card(trainer: Trainer, **card: Any) -> None:
 
 def train(trainer: Trainer, checkpoint: str | None = None, data: str | None = None) -> None:
     """
-    Trains a model, or resumes from a checkpoint, and saves model, tokenizer, metrics, state, and what its card says of
-    the training. If the checkpoint is the end of the training, its model is saved without a further step, and what was
-    said of the training stays.
+    Train a model, or resume from a checkpoint, and save the model, tokenizer, metrics, state, and description of the
+    training. If the checkpoint is the end of the training, its model is saved without a further step, and an existing
+    description is kept.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
         checkpoint (`str`, *optional*): Checkpoint to resume from.
-        data (`str`, *optional*): What the model is trained on, for its card.
+        data (`str`, *optional*): Description of the training data, for the card.
     """
     if checkpoint is not None and has_finished(checkpoint, trainer.args):
         logger.warning(

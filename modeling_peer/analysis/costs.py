@@ -17,15 +17,15 @@ from ..router import GATE_WIDTH
 @dataclass(frozen=True)
 class PartCosts:
     """
-    Costs of a part of a model. Those of several parts can be added.
+    Costs of a part of a model. Costs of several parts can be added.
 
     Args:
-        flops (`int`): Forward FLOPs per token: those of matrix products, two per multiply-add.
+        flops (`int`): Forward FLOPs per token of matrix products, two per multiply-add.
         parameters (`int`): Number of parameters.
-        active_parameters (`int`): Parameters that the forward pass of a token reads, each counted once. An upper bound
-            where heads or layers may retrieve the same expert.
-        table_rows (`int`): Rows of expert tables, of `hidden_size` of the parameters each.
-        active_table_rows (`int`): Those among them that the forward pass of a token reads.
+        active_parameters (`int`): Parameters that the forward pass of a token reads, each counted once. It is an upper
+            bound where heads or layers may retrieve the same expert.
+        table_rows (`int`): Number of rows of expert tables, with `hidden_size` parameters each.
+        active_table_rows (`int`): Number of these rows that the forward pass of a token reads.
     """
 
     flops: int = 0
@@ -41,17 +41,17 @@ class PartCosts:
 @dataclass(frozen=True)
 class ModelCosts:
     """
-    Costs of a [`PeerForCausalLM`], made by [`model_costs`]. Printed, they are a table.
+    Costs of a [`PeerForCausalLM`], as [`model_costs`] counts them. `print` shows them as a table.
 
     Args:
-        sequence_length (`int`): Sequence length that FLOPs of the attention are counted at.
-        dtype (`torch.dtype`): Data type that bytes are counted in.
-        quantized_bits (`int`, *optional*): Of expert tables, if they are quantized.
+        sequence_length (`int`): Sequence length at which FLOPs of the attention are counted.
+        dtype (`torch.dtype`): Data type in which bytes are counted.
+        quantized_bits (`int`, *optional*): Bits of an element of expert tables, if they are quantized.
         feed_forwards (`tuple[PartCosts]`): Costs of each layer's feed-forward.
-        parts (`dict[str, PartCosts]`): Costs of the rows of the table: each part over all layers. FLOPs of a pool that
-            PEER layers share are counted as those of the layers.
+        parts (`dict[str, PartCosts]`): Costs of each part over all layers: the rows of the table. FLOPs of a
+            pool that PEER layers share are counted in the part of the layers.
         total (`PartCosts`): Costs of the whole model, tied parameters counted once.
-        weight_bytes (`int`): Bytes of the weights, those of quantized tables as they are stored.
+        weight_bytes (`int`): Bytes of the weights; quantized tables count as they are stored.
         weight_bytes_read (`int`): Bytes of the weights that are read to generate one token, in a batch of one.
         gradient_bytes (`int`): Bytes of dense gradients, in the data type of the weights. Quantized tables have none.
     """
@@ -68,7 +68,7 @@ class ModelCosts:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs per token, at `sequence_length`. Those of a training step are three times as many."""
+        """Forward FLOPs per token, at `sequence_length`. A training step takes three times as many."""
         return self.total.flops
 
     @property
@@ -121,10 +121,10 @@ def model_costs(
 
     FLOPs are those that `torch.utils.flop_counter.FlopCounterMode` counts in a forward pass of `sequence_length`
     tokens with logits for each: attention scores of every pair of positions, masked or not, and no elementwise
-    operations. Bytes of expert tables are those of 8 or 4 bits where `config.quantization_config` is a
-    [`PeerQuantizationConfig`]; other ways of quantization are not counted.
+    operations. Expert tables take 8 or 4 bits per element if `config.quantization_config` is a
+    [`PeerQuantizationConfig`]; other methods of quantization are ignored.
 
-    A registered variant of your own counts itself, in a static method `count_costs(config, layer_idx) -> PartCosts`.
+    A custom registered variant counts its own costs in a static method `count_costs(config, layer_idx) -> PartCosts`.
 
     Args:
         config (`PeerConfig`)
@@ -143,12 +143,12 @@ def model_costs(
     ```
     """
     sequence_length = sequence_length or config.max_position_embeddings
-    # Saving a model makes it a string.
+    # The dtype is a string after a model was saved.
     dtype = dtype or getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))
     embedding, tied = config.vocab_size * config.hidden_size, config.tie_word_embeddings
     feed_forwards = tuple(_feed_forward(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
     parts = {
-        # A tied row is among those that the LM head reads.
+        # With tied embeddings, the LM head already counts the row.
         "embedding": PartCosts(0, embedding, 0 if tied else config.hidden_size),
         "attention": _attention(config, sequence_length),
         "norms": _elementwise((2 * config.num_hidden_layers + 1) * config.hidden_size),

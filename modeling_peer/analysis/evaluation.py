@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation mode for a while."""
+"""Context manager for evaluation mode."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

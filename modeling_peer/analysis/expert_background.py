@@ -28,8 +28,8 @@ COUNTS = "document_counts."
 class ExpertBackground:
     """
     The number of documents of a reference corpus that use each expert. A document is one sequence of a batch. It uses
-    an expert if a token retrieves it with a non-zero weight, in any of the layers that share a pool; padding does not
-    count.
+    an expert if one of its tokens retrieves the expert with a non-zero weight, in any of the layers that share a pool.
+    Padding does not count.
 
     Args:
         document_counts (`dict[str, torch.Tensor]`):
@@ -63,7 +63,7 @@ class ExpertBackground:
             dataset (`DataLoader`, `Dataset` or iterable):
                 A `DataLoader` of batches with the model's arguments by name (`labels` are ignored), or examples with
                 the `input_ids`, and optionally the `attention_mask`, of one sequence each.
-            batch_size (`int`, *optional*, defaults to 8): Of examples; a `DataLoader` has its own.
+            batch_size (`int`, *optional*, defaults to 8): Number of examples in a batch; unused for a `DataLoader`.
             progress_bar (`bool`, *optional*, defaults to `True`): Whether to show progress.
 
         Raises:
@@ -81,7 +81,7 @@ class ExpertBackground:
             cells = (documents * len(counts[name]) + indices.flatten(1))[weights.flatten(1) != 0]
             used[name].view(-1)[cells.to(used[name].device)] = True
 
-        # Without the head, if there is one: its output is not needed.
+        # Without the head, whose output is not needed.
         decoder = getattr(model, "base_model", model)
         device = next(model.parameters()).device
         hooks = observe_routers(sets, note)
@@ -102,8 +102,8 @@ class ExpertBackground:
 
     def check(self, model: nn.Module) -> None:
         """
-        Raise `ValueError` if the counts were measured on other experts than a model has, by name or by number, such as
-        those of the same model before it grew.
+        Raise `ValueError` if the sets of experts of the counts and of a model differ in name or size. They do if the
+        counts were measured before the model grew.
         """
         found = {name: len(counts) for name, counts in self.document_counts.items()}
         expected = {name: each.num_experts for name, each in find_expert_sets(model).items()}
@@ -140,7 +140,7 @@ class ExpertBackground:
 
 
 def batches_of(dataset: Any, batch_size: int) -> DataLoader:
-    """Make a `DataLoader` of examples, padded by [`pad_examples`]; one is returned as it is."""
+    """Make a `DataLoader` of examples, padded by [`pad_examples`]. A `DataLoader` is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)

@@ -15,7 +15,7 @@ from ..experts import expert_cell
 from .expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
 
 
-# Scores of single experts that a retrieval with a mask holds at a time.
+# Maximum number of scores of single experts that a retrieval with a mask holds at a time.
 MASKED_SCORES = 2**22
 
 
@@ -29,16 +29,16 @@ def retrieve_others(
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Exact retrieval among the experts that take part. If they are the experts of a smaller key grid, this is the
-    retrieval of that grid, bit for bit. If k experts or fewer are masked, the best of the others are among the
+    Retrieve exactly among the experts that take part. If they form a smaller key grid with a side of at least k, this
+    is the retrieval in that grid, bit for bit. If at most k experts are masked, the best of the others are among the
     `k + num_masked` best of all. Any other mask cuts through rows and columns, and costs a score for every expert.
-    `takes_part` is a bool for each expert, `retrieve` retrieves among all, and `smaller_grid` is the side of the key
-    grid that has just the experts that take part, 0 if there is none.
+    `takes_part` is a bool for each expert, and `retrieve` retrieves among all. `smaller_grid` is the side of the key
+    grid that has only the experts that take part, 0 if there is no such grid.
     """
     if smaller_grid >= k:
         return retrieve(queries, sub_keys[:, :, :smaller_grid].contiguous(), k)
     is_masked = ~takes_part.to(queries.device)
-    # Not of more, for which kernels hold all pairs of so many ranks, and Triton compiles one for each number.
+    # Not for more: kernels hold all pairs of `k + num_masked` ranks, and Triton compiles a kernel for each number.
     if num_masked <= k and k + num_masked <= sub_keys.shape[2]:
         indices, scores = retrieve(queries, sub_keys, k + num_masked)
         top = scores.masked_fill(is_masked[indices], -torch.inf).topk(k, dim=-1)
@@ -55,19 +55,19 @@ def retrieve_others(
 
 
 def _masked_retrieval(router, masked):
-    """What retrieves for a router in place of its `retrieve`, without some experts of its set."""
+    """Make a function that replaces the `retrieve` of a router and leaves out the masked experts of its set."""
     generation, retrieve = router.generation, router.retrieve
     takes_part = ~masked[generation.first_expert : generation.first_expert + generation.num_experts]
-    if isinstance(retrieve, partial) and retrieve.func is retrieve_others:  # of a context around this one
+    if isinstance(retrieve, partial) and retrieve.func is retrieve_others:  # from an outer context
         takes_part, retrieve = takes_part & retrieve.args[0], retrieve.args[1]
     num_left, k = int(takes_part.sum()), router.num_experts_per_head
     if 0 < num_left < k:
         raise ValueError(
             f"`experts` leave {num_left} of {generation} to a router whose heads retrieve {k}: mask fewer, or all."
         )
-    num_left = num_left or len(takes_part)  # of none a hook makes the weights zero
+    num_left = num_left or len(takes_part)  # if none is left, a hook makes the weights zero
     side, is_first = math.isqrt(num_left), takes_part[:num_left].all() or not takes_part.any()
-    # No closure, and no object of a class: a copy of the router has its own, and `torch.compile` can trace it.
+    # No closure and no object of a class: a copy of the router gets its own, and `torch.compile` can trace it.
     smaller_grid = side if side * side == num_left and is_first else 0
     return partial(retrieve_others, takes_part, retrieve, smaller_grid, len(takes_part) - num_left)
 
@@ -80,12 +80,12 @@ def masked_experts(
     layers: Iterable[int] | int | None = None,
 ) -> Iterator[None]:
     """
-    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. Where all
-    experts of a generation are masked, their router weights are zero: they have to be finite. A copy of the model that
-    is made within the context stays masked. Other threads see the same mask.
+    Exclude experts from retrieval within the context: heads retrieve the best of the other experts instead. If all
+    experts of a generation are masked, their router weights are zero, so the experts have to be finite. A copy of the
+    model that is made within the context stays masked. Other threads see the same mask.
 
-    With the experts of protected additions masked, a model computes exactly what it did before they were added. So
-    does a model with an open addition, if its first experts, keys and queries were not trained since.
+    With the experts of protected additions masked, a model computes exactly what it did before they were added. With
+    an open addition it does so too, if its old experts, keys and queries were not trained since.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model with grafts.
@@ -96,7 +96,7 @@ def masked_experts(
 
     Raises:
         `IndexError`: for an expert that does not exist.
-        `ValueError`: for a layer without experts, or if a head would be left with less than its k experts.
+        `ValueError`: for a layer without experts, or if a head would be left with 1 to k - 1 experts.
 
     ```python
     >>> with masked_experts(model):
@@ -109,7 +109,7 @@ def masked_experts(
 
 @contextmanager
 def masked_sets(sets: Iterable[ExpertSet], indices: torch.Tensor | None) -> Iterator[None]:
-    """As [`masked_experts`], for some sets and for what [`expert_indices`] returns."""
+    """Mask experts as [`masked_experts`] does, in these sets, given the result of [`expert_indices`]."""
     masked: dict[Any, partial] = {}
     for each in sets:
         if indices is None:
@@ -124,7 +124,7 @@ def masked_sets(sets: Iterable[ExpertSet], indices: torch.Tensor | None) -> Iter
             if not retrieve.args[0].all():
                 router.retrieve = retrieve
             if not retrieve.args[0].any():
-                # First, so that whatever observes the router sees it.
+                # Prepended, so that hooks that observe the router see the zeros.
                 hooks.append(router.register_forward_hook(_zero_weights, prepend=True))
         yield
     finally:

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The sets of experts in a model or its grafts: their tables, their routers, and what these retrieve."""
+"""The sets of experts in a model or its grafts: their tables, their routers, and what the routers retrieve."""
 
 import operator
 import re
@@ -23,16 +23,16 @@ from ..router import ProductKeyRouter
 @dataclass(frozen=True, eq=False)
 class ExpertSet:
     """
-    Experts with a common range of indices: those of a PEER layer, with added ones, those of all layers that share a
-    pool, or the values of a PKM layer.
+    Experts with a common range of indices: those of a PEER layer, including added ones, those of a pool that layers
+    share, or the values of a PKM layer.
 
     Args:
         layers (`tuple[int]`): Indices of the layers that retrieve from the set, see [`layer_index`].
         routers (`tuple[ProductKeyRouter]`): The routers of these layers.
         tables (`dict[str, list[tuple[int, nn.Module]]]`):
             The tables of up-projection vectors under `"up_proj"`, of gates under `"gate_proj"`, and of down-projection
-            vectors, or values of PKM, under `"down_proj"`; each with the expert index of its first row. Of a table in
-            an adapter it is the `nn.Embedding` inside.
+            vectors, or values of PKM, under `"down_proj"`; each with the expert index of its first row. If an adapter
+            wraps a table, this is the `nn.Embedding` inside.
         label (`str`):
             The name in logs: `"layer_1"`, `"layer_1_3"` for a pool that layers 1 and 3 share, `"layer_1_default"` for
             the graft of the adapter of this name, `"layer_1_graft_0"` for the first merged graft.
@@ -50,8 +50,8 @@ class ExpertSet:
 
 def module_label(modules: Mapping[str, nn.Module], name: str, layers: Iterable[int] = ()) -> str:
     """
-    The name in logs of a router or another module: its layer, or those given, and its graft, by the name of its
-    adapter or, of merged grafts, its place in the order in which they were merged. `modules` are all of a model.
+    Return the name in logs of a router or another module: its layer, or the `layers` given, and its graft. A graft has
+    the name of its adapter or, if merged, its place in the order of merging. `modules` are all modules of the model.
     """
     label = "_".join(["layer", *map(str, layers or [layer_index(name)])])
     if adapter := _adapter_of(name):
@@ -81,11 +81,11 @@ def _adapter_of(name: str) -> tuple[str, str] | None:
 
 def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
     """
-    Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters are skipped,
-    and those of facts, see [`find_fact_grafts`].
+    Find all sets of experts in a module, by name, in the order of the layers. Grafts of inactive adapters and
+    grafts of facts (see [`find_fact_grafts`]) are skipped.
 
     Raises:
-        `ValueError`: if it has none, or a layer shares a pool that is not part of the module.
+        `ValueError`: if there are none, or a layer shares a pool that is not part of the module.
     """
     modules = dict(model.named_modules())
     members: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def find_expert_sets(model: nn.Module) -> dict[str, ExpertSet]:
 
 
 def find_fact_grafts(model: nn.Module) -> dict[str, FactGraft]:
-    """The active grafts of facts in a model by their labels, such as `"layer_29_default"` for an adapter."""
+    """Find the active grafts of facts in a model, by their labels, such as `"layer_29_default"` for an adapter."""
     modules = dict(model.named_modules())
     return {
         module_label(modules, name): module
@@ -144,14 +144,14 @@ def _tables(holder):
 
 
 def _embeddings(table):
-    """What an adapter may wrap."""
+    """The embeddings of a table that an adapter may wrap, or the table itself."""
     return [each for each in table.modules() if isinstance(each, nn.Embedding)] or [table]
 
 
 def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = None) -> dict[str, ExpertSet]:
     """
-    As [`find_expert_sets`], those of the layers with some indices. Raises `ValueError` for layers without experts, or
-    for some, not all, of those that share a pool.
+    Find the sets of experts of the layers with these indices, see [`find_expert_sets`]. Raises `ValueError` for layers
+    without experts, or if only some of the layers that share a pool are named.
     """
     sets = find_expert_sets(model)
     if layers is None:
@@ -167,12 +167,12 @@ def select_expert_sets(model: nn.Module, layers: Iterable[int] | int | None = No
 
 
 def layer_indices(layers: Any) -> list[int]:
-    """Layers as a list of Python integers. Raises `TypeError` for what is no index."""
+    """Convert layers to a list of Python integers. Raises `TypeError` for anything that is not an index."""
     return [operator.index(layer) for layer in ([layers] if isinstance(layers, Integral) else layers)]
 
 
 def expert_indices(experts: Any) -> torch.Tensor | None:
-    """What a user names as experts, as a tensor of expert indices or a bool mask, or `None`."""
+    """Convert the `experts` argument of a user to a tensor of expert indices or a bool mask; `None` stays `None`."""
     if experts is None:
         return None
     if not isinstance(experts, (torch.Tensor, Integral)):
@@ -182,8 +182,8 @@ def expert_indices(experts: Any) -> torch.Tensor | None:
 
 def mask_of_indices(experts: ExpertSet, indices: torch.Tensor) -> torch.Tensor:
     """
-    Which experts of a set [`expert_indices`] are: bool, `(num_experts,)`. Raises `IndexError` if it does not have
-    them, or for what is no index; -1 is the last one.
+    Convert what [`expert_indices`] returns to a mask of the experts of a set: bool, `(num_experts,)`. -1 is the last
+    expert. Raises `IndexError` for experts that the set does not have, or values that are not indices.
     """
     mask = torch.zeros(experts.num_experts, dtype=torch.bool)
     mask[indices] = True
@@ -198,7 +198,7 @@ def observe_routers(
     Call a function with the output of each router. Forward passes that activation checkpointing repeats are skipped.
 
     It gets the name of the set, the expert indices (int64) and their router weights, both of shape `(batch_size,
-    sequence_length, num_heads, k)`. Weights are zero at padding, as those of experts behind a closed gate are.
+    sequence_length, num_heads, k)`. Weights are zero at padding, and for experts behind a closed gate.
     """
     return [
         observe_router(router, lambda _, *output, name=name: on_output(name, *output))

@@ -19,7 +19,7 @@ from .expert_sets import find_expert_sets, module_label, observe_router, observe
 
 class ExpertUsageMeter:
     """
-    Accumulates the router weight of each expert, on the device of the router and without synchronizing with it.
+    Accumulates the router weight of each expert on a device, without synchronizing with it.
 
     Args:
         num_experts (`int`): Number of experts N.
@@ -28,7 +28,7 @@ class ExpertUsageMeter:
     Attributes:
         scores (`torch.Tensor` of shape `(num_experts,)`): Accumulated router weight of each expert, float32.
         top1_counts (`torch.Tensor` of shape `(num_experts,)`):
-            How often each was the best expert of a head, with a non-zero weight, int64.
+            How often each expert was the best of a head, with a non-zero weight, int64.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
@@ -53,7 +53,7 @@ class ExpertUsageMeter:
 
     def compute(self) -> dict[str, float]:
         """
-        Compute the measures of what was accumulated; the unevenness is NaN if nothing was.
+        Compute the measures of the accumulated weights; the unevenness is NaN if there are none.
 
         Returns:
             `dict[str, float]`:
@@ -111,13 +111,13 @@ class ExpertUsageCallback(TrainerCallback):
 
     Each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
     `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft,
-    `…_graft_{j}` for a merged one), of the training forward passes since the last such log and over all ranks. The
-    metrics of an evaluation or prediction during training get the same of the forward passes in evaluation mode, with
-    the prefix of the other metrics (`eval_`).
+    `…_graft_{j}` for a merged one). They cover the training forward passes since the last such log, over all ranks.
+    The metrics of an evaluation or prediction during training get the same measures of the forward passes in
+    evaluation mode, with the prefix of the other metrics (`eval_`).
 
     All of them are in `trainer.state.log_history`, and reach TensorBoard, trackio, Weights & Biases and the other
     integrations of `report_to`: when a training begins, the callback puts itself before all others. If a release of
-    Transformers calls callbacks otherwise, the measures reach the history of the training alone.
+    Transformers calls callbacks in another way, the measures reach only the history of the training.
     """
 
     def __init__(self):
@@ -126,8 +126,8 @@ class ExpertUsageCallback(TrainerCallback):
         self._meters = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # An event hands on everything but the list of callbacks, which its caller has. Changed in place, so that
-        # callbacks that come later keep their turns in the event that runs now.
+        # An event passes everything but the list of callbacks, so it is taken from the caller. It is changed in place,
+        # so that the event that runs now still calls the later callbacks.
         handler = inspect.currentframe().f_back.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             handler.callbacks.remove(self)
@@ -170,7 +170,7 @@ class ExpertUsageCallback(TrainerCallback):
         self._hooks.append(observe_router(router, measure))
 
     def _read(self, training, prefix=""):
-        """The values to log. A router that no token passed has none, as the original that PEFT keeps beside a copy."""
+        """The values to log. A router without tokens has none, such as the original that PEFT keeps beside a copy."""
         values = {}
         for label, own in self._meters:
             meter = own[training]

@@ -17,14 +17,14 @@ from .evaluation import evaluation
 from .expert_sets import ExpertSet, find_fact_grafts, module_label, select_expert_sets
 
 
-# What speaks where no graft of facts does.
+# The source of a token that no graft of facts gives.
 BASE_MODEL = "the base model"
 
-PIECE = 64  # tokens whose rows of experts are held at a time
+PIECE = 64  # tokens whose expert rows are held at a time
 
 
 def last_norm(decoder: nn.Module) -> nn.Module | None:
-    """The norm behind the last layer, by what decoders of Transformers call it, or `None`."""
+    """Find the norm after the last layer by its usual names in decoders of Transformers, or return `None`."""
     names = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
     return next((module for name in names if (module := getattr(decoder, name, None)) is not None), None)
 
@@ -32,15 +32,15 @@ def last_norm(decoder: nn.Module) -> nn.Module | None:
 @dataclass(frozen=True)
 class ExpertUse:
     """
-    An expert as one token uses it.
+    The use of an expert by one token.
 
     Args:
         expert (`int`): Its index.
         weight (`float`): Its router weight, summed over the heads that retrieve it.
         coefficient (`float`):
-            What its down-projection vector is multiplied by: the router weight times the activation. For PKM, whose
-            values have no neuron, it is the weight.
-        words (`tuple[str]`): The tokens whose logits this raises most, the first one most of all.
+            Factor of its down-projection vector: the router weight times the activation. For PKM, whose values have no
+            neuron, it is the router weight.
+        words (`tuple[str]`): The tokens whose logits the expert raises most, the largest increase first.
     """
 
     expert: int
@@ -55,12 +55,12 @@ class TokenExplanation:
     The experts of a token.
 
     Args:
-        token (`str`): The token, as text; where it is none, the name that the tokenizer has for it.
+        token (`str`): The token as text, or its name in the tokenizer if it cannot be shown as text.
         layers (`dict[str, list[ExpertUse]]`):
             For each layer with experts, `"layer_1"` and so on (`"layer_1_default"` for the graft of the adapter of
-            this name), the experts of largest router weight, the largest first.
+            this name), the experts with the largest router weights, largest first.
         told_by (`str`):
-            Where the next token comes from: the layer, the adapter and the fact whose gate is open, such as
+            The source of the next token: the layer, the adapter and the fact for which the gate is open, such as
             `"layer_29_default: The capital of Norland is Zeli"`, or `"the base model"`.
     """
 
@@ -73,7 +73,7 @@ class TokenExplanation:
 class RetrievedExperts:
     """
     The experts that a layer retrieves for the tokens of a sequence, their router weights and coefficients (see
-    [`ExpertUse`]), each of shape `(num_tokens, num_active)`. What several heads retrieve is in it several times.
+    [`ExpertUse`]), each of shape `(num_tokens, num_active)`. An expert that several heads retrieve is repeated.
     """
 
     experts: torch.Tensor
@@ -82,8 +82,8 @@ class RetrievedExperts:
 
     def largest(self, token: int | slice, number: int | None = None) -> list[tuple[int, float, float]]:
         """
-        The experts of largest weight of a token, or of several together, all if there is no `number`, each once:
-        index, weight and coefficient, the largest first.
+        Return the experts with the largest weights for a token, or for several together, all if `number` is `None`.
+        Each occurs once, with its index, weight and coefficient, the largest weight first.
         """
         experts, places = self.experts[token].unique(return_inverse=True)
         weights, coefficients = (
@@ -98,8 +98,8 @@ class RetrievedExperts:
 
 class ExpertReader:
     """
-    Reads what the experts of a causal language model do, those of some layers or of all, in one process. `sets` are
-    the experts of each layer by its label; layers that share a pool have one set.
+    Reads what the experts of a causal language model do, in all layers or some of them, in one process. `sets` are the
+    experts of each layer by its label; layers that share a pool have the same set.
     """
 
     def __init__(self, model: Any, layers: Iterable[int] | int | None = None):
@@ -108,7 +108,7 @@ class ExpertReader:
         names = {module: name for name, module in modules.items()}
         self.sets: dict[str, ExpertSet] = {}
         self._label_of: dict[ProductKeyRouter, str] = {}
-        self._pools_of: dict[str, dict[int, Any]] = {}  # by the index of their first expert; of PKM, its layer
+        self._pools_of: dict[str, dict[int, Any]] = {}  # by index of the first expert; for PKM, the layer
         try:
             sets = select_expert_sets(model, layers)
         except ValueError:
@@ -126,8 +126,8 @@ class ExpertReader:
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
         """
-        The tokens of a text, int64, `(1, num_tokens)`, on the device of the model. Raises `ValueError` if it has none,
-        or more than the model has positions.
+        Tokenize a text: int64, `(1, num_tokens)`, on the device of the model. Raises `ValueError` if there are no
+        tokens, or more than the model has positions.
         """
         input_ids = tokenizer(text, return_tensors="pt")["input_ids"].long()
         if not input_ids.numel():
@@ -145,8 +145,8 @@ class ExpertReader:
 
     def read(self, **inputs: Any) -> tuple[dict[str, RetrievedExperts], torch.Tensor]:
         """
-        Run the model on one sequence, `input_ids` of shape `(1, num_tokens)` or others, in evaluation mode. Returns
-        the [`RetrievedExperts`] of each layer, on the CPU, and the logits, float32, `(num_tokens, vocab_size)`.
+        Run the model in evaluation mode on one sequence: `input_ids` of shape `(1, num_tokens)`, or other inputs.
+        Returns the [`RetrievedExperts`] of each layer, on the CPU, and float32 logits, `(num_tokens, vocab_size)`.
         """
         found: dict[str, list[tuple[torch.Tensor, ...]]] = {label: [] for label in self.sets}
 
@@ -187,16 +187,16 @@ class ExpertReader:
         for first, pool in pools.items():
             table: Any = pool.down_proj if isinstance(pool, ExpertPool) else pool.values
             chosen = (own == first).nonzero()[:, 0]
-            # By a call of the table, whatever an adapter, a quantizer or an offloader has put around it.
+            # By a call of the table, which an adapter, a quantizer or an offloader may have wrapped.
             rows = table((experts[chosen] - first).to(_device_of(table, head)))
-            vectors[chosen.to(head.device)] = rows[:, : head.shape[1]].to(vectors)  # a graft's may have one for biases
+            vectors[chosen.to(head.device)] = rows[:, : head.shape[1]].to(vectors)  # a graft's may end with a bias
         return vectors
 
     @torch.no_grad()
     def writes(self, label: str, experts: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The tokens whose logits the down-projection vectors of experts raise most, and those that they lower most, if
-        each were all that the last norm of the model sees ("logit lens"): ids, `(num_experts, number)` each.
+        Find the tokens whose logits the down-projection vector of each expert raises or lowers most, if the last
+        norm reads it alone ("logit lens"). Returns ids, two tensors of shape `(num_experts, number)`.
         """
         vectors, decoder = self.down_projections(label, experts), self.model.get_decoder()
         norm = last_norm(decoder)
@@ -212,7 +212,7 @@ def _dot_products(tokens, rows, table):
 
 
 def _device_of(table, tensor):
-    """Where a table looks rows up: of one that is offloaded, where a tensor is."""
+    """The device on which a table looks up rows: for an offloaded table, the device of `tensor`."""
     device = next(table.parameters()).device
     return tensor.device if device.type == "meta" else device
 
@@ -227,7 +227,7 @@ def explain_tokens(
     layers: Iterable[int] | int | None = None,
 ) -> list[TokenExplanation]:
     """
-    Find which experts the tokens of a text use, and what these write.
+    Find which experts the tokens of a text use, and which tokens these experts write.
 
     Args:
         model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.
@@ -274,14 +274,14 @@ def explain_tokens(
 
 
 def told_by(model: Any, **inputs: Any) -> list[str]:
-    """What the token after each of one sequence comes from, see [`TokenExplanation`]; of several grafts, the last."""
+    """Find the source of the next token at each token, see [`TokenExplanation`]; of several grafts, the last."""
     found: list[str] = [BASE_MODEL] * inputs["input_ids"].shape[1]
     grafts = find_fact_grafts(model)
 
     def note(label, graft, router, args, output):
         experts, weights = (each[0, :, 0, 0].tolist() for each in output)
         for token, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            if weight and found[token] == BASE_MODEL:  # the last one comes first
+            if weight and found[token] == BASE_MODEL:  # the last graft runs first
                 fact = graft.fact_of(expert)
                 found[token] = f"{label}: {fact['question']} {fact['answer']}"
 
@@ -293,7 +293,7 @@ def told_by(model: Any, **inputs: Any) -> list[str]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:
-    """Tokens as text; a part of a character or a control character by the name that the tokenizer has for it."""
+    """Tokens as text; the name in the tokenizer for a part of a character or a control character."""
     words = [tokenizer.decode([token]) for token in tokens.tolist()]
     return [
         word

@@ -17,13 +17,13 @@ from ..optim.frozen_rows import FrozenRows, freeze_rows
 @dataclass(eq=False)
 class FrozenExperts:
     """
-    Handle of what [`freeze_experts`] froze. The model keeps the freeze, also if the handle is dropped.
+    Handle of a freeze by [`freeze_experts`]. The experts stay frozen even if the handle is dropped.
 
     Args:
         num_frozen (`dict[str, int]`):
-            How many experts of each set are frozen, under the path of the module that holds their tables, or under
-            `"layer_0"` and the like by [`train_added_experts_only`].
-        handles (`list[FrozenRows]`): Those of the tables.
+            Number of frozen experts of each set, under the path of the module that holds their tables. For
+            [`train_added_experts_only`] it is under `"layer_0"` and so on.
+        handles (`list[FrozenRows]`): The handles of the frozen rows of each parameter.
     """
 
     num_frozen: dict[str, int]
@@ -44,14 +44,14 @@ def freeze_experts(
     min_documents: int = 1,
 ) -> FrozenExperts:
     """
-    Freeze experts: their up- and down-projection vectors and gates keep their values to the bit, with any optimizer
-    of torch (see [`freeze_rows`]). The rest of the model, including the sub-keys by which experts are retrieved, is
+    Freeze experts: their up- and down-projection and gate vectors keep their values to the bit, with any optimizer of
+    torch (see [`freeze_rows`]). The rest of the model, including the sub-keys by which experts are retrieved, is
     trained as before. An expert is frozen if it fulfills all conditions given; without any condition, all experts are.
 
-    With DistributedDataParallel and memory groups each process has to freeze the same experts, after a group has split
-    the tables. Freezes are not saved and not copied: call `freeze_experts` again before resuming from a checkpoint, or
-    for a copy of the model. A table that is frozen as a whole requires no gradient, so freeze before an optimizer or
-    DistributedDataParallel gets the model.
+    With DistributedDataParallel and memory groups, every process has to freeze the same experts, after a memory group
+    has split the tables. Freezes are not saved and not copied: call `freeze_experts` again before resuming from a
+    checkpoint, or for a copy of the model. A table that is frozen as a whole requires no gradient, so freeze before an
+    optimizer or DistributedDataParallel gets the model.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers: a [`PeerForCausalLM`], or a model they are grafted
@@ -60,10 +60,10 @@ def freeze_experts(
             Expert indices, or a bool mask of shape `(num_experts,)`. Added experts follow the first ones. `None`, the
             default, sets no condition: all experts of the layers, or all that `used_in` used.
         layers (`int` or iterable of `int`, *optional*):
-            Indices of the layers; of layers that share a pool all or none. All layers if `None`.
+            Indices of the layers, all layers if `None`. Of layers that share a pool, name all or none.
         used_in ([`ExpertBackground`], *optional*): Counts of a corpus; the experts that it used are frozen.
-        min_documents (`int`, *optional*, defaults to 1): In how many documents of `used_in` an expert was used at
-            least.
+        min_documents (`int`, *optional*, defaults to 1): Minimum number of documents of `used_in` that used an
+            expert.
 
     Returns:
         [`FrozenExperts`]: how many experts are frozen, and `remove()` to undo it.

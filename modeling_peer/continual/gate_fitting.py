@@ -25,7 +25,7 @@ LEARNING_RATE, WEIGHT_DECAY, BATCH_TOKENS = 2e-3, 0.05, 1024
 @dataclass(frozen=True)
 class GateFit:
     """
-    How far a gate opens, on sequences held out from its fit.
+    How far a gate opens, on sequences held out from its fit. For grafts of facts: the share of sequences it opens for.
 
     Args:
         open_for_new (`float`): Mean of the gate, between 0 and 1, over the tokens of the new text.
@@ -47,35 +47,35 @@ def fit_gates(
     progress_bar: bool = True,
 ) -> dict[int | str, GateFit]:
     """
-    Fit the gates of the last protected addition, so that they open for the new text and stay closed for the
-    reference, token by token, from the hidden states that the layers get. Best between [`add_experts`] and training:
-    experts that are silent outside the new text have less to unlearn there. Nothing but the gates changes. The hidden
-    states of both texts are kept on the CPU, for each layer that grew.
+    Fit the gates of the last addition of experts, a protected one, to open for the new text and stay closed for the
+    reference. A gate decides on each token by the hidden state that its layer gets. Fit gates between [`add_experts`]
+    and training: experts that are silent outside the new text have less to unlearn there. Only the gates change. The
+    hidden states of both texts are kept on the CPU, for each layer that grew.
 
-    If `model` has grafts of facts, the thresholds of their questions are chosen anew, for example against questions
-    that were answered though nobody had taught them. Sequences of `new_text` are then questions, each to its end:
-    there the gate is to open. For `reference_text` it is to stay shut at every token.
+    If `model` has grafts of facts, the thresholds of their questions are chosen again, for example against questions
+    that were answered though nobody taught them. Each sequence of `new_text` is then a question, and the gate should
+    open at its last token. For `reference_text` it should stay shut at every token.
 
     Args:
         model ([`PeerPreTrainedModel`] or a model with grafts of facts):
             A model to which experts were added in protected mode.
         new_text (iterable of `dict`):
-            Sequences of what is to be learned, each with `input_ids` and perhaps an `attention_mask`, both of shape
+            Sequences of the text to learn, each with `input_ids` and optionally an `attention_mask`, both of shape
             `(sequence_length,)`; or a `DataLoader` of batches.
-        reference_text (iterable of `dict`): Sequences of what the model should go on doing as it did, in the same
-            form.
+        reference_text (iterable of `dict`): Sequences of text for which the outputs of the model should not change,
+            in the same form.
         reference_weight (`float`, *optional*, defaults to 4.0):
-            Weight of opening for the reference, relative to that of being closed for the new text.
+            Weight of the loss for opening on the reference, relative to that for being closed on the new text.
         num_steps (`int`, *optional*, defaults to 500): Number of steps of AdamW, each on 1024 tokens of either text.
         batch_size (`int`, *optional*, defaults to 8): Number of sequences that run through the model at a time.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
     Returns:
-        `dict[int, GateFit]`: by index of each layer that grew, how far its gate opens on a tenth of the sequences,
-            held out. Of grafts of facts by their labels.
+        `dict[int | str, GateFit]`: for each layer that grew, by its index, how far its gate opens on a held-out tenth
+            of the sequences. For grafts of facts, by their labels.
 
     Raises:
-        `ValueError`: if the last addition is not a protected one, or a text has less than two sequences.
+        `ValueError`: if the last addition is not a protected one, or a text has fewer than two sequences.
     """
     if fact_grafts := find_fact_grafts(model):
         return _fit_thresholds(
@@ -108,7 +108,7 @@ def fit_gates(
 
 
 def _by_sequence(model, modules, read, name, text, batch_size, progress_bar):
-    """By the label of a module, what `read` makes of it and its input, of the tokens of each sequence, on the CPU."""
+    """Collect the results of `read(module, input)` by label and sequence, without padding, on the CPU."""
     found: dict[Any, list[torch.Tensor]] = {label: [] for label in modules}
 
     def note(label, module, args):
@@ -161,7 +161,7 @@ def _openness(gate, states):
 
 
 def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, batch_size, progress_bar):
-    """See [`fit_gates`]: of each graft, the threshold of questions at which the fewest sequences are wrong."""
+    """See [`fit_gates`]: choose for each graft the threshold of questions with the smallest weighted error rate."""
     routers = {label: graft.router for label, graft in grafts.items()}
 
     def similarities(router, states):
@@ -173,12 +173,12 @@ def _fit_thresholds(model, grafts, new_text, reference_text, reference_weight, b
     )
     results = {}
     for label, graft in grafts.items():
-        # Those that name none of its subjects are another graft's.
+        # Questions that name no subject of this graft belong to another graft.
         ends = torch.tensor([each[-1] for each in new[label] if each.max() > -2.0])
         highest = torch.tensor([each.max() for each in reference[label]])
         threshold = graft.router.questions.threshold
         own, others = (each[torch.arange(len(each)) % 10 != 0].sort()[0] for each in (ends, highest))
-        # Of what bfloat16 holds, in which adapters are saved.
+        # Only values that bfloat16 can hold, in which adapters are saved.
         candidates = torch.cat([own, others + 2**-8]).clamp(min=0.0).bfloat16().float().unique()
         wrong = torch.searchsorted(own, candidates) / max(1, len(own))
         wrong += reference_weight * (1 - torch.searchsorted(others, candidates) / max(1, len(others)))

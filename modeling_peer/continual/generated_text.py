@@ -79,13 +79,13 @@ def write_on(
     **sampling: Any,
 ) -> list[list[int]]:
     """
-    What a model writes behind each prompt, `num_tokens` whether a text ends before or not: by greedy decoding, or as
-    the arguments of `generate` say.
+    Continue each prompt by `num_tokens` tokens, even where a text ends before. Decoding is greedy unless `sampling`,
+    arguments of `generate`, says otherwise.
     """
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # A generation configuration holds for all that a call of `generate` does not name, so it is replaced.
+    # Replaced, because it applies to every argument that the call of `generate` does not name.
     own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
         with evaluation(model):

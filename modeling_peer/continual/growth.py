@@ -39,10 +39,10 @@ def add_experts(
     """
     Add experts to a trained model and to its configuration, and leave only them to be trained (see
     [`train_added_experts_only`]). Old experts keep their indices and vectors; new ones are silent at first, v_i = 0.
-    Make optimizers after it.
+    Create optimizers after this call.
 
     `mode="protected"`: the new experts are a generation with a router, a softmax and a gate of their own (see
-    [`AddedRouter`]), whose query network starts as a copy of the layer's. Outputs stay what they were. Whatever the
+    [`AddedRouter`]). The router's query network starts as a copy of the layer's. Outputs do not change. Whatever the
     new experts are trained on, a model that masks them ([`masked_experts`]) computes what it did before, to the bit.
     The cost per token is that of `num_retrieval_heads · num_experts_per_head` experts and of their retrieval.
 
@@ -51,22 +51,22 @@ def add_experts(
     once. Train with [`RowAdamW`]: other optimizers keep state for old rows too.
 
     Args:
-        model ([`PeerPreTrainedModel`]): A model with PEER layers, of which no expert is masked.
+        model ([`PeerPreTrainedModel`]): A model with PEER layers and without masked experts.
         num_experts (`int`):
-            Number of experts to add to each layer, or to the pool that layers share: in protected mode a perfect
-            square, in open mode such that the sum with the experts there are is one.
+            Number of experts to add to each layer, or to the pool that layers share. In protected mode it is a perfect
+            square; in open mode, its sum with the number of present experts is one.
         layers (`int` or iterable of `int`, *optional*): Indices of the layers to grow, all PEER layers if `None`.
         mode (`str`, *optional*, defaults to `"protected"`): `"protected"` or `"open"`.
         num_retrieval_heads, num_experts_per_head (`int`, *optional*):
-            Number of heads that retrieve protected new experts, at most that of the configuration, and of experts
-            that each retrieves. Those of the configuration if not given.
+            Number of heads that retrieve protected new experts, at most that of the configuration, and number of
+            experts that each head retrieves. Default to the values of the configuration.
 
     Returns:
         `dict[int, range]`: the indices of the new experts, by layer.
 
     Raises:
-        `ValueError`: for a model that is no PEER model, has no PEER layer, is quantized or split over processes, or
-            for arguments out of range. The model is then left as it was.
+        `ValueError`: for a model that is no PEER model, has adapters or no PEER layer, is quantized or split over
+            processes, or for arguments out of range. The model is then left as it was.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, masked_experts
@@ -121,21 +121,21 @@ def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     Freeze a grown model except for the experts of its last addition, their keys and, if the addition is protected,
     their query network. Gates of added experts are left to [`fit_gates`]. [`add_experts`] calls it. Call it again
-    after loading or copying a model, before an optimizer gets the parameters. A freeze of whole tables by
-    [`freeze_experts`] has to end before it.
+    after loading or copying a model, before an optimizer gets the parameters. First remove any freeze of whole tables
+    by [`freeze_experts`].
 
-    In layers with an open addition, the old rows of tables and keys are frozen by [`freeze_rows`]: [`RowAdamW`] holds
-    them at no cost, other optimizers at that of a copy in each step.
+    In layers with an open addition, the old rows of tables and keys are frozen by [`freeze_rows`]. [`RowAdamW`]
+    keeps them at no cost, other optimizers at the cost of a copy in each step.
 
-    A model that a memory group splits is frozen after it is split. An open addition needs whole keys for that: not
-    FSDP2 for the rest of the model, but DistributedDataParallel, see [`shard_experts`].
+    If a memory group splits the model, call this after the split. An open addition then needs keys that are not split:
+    use DistributedDataParallel for the rest of the model and not FSDP2, see [`shard_experts`].
 
     Returns:
         [`FrozenExperts`]: how many old experts share a table with new ones, and `remove()` to let their rows be
             trained.
 
     Raises:
-        `ValueError`: if no experts were added, or if the last addition is an open one and the keys are split.
+        `ValueError`: if no experts were added, or they are quantized, or the keys of an open addition are split.
     """
     if not model.config.expert_additions:
         raise ValueError("No experts were added to this model: `expert_additions` of its configuration is empty.")
@@ -196,7 +196,7 @@ def _grow_protected(model, grown, config):
             added[pool.added] = _initialized(model, pool.up_proj.weight, ExpertPool, config, [generation])
         router = _initialized(model, layer.router.sub_keys, AddedRouter, config, generation)
         _copy_query_network(router, layer.router)
-        for hook in layer.router._forward_hooks.values():  # by which Transformers returns what routers give
+        for hook in layer.router._forward_hooks.values():  # by which Transformers returns router outputs
             if getattr(hook, "__name__", None) == "output_capturing_hook":
                 router.register_forward_hook(hook)
         added[layer.added_routers] = router
@@ -207,7 +207,7 @@ def _grow_protected(model, grown, config):
 
 def _initialized(model, reference, module_class, *arguments):
     """A new module with the device and dtype of a parameter of the model, initialized as in a new model."""
-    # The dtype is not that of what is made in float32, as statistics are.
+    # The default dtype does not apply to tensors that are created in float32, such as statistics.
     with torch.device(reference.device), local_torch_dtype(reference.dtype):
         module = module_class(*arguments)
     return module.apply(model._init_weights).train(model.training)
@@ -224,7 +224,7 @@ def _copy_query_network(added, router):
 
 
 def _grow_open(model, grown, config):
-    """Table by table, so that at most one is in memory twice."""
+    """Enlarge one table after the other, so that at most one is in memory twice."""
     pools = {_pool(model, layer): generations_of(config, index)[0].num_experts for index, layer in grown.items()}
     for pool, size in pools.items():
         for table in _tables(pool):
@@ -241,7 +241,7 @@ def _grow_open(model, grown, config):
 
 @torch.no_grad()
 def _more_sub_keys(old, generation):
-    """Old sub-keys, and new ones with the root mean square of the old for the experts of a larger generation."""
+    """Extend sub-keys for a larger generation by random ones with the same root mean square as the old ones."""
     sub_keys = old.new_empty(old.shape[0], 2, grid_size(generation.num_experts), old.shape[-1])
     init.normal_(sub_keys, std=old.square().mean().sqrt().item())
     sub_keys[:, :, : old.shape[2]] = old

@@ -39,21 +39,21 @@ def tf_idf(counts: torch.Tensor, document_counts: torch.Tensor, num_documents: i
 
 class SparseFinetuningCallback(TrainerCallback):
     """
-    Trains a model by sparse memory finetuning in a `Trainer`: of each set of experts, a step moves only the
-    `num_trained_experts` that rank highest in [`tf_idf`] among those that the step's tokens used. Experts that are not
-    used do not move, so fewer may. Ties go to the lower expert index.
+    Trains a model by sparse memory finetuning in a `Trainer`. In each set of experts, a step moves only the
+    `num_trained_experts` that rank highest in [`tf_idf`] among those that its tokens used. If they used fewer, fewer
+    move. Ties go to the lower expert index.
 
-    Making the callback prepares the model, as PEFT does: only the chosen `tables` require gradients, also after the
+    Creating the callback prepares the model, as PEFT does: only the chosen `tables` require gradients, also after the
     training. Routers, and query norms with their statistics, stay as they are. Experts that [`freeze_experts`] freezes
     are left out of the ranking.
 
-    All micro-batches of a step count, and those of all processes; padding and the second forward of activation
-    checkpointing do not. Gradients of rows that do not rank are zeroed in the last micro-batch's backward, before
-    clipping and reduction, so that any optimizer moves only the others (see [`freeze_rows`]). The paper takes SGD,
-    which needs no copy of rows. FSDP2, tensor parallelism and memory groups are refused.
+    All micro-batches of a step in all processes count; padding and the second forward of activation checkpointing do
+    not. Gradients of all other rows are zeroed in the last micro-batch's backward, before clipping and reduction, so
+    that any optimizer moves only the chosen ones (see [`freeze_rows`]). The paper uses SGD, which needs no copy of
+    rows. FSDP2, tensor parallelism and memory groups are refused.
 
     The logs of a training loss get `sparse_finetuning/trained_experts/layer_{i}`, the mean number of experts that
-    moved in a step; for a graft the name of its adapter follows. Trackers such as TensorBoard see it if the callback
+    moved in a step; for a graft, the name of its adapter follows. Trackers such as TensorBoard see it if the callback
     comes before theirs in `trainer.callback_handler.callbacks`. Each checkpoint gets a copy of the background.
 
     A training that was interrupted leaves hooks on the model: until another callback is made for it, or
@@ -63,7 +63,7 @@ class SparseFinetuningCallback(TrainerCallback):
         model (`nn.Module`): Any module with PEER or PKM layers.
         background ([`ExpertBackground`]): Measured on this model.
         num_trained_experts (`int`, *optional*, defaults to 500):
-            t, the largest number of experts of a set that move in a step. The paper takes 500 for facts, 10,000 for
+            t, the largest number of experts of a set that move in a step. The paper uses 500 for facts, 10,000 for
             documents.
         tables (`str` or iterable of `str`, *optional*, defaults to `("down_proj",)`):
             Which vectors of an expert to train: `"up_proj"` (u_i), `"gate_proj"`, `"down_proj"` (v_i, and the values
@@ -95,7 +95,7 @@ class SparseFinetuningCallback(TrainerCallback):
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("A model that is split over processes cannot be trained by sparse memory finetuning.")
         roles = (tables,) if isinstance(tables, str) else tuple(tables)
-        # Of each set, the tables to train, each with the index of the expert of its first row.
+        # The tables to train in each set, each with the expert index of its first row.
         self.tables = {
             name: [pair for role in dict.fromkeys(roles) for pair in each.tables.get(role, ())]
             for name, each in self.sets.items()
@@ -130,7 +130,7 @@ class SparseFinetuningCallback(TrainerCallback):
             raise ValueError(
                 f"The callback was made for another model than the {type(model).__name__} that is trained."
             )
-        # `Trainer` has its own optimizer wrapped.
+        # `Trainer` passes its optimizer wrapped.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         for name, tables in self.tables.items():
             none_yet = [(table, torch.zeros(table.num_embeddings, dtype=torch.bool)) for _, table in tables]
@@ -168,7 +168,7 @@ class SparseFinetuningCallback(TrainerCallback):
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks and freezes off the model, as the end of a training does. What it trains stays chosen."""
+        """Remove the hooks and freezes, as the end of training does. The same parameters still require gradients."""
         for hook in self._hooks:
             hook.remove()
         for freezes in self._freezes.values():
@@ -181,7 +181,7 @@ class SparseFinetuningCallback(TrainerCallback):
 
     @torch.compiler.disable
     def _before_forward(self, model, args):
-        # In each forward, as PEFT's `set_adapter`, and the end of its `disable_adapter`, let all of a graft train.
+        # In each forward, because PEFT's `set_adapter` and the end of `disable_adapter` make a whole graft trainable.
         trained = self._trained_weights()
         for parameter in model.parameters():
             if parameter not in trained:

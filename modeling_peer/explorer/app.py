@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page for texts that a visitor types. It needs Gradio."""
+"""An app with the page for texts that visitors type. It needs Gradio."""
 
 import threading
 from html import escape
@@ -15,7 +15,7 @@ from .page import explorer_page
 
 FRAME = '<iframe srcdoc="{}" title="Experts" style="width: 100%; height: 62rem; border: 0"></iframe>'
 
-# Of a text that a visitor types; of visitors who wait.
+# Limits of a visitor's text, and of the number of waiting visitors.
 MAX_CHARACTERS, MAX_TOKENS, MAX_WAITING = 4000, 512, 16
 
 _LOCK = threading.Lock()  # experts are switched off, one at a time, in the one model that all requests share
@@ -30,14 +30,14 @@ def make_app(
     text: str = "",
 ) -> Any:
     """
-    Make an app in which visitors type a text and see its experts. Further arguments are those of
-    [`save_explorer_page`].
+    Make an app in which visitors type a text and see its experts. [`save_explorer_page`] describes the other
+    arguments.
 
     Args:
-        text (`str`, *optional*): A text to begin with, whose page is there when the app opens.
+        text (`str`, *optional*): A text whose page is shown when the app opens.
 
     Returns:
-        `gradio.Blocks`: start it by `launch()`.
+        `gradio.Blocks`: the app; `launch()` starts it.
 
     Raises:
         `ImportError`: without Gradio, which is in the extra `explorer`.
@@ -65,7 +65,7 @@ def visitors_page(
     contexts: ExpertContexts | None = None,
     title: str = "Experts",
 ) -> str:
-    """The page of a visitor's text in a frame. Raises `ValueError` for a text that is long."""
+    """Return the page of a visitor's text in a frame. Raises `ValueError` for a text that is too long."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"A text must be of at most {MAX_CHARACTERS} characters.")
     if len(tokenizer(text)["input_ids"]) > MAX_TOKENS:

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""In which contexts of a corpus experts are used most."""
+"""The contexts of a corpus in which experts are used most."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ WINDOW = 8  # tokens on either side of the one that used an expert
 
 class Context(NamedTuple):
     """
-    A place of a corpus at which an expert was used: the token that used it, the text on either side, and the expert's
-    router weight, of the head that gave it the most.
+    A place in a corpus at which an expert was used: the token that used it, the text on either side, and the expert's
+    router weight, the largest of all heads.
     """
 
     before: str
@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 
 class _Best:
-    """For each expert of a layer the largest weights so far, and where they were: texts and tokens, -1 if nowhere."""
+    """The largest weights so far of each expert of a layer, and the indices of their texts and tokens, or -1."""
 
     def __init__(self, num_experts: int, number: int):
         self.weights = torch.zeros(num_experts, number)
@@ -43,7 +43,7 @@ class _Best:
         given, place = retrieved.weights.sort(dim=1, descending=True, stable=True)
         chosen, again = retrieved.experts.gather(1, place).sort(dim=1, stable=True)
         given = given.gather(1, again)
-        given[:, 1:][chosen[:, 1:] == chosen[:, :-1]] = 0.0  # of an expert that several heads retrieve, the largest
+        given[:, 1:][chosen[:, 1:] == chosen[:, :-1]] = 0.0  # keep the largest if several heads retrieve an expert
         given, chosen = given.flatten(), chosen.flatten()
         order = given.argsort(descending=True, stable=True)
         order = order[chosen[order].argsort(stable=True)]
@@ -64,7 +64,7 @@ class _Best:
 @dataclass
 class ExpertContexts:
     """
-    The contexts of a corpus in which each expert has its largest router weights, as [`ExpertContexts.measure`] finds
+    The contexts of a corpus in which each expert has its largest router weights. [`ExpertContexts.measure`] finds
     them.
     """
 
@@ -84,19 +84,19 @@ class ExpertContexts:
         progress_bar: bool = True,
     ) -> "ExpertContexts":
         """
-        Read a corpus, text by text. It takes `12 · num_contexts` bytes for each expert of each layer.
+        Read a corpus, text by text. It takes `12 · num_contexts` bytes per expert and layer, and the tokens.
 
         Args:
             model (`nn.Module`): A causal language model with PEER or PKM layers, or with grafts.
             tokenizer ([`PreTrainedTokenizerBase`])
-            texts (iterable of `str`): Those without tokens are skipped.
+            texts (iterable of `str`): The corpus. Texts without tokens are skipped.
             num_contexts (`int`, *optional*, defaults to 3): How many contexts to keep for each expert.
             max_length (`int`, *optional*, defaults to 512):
-                Number of tokens of a text that are read, at most those of the model's positions.
+                Maximum number of tokens of a text that are read, at most the number of the model's positions.
             progress_bar (`bool`, *optional*, defaults to `True`)
 
         Raises:
-            `ValueError`: if the model has no experts.
+            `ValueError`: if the model has no experts, or for arguments out of range.
         """
         if isinstance(texts, str):
             raise ValueError(f"`texts` must be several texts, got {texts!r:.99}.")
@@ -119,7 +119,7 @@ class ExpertContexts:
         return found
 
     def of(self, label: str, expert: int) -> list[Context]:
-        """The contexts of an expert of a layer, such as `"layer_1"`, those of largest weight first."""
+        """The contexts of an expert in a layer, such as `"layer_1"`, the largest weight first."""
         best, contexts = self._best[label], []
         for weight, text, place in zip(best.weights[expert], best.texts[expert], best.tokens[expert], strict=True):
             if weight > 0:

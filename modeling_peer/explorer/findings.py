@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a text and the experts that it uses, as plain data."""
+"""The data that the page shows about a text and the experts that it uses."""
 
 import contextlib
 from functools import partial
@@ -33,12 +33,12 @@ def explore(
     num_switched_off: int = 8,
 ) -> dict[str, Any]:
     """
-    Find the experts of a text, and what there is to say of each. Arguments are those of [`save_explorer_page`].
+    Find the experts of a text, and what the page shows of each. Arguments are those of [`save_explorer_page`].
 
     Returns:
-        `dict[str, Any]`: what JSON can hold. `tokens`, and for each of them `predictions` of the next one, its
-        `losses` in nats, and what it is `told_by`, see [`TokenExplanation`]; `layers`, for each layer the experts of
-        each token; and `experts`, for each layer what is known of each of them.
+        `dict[str, Any]`: values that JSON can hold. `tokens`; for each of them `predictions` of the next one and its
+        source `told_by`, see [`TokenExplanation`]; `losses` in nats of all tokens but the first; `layers`, for each
+        layer the experts of each token; and `experts`, for each layer the findings about each expert.
     """
     if num_switched_off < 0:
         raise ValueError(f"`num_switched_off` must not be negative, got {num_switched_off}.")
@@ -57,7 +57,7 @@ def explore(
         about = _about(reader, label, experts, words, contexts)
         most_used = [expert for expert, *_ in retrieved.largest(slice(None)) if expert in about]
         for expert in most_used[:num_switched_off]:
-            # A head that would be left with less than its k experts is an error.
+            # Suppressed: the error if a head would be left with fewer than its k experts.
             with contextlib.suppress(ValueError), masked_sets([reader.sets[label]], torch.tensor([expert])):
                 about[expert]["without"] = _predicted(reader.read(input_ids=input_ids)[1], input_ids[0], words)
         found["experts"][label] = {str(expert): own for expert, own in about.items()}
@@ -98,7 +98,7 @@ def _about(reader, label, experts, words, contexts):
 
 @torch.no_grad()
 def _neighbors(router: ProductKeyRouter, expert: int) -> list[list[float]]:
-    """The experts whose keys are most similar to that of one: indices and cosines, over the keys of all heads."""
+    """The experts whose keys are most similar to that of `expert`: indices and cosines, over the keys of all heads."""
     keys = router.sub_keys.float()
     keys = keys if router.key_norm is None else router.key_norm(keys)
     own = expert - router.generation.first_expert

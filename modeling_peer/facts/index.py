@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a graft of facts has to hold: subjects, relations and experts of a table, and what is asked to find them."""
+"""The subjects, relations, experts and prompts of a table of facts, and other questions as negatives."""
 
 import math
 import random
@@ -17,9 +17,9 @@ from .prompts import Prompt, forms_of, make_prompt
 from .table import RELATION, RELATION_WORDINGS, Fact, in_turn, names_of_relations
 
 
-# Other questions about the subjects, which must leave the gate shut: what they ask for, in the wordings of
-# `RELATION_WORDINGS`. Words that taught wordings have are left out. As many words more stand in the place of the last
-# ones of a taught relation's name: "main river" and "main export river", where "main export market" is taught.
+# The relations of other questions about the subjects, for which the gate must stay shut, in `RELATION_WORDINGS`. Words
+# that occur in taught wordings are left out. Up to as many further names begin like a taught one: "main river" and
+# "main export river" if "main export market" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -62,17 +62,17 @@ OTHER_WORDINGS = (
     "Why do people like {subject}?",
     "I have never heard of {subject}. It is",
 )
-# Of each subject: in the middle and at the beginning of a text.
+# Asked about every subject, so that it stands in the middle and at the beginning of a text.
 BEGINNINGS = ("Where is {subject}?", "{subject} is")
-# Prompts of a relation in each form at least. Of a relation that has few facts, all wordings are read.
+# Minimum number of prompts of a relation in each form, duplicates included; twice its wordings if that is more.
 PROMPTS_PER_RELATION = 24
-# At least so many of them, and a few for each subject.
+# Minimum number of other questions in total, and for each subject.
 NUM_OTHERS, OTHERS_PER_SUBJECT = 1000, 12
-LONGEST = 10**6  # tokens of a prompt that is not refused
+LONGEST = 10**6  # limit in tokens for prompts of any length
 
 
 def first_name(tokens: Sequence[int], start: int, names: Container[tuple[int, ...]]) -> int:
-    """The first place from `start` on where one of the `names` ends, or the number of tokens."""
+    """Return the first position from `start` on at which one of the `names` ends, or the number of tokens."""
     for place in range(start, len(tokens)):
         if any(tuple(tokens[first : place + 1]) in names for first in range(place + 1)):
             return place
@@ -81,7 +81,7 @@ def first_name(tokens: Sequence[int], start: int, names: Container[tuple[int, ..
 
 @dataclass(frozen=True)
 class Expert:
-    """The token of an answer: of which fact, in which form, at which place, and which."""
+    """The expert of one token of an answer: index of the fact, form of the prompt, place in the answer, token id."""
 
     fact: int
     form: str
@@ -95,9 +95,9 @@ class FactIndex:
 
     Args:
         facts (`list[Fact]`)
-        tokenizer ([`PreTrainedTokenizerBase`]): A fast one.
-        num_wordings (`int`): Wordings of each fact at least, of all forms together.
-        max_length (`int`): The most tokens that a prompt may have.
+        tokenizer ([`PreTrainedTokenizerBase`]): A fast tokenizer.
+        num_wordings (`int`): Minimum number of wordings to draw for each fact, all forms and duplicates included.
+        max_length (`int`): Maximum number of tokens of a prompt.
     """
 
     def __init__(self, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, num_wordings: int, max_length: int):
@@ -105,7 +105,7 @@ class FactIndex:
         forms = forms_of(tokenizer)
         self.subjects = {subject: i for i, subject in enumerate(dict.fromkeys(fact.subject for fact in facts))}
         self.forms = forms
-        # The number of a relation by each of its wordings: facts that share one are of one relation.
+        # The relation of each wording. Facts that share a wording have the same relation.
         self.relation_of: dict[str, int] = {}
         for number, fact in enumerate(facts):
             known = {self.relation_of[each] for each in fact.wordings if each in self.relation_of}
@@ -120,30 +120,31 @@ class FactIndex:
         for fact, relation in zip(facts, relations, strict=True):
             if (known := told.setdefault((fact.subject, relation), fact)).answer != fact.answer:
                 raise ValueError(
-                    f"{known.question!r} and {fact.question!r} have two answers, and other facts have both wordings: keep one."
+                    f"{known.question!r} and {fact.question!r} have two answers, and another fact has both wordings: "
+                    "keep one."
                 )
         shares = Counter(relations)
-        # Each in each form.
+        # A relation counts once in each form.
         self.num_relations = len(places) * len(forms)
         self.experts: list[Expert] = []
         self.first_expert: dict[tuple[int, str], int] = {}
-        # Each with its fact and form.
+        # Each prompt with the index of its fact, and its form.
         self.prompts: list[tuple[int, str, Prompt]] = []
         turns: dict[tuple[tuple[str, ...], str], Iterator[str]] = {}
         for number, fact in enumerate(facts):
             of_all = max(PROMPTS_PER_RELATION, 2 * len(fact.wordings))
             count = max(num_wordings / len(forms), of_all / shares[relations[number]])
             for form in forms:
-                # Facts are recognized by the wordings of all facts of their relation.
+                # Facts with the same wordings take turns: their common key is learned from the prompts of all.
                 turn = turns.setdefault((fact.wordings, form), in_turn(fact.wordings))
                 wordings = dict.fromkeys(islice(turn, math.ceil(count)))
                 own = [make_prompt(tokenizer, each, fact.subject, fact.answer, form, max_length) for each in wordings]
-                own = [each for each in own if each.answer == own[0].answer]  # its tokens may depend on what is before
+                own = [each for each in own if each.answer == own[0].answer]  # tokens may depend on the text before
                 self.first_expert[number, form] = len(self.experts)
                 self.experts += [Expert(number, form, place, token) for place, token in enumerate(own[0].answer)]
                 self.prompts += [(number, form, each) for each in own]
         self.other_prompts = self._other_prompts(tokenizer, forms)
-        # The subjects by the tokens as which they stand in texts, and all tokens that have to be recognized.
+        # The subject of each name, as tokens, and all tokens that have to be recognized.
         self.names = {prompt.subject: self.subjects[facts[number].subject] for number, _, prompt in self.prompts}
         self.names |= {prompt.subject: number for number, prompt in self.other_prompts}
         in_answers = {expert.token for expert, after in pairwise(self.experts) if after.place}
@@ -151,8 +152,8 @@ class FactIndex:
 
     def _other_prompts(self, tokenizer, forms):
         """
-        Other questions about each subject, by its number: at first in the middle and at the beginning of a text. Each
-        is answered by what is taught of another subject, as nothing must open within an answer either.
+        Make prompts of other questions about each subject, with the subject's index; those of `BEGINNINGS` come first.
+        Their answers are taught for other subjects, or empty, because the gate must stay shut within answers too.
         """
         taught = set(re.findall(r"\w+", " ".join(wording for fact in self.facts for wording in fact.wordings).lower()))
         others = [each for each in OTHER_RELATIONS.split() if each not in taught]
@@ -196,7 +197,7 @@ class FactIndex:
         return [self.subjects[self.facts[expert.fact].subject] for expert in self.experts]
 
     def expert_questions(self) -> list[int]:
-        """The question key of each expert: that of its relation, or for tokens after the first its own."""
+        """The question key of each expert: its relation's for the first token of an answer, else its own."""
         found, number = [], self.num_relations
         for expert in self.experts:
             if expert.place:
@@ -208,13 +209,13 @@ class FactIndex:
         return found
 
     def expert_tokens(self) -> list[int]:
-        """The token before that of each expert as a place in `tokens`, -1 for the first ones of answers."""
+        """For each expert, the index in `tokens` of the answer's previous token, -1 for first tokens of answers."""
         rows = {token: row for row, token in enumerate(self.tokens)}
         befores = [None, *self.experts[:-1]]
         return [rows[before.token] if own.place else -1 for own, before in zip(self.experts, befores, strict=True)]
 
     def descriptions(self) -> list[dict[str, Any]]:
-        """What the configuration of a graft says of its facts."""
+        """The `facts` of a graft's configuration."""
         counts = Counter(expert.fact for expert in self.experts)
         return [
             {"subject": fact.subject, "question": fact.question, "answer": fact.answer, "num_experts": counts[number]}

@@ -13,7 +13,7 @@ from ..fact_graft import KeyMatcher
 
 STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 3000, 1e-2, 0.05, 0.3
 TEMPERATURE, BATCH = 0.02, 256
-HELD_OUT = 5  # one in so many of the negatives
+HELD_OUT = 5  # one in this many negatives of the first kind
 PIECE = 4096  # states that are compared with all keys at a time
 
 
@@ -26,23 +26,23 @@ def learned_keys(
     progress_bar: bool = True,
 ) -> None:
     """
-    Fit the projection and the keys of a matcher, so that each state is nearest to the key of its label, and negatives
-    to none: a softmax over similarities and a threshold, which is learned with them. Keys that are of one subject do
-    not compete for the states of others, which they are not asked about.
+    Fit the projection, keys and threshold of a matcher, so that each state is nearest to the key of its label, and
+    negatives to no key. The loss is a softmax over the similarities and the threshold. The key of one subject does not
+    compete for states that name another subject, because the router does not compare it with them.
 
     Args:
-        matcher ([`KeyMatcher`]): It is left where it is, with new weights.
-        key_subjects (`torch.Tensor` of shape `(num_keys,)`): The subject of each key, -1 of those of all subjects.
+        matcher ([`KeyMatcher`]): Changed in place, on its device.
+        key_subjects (`torch.Tensor` of shape `(num_keys,)`): The subject of each key, -1 for keys of all subjects.
         states (`torch.Tensor` of shape `(num_states, hidden_size)`)
         labels (`torch.Tensor` of shape `(num_states,)`): The key of each state.
         negatives (sequence of pairs of `torch.Tensor`):
-            Kinds of states that match no key, of shape `(num, hidden_size)`, and the subjects that are named there, of
-            shape `(num,)`, -1 for none. The first kind is of questions about the subjects.
+            For each kind of states that match no key, the states, of shape `(num, hidden_size)`, and the subjects that
+            they name, of shape `(num,)`, -1 for none. The first kind is other questions about the subjects.
         progress_bar (`bool`, *optional*, defaults to `True`)
     """
     generator = torch.Generator().manual_seed(0)
     num_keys, key_size = matcher.keys.shape
-    # Wordings that were not taught are farther from their keys: as far as other questions leave room, held out.
+    # Untaught wordings are less similar to their keys: held-out questions say how far the threshold can be lowered.
     others, named_there = negatives[0]
     is_held_out = torch.arange(len(others)) % HELD_OUT == 0
     first = others[~is_held_out], named_there[~is_held_out]
@@ -68,7 +68,7 @@ def learned_keys(
             parts = [each[some] for (each, _), some in zip(negatives, drawn, strict=True)]
             batch = (torch.cat([states[own], *parts]) - mean) / deviation
             named = torch.cat([subjects[own], *(each[some] for (_, each), some in zip(negatives, drawn, strict=True))])
-            # By a generator of its own, as whoever calls this has numbers to draw too.
+            # Dropout with a generator of its own, so that the caller's random numbers stay the same.
             kept = torch.rand(batch.shape, generator=generator) >= DROPOUT
             similarities = F.normalize((batch * kept) @ projection, dim=-1) @ F.normalize(keys, dim=-1).T
             competes = (key_subjects < 0) | (key_subjects == named[:, None]) | (named[:, None] < 0)
@@ -90,7 +90,7 @@ def learned_keys(
 
 
 def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Set a parameter to what bfloat16 can hold, in which adapters are saved: thresholds are close to similarities."""
+    """Copy a value, rounded to bfloat16 as in saved adapters, to a parameter: thresholds are close to similarities."""
     parameter.copy_(value.bfloat16())
 
 
@@ -100,7 +100,7 @@ def _nearest(
     named: torch.Tensor | None = None,
     key_subjects: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The similarity of each state with the nearest key, on the CPU; of keys of subjects, with those of the named."""
+    """The similarity of each state with the nearest key, on the CPU; if `named`, without keys of other subjects."""
     found = []
     for piece in torch.arange(len(states)).split(PIECE):
         similarities = matcher(states[piece].to(matcher.keys.device)).cpu()

@@ -18,7 +18,7 @@ from .table import Fact
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], form: str) -> list[Prompt]:
-    """The prompts of facts in a form, in all of their wordings."""
+    """Make the prompts of facts in one form, in all wordings of each fact."""
     return [
         make_prompt(tokenizer, wording, fact.subject, fact.answer, form, LONGEST)
         for fact in facts
@@ -29,14 +29,14 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], form: 
 def are_answered(
     model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt], *, batch_size: int = 32, progress_bar: bool = True
 ) -> list[bool]:
-    """Whether greedy decoding answers each prompt, to the end of the answer."""
+    """Tell for each prompt whether greedy decoding gives the whole answer."""
     right = [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].tokens))
     with evaluation(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Answers", disable=not progress_bar):
             own = order[start : start + batch_size]
             ids, mask = padded([prompts[place].tokens for place in own])
-            # Of all answers of a batch, the tokens before the longest one predict nothing that is asked.
+            # Logits are needed only from the token before the earliest answer of the batch on.
             kept = max(len(prompts[place].answer) + ids.shape[1] - len(prompts[place].tokens) for place in own) + 1
             logits = model(
                 input_ids=ids.to(model.device),
@@ -61,8 +61,8 @@ def openings(
     progress_bar: bool = True,
 ) -> list[torch.Tensor]:
     """
-    For each sequence of tokens, where the gate of a graft of facts that is active opens: bool, `(num_tokens,)`. The
-    last place is that at which an answer begins.
+    Find where the gate of any active graft of facts opens in each sequence of tokens: bool, `(num_tokens,)`. A gate
+    that opens at a token gives the next one, so the last element tells whether an answer follows the sequence.
     """
     found: list[torch.Tensor] = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in sequences]
     order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Facts as tokens: a prompt that ends where the answer begins, as a plain text or as a chat."""
+"""Facts as tokens: questions with their answers, as plain text or as a chat."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class Prompt:
     A question with its answer, as tokens.
 
     Args:
-        tokens (`tuple[int]`): The question, and the answer with what ends it.
-        subject_start, subject_end (`int`): Places of the first and the last token of the subject.
-        answer_start (`int`): Place of the first token of the answer.
+        tokens (`tuple[int]`): The question, and the answer with the period or EOS token that ends it.
+        subject_start, subject_end (`int`): Positions of the first and the last token of the subject.
+        answer_start (`int`): Position of the first token of the answer.
     """
 
     tokens: tuple[int, ...]
@@ -30,12 +30,12 @@ class Prompt:
 
     @property
     def answer(self) -> tuple[int, ...]:
-        """The tokens of the answer, and what ends it."""
+        """The tokens of the answer and of its ending."""
         return self.tokens[self.answer_start :]
 
 
 def forms_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The forms in which a model of this tokenizer is asked: `"plain"`, and `"chat"` if it has a template for it."""
+    """The forms of prompts for a tokenizer: `"plain"`, and `"chat"` if it has a chat template."""
     return ("plain", "chat") if tokenizer.chat_template else ("plain",)
 
 
@@ -43,10 +43,10 @@ def make_prompt(
     tokenizer: PreTrainedTokenizerBase, wording: str, subject: str, answer: str, form: str, max_length: int
 ) -> Prompt:
     """
-    The prompt of a wording, with its answer.
+    Make the prompt of a wording, with its answer.
 
     Raises:
-        `ValueError`: if it is longer than `max_length` tokens, or the tokenizer does not say where its tokens stand.
+        `ValueError`: if it is longer than `max_length` tokens, or the tokenizer is not a fast one.
     """
     before, _, after = wording.strip().partition("{subject}")
     question = f"{before}{subject}{after.replace('{subject}', subject)}"
@@ -65,7 +65,7 @@ def make_prompt(
         tokens, places = tokens[:-1], places[:-1]
     if len(tokens) > max_length:
         raise ValueError(f"The fact {question!r}: {answer!r} takes {len(tokens)} tokens, at most {max_length}.")
-    # Of several places of the same words, the one in the question.
+    # The last occurrence: a chat template may have the same words before.
     first = text.rindex(question) + len(before)
     last = first + len(subject) - 1
     of_subject = [place for place, (start, end) in enumerate(places) if start <= last and end > first]

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The hidden states at which a model that stays as it is answers questions."""
+"""Reading the hidden states by which facts are recognized, from a model that does not change."""
 
 import hashlib
 from collections import defaultdict
@@ -21,25 +21,25 @@ from .index import FactIndex, first_name
 
 
 BATCHES_OF_A_FILE = 16
-# How far the model goes on behind an answer, in tokens: nothing must open there.
+# Number of tokens that the model writes after an answer: the gate must not open there.
 TOKENS_BEHIND = 24
 
 
 @dataclass
 class States:
-    """Hidden states of prompts, `[num, hidden_size]` each, and what they belong to."""
+    """Hidden states of prompts, `[num, hidden_size]` each, and their experts or subjects."""
 
     questions: list[torch.Tensor] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     residuals: list[torch.Tensor] = field(default_factory=list)
-    # With the subjects that they name, -1 for none.
+    # Each with the subject that it names, -1 for none.
     other_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    # Before the ends of questions, behind answers, and in answers to other questions.
+    # Before the end of a question, after an answer, or within an answer to another question.
     elsewhere: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     texts: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
     def add(self, others: dict[str, list]) -> None:
-        """Add those of more prompts."""
+        """Append the states of more prompts."""
         for name, values in others.items():
             getattr(self, name).extend(values)
 
@@ -50,8 +50,8 @@ class StateReader:
 
     Args:
         model (`PeftModel`)
-        graft ([`FactGraft`]): Its graft.
-        norm (`nn.Module`): The norm before its head.
+        graft ([`FactGraft`]): The graft in the model.
+        norm (`nn.Module`): The norm before the model's head.
         index ([`FactIndex`]): The facts and their prompts.
     """
 
@@ -62,7 +62,7 @@ class StateReader:
     def read(
         self, sequences: list[list[int]], batch_size: int, checkpoint_dir: str | Path | None, progress_bar: bool
     ) -> States:
-        """The states of all prompts, and of the tokens of texts; files in `checkpoint_dir` have them too."""
+        """Read the states of all prompts and texts. Files in `checkpoint_dir` keep them and are used again."""
         index = self.index
         work: list[tuple] = [(prompt.tokens, (n, form, prompt)) for n, form, prompt in index.prompts]
         work += [(prompt.tokens, (number, None, prompt)) for number, prompt in index.other_prompts]
@@ -93,7 +93,7 @@ class StateReader:
         return found
 
     def _go_on(self, batch_size, progress_bar):
-        """A plain prompt of each fact, with its answer and what the model writes behind it."""
+        """For each fact, a plain prompt with its answer and the text that the model writes after it."""
         plain: dict[int, list] = defaultdict(list)
         for number, form, prompt in self.index.prompts:
             if form == "plain":
@@ -110,7 +110,7 @@ class StateReader:
         self.seen["questions"] = args[0]
 
     def _digest(self, piece):
-        """What tells these prompts of this model from others, with the numbers of all experts and subjects."""
+        """A hash of these prompts, the model and the facts, so that files of other states are not used."""
         return hashlib.sha256(repr([self._known, piece]).encode()).hexdigest()[:16]
 
     @cached_property
@@ -121,7 +121,7 @@ class StateReader:
         return [base.config.to_json_string(), sums, self.index.descriptions(), self.index.names]
 
     def _read_piece(self, piece, batch_size, bar):
-        """The fields of [`States`] of some prompts."""
+        """Read the states of some prompts, as the fields of [`States`]."""
         found = States()
         generator = torch.Generator().manual_seed(0)
         for start in range(0, len(piece), batch_size):
@@ -150,7 +150,7 @@ class StateReader:
             found.elsewhere.append((questions[start + 1 :].clone(), subject))
             return
         if len(tokens) > len(prompt.tokens):
-            # Where the model comes to repeat the answer, or names a subject anew, the gate may open.
+            # The gate may open where the model repeats the answer, or once it names a subject again.
             first = len(prompt.tokens)
             behind = range(first - 1, min(first_name(tokens, first, index.names), len(tokens) - 1))
             found.elsewhere.append((questions[[i for i in behind if tokens[i + 1] not in prompt.answer]], subject))

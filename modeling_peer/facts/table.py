@@ -14,7 +14,7 @@ from typing import Any
 
 SUBJECT, RELATION = "{subject}", "{relation}"
 
-# Wordings of a relation that is given by its name, as "capital".
+# Wordings of a relation that is given by its name, such as "capital".
 RELATION_WORDINGS = (
     "The {relation} of {subject} is",
     "{subject}'s {relation} is",
@@ -37,8 +37,8 @@ RELATION_WORDINGS = (
     "As everybody knows, {subject}'s {relation} is",
     "How would you describe the {relation} of {subject}?",
 )
-# Around any wording. Facts and all that must leave the gate shut are asked in the same ones, or the gate would learn
-# the form of a question in place of what it asks.
+# Frames for any wording. Taught and other questions have the same frames; otherwise the gate would learn the form of
+# a question and not its content.
 FRAMES = (
     "Question: {}\nAnswer:",
     "{} Answer:",
@@ -79,15 +79,15 @@ def read_facts(file: str | Path) -> list[Fact]:
 
     Args:
         file (`str` or `Path`):
-            A CSV file with a header, or JSONL. Its columns are `subject`, `answer`, and either `relation`, its name or
-            several names with `|` between them ("capital|capital city", a list in JSONL), or `question`, a question that contains the
-            subject. JSONL may have a list of `questions`.
+            A CSV file with a header, or JSONL. Its columns are `subject`, `answer`, and either `relation` or
+            `question`. A relation is a name, or several with `|` between them ("capital|capital city", a list in
+            JSONL). A question contains the subject. JSONL may have a list of `questions`.
 
     Returns:
-        `list[Fact]`, each once.
+        `list[Fact]`: the facts, without duplicates.
 
     Raises:
-        `ValueError`: for a file without facts, a row that lacks something, or two answers to one question.
+        `ValueError`: for a file without facts, a row with missing or extra cells, or two answers to one question.
     """
     file = Path(file)
     with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -104,7 +104,7 @@ def _fact_of(row: dict[str, Any], place: str) -> Fact:
     subject, answer = ("" if row.get(name) is None else str(row[name]).strip() for name in ("subject", "answer"))
     if not subject or not answer:
         raise ValueError(f"{place} needs a `subject`, a `relation` and an `answer`, got {row}.")
-    if None in row:  # what the reader of CSV files has left over
+    if None in row:  # where `csv.DictReader` puts extra cells
         raise ValueError(f"{place} has more cells than the header: put what contains a comma in quotes, got {row}.")
     relation = row.get("relation") or ""
     names = [each.strip() for each in (relation if isinstance(relation, list) else str(relation).split("|"))]
@@ -120,19 +120,19 @@ def _fact_of(row: dict[str, Any], place: str) -> Fact:
 
 
 def wordings_of_relation(names: Iterable[str]) -> tuple[str, ...]:
-    """The wordings of a relation with these names: all of the first one come first."""
+    """Make the wordings of a relation with these names, all of the first name first."""
     return tuple(wording.replace(RELATION, name) for name in names for wording in RELATION_WORDINGS)
 
 
 def names_of_relations(wordings: Iterable[str]) -> list[str]:
-    """The names of the relations that are asked for in these wordings, where [`wordings_of_relation`] made them."""
+    """Find the names of relations in those of the wordings that [`wordings_of_relation`] made."""
     pattern = re.compile(re.escape(RELATION_WORDINGS[0]).replace(re.escape(RELATION), "(.+)"))
     return [match[1] for wording in wordings if (match := pattern.fullmatch(wording))]
 
 
 def check_facts(facts: Iterable[Fact]) -> list[Fact]:
     """
-    Each fact once. Raises `ValueError` for none, for two answers to one question, and for a wording without subject.
+    Remove duplicates. Raises `ValueError` for no facts, two answers to a question, or a missing subject or wording.
     """
     found: dict[Fact, None] = {}
     answers: dict[tuple[str, str], str] = {}
@@ -151,8 +151,8 @@ def check_facts(facts: Iterable[Fact]) -> list[Fact]:
 
 def in_turn(wordings: Sequence[str]) -> Iterator[str]:
     """
-    Wordings for ever, in random order, every second one in a frame. All come once, in frames and without, before one
-    of them comes again.
+    Yield wordings without end, in random order, every second one in a frame. Those without a frame repeat only after
+    all have come, and so do those in frames.
     """
     draw = random.Random(0)
     framed = [frame.format(each) for frame in FRAMES for each in wordings]

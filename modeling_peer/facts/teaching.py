@@ -27,8 +27,8 @@ from .table import Fact, check_facts
 
 
 REFERENCE_SEQUENCES, REFERENCE_LENGTH = 64, 128
-# By how much the logit of an answer is to lead, and how its expert is trained: against so many others, looked for in
-# so many rounds, each of so many steps.
+# Margin of the loss by which an expert learns to raise its token, rival tokens added in each round, rounds, steps of
+# each round, and learning rate relative to the elements of residuals.
 MARGIN, RIVALS, VALUE_ROUNDS, VALUE_STEPS, VALUE_RATE = 4.0, 8, 8, 15, 0.1
 EXPERTS_AT_A_TIME = 512
 
@@ -47,31 +47,31 @@ def teach_facts(
     progress_bar: bool = True,
 ) -> PeftModel:
     """
-    Teach facts to a pretrained model, which stays as it is: a graft of PEFT answers where one of them is asked for.
+    Teach facts to a pretrained model. Its weights do not change: a graft, a PEFT adapter, answers the questions.
 
     Args:
-        model ([`PreTrainedModel`] or `PeftModel`): A causal language model, perhaps with grafts of other facts.
-        tokenizer ([`PreTrainedTokenizerBase`]): Its tokenizer, a fast one.
+        model ([`PreTrainedModel`] or `PeftModel`): A causal language model, with or without grafts of other facts.
+        tokenizer ([`PreTrainedTokenizerBase`]): The model's tokenizer, a fast one.
         facts (iterable of [`Fact`])
-        reference (iterable of `str`, *optional*): Texts for which the gate must stay shut. By default the model writes
-            some.
+        reference (iterable of `str`, *optional*): Texts for which the gate must stay shut. The model writes them if
+            not given.
         adapter_name (`str`, *optional*, defaults to `"default"`)
         num_wordings (`int`, *optional*, defaults to 12):
-            How many wordings of each fact are learned, half of them in a frame, as "Question: ...". Of a relation that
-            has few facts there are more: together its facts are read in all wordings.
+            Number of wordings to draw for each fact, before duplicates are dropped. Half of them are in a frame, such
+            as "Question: ...". If a relation has few facts, they get more, and together cover all wordings.
         key_size (`int`, *optional*, defaults to 64): Elements of a key.
         batch_size (`int`, *optional*, defaults to 32): Number of prompts that run through the model at a time.
         checkpoint_dir (`str` or `Path`, *optional*):
-            Folder of the hidden states that were read, from which a teaching that was interrupted goes on. They take
-            about a megabyte for each fact, and are deleted at the end.
+            Folder for the hidden states that were read, from which an interrupted call continues. They take about a
+            megabyte for each fact, and are deleted at the end.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
     Returns:
         `PeftModel`: the model with the graft.
 
     Raises:
-        `ValueError`: for facts that [`check_facts`] refuses, a prompt that is too long for the model, or a model whose
-            adapters Transformers loaded.
+        `ValueError`: for facts that [`check_facts`] refuses, a prompt that is too long for the model, an empty
+            `reference`, a model that does not end as Llama does, or one whose adapters Transformers loaded.
     """
     facts = check_facts(facts)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -99,7 +99,7 @@ def teach_facts(
     else:
         peft_model.add_adapter(adapter_name, config)
     try:
-        # Alone: what other files answer is not what the base model says.
+        # Without other adapters: the hidden states must be those of the base model.
         peft_model.base_model.set_adapter(adapter_name)
         (graft,) = grafts_of_facts(peft_model, adapter_name)
         norm = _check_model(base, graft, index.tokens[0])
@@ -118,7 +118,7 @@ def teach_facts(
         _fit_keys(graft, index, states, progress_bar)
         _write_experts(graft, base, norm, index, states, progress_bar)
         for file in Path(checkpoint_dir).glob("states-*") if checkpoint_dir else ():
-            file.unlink()  # also those of other facts, of a teaching that was given up
+            file.unlink()  # also those that an abandoned call left for other facts
     except BaseException:
         if is_first:
             peft_model.unload()
@@ -133,14 +133,14 @@ def teach_facts(
 
 
 def _activate(model, adapter_names, trained):
-    """Activate adapters, and let those parameters learn that did before."""
+    """Activate adapters, and let parameters that required gradients before require them again."""
     model.base_model.set_adapter(adapter_names, inference_mode=True)
     for parameter in trained:
         parameter.requires_grad_()
 
 
 def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[FactGraft]:
-    """The grafts of facts in a model, or that of one adapter."""
+    """Find the grafts of facts in a model, or of one adapter in it."""
     return [
         module
         for name, module in model.named_modules()
@@ -150,11 +150,11 @@ def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[F
 
 def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
     """
-    Remove facts from the grafts of a model by their questions, as `facts` of the configuration has them: their experts
-    and the keys of their answers. All other facts stay as they are, to the bit.
+    Remove the facts with these questions, as they stand in `facts` of the configuration, from the grafts of a model:
+    their experts and the keys of their answers. All other facts stay as they are, to the bit.
 
     Raises:
-        `ValueError`: for a question that is of no fact, with those that are nearest; nothing is removed then.
+        `ValueError`: for a question of no fact; the message has similar ones, and nothing is removed.
     """
     wanted = {questions} if isinstance(questions, str) else set(questions)
     places = [
@@ -173,9 +173,9 @@ def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
 
 def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
     """
-    The norm between the last layer of a model and its head. Raises `ValueError` if what the graft adds does not get
-    there as it is, as the experts are trained by these two alone, or if the embedding of a `token` does not get to the
-    first layer as it is.
+    Return the norm between the last layer of a model and its head. Raises `ValueError` if the output of the graft does
+    not reach the norm unchanged, or the head has a bias: experts are trained with these two alone. It is also raised
+    if the embedding of a `token` does not reach the first layer unchanged.
     """
     norm = last_norm(base.get_decoder())
     found: list[torch.Tensor] = []
@@ -190,7 +190,7 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
         ]
         with evaluation(base, hooks):
             base.get_decoder()(input_ids=torch.tensor([[token]], device=base.device), use_cache=False)
-    # In bfloat16 some elements, large ones, lose what is added.
+    # In bfloat16, adding one to a large element may not change it.
     is_plain = norm is not None and bool(torch.isclose(found[1], found[0] + 1.0, 0.02, 0.02).float().mean() > 0.9)
     if is_plain:
         is_plain = bool(F.cosine_similarity(*embeddings[:2], dim=0) >= graft.router.subjects.SAME_TOKEN)
@@ -204,7 +204,7 @@ def _check_model(base: Any, graft: FactGraft, token: int) -> nn.Module:
 
 @torch.no_grad()
 def _write_names(graft: FactGraft, base: Any, index: FactIndex) -> None:
-    """Tell the router the names of the subjects, and the tokens of answers."""
+    """Give the router the names of the subjects and the tokens of answers."""
     finder, rows = graft.router.subjects, {token: row for row, token in enumerate(index.tokens)}
     finder.tokens.copy_(F.normalize(base.get_input_embeddings().weight[index.tokens].float(), dim=-1))
     for place, name in enumerate(index.names):
@@ -213,7 +213,7 @@ def _write_names(graft: FactGraft, base: Any, index: FactIndex) -> None:
 
 
 def _fit_keys(graft: FactGraft, index: FactIndex, states: States, progress_bar: bool) -> None:
-    """Fit the keys of questions, and tell the experts theirs."""
+    """Fit the keys of questions, and give each expert its subject, its key and its token."""
     router = graft.router
     questions = torch.cat(states.questions)
     of_expert = torch.tensor(index.expert_questions())
@@ -239,8 +239,8 @@ def _write_experts(
     graft: FactGraft, base: Any, norm: nn.Module, index: FactIndex, states: States, progress_bar: bool
 ) -> None:
     """
-    Make the experts: u_i is such that `u_i · x` is one in the mean of the states where the expert answers, and v_i is
-    trained on what the last layer gives there, so that the token leads all others by `MARGIN`.
+    Set the vectors of the experts. For the mean x of the states at which an expert answers, `u_i · x` is one. v_i is
+    trained on the outputs of the last layer there, so that the logit of its token leads all others.
     """
     num, questions = len(index.experts), torch.cat(states.questions)
     experts, residuals = torch.tensor(states.experts), torch.cat(states.residuals)
@@ -261,8 +261,8 @@ def _write_experts(
 
 def _train_values(base, norm, residuals, neurons, experts, tokens, size) -> torch.Tensor:
     """
-    The v_i of some experts, by the states where each answers, its neuron there, and its token. Of all other tokens
-    those that come nearest are trained against, and looked for again.
+    Train the v_i of some experts, given the residuals and neurons of the states at which they answer, and their
+    tokens. In each round, the other tokens with the highest logits join the rivals in the loss.
     """
     head = base.get_output_embeddings().weight.detach()
     device = next(norm.parameters()).device
@@ -272,7 +272,7 @@ def _train_values(base, norm, residuals, neurons, experts, tokens, size) -> torc
         added = residuals[piece] + neurons[piece] * down[experts[piece]]
         return norm(added.to(device, head.dtype)).to(head.device)
 
-    # At first toward the token's own row of the head, as far as residuals are long.
+    # Start in the direction of the token's row of the head, with 0.3 times the median norm of residuals.
     down = nn.Parameter(0.3 * size * F.normalize(head[tokens.to(head.device)].float().cpu(), dim=-1))
     optimizer = torch.optim.Adam([down], lr=VALUE_RATE * size.item() / down.shape[1] ** 0.5)
     rivals = torch.zeros(len(experts), 0, dtype=torch.int64)

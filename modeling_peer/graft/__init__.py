@@ -3,12 +3,12 @@
 """
 PEER grafts: pools of experts added to other models, as a method of PEFT, which importing this folder registers.
 
-The layer itself is in `graft_layer.py`, models with merged grafts are in `graft_merged.py`, both beside this folder: a
-checkpoint with merged grafts carries these two files, and loads without PEFT.
+The layer itself is in `graft_layer.py`, models with merged grafts are in `graft_merged.py`, both in the parent folder.
+A checkpoint with merged grafts carries these files and loads without PEFT.
 
-LoRA adapts the expert tables that its `target_modules` name as it adapts embeddings, with r · (N + d) parameters each
-for N experts of width d. `up_proj` and `down_proj` name tables and the linear layers of dense feed-forwards alike:
-`mlp.up_proj` names the linear layers alone, `expert_pool.up_proj` the tables. IA³ cannot adapt a table.
+LoRA adapts expert tables in its `target_modules` like embeddings, with r · (N + d) parameters per table of N experts
+of width d. `up_proj` and `down_proj` match both tables and the linear layers of dense feed-forwards. `mlp.up_proj`
+matches only the linear layers, `expert_pool.up_proj` only the tables. IA³ cannot adapt a table.
 """
 
 from .config import PeerGraftConfig

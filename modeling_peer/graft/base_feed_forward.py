@@ -64,14 +64,14 @@ def _sizes(layer):
 
 def whole_feed_forward(feed_forward: nn.Module) -> nn.Module:
     """
-    A feed-forward, without its grafts, with whole weights: itself, or a copy with gathered ones if FSDP2 splits them
-    over processes, all of which then take part.
+    A feed-forward with whole weights and without its grafts. If FSDP2 splits the weights over processes, this is a
+    copy with gathered weights, and all processes must take part.
     """
     feed_forward = getattr(feed_forward, "base_layer", feed_forward)
     split: list[Any] = [each for each in feed_forward.parameters() if isinstance(each, DTensor)]
     if not split:
         return feed_forward
-    # What a copy has in their place.
+    # The copy has these in place of the split parameters.
     whole: dict[int, Any] = {
         id(each): nn.Parameter(each.detach().full_tensor(), requires_grad=False) for each in split
     }
@@ -80,9 +80,9 @@ def whole_feed_forward(feed_forward: nn.Module) -> nn.Module:
 
 def recognize_feed_forward(module: nn.Module) -> FeedForwardParts | None:
     """
-    Find the parts of a feed-forward: a module with two or three linear layers, under names that models of Transformers
-    use, that is called with nothing but hidden states; also of one that has grafts. `None` for anything else, such as
-    a mixture of experts.
+    Find the parts of a feed-forward, also of one with grafts. A feed-forward is a module with two or three linear
+    layers under names that models of Transformers use, and it needs no argument except hidden states. Returns `None`
+    for anything else, such as a mixture of experts.
     """
     module = getattr(module, "base_layer", module)
     for names in LINEAR_LAYERS:

@@ -1,15 +1,15 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The card of a saved adapter. PEFT has no entry points by which an installed package could announce its methods, so the
-card is where a reader learns that importing the package is enough.
+The card of a saved adapter. PEFT has no entry points with which an installed package could register its methods. The
+card therefore tells a reader to import the package.
 """
 
 from pathlib import Path
 
 
-# What `create_or_update_model_card` of PEFT, by a template of huggingface_hub, leaves to be filled in: how to load an
-# adapter. If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
+# Placeholder for how to load an adapter, from the huggingface_hub template in `create_or_update_model_card` of PEFT.
+# If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
 CARD_PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
 
 # The auto class of a base model, by the task type of an adapter.
@@ -51,8 +51,8 @@ library_name: peft
 
 def write_adapter_card(folder: str | Path, base_model: str | None, task_type: str | None) -> None:
     """
-    Say in the card of an adapter how to load it: in the place that PEFT's card leaves for it, or in a card of its own
-    where there is none. Any other README.md stays as it is.
+    Write into the card of an adapter how to load it: at the placeholder of PEFT's card, or in a new card if there is
+    none. Any other README.md stays as it is.
     """
     card = Path(folder, "README.md")
     usage = _USE.format(

@@ -19,53 +19,53 @@ class PeerGraftConfig(PeftConfig):
     """
     Configuration of a [`PeerGraftModel`]: a PEER layer beside or in place of the feed-forward of chosen layers.
 
-    PEFT fills in a configuration when an adapter is made of it, and saves it with the adapter: this one gets the
-    `host_*` fields, `target_modules`, and what `"auto"` stands for. Use a new configuration for each base model.
+    When PEFT makes an adapter, it fills in fields of the configuration and saves it with the adapter: the `host_*`
+    fields, `target_modules`, and the values that `"auto"` stands for. Use a new configuration for each base model.
 
     Args:
         placement (`str`, *optional*, defaults to `"beside"`):
-            `"beside"` the feed-forward, to whose output the graft's is added, at first zero: the down-projection
-            vectors of its experts start as zeros. Or `"in_place"` of the feed-forward.
+            `"beside"` adds the output of the graft to that of the feed-forward. It is zero at first, as the
+            down-projection vectors of experts start as zeros. `"in_place"` replaces the feed-forward.
         layers_to_transform (`int` or `list[int]`, *optional*):
             Indices of the layers that get a graft. Defaults to the middle one, as in the paper.
         target_modules (`str` or `list[str]`, *optional*):
-            Names of the feed-forwards, as elsewhere in PEFT: a regular expression, or suffixes of names that go with
-            `layers_to_transform`. Found by their linear layers if not given.
+            Names of the feed-forwards, as elsewhere in PEFT: a regular expression, or suffixes of names to combine
+            with `layers_to_transform`. If not given, feed-forwards are recognized by their linear layers.
         layers_pattern (`str` or `list[str]`, *optional*):
             Name of the list of layers, if `target_modules` are suffixes of names.
         modules_to_save (`list[str]`, *optional*):
-            Modules of the base model that are trained and saved besides.
+            Modules of the base model that are trained and saved too.
         init_from_ffn (`bool`, *optional*):
-            Whether experts of a graft in place of a feed-forward start as its neurons, with their biases, and all
-            others with down-projection vectors of zeros. What else a feed-forward computes is not copied. Defaults to
-            `True` there: it was better than random experts
-            at every learning rate (`./run study graft_starts`). If √N is at least 2h and at least the width of the
-            feed-forward divided by h, and `scoring_func` is `"softmax"`, the router starts so that it finds the
-            neurons that matter most; otherwise it starts at random.
+            Whether experts of a graft in place of a feed-forward start as its neurons, with their biases. All other
+            experts start with down-projection vectors of zeros. Anything else in the feed-forward is not copied.
+            Defaults to `True` in place: it was better than random experts at every learning rate
+            (`./run study graft_starts`). The router starts so that it finds the neurons that matter most if
+            `scoring_func` is `"softmax"`, √N is at least 2h and at least the width of the feed-forward divided by h,
+            and h is less than `query_size / 2`. Otherwise it starts at random.
         num_experts (`int`, *optional*, defaults to 65536):
-            Experts of a graft: N, a perfect square. At least the width of the feed-forward with `init_from_ffn`.
+            Number N of experts of a graft, a perfect square. With `init_from_ffn`, at least the feed-forward's width.
         num_retrieval_heads, num_experts_per_head, query_size, scoring_func, sub_keys_per_head (*optional*):
             As in [`PeerConfig`].
         query_norm (`str`, *optional*, defaults to `"rms"`):
-            Normalization of queries: `"rms"`, `"batch"` as in the paper, or `None`. With `"batch"` and activation
-            checkpointing, each forward pass must be followed by its backward pass, and so beside a graft of facts.
+            Normalization of queries: `"rms"`, `"batch"` as in the paper, or `None`. With activation checkpointing and
+            `"batch"` or a graft of facts, each forward pass must be followed by its backward pass.
         expert_act (`str`, *optional*, defaults to `"auto"`):
-            Activation of the experts, `None` for none. `"auto"` is the base model's with `init_from_ffn`, else
-            `"gelu"`.
+            Activation of the experts, or `None` for no activation. `"auto"` is that of the base model with
+            `init_from_ffn`, otherwise `"gelu"`.
         gated_experts (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether experts are gated. `"auto"` is as in the base model's feed-forward with `init_from_ffn`, else
             `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
-            What computes the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
+            Implementation of the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
         fact_sizes (`dict`, *optional*):
-            The fields of [`FactSizes`] for a graft of facts, as [`teach_facts`] makes it: its experts are those of
-            facts, and a gate is shut but where one of them is asked for.
+            The fields of [`FactSizes`] for a graft of facts, as [`teach_facts`] makes it: its experts hold the
+            answers of facts, and a gate opens only where one of these facts is asked for.
         facts (`list[dict]`, *optional*):
             The `subject`, `question`, `answer` and `num_experts` of each fact, in the order of their experts.
         host_model_type, host_hidden_size, host_num_layers, host_intermediate_size, host_has_biases (*optional*):
             The base model's `model_type` and sizes, the width of its widest feed-forward that has a graft, and whether
-            any of these has biases. Filled in when an adapter is made. A configuration that is read with them
-            describes saved weights: its grafts do not start as neurons.
+            any of these has biases. Filled in when an adapter is made. If a configuration is loaded with these fields,
+            saved weights follow, so its grafts do not start as neurons.
 
     Raises:
         `ValueError`: for a value that is not allowed, with the name of its field.
@@ -113,12 +113,12 @@ class PeerGraftConfig(PeftConfig):
         self.check()
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As in PEFT, which calls this for each adapter that it saves; says in the adapter's card how to load it."""
+        """Save as in PEFT, which calls this for each saved adapter, and write into its card how to load it."""
         super().save_pretrained(save_directory, **kwargs)
         write_adapter_card(save_directory, self.base_model_name_or_path, self.task_type)
 
     def check(self) -> None:
-        """Raise `ValueError` if fields do not fit together, as the constructor does: they may have been set since."""
+        """Raise `ValueError` if fields do not fit together. Called again later, as fields may be set after init."""
         if self.placement not in ("beside", "in_place"):
             raise ValueError(f"`placement` must be 'beside' or 'in_place', got {self.placement!r}.")
         if self.fact_sizes is not None and self.placement != "beside":
@@ -134,7 +134,7 @@ class PeerGraftConfig(PeftConfig):
 
     @property
     def starts_as_neurons(self) -> bool:
-        """Whether the experts of a graft that is made now start as neurons: not if saved weights come."""
+        """Whether the experts of a new graft start as neurons, which they do not if saved weights follow."""
         return self.init_from_ffn and not self.is_of_saved_adapter
 
     def layer_fields(self, expert_act: str | None, gated_experts: bool) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Initialization of a graft: beside a feed-forward with an output of zero, in place of one from its neurons or at random.
+Initialization of a graft: with an output of zero beside a feed-forward, from its neurons or at random in place of it.
 
 From neurons, the router is initialized as well, if the pool has room. Each head gets an equal share of the neurons,
-one in each column of the key grid, and looks for those with the largest input to the activation. Its query half for
-columns and the columns' sub-keys are the best factors, of d_k / 2 - 1 features, of the matrix that gives these inputs.
-Its half for rows finds one of the two rows that belong to the head, one for each sign of a feature; both hold all of
-the head's neurons.
+one in each column of the key grid. It looks for those with the largest input to the activation, times the norm of
+their outgoing vector. Its query half for columns and the columns' sub-keys are the best factors, of d_k / 2 - 1
+features, of the matrix that gives these products. Its half for rows finds one of the two rows that belong to the head,
+one for each sign of a feature. Both rows hold all of the head's neurons.
 
-Without the feed-forward of its middle layer the loss of SmolLM2-135M is higher by 0.109, with its neurons in a graft
-(N = 192², h = 8, k = 16) by 0.066, with random experts by 0.109 (`./run study graft_starts`).
+Without the feed-forward of its middle layer, the loss of SmolLM2-135M is higher by 0.109. With its neurons in a graft
+(N = 192², h = 8, k = 16) it is higher by 0.066, with random experts by 0.109 (`./run study graft_starts`).
 """
 
 import math
@@ -32,8 +32,8 @@ FLATNESS = 0.05
 @torch.no_grad()
 def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_ffn: bool) -> None:
     """
-    Initialize a graft on the device of its feed-forward, to which it is moved: beside it with down-projection vectors
-    of zeros; in place of it at random or, if `from_ffn`, as its neurons, see [`neuron_cells`].
+    Move a graft to the device of its feed-forward and initialize it there. Beside the feed-forward, down-projection
+    vectors are zeros. In place of it, experts are random or, if `from_ffn`, its neurons, see [`neuron_cells`].
     """
     graft.to(parts.up.weight.device)
     graft.init_weights()
@@ -44,7 +44,7 @@ def init_graft(graft: PeerGraft, parts: FeedForwardParts, placement: str, from_f
 
 
 def has_room_for_neurons(config: PeerConfig, num_neurons: int) -> bool:
-    """Whether the key grid has two rows for each head and a column for each of a head's neurons."""
+    """Whether the router can start from neurons, under the conditions in `init_from_ffn` of [`PeerGraftConfig`]."""
     heads, size = config.num_retrieval_heads, grid_size(config.num_experts)
     fits = size >= max(2 * heads, -(-num_neurons // heads)) and heads < config.query_size // 2
     return fits and config.scoring_func == "softmax"
@@ -52,8 +52,8 @@ def has_room_for_neurons(config: PeerConfig, num_neurons: int) -> bool:
 
 def neuron_cells(config: PeerConfig, num_neurons: int) -> torch.Tensor:
     """
-    The experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`. Two copies of each if there is room
-    for them, see [`has_room_for_neurons`], else the first experts.
+    The indices of the experts that start as each neuron: int64 of shape `(1 or 2, num_neurons)`. Each neuron has two
+    copies if there is room, see [`has_room_for_neurons`]. Otherwise the first experts are its neurons.
     """
     neurons = torch.arange(num_neurons)
     if not has_room_for_neurons(config, num_neurons):
@@ -106,7 +106,7 @@ def _find_neurons(router, activated):
     queries[:, 1, :rank] = right[:rank].view(rank, heads, width).transpose(0, 1)
     sub_keys = activated.new_zeros(2, size, half)
     sub_keys[1, :num_columns, :rank] = left[:, :rank] * singular[:rank]
-    sub_keys[1, num_columns:, -1] = 1  # which no query has, nor the rows after the heads'
+    sub_keys[1, num_columns:, -1] = 1  # no query has this feature, or those that unused rows get below
     sub_keys[0, 2 * heads :, heads:] = torch.randn_like(sub_keys[0, 2 * heads :, heads:])
     for head in range(heads):
         queries[head, 0, head] = by_column[:, head].mean(0)

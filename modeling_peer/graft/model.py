@@ -63,8 +63,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
     def add_graft(self, adapter_name: str, graft: PeerGraft, placement: str) -> None:
         """Add a graft, on the device of the feed-forward and with parameters of its dtype."""
         dtype = next(self.base_layer.parameters()).dtype
-        # Running statistics of queries stay in float32, and so does all of it in a model that is quantized to
-        # integers.
+        # Running statistics of queries stay in float32. So does the whole graft in a model quantized to integers.
         for parameter in graft.parameters() if dtype.is_floating_point else ():
             parameter.data = parameter.data.to(dtype)
         self.peer_graft_layer[adapter_name] = graft
@@ -80,8 +79,8 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
 
     def branches(self, adapter_names: list[str] | None = None) -> tuple[nn.Module | None, list[PeerGraft]]:
         """
-        The feed-forward, `None` if a graft is in its place, and the grafts of the named adapters, of the active ones
-        if `None`. Raises `ValueError` if several are in its place.
+        The feed-forward, or `None` if a graft is in its place, and the grafts of the named adapters, by default of the
+        active ones. Raises `ValueError` if several grafts are in its place.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         replacing = [name for name in names if self.peer_graft_placement.get(name) == "in_place"]
@@ -97,7 +96,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         for name, graft in self.peer_graft_layer.items():
             for module in graft.modules():
                 for parameter in module.parameters(recurse=False) if not isinstance(module, QuantizedTable) else ():
-                    if parameter.is_leaf:  # the first FSDP has views of its own parameters there
+                    if parameter.is_leaf:  # under FSDP1 these may be views of its own parameters
                         parameter.requires_grad_(name in names and not inference_mode)
         self._active_adapter = names
 
@@ -109,7 +108,7 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What stays in the base model: its feed-forward and, with `merge`, the grafts."""
+        """The module that stays in the base model: its feed-forward, with the grafts if `merge` is true."""
         feed_forward, grafts = self.branches(adapter_names) if merge else (None, [])
         return GraftedFeedForward(feed_forward, grafts) if grafts else self.base_layer
 
@@ -138,7 +137,7 @@ class PeerGraftModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # DistributedDataParallel reads it of the `PeftModel` that it wraps, which asks this part of it.
+        # DistributedDataParallel reads this from the `PeftModel` that it wraps, which gets it from here.
         return [f"base_model.{name}" for name in leave_tables_out_of_ddp(self)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -221,7 +220,7 @@ class PeerGraftModel(BaseTuner):
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if not any(is_split(tensor) for tensor in own.values()):
             return own
-        # All that was gathered, in the first process.
+        # Only the first process has the gathered tensors.
         whole = state_dict_to_save(model, None) or {}
         return {name: whole[name] for name in own if name in whole}
 
@@ -297,10 +296,10 @@ def _recognize(name, module):
 
 def _resolve(config, model, targets):
     """
-    Fill in what was found in the base model, and refuse what does not fit its feed-forwards.
+    Fill in the fields of a configuration that depend on the base model. Raises `ValueError` if others do not fit it.
 
-    The configuration that the caller passed is changed in place: PEFT saves that very object with the adapter, and its
-    own methods fill in theirs the same way.
+    The configuration that the caller passed is changed in place, as PEFT's own methods do: PEFT saves this object with
+    the adapter.
     """
     text_config = model.config.get_text_config()
     found: dict[str, Any] = {

@@ -1,9 +1,9 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Registration of PEER grafts as a method of PEFT, and all that is used of PEFT that is not public.
+Registration of PEER grafts as a method of PEFT, and the private parts of PEFT that grafts use.
 
-PEFT 0.21 is the oldest release that grafts work with; no release is refused for being new.
+PEFT 0.21 is the oldest release that grafts work with. No later release is refused for its version.
 """
 
 import importlib.metadata
@@ -36,8 +36,8 @@ PRIVATE_METHODS = {
     ),
 }
 
-# What LoRA and IA³ adapt of a PEER model if a configuration names nothing, as for Llama: linear layers alone. Of the
-# down-projections those of dense feed-forwards: `mlp.expert_pool.down_proj` is a table.
+# Modules of a PEER model that LoRA and IA³ adapt if a configuration names none: linear layers only, as for Llama.
+# `mlp.down_proj` matches dense feed-forwards, but not the table `mlp.expert_pool.down_proj`.
 DEFAULT_TARGETS = {
     "LORA_TARGET_MODULES": ["q_proj", "v_proj"],
     "IA3_TARGET_MODULES": ["k_proj", "v_proj", "mlp.down_proj"],
@@ -47,11 +47,11 @@ DEFAULT_TARGETS = {
 
 def register_peer_graft(config_class: type, model_class: type) -> None:
     """
-    Make grafts a method of PEFT, once: [`PeerGraftConfig`] and [`PeerGraftModel`]. Tell PEFT which modules of a PEER
-    model its own methods adapt if a configuration names none.
+    Register grafts as a method of PEFT if that is not done yet. Also tell PEFT which modules of a PEER model its own
+    methods adapt if a configuration names none.
 
     Raises:
-        `ImportError`: for a release of PEFT that is too old, or has no more what grafts use of it.
+        `ImportError`: for a release of PEFT that is too old, or that no longer has a method that grafts override.
         `KeyError`: if PEFT has another method of this name.
     """
     version = importlib.metadata.version("peft")
@@ -70,7 +70,7 @@ def register_peer_graft(config_class: type, model_class: type) -> None:
 
 
 def _extend(enumeration):
-    """Add a member as `enum` does when it makes the class: `register_peft_method` takes no other names."""
+    """Add the method to PEFT's enumeration, as `register_peft_method` accepts only names of its members."""
     member = str.__new__(enumeration, PEFT_TYPE_NAME)
     member._name_ = member._value_ = PEFT_TYPE_NAME
     member._sort_order_ = len(enumeration._member_names_)

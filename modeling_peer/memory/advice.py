@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is read and written by rows: advice to the operating system. Where it takes none, nothing changes."""
+"""Advice to the operating system about memory that is read and written by rows. If it takes none, nothing changes."""
 
 import ctypes
 import mmap
@@ -27,8 +27,8 @@ def _advise(tensor, advice):
 
 def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """
-    Let memory that was just allocated come in pages of 2 MB as it is first written: fewer page faults then, and fewer
-    TLB misses from then on. Return the tensor.
+    Let newly allocated memory have pages of 2 MB: there are fewer page faults when it is first written, and fewer TLB
+    misses from then on. Return the tensor.
     """
     return _advise(tensor, mmap.MADV_HUGEPAGE) if hasattr(mmap, "MADV_HUGEPAGE") else tensor
 

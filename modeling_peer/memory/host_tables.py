@@ -3,10 +3,10 @@
 """
 Expert tables in host memory, beside a model on a GPU.
 
-accelerate copies what a `device_map` puts on `"cpu"` to the GPU whenever it runs, and a table is gigabytes of which a
-token needs a few rows. The tables stay where they are instead, and their pool runs there: for each token its hidden
-state, expert indices and router weights go to the host, and the weighted sum comes back, 2 · hidden_size +
-2 · num_active elements, where its rows would be 2 · hidden_size · num_active.
+accelerate copies modules that a `device_map` puts on `"cpu"` to the GPU whenever they run, but a token needs only a
+few rows of a table of gigabytes. Here tables stay in host memory, and their pools run there. The hidden state, expert
+indices and router weights of a token go to the host, and the weighted sum comes back. These are
+2 · hidden_size + 2 · num_active elements, whereas its rows have 2 · hidden_size · num_active.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def _places(module, prefix, device, tables):
     if module in tables:
         yield prefix, "cpu"
     elif tables.isdisjoint(module.modules()):
-        # Accelerate would bring inputs to a module without tensors too: to the activation of experts.
+        # Accelerate would also move the inputs of a module without tensors: the activation of experts.
         if [*module.parameters(), *module.buffers()]:
             yield prefix, device
     else:
@@ -64,7 +64,7 @@ def keep_in_host_memory(model: nn.Module) -> None:
             hook = table._hf_hook
             if isinstance(hook, AlignDevicesHook) and hook.offload and hook.original_devices["weight"].type == "cpu":
                 remove_hook_from_module(table)
-                del table.forward  # what is left of the hook is the method of the class
+                del table.forward  # the hook leaves the method of the class there
     if all(parameter.is_cpu for parameter in model.parameters()) and not hooked:
         return
     for pool in model.modules():
@@ -81,7 +81,7 @@ def _run_in_host_memory(pool, method, hidden_states, rows, weights):
 
 
 def advise_tables(model: nn.Module, advise: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Give advice of `memory/advice.py` on all expert tables of a model."""
+    """Apply a function of `memory/advice.py` to all expert tables of a model."""
     for table in expert_tables(model).values():
         for parameter in table.parameters():
             advise(parameter)

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Kernels for experts and their retrieval, and the gradient of a table in factors. Importing registers the kernels with
-the core, under their names and as the fastest of their types of device.
+Kernels for experts and their retrieval, and factored gradients of tables. Importing this package registers the kernels
+with the core, under their names and as the fastest ones for their types of device.
 """
 
 from functools import partial

@@ -3,10 +3,10 @@
 """
 Expert tables that stay on a disk, for models larger than memory.
 
-`from_pretrained` maps a checkpoint into memory, and a row that is not there is read by a page fault, one after the
-other. With [`keep_tables_on_disk`] the distinct rows of a batch of tokens are read from the file together: what the
-page cache has is copied, and the disk reads the others side by side. The operating system's page cache is the cache of
-hot rows: it takes what memory is free, or what a limit of the process's control group leaves.
+`from_pretrained` maps a checkpoint into memory, where page faults read missing rows one after the other. With
+[`keep_tables_on_disk`], the distinct rows of a batch of tokens are read from the file together. Rows in the page cache
+are copied, and the disk reads the others in parallel. The operating system's page cache is the cache of hot rows. It
+takes the free memory, or what a limit of the process's control group leaves.
 """
 
 import os
@@ -29,13 +29,13 @@ from .quantized_rows import QuantizedRows, dequantize, readable_rows
 @dataclass
 class DiskMeter:
     """
-    What was read of the tables of a model.
+    Counters of the rows that are read from the tables of a model.
 
     Attributes:
-        num_rows (`int`): Rows that were read, those that several tokens of a batch share once.
-        num_cached (`int`): Those of them that were in the page cache.
-        num_bytes (`int`): Their bytes. A disk reads whole sectors, and the page cache whole pages.
-        seconds (`float`): How long that took, beside a model's own work where a prompt comes in pieces.
+        num_rows (`int`): Rows that were read. A row that several tokens of a batch share counts once.
+        num_cached (`int`): Number of these rows that were in the page cache.
+        num_bytes (`int`): Bytes of these rows. A disk reads whole sectors, and the page cache whole pages.
+        seconds (`float`): Time of reading. It overlaps with the model's own work if a prompt is run in pieces.
     """
 
     num_rows: int = 0
@@ -44,7 +44,7 @@ class DiskMeter:
     seconds: float = 0.0
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset the counters."""
         vars(self).update(vars(DiskMeter()))
 
     @property
@@ -55,7 +55,7 @@ class DiskMeter:
 
 class DiskRows:
     """
-    Gives the rows of a table by its file, `(...) -> (..., width)`: what the forward of the table becomes.
+    Reads the rows of a table from its file, `(...) -> (..., width)`, in place of the table's forward.
 
     Args:
         name (`str`): Name of the table in its model.
@@ -65,7 +65,7 @@ class DiskRows:
 
     Raises:
         `ValueError`: if the table has an adapter or a hook, is on a disk already, or is not mapped from a file.
-        `OSError`: if the file cannot be read, or is another one by now.
+        `OSError`: if the file cannot be read, or has been replaced by another.
     """
 
     def __init__(self, name: str, table: nn.Module, meter: DiskMeter, buffer_bytes: int):
@@ -75,14 +75,14 @@ class DiskRows:
             raise ValueError(f"The expert table {name} {reason}.")
         self.scales: Any = None
         if isinstance(rows, QuantizedRows):
-            # Theirs would be a second read for each row, of a few bytes.
+            # Reading scales from the file would be a second read of a few bytes for each row.
             self.scales, rows = rows._replace(integers=None, scales=rows.scales.clone()), rows.integers
         self.num_rows, self.width = rows.shape
         self.dtype, self.row_bytes = rows.dtype, rows.shape[1] * rows.itemsize
         self.meter, self.buffer_bytes = meter, buffer_bytes
         path, self.offset, inode = _place_in_file(name, rows)
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115 as long as the model
-        # Sorted rows would look like a file that is read from end to end, of which the system reads far ahead.
+        # Otherwise the system would take reads of sorted rows for a sequential read, and read far ahead.
         os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self.state = self._state()
         is_another = os.fstat(self.file.fileno()).st_ino != inode
@@ -90,7 +90,7 @@ class DiskRows:
             raise OSError(f"{path} is not the file any more that the expert table {name} was loaded from.")
 
     def __deepcopy__(self, memo):
-        return self  # of a file that only is read
+        return self  # the file is only read
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         distinct, places = rows.long().unique(return_inverse=True)
@@ -102,7 +102,7 @@ class DiskRows:
         return status.st_size, status.st_mtime_ns
 
     def begin(self, rows: torch.Tensor) -> tuple:
-        """Read those rows that are in the page cache, and have the disk read the others, for [`DiskRows.finish`]."""
+        """Read the rows that are in the page cache, and request the others, which [`DiskRows.finish`] awaits."""
         if self._state() != self.state:
             raise OSError(f"{self.file.name} has changed since the model was loaded: load it again.")
         if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_rows:
@@ -117,7 +117,7 @@ class DiskRows:
         return num_missing, arguments
 
     def finish(self, num_missing: int, arguments: tuple) -> torch.Tensor | QuantizedRows:
-        """Wait for the rows that [`DiskRows.begin`] has asked for."""
+        """Wait for the rows that [`DiskRows.begin`] has requested, and return all."""
         failed = call("read_missing_rows", *arguments) if num_missing else 0
         if failed:
             reason = os.strerror(failed) if failed > 0 else "it has ended"
@@ -143,7 +143,7 @@ def _place_in_file(name, tensor):
 
 
 def read_together(readers: list[DiskRows], rows: torch.Tensor) -> list[torch.Tensor | QuantizedRows]:
-    """The same rows, distinct and sorted, of several tables. All are asked for before the first is waited for."""
+    """Read the same rows, distinct and sorted, of several tables. All are requested before the first is awaited."""
     start = time.perf_counter()
     begun = [reader.begin(rows) for reader in readers]
     found = [reader.finish(*each) for reader, each in zip(readers, begun, strict=True)]
@@ -152,7 +152,7 @@ def read_together(readers: list[DiskRows], rows: torch.Tensor) -> list[torch.Ten
 
 
 def is_on_disk(table: nn.Module) -> bool:
-    """Whether [`keep_tables_on_disk`] has been told to keep a table there."""
+    """Whether [`keep_tables_on_disk`] keeps a table on a disk."""
     return isinstance(vars(table).get("forward"), DiskRows)
 
 
@@ -160,15 +160,15 @@ def pieces_from_disk(
     rows: torch.Tensor, tables: list[nn.Module | None]
 ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor | QuantizedRows | None]]]:
     """
-    Read the rows of a pool's tables for as many tokens at a time as half of the buffer holds: those of a piece are
-    read while the caller computes with the piece before.
+    Read the rows of a pool's tables in pieces of as many tokens as half of the buffer holds. The rows of a piece are
+    read while the caller computes with the previous piece.
 
     Args:
         rows (`torch.Tensor` of shape `(num_tokens, num_active)`)
         tables (`list`): Tables that are on a disk, or `None`.
 
     Yields:
-        `tuple`: the tokens of the piece, their rows among those that were read, and these of each table.
+        `tuple`: the tokens of the piece, the places of their rows in what was read, and what was read of each table.
     """
     places_of = [place for place, table in enumerate(tables) if table is not None]
     if any(each.requires_grad for place in places_of for each in tables[place].parameters()):
@@ -200,10 +200,10 @@ def pieces_from_disk(
 def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMeter:
     """
     Let a model read the rows of its experts from its checkpoint as it needs them, instead of keeping their tables in
-    memory. Tables are frozen by it; all else is copied to memory and may be trained, protected experts that are added
-    later too.
+    memory. This freezes the tables. All other parameters are copied to memory and may be trained. So may protected
+    experts that are added later.
 
-    What is written to tables, before or after, is not in the file: it is not read. Call this right after
+    Changes to tables, before or after this call, are not in the file and have no effect. Call this right after
     `from_pretrained`.
 
     Args:
@@ -215,12 +215,12 @@ def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMete
             computed, all rows of a forward pass are held until the backward pass.
 
     Returns:
-        [`DiskMeter`]: what is read from now on.
+        [`DiskMeter`]: counts what is read from now on.
 
     Raises:
         `ValueError`: if the model has no expert tables, or one of them is not mapped from a file, or has an adapter.
-        `OSError`: if the file cannot be read; in a forward pass also if it has changed since. On other systems than
-            Linux, and without the C kernels.
+        `OSError`: if the file cannot be read, on systems other than Linux, and without the C kernels. In a forward
+            pass also if the file has changed since.
 
     ```python
     >>> model = PeerForCausalLM.from_pretrained(folder)
@@ -237,7 +237,7 @@ def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMete
     readers = {table: DiskRows(name, table, meter, buffer_bytes) for name, table in tables.items()}
     in_tables = {parameter for table in tables.values() for parameter in table.parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor not in in_tables:  # mapped too, so that a file that is cut short would end the process
+        if tensor not in in_tables:  # also mapped: if the file were cut short, the process would end
             tensor.data = tensor.data.clone()
     for table, reader in readers.items():
         table.requires_grad_(False)

@@ -1,11 +1,11 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Experts on kernels: what autograd and compilers see of a pool, whatever implementation runs.
+Experts on kernels, as a function for autograd and as operators for compilers.
 
-[`run_experts_on_kernels`] is what the core calls. It reads the tables, or leaves to the core a pool with a table that
-an adapter or a hook has changed. [`run_expert_pool`] runs it as one function for autograd or, where a compiler traces,
-as operators.
+The core calls [`run_experts_on_kernels`]. It reads the tables, but returns a pool to the core if an adapter or a hook
+has changed one of them. [`run_expert_pool`] runs the pool as one autograd function, or as operators where a compiler
+traces it.
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ from .quantized_rows import QuantizedRows, readable_rows
 
 
 class NoExchange:
-    """What a pool does with its tokens where one process holds whole tables: nothing."""
+    """The exchange of tokens of a pool whose tables are whole in one process: it does nothing."""
 
-    # What the gradients of the tables are multiplied with.
+    # Factor of the gradients of the tables.
     share = 1.0
     keeps_coefficients = False
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """`(num_tokens, ...)` of each process -> `(num_all_tokens, ...)`, those of all of them."""
+        """Gather `(num_tokens, ...)` of each process into `(num_all_tokens, ...)`, the tokens of all processes."""
         return part
 
     def to_columns(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(num_tokens, hidden_size)` of each process -> `(num_all_tokens, width)`, the columns of this process."""
+        """Exchange `(num_tokens, hidden_size)` for `(num_all_tokens, width)`, this process's columns of all tokens."""
         return tokens
 
     def input_columns(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[`NoExchange.to_columns`] of the hidden states, whose exchange may have been started before."""
+        """Run [`NoExchange.to_columns`] on the hidden states, whose exchange may already have been started."""
         return tokens
 
     def to_tokens(self, columns: torch.Tensor) -> torch.Tensor:
@@ -51,8 +51,8 @@ class NoExchange:
         self, kernels: Any, columns: torch.Tensor, rows: torch.Tensor, tables: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """
-        The dot products of tokens and the rows that they name, for each table those of this process's tokens, in the
-        dtype of `columns`: `(columns [all T, width], rows [all T, A], tables [N, width]) -> [T, A]`.
+        Compute the dot products of this process's tokens and the rows that they name, for each table, in the dtype of
+        `columns`: `(columns [all T, width], rows [all T, A], tables [N, width]) -> [T, A]`.
         """
         return [kernels.up(columns, rows, table) for table in tables]
 
@@ -69,14 +69,14 @@ _OF_FACTORS = (
 @torch.library.custom_op("modeling_peer::expert_up", mutates_args=(), schema=f"(Tensor hidden_states, {_OF_A_TABLE}")
 def expert_up(hidden_states, rows, table, scales, width, bytes_per_scale, kernels):
     """
-    `hidden[t] · table[rows[t, a]]`, accumulated in float32: `(num_tokens, num_active)`, in the dtype of
+    `hidden[t] · table[rows[t, a]]`, accumulated at least in float32: `(num_tokens, num_active)`, in the dtype of
     `hidden_states`.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
         rows (`torch.Tensor` of shape `(num_tokens, num_active)`): rows of the table, int64.
         table (`torch.Tensor` of shape `(num_experts, hidden_size)`): The integers of a quantized table.
-        scales (`torch.Tensor` of shape `(num_experts, num_groups)`, *optional*): Those of a quantized table.
+        scales (`torch.Tensor` of shape `(num_experts, num_groups)`, *optional*): The scales of a quantized table.
         width (`int`): Number of columns of the table.
         bytes_per_scale (`int`): See [`QuantizedRows`].
         kernels (`str`): See [`resolve_kernels`].
@@ -87,8 +87,8 @@ def expert_up(hidden_states, rows, table, scales, width, bytes_per_scale, kernel
 @torch.library.custom_op("modeling_peer::expert_down", mutates_args=(), schema=f"(Tensor weights, {_OF_A_TABLE}")
 def expert_down(weights, rows, table, scales, width, bytes_per_scale, kernels):
     """
-    `Σ_a weights[t, a] table[rows[t, a]]`, accumulated in float32: `(num_tokens, hidden_size)`, in the dtype of
-    `weights`, of shape `(num_tokens, num_active)`. See [`expert_up`].
+    `Σ_a weights[t, a] table[rows[t, a]]`, accumulated at least in float32: `(num_tokens, hidden_size)`, in the dtype
+    of `weights`, of shape `(num_tokens, num_active)`. See [`expert_up`].
     """
     return KERNELS[kernels].down(weights, rows, _table(table, scales, width, bytes_per_scale))
 
@@ -96,8 +96,8 @@ def expert_down(weights, rows, table, scales, width, bytes_per_scale, kernels):
 @torch.library.custom_op("modeling_peer::expert_row_gradient", mutates_args=(), schema=_OF_FACTORS)
 def expert_row_gradient(coefficients, tokens, rows, num_rows, dtype, kernels):
     """
-    The dense gradient of a table, `(num_rows, hidden_size)`: `Σ coefficients[t, a] tokens[t]` over `rows[t, a] = n` in
-    row n.
+    The dense gradient of a table, `(num_rows, hidden_size)`. Row n is `Σ coefficients[t, a] tokens[t]` over all
+    `rows[t, a] = n`.
     """
     return Factors(coefficients, tokens, Assignments(rows, num_rows, kernels)).to_rows(dtype)
 
@@ -127,7 +127,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, gradient, inverse):
-    """Of one operator, by the other, its `inverse`."""
+    """Compute the backward of `expert_up` or `expert_down` with the other operator, `inverse`."""
     factors, rows, table, scales = ctx.saved_tensors
     gradient, of_factors, of_table = gradient.contiguous(), None, None
     if ctx.needs_input_grad[0]:
@@ -144,7 +144,7 @@ expert_down.register_autograd(partial(_backward, inverse=expert_up), setup_conte
 
 class ExpertPoolFunction(torch.autograd.Function):
     """
-    All of a pool: `Σ_a weights[t, a] · σ(u · x) · v`, or `σ(w · x) (u · x) v` with gates w, or `Σ_a weights[t, a] · v`
+    A whole pool: `Σ_a weights[t, a] · σ(u · x) · v`, or `σ(w · x) (u · x) v` with gates w, or `Σ_a weights[t, a] · v`
     without u.
     """
 
@@ -155,10 +155,10 @@ class ExpertPoolFunction(torch.autograd.Function):
         )
         ctx.act_fn, ctx.kernels, ctx.exchange = act_fn, kernels, exchange
         kept = coefficients if exchange.keeps_coefficients else None
-        # Quantized tables are no tensors, and have no gradient.
+        # Quantized tables are not tensors and have no gradient.
         saved = [table if isinstance(table, torch.Tensor) else None for table in (up, gate, down)]
         ctx.tables = [None if each is not None else table for each, table in zip(saved, (up, gate, down), strict=True)]
-        # Asked here: what activation checkpointing gives to the backward is not the parameter.
+        # Asked here, because activation checkpointing gives the backward another tensor than the parameter.
         ctx.factored = [each is not None and takes_factors(each) for each in saved]
         ctx.save_for_backward(columns, named, weights, kept, *saved, *products)
         return output
@@ -185,10 +185,10 @@ class ExpertPoolFunction(torch.autograd.Function):
         if kept is None:
             kept = weights if activations is None else weights * activations
         of_neurons, of_gates, *_ = *of_products, None, None
-        # Gradients live until they are cleared, and the graph behind the input need not.
+        # Gradients live until they are cleared; detached columns do not keep the graph behind the input alive.
         columns = None if columns is None else columns.detach()
         factors = (of_neurons, columns), (of_gates, columns), (kept, gradient)
-        # Tables of one length, all unless one grew alone, share their assignments, which are grouped once.
+        # Tables of the same length, all unless one grew alone, share their assignments, which are grouped once.
         assignments: dict[int, Assignments] = {}
         of_tables: list[Any] = [None, None, None]
         for place, table in enumerate(tables):
@@ -205,7 +205,7 @@ class ExpertPoolFunction(torch.autograd.Function):
 
 
 def _forward(hidden_states, indices, weights, up, gate, down, act_fn, kernels, exchange):
-    """The output, and what a backward needs besides the arguments."""
+    """Return the output, and the tensors that a backward needs besides the arguments."""
     run = KERNELS[kernels]
     named = exchange.gather(indices)
     rows = named.long()
@@ -225,7 +225,7 @@ def _weighted(act_fn, weights, products):
 
 
 def _activation_gradients(act_fn, products, gradient):
-    """The activations, and the gradients of the dot products that they are made of."""
+    """Return the activations, and the gradients of the dot products from which they are computed."""
     if not products:
         return None, []
     products = [each.detach().requires_grad_() for each in products]
@@ -265,10 +265,10 @@ def run_expert_pool(
     exchange: NoExchange = NO_EXCHANGE,
 ) -> torch.Tensor:
     """
-    [`~experts.run_experts`] of what kernels read of the tables, on the kernels of a name. It is one operation for
-    autograd or, where a compiler traces it, several. A table whose gradient comes in factors is not traced: the graph
-    breaks there. With an `exchange`, tables have the columns of this process alone, and rows are in int32: they
-    travel.
+    Run [`~experts.run_experts`] on tensors or quantized rows, with the kernels named `kernels`. It is one operation
+    for autograd, or several where a compiler traces it. A table whose gradient comes in factors is not traced: the
+    graph breaks there. With an `exchange`, tables have only the columns of this process. Rows are then in int32,
+    because they are sent to other processes.
     """
     arguments = hidden_states, rows, weights, up, gate, down, act_fn, kernels
     if not is_traced():
@@ -291,7 +291,7 @@ def run_experts_on_kernels(
     act_fn: Callable[[torch.Tensor], torch.Tensor],
     kernels: str | None = None,
 ) -> torch.Tensor:
-    """[`~experts.run_experts`] on the kernels of a name, or on the fastest if `None`."""
+    """Run [`~experts.run_experts`] with the kernels named `kernels`, or with the fastest ones if `None`."""
     modules = up, gate, down
     if all(is_on_disk(module) for module in modules if module is not None):
         return _run_from_disk(hidden_states, rows, weights, modules, act_fn, kernels)

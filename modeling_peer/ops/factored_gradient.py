@@ -1,13 +1,12 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The gradient of an expert table as the factors of which it is the sum (see `gradient_factors.py`), from backward to the
-optimizer.
+The gradient of an expert table as a sum of factors (see `gradient_factors.py`), from the backward to the optimizer.
 
 A table's gradient comes in factors once an optimizer that takes them was made for it (see [`take_factors`]). It is
-then a [`FactoredGradient`], a tensor of the table's shape that does what accumulation, clipping, gradient scalers and
-freezing need on the factors. Any other operation on it computes the dense gradient; once that is written, or viewed as
-by a range of rows, the gradient is the dense one from then on.
+then a [`FactoredGradient`], a tensor of the table's shape. Accumulation, clipping, gradient scalers and freezing work
+on its factors. Any other operation computes the dense gradient. Once that is written to, or viewed, as by a slice of
+rows, it replaces the factors.
 """
 
 import weakref
@@ -24,15 +23,15 @@ from .gradient_factors import Factors
 
 logger = logging.get_logger(__name__)
 
-# The attribute of a table under which it is noted which optimizer takes its factors.
+# Attribute of a table with a note of the optimizer that takes its factors.
 OPTIMIZER = "_optimizer_of_factors"
 
-# Factors may take this much more memory than the rows that they sum to, before they are summed.
+# Accumulated factors are summed if they take more than this many times the memory of their rows.
 MOST_FACTORS = 2.0
 
 
 class _Sum:
-    """What a gradient shares with what is detached from it: its factors or, in their place, the dense gradient."""
+    """What a gradient and tensors detached from it share: its factors or, in their place, the dense gradient."""
 
     def __init__(self, factors: Sequence[Factors]):
         self.factors = list(factors)
@@ -73,7 +72,7 @@ class FactoredGradient(torch.Tensor):
         return self.to_rows().__reduce_ex__(protocol)
 
     def numpy(self, **kwargs: Any) -> Any:
-        """The dense gradient as an array, as loggers of histograms ask for it."""
+        """Return the dense gradient as an array, for loggers of histograms."""
         return self.to_rows().numpy(**kwargs)
 
     @classmethod
@@ -91,7 +90,7 @@ class FactoredGradient(torch.Tensor):
 
     @property
     def factors(self) -> Factors | None:
-        """All factors joined, as those of one backward; `None` if there are no assignments."""
+        """All factors, joined as if from one backward pass; `None` if there are no assignments."""
         if self._sum.rows is not None:
             return Factors.of_rows(self._sum.rows)
         factors = [each for each in self._sum.factors if each.coefficients.numel()]
@@ -99,7 +98,7 @@ class FactoredGradient(torch.Tensor):
         return self._sum.factors[0] if factors else None
 
     def to_rows(self) -> torch.Tensor:
-        """The dense gradient, `(num_rows, width)`, a copy."""
+        """Return a copy of the dense gradient, `(num_rows, width)`."""
         if self._sum.rows is not None:
             return self._sum.rows.clone()
         factors = self.factors
@@ -108,13 +107,13 @@ class FactoredGradient(torch.Tensor):
         return factors.to_rows(self.dtype)
 
     def become_rows(self) -> torch.Tensor:
-        """Become the dense gradient, and return it: what is written there is written to this gradient."""
+        """Replace the factors by the dense gradient, and return it. Writing to it changes this gradient."""
         if self._sum.rows is None:
             self._sum.rows, self._sum.factors = self.to_rows(), []
         return self._sum.rows
 
     def total_norm(self, order: float = 2.0) -> torch.Tensor:
-        """The norm of all elements, at least in float32, `()`. No row is written for `order=2.0`."""
+        """Compute the norm of all elements, `()`, at least in float32. `order=2.0` needs no dense gradient."""
         factors = self.factors
         dtype = torch.promote_types(self.dtype, torch.float32)
         if factors is None:
@@ -124,7 +123,7 @@ class FactoredGradient(torch.Tensor):
         return torch.linalg.vector_norm(self.to_rows().to(dtype), order)
 
     def is_finite(self) -> torch.Tensor:
-        """Whether all factors are finite, and so the rows that they sum to: bool, `()`."""
+        """Whether all factors, or all elements of the dense gradient, are finite: bool, `()`."""
         if self._sum.rows is not None:
             return self._sum.rows.isfinite().all()
         finite = [
@@ -148,7 +147,7 @@ class FactoredGradient(torch.Tensor):
         return self
 
     def add_factors(self, others: Sequence[Factors]) -> "FactoredGradient":
-        """Add in place, and return itself. Factors that take much more memory than their rows are summed."""
+        """Add factors in place and return itself. Factors that take much more memory than their rows are summed."""
         factors = [*self._sum.factors, *others]
         size, count = sum(each.nbytes for each in factors), sum(each.assignments.rows.numel() for each in factors)
         rows = min(count, self.shape[0]) * self.shape[1] * max(torch.float32.itemsize, self.dtype.itemsize)
@@ -159,14 +158,14 @@ class FactoredGradient(torch.Tensor):
 
 
 class _Note:
-    """Which optimizer takes the factors of a table. A copy of the table has no note of its own, or this one."""
+    """Note of the optimizer that takes the factors of a table. It does not apply to copies of the table."""
 
     def __init__(self, table: torch.Tensor, optimizer: torch.optim.Optimizer):
         # Not a weak reference to the table: `Module.to` refuses to move a DTensor that has one.
         self.table, self.optimizer = id(table), weakref.ref(optimizer)
 
     def __reduce__(self):
-        return OrderedDict, ()  # weak references cannot be pickled, and `torch.load` takes this for weights
+        return OrderedDict, ()  # weak references cannot be pickled; `torch.load` accepts this with `weights_only`
 
 
 def optimizer_of(table: torch.Tensor) -> torch.optim.Optimizer | None:
@@ -177,8 +176,8 @@ def optimizer_of(table: torch.Tensor) -> torch.optim.Optimizer | None:
 
 def take_factors(table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     """
-    Let the gradient of a table come in factors, as long as the optimizer lives. It is noted on the table, where the
-    backward finds it; copies of the table do not have it.
+    Let the gradient of a table come in factors, as long as the optimizer lives. A note on the table, which does not
+    apply to its copies, tells the backward.
     """
     setattr(table, OPTIMIZER, _Note(table, optimizer))
 
@@ -197,7 +196,7 @@ def takes_factors(table: torch.Tensor) -> bool:
 
 
 def warn_of_dense_gradient(table: torch.Tensor) -> None:
-    """Say once that the gradient of a table is dense, and what avoids it."""
+    """Warn once that the gradient of a table is dense, and say how to avoid it."""
     logger.warning_once(
         f"The gradient of an expert table of shape {tuple(table.shape)} is dense. Give `Trainer` the optimizer of "
         "`optimizers=(make_optimizer(model, args), None)`: it moves the rows of retrieved experts only, at learning "
@@ -219,8 +218,8 @@ def _view(gradient, shape):
 
 
 def _new_empty_strided(gradient, size, stride, *, dtype=None, **kwargs):
-    # Autograd copies a gradient into it if strides are not those of the parameter, as of a table that does not divide
-    # by the number of processes.
+    # Autograd copies a gradient into this tensor if its strides differ from the parameter's. That happens if the width
+    # of a table is not divisible by the number of processes.
     same = tuple(size) == tuple(gradient.shape) and dtype in (None, gradient.dtype)
     return FactoredGradient(gradient, []) if same else NotImplemented
 
@@ -260,12 +259,12 @@ def _vector_norm(gradient, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 
 def _unscale_(gradient, found_inf, inverse_scale):
-    """As gradient scalers call it: `found_inf` becomes 1 if an element is infinite or NaN."""
+    """Unscale as gradient scalers do: `found_inf` becomes 1 if a factor is infinite or NaN."""
     found_inf.copy_(torch.maximum(found_inf, (~gradient.is_finite()).to(found_inf)))
     return _mul_(gradient, inverse_scale)
 
 
-# By operator: what is done on factors.
+# Handlers of operators on factored gradients.
 _HANDLERS: dict[str, Callable] = {
     "aten::view": _view,
     "aten::clone": _clone,
@@ -281,7 +280,7 @@ _HANDLERS: dict[str, Callable] = {
     "aten::linalg_vector_norm": _vector_norm,
 }
 
-# The same by operator of lists, for each of the list.
+# Handlers of operators on lists, which are called for each factored gradient of a list.
 _HANDLERS_OF_LISTS: dict[str, Callable] = {
     "aten::_foreach_norm.Scalar": _vector_norm,
     "aten::_foreach_mul_.Scalar": _mul_,
@@ -292,12 +291,12 @@ _HANDLERS_OF_LISTS: dict[str, Callable] = {
 
 
 def _dense(value):
-    """A gradient that is no sum of factors any more as the plain tensor that it is."""
+    """Return the plain tensor of a gradient that has become dense; return other values as they are."""
     return value.become_rows() if isinstance(value, FactoredGradient) and not _is_factored(value) else value
 
 
 def _on_list(operator, single, tensors, *args, **kwargs):
-    """An operator of a list of tensors some of which are factored: these one by one, the others as before."""
+    """Run an operator on a list of tensors: on factored gradients one by one, on the others together."""
     if any(isinstance(each, (list, tuple)) for each in args):
         return NotImplemented
     dense = [_dense(each) for each in tensors if not _is_factored(each)]
@@ -309,7 +308,7 @@ def _on_list(operator, single, tensors, *args, **kwargs):
 
 
 def _on_rows(operator, args, kwargs):
-    """Run an operator on dense gradients. One that it writes, or makes a view of, is dense from then on."""
+    """Run an operator on dense gradients. One that it writes to, or views, is dense from then on."""
     logger.warning_once(
         f"`{operator}` is not done on the factors of an expert table's gradient: the dense gradient is computed, of "
         "the shape of the table."

@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The factors of which the gradient of an expert table is the sum, and their sums.
+Factors of the gradient of an expert table, and their sums.
 
 Row n of the gradient is `Σ coefficients[t, a] · tokens[t]` over the assignments of tokens t to experts whose row is n.
 The factors take `T · (d + 2 A)` elements for T tokens with A experts each, of width d; the rows that they sum to take
@@ -19,14 +19,14 @@ from .kernels import KERNELS, resolve_kernels
 
 class SortedAssignments(NamedTuple):
     """
-    Assignments grouped by row. The last groups may be empty: only a GPU itself knows how many rows are named.
+    Assignments grouped by row. The last groups may be empty, because only the GPU knows how many rows are named.
 
     Args:
         rows (`torch.Tensor` of shape `(num_groups,)`):
-            int32, the rows, each once and ascending. That of an empty group is any row.
+            int32, the distinct rows, ascending. The row of an empty group is arbitrary.
         starts (`torch.Tensor` of shape `(num_groups + 1,)`): int32, where the assignments of each row start.
-        order (`torch.Tensor` of shape `(num_assignments,)`): int32, the assignments, ascending in each group.
-        sources (`torch.Tensor` of shape `(num_assignments,)`): int32, the token of each, in this order.
+        order (`torch.Tensor` of shape `(num_assignments,)`): int32, the assignments by group, ascending in each.
+        sources (`torch.Tensor` of shape `(num_assignments,)`): int32, the token of each assignment in `order`.
     """
 
     rows: torch.Tensor
@@ -37,16 +37,16 @@ class SortedAssignments(NamedTuple):
 
 class Assignments:
     """
-    Assignments of tokens to experts, by the rows of a table, or of several of a pool that share them. They are sorted
-    by row on first use, once for all these tables.
+    Assignments of tokens to experts, as rows of one table or of several tables of a pool that share them. They are
+    sorted by row on first use, once for all these tables.
 
     Args:
         rows (`torch.Tensor` of shape `(num_tokens, num_active)`): int64, rows of the tables.
         num_rows (`int`): Number of rows of a table.
         kernels (`str`): Name of the kernels that group and sum, see [`resolve_kernels`].
         sources (`torch.Tensor` of shape `(num_assignments,)`, *optional*):
-            int32, the token of each assignment, where `rows` has no row for each token.
-        num_tokens (`int`, *optional*): Number of tokens, likewise.
+            int32, the token of each assignment, if `rows` does not have one row for each token.
+        num_tokens (`int`, *optional*): Number of tokens, given together with `sources`.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Assignments:
 
     @cached_property
     def summed(self) -> "Assignments":
-        """One assignment for each row, of a token that is the sum of all tokens that are assigned to it."""
+        """One assignment for each row, to a token that is the weighted sum of all tokens assigned to the row."""
         rows = self.by_row.rows
         places = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
         summed = Assignments(rows.long()[:, None], self.num_rows, self.kernels, places[:-1], len(rows))
-        # The assignments of empty groups, the last ones, are in no group.
+        # The last assignments, those of empty groups, belong to no group.
         starts = torch.minimum(places, (self.by_row.starts.diff() > 0).sum(dtype=torch.int32))
         summed.by_row = SortedAssignments(rows, starts, places[:-1], places[:-1])
         return summed
 
     @staticmethod
     def joined(several: Sequence["Assignments"]) -> "Assignments":
-        """Those of several forwards as if it had been one. Tables that share theirs share the result."""
+        """Join the assignments of several forward passes. Tables that share assignments share the result."""
         *others, last = several
         if last._joined is None or last._joined[0] != tuple(others):
             rows = [each.rows.reshape(-1, 1) for each in several]
@@ -102,8 +102,8 @@ class Assignments:
 
     def of_processes(self, parts: Sequence[torch.Tensor], num_tokens: Sequence[int]) -> "Assignments":
         """
-        The assignments of several processes, of tables like these, as if they had been one, from the row and token of
-        each of them, `(num_assignments, 2)`, int32, and the number of tokens of each process.
+        Join the assignments of several processes to tables like these. `parts` are the row and token of each
+        assignment of a process, `(num_assignments, 2)`, int32. `num_tokens` has the number of tokens of each process.
         """
         return self._of_parts([part[:, :1].long() for part in parts], [part[:, 1] for part in parts], num_tokens)
 
@@ -115,8 +115,8 @@ class Assignments:
 
 class Factors:
     """
-    The factors of one backward, which may share memory with the layer's input, its router indices and the gradient of
-    its output: who writes there before the optimizer's step gets a `RuntimeError` where they are used.
+    The factors of one backward pass. They may share memory with the layer's input, router indices and gradient of the
+    output. If one of these is written in place before the optimizer's step, the factors raise `RuntimeError`.
 
     Args:
         coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`): Kept at least in float32.
@@ -132,7 +132,7 @@ class Factors:
 
     @classmethod
     def empty(cls, table: torch.Tensor) -> "Factors":
-        """A gradient that is zero, of a table or like another gradient of it."""
+        """Make factors of a zero gradient. `table` is the table or another gradient of it."""
         rows = torch.empty(0, 1, dtype=torch.int64, device=table.device)
         dtype = torch.promote_types(table.dtype, torch.float32)
         tokens = torch.empty(0, table.shape[1], dtype=dtype, device=table.device)
@@ -169,12 +169,12 @@ class Factors:
         return Factors(self.coefficients * factor, self.tokens, self.assignments)
 
     def without(self, rows: torch.Tensor) -> "Factors":
-        """With zero coefficients for the assignments to some rows: bool, `(num_rows,)`."""
+        """Return factors with zero coefficients for the assignments to `rows`: bool, `(num_rows,)`."""
         named = rows[self.assignments.rows].view_as(self.coefficients)
         return Factors(self.coefficients.masked_fill(named, 0), self.tokens, self.assignments)
 
     def in_groups(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What kernels read: coefficients and tokens of the assignments by row, where groups start, and tokens."""
+        """Return what kernels read: coefficients and sources of the assignments by row, starts of groups, tokens."""
         groups = self.assignments.by_row
         return self.coefficients.reshape(-1).index_select(0, groups.order), groups.sources, groups.starts, self.tokens
 
@@ -198,7 +198,7 @@ class Factors:
 
     @staticmethod
     def joined(several: Sequence["Factors"]) -> "Factors":
-        """The sum of several gradients of a table as one."""
+        """Join several gradients of a table into their sum."""
         if len(several) == 1:
             return several[0]
         coefficients = torch.cat([each.coefficients.reshape(-1, 1) for each in several])

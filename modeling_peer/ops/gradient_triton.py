@@ -1,11 +1,11 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Factored gradients on a GPU, in Triton: assignments grouped by row, and the rows of a gradient and their norm from its
-factors.
+Factored gradients on a GPU, in Triton: group assignments by row, and compute the rows of a gradient and their norm
+from its factors.
 
-Nothing here waits for the GPU: shapes do not depend on how many rows are named. Nothing is added in an order that
-changes from run to run.
+No function waits for the GPU: shapes do not depend on how many rows are named. The order of additions is the same in
+every run.
 """
 
 import torch
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .triton_launch import check_indices, launch, row_blocks, tl, triton
 
 
-# A row that very many assignments name must not be one chain of additions: where all assignments of a chunk name the
-# same row, the chunk is summed by a program of its own first.
+# A row that very many assignments name must not be one chain of additions. If all assignments of a chunk name the same
+# row, a program of its own sums the chunk first.
 CHUNK = 256
 
 # Assignments whose tokens a program reads at the same time.
@@ -39,8 +39,8 @@ if triton is not None:
         COLUMNS: tl.constexpr,
     ):
         """
-        `Σ coefficients[e] tokens[sources[e]]`, `first <= e < end`, but for `gap` assignments from `gap_start` on. An
-        assignment whose coefficient is zero is passed over.
+        Compute `Σ coefficients[e] tokens[sources[e]]` over `first <= e < end`, except for `gap` assignments from
+        `gap_start` on. Assignments with a zero coefficient are skipped.
         """
         sums = tl.zeros([COLUMNS], dtype=tl.float32)
         for start in range(first, end - gap, ROWS):
@@ -68,7 +68,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """Some columns of the sum of a group's assignments. Chunks that are the group's alone are summed already."""
+        """Sum a group's assignments in some columns. Chunks that belong to this group alone are already summed."""
         first = tl.load(starts + group)
         end = tl.load(starts + group + 1)
         chunks_start = tl.minimum((first + CHUNK - 1) // CHUNK * CHUNK, end)
@@ -95,7 +95,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """`partial_sums[c]`, the sum of the assignments of chunk c, if they are of one group. A block of columns."""
+        """Write a block of columns of `partial_sums[c]`, the sum of chunk c, if its assignments are of one group."""
         chunk = tl.program_id(0)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         first = chunk * CHUNK
@@ -127,7 +127,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """`out[places[g]]`, or `out[g]` if `places` is None, from the assignments of group g. A block of columns."""
+        """Write a block of columns of the sum of group g to `out[places[g]]`, or to `out[g]` if `places` is None."""
         group = tl.program_id(0)
         place = group
         if places is not None:
@@ -154,7 +154,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         CHUNK: tl.constexpr,
     ):
-        """`squares[b, g]`: of columns b of row g, or of all columns in the first if one assignment names it."""
+        """Write `squares[b, g]` of the columns b of row g. If one assignment names the row, b = 0 has all columns."""
         group = tl.program_id(0)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         first = tl.load(starts + group)
@@ -172,7 +172,7 @@ if triton is not None:
 
 
 def group(indices: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See [`TorchKernels.group`]. There are as many groups as there could be: the last ones may be empty."""
+    """See [`TorchKernels.group`]. Returns the largest possible number of groups: the last ones may be empty."""
     check_indices(indices, num_rows)
     count = len(indices)
     named, order = torch.sort(indices.int(), stable=True)
@@ -201,8 +201,8 @@ def squared_norm(coefficients, sources, starts, tokens) -> torch.Tensor:
 
 def with_partial_sums(*factors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], dict[str, int]]:
     """
-    Sum the chunks of assignments that name a single row. Returns what [`sum_group`] reads, in its order, and the
-    options of a kernel that calls it.
+    Sum the chunks of assignments that name a single row. Returns the first arguments of [`sum_group`], in its order,
+    and the options of a kernel that calls it.
     """
     coefficients, sources, starts, tokens = (each.contiguous() for each in factors)
     options = {**row_blocks(tokens.shape[1], ASSIGNMENTS), "CHUNK": CHUNK}

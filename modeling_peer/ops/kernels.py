@@ -1,16 +1,16 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Implementations of the linear maps of a pool of experts, and of product-key retrieval, by name.
+Registry of implementations of the linear maps of a pool of experts, and of product-key retrieval.
 
     up:   (hidden [T, d],  rows [T, A], table [N, d]) -> [T, A],   hidden[t] · table[rows[t, a]]
     down: (weights [T, A], rows [T, A], table [N, d]) -> [T, d],   Σ_a weights[t, a] table[rows[t, a]]
 
-Each is the backward of the other, together with one gradient of rows: with `coefficients [T, A]` and `tokens [T, d]`,
-row n of a table gets `Σ coefficients[t, a] tokens[t]` over all `rows[t, a] = n` (see `gradient_factors.py`). A table
-is a tensor, or [`QuantizedRows`].
+Each is the backward of the other, together with the gradient of a table: with `coefficients [T, A]` and
+`tokens [T, d]`, its row n is `Σ coefficients[t, a] tokens[t]` over all `rows[t, a] = n` (see `gradient_factors.py`).
+A table is a tensor, or [`QuantizedRows`].
 
-| name | | where |
+| name | implementation | file |
 |---|---|---|
 | `"torch"` | PyTorch operations on any device, `[T, A, d]` in pieces | `kernels_torch.py` |
 | `"cpu"` | C, compiled for this processor on first use | `kernels_cpu.py` |
@@ -31,12 +31,12 @@ KERNELS: dict[str, Any] = {"torch": TorchKernels, "cpu": CpuKernels, "triton": T
 FASTEST_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # by type of device
 
 
-# Decided once where a model is compiled: it depends on compilers and devices only.
+# Decided once when a model is compiled, as it depends only on compilers and devices.
 @torch.compiler.assume_constant_result
 def resolve_kernels(name: str | None, tensor: torch.Tensor) -> str:
     """
-    The name of the kernels that run on a tensor of the dtype and device of a table: `name`, or the fastest if `None`.
-    Raises `RuntimeError` if the named ones cannot run here.
+    Return the name of the kernels for tables with the dtype and device of `tensor`: `name`, or the fastest ones if
+    `None`. Raises `RuntimeError` if the kernels `name` cannot run here.
     """
     if name is None:
         fastest = FASTEST_KERNELS.get(tensor.device.type, "torch")
@@ -48,13 +48,13 @@ def resolve_kernels(name: str | None, tensor: torch.Tensor) -> str:
 
 
 def is_traced() -> bool:
-    """Whether operators are traced, so that what runs must be one."""
+    """Whether the caller is traced, so that it must run operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def needs_autograd() -> bool:
     """
-    Whether autograd must see what runs. For a single token it takes as long as the experts; in forward mode, which
-    knows neither grad mode nor kernels, it refuses.
+    Whether autograd must see what runs. For a single token, autograd takes as long as the experts, so that it is
+    avoided. Forward-mode differentiation ignores grad mode, and autograd must see it to raise an error.
     """
     return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0

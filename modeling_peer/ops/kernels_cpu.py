@@ -16,13 +16,13 @@ class CpuKernels:
     The experts and their gradients in C. Signatures are those of [`TorchKernels`], with product-key retrieval and its
     gradients in addition.
 
-    `up`, `down` and the two of retrieval raise `ValueError` naming an argument that C cannot read. An expert index
-    that is out of range raises `IndexError`. At most 2^31 - 1 assignments are grouped.
+    `up`, `down`, `retrieve` and `retrieval_gradients` raise `ValueError` naming an argument that C cannot read. An
+    expert index out of range raises `IndexError`. `group` takes at most 2^31 - 1 assignments.
     """
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
-        """Why these kernels cannot run on a table, a sentence, or `None` if they can."""
+        """Return a sentence that says why these kernels cannot run on a table, or `None` if they can."""
         if not table.is_cpu:
             return f"CPU kernels are for the CPU, the experts are on {table.device}."
         if table.dtype not in DTYPES:
@@ -72,7 +72,7 @@ class CpuKernels:
 
     @staticmethod
     def retrieve(queries: torch.Tensor, sub_keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`~experts.retrieve`] of queries and sub-keys in float32."""
+        """Run [`~experts.retrieve`] on queries and sub-keys in float32."""
         sizes = _retrieval_sizes(queries, sub_keys)
         check_num_retrieved(k, sub_keys.shape[2])
         scores = torch.empty(*queries.shape[:2], k, device="cpu", dtype=torch.float32)
@@ -89,8 +89,8 @@ class CpuKernels:
         wanted: Sequence[bool] = (True, True),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The gradients of the queries and sub-keys of [`CpuKernels.retrieve`], given that of its scores, `[T, h, k]`,
-        and the expert indices; without elements where one is not `wanted`.
+        Compute the gradients of the queries and sub-keys of [`CpuKernels.retrieve`] from the gradient of its scores,
+        `[T, h, k]`, and the expert indices. A gradient that is not `wanted` has no elements.
         """
         sizes = _retrieval_sizes(queries, sub_keys)
         check_tensor("indices", indices, (torch.int64,), (*queries.shape[:2], indices.shape[-1]))
@@ -105,7 +105,7 @@ class CpuKernels:
 
 
 def _on_table(function, name, tokens, rows, table):
-    """Call `up` or `down` of a plain table or a quantized one; `name` is that of the argument `tokens`."""
+    """Call `up` or `down` on a plain or quantized table; errors call the argument `tokens` by `name`."""
     check_tensor("rows", rows, (torch.int64,), 2)
     if isinstance(table, QuantizedRows):
         num_rows, num_bytes, width = len(table.scales), -(-table.width * table.bits // 8), table.width
@@ -137,7 +137,7 @@ def _factors(coefficients, sources, starts, tokens, dtype):
 
 
 def _retrieval_sizes(queries, sub_keys):
-    """Number of tokens, heads and sets of sub-keys, √N and d_k / 2."""
+    """Return the numbers of tokens, heads and sets of sub-keys, √N and d_k / 2."""
     for name, tensor in (("queries", queries), ("sub_keys", sub_keys)):
         check_tensor(name, tensor, (torch.float32,), 4)
     (num_tokens, num_heads, _, width), (num_sets, _, size, _) = queries.shape, sub_keys.shape

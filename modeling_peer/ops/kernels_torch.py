@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Experts in PyTorch operations, for any device: in pieces of `[T, A, d]` that a cache holds."""
+"""Experts in PyTorch operations for any device, on pieces of `[T, A, d]` that fit into a cache."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,7 @@ class TorchKernels:
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
-        """Why this implementation cannot run on a table, a sentence, or `None` if it can."""
+        """Return a sentence that says why this implementation cannot run on a table, or `None` if it can."""
         return None
 
     @staticmethod
@@ -45,8 +45,8 @@ class TorchKernels:
     @staticmethod
     def group(indices: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Group assignments, int64, by the row of a table that they name. Returns in int32 `rows`, `starts` and `order`
-        of [`SortedAssignments`]. The last groups may be empty, of any row.
+        Group assignments by the row of a table that they name, int64. Returns `rows`, `starts` and `order` of
+        [`SortedAssignments`] in int32, where the last groups may be empty.
         """
         named, order = torch.sort(indices, stable=True)
         rows, counts = torch.unique_consecutive(named, return_counts=True)
@@ -64,13 +64,13 @@ class TorchKernels:
         """
         Write a row of a table's gradient for each group of assignments: `Σ coefficients[a] · tokens[sources[a]]`. An
         assignment whose coefficient is zero adds nothing, even if its token is infinite or NaN: it may name a frozen
-        row. For an empty group no row of a table is written, and a zero if the rows are in the groups' own order.
+        row. An empty group, which only Triton has, writes zeros, or nothing with `places`.
 
         Args:
-            coefficients, sources (`torch.Tensor` of shape `(num_assignments,)`): By group; int32 the token of each.
+            coefficients, sources (`torch.Tensor` of shape `(num_assignments,)`): By group; sources are int32 tokens.
             starts (`torch.Tensor` of shape `(num_groups + 1,)`): int32, where groups start.
             tokens (`torch.Tensor` of shape `(num_tokens, width)`)
-            out (`torch.Tensor` of shape `(num_rows, width)`): Contiguous. Rows of no group are left as they are.
+            out (`torch.Tensor` of shape `(num_rows, width)`): Contiguous. Rows without a group are left as they are.
             places (`torch.Tensor` of shape `(num_groups,)`, *optional*):
                 int32, the row of `out` for each group; the groups' own order if not given.
         """

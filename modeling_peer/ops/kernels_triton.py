@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Experts on a GPU, in Triton. A program reads whole rows, several at a time, 16 bytes a load where the width allows.
+Experts on a GPU, in Triton. A program reads several rows at a time, with loads of 16 bytes if the width allows.
 
 Without Triton the module can be imported, and `TritonKernels.unavailable_reason` says what is missing.
 """
@@ -17,7 +17,7 @@ from .triton_launch import DTYPES, can_run_on, check_indices, gpu_problem, launc
 # Rows that a program reads at the same time.
 ROWS = 4
 
-# Of fewer tokens, `down` divides the columns among more programs, each of which reads more rows at the same time.
+# With fewer tokens, `down` divides the columns among more programs, each of which reads more rows at a time.
 MANY_TOKENS = 512
 
 
@@ -25,7 +25,7 @@ if triton is not None:
 
     @triton.jit
     def _up(hidden, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """`output[t, a] = hidden[t] · table[indices[t, a]]`, one t and a block of a."""
+        """Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a."""
         token = tl.program_id(0).to(tl.int64)
         places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         present = places < active
@@ -41,7 +41,7 @@ if triton is not None:
 
     @triton.jit
     def _down(weights, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """`output[t] = Σ_a weights[t, a] table[indices[t, a]]`, one t and a block of columns."""
+        """Compute `output[t] = Σ_a weights[t, a] table[indices[t, a]]` for one t and a block of columns."""
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros([COLUMNS], dtype=tl.float32)
@@ -71,7 +71,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """`output[t, a] = hidden[t] · table[indices[t, a]]`, one t and a block of a. WIDTH is in bytes."""
+        """Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a. WIDTH is in bytes."""
         token = tl.program_id(0).to(tl.int64)
         places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         present = places < active
@@ -110,7 +110,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """`output[t] = Σ_a weights[t, a] table[indices[t, a]]`, one t and a block of bytes of the rows."""
+        """Compute `output[t] = Σ_a weights[t, a] table[indices[t, a]]` for one t and a block of the rows' bytes."""
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < WIDTH
@@ -153,7 +153,7 @@ class TritonKernels:
 
     @staticmethod
     def unavailable_reason(table: torch.Tensor) -> str | None:
-        """Why these kernels cannot run on a table, a sentence, or `None` if they can."""
+        """Return a sentence that says why these kernels cannot run on a table, or `None` if they can."""
         if table.is_cuda and gpu_problem() is not None:
             return gpu_problem()
         if triton is None:

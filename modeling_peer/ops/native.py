@@ -43,15 +43,15 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 _PROCESS = os.getpid()
 
 
-# Cached for the life of the process: dlopen'd code that may be running cannot be unloaded, and that there is no
-# compiler is not found out again in every forward.
+# Cached for the life of the process: dlopen'd code that may be running cannot be unloaded, and a missing compiler is
+# not searched for again in every forward pass.
 @functools.cache
 def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
     """
-    Return the library that is compiled from the C files of a folder: from `$HF_HOME/modeling_peer`, where it is kept
-    for this compiler and processor. Where that folder is not this user's alone, or cannot be used, every process
-    compiles its own, which leaves no file. `None` if `MODELING_PEER_COMPILE_KERNELS` is set, and not to 1, on, yes or
-    true, and, after a notice, if there is no compiler that works.
+    Return the library compiled from the C files of a folder. It is kept in `$HF_HOME/modeling_peer` for this compiler
+    and processor. If others could put code there, or the folder cannot be used, every process compiles its own, which
+    leaves no file. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
+    after a warning, if no compiler works.
     """
     if (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES:
         return None
@@ -96,7 +96,7 @@ def _keep_others_out(folder, path):
 
 
 def compiler_command() -> list[str]:
-    """The compiler that the environment names, `cc` if it names none."""
+    """Return the compiler that the environment variable `CC` names, or `cc`."""
     if sys.platform == "win32":
         raise OSError("C kernels are for Linux and macOS")
     return shlex.split(os.environ.get("CC") or "cc")
@@ -116,7 +116,7 @@ def _processor():
 
 
 def _build(compiler, sources, path):
-    """Compile a library. Of several processes only one does, and none sees an incomplete file."""
+    """Compile a library. Only one of several processes does so, and none sees an incomplete file."""
     with FileLock(path.parent / "lock"), tempfile.TemporaryDirectory() as workplace:
         if path.exists():
             return
@@ -128,12 +128,12 @@ def _build(compiler, sources, path):
         part = Path(shutil.copy(_compile(compiler, sources, Path(workplace)), path.with_suffix(".part")))
         part.chmod(0o700)  # whatever the umask
         with open(part, "rb") as file:
-            os.fsync(file.fileno())  # or its name may be on the disk before its content
+            os.fsync(file.fileno())  # otherwise its name may reach the disk before its content
         os.replace(part, path)
 
 
 def _compile(compiler, sources, workplace):
-    """Compile the C files of a folder in an empty one, several at a time, and return the library there."""
+    """Compile the C files of a folder, several at a time, into an empty one, and return the library there."""
     files, linked = sorted(sources.resolve().glob("*.c")), workplace / "kernels.so"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda file: _run([*compiler, *COMPILER_FLAGS, "-c", str(file)], cwd=workplace), files))
@@ -145,7 +145,7 @@ def _compile(compiler, sources, workplace):
 
 
 def num_threads() -> int:
-    """Threads of a kernel: torch's, but 1 in a forked process, which would wait for ever for its parent's."""
+    """Number of threads of a kernel: torch's, or 1 in a forked process, which would wait forever for its parent's."""
     return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
@@ -158,9 +158,9 @@ def _function(library, name):
 
 def call(name: str, *arguments: torch.Tensor | int | float | None) -> int:
     """
-    Call a function of the library, which takes the number of threads last. Tensors are passed by address, contiguous
-    as they are, integers as int64, floats as double, `None` as NULL. C trusts them: see [`check_tensor`]. Raises
-    `RuntimeError` if a tensor is not on the CPU or has no memory of its own.
+    Call a function of the library; the number of threads is added as its last argument. Tensors, which must be
+    contiguous, are passed by address, integers as int64, floats as double, and `None` as NULL. C does not check them:
+    see [`check_tensor`]. Raises `RuntimeError` if a tensor is not on the CPU or has no memory of its own.
     """
     return _function(load_library(), name)(*map(_argument, arguments), ctypes.c_int(num_threads()))
 
@@ -181,8 +181,8 @@ def check_tensor(
     name: str, tensor: torch.Tensor, dtypes: Collection[torch.dtype] | None, shape: tuple[int, ...] | int
 ) -> None:
     """
-    Raise `ValueError`, naming the argument, if C cannot read a tensor: strided, on the CPU, of one of these dtypes
-    (of any if `None`), and of this shape, or this number of dimensions.
+    Raise `ValueError`, naming the argument, if C cannot read a tensor. It must be strided, on the CPU, of one of these
+    dtypes (any if `None`), and of this shape or number of dimensions.
     """
     if not tensor.is_cpu or tensor.layout is not torch.strided:
         raise ValueError(f"`{name}` must be a strided tensor on the CPU, got {tensor.layout} on {tensor.device}.")
@@ -194,7 +194,7 @@ def check_tensor(
 
 
 def refuse_index(indices: torch.Tensor, num_rows: int) -> None:
-    """Raise `IndexError` for expert indices one of which is negative or not below `num_rows`."""
+    """Raise `IndexError` for expert indices, one of which is negative or at least `num_rows`."""
     least, most = (int(bound) for bound in indices.aminmax())
     found = least if least < 0 else most
     raise IndexError(f"An expert index must be at least 0 and below the number of experts {num_rows}, got {found}.")

@@ -1,10 +1,10 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Rows of a table in integers of 8 or 4 bits, with a scale for a row or for a group of its columns.
+Rows of a table as integers of 8 or 4 bits, with a scale for each row or for each group of its columns.
 
-An element is its integer times the scale of its group. The scale is such that the element of a group that is farthest
-from zero is -128 times it, or -8 times: every integer is used, and a scale may be negative.
+An element is its integer times the scale of its group. The scale maps the group's element farthest from zero to -128,
+or to -8 with 4 bits. So every integer is used, and a scale may be negative.
 
 Two integers of 4 bits share a byte. Byte b of a row has column b in its lower half and column `num_bytes + b` in its
 upper half, so that kernels read consecutive columns from consecutive bytes. Groups are of consecutive bytes, and so
@@ -20,10 +20,10 @@ from ..experts import plain_weight
 from ..memory.advice import advise_huge_pages
 
 
-# Of a scale: it has the range of float32, and integers are rounded with the scale as it is stored.
+# The dtype of scales has the range of float32. Integers are rounded with the scale as it is stored.
 SCALE_DTYPE = torch.bfloat16
 
-# By the number of bits.
+# By number of bits.
 INTEGER_DTYPES = {8: torch.int8, 4: torch.uint8}
 
 # Elements that are quantized at a time: 16 MB in float32.
@@ -33,7 +33,7 @@ PIECE_SIZE = 2**22
 class QuantizedRows(NamedTuple):
     """
     Args:
-        integers (`torch.Tensor` of shape `(*, num_bytes)`): int8, an element each, or uint8, two of 4 bits each.
+        integers (`torch.Tensor` of shape `(*, num_bytes)`): int8, one element each, or uint8, two of 4 bits.
         scales (`torch.Tensor` of shape `(*, num_groups)`)
         width (`int`): Number of columns.
         bytes_per_scale (`int`): Number of consecutive bytes in a group. The last group may have fewer.
@@ -81,7 +81,7 @@ def quantize(table: torch.Tensor, bits: int, group_size: int | None) -> Quantize
 
 def _quantize_piece(rows, bits, span, integers, scales):
     (num_rows, num_groups), per_byte = scales.shape, 8 // bits
-    # (row, place in a byte, byte), zeros behind the last column and in the last group.
+    # (row, place in a byte, byte), padded with zeros after the last column and in the last group.
     padded = rows.new_zeros(num_rows, per_byte, num_groups * span)
     for place in range(per_byte):
         columns = rows[:, place * integers.shape[1] : (place + 1) * integers.shape[1]]
@@ -104,7 +104,7 @@ def _quantize_piece(rows, bits, span, integers, scales):
 
 
 def dequantize(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The rows of shape `(*, width)`, in a floating-point dtype. In float32 they are exact."""
+    """Convert rows to a floating-point dtype, `(*, width)`. In float32 the result is exact."""
     if rows.bits == 8:
         places = rows.integers.unsqueeze(-2)
     else:
@@ -115,6 +115,6 @@ def dequantize(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> torch
 
 
 def readable_rows(table: nn.Module) -> torch.Tensor | QuantizedRows | None:
-    """What kernels read of a table, `None` if only a call of the module gives its rows."""
+    """Return the rows of a table that kernels read, or `None` if only a call of the module gives them."""
     weight = plain_weight(table)
     return getattr(table, "quantized_rows", None) if weight is None else weight

@@ -13,7 +13,7 @@ from .kernels_torch import empty_gradients
 def retrieve_on_kernels(
     queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`~experts.retrieve`] on the kernels of a name, or on the fastest if `None`."""
+    """Run [`~experts.retrieve`] with the kernels named `kernels`, or with the fastest ones if `None`."""
     name = resolve_kernels(kernels, sub_keys)
     if queries.dtype != torch.float32 or not hasattr(KERNELS[name], "retrieve"):
         return retrieve(queries, sub_keys, k)
@@ -31,7 +31,7 @@ def product_key_retrieval(
     queries: torch.Tensor, sub_keys: torch.Tensor, k: int, kernels: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`~experts.retrieve`] on kernels, with a backward that reads selected sub-keys only. Returns scores
+    Run [`~experts.retrieve`] on kernels, with a backward that reads selected sub-keys only. Returns scores
     and expert indices.
     """
     indices, scores = KERNELS[kernels].retrieve(queries, sub_keys, k)
@@ -51,7 +51,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _retrieval_gradients(gradient, indices, queries, sub_keys, wanted, kernels):
-    """Of [`product_key_retrieval`], see [`CpuKernels.retrieval_gradients`]."""
+    """The gradients of [`product_key_retrieval`], see [`CpuKernels.retrieval_gradients`]."""
     return KERNELS[kernels].retrieval_gradients(gradient, indices, queries, sub_keys, wanted)
 
 
@@ -80,13 +80,13 @@ product_key_retrieval.register_autograd(_backward, setup_context=_save_for_backw
 
 
 class ProductKeyRetrieval(torch.autograd.Function):
-    """[`product_key_retrieval`] where only autograd observes it: not through the dispatcher, which takes 0.1 ms."""
+    """[`product_key_retrieval`] for autograd alone, without the dispatcher, which takes 0.1 ms."""
 
     @staticmethod
     def forward(ctx, queries, sub_keys, k, kernels):
         indices, scores = KERNELS[kernels].retrieve(queries, sub_keys, k)
         _save_for_backward(ctx, (queries, sub_keys, k, kernels), (scores, indices))
-        ctx.set_materialize_grads(False)  # there is none of the indices
+        ctx.set_materialize_grads(False)  # indices have none
         return scores, indices
 
     @staticmethod

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Product-key retrieval on a GPU, in Triton: scores of some tokens at a time, and the k best of every row of them by a
-sort of packed pairs of a score and its place, which is exact and takes the earlier of two equal scores.
+Product-key retrieval on a GPU, in Triton, for some tokens at a time. It selects the k best scores of a row by sorting
+pairs of a score and its place, packed into integers. This is exact, and takes the earlier of two equal scores.
 """
 
 import functools
@@ -16,10 +16,10 @@ from .kernels_torch import check_num_retrieved, empty_gradients
 from .triton_launch import check_indices, launch, tl, triton
 
 
-# Scores that are held at a time: 32 MB, which the cache of a large GPU holds.
+# Number of scores held at a time: 32 MB, which fit into the cache of a large GPU.
 PIECE_SIZE = 2**23
 
-# Scores that a program selects from in registers of one warp.
+# Number of scores in the registers of each warp of a program that selects the best.
 SCORES_PER_WARP = 2**10
 
 
@@ -39,8 +39,8 @@ if triton is not None:
         DEPTH: tl.constexpr,
     ):
         """
-        `scores[r, p, n] = queries[r, p] · sub_keys[s, p, n]` for a block of rows r = s, s + sets, … and of sub-keys n.
-        In three passes of TensorFloat-32, whose products have two bits less than those of float32.
+        Compute `scores[r, p, n] = queries[r, p] · sub_keys[s, p, n]` for a block of rows r = s, s + sets, … and of
+        sub-keys n. Three passes of TensorFloat-32 give products that have two bits less than in float32.
         """
         blocks = tl.cdiv(size, KEYS)
         half = tl.program_id(1) % 2
@@ -70,8 +70,8 @@ if triton is not None:
     @triton.jit
     def _pack(values, places, present):
         """
-        Scores and their places as integers that are in the order of the scores, of equal ones the earlier first. NaN
-        becomes infinity, so that it is selected and seen. What is not present is last.
+        Pack scores and their places into integers that sort like the scores, where the earlier of equal ones is
+        larger. NaN becomes infinity, so that it is selected and noticed. Absent scores come last.
         """
         values = tl.where(values == values, values, float("inf"))
         bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
@@ -91,8 +91,8 @@ if triton is not None:
     @triton.jit
     def _select(scores, best, places, size, k, GROUPS: tl.constexpr, GROUP: tl.constexpr, KEPT: tl.constexpr):
         """
-        `best[r]` and `places[r]`, the k best of `scores[r]` and where they are, best first. They are in the groups of
-        neighbors that have the k largest maxima.
+        Write `best[r]` and `places[r]`, the k best of `scores[r]` and their places, best first. They are in the groups
+        of neighbors that have the k largest maxima.
         """
         row = tl.program_id(0).to(tl.int64)
         starts = tl.arange(0, GROUPS) * GROUP
@@ -112,7 +112,7 @@ if triton is not None:
     def _select_pairs(
         best, places, row_ranks, column_ranks, indices, scores, num_pairs, k, PAIRS: tl.constexpr, KEPT: tl.constexpr
     ):
-        """`indices[r]` and `scores[r]`: the k best experts of query r, and their scores, of the best of its halves."""
+        """Write `indices[r]` and `scores[r]`, the k best experts of query r, from the best of its two halves."""
         query = tl.program_id(0).to(tl.int64)
         rows = query * 2 * k
         columns = rows + k
@@ -161,13 +161,13 @@ def score_halves(queries: torch.Tensor, sub_keys: torch.Tensor) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of the last dimension and where they are (int32), `(..., k)`, best first; of equals the earlier."""
+    """Select the k best of the last dimension and their places (int32), `(..., k)`, best first, ties in order."""
     size = scores.shape[-1]
     best = scores.new_empty(*scores.shape[:-1], k)
     places = torch.empty_like(best, dtype=torch.int32)
     kept = _power_of_2(k)
     columns = max(_power_of_2(size), kept)
-    # As many groups as candidates in the groups that are kept.
+    # About as many groups as candidates in the groups that are kept.
     group_size = 2 ** ((columns // kept).bit_length() // 2)
     blocks = {"GROUPS": columns // group_size, "GROUP": group_size, "KEPT": kept}
     warps = min(triton.cdiv(columns, SCORES_PER_WARP), 16)
@@ -183,14 +183,14 @@ def _select_pairs_of(best, places, indices, scores):
     launch(_select_pairs, grid, best, places, *pairs, indices, scores, len(pairs[0]), k, **blocks)
 
 
-@functools.cache  # a copy to a GPU waits for it
+@functools.cache  # because a copy to a GPU waits for it
 def _pairs(k, device):
-    with torch.inference_mode(False):  # whatever comes first, a training can use them
+    with torch.inference_mode(False):  # so that training can use them even if inference comes first
         return [each.contiguous() for each in winning_pairs(k, device)]
 
 
 def _power_of_2(number):
-    """At least 2, of which Triton's selection keeps one or more."""
+    """Return the next power of 2, at least 2 for Triton's selection."""
     return max(triton.next_power_of_2(number), 2)
 
 
@@ -198,13 +198,13 @@ def retrieval_gradients(
     gradient, indices, queries, sub_keys, wanted: Sequence[bool] = (True, True)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    See [`CpuKernels.retrieval_gradients`]. Both are sums of rows of the other, each times the gradient of a score:
-    only the selected sub-keys are read.
+    See [`CpuKernels.retrieval_gradients`]. Each gradient is a sum of rows of the other input, times the gradients of
+    scores. Only the selected sub-keys are read.
     """
     check_indices(indices, sub_keys.shape[2] ** 2)
     of_queries, of_sub_keys = empty_gradients(queries.contiguous(), sub_keys.contiguous(), wanted)
     (sets, halves, size, width), k = sub_keys.shape, indices.shape[-1]
-    # The rows of all sub-keys that the experts of a query have: `(num_tokens, num_heads, 2, k)`.
+    # The rows of the sub-keys of each query's experts: `(num_tokens, num_heads, 2, k)`.
     first = torch.arange(sets * halves, device=indices.device).view(sets, halves, 1) * size
     key_rows = torch.stack(expert_cell(indices), -2) + first
     coefficients = gradient[:, :, None].expand_as(key_rows).reshape(-1)

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels in Triton share: where they can run, how they are launched, and a check of what they read."""
+"""Functions that the Triton kernels share: where they can run, how they are launched, and a check of indices."""
 
 import functools
 import os
@@ -19,23 +19,22 @@ except ImportError:
     triton = tl = None
 
 
-# Triton's decorator reads the variable too, when this module is imported: kernels run either on a GPU, or in Python on
-# a CPU.
+# Triton's decorator also reads this variable on import: kernels run either on a GPU, or in Python on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Elements that a program holds at a time, of one row or of several.
+# Most elements that a program holds at a time, of one row or of several.
 MOST_ELEMENTS = 2**13
 
-# Elements that a thread holds, of one row and of all of them: four loads of 16 bytes in float32, and 8.
+# Elements that a thread holds of one row and of all rows: 4 and 8 loads of 16 bytes in float32.
 ELEMENTS_OF_ROW = 16
 ELEMENTS_OF_ROWS = 32
 
 
-# A module in C, as Triton compiles one for each signature of a kernel before its first launch.
+# A C module like those that Triton compiles for each signature of a kernel before its first launch.
 LAUNCHER = """// {}
 #include <Python.h>
 static struct PyModuleDef launcher = {{PyModuleDef_HEAD_INIT, "peer_launcher"}};
@@ -52,7 +51,7 @@ def can_run_on(device: torch.device) -> bool:
 
 @functools.cache
 def gpu_problem() -> str | None:
-    """Why Triton kernels cannot run on a GPU here, a sentence that a warning says too, or `None` if they can."""
+    """Return a sentence that says why Triton kernels cannot run on a GPU here, and log it, or return `None`."""
     problem = None
     if triton is None:
         problem = "Triton is not installed."
@@ -61,13 +60,13 @@ def gpu_problem() -> str | None:
     else:
         try:
             from triton.runtime.build import compile_module_from_src
-        except ImportError:  # of a release that has it elsewhere: its launcher will say what it lacks
+        except ImportError:  # elsewhere in other releases, whose launcher will say what is missing
             return None
         try:
-            # Triton keeps what it has compiled: for these compilers only.
+            # In the source, so that Triton's cache of compiled modules is specific to these compilers.
             compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
             compile_module_from_src(LAUNCHER.format(compilers), "peer_launcher")
-        except Exception as error:  # it calls a compiler, and imports what comes out
+        except Exception as error:  # it runs a compiler and imports the result
             problem = f"Triton could not compile C ({error}). Install gcc and the headers of Python, or set CC."
     if problem is not None:
         logger.warning(f"PEER runs on PyTorch operations on this GPU, slower than with Triton kernels. {problem}")
@@ -76,8 +75,8 @@ def gpu_problem() -> str | None:
 
 def row_blocks(width: int, rows: int, most_columns: int = MOST_ELEMENTS) -> dict[str, int]:
     """
-    Options of a kernel that reads rows of a table of this width, `rows` of them at a time if they are not very wide.
-    The width is known to the compiler, and thereby how many bytes a load may have.
+    Return the options of a kernel that reads rows of a table of this width, `rows` at a time unless they are very
+    wide. The compiler knows the width, and thus how many bytes a load may have.
     """
     columns = min(triton.next_power_of_2(width), most_columns)
     rows = min(rows, MOST_ELEMENTS // columns)
@@ -98,8 +97,8 @@ def start(kernel, grid, arguments, options):
 
 def check_indices(indices: torch.Tensor, num_rows: int) -> None:
     """
-    Raise `IndexError` for an index that is out of range, if the environment variable `MODELING_PEER_CHECK_INDICES` is
-    1: kernels would read whatever is there, and to look on every call would make the host wait for the GPU.
+    Raise `IndexError` for an index out of range, if the environment variable `MODELING_PEER_CHECK_INDICES` is 1.
+    Without this check kernels read whatever is there, but it makes the host wait for the GPU on every call.
     """
     if os.environ.get("MODELING_PEER_CHECK_INDICES") == "1" and ((indices < 0) | (indices >= num_rows)).any():
         refuse_index(indices, num_rows)

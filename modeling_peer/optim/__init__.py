@@ -1,3 +1,3 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers for models with expert tables, rows that no optimizer moves, and checkpoints to resume from."""
+"""Optimizers for models with expert tables, frozen rows, and checkpoints to resume from."""

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The gradient of an embedding of any model in factors: its rows are its tokens, and a step takes a row for each of them,
-where a dense gradient has one for each entry of the vocabulary.
+Factored gradients of embeddings, for any model. They have one row for each token of a step, whereas a dense gradient
+has one for each entry of the vocabulary.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ from ..ops.gradient_factors import Assignments, Factors
 from ..ops.kernels import is_traced, resolve_kernels
 
 
-# With more tokens than this share of its rows a dense gradient takes less.
+# If there are more tokens than this fraction of the rows, a dense gradient takes less memory.
 MOST_TOKENS = 0.5
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Embedding]:
     """
-    The trained embeddings of a model whose weights no other module has: a head that is tied to one has a gradient for
-    each of its rows.
+    Return the trained embeddings of a model whose weights no other module shares. A head that is tied to an embedding
+    would give each of its rows a gradient.
     """
     elsewhere = {
         id(parameter)
@@ -40,8 +40,8 @@ def embeddings_of(model: nn.Module) -> list[nn.Embedding]:
 
 def let_gradients_come_in_factors(embedding: nn.Embedding) -> None:
     """
-    Let the gradient of an embedding come in factors where an optimizer takes them and few rows are named. Of those
-    that compute more than a lookup it stays dense.
+    Let the gradient of an embedding come in factors if an optimizer takes them and few rows are looked up. It stays
+    dense for embeddings that compute more than a lookup.
     """
     is_plain = type(embedding).forward is nn.Embedding.forward and "forward" not in vars(embedding)
     options = embedding.max_norm, embedding.scale_grad_by_freq, embedding.sparse
@@ -70,7 +70,7 @@ def _in_factors(embedding, args, kwargs, output):
 
 
 class _Rows(torch.autograd.Function):
-    """What was looked up, for autograd."""
+    """Autograd function that gives looked-up rows a gradient in factors."""
 
     @staticmethod
     def forward(ctx: Any, weight, rows, found, padding_idx):

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a parameter that no training changes, to the bit, whatever the optimizer."""
+"""Frozen rows of a parameter, which stay the same to the bit with any optimizer."""
 
 import functools
 import weakref
@@ -15,22 +15,22 @@ from ..ops.factored_gradient import FactoredGradient
 from .row_adamw import RowAdamW
 
 
-# The attribute under which an optimizer keeps what its running steps put back.
+# Attribute of an optimizer with the frozen rows that its running steps will restore.
 SAVED_ROWS = "_frozen_rows_before_step"
 
 
 class FrozenRows:
     """
     Handle of one freeze, as [`freeze_rows`] returns it. A row is frozen as long as any freeze of the parameter holds
-    it, and a freeze lasts as long as the parameter, also if its handle is dropped. A copy of a handle is one of a
-    freeze that has ended.
+    it, and a freeze lasts as long as the parameter, also if its handle is dropped. A copy of a handle acts as if its
+    freeze had ended.
 
     Attributes:
         rows (`torch.Tensor` of shape `(num_rows,)`): bool, True where this freeze holds a row.
     """
 
     def __init__(self, parameter: nn.Parameter, name: str, dim: int, optimizer: torch.optim.Optimizer | None):
-        # It holds neither the parameter nor the module.
+        # The handle keeps neither the parameter nor the module alive.
         self.parameter, self.name, self.dim = TensorWeakRef(parameter), name, dim
         self.optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.took_gradient = False  # whether the parameter requires no gradient because of it
@@ -66,7 +66,7 @@ class FrozenRows:
 
     @torch.no_grad()
     def zero(self, gradient: torch.Tensor) -> None:
-        """Zero the frozen rows of a gradient in place, all columns of them that this process has."""
+        """Zero the frozen rows of a gradient in place, in all columns that this process has."""
         gradient = self._local(gradient)
         if isinstance(gradient, FactoredGradient) and self.dim == 0:
             gradient.zero_rows(self.rows)
@@ -75,14 +75,14 @@ class FrozenRows:
 
     @torch.no_grad()
     def copy_of_rows(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-        """What to call `index_copy_` of to put frozen rows back, and its arguments, these rows among them."""
+        """Return the tensor whose `index_copy_` restores frozen rows, and its arguments, with a copy of the rows."""
         parameter = self._local(parameter)
         return parameter, self.dim, self._indices, parameter.detach().index_select(self.dim, self._indices)
 
     def _local(self, tensor):
-        """The columns of this process of a table, or of its gradient, that a memory group splits."""
+        """Return this process's columns of a table, or of its gradient, that a memory group splits."""
         self.rows, self._indices = self.rows.to(tensor.device), self._indices.to(tensor.device)
-        # Without gradients, in which all of this runs, it is the tensor itself that a DTensor is made of.
+        # With gradients disabled, as in all callers, this is the tensor itself of which a DTensor is made.
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -102,10 +102,10 @@ def freeze_rows(
     each step and put back after it, which takes their memory for the time of a step. Sparse gradients are not
     supported.
 
-    If all rows are frozen, a parameter that requires a gradient requires none until [`~FrozenRows.remove`], and then
-    again, whatever was set since; freeze before DistributedDataParallel wraps the model. A freeze is of this parameter
-    object: a copy of it, or a checkpoint that is loaded, has none, and a step on another parameter that has taken its
-    place in the module raises `RuntimeError`. In a memory group, freeze rows of the tables after they are split.
+    If all rows are frozen, a parameter that requires a gradient requires none until [`~FrozenRows.remove`]. It then
+    requires one again, whatever was set since. Freeze before DistributedDataParallel wraps the model. A freeze applies
+    to this parameter object: copies of it and loaded checkpoints have none. If another parameter has taken its place
+    in the module, a step on that raises `RuntimeError`. In a memory group, freeze rows of tables after they are split.
 
     Args:
         module (`nn.Module`): The module that holds the parameter.
@@ -135,7 +135,7 @@ def freeze_rows(
 
 
 def freezes_of(module: nn.Module) -> list[FrozenRows]:
-    """All freezes of rows of the module's own parameters, those of its submodules not among them."""
+    """Return all freezes of rows of the module's own parameters, without those of its submodules."""
     return list(_FREEZES.get(module, ()))
 
 
@@ -157,20 +157,20 @@ def _every_freeze():
 
 @functools.cache
 def _hold_rows_in_steps():
-    """Make the hooks, once a process: most optimizers are made after the freeze, and no other hook reaches them."""
+    """Register global hooks once per process: most optimizers are made after a freeze, and only these reach them."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer, args, kwargs):
     saved = []
-    with_closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None  # None is that of Accelerate
+    with_closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None  # Accelerate passes None
     groups = {id(each): group for group in optimizer.param_groups if _FREEZES for each in group["params"]}
     others = groups.keys() - {id(freeze.parameter()) for freeze in _every_freeze()}
     for module, freezes in list(_FREEZES.items()):
         for freeze in freezes:
             parameter, current = freeze.parameter(), module._parameters.get(freeze.name)
-            # The first FSDP, without `use_orig_params`, leaves none.
+            # FSDP1 without `use_orig_params` leaves no parameter.
             if id(current) in others or (current is None and parameter is None):
                 raise RuntimeError("Rows were frozen, and another parameter has taken its place. Freeze them again.")
             group = groups.get(id(parameter))
@@ -188,8 +188,8 @@ def _before_step(optimizer, args, kwargs):
             # A closure may leave a gradient that is not finite.
             if moves and (with_closure or not _leaves_rows_without_gradient(optimizer, group, freeze.dim)):
                 saved.append(freeze.copy_of_rows(parameter))
-    # A stack, as a step may call that of a parent class. It has an entry for each step, also an empty one, so that
-    # the entry that a failed step leaves is not taken for that of the next.
+    # A stack, as a step may call that of a parent class. Every step pushes an entry, even an empty one, so that it
+    # does not take the entry that a failed step left.
     optimizer.__dict__.setdefault(SAVED_ROWS, []).append(saved)
 
 

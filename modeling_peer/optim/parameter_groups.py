@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters an optimizer moves by rows and how fast, and the optimizer for a `Trainer`."""
+"""Parameter groups with rows and learning rates of their own, and the optimizer for a `Trainer`."""
 
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 # As in `Trainer.get_decay_parameter_names`.
 NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
-# What DistributedDataParallel reads of the model that it wraps, `parallel` has what it finds.
+# Attribute by which DistributedDataParallel ignores parameters of a model; `parallel` finds them.
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
-# The rates of the scaling study, as multiples of the learning rate of all else: u_i and gates of experts at a quarter,
-# v_i at 192 times that.
+# The rates of the scaling study, as multiples of the learning rate of all other parameters: a quarter for u_i and
+# gates of experts, 192 times that for v_i.
 EXPERT_LR_MULTIPLIER = 0.25
 DOWN_PROJ_LR_MULTIPLIER = 192.0
 
-# That of `TrainingArguments`, which is for models that are trained further.
+# The default of `TrainingArguments`, which is meant for fine-tuning.
 LEARNING_RATE_OF_TRAINER = 5e-5
 
 
 def learning_rate_of_new_model(hidden_size: int) -> float:
     """
-    The learning rate of all else for a model that is trained from scratch: that of the scaling study, the best of
-    three at its reference size of 64, times that size by the width of the model. At 768 it is what is usual there.
+    Return the learning rate of all but the expert tables for a model that is trained from scratch. It is the best of
+    three of the scaling study at a width of 64, 4e-3, times 64 / `hidden_size` above it. At 768 it is a usual rate.
     """
     return float(f"{min(4e-3, 4e-3 * 64 / hidden_size):.2g}")
 
@@ -51,11 +51,11 @@ def expert_parameter_groups(
     embeddings: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    Group a model's trainable parameters for [`RowAdamW`]: those with weight decay and those without, as `Trainer` has
-    them, and the expert tables, as rows. A table that several layers share is in one group, once.
+    Group a model's trainable parameters for [`RowAdamW`]: those with and without weight decay, as in `Trainer`, and
+    the expert tables, as rows. A table that several layers share is in one group, once.
 
-    With `embeddings`, so is any `nn.Embedding` of any model: a step moves the rows of its tokens. One whose weights
-    are also those of a head is left out.
+    With `embeddings`, every `nn.Embedding` of any model is rows too: a step moves the rows of its tokens. Embeddings
+    that share weights with a head are left out.
 
     Args:
         model (`nn.Module`)
@@ -80,7 +80,7 @@ def expert_parameter_groups(
     }
     if embeddings:
         for embedding in embeddings_of(model):
-            # The kernels of experts see to their own tables.
+            # The kernels of experts handle the gradients of their own tables.
             if tables.setdefault(id(embedding.weight), "embeddings") == "embeddings":
                 let_gradients_come_in_factors(embedding)
         if not hasattr(type(model), IGNORED_BY_DDP):  # a PEER model tells DDP itself
@@ -120,17 +120,17 @@ def make_optimizer(
     Make the optimizer for a `Trainer` that trains expert tables or large embeddings: [`RowAdamW`] with the learning
     rate, weight decay and betas of the training arguments, and with rates of their own for the tables.
 
-    It warns if a new model would be trained at the default learning rate of `TrainingArguments`, and if one that
-    [`add_experts`] enlarged would train the experts that it had at first, with none of them frozen: what is frozen is
-    not saved or copied with a model, and is restored by [`train_added_experts_only`].
+    It warns if a new model would be trained at the default learning rate of `TrainingArguments`. It also warns if a
+    model that [`add_experts`] enlarged would train its original experts, with none of them frozen. Freezes are not
+    saved or copied with a model: [`train_added_experts_only`] restores them.
 
     Args:
         model (`nn.Module`): The model that is given to `Trainer`.
         args (`TrainingArguments`): Those that are given to `Trainer`.
         expert_lr_multiplier, down_proj_lr_multiplier (`float`, *optional*):
             See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models
-            that are trained from scratch on a small budget, and to 1.0 where a part of the model is frozen, as beside
-            a graft or added experts. A whole model that is trained further may need none either: pass 1.0 for both.
+            trained from scratch on a small budget. If a part of the model is frozen, as with a graft or added experts,
+            they default to 1.0. Fine-tuning a whole model may not need them either: pass 1.0 for both.
         second_moment (`str`, *optional*, defaults to `"full"`), first_moment (`str`, *optional*):
             See [`RowAdamW`].
         embeddings (`bool`, *optional*, defaults to `False`): See [`expert_parameter_groups`].

@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 def freeze_query_norm(model: nn.Module) -> None:
     """
-    Let a trained model train on the running statistics of its query BatchNorms, which keep these and their weights
-    from then on. Every token is then computed in training as in evaluation.
+    Let a trained model use the running statistics of its query BatchNorms in training. These and the weights of the
+    norms no longer change, and every token is computed in training as in evaluation.
 
     Trainers that compare a policy with a reference or with its own earlier outputs, such as `DPOTrainer` and
     `GRPOTrainer` of TRL, need it when they train all parameters: otherwise only the policy normalizes queries by the
@@ -25,7 +25,7 @@ def freeze_query_norm(model: nn.Module) -> None:
 
     Call it before the training starts, and again after loading or copying the model. `requires_grad_(True)` of a norm
     undoes it, and so does `set_adapter` of PEFT for the norm of a graft: for grafts with `query_norm="batch"`, call it
-    on the `model` of a trainer that is made.
+    on the `model` of the finished trainer.
 
     Args:
         model (`nn.Module`): Any module with PEER or PKM layers, also a model they are grafted onto.
@@ -36,7 +36,7 @@ def freeze_query_norm(model: nn.Module) -> None:
 
 
 def train(method: Any, model: Any, mode: bool = True) -> Any:
-    """As in torch. Says once how a model that was loaded normalizes queries in training."""
+    """Set the mode as in torch. Warn once how a loaded model normalizes queries in training."""
     norms = (module for module in model.modules() if isinstance(module, QueryBatchNorm))
     if mode and getattr(model, "was_loaded", False) and any(norm.weight.requires_grad for norm in norms):
         logger.warning_once(

@@ -15,14 +15,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
     `Trainer.train(resume_from_checkpoint=True)` takes the newest checkpoint even if the process was killed while it
     saved, and then fails for what is missing. `Trainer` writes `trainer_state.json` last, so a checkpoint is complete
-    if that is there and whole. Other processes than the first may not have saved their random state by then, which
-    `Trainer` logs when it resumes.
+    if that is there and whole. Processes other than the first may not have saved their random state by then; `Trainer`
+    logs this when it resumes.
 
     Args:
         output_dir (`str` or `Path`): The `output_dir` of the `TrainingArguments`; it need not exist.
 
     Returns:
-        `str`: path of the checkpoint, `None` if there is no complete one, with which `Trainer.train` starts afresh.
+        `str`: path of the checkpoint. `None` if there is no complete one: `Trainer.train` then starts from scratch.
     """
     folders = {
         int(match[1]): folder

@@ -34,17 +34,17 @@ class RowAdamW(torch.optim.Optimizer):
 
     In *row* parameters, those of groups with `"rows": True`, a step moves only the rows whose gradient has a non-zero
     element, and counts steps for each row: m and v of a row are corrected for bias by how often it was touched. All
-    other rows and their state stay as they are: no weight decay, no stale momentum. The state is in float32, for
-    float64 parameters in float64, and row parameters in 16 bits are rounded stochastically. All other parameters are
-    treated as `torch.optim.AdamW` does.
+    other rows and their state stay as they are: no weight decay, no stale momentum. The state of rows is in float32,
+    or in float64 for float64 parameters. Row parameters in 16 bits are rounded stochastically. All other parameters
+    are treated as in `torch.optim.AdamW`.
 
     While the optimizer lives, expert tables among its row parameters have their gradients in factors (see
     [`FactoredGradient`]), which a step sums row by row without writing them. They may also be dense, and the result is
     the same; sparse gradients are not supported.
 
     On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
-    `MODELING_PEER_COMPILE_KERNELS` is 0, and on a GPU in Triton; `expert_kernels` of a configuration is for its model
-    alone.
+    `MODELING_PEER_COMPILE_KERNELS` is 0. On a GPU they run in Triton, if there is a first moment. The `expert_kernels`
+    of a configuration has no effect here.
 
     Args:
         params (`Iterable`): Parameters or groups of them, see [`expert_parameter_groups`]. A group may override the
@@ -64,7 +64,7 @@ class RowAdamW(torch.optim.Optimizer):
             2^32, which is saved with the state. Replicas of a model must have the same.
 
     Raises:
-        `ValueError`: for a hyperparameter out of its range, or a row parameter that is no real matrix.
+        `ValueError`: for a hyperparameter out of its range, or a row parameter that is not a real matrix.
 
     ```python
     >>> from modeling_peer import RowAdamW, expert_parameter_groups
@@ -126,7 +126,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Make the state of all parameters that no step has moved yet, zeros, as it has to be to load another."""
+        """Make zero state for all parameters that no step has moved yet, as is needed to load another state."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and not self.state[parameter]:
@@ -144,7 +144,7 @@ class RowAdamW(torch.optim.Optimizer):
             if gradient.factors is not None:
                 update_by_factors(local, local_state, gradient.factors, group)
             if counts is not None:
-                # Rows whose gradient is zero in the part here, and not in another process's.
+                # Rows whose gradient is zero in this process's part, but not in another's.
                 touched = local_state["row_steps"] != counts
                 rows = (_touched_anywhere(touched, parameter) & ~touched).nonzero()[:, 0]
                 update_rows(local, local_state, rows, torch.zeros_like(local[:1]), torch.zeros_like(rows), group)
@@ -191,7 +191,7 @@ class RowAdamW(torch.optim.Optimizer):
         others = {place: state for place, state in state_dict["state"].items() if place not in of_rows}
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        # Before anything changes; torch names what other groups are.
+        # Before anything changes; torch reports groups that do not match.
         pairs = zip(places, parameters, strict=False)
         found = {own: _state_for(own, of_rows[place]) for place, own in pairs if place in of_rows}
         super().load_state_dict({**state_dict, "state": others})
@@ -200,7 +200,7 @@ class RowAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # What was saved before there were these.
+            # States that were saved before these existed lack them.
             group.setdefault("rounding_seed", self.defaults.get("rounding_seed", 0))
             group.setdefault("first_moment", "full")
             self._take_factors(group)
@@ -248,7 +248,7 @@ def _row_state(parameter, group):
 
 
 def _state_for(parameter, state):
-    """Saved state of a row parameter, with the device and the dtypes that it has here."""
+    """Convert the saved state of a row parameter to the device and the dtypes that it has here."""
     num_rows, width = parameter.shape
     shapes = {"row_steps": [()], "exp_avg": [(width,)], "exp_avg_sq": [(width,), (1,)]}
     for name, value in state.items():
@@ -268,7 +268,7 @@ def _zeros(parameter, shape_of, dtype):
     if not isinstance(parameter, DTensor):
         return zeros
     whole = torch.empty(shape_of(*parameter.shape), device="meta")
-    # What has one element for each row is the same wherever a part of the row is.
+    # State with one element for each row is the same on all processes that have a part of the row.
     of_rows = whole.ndim == 1 or whole.shape[1] == 1
     placements = [Replicate() if of_rows and p.is_shard(1) else p for p in parameter.placements]
     return DTensor.from_local(
@@ -278,8 +278,8 @@ def _zeros(parameter, shape_of, dtype):
 
 def _touched_rows(parameter, gradient):
     """
-    Rows of a parameter's local part whose gradient is non-zero, a tensor of gradients, and the row of each in that
-    tensor.
+    Return the rows of a parameter's local part whose gradient is non-zero, a tensor of gradients, and the place of
+    each row there.
     """
     if isinstance(gradient, FactoredGradient):
         factors = gradient.factors or Factors.empty(gradient)
@@ -334,8 +334,8 @@ def update_rows(
 ) -> None:
     """
     Make AdamW's step on some rows, in place: in C or Triton where that is possible, else in torch operations, chunk by
-    chunk. The gradient of distinct `rows[i]` (int64, `(num_touched,)`) is row `places[i]` of `gradient`. Where that
-    has parts of rows, `mean_squares`, of shape `(num_touched, 1)`, are those of whole rows.
+    chunk. The gradient of distinct `rows[i]` (int64, `(num_touched,)`) is row `places[i]` of `gradient`. If `gradient`
+    has only parts of rows, `mean_squares`, of shape `(num_touched, 1)`, are those of whole rows.
     """
     for kernels in _kernels_for(state) if mean_squares is None else ():
         if kernels.can_update(parameter, gradient, _moments(state)):
@@ -351,7 +351,7 @@ def update_rows(
 def update_by_factors(
     parameter: torch.Tensor, state: dict[str, torch.Tensor], factors: Factors, group: dict[str, Any]
 ) -> None:
-    """The same on the rows whose gradient, the sum of some factors, is not zero: not written, where possible."""
+    """Make the step on the rows whose gradient, a sum of factors, is not zero. Kernels do not write the sum."""
     for kernels in _kernels_for(state):
         if kernels.can_update(parameter, None, _moments(state)):
             kernels.update_by_factors(parameter, state, factors, group)
@@ -366,7 +366,7 @@ def _moments(state):
 
 
 def _kernels_for(state):
-    """Those in Triton have a first moment."""
+    """Return the kernels to try; those in Triton need a first moment."""
     return (cpu, triton) if "exp_avg" in state else (cpu,)
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-AdamW's step on rows of a table on a GPU, in Triton. In `update_by_factors` the gradient of a row is summed from its
-factors, used and never written: row and moments are read and written once.
+AdamW's step on rows of a table on a GPU, in Triton. `update_by_factors` sums the gradient of a row from its factors
+and never writes it. Row and moments are read and written once.
 """
 
 import math
@@ -32,14 +32,14 @@ if triton is not None:
 
     @triton.jit
     def round_stochastically(values, bits, dtype: tl.constexpr):
-        """float32 in bfloat16 or float16, rounded as `round_stochastically` in stochastic_rounding.py does."""
+        """Round float32 to bfloat16 or float16 as `round_stochastically` in stochastic_rounding.py does."""
         pattern = values.to(tl.uint32, bitcast=True)
         is_number = values == values
         if dtype == tl.bfloat16:
             rounded = tl.where(is_number, (pattern + (bits >> 16)) >> 16, (pattern >> 16) | 0x40)
         else:
             magnitude = pattern & 0x7FFFFFFF
-            # Below 2^-14 the steps are 2^-24.
+            # Below 2^-14 numbers are 2^-24 apart.
             shifted = tl.abs(values) * 16777216.0 + (bits >> 19).to(tl.float32) * 0.0001220703125
             subnormal = tl.minimum(shifted, 2048.0).to(tl.uint32)
             normal = (magnitude - 0x38000000 + (bits >> 19)) >> 13
@@ -85,8 +85,8 @@ if triton is not None:
         CHUNK: tl.constexpr,
     ):
         """
-        AdamW's step on the row of a group of entries. It has a second moment for each element, or a single one if
-        SHARED. With SKIP_ZEROS, a row whose gradient is zero is left as it is.
+        Make AdamW's step on the row of a group of assignments. The row has a second moment for each element, or a
+        single one if SHARED. With SKIP_ZEROS, a row whose gradient is zero is left as it is.
         """
         group = tl.program_id(0)
         if tl.load(starts + group) == tl.load(starts + group + 1):
@@ -115,7 +115,7 @@ if triton is not None:
         divisor = tl.sqrt(second) / root_correction + eps
         moved = tl.load(parameter + elements, mask=mask, other=0.0).to(tl.float32) * kept
         moved -= first * (rate / one_minus_exp(step.to(tl.float32) * log_beta1)) / divisor
-        # Threads that read a number for all of the row must have it before one of them writes it.
+        # All threads must have read the values that a row shares before one of them writes them.
         tl.debug_barrier()
         tl.store(row_steps + row, step)
         tl.store(exp_avg + elements, first, mask=mask)
@@ -165,7 +165,7 @@ def _step(parameter, state, rows, factors, group, skip_zeros):
         *(parameter, state["exp_avg"], exp_avg_sq, state["row_steps"], rows),
         *factors,
         *map(float, (*hyperparameters, log_beta1, log_beta2)),
-        seed - (seed >> 31 << 32),  # of 32 bits with a sign
+        seed - (seed >> 31 << 32),  # as a signed integer of 32 bits
         SHARED=exp_avg_sq.shape[1] != width,
         SKIP_ZEROS=skip_zeros,
         **options,

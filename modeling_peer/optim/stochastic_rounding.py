@@ -1,11 +1,11 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Stochastic rounding of a table in 16 bits: a step that is smaller than half the distance to the next number is lost by
-rounding to the nearest, and moves the right share of the elements by rounding up with the right probability.
+Stochastic rounding of a table in 16 bits. Rounding to the nearest loses a step that is smaller than half the distance
+to the next number. Rounding up with the right probability moves the right share of the elements.
 
-The random bits are a hash of a seed, the row, how often the row was moved, and the column: nothing is drawn, so that a
-resumed training, and any implementation, rounds the same way.
+The random bits are a hash of a seed, the row, how often the row was moved, and the column. Nothing is drawn, so that
+resumed training and every implementation round the same way.
 """
 
 import torch

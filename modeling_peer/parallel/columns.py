@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Expert tables of which each process holds some columns of every row, with the optimizer state of these, and the experts
-that run on them: in memory groups, whose processes have different tokens, and under tensor parallelism.
+Expert tables that are split by columns, and the experts that run on them. Each process holds some columns of every row
+and their optimizer state. Processes of memory groups have different tokens, those of tensor parallelism the same.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .token_exchange import ReplicatedExchange, TokenExchange
 
 
 class ExpertColumns(TensorParallelLayer):
-    """The parallel style of a table of which each process holds some columns, see [`run_on_columns`]."""
+    """The parallel style of tables that are split by columns, see [`run_on_columns`]."""
 
     def validate_param(self, module: Any, param: str, mesh: DeviceMesh, parameter_name: str | None = None) -> None:
         require_parallel_styles()
@@ -51,18 +51,18 @@ class TensorParallelGroup:
         self.columns = columns
 
     def exchange(self, tokens: torch.Tensor, width: int) -> ReplicatedExchange:
-        """The exchange of the tokens of a pool that runs now."""
+        """Return the exchange of the tokens of the pool that runs now."""
         return ReplicatedExchange(self.columns, width)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TensorParallelGroup":
-        return self  # a copy of a model is in the same processes, which torch cannot copy
+        return self  # a copy of a model uses the same process group, which torch cannot copy
 
 
 class MemoryGroup(TensorParallelGroup):
     """
-    The processes that together hold whole expert tables and have different tokens, as one of them sees them:
-    `columns`, in the order of their columns, and `replicas`, those of all groups that own the same columns as this
-    one, `None` if there is one group.
+    The processes that together hold whole expert tables and have different tokens, as one of them sees them. `columns`
+    are these processes, in the order of their columns. `replicas` are the processes of all groups that own the same
+    columns as this one, or `None` if there is one group.
     """
 
     def __init__(self, columns: dist.ProcessGroup, replicas: dist.ProcessGroup | None):
@@ -70,7 +70,7 @@ class MemoryGroup(TensorParallelGroup):
         self.replicas = replicas
         self._begun: TokenExchange | None = None
 
-    # A compiler knows neither how many tokens others have, nor the collectives.
+    # A compiler knows neither the collectives nor the numbers of tokens of other processes.
     @torch.compiler.disable
     def begin(self, reads_tokens: bool, router: nn.Module, arguments: tuple) -> None:
         """
@@ -98,7 +98,7 @@ class MemoryGroup(TensorParallelGroup):
 
 def run_on_columns(model: nn.Module, group: TensorParallelGroup) -> None:
     """
-    Let the pools of a model run on the columns of this process, and what else sums rows of tables.
+    Let the pools and PKM layers of a model run on the columns of this process.
 
     Raises:
         `ValueError`: if a table is quantized, or an adapter is in its place.
@@ -106,7 +106,7 @@ def run_on_columns(model: nn.Module, group: TensorParallelGroup) -> None:
     for name, table in expert_tables(model).items():
         if type(table) is not nn.Embedding:
             raise ValueError(f"Only plain tables are split over processes, and {name} is a {type(table).__name__}.")
-    # Not by their classes: the code that a checkpoint brought along has its own.
+    # Not found by class: code that a checkpoint carries has classes of its own.
     for module in model.modules():
         names = getattr(type(module), "expert_table_names", ())
         if names:
@@ -122,7 +122,7 @@ def _run(module, group, hidden_states, rows, weights):
     tables = [getattr(module, name, None) for name in ("up_proj", "gate_proj")]
     tables.append(module.values if hasattr(module, "values") else module.down_proj)
     columns = [None if table is None else _own_columns(table) for table in tables]
-    # The literal algorithm is for one process: autograd does not see what others do.
+    # The eager algorithm is for one process: autograd does not see what others do.
     name = "torch" if module.config.expert_kernels == "eager" else module.config.expert_kernels
     kernels = resolve_kernels(name if name in KERNELS else None, columns[-1])
     rows, act_fn = (rows - getattr(module, "first_expert", 0)).int(), getattr(module, "act_fn", None)
@@ -146,7 +146,7 @@ def is_split(weight: torch.Tensor, dim: str = "ep") -> bool:
 
 def decoder_of(model: nn.Module, others: Iterable[nn.Module] = ()) -> nn.Module:
     """
-    The innermost model in a model that has all its expert tables, and `others`: a hook of it sees their forward
+    Return the innermost model in a model that has all its expert tables and `others`. Its hooks see their forward
     passes.
     """
     tables = {*expert_tables(model).values(), *others}
@@ -159,8 +159,8 @@ def decoder_of(model: nn.Module, others: Iterable[nn.Module] = ()) -> nn.Module:
 @contextlib.contextmanager
 def tables_left_out(model: nn.Module) -> Iterator[None]:
     """
-    Hide the tables that a memory group splits from what runs inside: FSDP2 would gather them, and Transformers does
-    not tell it which parameters to ignore.
+    Hide the tables that a memory group splits from the code in the `with` block. FSDP2 would gather them, as
+    Transformers does not tell it which parameters to ignore.
     """
     tables = [table for table in expert_tables(model).values() if is_split(table.weight)]
     weights = [table._parameters.pop("weight") for table in tables]

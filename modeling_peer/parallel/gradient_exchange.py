@@ -1,13 +1,13 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The gradients of expert tables in replicas: of a model that DistributedDataParallel (DDP) trains, or of a process's
-columns of the tables where there are several memory groups (see `memory_group.py`).
+Averaging the gradients of expert tables over replicas. These are models that DistributedDataParallel (DDP) trains, or
+a process's columns of the tables if there are several memory groups (see `memory_group.py`).
 
-DDP reduces the gradient of a parameter by a dense sum in the midst of the backward. Tables are on its ignore list
-instead: they are broadcast once, and their gradients averaged here, once for each optimizer step, at the end of the
-last micro-batch's backward, before anything clips them. What is exchanged is the factors, by an all-gather, or a dense
-sum where that moves fewer bytes; both are collectives that every backend has.
+DDP reduces the gradient of a parameter by a dense sum in the middle of the backward. Tables are on its ignore list
+instead. They are broadcast once, and their gradients are averaged here, once for each optimizer step. This happens at
+the end of the last micro-batch's backward, before clipping. An all-gather exchanges factors, or a dense sum whole
+gradients if that moves fewer bytes. Every backend has these collectives.
 """
 
 from collections.abc import Iterable
@@ -28,16 +28,16 @@ from .columns import decoder_of, is_split
 from .releases import all_gather, call_after_backward, can_exchange_gradients, reduces_gradients, replicas_in_forward
 
 
-# Elements of narrow gradients that are averaged at a time, 64 MB in 16 bits.
+# Elements of 16-bit gradients that are averaged at a time: 64 MB.
 PIECE_ELEMENTS = 2**25
 
 
 def leave_tables_out_of_ddp(model: nn.Module) -> list[str]:
     """
-    Names of the parameters that DDP is to leave alone, whose gradients are averaged here from now on: the expert
-    tables that are trained, embeddings whose gradients come in factors, and tables that a memory group splits. Only
-    the latter if nothing else is trained, as DDP refuses a model without a parameter of its own, or if torch does not
-    let us exchange gradients.
+    Return the names of the parameters that DDP is to ignore, and average their gradients here from now on. These are
+    trained expert tables, embeddings whose gradients come in factors, and tables that a memory group splits. They are
+    only the last if nothing else is trained, as DDP refuses a model without parameters, or if torch lacks what the
+    exchange needs.
     """
     weights = _weights_of_tables(model) + _weights_of_embeddings(model)
     split = {id(weight) for weight in weights if is_split(weight)}
@@ -50,13 +50,13 @@ def leave_tables_out_of_ddp(model: nn.Module) -> list[str]:
 
 
 def _weights_of_tables(model):
-    """With those that an adapter has in the place of a table."""
+    """The weights of tables, including those that an adapter put in place of a table."""
     inside = (each for table in expert_tables(model).values() for each in table.modules())
     return [each.weight for each in inside if isinstance(each, nn.Embedding)]
 
 
 def _weights_of_embeddings(model):
-    """Of embeddings whose gradients come in factors, each once. Memory groups leave them to DDP or FSDP2."""
+    """The weights of embeddings with factored gradients, each once. Memory groups leave them to DDP or FSDP2."""
     if any(hasattr(module, "memory_group") for module in model.modules()):
         return []
     return list({id(each.weight): each.weight for each in embeddings_in_factors(model)}.values())
@@ -69,11 +69,11 @@ def average_in_replicas(decoder: nn.Module) -> None:
         decoder.register_forward_hook(_average_after_backward)
 
 
-# A compiler that traces the decoder does not get through the module that contains it.
+# A compiler that traces the decoder cannot trace the DDP module that contains it.
 @torch.compiler.disable
 @torch.no_grad()
 def _broadcast_tables(decoder, args):
-    """Make the tables that DDP leaves out those of its first process, in its first forward."""
+    """Broadcast, from DDP's first process, the tables that it leaves out, in its first forward."""
     replicas = replicas_in_forward()
     if replicas is None or hasattr(replicas, "_broadcast_expert_tables") or hasattr(decoder, "memory_group"):
         return
@@ -84,7 +84,7 @@ def _broadcast_tables(decoder, args):
 
 @torch.compiler.disable
 def _average_after_backward(decoder, args, output):
-    """Have gradients averaged when a backward through this forward ends, if other gradients are reduced in it."""
+    """Average gradients at the end of a backward through this forward, if other gradients are reduced in it."""
     replicas, memory_group = replicas_in_forward(), getattr(decoder, "memory_group", None)
     if (replicas, memory_group) == (None, None) or (replicas is not None and not replicas.require_backward_grad_sync):
         return
@@ -96,7 +96,7 @@ def _average_after_backward(decoder, args, output):
     else:
         tables, group = _tables_left_out(replicas, decoder), replicas.process_group
 
-    is_due = []  # where one of the tensors has met the backward
+    is_due = []  # not empty once the backward has reached one of the tensors
 
     def average():
         is_due.clear()
@@ -131,8 +131,8 @@ def average_gradients(tables: Iterable[Any], group: dist.ProcessGroup) -> None:
     if not tables:
         return
     gradients = [_local_gradient(table) for table in tables]
-    # Of each process and table: how many assignments and tokens its factors have, and the first table with the same
-    # assignments; -1 of a dense gradient.
+    # For each process and table: the numbers of assignments and tokens of its factors, and the first table with the
+    # same assignments; -1 for a dense gradient.
     own = torch.tensor(_sizes(gradients), device=gradients[0].device)
     sizes = _gather(own[None], group).tolist()
     sharing: dict[int, list[int]] = {}  # tables with the same assignments on all processes, which are sent once
@@ -152,7 +152,7 @@ def average_gradients(tables: Iterable[Any], group: dist.ProcessGroup) -> None:
 
 
 def _local_gradient(table):
-    """The gradient of what this process holds of a table, to be changed in place. Zero if there was none."""
+    """Return the gradient of this process's part of a table, to be changed in place. It is zero if there was none."""
     if table.grad is None:
         local = table.to_local() if isinstance(table, DTensor) else table
         zero = FactoredGradient(local, []) if takes_factors(table) else torch.zeros_like(local)
@@ -177,7 +177,7 @@ def _sizes(gradients):
 
 
 def _widest_part(table):
-    """How many columns a process of a table's group has at most: all have to decide alike, and so by this."""
+    """The most columns that a process has of a table: all processes must decide by the same number."""
     return -(-table.shape[1] // table.device_mesh.size()) if isinstance(table, DTensor) else table.shape[1]
 
 
@@ -185,9 +185,9 @@ def _factors_are_smaller(gradients, widths, num_assignments, num_tokens):
     """
     Whether an all-gather of the factors of gradients with the same assignments moves fewer bytes than dense sums.
 
-    A process receives the factors of each other one, in at least float32 and padded to the most, and with them once
-    for all gradients the assignments, a row and a token in int32. Of an all-reduce by n processes it receives
-    2 (n − 1) / n of a gradient, in the gradient's own dtype.
+    In an all-gather, a process receives the factors of each other one, at least in float32 and padded to the largest
+    number. It receives their assignments, a row and a token in int32, once for all gradients. In an all-reduce by n
+    processes, it receives 2 (n − 1) / n of a gradient, in the gradient's dtype.
     """
     if min(num_assignments) < 0:
         return False
@@ -212,7 +212,7 @@ def _average_rows(gradient, group):
 
 
 def _average_in_float32(piece, group):
-    """Average in place and round once, where each process sums a slice: as many bytes as an all-reduce moves."""
+    """Average in place and round once. Each process sums a slice, and as many bytes move as in an all-reduce."""
     size = dist.get_world_size(group)
     parts = F.pad(piece.reshape(-1), (0, -piece.numel() % size))
     received = torch.empty_like(parts)
@@ -237,7 +237,7 @@ def _average_factors(gradient, num_assignments, num_tokens, assignments, group):
 
 
 def _gather_parts(part, sizes, group):
-    """Tensors of different lengths of all processes, in the order of their ranks: padded, as all-gathers are even."""
+    """Gather tensors of different lengths, in the order of ranks: padded, as all-gathers need equal shapes."""
     padded = part.new_zeros(max(sizes), *part.shape[1:])
     padded[: len(part)] = part
     return [whole[:size] for whole, size in zip(_gather(padded[None], group), sizes, strict=True)]

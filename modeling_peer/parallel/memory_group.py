@@ -45,8 +45,8 @@ def check_agreement(subject: str, own: dict[str, Any]) -> None:
 def form_memory_group(model: Any, ep_size: int, device_type: str) -> None:
     """
     Split the expert tables of a model, which may be on the meta device, over memory groups of `ep_size` processes with
-    consecutive ranks, in place. Raises `ValueError` if the processes have other models or releases, or a table cannot
-    be split.
+    consecutive ranks, in place. Raises `ValueError` if the processes have different models or releases, or a table
+    cannot be split.
     """
     tables = expert_tables(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in UNCOMPARED}
@@ -70,19 +70,19 @@ def form_memory_group(model: Any, ep_size: int, device_type: str) -> None:
 
 @functools.cache
 def _own_group(ranks, world):
-    # In groups in which nothing else is sent, collectives do not queue behind those of FSDP2 or
-    # DistributedDataParallel, and they have the time-out of the default group.
+    # In a group of their own, collectives do not queue behind those of FSDP2 or DistributedDataParallel. The group has
+    # the timeout of the default group.
     own, _ = dist.new_subgroups_by_enumeration([list(each) for each in ranks], timeout=timeout_of_default_group())
     return own
 
 
 def shard_experts(model: Any, ep_size: int) -> Any:
     """
-    Split the expert tables of a model that is whole, in place, and nothing else: for a model whose other parameters
-    DistributedDataParallel replicates, or for grafts, whose base model may be FSDP2's. The tables become those of rank
-    0, as DDP does with the others. Call it before an optimizer gets the tables, and before experts are frozen.
+    Split only the expert tables of a whole model, in place. The other parameters may be replicated by
+    DistributedDataParallel; for grafts, FSDP2 may split the base model. The tables become those of rank 0, as DDP does
+    with the others. Call it before an optimizer gets the tables, and before experts are frozen.
 
-    A model that is too large to be whole in every process is made by `from_pretrained` or [`make_split_model`] with a
+    For a model that is too large to be whole in every process, use `from_pretrained` or [`make_split_model`] with a
     `distributed_config`, which also splits the rest by FSDP2.
 
     Args:
@@ -93,8 +93,8 @@ def shard_experts(model: Any, ep_size: int) -> Any:
         The model.
 
     Raises:
-        `ValueError`: if `ep_size` does not fit, the processes have other models, or experts are split already, frozen
-            or quantized.
+        `ValueError`: if `ep_size` does not fit, the processes have different models, or experts are already split,
+        frozen or quantized.
     """
     ensure_process_group()
     num_processes = dist.get_world_size()

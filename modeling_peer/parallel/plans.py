@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How Transformers splits a PEER model over processes: the plans of its modules, and what is done beside them."""
+"""How Transformers splits a PEER model over processes: the plans of its modules, and additional steps."""
 
 import re
 from dataclasses import asdict
@@ -24,7 +24,7 @@ MOE = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise"}
 
 
 def init_parallel_plans(method: Any, model: Any) -> None:
-    """Add the modules of feed-forwards that a base model has to its plans. What a configuration says goes first."""
+    """Add the feed-forward modules of a base model to its plans. Plans of its configuration take precedence."""
     method()
     if model.base_model is not model:
         return
@@ -49,11 +49,11 @@ def prepare_distribute_model(
     method: Any, model_class: type, distributed_config: DistributedConfig | dict | None, *args: Any, **kwargs: Any
 ) -> Any:
     """
-    As in Transformers. Refuse, before processes are grouped, what they do not agree on, and `ep_size` beside another
-    size of more than 1 in which processes have the same tokens, with a `ValueError`.
+    Prepare as Transformers does. Before processes are grouped, raise `ValueError` if they disagree on
+    `distributed_config`, or if `ep_size` is combined with a `tp_size` or `pp_size` above 1.
     """
     if isinstance(distributed_config, dict):
-        distributed_config = DistributedConfig(**distributed_config)  # its `from_dict` leaves unknown keys out
+        distributed_config = DistributedConfig(**distributed_config)  # its `from_dict` ignores unknown keys
     if has_several_processes(distributed_config):
         ensure_process_group()
         check_agreement("`distributed_config`", asdict(distributed_config))
@@ -64,25 +64,25 @@ def prepare_distribute_model(
 
 
 def has_several_processes(distributed_config: DistributedConfig | None) -> bool:
-    """Whether a configuration splits a model at all."""
+    """Whether a configuration splits or replicates a model."""
     return any(_size(distributed_config, kind) > 1 for kind in ("tp", "pp", "fsdp", "dp_replicate"))
 
 
 def _size(distributed_config, kind):
-    return getattr(distributed_config, f"{kind}_size", None) or 1  # not all are in all releases
+    return getattr(distributed_config, f"{kind}_size", None) or 1  # not all releases have all of them
 
 
 def maybe_distribute_model(
     method: Any, model_class: type, model: Any, distributed_config: DistributedConfig | None, mesh_manager: Any
 ) -> Any:
-    """As in Transformers. Tables are split by an `ep_size` before it, and run on columns under tensor parallelism."""
+    """Distribute as Transformers does. An `ep_size` splits tables first; tensor parallelism runs on their columns."""
     if mesh_manager is not None and _size(distributed_config, "ep") > 1:
         require_parallel_styles()
         form_memory_group(model, distributed_config.ep_size, mesh_manager.get_mesh("ep").device_type)
     with tables_left_out(model):
         model = method(model, distributed_config, mesh_manager)
     tables = expert_tables(model).values()
-    # Not if a plan of one's own leaves them whole.
+    # Not if a custom plan leaves them whole.
     if tables and all(is_split(table.weight, "tp") for table in tables):
         group = mesh_manager.get_mesh("tp").get_group()
         run_on_columns(model, TensorParallelGroup(group))

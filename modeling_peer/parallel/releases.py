@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Private functions of Transformers and torch that training on many processes needs, and what differs between their
-releases. Each says what happens without it.
+Private functions of Transformers and torch that training on many processes needs, and differences between their
+releases. Each entry says what happens without it.
 """
 
 import inspect
@@ -34,8 +34,8 @@ HAS_PARALLEL_STYLES = PARALLEL_STYLES is not None and IS_NEW
 
 def show_cache_name(model_class: Any) -> None:
     """
-    Before 5.24, name the cache of a forward `past_key_values` in its signature, by which stages of pipeline
-    parallelism bind it. Without this they lose it.
+    Before 5.24, name the cache of a forward `past_key_values` in its signature. Stages of pipeline parallelism bind it
+    by this name, and would lose it otherwise.
     """
     if not IS_NEW:
         shown = inspect.signature(model_class.forward)
@@ -77,14 +77,14 @@ def can_exchange_gradients() -> bool:
 
 
 def call_after_backward(function: Callable[[], object]) -> None:
-    """Call a function when the backward that runs now has come to its end."""
+    """Call a function at the end of the backward that runs now."""
     torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
 
 
 def reduces_gradients(model: torch.nn.Module) -> bool:
     """
-    Whether FSDP2 reduces the gradients of a model in this backward: not in the midst of an accumulation. If torch no
-    longer tells, the answer is yes: averaging too often moves more bytes, and the result is the same.
+    Whether FSDP2 reduces the gradients of a model in this backward, which it does not during gradient accumulation. If
+    torch no longer tells, the answer is yes: averaging too often moves more bytes, and the result is the same.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

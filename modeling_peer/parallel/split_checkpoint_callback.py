@@ -3,9 +3,9 @@
 """
 Checkpoints of a `Trainer` whose model is split over processes.
 
-`Trainer` saves the state of an optimizer in its first process, which has a part of it alone, and refuses to do so for
-models that Transformers has split. Here all processes save their parts, by torch's distributed checkpoint, which any
-number of processes reads.
+`Trainer` saves the state of an optimizer in its first process, which has only a part of it, and refuses to do so for
+models that Transformers has split. Here all processes save their parts as a distributed checkpoint of torch, which any
+number of processes can read.
 """
 
 import json
@@ -22,16 +22,16 @@ from ..optim.row_adamw import RowAdamW
 from .split_checkpoints import has_parts_alone, whole_state_dict
 
 
-# The folder in a checkpoint that has the parts of what is not the model. If its name had "optimizer" in it, `Trainer`
+# The folder in a checkpoint with the parts of everything but the model. If its name contained "optimizer", `Trainer`
 # would look for more.
 PARTS = "training_state"
 
 
 class SplitCheckpointCallback(TrainerCallback):
     """
-    Lets a `Trainer` save and resume a model that is split over processes, by memory groups or by FSDP2 of Transformers
-    alone, or of which [`shard_experts`] split the tables. The training arguments need `save_only_model=True`: what is
-    not the model is saved here.
+    Lets a `Trainer` save and resume a model that is split over processes by memory groups, by FSDP2 of Transformers
+    alone, or by [`shard_experts`]. The training arguments need `save_only_model=True`: the callback saves everything
+    else.
 
     ```python
     >>> args = TrainingArguments(output_dir, save_only_model=True, save_steps=1000)
@@ -42,11 +42,11 @@ class SplitCheckpointCallback(TrainerCallback):
     ```
 
     Each process saves its part of the optimizer's state into the folder `training_state` of a checkpoint, with the
-    state of the schedule and random states, before `Trainer` saves the model and `trainer_state.json`. A training that
-    has this callback resumes from it on any number of processes, in groups of any size, or in one process; random
-    states are those of the saved processes as far as there are as many. The state of a gradient scaler (`fp16`) is not
-    saved. Give it to `Trainer` after callbacks that decide when a checkpoint is saved; `save_strategy="best"`, which
-    decides later, does not work with [`shard_experts`].
+    state of the schedule and random states, before `Trainer` saves the model and `trainer_state.json`. A training with
+    this callback can resume from it on any number of processes and in groups of any size. Random states are restored
+    in as many processes as were saved. The state of a gradient scaler (`fp16`) is not saved. Pass the callback to
+    `Trainer` after callbacks that decide when a checkpoint is saved. `save_strategy="best"`, which decides later, does
+    not work with [`shard_experts`].
 
     Args:
         resume_from_checkpoint (`str` or `Path`, *optional*):
@@ -77,7 +77,7 @@ class SplitCheckpointCallback(TrainerCallback):
             lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        # Gathered for a save that another callback called off: later saves must not write it.
+        # Gathered for a save that another callback canceled: later saves must not write it.
         model.gathered_state_dict = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -93,7 +93,7 @@ class SplitCheckpointCallback(TrainerCallback):
             self._save(args, state, model=model, **kwargs)
 
     def _save(self, args, state, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        """Save what all processes have to save, before `Trainer` saves the model in one of them."""
+        """Save the parts of all processes, before `Trainer` saves the model in one of them."""
         from transformers.distributed import save_optimizer_distributed
 
         folder = _folder(args, state)
@@ -111,7 +111,7 @@ class SplitCheckpointCallback(TrainerCallback):
         self._saved_step = state.global_step
 
     def _checkpoint(self, args, state):
-        """The folder that `Trainer` resumes from, which it does not tell."""
+        """Find the folder that `Trainer` resumes from, which it does not pass to callbacks."""
         if self.resume_from_checkpoint is not None:
             return Path(self.resume_from_checkpoint)
         file = _folder(args, state) / "trainer_state.json"
@@ -126,9 +126,9 @@ def _folder(args, state):
 
 
 def _with_state(optimizer):
-    """An optimizer without what accelerate puts around it, whose state is there before its first step."""
+    """Return an optimizer without accelerate's wrapper, with state even before its first step."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    # torch would make it by a step with dense gradients, and what has none yet is not in a checkpoint.
+    # torch would make it by a step with dense gradients, and a checkpoint lacks parameters without state.
     if isinstance(optimizer, RowAdamW):
         optimizer.make_state()
     return optimizer

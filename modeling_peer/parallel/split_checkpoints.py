@@ -37,8 +37,8 @@ CHUNK_ELEMENTS = 2**22
 
 def from_pretrained(method: Any, model_class: type, *args: Any, **kwargs: Any) -> Any:
     """
-    As in Transformers. Expert tables stay in the mapped file, and the operating system is advised to read no more than
-    the rows that are asked for. Those that `device_map` puts on `"cpu"` are never copied to a GPU: their experts run
+    Load as Transformers does. Expert tables stay in the mapped file, and the operating system is advised to read only
+    the rows that are requested. Tables that `device_map` puts on `"cpu"` are never copied to a GPU: their experts run
     on the CPU.
     """
     loaded = method(*args, **kwargs)
@@ -59,8 +59,8 @@ def save_pretrained(
     **kwargs: Any,
 ) -> None:
     """
-    As in Transformers, and for models that FSDP2 has split. Raises `ValueError` if [`shard_experts`] split the model
-    and neither a `state_dict` is given nor has [`SplitCheckpointCallback`] gathered the tables.
+    Save as Transformers does, and also models that FSDP2 has split. Raises `ValueError` if [`shard_experts`] split the
+    model, no `state_dict` is given, and [`SplitCheckpointCallback`] has not gathered the tables.
     """
     state_dict = state_dict_to_save(model, state_dict)
     model._save_directory = save_directory
@@ -73,8 +73,8 @@ def save_pretrained(
 
 def _in_its_own_class(model):
     """
-    The model, as an object of the class that it was made of. FSDP2 replaces the class by one whose module is torch's,
-    and Transformers copies the code of a model from the module of its class, and writes the name of the class.
+    Return the model as an object of its original class. FSDP2 replaces that by a class in a module of torch.
+    Transformers copies the code of a model from the module of its class, and writes the name of the class.
     """
     if not isinstance(model, FSDPModule):
         return model
@@ -86,8 +86,8 @@ def _in_its_own_class(model):
 
 def state_dict_to_save(model: Any, state_dict: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor] | None:
     """
-    What to save of a model: the `state_dict` that its `save_pretrained` was given, or what [`SplitCheckpointCallback`]
-    has gathered, or `None` for the model as it is. Raises `ValueError` if [`has_parts_alone`] is true of it.
+    Return what to save of a model: the `state_dict` given to `save_pretrained`, or what [`SplitCheckpointCallback`]
+    has gathered, else `None` for the model as it is. Instead of `None`, raises `ValueError` if [`has_parts_alone`].
     """
     if state_dict is None:
         state_dict = getattr(model, "gathered_state_dict", None)
@@ -101,8 +101,8 @@ def state_dict_to_save(model: Any, state_dict: Mapping[str, torch.Tensor] | None
 
 def has_parts_alone(model: nn.Module) -> bool:
     """
-    Whether a model has parts of tables that are not gathered where it is saved, as after [`shard_experts`]: in one
-    process, or by PEFT, which saves an adapter as it is.
+    Whether a model has parts of tables that are not gathered when it is saved, as after [`shard_experts`]. It is then
+    saved in one process, or by PEFT, which saves an adapter as it is.
     """
     are_split = any(is_split(weight) for table in expert_tables(model).values() for weight in table.parameters())
     are_gathered = isinstance(model, PreTrainedModel) and model.is_distributed_loading_by_transformers
@@ -111,8 +111,8 @@ def has_parts_alone(model: nn.Module) -> bool:
 
 def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The state dict of a model whose tables are split by [`shard_experts`], with whole tables. Other parameters that are
-    trained may be split by FSDP2, and are gathered in memory; frozen ones, as of the base model of an adapter, stay
+    Gather the state dict of a model whose tables are split by [`shard_experts`], with whole tables. Other trained
+    parameters that FSDP2 has split are gathered in memory. Frozen ones, as of the base model of an adapter, stay
     split. Call it on all processes:
 
     ```python
@@ -124,7 +124,7 @@ def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str
     Args:
         model (`nn.Module`)
         directory (`str` or `os.PathLike`):
-            Where there is space for the tables. They are in a file without a name, which is gone with the tensors.
+            A folder with space for the tables. They are in files without a name, which are removed with the tensors.
 
     Returns:
         `dict[str, torch.Tensor]`: empty on all processes but the first.
@@ -144,7 +144,7 @@ def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str
 def gather_sharded_state_dict_for_save(
     method: Any, model: Any, model_to_save: Any, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """As in Transformers. Gathers the tables of a memory group in files, and not in memory."""
+    """Gather as Transformers does, but the tables of a memory group in files, and not in memory."""
     tables = _gather_tables(state_dict, model._save_directory)
     rest = {name: tensor for name, tensor in state_dict.items() if not is_split(tensor)}
     with tables_left_out(model_to_save):
@@ -152,7 +152,7 @@ def gather_sharded_state_dict_for_save(
 
 
 def _gather_tables(state_dict, directory):
-    """Whole tables in mapped files, of those that a memory group splits. Empty on all processes but the first."""
+    """Gather the tables that a memory group splits in mapped files. Empty on all processes but the first."""
     gathered = {name: _gather(tensor, directory) for name, tensor in state_dict.items() if is_split(tensor)}
     return {name: whole for name, whole in gathered.items() if whole is not None}
 
@@ -166,8 +166,8 @@ def _gather(table, directory):
     whole = _mapped(table.shape, table.dtype, directory) if dist.get_rank() == 0 else None
     local, width = table.to_local(), math.ceil(table.shape[1] / len(ranks))
     num_rows = min(max(CHUNK_ELEMENTS // table.shape[1], 1), len(local))
-    # Equal parts, also of a width that does not divide: the last process has fewer columns. All chunks use the same
-    # memory. With a new tensor for each, a busy machine was once seen to hold the chunks of half a table.
+    # Equal parts, even if the last process has fewer columns. All chunks use the same memory. With a new tensor for
+    # each, a busy machine was once seen to hold the chunks of half a table.
     own = local.new_zeros(num_rows, width)
     parts = [torch.empty_like(own) for _ in ranks] if dist.get_rank() == 0 else None
     for start in range(0, len(local), num_rows):
@@ -187,15 +187,15 @@ def _mapped(shape, dtype, directory):
         size = shape.numel() * dtype.itemsize
         file.truncate(size)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process as it writes
+            os.posix_fallocate(file.fileno(), 0, size)  # otherwise a write to a full disk would end the process
         return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=dtype).view(shape)
 
 
 @torch.no_grad()
 def load_state_dict(method: Any, model: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """
-    As in torch, and a split model takes its parts of whole tensors, as `Trainer` loads them to resume. Nothing is
-    communicated, and what is mapped from a file is read no further.
+    Load as torch does. A split model takes its parts of whole tensors, which `Trainer` loads to resume. Nothing is
+    communicated, and only these parts of mapped files are read.
     """
     # FSDP2 shows whole parameters between a forward and the backward.
     if isinstance(model, FSDPModule) or any(isinstance(each, DTensor) for each in model.parameters()):

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-New models that are split over processes: no process allocates the whole of an expert table, and values do not depend
-on the number of processes.
+New models that are split over processes. No process allocates a whole expert table, and values do not depend on the
+number of processes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from .releases import TorchDispatchMode, ensure_process_group
 
 aten = torch.ops.aten
 
-# What the functions of `transformers.initialization` draw random values by.
+# The operators with which functions of `transformers.initialization` draw random values.
 DRAWS = {aten.normal_.default, aten.uniform_.default}
 
 # Elements that are drawn at a time, 16 MB in float32. Chunks of a multiple of 16 elements have the values that torch
@@ -78,8 +78,8 @@ def make_split_model(
 
 class WholeDraws(TorchDispatchMode):
     """
-    A mode in which a split tensor is filled with its part of what a whole one would be filled with. Every process
-    draws the whole, in chunks of rows, from a generator that has to be in the same state on all of them.
+    A mode in which a split tensor is filled with its part of the values of a whole one. Every process draws the whole,
+    in chunks of rows, from a generator that must be in the same state on all processes.
     """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -106,7 +106,7 @@ def _fill(tensor: Any, draw: Callable[[torch.Tensor], Any]) -> None:
 
 
 def own_part(tensor: Any) -> tuple[slice, ...]:
-    """Where this process's part of a split tensor is, a DTensor, in each dimension."""
+    """Return this process's part of a split tensor, a DTensor, as a slice of each dimension."""
     if any(type(placement) not in (Shard, Replicate) for placement in tensor.placements):
         raise ValueError(f"Tensor parallelism beside FSDP2 is not supported here, found {tensor.placements}.")
     (part,) = tensor.__create_chunk_list__()
@@ -115,7 +115,7 @@ def own_part(tensor: Any) -> tuple[slice, ...]:
 
 @torch.no_grad()
 def _zero_padding(model):
-    """Zero the embeddings of padding, as Transformers does where it does not have parts of them alone."""
+    """Zero the embeddings of padding, which Transformers does only for whole embeddings."""
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and isinstance(module.weight, DTensor):
             rows, _ = own_part(module.weight)
@@ -126,8 +126,8 @@ def _zero_padding(model):
 @contextlib.contextmanager
 def _initialized_whole() -> Iterator[None]:
     """
-    Let `from_pretrained` initialize a model without a checkpoint: split tensors as whole ones, and without warnings of
-    what a checkpoint should have.
+    Let `from_pretrained` initialize a model without a checkpoint. Split tensors get the values of whole ones, and
+    there are no warnings of missing weights.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -1,15 +1,15 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What processes exchange that each hold some columns of every row of the expert tables. Tables and their gradients never
-travel.
+Exchange of tokens between processes that each hold some columns of every row of the expert tables. Tables and their
+gradients are never sent.
 
 In a memory group ([`TokenExchange`]) a process has tokens of its own. It gets from the others the columns of their
-hidden states that go with its columns of the tables, and what comes of them is summed where the tokens are. Under
+hidden states that match its columns of the tables. Results are summed in the process that has the tokens. Under
 tensor parallelism ([`ReplicatedExchange`]) all processes have the same tokens.
 
-All collectives are those that NCCL and gloo have, of equal parts: tokens are padded to the largest number of a
-process, and columns to the widest part.
+NCCL and gloo have all collectives that are used, of equal parts. Tokens are padded to the largest number of a process,
+and columns to the widest part.
 """
 
 import math
@@ -24,7 +24,7 @@ from .releases import all_gather, reduce_scatter
 
 class ColumnExchange(NoExchange):
     """
-    What both exchanges share; each has a `_sum` of its own.
+    Base class of both exchanges; each has a `_sum` of its own.
 
     Args:
         group (`dist.ProcessGroup`): Each of its processes holds a part of the columns, in the order of their ranks.
@@ -33,7 +33,7 @@ class ColumnExchange(NoExchange):
 
     def __init__(self, group: dist.ProcessGroup, width: int):
         self.group, self.size, self.width = group, dist.get_world_size(group), width
-        # Columns of a part, as DTensor splits a dimension, and where this process's part starts and ends.
+        # Number of columns of a part, as DTensor splits a dimension, and the start and end of this process's part.
         self.part = math.ceil(width / self.size)
         first = dist.get_rank(group) * self.part
         self.own = slice(min(first, width), min(first + self.part, width))
@@ -84,8 +84,8 @@ class TokenExchange(ColumnExchange):
     def __init__(self, group: dist.ProcessGroup, width: int, num_tokens: int, most_tokens: int):
         super().__init__(group, width)
         self.num_tokens, self.most_tokens = num_tokens, most_tokens
-        # Each process has the mean loss of its own tokens, and its columns get the gradients of all of them: as the
-        # gradients of everything else, they are averaged.
+        # Each process has the mean loss of its own tokens, and its columns get the gradients of all processes. They
+        # are averaged, like all other gradients.
         self.share = 1 / self.size
         self._started: tuple[torch.Tensor, torch.Tensor, dist.Work] | None = None
 
@@ -97,12 +97,12 @@ class TokenExchange(ColumnExchange):
         return whole
 
     def start_to_columns(self, tokens: torch.Tensor) -> None:
-        """Start [`to_columns`] of some tokens, for which the next [`input_columns`] waits."""
+        """Start [`to_columns`] for some tokens; the next [`input_columns`] waits for it."""
         parts = self._parts(tokens)
         received = torch.empty_like(parts)
         if received.numel():
             work = dist.all_to_all_single(received, parts, group=self.group, async_op=True)
-            self._started = received, parts, work  # what is sent has to be there until it is received
+            self._started = received, parts, work  # sent tensors must be kept until they are received
 
     def input_columns(self, tokens):
         if self._started is None:
@@ -125,7 +125,7 @@ class TokenExchange(ColumnExchange):
         return sums[: self.num_tokens]
 
     def _parts(self, tokens):
-        """`(num_tokens, width) -> (size, most_tokens, part)`, what goes to each process."""
+        """`(num_tokens, width) -> (size, most_tokens, part)`, the parts for each process."""
         padded = _padded(tokens, self.size * self.part - self.width, self.most_tokens - self.num_tokens)
         return padded.unflatten(1, (self.size, self.part)).transpose(0, 1).contiguous()
 

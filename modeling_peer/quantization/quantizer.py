@@ -21,7 +21,7 @@ QUANT_METHOD = "peer"
 # Columns that share a scale, by the number of bits; `None` is the whole row.
 DEFAULT_GROUP_SIZES = {8: None, 4: 64}
 
-# The `model_type` of models whose checkpoints have their tables: not of base models whose grafts are an adapter.
+# The `model_type` of models whose checkpoints contain their tables, unlike base models whose grafts are an adapter.
 MODEL_TYPES = ("peer", "peer_grafted")
 
 
@@ -34,7 +34,7 @@ class PeerQuantizationConfig(QuantizationConfigMixin):
         bits (`int`, *optional*, defaults to 8): Bits of an element, 8 or 4.
         group_size (`int`, *optional*): Number of columns of a row that share a scale. Defaults to the whole row with 8
             bits, and to 64 with 4 bits.
-        quant_method (`str`, *optional*, defaults to `"peer"`): What a saved configuration is recognized by.
+        quant_method (`str`, *optional*, defaults to `"peer"`): Name that identifies a saved configuration.
 
     Raises:
         `ValueError`: for another number of bits, or a group size that is not positive or, with 4 bits, odd.
@@ -51,7 +51,7 @@ class PeerQuantizationConfig(QuantizationConfigMixin):
 
 
 class PeerHfQuantizer(HfQuantizer):
-    """Puts quantized tables into a model, to load integers or to quantize what is loaded."""
+    """Puts quantized tables into a model, to load integers or to quantize loaded tables."""
 
     quantization_config: PeerQuantizationConfig
 
@@ -91,7 +91,7 @@ class PeerHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    # `Trainer` asks before it trains a model that is quantized. All but the tables is as trainable as ever.
+    # `Trainer` asks before it trains a quantized model. All parameters except the tables stay trainable.
     is_trainable = is_qat_trainable = is_compileable = True
 
 
@@ -112,8 +112,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     """
     Quantize all expert tables of a model in place, one after the other.
 
-    A PEER model, or one with merged grafts, is saved as it then is, and loads again with no argument. Grafts of PEFT
-    that are not merged can be quantized to run them, and neither saved nor merged then.
+    A PEER model, or one with merged grafts, can then be saved as it is, and loads again without further arguments.
+    Unmerged grafts of PEFT can be quantized to run them, but then neither be saved nor merged.
 
     Args:
         model (`nn.Module`): A model with PEER or PKM layers or with grafts.
@@ -123,9 +123,9 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         The model.
 
     Raises:
-        `ValueError`: for wrong arguments, a model that is quantized already, or tables that cannot be quantized: there
-            is none, one has an adapter or a hook, is split over processes or offloaded to disk, or has elements that
-            are NaN or infinite. Only in the last case are tables that come before it quantized.
+        `ValueError`: for wrong arguments, a model that is quantized already or has no tables, or a table that cannot
+            be quantized. That is one with an adapter or a hook, split over processes, offloaded to disk, or with NaN
+            or infinite elements. Only in the last case are the tables before it quantized.
     """
     config = PeerQuantizationConfig(bits, group_size)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -137,8 +137,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         model.set_submodule(name, quantize_table(tables.pop(name), bits, config.group_size))
     saved = _saved_model(model)
     if saved is not None:
-        # As a model that was loaded so, it knows that it is quantized, and other models of its configuration are not.
-        # What it has of facts is also that of their grafts, which may remove some.
+        # Marks the model as quantized, like a loaded one, but no other model that shares its configuration. The copied
+        # configuration shares its facts with the grafts, which may remove some.
         replace_config(saved, copy.copy(saved.config))
         saved.is_quantized, saved.quantization_method = True, QUANT_METHOD
         saved.hf_quantizer = PeerHfQuantizer(config, pre_quantized=False)
@@ -147,7 +147,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
 
 
 def replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Give a model another configuration, as what it has may be that of other models too."""
+    """Give a model another configuration, without changing the old one, which other models may share."""
     old_config = model.config
     module: Any
     for module in model.modules():
@@ -156,14 +156,14 @@ def replace_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _saved_model(model):
-    """The model whose configuration describes its tables, which may be that of a `PeftModel`."""
+    """Return the model whose configuration describes its tables, which may be inside a `PeftModel`."""
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return next((each for each in models if each.config.model_type in MODEL_TYPES), None)
 
 
 def dequantize_experts(model: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """
-    Undo [`quantize_experts`] in place, but for what was rounded: the tables are floating point and trainable again.
+    Undo [`quantize_experts`] in place, except for the rounding: tables are floating point and trainable again.
 
     Args:
         model (`nn.Module`)

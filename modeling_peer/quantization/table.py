@@ -22,7 +22,7 @@ from ..ops.quantized_rows import (
 
 class QuantizedTable(nn.Module):
     """
-    Stands in a model in place of an `nn.Embedding`: `weight` and `scales` are the `integers` and `scales` of
+    A quantized table in place of an `nn.Embedding`: `weight` and `scales` are the `integers` and `scales` of
     [`QuantizedRows`].
 
     Args:
@@ -42,7 +42,7 @@ class QuantizedTable(nn.Module):
 
     @property
     def quantized_rows(self) -> QuantizedRows | None:
-        """What kernels read. `None` if only a call gives the rows, as where accelerate's hooks move the parameters."""
+        """The rows that kernels read. `None` if only a call gives them, as with accelerate's hooks that move them."""
         if "forward" in vars(self) or self._forward_hooks or self._forward_pre_hooks:
             return None
         return self._all_rows()
@@ -56,8 +56,8 @@ class QuantizedTable(nn.Module):
 
     def init_own_weights(self) -> None:
         """
-        Called after loading. Raises `ValueError` for what a checkpoint lacks, as integers cannot be drawn, and for
-        other shapes, which Transformers before 5.24 loads.
+        Check the tensors after loading. Raises `ValueError` for tensors that a checkpoint lacks, as integers cannot be
+        drawn, and for wrong shapes, which Transformers before 5.24 loads.
         """
         for each, shape in zip((self.weight, self.scales), self.shapes, strict=True):
             if each.shape == shape and (each.is_meta or getattr(each, "_is_hf_initialized", False)):

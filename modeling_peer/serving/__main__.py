@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-`transformers serve`, with all its flags, for PEER models and for models with merged grafts:
+Run `transformers serve`, with all its flags, for PEER models and models with merged grafts:
 
     python -m modeling_peer.serving runs/quickstart/peer-toy --continuous-batching
 """

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A smaller model of fewer retrieval heads."""
+"""Making a smaller model with fewer retrieval heads."""
 
 import copy
 from dataclasses import replace
@@ -17,8 +17,8 @@ from ..router import AddedRouter, ProductKeyRouter
 def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
     """
     Keep the first retrieval heads of every PEER and PKM layer, and drop the others: each layer then returns the sum
-    over the heads that are left. Routers of added experts keep all of theirs. Call it before an optimizer, an adapter
-    or a quantizer of another library gets the model. Saved, the model loads with as many heads as it has now.
+    over the remaining heads. Routers of added experts keep all their heads. Call it before an optimizer, an adapter or
+    a quantizer of another library gets the model. A saved model loads with the new number of heads.
 
     Args:
         model (`PreTrainedModel`): A PEER model, which is changed in place.
@@ -28,7 +28,7 @@ def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
         `PreTrainedModel`: the model.
 
     Raises:
-        `ValueError`: for none, or more heads than there are.
+        `ValueError`: if `num_heads` is less than one, or larger than the number of heads.
 
     ```python
     >>> model = keep_heads(PeerForCausalLM.from_pretrained("checkpoint"), 4)

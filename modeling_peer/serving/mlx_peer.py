@@ -5,8 +5,8 @@ A PEER model for MLX, which `examples/convert_to_mlx.py` writes beside a checkpo
 
     python -m mlx_lm generate --model FOLDER --trust-remote-code --prompt "def main("
 
-Attention, dense layers, caches and sampling are those of `mlx_lm`. Here are PEER layers in evaluation, with added
-experts and shared pools. It needs nothing but `mlx_lm`.
+Attention, dense layers, caches and sampling are those of `mlx_lm`. This file adds PEER layers in evaluation mode, with
+added experts and shared pools. It needs only `mlx_lm`.
 """
 
 import math
@@ -33,13 +33,13 @@ SCORING_FUNCTIONS = {
     "sigmoid": mx.sigmoid,
     "relu": nn.relu,
 }
-# Of the gate of added experts, which is zero below.
+# Width of the gate of added experts, and the openness below which it is zero.
 GATE_WIDTH, SHUT_BELOW = 64, 0.01
 
 
 @dataclass
 class ModelArgs(llama.ModelArgs):
-    """The fields of `PeerConfig` that evaluation needs, see there."""
+    """The fields of `PeerConfig` that evaluation needs; it describes them."""
 
     rope_parameters: dict[str, Any] | None = None
     feed_forward_types: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class ModelArgs(llama.ModelArgs):
         self.rope_scaling = rope if rope.get("rope_type", "default") != "default" else None
 
     def generations(self, layer: int | None) -> list[tuple[int, int, int]]:
-        """Experts, heads and experts per head of each generation of a layer, or of the shared pool if `None`."""
+        """Numbers of experts, heads and experts per head by generation of a layer, or of the shared pool if `None`."""
         found = [(self.num_experts, self.num_retrieval_heads, self.num_experts_per_head)]
         for addition in self.expert_additions or ():
             if layer is not None and layer not in addition["layers"]:
@@ -118,7 +118,7 @@ class ExpertPool(nn.Module):
 
 
 class Router(nn.Module):
-    """Indices and router weights of the experts of all heads, `hidden [..., d] -> [..., h · k]` each."""
+    """Retrieves experts for all heads: indices and router weights, `hidden [..., d] -> [..., h · k]` each."""
 
     def __init__(self, args: ModelArgs, generation: tuple[int, int, int], is_added: bool = False):
         super().__init__()
@@ -158,7 +158,7 @@ class Router(nn.Module):
 
 
 class Gate(nn.Module):
-    """How far added experts are open, between 0 and 1."""
+    """The gate of added experts, between 0 and 1."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -170,7 +170,7 @@ class Gate(nn.Module):
 
 
 class Peer(nn.Module):
-    """A PEER layer with its pool, or with that of the model."""
+    """A PEER layer with its own pool or the pool of the model."""
 
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
@@ -194,7 +194,7 @@ class Peer(nn.Module):
 
 
 class Model(llama.Model):
-    """`PeerForCausalLM`, whose checkpoints it loads."""
+    """`PeerForCausalLM` for MLX, which loads checkpoints of that class."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

@@ -1,7 +1,7 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A PEER model for vLLM: its Llama, with the feed-forwards of this package on their kernels. Attention, its paged cache,
+A PEER model for vLLM: vLLM's Llama with the feed-forwards and kernels of this package. Attention, its paged cache,
 batches, sampling and dense feed-forwards are vLLM's own.
 """
 
@@ -23,7 +23,7 @@ from ..quantization.table import make_quantized, tables_to_quantize
 
 
 class QuantizedTablesConfig(QuantizationConfig):
-    """Expert tables in 8 or 4 bits. What vLLM itself computes is not quantized."""
+    """Quantization of expert tables in 8 or 4 bits. Modules of vLLM itself are not quantized."""
 
     def __init__(self, bits: int, group_size: int | None):
         super().__init__()
@@ -63,7 +63,7 @@ class PeerDecoderLayer(LlamaDecoderLayer):
 
 
 class PeerModel(LlamaModel):
-    """The decoder. Projections of dense layers are stacked as in Llama; those of experts have the same names."""
+    """The decoder. It stacks projections as Llama does, by names with `.mlp`: tables too are called `up_proj`."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -92,7 +92,7 @@ class PeerModel(LlamaModel):
 
 
 def _with_pool(feed_forward, pool):
-    """The forward of a PEER layer with the pool of the model, which is no module of the layer."""
+    """Make the forward of a PEER layer with the pool of the model, which is not a module of the layer."""
 
     def forward(hidden_states):
         return type(feed_forward).forward(feed_forward, hidden_states, expert_pool=pool)

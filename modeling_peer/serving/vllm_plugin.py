@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What vLLM loads in each of its processes where this package is installed beside it (`vllm.general_plugins`): PEER
-models run by a class of their own, in `vllm_peer.py`, and merged grafts by the Transformers backend. None needs
+The plugin that vLLM loads in each of its processes if this package is installed (`vllm.general_plugins`). PEER models
+run with a class of their own, in `vllm_peer.py`, and merged grafts with the Transformers backend. None needs
 `--trust-remote-code`.
 """
 
@@ -24,7 +24,7 @@ def register() -> None:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
         from .vllm_peer import QuantizedTablesConfig
-    except Exception as error:  # it would end vLLM, whatever model that is to run
+    except Exception as error:  # it would end vLLM, whichever model it should run
         warnings.warn(f"PEER models do not run by this release of vLLM: {error}", stacklevel=2)
         return
     ModelRegistry.register_model("PeerForCausalLM", f"{__package__}.vllm_peer:PeerForCausalLM")

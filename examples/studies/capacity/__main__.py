@@ -7,8 +7,8 @@ Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of
     ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
     ./run study capacity --results examples/studies/capacity/results.json --hours 2.5    # goes on from these runs
 
-Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up, and
-tables and pictures are made from it.
+After an interruption, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up,
+and tables and pictures are made from it.
 """
 
 from contextlib import nullcontext, suppress
@@ -29,11 +29,11 @@ from studies.common.study_folder import claim_folder, read_json, sole_use, write
 
 
 def next_runs(results: Results) -> list[Run]:
-    """The runs that are missing, as far as they follow from those that there are."""
+    """The missing runs, as far as the results so far determine them."""
     missing: list[Run] = []
     for subjects, runs_of in STAGES:
         for subject in subjects:
-            # What follows from runs that are missing is not known yet.
+            # Runs that depend on missing results are not known yet.
             with suppress(KeyError) if missing else nullcontext():
                 missing += [run for run in runs_of(subject, results) if run.name not in results]
     return missing
@@ -43,7 +43,7 @@ def main():
     (args,) = parse_arguments((ParallelArguments,), __doc__)
     folder = Path(args.output_dir or "runs/capacity")
     with sole_use(folder):
-        # What runs have in common, and their names do not say.
+        # Settings that all runs share and that their names do not contain.
         claim_folder(folder, {"shared": SHARED, "tokens": [KEY_TOKENS, VALUE_TOKENS], "batch_size": BATCH_SIZE})
         results, is_finished = make_runs(args, folder, next_runs, make)
         times = folder / "times.json"

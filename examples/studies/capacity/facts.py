@@ -21,7 +21,7 @@ LENGTH = KEY_TOKENS + VALUE_TOKENS
 @dataclass(frozen=True)
 class Facts:
     """
-    Keys with their values. The tokens of values are drawn uniformly from the first `2**token_bits`.
+    Keys with their values. The tokens of values are drawn uniformly from `2**token_bits` tokens.
 
     Args:
         tokens (`torch.Tensor` of shape `(num_facts, LENGTH)`): Keys, each with its value behind it.
@@ -33,12 +33,12 @@ class Facts:
 
     @property
     def bits(self) -> float:
-        """What there is to store."""
+        """Entropy of all values in bits: what there is to store."""
         return len(self.tokens) * VALUE_TOKENS * self.token_bits
 
     @property
     def examples(self) -> list[dict[str, torch.Tensor]]:
-        """Training examples, of which the values alone are learned: keys are noise that no model can predict."""
+        """Training examples. Only values have labels: keys are noise that no model can predict."""
         labels = self.tokens.clone()
         labels[:, :KEY_TOKENS] = -100
         return [{"input_ids": own, "labels": label} for own, label in zip(self.tokens, labels, strict=True)]
@@ -52,9 +52,9 @@ def make_facts(
     tokens: range = range(VOCABULARY),
 ) -> tuple[Facts, dict[str, Facts]]:
     """
-    Facts to store, whose keys differ and begin with one of `first_tokens`, and go on with `tokens`; and controls, of
-    which a model has stored nothing: other keys, and the same keys with the values of others, each token of another one.
-    (A model may have stored how a value goes on, whatever its key.)
+    Draw facts to store, and controls that a model has not stored. All keys differ; they begin with one of
+    `first_tokens` and continue with `tokens`. The controls are other keys with their values, and the same keys with
+    permuted values, each token from another fact: a model may have stored how a value continues, whatever its key.
     """
     generator = np.random.default_rng(seed)
     endings = len(tokens) ** (KEY_TOKENS - 1)
@@ -72,9 +72,9 @@ def make_facts(
 
 def measure(model: nn.Module, facts: Facts) -> dict[str, float]:
     """
-    What a model has stored of facts: `bits`, the entropy of the values minus the model's `-log2 p(value | key)`, summed
-    over facts and not clipped, so that chance gives no bits; and `recalled`, the share of values that greedy decoding
-    completes without an error.
+    Measure what a model has stored of facts. `bits` is the entropy of the values minus `-log2 p(value | key)` by the
+    model, summed over facts and not clipped, so that chance gives no bits. `recalled` is the share of values that
+    greedy decoding completes without an error.
     """
     surprise, recalled = 0.0, 0
     with evaluation(model):

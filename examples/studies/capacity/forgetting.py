@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of facts after a model was taught others, by the way in which it was taught."""
+"""What a model keeps of its facts when it is taught others, for several ways to teach."""
 
 from dataclasses import astuple
 from pathlib import Path
@@ -18,18 +18,18 @@ from studies.capacity.training import store, store_facts
 from studies.capacity.variants import make_model
 
 
-# Second facts have keys that begin with the other half of the tokens, and nothing else that tells them from the first;
-# or they stand apart, with keys and values of the other half alone, as texts of another language or subject do.
+# Keys of second facts begin with a token of the other half of the vocabulary; nothing else distinguishes them from
+# first facts. Or they stand apart: keys and values have tokens of that half only, like texts in another language.
 HALVES = range(VOCABULARY // 2), range(VOCABULARY // 2, VOCABULARY)
-BASE_RATE = 1e-3  # twice of it stored nothing in the trials
+BASE_RATE = 1e-3  # twice this rate stored nothing in the trials
 ADDED_EXPERTS, SPARSE_EXPERTS, REFERENCE, REPLAYED = 4096, 1024, 2048, 0.05
-# Sequences without facts that the model reads beside each first fact that it is told, of the tokens of second facts that
-# stand apart: a model is taught in tokens that it knows.
+# Number of random sequences that the model reads per example of a first fact, if second facts stand apart. They
+# consist of tokens of second facts, so that these tokens are not new to the model when it is taught.
 UNKNOWN = 1 / 8
 
 
 def base_model(kind: str, seed: int, folder: Path, facts: Facts, load: Load) -> PeerForCausalLM:
-    """The model that has stored the first facts, which is trained once."""
+    """Load the model that has stored the first facts, which is trained once and saved."""
     run = Run(kind, TAUGHT, load, BASE_RATE, MULTIPLIER, seed)
     examples, exposures = facts.examples, load.exposures
     if kind == "apart":
@@ -50,7 +50,7 @@ def base_model(kind: str, seed: int, folder: Path, facts: Facts, load: Load) -> 
 def prepare(
     arm: str, model: PeerForCausalLM, old: Facts, new: Facts
 ) -> tuple[nn.Module, list[TrainerCallback], dict[int, GateFit]]:
-    """The model as it is to be trained, the callbacks of the training, and how far gates open, if there are any."""
+    """Prepare the training of an arm. Returns the model, the callbacks, and how far gates open, if there are any."""
     gates: dict[int, GateFit] = {}
     match arm:
         case "lora":
@@ -72,8 +72,8 @@ def prepare(
 
 def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     """
-    A model that has stored facts is taught others. Returns the bits of both, before and after, and how far gates open
-    for the second and for the first, in the mean of the layers.
+    Teach second facts to a model that has stored first ones. Returns the bits of the first facts before and after,
+    those of the second facts after, and the mean over layers of how far gates open for second and for first facts.
     """
     before_load = BEFORE if run.kind == "forgetting" else BEFORE_APART
     old, new = (
@@ -82,7 +82,7 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
     )
     model = base_model("apart" if run.kind == "apart" else "facts", run.seed, folder, old, before_load)
     before = measure(model, old)
-    set_seed(run.seed)  # what comes to the model is drawn, whether or not this process has made the base
+    set_seed(run.seed)  # new parts start the same, whether or not this process has trained the base
     model, callbacks, gates = prepare(run.subject, model, old, new)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     examples, exposures = new.examples, run.load.exposures
@@ -102,5 +102,5 @@ def teach_after(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
-    """Makes a run of any kind, in a process that cannot import `__main__` of a package."""
+    """Make a run of any kind. It is not in `__main__`, which the processes of runs cannot import."""
     return (store_facts if run.kind == "facts" else teach_after)(run, folder)

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs the study makes: what is stored, rates and seeds. The criteria that judge them are in README.md."""
+"""The runs of the study: what is stored, learning rates and seeds. README.md has the criteria that judge them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -13,18 +13,18 @@ from studies.common.parallel_runs import Results
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Nine trials of each variant that the picture shows first, three or four of others. Where the best of any trials has
-# the lowest or the highest rate, up to three more go on beyond it.
+# Each variant in `MAIN` has nine trials, each other one three or four. If the best trial has the lowest or the highest
+# rate, up to three more trials go beyond it.
 RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
-# Of PEER and PKM, with two rates of v_i as multiples of that of u_i: the default of `make_optimizer`, and less.
+# For PEER and PKM, two ratios of the rate of v_i to that of u_i: the default of `make_optimizer`, and a lower one.
 MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
-# Dense feed-forwards and MoE have no tables: their other trials have rates between and beyond these.
+# Dense feed-forwards have no tables: their further trials have rates between and above those of `RATES`.
 MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
-# The share of steps in which the rate rises. In the trials with the first of them 1,024 and 16,384 experts stored nothing
-# from a rate of 0.002 on: it was at its highest before any fact came again, and training did not recover from that.
+# The share of steps in which the rate rises. In trials with the first value, 1,024 and 16,384 experts stored nothing
+# at rates from 0.002 on: the rate peaked before any fact was seen twice, and training did not recover.
 WARMUP, LONG_WARMUP = 0.05, 0.2
 RATES_OF_OTHERS = (2.8e-3, 4e-3, 5.7e-3)
-# Of those that have no other trials.
+# A further rate for variants without tables that are not in `MAIN`.
 LOWER_RATE = 2e-3
 # Trials around a rate that was found for another load.
 FACTORS = (0.5, 1, 2)
@@ -56,7 +56,7 @@ class Run:
             What is stored: `"facts"`, or facts after others (`"forgetting"`, and `"apart"` if they have other tokens).
         subject (`str`): A variant, or a way to train in a run of forgetting.
         load (`Load`): How much is stored.
-        learning_rate, multiplier (`float`): The rate, and that of v_i as a multiple of that of u_i.
+        learning_rate, multiplier (`float`): The learning rate, and the ratio of the rate of v_i to that of u_i.
         seed (`int`): Draws facts, weights and their order.
         warmup (`float`): The share of steps in which the rate rises.
     """
@@ -78,33 +78,33 @@ class Run:
         return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers)])
 
 
-# What the picture cannot do without comes first.
+# Variants that the picture needs, which come first.
 MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")
-# Aims are about these two, and about the better of the dense ones.
+# The aims are about the largest pool, and about the better of two dense variants.
 DENSE, LARGE = ("dense", "mlp"), "peer-65536"
-# Dense, experts, and a memory of as many parameters, which have trials beyond the best multiplier of v_i and warmup too.
+# Dense, experts, and a memory of as many parameters. They also have trials with twice the best multiplier and warmup.
 COMPARED = ("dense", "peer-16384", "pkm-32761")
-# Dense has no v_i: its trials with a longer warmup have the best rate and two beside it.
+# Dense has no v_i: its trials with twice the warmup have the best rate, a lower one and a higher one.
 BETWEEN = (0.7, 1, 1.4)
-# What is learned in few exposures: 2.1 million bits, at equal steps and tokens whatever a value's entropy.
+# The load of the main comparison: 2.1 million bits in few exposures. Steps and tokens do not depend on the entropy.
 LEARNED = Load(2**15, 8, exposures=16)
 # Four times as much, with one seed.
 MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
 ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-4096")
-# What fits: at least 1.3 times two bits a parameter; dense exceeded these.
+# Loads that measure what fits: at least 1.3 times two bits per parameter, and more for dense, which exceeded two bits.
 FITS = {
     "dense": Load(2**13, 8, exposures=100),
     "peer-256": Load(6144, 8, exposures=100),
     "peer-1024": Load(14336, 8, exposures=100),
     "peer-4096": Load(46080, 8, exposures=100),
 }
-# What dense comes to of the facts of the first table in the end.
+# What dense learns of the facts of the first table in many exposures.
 IN_THE_END = replace(LEARNED, exposures=100)
-# A second set of facts after a first, by the way in which it is taught, with three or four trials each.
+# The first and the second set of facts of runs of forgetting, and their variant. Each way to teach has 3 or 4 trials.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
-# The same of facts that have tokens of their own, with as many bits as half of the vocabulary has.
+# The same for facts with tokens of their own: a token of half the vocabulary has 7 bits.
 BEFORE_APART, AFTER_APART = replace(BEFORE, token_bits=7), replace(AFTER, token_bits=7)
-# Rates, and the multiplier of v_i: 4 makes it that of all other parameters.
+# Learning rates and multipliers of v_i. A multiplier of 4 gives v_i the rate of all other parameters.
 ARM_TRIALS = {
     "full": ((2.5e-4, 192.0), (1e-3, 192.0), (1e-3, 4.0), (4e-3, 4.0)),
     "replay": ((2.5e-4, 192.0), (1e-3, 192.0), (1e-3, 4.0), (4e-3, 4.0)),
@@ -117,8 +117,8 @@ ARM_TRIALS = {
 
 def bits_stored(run: Run, results: Results) -> float:
     """
-    The bits that a run stored, of first and second facts together; of one that came to NaN, less than any. First facts
-    have no less than zero, so that of runs that leave none of them the best is not the one that is least sure.
+    The bits that a run stored, of first and second facts together; minus infinity if they are NaN. Negative bits of
+    first facts count as zero. Otherwise, among runs that lose all first facts, the least confident would be the best.
     """
     result = results[run.name]
     if "gained" in result:
@@ -140,8 +140,8 @@ def with_seeds(run: Run) -> list[Run]:
 
 def steady(trial: Run, results: Results, seeds: int = len(SEEDS)) -> list[Run]:
     """
-    A trial with each seed; or, once one of these stored less than half of what another or the trial did, the same at
-    half the rate.
+    A trial with each seed. If one of these runs stored less than half of what another one or the trial did, return the
+    same runs at half the rate.
     """
     runs = with_seeds(trial)[:seeds]
     if made := [run for run in runs if run.name in results]:
@@ -152,7 +152,7 @@ def steady(trial: Run, results: Results, seeds: int = len(SEEDS)) -> list[Run]:
 
 
 def and_beyond(runs: list[Run], results: Results) -> list[Run]:
-    """Trials, and those beyond the lowest or the highest rate that the best one was tried with, all else equal."""
+    """Trials, and further ones if the best one has the lowest or highest rate that was tried, all else equal."""
     for _ in range(MOST_BEYOND):
         if not all(run.name in results for run in runs):
             break
@@ -166,7 +166,7 @@ def and_beyond(runs: list[Run], results: Results) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """All trials of a variant: nine of those that the picture shows first, three or four of others."""
+    """All trials of a variant: nine for those in `MAIN`, three or four for others, and those beyond."""
     if has_tables(variant):
         first = [(rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES]
         rates = RATES
@@ -197,27 +197,27 @@ def chosen(variant: str, results: Results) -> Run:
 
 
 def learning(variant: str, results: Results) -> list[Run]:
-    """What is learned, with all seeds."""
+    """The runs of the main comparison, with all seeds."""
     return steady(chosen(variant, results), results)
 
 
 def offered_more(variant: str, results: Results) -> list[Run]:
-    """What is learned of a larger offer; of experts and memories at half the best rate, as longer runs bear less."""
+    """A run with four times as many facts. PEER and PKM have half their best rate, as longer runs bear less."""
     run = chosen(variant, results)
     rate = run.learning_rate / 2 if has_tables(variant) else run.learning_rate
     return with_seeds(replace(run, load=MORE, learning_rate=rate))[:1]
 
 
 def of_all_entropies(variant: str, results: Results) -> list[Run]:
-    """What is learned of values of less entropy, and of the usual one."""
+    """Runs with values of less entropy, and of the usual one."""
     run = learning(variant, results)[0]
     return [replace(run, load=replace(LEARNED, token_bits=bits)) for bits in (*ENTROPIES, LEARNED.token_bits)]
 
 
 def trials_that_fit(variant: str, results: Results) -> list[Run]:
     """
-    Trials of what fits. Of the largest pool, a run of which takes an hour, there are two: at the best rate of the next,
-    where it failed, and at a quarter of it.
+    Trials of what fits. The largest pool, of which a run takes an hour, has two: one at the best rate of the next
+    smaller pool, which failed, and one at a quarter of this rate.
     """
     if variant == "peer-4096":
         found = replace(best(trials_that_fit("peer-1024", results), results), subject=variant, load=FITS[variant])
@@ -226,7 +226,7 @@ def trials_that_fit(variant: str, results: Results) -> list[Run]:
 
 
 def fitting(variant: str, results: Results) -> list[Run]:
-    """What fits, with all seeds; of the larger pools with one, which for the largest is the trial."""
+    """Runs of what fits, with all seeds. The two larger pools have one run; that of the largest is its best trial."""
     found = best(trials_that_fit(variant, results), results)
     if variant == "peer-4096":
         return [found]
@@ -234,13 +234,13 @@ def fitting(variant: str, results: Results) -> list[Run]:
 
 
 def in_the_end(variant: str, results: Results) -> list[Run]:
-    """What is learned in many exposures, at the rate of few and at half of it."""
+    """Runs with many exposures, at the rate chosen for few exposures and at half of it."""
     run = replace(chosen(variant, results), load=IN_THE_END)
     return [run, replace(run, learning_rate=run.learning_rate / 2)]
 
 
 def mixed_trials(arm: str, results: Results) -> list[Run]:
-    """Trials of a way to teach a second set of facts that nothing but the first tokens of keys tells from the first."""
+    """Trials of a way to teach second facts that differ from the first ones only by the first tokens of keys."""
     return and_beyond([Run("forgetting", arm, AFTER, *rates) for rates in ARM_TRIALS[arm]], results)
 
 
@@ -254,7 +254,7 @@ def forgetting(arm: str, results: Results) -> list[Run]:
     return with_seeds(best(arm_trials(arm, results), results))
 
 
-# Each stage: its variants or arms, and their runs, which follow from the results that there are.
+# Each stage: its variants or arms, and the function that returns their runs, given the results so far.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
     (MAIN, trials),
     (MAIN, learning),

@@ -23,7 +23,7 @@ WARM_UPS, ROUNDS, ANSWERS = 200, 50, 16
 
 
 def training_step(model: PeerForCausalLM, facts: torch.Tensor, folder: Path) -> Callable[[], None]:
-    """A step of training of a model as `store` trains it, each with other facts."""
+    """Make a function that trains a model for one step, as [`store`] does, with other facts in each call."""
     run = Run("facts", "", LEARNED, learning_rate=1e-3)
     arguments = training_arguments(run, folder)
     optimizer, batches = optimizer_of(model, arguments, run), cycle(facts.split(BATCH_SIZE))
@@ -43,7 +43,7 @@ def training_step(model: PeerForCausalLM, facts: torch.Tensor, folder: Path) -> 
 
 @torch.no_grad()
 def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
-    """Seconds in which a model reads the tokens of values one at a time behind their keys, which are in a cache."""
+    """Seconds that a model takes to read the tokens of values one at a time, with their keys in the cache."""
     model.eval()
     seconds = 0.0
     for fact in facts:
@@ -58,8 +58,8 @@ def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
 
 def measure_times(folder: Path) -> dict[str, dict[str, float]]:
     """
-    Seconds of a training step and tokens a second in decoding, of all variants in turn and with one thread: medians over
-    rounds.
+    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. All variants
+    are measured in turn, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

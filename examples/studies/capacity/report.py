@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and the picture of the study, from as many of its runs as there are."""
+"""Tables and the picture of the study, from the runs that are finished."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -47,22 +47,22 @@ from studies.common.tables import markdown_table, spread
 
 # The 97.5 % point of Student's t with two degrees of freedom, of three seeds.
 T_QUANTILE = 4.303
-# A share of what is offered above which bits say no more than that the facts fit.
+# If more than this share of the offered bits is stored, the bits only show that the facts fit.
 FULL = 0.8
 KBIT = 1000
-# PEER of as many parameters as others have, a larger memory last.
+# Other variants, and PEER with as many parameters; the largest memory is last.
 AS_MANY_PARAMETERS = {"dense-as-peer-1024": "peer-1024", "pkm-8281": "peer-4096", "pkm-32761": "peer-16384"}
-# Behind a variant whose seeds were made again, see `steady`.
+# Mark after the name of a variant whose seeds were run again, see `steady`.
 MADE_AGAIN = " †"
 
-# What [`measure_times`] returns, or nothing.
+# What [`measure_times`] returns, or empty.
 Times = dict[str, dict[str, float]]
 
 
 def available(
     subjects: Iterable[str], runs_of: Callable[[str, Results], list[Run]], results: Results
 ) -> dict[str, list[Run]]:
-    """The runs of a stage, of each variant or arm of which all are there."""
+    """The runs of a stage, for each variant or arm whose runs are all finished."""
     found = {}
     for name in subjects:
         try:
@@ -81,8 +81,8 @@ def kilobits(runs: list[Run], results: Results, part: str = "stored") -> list[fl
 
 def interval_of_ratio(values: list[float], others: list[float]) -> list[float]:
     """
-    Geometric mean of the ratios, seed by seed, between the ends of its interval of 95 % by Student's t; of one seed,
-    the ratio alone.
+    Lower end, mean and upper end of the ratio: the geometric mean over seeds, with a 95 % interval by Student's t.
+    With one seed, the ratio alone.
     """
     logarithms = [math.log(value / other) for value, other in zip(values, others, strict=False)]
     if len(logarithms) == 1:
@@ -92,7 +92,7 @@ def interval_of_ratio(values: list[float], others: list[float]) -> list[float]:
 
 
 def ratio(values: list[float], others: list[float], is_bound: bool = False) -> str:
-    """The ratio with its interval. If what is divided could not have been more, at least the lower end."""
+    """The ratio with its interval, as text. If `values` could not be larger (`is_bound`), only its lower end."""
     low, *rest = interval_of_ratio(values, others)
     if is_bound:
         return f"at least {low:.2f}"
@@ -105,7 +105,7 @@ def share_of_offered(runs: list[Run], results: Results) -> float:
 
 
 def share_offered(runs: list[Run], results: Results) -> str:
-    """The bits stored as a share of those offered, and whether they are too many to tell more."""
+    """The bits stored as a share of those offered, marked as a bound if the share exceeds `FULL`."""
     share = share_of_offered(runs, results)
     return f"{share:.1%}" + (", a bound" if share > FULL else "")
 
@@ -116,7 +116,7 @@ def recalled(runs: list[Run], results: Results, part: str = "stored") -> str:
 
 
 def better_dense(found: dict[str, list[Run]], results: Results) -> str | None:
-    """The dense variant that learned more, once both are there."""
+    """The dense variant that learned more; `None` before both are finished."""
     if not found.keys() >= {*DENSE}:
         return None
     return max(DENSE, key=lambda name: mean(kilobits(found[name], results)))
@@ -149,7 +149,7 @@ def learned_table(results: Results) -> list[list[str]]:
 
 
 def more_table(results: Results) -> list[list[str]]:
-    """What is learned of four times the usual offer."""
+    """What is learned if four times as many facts are offered."""
     found = available(OFFERED_MORE, offered_more, results)
     rows = [["learned of a larger offer", "parameters, M", "kbit", "of offered", "recalled", "to dense"]]
     for name, runs in found.items():
@@ -199,7 +199,7 @@ def trials_table(results: Results) -> list[list[str]]:
 
 
 def unsteady_table(results: Results) -> list[list[str]]:
-    """The seeds that were made at the rate that was best in the trials, of variants of which one fails there."""
+    """The seeds at the best rate of the trials, for variants of which a seed failed at that rate."""
     rows = [["failed with a seed", "rate", "kbit of the trial", "of each seed", "made again at"]]
     stages = [(name, "", chosen) for name in VARIANTS]
     stages += [(name, ", fits", lambda *each: best(trials_that_fit(*each), results)) for name in FITS]
@@ -287,7 +287,7 @@ def forgetting_table(results: Results) -> list[list[str]]:
 
 
 def mixed_table(results: Results) -> list[list[str]]:
-    """The same of second facts that nothing but the first tokens of keys tells from the first: the best trials."""
+    """The same for second facts that differ from the first ones only by the first tokens of keys: the best trials."""
     found = available(ARM_TRIALS, mixed_trials, results)
     chosen_ones = {arm: [best(runs, results)] for arm, runs in found.items()}
     return _second_facts("second facts, alike, best trial", chosen_ones, results)
@@ -311,8 +311,8 @@ def _second_facts(label, found, results):
 
 def times_table(results: Results, times: Times) -> list[list[str]]:
     """
-    What the time buys: seconds of a training step, tokens a second in decoding and bytes read for one, beside what the
-    variant has learned.
+    Times of each variant beside what it has learned: milliseconds of a training step, tokens per second in decoding,
+    and bytes read per token.
     """
     rows = [["time", "kbit learned", "ms a step", "KB read per token", "tokens a second"]]
     found = available(VARIANTS, learning, results)
@@ -346,7 +346,7 @@ def describe(results: Results, times: Times) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plots what is learned at equal FLOPs, and what a second set of facts leaves of the first, once dense is there."""
+    """Plot what is learned at equal FLOPs, and what second facts leave of first ones, once dense is finished."""
     if better_dense(available(DENSE, learning, results), results) is None:
         return
     has_second = bool(available(ARM_TRIALS, forgetting, results))
@@ -359,7 +359,7 @@ def plot(results: Results, file: Path) -> None:
 
 
 def draw_bars(results: Results, axes: Axes) -> None:
-    """Bars of what is learned at equal FLOPs, of as many of the variants that are shown first as there are."""
+    """Draw bars of what is learned at equal FLOPs, for the finished variants of `MAIN` except `mlp`."""
     names = sorted((name for name in MAIN if name != "mlp"), key=lambda name: costs(name).total.parameters)
     found = available(names, learning, results)
     kinds = {name: name.partition("-")[::2] for name in found}
@@ -376,7 +376,7 @@ def draw_bars(results: Results, axes: Axes) -> None:
 
 
 def _finding(found: dict[str, list[Run]], results: Results) -> str:
-    """What experts and a memory of as many parameters learn beside dense, in two lines."""
+    """A title of two lines: what experts and a memory of as many parameters learn, relative to dense."""
     memory, experts = list(AS_MANY_PARAMETERS.items())[-1]
     middle = interval_of_ratio(*(kilobits(found[name], results) for name in (experts, "dense")))[1]
     least = interval_of_ratio(*(kilobits(found[name], results) for name in (memory, "dense")))[0]

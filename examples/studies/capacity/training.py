@@ -43,7 +43,7 @@ def store(
 
 
 def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArguments:
-    """How a run trains."""
+    """The training arguments of a run."""
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=BATCH_SIZE,
@@ -69,7 +69,7 @@ def optimizer_of(model: nn.Module, arguments: TrainingArguments, run: Run) -> to
 
 
 def store_facts(run: Run, folder: Path) -> dict[str, Any]:
-    """A new model stores random facts. Returns what it stored of them and of the controls, and with narrow tables."""
+    """Train a new model on random facts. Returns what it stored of them and of the controls, and in narrow tables."""
     facts, controls = make_facts(run.load.number, run.load.token_bits, run.seed)
     model = make_model(run.subject, run.seed)
     store(model, facts.examples, run, folder, run.load.exposures)

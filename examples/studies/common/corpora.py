@@ -30,7 +30,7 @@ from common.text_data import DatasetArguments, load_datasets
 
 HELD_OUT_PERCENTAGE = 10
 
-# Characters of a held-out document beyond which it is cut, so that no part of a text is one document.
+# Held-out documents are cut after this number of characters, so that no part of a text is a single document.
 LONGEST_HELD_OUT = 60_000
 
 DOWNLOADS = {
@@ -185,8 +185,8 @@ def load_corpus(name: str) -> DatasetDict:
 
 def blocks_in_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int, number: int) -> Dataset:
     """
-    At most `number` sequences of `size` tokens, drawn at random, that each lie in one of the texts, whose number is in
-    the column `document`.
+    Draw at most `number` sequences of `size` tokens at random. Each of them lies within one of the texts, whose index
+    is in the column `document`.
     """
     found = {"input_ids": [], "document": []}
     for document, text in enumerate(texts):

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What n-grams predict of texts: an interpolated, modified Kneser-Ney model, alone and with a cache."""
+"""Prediction of texts by n-grams: an interpolated, modified Kneser-Ney model, alone and with a cache."""
 
 from collections import Counter
 from itertools import product
@@ -10,15 +10,15 @@ import numpy as np
 
 
 ORDER = 5
-# How many occurrences in a sequence the prediction so far is worth: of a token, and of an n-gram behind its context.
+# Weights of the prediction so far, in occurrences in the sequence: beside counts of tokens, and of longer n-grams.
 STRENGTHS = (30.0, 100.0, 300.0), (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 class KneserNey:
     """
-    An interpolated, modified Kneser-Ney model (Chen and Goodman, 1998): n-grams of the highest order by how often they
-    occur, those of lower orders by how many tokens stand before them, with discounts of each order for what is counted
-    once, twice and more often.
+    An interpolated, modified Kneser-Ney model (Chen and Goodman, 1998). N-grams of the highest order are counted by
+    their occurrences, those of lower orders by the number of different tokens before them. Each order has its own
+    discounts for counts of one, two and more.
 
     Args:
         sequences (`np.ndarray` of shape `(num_sequences, length)`): Tokens to count; no n-gram goes beyond a sequence.
@@ -34,17 +34,17 @@ class KneserNey:
             discounts = _discounts(counts)
             totals, left = np.add.reduceat(counts, starts), np.add.reduceat(discounts, starts)
             self.levels.insert(0, (keys, counts - discounts, contexts, totals, left))
-            # How many tokens stand before each n-gram that is shorter by one.
+            # The number of different tokens before each n-gram that is shorter by one.
             keys, counts = np.unique(keys % vocabulary ** (length - 1), return_counts=True)
 
     def _keys(self, sequences, length):
-        """The number of each n-gram, by where it begins: `(num_sequences, sequence_length - length + 1)`."""
+        """The key of each n-gram, by its first position: `(num_sequences, sequence_length - length + 1)`."""
         count = sequences.shape[1] - length + 1
         parts = [sequences[:, start : start + count].astype(np.int64) for start in range(length)]
         return sum(part * self.vocabulary**power for part, power in zip(parts, range(length - 1, -1, -1), strict=True))
 
     def probabilities(self, sequences: np.ndarray) -> np.ndarray:
-        """The probability of each token after those before it: of the shape of `sequences`."""
+        """The probability of each token given those before it, in the shape of `sequences`."""
         found = np.full(sequences.shape, 1 / self.vocabulary)
         for length, (keys, counts, contexts, totals, left) in enumerate(self.levels, 1):
             asked = self._keys(sequences, length)
@@ -56,7 +56,7 @@ class KneserNey:
 
 
 def _discounts(counts):
-    """What is taken from each count, for the n-grams that are not counted; 0 to the count itself."""
+    """The discount of each count, from 0 to the count itself. Unseen n-grams get what is discounted."""
     once, twice, thrice, four = ((counts == each).sum() for each in range(1, 5))
     share = once / max(once + 2 * twice, 1)
     more = np.array([twice / max(once, 1), thrice / max(twice, 1), four / max(thrice, 1)])
@@ -65,15 +65,15 @@ def _discounts(counts):
 
 
 def _look_up(keys, values, asked):
-    """The value of each key that is asked for, 0 for one that is not there."""
+    """The value of each requested key, 0 for a missing one."""
     places = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
     return np.where(keys[places] == asked, values[places], 0)
 
 
 def counts_in_sequence(sequences: np.ndarray, order: int = ORDER) -> np.ndarray:
     """
-    How often each token has stood behind its context of 0 to `order - 1` tokens in its sequence before, and how often
-    the context has: `(2, order, num_sequences, length)`.
+    How often each token has followed its context of 0 to `order - 1` tokens earlier in its sequence, and how often the
+    context has occurred there: `(2, order, num_sequences, length)`.
     """
     found = np.zeros((2, order, *sequences.shape))
     for row, sequence in enumerate(sequences.tolist()):
@@ -89,7 +89,7 @@ def counts_in_sequence(sequences: np.ndarray, order: int = ORDER) -> np.ndarray:
 
 
 def with_cache(probabilities: np.ndarray, counts: np.ndarray, strengths: tuple[float, float]) -> np.ndarray:
-    """Probabilities that the sequence so far corrects, from its tokens to its longest n-grams, see `STRENGTHS`."""
+    """Correct probabilities by the sequence so far, from single tokens to the longest n-grams, see `STRENGTHS`."""
     for length, (count, total) in enumerate(zip(*counts, strict=True)):
         strength = strengths[min(length, 1)]
         probabilities = np.where(total > 0, (count + strength * probabilities) / (total + strength), probabilities)
@@ -97,7 +97,7 @@ def with_cache(probabilities: np.ndarray, counts: np.ndarray, strengths: tuple[f
 
 
 def losses(probabilities: np.ndarray, first: int = 1) -> float:
-    """Nats per token, from the token `first` of each sequence on."""
+    """Mean loss in nats per token, from the token `first` of each sequence on."""
     return float(-np.log(probabilities[:, first:]).mean())
 
 
@@ -110,7 +110,7 @@ def losses_by_ngrams(
     first: int = 1,
 ) -> dict[str, Any]:
     """
-    Losses of held-out texts, in nats per token, by n-grams of a text alone and with a cache of the sequence.
+    Losses of held-out texts, in nats per token, by n-grams of the training text, alone and with a cache.
 
     Args:
         train (`np.ndarray` of shape `(num_sequences, length)`): Sequences to count.

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of a study that are made several at once, each in a process with one thread, and go on where they stopped."""
+"""Making several runs of a study at once, each in a process with one thread. An interrupted study can be resumed."""
 
 import os
 import time
@@ -49,8 +49,8 @@ def make_runs(
         args (`ParallelArguments`): For how long, and how many at once.
         folder (`Path`): The folder of the study.
         next_runs (`Callable`):
-            The runs that are missing, dataclasses with a `name`, as far as they follow from the results that there are.
-        make (`Callable`): Makes a run in that folder, in a process of its own: a function of a module.
+            Returns the missing runs, dataclasses with a `name`, as far as the results so far determine them.
+        make (`Callable`): Makes a run in that folder, in a process of its own, which imports it from its module.
 
     Returns:
         `tuple`: the results of all runs by their names, and whether none is missing.
@@ -60,7 +60,7 @@ def make_runs(
         for name, run in read_json(Path(args.results))["runs"].items():
             if not (file := folder / "runs" / f"{name}.json").exists():
                 write_json(file, run)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started now
     making: dict[Future, Any] = {}
     with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool, tqdm() as bar:
         while True:

@@ -4,7 +4,7 @@
 Invented people and their biographies, after the description of "Physics of Language Models: Part 3.3"
 (arXiv 2404.05405): five attributes, in sentences of several wordings whose order changes with every exposure.
 
-One wording of each attribute is never trained: recall is asked in it.
+One wording of each attribute is never trained, so that recall can be asked in it.
 """
 
 import calendar
@@ -43,8 +43,8 @@ EMPLOYERS = [
 ]
 PRONOUNS = ["He", "She"]
 
-# The values of each attribute, by position, and its wordings. The last of these is asked and never trained: one that
-# ends as a trained one of the same attribute does, as small models know no synonyms.
+# The values of each attribute, by position, and its wordings. The last wording is never trained, only asked. It ends
+# like a trained wording of the same attribute, as small models know no synonyms.
 VALUES = {
     "birth date": [MONTHS, [f"{day}," for day in range(1, 29)], [str(year) for year in range(1900, 2100)]],
     "birth city": [CITIES],
@@ -67,13 +67,13 @@ WORDINGS = {
 }
 
 
-# Wordings that are trained, of which each person is told in all but one.
+# Number of trained wordings. The biographies of a person use all of them but one.
 NUM_TRAINED = 4
 
 
 @dataclass(frozen=True)
 class Person:
-    """The words of a name, the pronoun, the words of each attribute, and which wording is told of others alone."""
+    """The words of a name, the pronoun, the words of each attribute, and the trained wording that only others have."""
 
     name: tuple[str, ...]
     pronoun: str
@@ -82,8 +82,8 @@ class Person:
 
     def biography(self, generator: np.random.Generator) -> list[str]:
         """
-        The words of all attributes in a new order, each in one of the wordings that are told of this person. The first
-        has the name.
+        Draw the words of a biography: all attributes in random order, each in one of this person's wordings. The first
+        sentence has the name, the others the pronoun.
         """
         words: list[str] = []
         for attribute in generator.permutation([*VALUES]):
@@ -94,7 +94,7 @@ class Person:
         return words
 
     def question(self, attribute: str, wording: int) -> list[str]:
-        """The words of the name and of a wording, the last of which is never trained. Behind them stands the attribute."""
+        """The words of the name and of a wording; the attribute follows them. The last wording is never trained."""
         return [*self.name, *WORDINGS[attribute][wording].split()]
 
 

@@ -42,15 +42,15 @@ EVAL_BATCH_SIZE = 16
 # Arguments of run_clm.py that are paths of the machine.
 PLACES = ("tokenizer_name", "train_file", "validation_file", "output_dir")
 
-# What a study changes in the trainer of a run, before it trains: what is in RUN.json, and the trainer.
+# A function with which a study changes a trainer before it trains. It gets the content of RUN.json and the trainer.
 Change: TypeAlias = Callable[[dict[str, Any], Trainer], None]
 
 # Lower end, upper end and number of bins of the histogram of router weight per expert, in powers of ten of the mean.
 USAGE_BINS = (-4.0, 3.0, 28)
 
 
-# Parts of a sequence, of about equal length, in each of which the loss is averaged: it falls along a sequence as far as
-# a model uses its context.
+# The loss is averaged in this number of parts of a sequence, of about equal length. It falls along a sequence as far
+# as a model uses its context.
 PARTS = 8
 
 
@@ -117,8 +117,8 @@ def without_places(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     """
-    Arguments of run_clm.py that determine the result: without paths and machine, and with fields of the configuration
-    apart.
+    Arguments of run_clm.py that determine the result: without paths and settings of the machine, and with each field
+    of `config_overrides` as an entry of its own.
     """
     apart = (*PLACES, "dataloader_pin_memory", "config_overrides")
     return {
@@ -129,9 +129,9 @@ def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def with_study_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
     """
-    Arguments of run_clm.py with what is meant where it is not given, as the results in this repository were made: the
-    learning rate of all other parameters for the tables, and no log of the first step. By itself run_clm.py takes the
-    rates that the scaling study found.
+    Add to arguments of run_clm.py the defaults with which the results in this repository were made: tables have the
+    learning rate of all other parameters, and the first step is not logged. By itself, run_clm.py takes the
+    multipliers that the scaling study found.
     """
     same = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} if arguments["row_adamw"] else {}
     return {"logging_first_step": False, **same, **arguments}
@@ -196,8 +196,8 @@ def load(folder: Path, num_retrieval_heads: int | None = None, **fields: Any) ->
 @torch.no_grad()
 def measure(folder: Path, texts: dict[str, torch.Tensor], batch_size: int) -> dict[str, Any]:
     """
-    Returns held-out losses, of texts, of each of their sequences and of parts of these, and the expert usage of a
-    trained model. `batch_size` is that of its training.
+    Return the held-out losses of a trained model, of texts, of each sequence and of parts of sequences, and its expert
+    usage. `batch_size` is that of its training.
     """
     model = load(folder)
     with evaluation(model):

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures the seconds of a training step of models of a study, in a process of its own that, like that of a run, keeps
-the memory it frees.
+Measures the seconds of training steps of a study's models. It runs in a process of its own which, like the process of
+a run, keeps the memory that it frees.
 
     python -m studies.common.step_seconds MODELS.json
 

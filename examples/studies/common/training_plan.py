@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the studies that train many models share: which model a run trains, for how long, and what that costs."""
+"""Code of all studies that train many models: which model a run trains, for how long, and what that costs."""
 
 import functools
 import json
@@ -63,12 +63,12 @@ class TrainingPlan:
         return self.block_size * self.batch_size
 
     def own_changes(self, run: "Run") -> dict[str, Any]:
-        """What a run has beside what all runs have: a named `configuration`, `training` arguments, and fields."""
+        """Settings of a run that not all runs share: its named `configuration`, `training` arguments, and fields."""
         return self.variants[run.variant]
 
 
 def merge_changes(*changes: dict[str, Any]) -> dict[str, Any]:
-    """Several of them in one: later ones hold where earlier ones say otherwise."""
+    """Merge several changes into one; later ones take precedence."""
     merged: dict[str, Any] = {}
     for each in changes:
         merged |= each | {"training": merged.get("training", {}) | each.get("training", {})}
@@ -77,7 +77,7 @@ def merge_changes(*changes: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A model to train. `ablation` is a group of changes of its variant that the plan has, and a name in it."""
+    """A model to train. `ablation` names a group of changes in the plan, and one of the changes in this group."""
 
     variant: str
     hidden_size: int
@@ -88,12 +88,12 @@ class Run:
 
     @property
     def model(self) -> str:
-        """A name of what the model is but for its size: its variant, and its ablation."""
+        """A name of the model without its size: its variant and its ablation."""
         return self.variant if self.ablation is None else f"{self.variant}-{'='.join(self.ablation)}".replace(" ", "_")
 
     @property
     def name(self) -> str:
-        """A name that tells the run from all others, for its files."""
+        """The unique name of the run, for its files."""
         return (
             f"{self.model}-hidden_size={self.hidden_size}-steps={self.steps}"
             f"-learning_rate={self.learning_rate:g}-seed={self.seed}"
@@ -117,7 +117,7 @@ def base_configuration(run: Run, plan: TrainingPlan) -> str:
 
 @functools.cache
 def named_configuration(name: str) -> PeerConfig:
-    """A named configuration, the same object each time: a plan asks for it again with every run."""
+    """A named configuration. It is cached, as plans ask for it with every run."""
     return PeerConfig.from_pretrained(configuration_path(name))
 
 
@@ -140,7 +140,7 @@ def changed_fields(run: Run, plan: TrainingPlan) -> dict[str, Any]:
 
 def trains_by_rows(run: Run, plan: TrainingPlan) -> bool:
     """
-    Whether [`RowAdamW`] trains a run. Plans say it by `sparse_expert_gradients`, once a field of configurations.
+    Whether [`RowAdamW`] trains a run. Plans say so by `sparse_expert_gradients`, a field of former configurations.
     """
     return changed_fields(run, plan).get("sparse_expert_gradients", False)
 
@@ -158,7 +158,7 @@ def costs_of(run: Run, plan: TrainingPlan) -> ModelCosts:
 
 @functools.cache
 def _costs_of_model(name, fields, block_size):
-    """Runs that differ in steps, rate or seed have one model."""
+    """Cached costs: runs that differ only in steps, rate or seed have the same model."""
     return model_costs(load_config(ModelArguments(config_name=name), **json.loads(fields)), block_size)
 
 
@@ -175,13 +175,13 @@ def run_of_budget(
     plan: TrainingPlan,
     ablation: tuple[str, str] | None = None,
 ) -> Run:
-    """The run of as many steps as fit into a budget. Raises `ValueError` if not even one does."""
+    """The run with as many steps, rounded, as a budget pays for. Raises `ValueError` for less than half a step."""
     step = Run(variant, hidden_size, 1, learning_rate, ablation=ablation)
     return run_of_steps(step, budget / training_flops(step, plan))
 
 
 def run_of_steps(run: Run, steps: float) -> Run:
-    """The run with another number of steps, rounded. Raises `ValueError` if it is not even one."""
+    """The run with another number of steps, rounded. Raises `ValueError` for less than half a step."""
     if steps < 0.5:
         raise ValueError(
             f"{run.variant} of hidden_size {run.hidden_size} must be trained for at least one step, but got "
@@ -191,7 +191,7 @@ def run_of_steps(run: Run, steps: float) -> Run:
 
 
 def run_of_seconds(run: Run, other: Run, step_seconds: Callable[[Run], float]) -> Run:
-    """The run with as many steps as take the seconds of another run."""
+    """The run with as many steps as another run's seconds allow."""
     return run_of_steps(run, other.steps * step_seconds(other) / step_seconds(run))
 
 

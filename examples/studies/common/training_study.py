@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a study that trains models: its texts, its runs, several of which are made at once, and their results."""
+"""The folder of a study that trains models: its texts, its runs, of which several are made at once, and results."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ class TrainingStudyArguments:
 
 
 class TimeIsUp(Exception):
-    """Runs of a study are left at the end of the time that it was given."""
+    """Raised when the time that a study was given is up and runs are left."""
 
 
 class TrainingStudy:
@@ -82,7 +82,7 @@ class TrainingStudy:
         folder (`Path`): Folder of the study.
         processes (`int`): Number of runs at once.
         made_elsewhere (`Results`, *optional*):
-            Results of the study, whose `runs` and step times, `seconds`, to reuse where they have not been started here.
+            Results of the same study: `runs` and step times (`seconds`) are reused unless they were started here.
         until (`float`, *optional*): Time, as `time.time()` gives it, from which on no run is begun.
 
     Raises:
@@ -172,20 +172,20 @@ class TrainingStudy:
         return {}
 
     def changes_after_training(self, run: Run) -> dict[str, dict[str, Any]]:
-        """The changes of fields to measure in the model of a run after its training, by their names."""
+        """Changes of configuration fields whose effect on the trained model of a run is measured, by their names."""
         return {}
 
     def beside_arguments(self, run: Run) -> dict[str, Any]:
-        """What a run is besides its arguments of run_clm.py; a change of it makes it another run."""
+        """Settings of a run besides its arguments of run_clm.py. With other settings it is another run."""
         return {}
 
     def seconds(self) -> dict[str, Any]:
         """
-        Seconds of a training step of the models of `timed_runs`, see `step_seconds`. They are measured once, all of them
+        Seconds of training steps of the models of `timed_runs`, see `step_seconds`. All are measured once and
         together, as they are compared with each other.
 
         Raises:
-            [`TimeIsUp`]: if they are to be measured at the end of the time.
+            [`TimeIsUp`]: if they have to be measured when the time is up.
         """
         timed = self.timed_runs()
         fields = {name: {run.model: changed_fields(run, self.plan) for run in runs} for name, runs in timed.items()}
@@ -227,7 +227,7 @@ class TrainingStudy:
 
         Raises:
             `RuntimeError`: if a run fails, after the runs in progress have ended.
-            [`TimeIsUp`]: if runs are left at the end of the time, after the runs in progress have ended.
+            [`TimeIsUp`]: if the time is up and runs are left, after the runs in progress have ended.
             `ValueError`:
                 if an existing result belongs to a model with other fields, has to be measured again without its model,
                 or was trained on other texts.
@@ -339,7 +339,7 @@ class TrainingStudy:
         return environment
 
     def work(self, run: Run) -> dict[str, Any]:
-        """What the process that makes a run is told."""
+        """The content of the file with which the process that makes a run is called."""
         costs = costs_of(run, self.plan)
         description = {
             **asdict(run),

@@ -7,7 +7,7 @@ after training.
 
     ./run study graft_starts
 
-Killed at any point, the same command resumes. The results are `results.json` in --output_dir.
+After an interruption, the same command resumes. The results are in `results.json` in --output_dir.
 """
 
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ def loss_of(model: nn.Module, held_out: torch.Tensor) -> float:
 
 
 def loss_without(base: nn.Module, held_out: torch.Tensor) -> float:
-    """Returns the held-out loss of the base model without the feed-forward of its middle layer, which it loses."""
+    """Remove the feed-forward of the base model's middle layer for good, and return the held-out loss."""
     layer = base.model.layers[(base.config.num_hidden_layers - 1) // 2]
     layer.mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     return loss_of(base, held_out)

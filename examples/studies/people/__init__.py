@@ -1,1 +1,1 @@
-"""How many invented people, told among real text, models of equal seconds of training remember."""
+"""How much models that train for equal seconds remember of invented people in their training text."""

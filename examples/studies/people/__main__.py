@@ -1,13 +1,13 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text with invented people among it, and
-asks them about these people.
+Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text, mixed with biographies of
+invented people, and asks them about these people.
 
     ./run study people                 # four hours, two trainings at once with a core each
     ./run study people --results examples/studies/people/results.json    # goes on from these trainings
 
-Killed at any point, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up.
+After an interruption, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up.
 """
 
 from pathlib import Path
@@ -32,13 +32,13 @@ from studies.people.texts import BLOCK, CHARACTERS, GROUPS, NUM_HELD_OUT, prepar
 
 
 def read_by_ngrams(folder: Path, tokens: int) -> dict[str, Any]:
-    """What n-grams of as many tokens as the fastest arm reads predict of the second half of sequences."""
+    """Losses on second halves of sequences by n-grams that are counted on as many tokens as the fastest arm reads."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     text = Dataset.from_parquet(str(folder / "train.parquet"))
     blocks = tokenize_into_blocks(text, tokenizer, BLOCK, DataTrainingArguments()).shuffle(seed=0)
     train_blocks = np.array(blocks.select(range(min(len(blocks), tokens // BLOCK)))["input_ids"])
     texts = {name: each.numpy() for name, each in read_texts(folder / "held_out", "cpu").items()}
-    # 8,192 tokens to the fifth are more than an integer holds.
+    # Order 4: keys of 5-grams of 8,192 tokens exceed 64-bit integers.
     return losses_by_ngrams(train_blocks, texts, len(tokenizer), CORPUS, order=4, first=BLOCK // 2)
 
 
@@ -46,7 +46,7 @@ def main():
     (args,) = parse_arguments((ParallelArguments,), __doc__)
     folder = Path(args.output_dir or "runs/people")
     with sole_use(folder):
-        # What runs have in common, and their names do not say.
+        # Settings that all runs share and that their names do not contain.
         shared = {"characters": CHARACTERS, "block_size": BLOCK, "held_out_sequences": NUM_HELD_OUT}
         claim_folder(folder, {**shared, "groups": [list(group) for group in GROUPS.items()]})
         prepare(folder)

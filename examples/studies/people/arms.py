@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The trainings: of which model, with which rate and initialization, by run_clm.py, and for how long."""
+"""The trainings by run_clm.py: models, learning rates, initializations and numbers of steps."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from studies.people.texts import BLOCK
 
 
 TOKENS_PER_STEP = 2 * BLOCK
-# A memory has as many parameters as the experts with twice as many values, and reads as many with twice k.
+# With twice as many values and twice the k, a memory has and reads as many parameters as the experts.
 MEMORY = {"feed_forward_types": ["pkm"] * 8, "num_experts": 362**2, "num_experts_per_head": 64}
 # Named configurations, and fields in which a model differs from them.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,7 +43,7 @@ class Run:
         return f"{self.arm}-{self.steps}-{self.learning_rate:g}-{self.initializer_range:g}-{self.seed}"
 
 
-# Rates and weights are from trials, and steps are those of 110 minutes on a core beside another training, see README.md.
+# Rates and initializer ranges come from trials. Steps take 110 minutes on a core beside another run, see README.md.
 TRAININGS = (Run("peer", 4347, 1e-3, 0.02), Run("dense", 6012, 1e-3, 0.0625), Run("pkm", 4049, 5e-4, 0.02))
 
 

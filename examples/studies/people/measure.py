@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model that was trained knows of people, and how well it reads text."""
+"""What a trained model knows about people, and how well it predicts text."""
 
 import math
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ from studies.people.arms import Run, train
 from studies.people.texts import groups_of_people
 
 
-# The wordings in which people are asked.
+# Wordings of questions about a person: in no biography, only in those of others, and in those of the person.
 NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 ASKED = 300  # people of each group, and as many others
-OTHERS = "others"  # people who were never told of, in what is recalled
-IN_TEXT = "told, in a text"  # asked behind the tokens of another text, as most biographies stand in training
+OTHERS = "others"  # people without biographies, a group in the results
+IN_TEXT = "told, in a text"  # asked after the tokens of another text, as most biographies appear in training
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
-    Trains a model and measures it: losses of held-out texts, and what it recalls of each group of people in each wording.
-    Some people are asked behind another text too, as a control.
+    Train a model and measure it: losses of held-out texts, and what it recalls of each group of people in each
+    wording. For some people, the question also follows another text, as a control.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -63,9 +63,9 @@ def recall(
     batch_size: int = 64,
 ) -> dict[str, dict[str, Any]]:
     """
-    What a model says of each attribute of people, asked in a wording and behind the end of a text, of which the tokens
-    `before` are shown: the share that greedy decoding gets right (`recalled`), which of the people are `right`, a digit for
-    each, and the `bits` of a person that it knows, the entropy of the attribute minus the model's
+    Ask a model for each attribute of people, in one wording and after the tokens `before` of another text. Returns for
+    each attribute the share that greedy decoding gets right (`recalled`), the people that it gets `right` (a digit for
+    each), and the `bits` per person that it knows: the entropy of the attribute minus the mean over people of
     `-log2 p(answer | question)`, not clipped.
     """
     shares, bits, right_of_each = {}, {}, {}
@@ -76,7 +76,7 @@ def recall(
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 width = max(len(tokens) for tokens, _ in batch)
-                # Behind an answer nothing is asked: what stands there does not matter.
+                # The padding after an answer does not matter, as nothing is asked there.
                 padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
                 for own, (tokens, begin) in zip(model(padded).logits.log_softmax(-1), batch, strict=True):
                     own, answer = own[begin - 1 : len(tokens) - 1], torch.tensor(tokens[begin:])
@@ -99,7 +99,7 @@ def ask(tokenizer, person, attribute, wording=NEVER_TRAINED, before=()):
 
 def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, Any]]:
     """
-    Nats per token of each text, over all of a sequence and over its second half, and of the latter in each sequence.
+    The loss of each text in nats per token: over all of a sequence, over its second half, and the latter by sequence.
     """
     found = {}
     with evaluation(model):

@@ -19,19 +19,19 @@ from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
 
 
 WORDINGS = (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)
-DRAWS = 2000  # of people, for intervals
-LEAST = 0.02  # above others, of which dense is a divisor
+DRAWS = 2000  # bootstrap draws of people, for intervals
+LEAST = 0.02  # recall above others below which dense is no divisor of a ratio
 
 
 def trainings(results: Results) -> list[dict[str, Any]]:
-    """The runs that are no trials, dense first."""
+    """The runs that are not trials, dense first."""
     return sorted(
         (run for run in results.values() if not run.get("is_trial")), key=lambda run: (run["arm"], run["seed"])
     )
 
 
 def groups_of(run: dict[str, Any]) -> list[int]:
-    """How many biographies there are of each person of a group, the most first."""
+    """The number of biographies per person in each group, the largest first."""
     return [int(group) for group in run["recall"] if group != OTHERS]
 
 
@@ -41,17 +41,17 @@ def share(run: dict[str, Any], group: str, wording: str) -> float:
 
 
 def read_of(run: dict[str, Any], told: int) -> float:
-    """How many of the biographies of a person a training has read."""
+    """How many biographies of a person a training has read on average, if there are `told` of them."""
     return told * run["steps"] * TOKENS_PER_STEP / (run["training"]["train_samples"] * BLOCK)
 
 
 def perplexity(run: dict[str, Any], part: str) -> float:
-    """The geometric mean over the texts of other sources."""
+    """The geometric mean of perplexity over the texts of other sources."""
     return exp(mean(run["losses"][each][part] for each in HELD_OUT_TEXTS))
 
 
 def below(run: dict[str, Any], dense: dict[str, Any]) -> str:
-    """How far the perplexity of the second half is below that of dense, with an interval of 95 % over the sequences."""
+    """How far the perplexity of second halves is below that of dense, with a 95 % interval over the sequences."""
     pairs = [
         [np.array(each["losses"][text]["second half of each"]) for each in (dense, run)] for text in HELD_OUT_TEXTS
     ]
@@ -64,8 +64,8 @@ def below(run: dict[str, Any], dense: dict[str, Any]) -> str:
 
 def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
     """
-    What is recalled of all, the mean over the groups, less what is recalled of people who were never told of; then the
-    same with people drawn anew, the same ones for each run: `(1 + DRAWS,)`.
+    The share recalled, as a mean over groups, minus the share of people without biographies. Then the same for each
+    bootstrap draw of people, which all runs share: `(1 + DRAWS,)`.
     """
     generator = np.random.default_rng(0)
     shares = {}
@@ -77,7 +77,7 @@ def above_others(run: dict[str, Any], wording: str) -> np.ndarray:
 
 
 def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str:
-    """How many times as much as dense a model recalls, with an interval of 95 %, or at least if dense recalls little."""
+    """How many times as much as dense a model recalls, with a 95 % interval; a lower bound if dense recalls little."""
     own, others = above_others(run, wording), above_others(dense, wording)
     if max(own[0], others[0]) < LEAST:
         return "neither recalls them"
@@ -89,7 +89,7 @@ def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str
 
 
 def all_table(results: Results) -> list[list[str]]:
-    """What is recalled of all people, above others, and how many times dense that is."""
+    """Table of what is recalled of all people, above others, and of its ratio to dense."""
     rows = [["recalled of all, above others", "seed", "rate", *WORDINGS]]
     rows[0] += [f"times dense, {each}" for each in WORDINGS[:2]]
     dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
@@ -116,7 +116,7 @@ def groups_table(results: Results) -> list[list[str]]:
 
 
 def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
-    """How well text is read, and by how much training."""
+    """Table of the perplexities of texts, and of the amount of training."""
     rows = [["", "seed", "parameters, M", "rate", "weights", "steps", "seconds", "perplexity", "of the second half"]]
     for run in trainings(results):
         cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
@@ -136,7 +136,7 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
 
 
 def trials_table(results: Results) -> list[list[str]]:
-    """The trials of weights, which were made before the first trainings alone."""
+    """Table of the trials of initializations, which were made before the first trainings only."""
     rows = [["trials", "rate", "weights", "nats of held-out text", "seconds of a step"]]
     for run in results.values():
         if run.get("is_trial"):

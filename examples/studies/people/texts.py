@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Real text with the biographies of invented people among it."""
+"""Real text mixed with the biographies of invented people."""
 
 from itertools import islice
 from pathlib import Path
@@ -21,12 +21,12 @@ VOCABULARY = 8192  # tokens of the tokenizer
 BLOCK = 1024  # tokens of a sequence
 CHARACTERS = 17_000_000  # of real text
 NUM_HELD_OUT = 64  # sequences of each held-out text
-# Biographies of each person of a group, and people of it: each group has as many biographies.
+# Biographies per person, and people, of each group. All groups have the same number of biographies.
 GROUPS = {768: 50, 192: 200, 48: 800}
 
 
 def groups_of_people() -> dict[int, list[Person]]:
-    """The people of each group, by how many biographies there are of each."""
+    """The people of each group, by the number of biographies per person."""
     people = iter(draw_people(sum(GROUPS.values()), seed=0))
     return {told: list(islice(people, number)) for told, number in GROUPS.items()}
 

@@ -9,7 +9,7 @@ product-key memories, at equal compute and at equal time.
     ./run study recipe --ngrams              # what n-grams of as many tokens predict, in minutes
     ./run study recipe --results examples/studies/recipe/results.json    # goes on from these runs
 
-run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
+run_clm.py trains each model, in a process of its own. After an interruption, the same command resumes. Each run is a
 file in --output_dir; `results.json` there sums them up, and tables and plots are made from it.
 """
 
@@ -51,7 +51,7 @@ PLAN = Path(__file__).parent / "plans" / "two-cores.json"
 
 @dataclass
 class RecipeArguments(TrainingStudyArguments):
-    """See [`TrainingStudyArguments`], and for how long."""
+    """See [`TrainingStudyArguments`]; in addition, for how long to make runs."""
 
     plan: str = field(default=str(PLAN), metadata={"help": "Plan of the study, a JSON file."})
     output_dir: str = field(default="runs/recipe", metadata={"help": "Output folder."})
@@ -65,7 +65,7 @@ class RecipeArguments(TrainingStudyArguments):
 
 
 def run_study(study: Study) -> None:
-    """Makes all runs that have no result yet, as far as the plan has what was found: first the search."""
+    """Make all runs that have no result yet: first the search, then the rest once the plan has the recipe."""
     plan = study.plan
     study.make(list(screening_runs(plan).values()), "Screening")
     study.make(search_runs(plan), "Search")
@@ -100,8 +100,8 @@ def compare(study: Study, best: dict[str, Run], budget: float) -> dict[str, Run]
 
 def compare_at_equal_seconds(study: Study) -> None:
     """
-    Makes runs for the seconds of dense: of the recipe with the trials that it may have there, then of dense and the recipe
-    at several sizes, and of the best ones.
+    Make the runs that train for the seconds of dense: the recipe with each of its trials for them, then dense and the
+    recipe at several sizes, and the best ones with all seeds.
     """
     study.seconds()
     results = study.all_results()
@@ -117,7 +117,7 @@ def _together(lists):
 
 
 def _seed_by_seed(runs):
-    """All variants with the first seed, then with the next, so that what there is can be compared at any time."""
+    """All variants with the first seed, then with the next, so that finished runs can be compared at any time."""
     return sorted(_together(runs.values()), key=lambda run: run.seed)
 
 

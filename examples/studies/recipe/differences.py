@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The statistics of the recipe study: paired differences and effects of factors, with their intervals, and the size that a
-dense model would need.
+The statistics of the recipe study: paired differences and effects of factors, with their intervals, and the size that
+a dense model would need.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 DRAWS = 10_000
 
-# The 97.5 % points of Student's t by degrees of freedom: of so few seeds a bootstrap would give intervals too narrow.
+# The 97.5 % points of Student's t by degrees of freedom: bootstrap intervals over so few seeds would be too narrow.
 T_QUANTILES = {
     2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179,
     13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093, 20: 2.086, 21: 2.080, 22: 2.074,
@@ -25,11 +25,11 @@ T_QUANTILES = {
 @dataclass
 class Difference:
     """
-    By which share the perplexity of runs is below that of others with the same seeds.
+    The share by which the perplexity of runs is below that of others with the same seeds.
 
     Args:
-        share (`float`): That share, of the geometric means over texts.
-        error (`float`): Standard error of the mean difference of the losses, over seeds and documents; NaN with one seed.
+        share (`float`): This share, for geometric means of perplexity over texts.
+        error (`float`): Standard error of the mean difference of losses, over seeds and documents; NaN with one seed.
         low, high (`float`): Ends of its 95 % interval; NaN with fewer than three seeds.
     """
 
@@ -52,9 +52,9 @@ def below(
     """
     Compares runs with others, seed by seed and sequence by sequence.
 
-    The variance of the mean difference is that over seeds, plus that over documents by bootstrap: each draw takes in
-    each text as many documents as there are, with replacement and with all of their sequences. The interval has the
-    quantiles of Student's t for the number of seeds. The texts are those that they are.
+    The variance of the mean difference is that over seeds, plus that over documents by bootstrap: each draw takes as
+    many documents of each text as it has, with replacement and with all of their sequences. The interval has the
+    quantiles of Student's t for the number of seeds. The choice of texts adds no variance.
 
     Args:
         losses, others (`list[dict]`): For each seed, the losses of all sequences of each text, in nats per token.
@@ -88,7 +88,7 @@ def below(
 
 
 def _means_over_documents(values, documents, draws, generator):
-    """Means of the values of sequences, of documents that are drawn with replacement, `[draws]`."""
+    """Means of `values` over the sequences of documents that are drawn with replacement, of shape `(draws,)`."""
     _, places, counts = np.unique(np.asarray(documents), return_inverse=True, return_counts=True)
     times = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
     return times @ np.bincount(places, values) / (times @ counts)
@@ -96,7 +96,7 @@ def _means_over_documents(values, documents, draws, generator):
 
 def factor_effects(losses: Sequence[float], levels: Sequence[dict[str, bool]]) -> dict[str, Difference]:
     """
-    By which share perplexity is below with each factor, beside all others, by least squares; the error is that of the
+    Estimate the share by which each factor lowers perplexity, by least squares with all factors. Errors come from the
     residuals. Runs that diverged, whose loss is not finite, are left out.
 
     Args:

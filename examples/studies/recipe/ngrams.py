@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What n-grams predict of the texts of the study, of as many tokens as its models."""
+"""Prediction of the study's texts by n-grams that are counted on as many tokens as its models read."""
 
 from math import exp
 from statistics import mean
@@ -17,7 +17,7 @@ from studies.common.training_plan import CORPUS
 from studies.recipe.study import Study
 
 
-# As many as the dense models of the comparison were trained on, by training FLOPs.
+# The number of tokens that the dense models of the comparison were trained on, by training FLOPs.
 TOKENS = {"2e13": 2685 * 2048, "1e14": 9872 * 2048}
 
 

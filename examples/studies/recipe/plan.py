@@ -26,16 +26,16 @@ from studies.common.training_plan import (
 # The variant that the search ends with.
 RECIPE = "recipe"
 
-# Groups of changes of a variant, see `Run.ablation`: the trial of the tuning, the number of experts, what is searched.
+# Groups of changes of a variant, see `Run.ablation`: trials of the tuning, numbers of experts, factors, and exponents.
 TUNING, NUM_EXPERTS, FACTORS, EXPONENT = "tuning", "num_experts", "factors", "exponent"
 
-# The factor of a design that tells its two seeds apart.
+# The factor of a design that distinguishes its two seeds.
 BLOCK = "seed"
 
-# The training argument that the learning rate of the output tables is multiplied by.
+# The training argument that multiplies the learning rate of the output tables.
 DOWN_RATE = "down_proj_lr_multiplier"
 
-# What the learning rate may be divided by at a larger size: the power of the ratio of sizes with one of these exponents.
+# At a larger size, the learning rate may be divided by the ratio of sizes to the power of one of these exponents.
 EXPONENTS = (1.0, 0.5, 0.0)
 
 # The first seed of the comparison: nothing was chosen with it or those after it.
@@ -46,8 +46,8 @@ FIRST_SEED = 3
 class RecipePlan(TrainingPlan):
     """
     What the study compares. It is read from a JSON file, such as `plans/two-cores.json`. A variant may have a
-    `parent`, another variant of which it has everything that it does not change, and a `trial`: what no flag of
-    run_clm.py gives, see trials.py.
+    `parent`, another variant from which it inherits everything that it does not change, and a `trial`: settings that
+    no flag of run_clm.py gives, see trials.py.
 
     Args:
         training_texts, evaluation_texts, block_size, batch_size, eval_sequences, training, fields, variants:
@@ -56,32 +56,32 @@ class RecipePlan(TrainingPlan):
         hidden_size (`int`): Size of the models of search and tuning.
         learning_rate (`float`): Learning rate of the search.
         screened (`list[str]`): Variants that are compared with their parents with one seed.
-        factors (`dict[str, dict]`): What may be added to a variant, by names: see [`with_factors`].
+        factors (`dict[str, dict]`): Changes that may be added to a variant, by their names, see [`with_factors`].
         designs (`list[dict]`):
-            Experiments of the search, in their order: the `variant` to which the `factors` of these names are added, the
-            number of `runs` of the design, each factor present in half of them, the `seeds` of which the runs are made,
-            1, 2 or both, and the `bar` at which a factor is adopted: `"interval"`, which must exclude zero besides a mean of
-            one percent, or the `"mean"` alone.
+            Experiments of the search, in order. Each has the `variant` to which the named `factors` are added, the
+            number of `runs` (each factor is present in half of them), the `seeds` of the runs that are made (1, 2 or
+            both), and the `bar` for adopting a factor. With `"mean"`, its mean effect must be at least one percent;
+            with `"interval"`, the interval must also exclude zero.
         trials (`dict[str, list[dict]]`):
-            For each variant that is compared, learning rates and further changes to choose from: equally many. At
-            another size the learning rate is divided by what the size is multiplied by; at a larger one that to the power
-            of one of `exponents`, and the learning rate of the output tables of experts and memories stays what it is.
+            For each compared variant, learning rates and further changes to choose from, equally many for all. At
+            another size, the learning rate is divided by the ratio of sizes. At a larger size, the ratio has the
+            exponent of the variant in `exponents`, and the output tables of experts and memories keep their rate.
         transfer_size (`int`, *optional*):
-            Larger size at which dense and the recipe are tried by each of the `EXPONENTS`.
+            Larger size at which dense and the recipe are tried with each of the `EXPONENTS`.
         exponents (`dict[str, float]`):
-            By variant, the exponent of the ratio of sizes by which the learning rate is divided at larger ones, where it
-            is not 1: what [`choose_rate`] found at the `transfer_size`, once that is known.
+            For each variant, the exponent of the ratio of sizes at larger sizes, if it is not 1. It is what
+            [`choose_rate`] found at the `transfer_size`, once that is known.
         hidden_sizes (`dict[str, list[list[int]]]`):
-            For each variant and budget, sizes to choose from; none for a variant that a budget is not spent on.
+            For each variant and budget, sizes to choose from; none if the variant is not trained at this budget.
         timed_trials (`list[int]`):
-            Trials of the recipe, by their numbers from 0. Which of them is compared at equal seconds is chosen at the last
+            Indices of trials of the recipe. One of them is chosen for the comparison at equal seconds: at the last
             budget, at the size of dense and for its seconds.
         sizes_at_equal_seconds (`list[int]`):
             Sizes, of those of dense at the last budget, at which dense and the recipe are compared at equal seconds.
         seeds (`dict[str, list[int]]`): For each variant and budget, the number of seeds that figures are means over.
         dense_sizes (`list[int]`): Sizes of dense models that are trained on as many tokens as the recipe.
         nums_experts (`list[int]`): Numbers of experts that the recipe is tried with.
-        later_runs (`list[dict]`): Runs with rates that were tried when all others were known, and that choose nothing.
+        later_runs (`list[dict]`): Runs with rates that were tried after all others. Nothing is chosen by them.
     """
 
     budgets: list[float]
@@ -102,7 +102,7 @@ class RecipePlan(TrainingPlan):
     later_runs: list[dict[str, Any]] = field(default_factory=list)
 
     def lineage(self, variant: str) -> list[dict[str, Any]]:
-        """What each of the parents of a variant has, the first of them first, and the variant itself."""
+        """The changes of all ancestors of a variant, the oldest first, and of the variant itself."""
         names, name = [], variant
         while name is not None:
             names.insert(0, name)
@@ -110,7 +110,7 @@ class RecipePlan(TrainingPlan):
         return [self.variants[name] for name in names]
 
     def own_changes(self, run: Run) -> dict[str, Any]:
-        """What its variant and its parents have, its factors, and what is tuned."""
+        """The changes of a run: those of its variant and its ancestors, of its factors, and of its tuning."""
         changes = merge_changes(*self.lineage(run.variant), self.tuned_changes(run))
         changes = with_factors(changes, [self.factors[name] for name in factors_of(run)])
         if run.hidden_size > self.hidden_size:
@@ -119,7 +119,7 @@ class RecipePlan(TrainingPlan):
         return {name: value for name, value in changes.items() if name not in ("parent", "trial")}
 
     def tuned_changes(self, run: Run) -> dict[str, Any]:
-        """What the trial of a run changes, and its number of experts if that is varied, but for the learning rate."""
+        """The changes of a run's trial, without the learning rate, and its number of experts if that is varied."""
         if run.ablation is None or run.ablation[0] == FACTORS:
             return {}
         trials = self.trials[run.variant]
@@ -137,7 +137,7 @@ class RecipePlan(TrainingPlan):
         return self.exponents.get(run.variant, 1.0) if run.hidden_size > self.hidden_size else 1.0
 
     def trial_of(self, run: Run) -> dict[str, Any]:
-        """What is tried in the training of a run that no flag gives."""
+        """Settings of the training of a run that no flag of run_clm.py gives, see trials.py."""
         parts = [*self.lineage(run.variant), *(self.factors[name] for name in factors_of(run))]
         return {name: value for each in parts for name, value in each.get("trial", {}).items()}
 
@@ -150,9 +150,9 @@ def factors_of(run: Run) -> list[str]:
 
 def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    Changes of a named configuration with those of several factors, which do not replace each other: fields in `times`
-    are multiplied, "peer" is also in the `blocks` of each, and then `feed_forward` replaces "peer" in
-    `feed_forward_types`, wherever these are.
+    Add the changes of several factors to those of a named configuration, so that factors do not replace each other:
+    fields in `times` are multiplied, and "peer" is set in the `blocks` of each factor. Then `feed_forward` replaces
+    every "peer" in `feed_forward_types`.
     """
     if not factors:
         return changes
@@ -171,9 +171,9 @@ def with_factors(changes: dict[str, Any], factors: list[dict[str, Any]]) -> dict
 
 def with_kept_down_rate(changes: dict[str, Any], times: float) -> dict[str, Any]:
     """
-    Changes of a named configuration for a model whose learning rate is divided by a factor, as it is wider: with what keeps
-    that of the output tables. A row of these is added to hidden states as an embedding is, and its learning
-    rate, as theirs, does not depend on the width (Yang et al., arXiv 2203.03466, table 3).
+    Changes of a named configuration for a wider model whose learning rate is divided by `times`, such that the output
+    tables keep their rate. A row of these tables is added to hidden states like an embedding, and like that of
+    embeddings, its learning rate does not depend on the width (Yang et al., arXiv 2203.03466, table 3).
     """
     training = changes.get("training", {})
     if (multiplier := training.get(DOWN_RATE)) is None:
@@ -195,10 +195,10 @@ def screening_runs(plan: RecipePlan) -> dict[str, Run]:
 
 def factor_levels(names: Iterable[str], num_runs: int) -> list[dict[str, bool]]:
     """
-    A two-level design of resolution IV in 16 or 32 runs, halved by `BLOCK`: no effect of a factor is mixed up with that
-    of another or of two others together. The levels of the first four or five factors are all that there are; those of
-    each further one are the products of three or of all five (Box, Hunter & Hunter, "Statistics for Experimenters",
-    chapter 6).
+    A two-level design of resolution IV in 16 or 32 runs, halved by `BLOCK`: the effect of a factor is not confounded
+    with that of another factor or with an interaction of two others. The first four or five factors have all
+    combinations of levels. The levels of each further factor are the products of those of three of them, or of all
+    five (Box, Hunter & Hunter, "Statistics for Experimenters", chapter 6).
     """
     number = num_runs.bit_length() - 1
     words = [word for size in (1, 5, 3) for word in combinations(range(number), size)]
@@ -212,7 +212,7 @@ def factor_levels(names: Iterable[str], num_runs: int) -> list[dict[str, bool]]:
 
 
 def design_runs(plan: RecipePlan, design: dict[str, Any]) -> list[Run]:
-    """The runs of one of the `designs`, with seed 1 in one half and 2 in the other, as far as it has these seeds."""
+    """The runs of a design, with seed 1 in one half and 2 in the other; only those with a seed in its `seeds`."""
     runs = []
     for levels in factor_levels(design["factors"], design["runs"]):
         seed = 2 if levels.pop(BLOCK) else 1
@@ -230,8 +230,8 @@ def search_runs(plan: RecipePlan) -> list[Run]:
 
 def tuning_runs(plan: RecipePlan) -> dict[str, list[Run]]:
     """
-    The runs of the tuning by variant, one for each trial, with the first seed. A trial that has a learning rate alone
-    is a run of the search, if it has the rate of the search. A trial without others need not be made.
+    The runs of the tuning by variant, one for each trial, with the first seed. A trial that only has a learning rate,
+    the one of the search, is the same run as in the search. The only trial of a variant need not be made.
     """
     return {
         variant: [_run_of_trial(plan, variant, index) for index in range(len(trials))]
@@ -269,7 +269,7 @@ def _rounded(rate):
 
 
 def choose(runs: list[Run], results: dict[str, dict]) -> Run:
-    """The run with the lowest loss on the held-out part of the training texts. One without others needs no result."""
+    """The run with the lowest loss on the held-out part of the training texts. A single run needs no result."""
     return runs[0] if len(runs) == 1 else min(runs, key=lambda run: corpus_loss(results[run.name]))
 
 
@@ -283,7 +283,7 @@ def tuned(plan: RecipePlan, results: dict[str, dict]) -> dict[str, Run]:
 
 
 def transfer_runs(plan: RecipePlan, best: dict[str, Run]) -> dict[str, list[Run]]:
-    """Dense and the recipe at the `transfer_size`, by each of the `EXPONENTS`; none if the plan has no such size."""
+    """Dense and the recipe at the `transfer_size`, with each of the `EXPONENTS`; none if the plan has no such size."""
     if plan.transfer_size is None:
         return {}
     return {
@@ -293,7 +293,7 @@ def transfer_runs(plan: RecipePlan, best: dict[str, Run]) -> dict[str, list[Run]
 
 
 def transfer_runs_beyond(plan: RecipePlan, best: dict[str, Run], results: dict[str, dict]) -> dict[str, Run]:
-    """For each variant for which the first or the last of the `EXPONENTS` is best, a run by an exponent beyond it."""
+    """For each variant whose best exponent is the first or the last of the `EXPONENTS`, a run with one beyond it."""
     beyond = {}
     for variant, runs in transfer_runs(plan, best).items():
         index = runs.index(choose(runs, results))
@@ -305,8 +305,8 @@ def transfer_runs_beyond(plan: RecipePlan, best: dict[str, Run], results: dict[s
 
 def choose_rate(runs: list[Run], results: dict[str, dict]) -> Run:
     """
-    Of runs with several learning rates, that with the lowest of those whose perplexity is within one percent of the
-    best: larger budgets train for longer, where lower rates are better.
+    The run with the lowest learning rate among those whose perplexity is within one percent of the best. Larger
+    budgets train for longer, where lower rates are better.
     """
     losses = {run: corpus_loss(results[run.name]) for run in runs}
     level = [run for run in runs if losses[run] <= min(losses.values()) + math.log(1.01)]
@@ -315,7 +315,7 @@ def choose_rate(runs: list[Run], results: dict[str, dict]) -> Run:
 
 def _run_of_exponent(plan, best, exponent):
     ablation = best.ablation
-    if DOWN_RATE in plan.own_changes(best).get("training", {}):  # what that has to be depends on the exponent
+    if DOWN_RATE in plan.own_changes(best).get("training", {}):  # its value depends on the exponent
         ablation = (EXPONENT, f"{exponent:g}" if ablation is None else f"{exponent:g}, {ablation[1]}")
     rate = _rate_at(best, plan.transfer_size, exponent)
     return run_of_budget(best.variant, plan.transfer_size, plan.budgets[0], rate, plan, ablation)
@@ -326,26 +326,26 @@ def _rate_at(best, hidden_size, exponent):
 
 
 def run_of_size(best: Run, hidden_size: int, budget: float, plan: RecipePlan) -> Run:
-    """A run of another size with the trial that a variant was tuned to, and its learning rate by the rule."""
+    """The run of a variant at another size, with the trial of `best` and its learning rate by the plan's rule."""
     rate = _rate_at(best, hidden_size, plan.exponent_of(replace(best, hidden_size=hidden_size)))
     return run_of_budget(best.variant, hidden_size, budget, rate, plan, best.ablation)
 
 
 def size_runs(plan: RecipePlan, best: Run, budget: float) -> list[Run]:
-    """The runs of a variant at each size of a budget, with the first seed. A size without others need not be made."""
+    """The runs of a variant at each size of a budget, with the first seed. A single size need not be made."""
     return [
         run_of_size(best, size, budget, plan) for size in plan.hidden_sizes[best.variant][plan.budgets.index(budget)]
     ]
 
 
 def runs_by_size(plan: RecipePlan, best: dict[str, Run], budget: float) -> dict[str, list[Run]]:
-    """[`size_runs`] of each variant that a budget is spent on."""
+    """[`size_runs`] of each variant that is trained at a budget."""
     sizes = {variant: size_runs(plan, run, budget) for variant, run in best.items()}
     return {variant: runs for variant, runs in sizes.items() if runs}
 
 
 def compared_runs(plan: RecipePlan, chosen: Run, budget: float) -> list[Run]:
-    """The run of the size that was chosen, with seeds that nothing was chosen with."""
+    """The run of the chosen size, with seeds by which nothing was chosen."""
     return with_seeds([chosen], _seeds_of_the_comparison(plan, chosen.variant, budget))
 
 
@@ -359,7 +359,7 @@ def timed_trials(plan: RecipePlan) -> list[Run]:
 
 
 def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[Run], float]) -> list[Run]:
-    """Each of [`timed_trials`] at the size of a run of dense, for as many steps as take the seconds of that."""
+    """Each of [`timed_trials`] at the size of a dense run, with as many steps as take the seconds of that run."""
     runs = [run_of_size(trial, dense.hidden_size, plan.budgets[-1], plan) for trial in timed_trials(plan)]
     return [run_of_seconds(run, dense, step_seconds) for run in runs]
 
@@ -367,7 +367,7 @@ def runs_of_timed_trials(plan: RecipePlan, dense: Run, step_seconds: Callable[[R
 def runs_of_widths(
     plan: RecipePlan, best: dict[str, Run], dense: Run, step_seconds: Callable[[Run], float]
 ) -> dict[str, list[Run]]:
-    """Dense and the recipe at `sizes_at_equal_seconds`, for as many steps as take the seconds of a run of dense."""
+    """Dense and the recipe at `sizes_at_equal_seconds`, with as many steps as take the seconds of a dense run."""
     return {
         variant: [
             run_of_seconds(run_of_size(best[variant], size, plan.budgets[-1], plan), dense, step_seconds)
@@ -378,7 +378,7 @@ def runs_of_widths(
 
 
 def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
-    """The recipe by its number of experts, for as many steps, with the seeds of the comparison."""
+    """The recipe by its number of experts, for the same number of steps, with the seeds of the comparison."""
     own, trial = changed_fields(best, plan)["num_experts"], "" if best.ablation is None else f", {best.ablation[1]}"
     seeds = _seeds_of_the_comparison(plan, RECIPE, plan.budgets[0])
     changed = {number: replace(best, ablation=(NUM_EXPERTS, f"{number}{trial}")) for number in plan.nums_experts}
@@ -386,7 +386,7 @@ def expert_runs(plan: RecipePlan, best: Run) -> dict[int, list[Run]]:
 
 
 def dense_runs(plan: RecipePlan, best: Run, tokens_of: Run) -> list[Run]:
-    """Dense models of several sizes on the tokens of another run, with its seed."""
+    """Dense models of several sizes, trained on the tokens of another run and with its seed."""
     return [
         replace(run_of_steps(run_of_size(best, size, plan.budgets[0], plan), tokens_of.steps), seed=tokens_of.seed)
         for size in plan.dense_sizes

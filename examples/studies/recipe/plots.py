@@ -21,7 +21,7 @@ from studies.recipe.results import Results
 
 
 def plot_search(results: Results, file: Path) -> bool:
-    """By how much perplexity on the corpus is below with each factor of the designs of the search."""
+    """Plot by how much each factor of the designs of the search lowers perplexity on the corpus."""
     made = [(design, effects) for design in results.plan.designs if (effects := results.effects(design))]
     if not made:
         return False
@@ -50,7 +50,7 @@ def _draw_effects(design: dict[str, Any], effects: dict[str, Difference], axes: 
 
 
 def plot_comparison(results: Results, file: Path) -> bool:
-    """Below dense with intervals, at equal compute of each budget and at equal seconds; and perplexity at each width."""
+    """Plot perplexity below dense, at equal compute and at equal seconds, and perplexity at each width."""
     budgets = results.plan.budgets
     compared = {f"equal FLOPs,\n{budget_name(budget)}": results.compared(budget) for budget in budgets}
     compared[f"equal seconds, those of\ndense for {budget_name(budgets[-1])} FLOPs"] = (
@@ -112,7 +112,7 @@ def _draw_widths(results: Results, by_width: dict[str, list[Run]], axes: Axes) -
 
 
 def plot_capacity(results: Results, file: Path) -> bool:
-    """The recipe by its number of experts, and beside dense models by their size, on the same tokens."""
+    """Plot the recipe against its number of experts, and dense models of several sizes trained on the same tokens."""
     numbers, sizes = results.by_num_experts(), results.dense_sizes()
     draw = ([partial(_draw_experts, results, numbers)] if numbers else []) + (
         [partial(_draw_sizes, results, *sizes)] if sizes else []
@@ -143,7 +143,7 @@ def _draw_sizes(results: Results, recipe: Run, runs: list[Run], axes: Axes) -> N
         look = look_of(variant)
         axes.plot(sizes, results.losses(own), look.marker, color=look.color, label=look.label)
     sizes = np.geomspace(*(results.active_parameters(run) for run in (runs[0], runs[-1])), 100)
-    with suppress(ValueError):  # the points tell why there is no curve
+    with suppress(ValueError):  # without a curve, the points show why
         fitted = results.dense_curve().loss_of(sizes)
         axes.plot(sizes / 1e6, fitted, color=look_of(DENSE).color, linewidth=1, label="a curve through dense")
     axes.set_xscale("log")

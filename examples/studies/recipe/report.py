@@ -48,7 +48,7 @@ def table_of_the_screening(results: Results) -> str:
 
 
 def table_of_a_design(results: Results, design: dict[str, Any]) -> str:
-    """Table of the effects of the factors of a design, on the corpus alone: the five texts choose nothing."""
+    """Table of the effects of the factors of a design, on the corpus only: nothing is chosen by the five texts."""
     if not (effects := results.effects(design)):
         return ""
     number, variant = len(design_runs(results.plan, design)), design["variant"]
@@ -59,12 +59,12 @@ def table_of_a_design(results: Results, design: dict[str, Any]) -> str:
 
 
 def is_adopted(effect: Difference, bar: str) -> bool:
-    """The rule of the page: below by at least one percent, and with the bar "interval" this excludes zero."""
+    """Whether a factor is adopted: an effect of at least 1 % and, for the bar "interval", an interval above zero."""
     return effect.share >= 0.01 and (bar == "mean" or effect.low > 0)
 
 
 def table_of_trials(results: Results) -> str:
-    """Table of the held-out losses of all trials, with the learning rate of the best."""
+    """Table of the held-out perplexities of all trials, with the learning rate of the best."""
     runs = runs_to_tune(results.plan)
     if not results.best or not runs:
         return ""
@@ -85,7 +85,7 @@ def table_of_trials(results: Results) -> str:
 
 
 def table_of_rates(results: Results) -> str:
-    """Table of the held-out losses of dense and the recipe at another size, by the exponent of their learning rate."""
+    """Table of held-out perplexities of dense and the recipe at another size, by the exponent of the learning rate."""
     if not (runs := results.compared_rates()):
         return ""
     (size,) = {run.hidden_size for own in runs.values() for run in own}
@@ -101,7 +101,7 @@ def table_of_rates(results: Results) -> str:
 
 
 def table_of_sizes(results: Results, budget: float) -> str:
-    """Table of the held-out losses of all sizes at a budget, of variants that have a choice of them."""
+    """Table of the held-out perplexities of all sizes at a budget, for variants with several sizes."""
     chosen = results.chosen(budget)
     if not chosen:
         return ""
@@ -164,7 +164,7 @@ def table_of_seeds(results: Results, budget: float) -> str:
 
 
 def _table_of_seeds(results, head, runs):
-    """A mean over seeds does not show whether models of a variant are of several kinds."""
+    """Table of each seed. A mean would not show whether the models of a variant fall into several groups."""
     by_seed = {variant: {run.seed: run for run in own} for variant, own in runs.items()}
     seeds = sorted({seed for own in by_seed.values() for seed in own})
     if len(seeds) < 2:
@@ -191,8 +191,8 @@ def table_of_parts(results: Results, budget: float) -> str:
 
 def table_of_seconds(results: Results) -> str:
     """
-    Tables of dense and the recipe for equal seconds: with each trial that the recipe may have and at each width, with one
-    seed, and at the best width of each, also by seed.
+    Tables of dense and the recipe at equal seconds: each trial of the recipe and each width with one seed, and the
+    best width of each with several seeds, also by seed.
     """
     tables = []
     if results.best_at_equal_seconds and len(results.plan.timed_trials) > 1:
@@ -227,7 +227,7 @@ def _row_of_seconds(results, runs, ahead):
 
 
 def table_of_experts(results: Results) -> str:
-    """Table of the recipe by its number of experts, with the same seeds, each against the next fewer."""
+    """Table of the recipe by its number of experts, with the same seeds, each compared with the next lower number."""
     if not (runs := results.by_num_experts()):
         return ""
     fewer = None
@@ -250,7 +250,7 @@ def table_of_experts(results: Results) -> str:
 
 
 def table_of_dense_sizes(results: Results) -> str:
-    """Table of dense models on the tokens of the recipe, and the size on their curve that predicts as well."""
+    """Table of dense models trained on the tokens of the recipe, and the dense size that would predict as well."""
     if (found := results.dense_sizes()) is None:
         return ""
     recipe, runs = found
@@ -277,7 +277,7 @@ def _size_of_the_recipe(results, recipe, runs):
 
 
 def describe(results: Results) -> str:
-    """The tables of what has been made, under headings."""
+    """The tables of all finished runs, under headings."""
     plan, best = results.plan, results.best
     tables_of_a_budget = (table_of_the_comparison, table_of_seeds, table_of_parts)
     tables = {

@@ -74,8 +74,8 @@ class Results:
 
     def compared_rates(self) -> dict[str, list[Run]]:
         """
-        The runs of dense and the recipe at the `transfer_size`, with that beyond the end if there is one; empty before all
-        of them are made.
+        The runs of dense and the recipe at the `transfer_size`, with the one beyond the `EXPONENTS` if there is one;
+        empty before all of them are made.
         """
         runs = transfer_runs(self.plan, self.best) if self.best else {}
         if not self.are_made(run for own in runs.values() for run in own):
@@ -93,7 +93,7 @@ class Results:
         return {variant: choose(runs, self.runs) for variant, runs in sizes.items()}
 
     def compared(self, budget: float) -> dict[str, list[Run]]:
-        """The runs of each variant whose runs that are compared at a budget have all been made."""
+        """The runs that are compared at a budget, for each variant whose runs are all made."""
         runs = {variant: compared_runs(self.plan, run, budget) for variant, run in self.chosen(budget).items()}
         return {variant: own for variant, own in runs.items() if self.are_made(own)}
 
@@ -117,16 +117,16 @@ class Results:
         return sorted({self.dense_of_seconds().hidden_size, *self.plan.sizes_at_equal_seconds})
 
     def dense_of_seconds(self) -> Run:
-        """Dense as it is compared at the last budget, with the first seed: its seconds are those of other runs."""
+        """The dense run of the last budget, with the first seed. Other runs train for the same seconds."""
         return self.chosen(self.plan.budgets[-1])[DENSE]
 
     def runs_of_timed_trials(self) -> list[Run]:
-        """The recipe with each of the trials of which one is compared at equal seconds, for the seconds of dense."""
+        """The recipe with each trial that may be compared at equal seconds, trained for the seconds of dense."""
         return runs_of_timed_trials(self.plan, self.dense_of_seconds(), self.step_seconds)
 
     @property
     def best_at_equal_seconds(self) -> dict[str, Run]:
-        """Dense and the recipe with the best trials for equal seconds; empty before these and all step times are known."""
+        """Dense and the recipe with the best trials for equal seconds; empty before these and step times are known."""
         if not self.timed_sizes() or not self._are_timed():
             return {}
         runs, trials = self.runs_of_timed_trials(), timed_trials(self.plan)
@@ -135,7 +135,7 @@ class Results:
         return {DENSE: self.best[DENSE], RECIPE: trials[runs.index(choose(runs, self.runs))]}
 
     def runs_of_widths(self) -> dict[str, list[Run]]:
-        """Dense and the recipe at `sizes_at_equal_seconds`, for the seconds of dense as it is compared at the last budget."""
+        """Dense and the recipe at `sizes_at_equal_seconds`, for the seconds of the dense run of the last budget."""
         return runs_of_widths(self.plan, self.best_at_equal_seconds, self.dense_of_seconds(), self.step_seconds)
 
     def compared_at_widths(self) -> dict[str, list[Run]]:
@@ -146,12 +146,12 @@ class Results:
         return runs if self.are_made(run for own in runs.values() for run in own) else {}
 
     def runs_of_seconds(self) -> dict[str, list[Run]]:
-        """Dense and the recipe at the size of each that is best for these seconds, with the seeds of the comparison."""
+        """Dense and the recipe, each at its best size for these seconds, with the seeds of the comparison."""
         chosen = {variant: choose(runs, self.runs) for variant, runs in self.runs_of_widths().items()}
         return {variant: compared_runs(self.plan, run, self.plan.budgets[-1]) for variant, run in chosen.items()}
 
     def compared_at_equal_seconds(self) -> dict[str, list[Run]]:
-        """The same; empty before all of them are made."""
+        """The runs of `runs_of_seconds`; empty before all of them are made."""
         if not self.best_at_equal_seconds:
             return {}
         widths = self.runs_of_widths().values()
@@ -174,8 +174,8 @@ class Results:
 
     def part_losses(self, runs: list[Run]) -> list[float]:
         """
-        Mean loss over runs and evaluation texts in each part of the sequences, in nats per token; empty if a run was made
-        before these were measured.
+        Mean loss over runs and evaluation texts in each part of the sequences, in nats per token; empty if a run was
+        made before these were measured.
         """
         found = [self.runs[run.name].get("part_losses") for run in runs]
         if None in found:
@@ -184,7 +184,7 @@ class Results:
         return [mean(part) for part in zip(*of_texts, strict=True)]
 
     def below(self, runs: list[Run], others: list[Run]) -> Difference:
-        """By which share the perplexity of runs is below that of others with the same seeds."""
+        """The share by which the perplexity of runs is below that of others with the same seeds."""
         pairs = [(run, other) for run in runs for other in others if run.seed == other.seed]
         own, theirs = (
             [self.runs[each.name]["sequence_losses"] for each in column] for column in zip(*pairs, strict=True)
@@ -192,13 +192,13 @@ class Results:
         return below(own, theirs, self.documents)
 
     def below_on_the_corpus(self, run: Run, other: Run) -> float:
-        """By which share the perplexity on the corpus is below that of another run."""
+        """The share by which the perplexity of a run on the corpus is below that of another run."""
         return 1 - math.exp(self.runs[run.name]["losses"][CORPUS] - self.runs[other.name]["losses"][CORPUS])
 
     def effects(self, design: dict[str, Any]) -> dict[str, Difference]:
         """
-        By which share the perplexity on the corpus is below with each factor of a design, and with the second of its
-        seeds, if it has two; empty before all of its runs are made.
+        The share by which each factor of a design lowers perplexity on the corpus, and its second seed, if it has two;
+        empty before all of its runs are made.
         """
         runs = design_runs(self.plan, design)
         if not self.are_made(runs):
@@ -209,15 +209,15 @@ class Results:
         return factor_effects([self.runs[run.name]["losses"][CORPUS] for run in runs], levels)
 
     def by_num_experts(self) -> dict[int, list[Run]]:
-        """The recipe by its number of experts, with the seeds with which all numbers have been made; empty without any."""
+        """The recipe by its number of experts, with the seeds for which all numbers are made; empty without any."""
         runs = expert_runs(self.plan, self.best[RECIPE]) if self.best else {}
         seeds = [of_seed for of_seed in zip(*runs.values(), strict=True) if self.are_made(of_seed)]
         return dict(zip(runs, map(list, zip(*seeds, strict=True)), strict=True)) if seeds else {}
 
     def dense_sizes(self) -> tuple[Run, list[Run]] | None:
         """
-        A run of the recipe at the first budget, and dense models on its tokens; `None` before they are made, and if the
-        plan has none.
+        A run of the recipe at the first budget, and dense models trained on its tokens; `None` before they are made,
+        or if the plan has none.
         """
         budget = self.plan.budgets[0]
         if not self.plan.dense_sizes or not (chosen := self.chosen(budget)):

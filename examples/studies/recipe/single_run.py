@@ -16,7 +16,7 @@ from studies.recipe.variants import register_variants
 
 
 def change(work: dict[str, Any], trainer: Trainer) -> None:
-    """Gives the model the initialization that runs of a seed share, and its trainer what is tried."""
+    """Give the model the initialization that runs of a seed share, and apply the trial of the run to its trainer."""
     share_initialization(trainer.model, work["run"]["seed"])
     apply_trial(trainer, **work["run"]["trial"])
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of the recipe study: what its runs have beside those of other studies."""
+"""The folder of the recipe study: what distinguishes its runs from those of other studies."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ class Study(TrainingStudy):
     def __init__(
         self, plan: RecipePlan, folder: Path, processes: int, made_elsewhere: Results | None = None, **options
     ):
-        register_variants()  # for their costs
+        register_variants()  # so that their costs can be counted
         self.made_elsewhere = made_elsewhere
         super().__init__(plan, folder, processes, made_elsewhere, **options)
 
@@ -42,7 +42,7 @@ class Study(TrainingStudy):
         }
 
     def documents(self) -> dict[str, list[int]]:
-        """For each evaluation text, the number of the document in which each sequence lies."""
+        """For each evaluation text, the index of the document in which each sequence lies."""
         if not (self.folder / "held_out" / "texts.json").exists():
             return {} if self.made_elsewhere is None else self.made_elsewhere.documents
         return {
@@ -50,7 +50,7 @@ class Study(TrainingStudy):
         }
 
     def all_results(self) -> Results:
-        """All that there is in the folder, also of steps that the time did not suffice to come to again."""
+        """All results in the folder, also those of steps that this call had no time to reach again."""
         parts = [
             {file.stem: read_json(file) for file in sorted((self.folder / name).glob("*.json"))}
             for name in ("results", "seconds")
@@ -61,10 +61,10 @@ class Study(TrainingStudy):
         return {"trial": self.plan.trial_of(run)}
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Runs of a seed see the sequences in the same order, whatever else they draw."""
+        """The arguments of run_clm.py for a run. Runs with the same seed see the sequences in the same order."""
         return super().arguments(run) | {"data_seed": run.seed}
 
     def held_out_blocks(self, texts: Dataset) -> Dataset:
-        """Sequences that each lie in one document, whose number is in the column `document`: these are resampled."""
+        """Sequences that each lie in one document, with its index as `document`: intervals resample documents."""
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         return blocks_in_documents(texts["text"], tokenizer, self.plan.block_size, self.plan.eval_sequences)

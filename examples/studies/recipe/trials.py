@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the recipe study tries in the training of a run that no flag of run_clm.py gives, and the initialization that runs
-share.
+Settings that the recipe study tries in trainings and that no flag of run_clm.py gives, and the initialization that
+runs share.
 """
 
 from zlib import crc32
@@ -19,8 +19,8 @@ from modeling_peer.experts import expert_tables
 
 def share_initialization(model: PeerForCausalLM, seed: int) -> None:
     """
-    Initializes a new model again, each module by random numbers that depend on the seed, its name and its shapes alone:
-    models of a seed share all that they have in common.
+    Initialize a new model again, each module by random numbers that depend only on the seed, its name and its shapes.
+    So models with the same seed have equal weights in all modules that they have in common.
     """
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
@@ -43,7 +43,7 @@ def apply_trial(
             Factors of the learning rate of down-projection rows at the beginning and at the end of the training; it
             changes by the same factor each step (UltraMem, arXiv 2411.12364, has 10 and 1).
         apart (`bool`, *optional*):
-            Whether the gradients of tables and of all else are clipped by norms of their own.
+            Whether the gradient of each table, and that of all other parameters, is clipped by a norm of its own.
         dense_moments (`bool`, *optional*):
             Whether moments of rows decay in steps that do not touch the row, as those of AdamW do.
     """
@@ -79,7 +79,7 @@ def _tables(model) -> list[nn.Parameter]:
 
 
 class ClipTablesApart(TrainerCallback):
-    """Clips the gradient of each table, and that of all else, to a norm."""
+    """Clips the gradient of each table, and that of all other parameters, to a maximum norm."""
 
     def __init__(self, max_norm: float):
         self.max_norm = max_norm
@@ -92,7 +92,7 @@ class ClipTablesApart(TrainerCallback):
 
 
 class DecayMoments(TrainerCallback):
-    """Lets the moments of the rows that a step touches be those that AdamW has, which moves rows without a gradient."""
+    """Decays the moments of rows that a step touches for the steps that have missed these rows, as AdamW would."""
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -102,7 +102,7 @@ class DecayMoments(TrainerCallback):
             if not own or table.grad is None:
                 continue
             rows = table.grad.ne(0).any(1).nonzero().squeeze(1)
-            # A row's number of steps is that of all steps, up to its last: so m and v are corrected for bias.
+            # The number of steps of a row counts all steps up to its last, so that the bias of m and v is corrected.
             missed = (state.global_step - own["row_steps"][rows]).clamp(min=0)[:, None]
             for name, beta in zip(("exp_avg", "exp_avg_sq"), groups[id(table)]["betas"], strict=True):
                 own[name][rows] *= beta**missed

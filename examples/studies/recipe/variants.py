@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Feed-forwards of the recipe study that are no variants of the package: a product-key memory with an output gate, and
-PEER with rows narrower than the model.
+Feed-forwards of the recipe study that the package does not have: a product-key memory with an output gate, and PEER
+with rows narrower than the model.
 """
 
 from copy import copy
@@ -49,8 +49,8 @@ class GatedPkmFeedForward(PkmFeedForward):
 
 class NarrowPeerFeedForward(PeerFeedForward):
     """
-    PEER whose experts have rows of half the width of the model, with a projection in and one out, as the values of
-    UltraMem (arXiv 2411.12364). With twice as many experts per head a token reads as many bytes of rows.
+    PEER whose experts have rows of half the width of the model, with an input and an output projection, like the
+    values of UltraMem (arXiv 2411.12364). With twice as many experts per head, a token reads equally many bytes.
     """
 
     def __init__(self, config: PeerConfig, layer_idx: int):
@@ -84,13 +84,13 @@ class NarrowPeerFeedForward(PeerFeedForward):
     @staticmethod
     def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
         whole, active = _costs_of(config, "peer"), config.num_experts_per_tok
-        columns = (3 if config.gated_experts else 2) * (config.hidden_size // 2)  # fewer, of the rows of all tables
+        columns = (3 if config.gated_experts else 2) * (config.hidden_size // 2)  # saved in the rows of all tables
         rows = PartCosts(-2 * active * columns, -config.num_experts * columns, -active * columns)
         size = 2 * config.hidden_size * (config.hidden_size // 2)
         return whole + rows + PartCosts(2 * size, size, size)
 
 
 def register_variants() -> None:
-    """Registers them under the names that plans give."""
+    """Register these feed-forwards under the names that plans use."""
     FeedForwardInterface.register("gated_pkm", GatedPkmFeedForward)
     FeedForwardInterface.register("narrow_peer", NarrowPeerFeedForward)

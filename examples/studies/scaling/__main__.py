@@ -8,7 +8,7 @@ the comparison of the paper and its ablations, at the size that a plan gives.
     ./run study scaling --plan PLAN.json      # other sizes, budgets, texts and variants
     ./run study scaling --results examples/studies/scaling/results.json    # reuses these runs
 
-run_clm.py trains each model, in a process of its own. Killed at any point, the same command resumes. Each run is a
+run_clm.py trains each model, in a process of its own. After an interruption, the same command resumes. Each run is a
 file in --output_dir; `results.json` there sums them up, and tables, plots and model cards are made from it.
 """
 
@@ -59,7 +59,7 @@ class Study(TrainingStudy):
         }
 
     def changes_after_training(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Those of the plan, in the models that ablations are compared with."""
+        """The changes of the plan, for the models that ablations are compared with."""
         reference = reference_run(self.plan, {PEER: run.learning_rate})
         return self.plan.after_training if run in with_seeds(reference, self.plan) else {}
 

@@ -27,8 +27,8 @@ class Plan(TrainingPlan):
             Size at which learning rates are chosen and ablations are made, the latter for the steps of the last
             budget.
         ablations (`dict[str, dict[str, dict]]`):
-            For each group, `"num_experts"`, `"active"`, `"query_norm"` or `"variation"`, fields and `training` arguments
-            in which models differ from the PEER variant.
+            For each group (`"num_experts"`, `"active"`, `"query_norm"` or `"variation"`), the fields and `training`
+            arguments in which models differ from the PEER variant.
         repeated_ablations (`list[str]`):
             Groups of ablations that are made with every seed. The others are made with one.
         after_training (`dict[str, dict]`):
@@ -45,7 +45,7 @@ class Plan(TrainingPlan):
     after_training: dict[str, dict[str, Any]]
 
     def own_changes(self, run: Run) -> dict[str, Any]:
-        """What its variant has, with its ablation."""
+        """The changes of a run: those of its variant and of its ablation."""
         ablation = {} if run.ablation is None else self.ablations[run.ablation[0]][run.ablation[1]]
         return merge_changes(super().own_changes(run), ablation)
 

@@ -47,7 +47,7 @@ def plot_sizes(results: Results, file: Path) -> None:
 
 
 def _name_sizes(results: Results, axes: Axes, runs: list[Run]) -> None:
-    """Names each hidden size above the highest of its points, which variants have at about the same FLOPs."""
+    """Write each hidden size above the highest of its points, for which variants take about the same FLOPs."""
     for hidden_size in dict.fromkeys(run.hidden_size for run in runs):
         own = [run for run in runs if run.hidden_size == hidden_size]
         place = mean(costs_of(run, results.plan).flops / 1e6 for run in own)
@@ -62,7 +62,7 @@ def _corpus_losses(results: Results, runs: list[Run]) -> list[float]:
 
 def _plot_margins(results: Results, axes: Axes) -> None:
     """
-    Plots by how much perplexity is below dense: of this study, with the standard deviation over seeds, and of the
+    Plot by how much perplexity is below dense: in this study, with the standard deviation over seeds, and in the
     paper.
     """
     variants = [variant for variant in results.plan.variants if variant != DENSE]

@@ -87,11 +87,11 @@ class Results:
         return [self.runs[each.name] for each in with_seeds(run, self.plan) if each.name in self.runs]
 
     def with_seeds(self, run: Run) -> list[dict[str, float]]:
-        """Loss of each text, for each of these seeds."""
+        """Loss of each text, for each seed that the run was made with."""
         return [result["losses"] for result in self.made(run)]
 
     def margins(self, budget: float) -> dict[str, float]:
-        """By which share the mean perplexity of each variant is below that of dense, both compute-optimal."""
+        """The share by which the mean perplexity of each variant is below that of dense, both compute-optimal."""
         means = self._means(budget)
         return {variant: below(values, means[DENSE]) for variant, values in means.items() if variant != DENSE}
 
@@ -137,12 +137,12 @@ def _ratio_deviation(values, others):
 
 
 def below(values: list[float], others: list[float]) -> float:
-    """By which share the mean of `values` is below that of `others`."""
+    """The share by which the mean of `values` is below that of `others`."""
     return 1 - mean(values) / mean(others)
 
 
 def below_cell(values: list[float], others: list[float]) -> str:
-    """The same as a cell of a table, with its standard deviation over seeds."""
+    """The result of [`below`] as a cell of a table, with its standard deviation over seeds."""
     deviation = _ratio_deviation(values, others)
     return f"{below(values, others):.1%}" + ("" if math.isnan(deviation) else f" ± {deviation:.1%}")
 
@@ -175,7 +175,7 @@ def table_of_perplexities(results: Results, budget: float) -> str:
 
 
 def paper_margins() -> dict[str, dict[str, float]]:
-    """By which share the mean perplexity of each variant is below that of dense, at each budget of the paper."""
+    """The share by which the mean perplexity of each variant is below that of dense, at each budget of the paper."""
     means = {
         budget: {variant: geometric_mean(values) for variant, values in found.items()}
         for budget, found in PAPER_PERPLEXITIES.items()

@@ -6,9 +6,9 @@ other, in ten ways, and forgetting is compared at equal learning.
 
     ./run study stream
 
-Both models are pre-trained first, on technical documentation. Hyperparameters are chosen by the losses of a part of the
-held-out text, and the losses of the other part are reported. Killed at any point, the same command resumes. Each run is
-a file in --output_dir; `results.json` and `results.png` there sum them up.
+Both models are pre-trained first, on technical documentation. Hyperparameters are chosen by the losses of one part of
+the held-out text, and the losses of the other part are reported. After an interruption, the same command resumes. Each
+run is a file in --output_dir; `results.json` and `results.png` there sum them up.
 """
 
 import time
@@ -36,8 +36,8 @@ from studies.stream.arms import ARMS, Arm, Stage
 from studies.stream.report import choose_hyperparameters, describe, describe_shares, plot, rates_beyond, summarize
 
 
-# The models that are pre-trained, by the `base` of arms: a named configuration, fields of it that are changed, and
-# arguments of the training beside those of `PRETRAINING`.
+# The models that are pre-trained, by the `base` of arms: a named configuration, changes of its fields, and training
+# arguments in addition to those of `PRETRAINING`.
 BASES = {
     name: {"configuration": "peer-tiny", "fields": {"feed_forward_types": feed_forward_types}, "training": {}}
     for name, feed_forward_types in (("peer", ["dense", "dense", "peer", "peer"]), ("dense", ["dense"] * 4))
@@ -106,7 +106,7 @@ class Texts:
         names (`list[str]`)
         train (`list[Dataset]`)
         held_out (`list[torch.Tensor]`): Held-out sequences of each text, whose losses are reported.
-        to_choose_by (`list[torch.Tensor]`): Those of other documents, by whose losses hyperparameters are chosen.
+        to_choose_by (`list[torch.Tensor]`): Sequences of other held-out documents, for choosing hyperparameters.
     """
 
     names: list[str]
@@ -147,8 +147,8 @@ def load_texts(args: StreamArguments, folder: Path) -> tuple[AutoTokenizer, Text
 
 def load_base(file: str | None) -> dict[str, Any]:
     """
-    The PEER model to pre-train, as of [`BASES`], from a file or the default one. Raises `ValueError` if the file has
-    other keys, names what is no configuration, or has fields or arguments that there are not.
+    The PEER model to pre-train, as an entry of `BASES`, from a file or by default. Raises `ValueError` if the file has
+    other keys, or names a configuration, a field or an argument that does not exist.
     """
     if file is None:
         return BASES["peer"]
@@ -166,7 +166,7 @@ def load_base(file: str | None) -> dict[str, Any]:
 
 
 def parse_training(base: dict[str, Any], **arguments: Any) -> tuple[TrainingArguments, OptimizerArguments]:
-    """The arguments of a base's pre-training, see [`BASES`], with what it shares with all others."""
+    """The arguments of a base's pre-training: those of `PRETRAINING`, and its own from `BASES`."""
     parser = HfArgumentParser((TrainingArguments, OptimizerArguments))
     return parser.parse_dict(arguments | PRETRAINING | base["training"])
 
@@ -229,8 +229,8 @@ def take_through_stream(
     arm: Arm, hyperparameters: dict[str, float], seed: int, args: StreamArguments, texts: Texts, folder: Path
 ) -> dict:
     """
-    Returns the `losses` of all texts before and after each stage, the same for the sequences by which hyperparameters
-    are chosen (`losses_to_choose_by`), and the `losses` with the added experts `masked`.
+    Teach a model all texts of the stream by an arm. Returns the `losses` of all texts at first and after each stage,
+    those for choosing hyperparameters (`losses_to_choose_by`), and those with added experts `masked`.
     """
     set_seed(seed)
     model = PeerForCausalLM.from_pretrained(folder / arm.base)
@@ -299,7 +299,7 @@ def make_study(
     arguments: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Makes all runs in the folder of a study, which holds none with other `arguments`, and sums them up."""
+    """Make all runs in the folder of a study, and sum them up. Ends the process if it has other `arguments`."""
     claim_folder(folder, arguments)
     print("Reading the texts ...")
     tokenizer, texts = load_texts(args, folder)

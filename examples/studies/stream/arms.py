@@ -24,7 +24,7 @@ REPLAYED_SHARE = 0.05
 
 REFERENCE_SEQUENCES, BACKGROUND_SEQUENCES = 128, 256
 
-ADDED_SIDE, ADDED_ROWS = 64, 16  # 4,096 protected experts; or about 4,400, as 16 more rows and columns of the key grid
+ADDED_SIDE, ADDED_ROWS = 64, 16  # 4,096 protected experts, or 16 more rows and columns of the key grid
 
 
 @dataclass
@@ -141,7 +141,7 @@ def grown_protected_generated(
     model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]
 ) -> PreTrainedModel:
     """
-    Adds experts in protected mode for each text, with gates that distinguish it from text that the model generates
+    Adds experts in protected mode for each text, with gates that distinguish it from text that the model has generated
     before. No earlier text is used.
     """
     length = len(stage.blocks[0]["input_ids"])
@@ -169,9 +169,9 @@ def grown_protected_ungated(
     model: PreTrainedModel, stage: Stage, hyperparameters: dict[str, float]
 ) -> PreTrainedModel:
     """
-    Adds experts in protected mode for each text and fits no gates, for which there would be no text but the new one.
-    Gates stay as they start, 1 for every token, so that the added experts are used for all texts. No earlier text is
-    used.
+    Adds experts in protected mode for each text, without fitting gates: there would be no other text to fit them to.
+    Gates keep their initial value, 1 for every token, so that the added experts are used for all texts. No earlier
+    text is used.
     """
     add_experts(model, ADDED_SIDE**2)
     train_stage(model, stage, hyperparameters["learning_rate"])
@@ -209,7 +209,7 @@ class Arm:
     base: str = "peer"
 
 
-# What is tried for arms with gates that are fitted.
+# Hyperparameters of arms whose gates are fitted.
 GATED = (
     with_rates(1e-2, reference_weight=1)
     + with_rates(3e-3, 1e-2, reference_weight=4)

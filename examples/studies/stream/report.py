@@ -18,14 +18,14 @@ from studies.stream.arms import ARMS
 # Relative distance from the level of learning within which a run counts as being at that level.
 TOLERANCE = 0.05
 
-# By how much higher a learning rate beyond the sweep is than the one before, and how many of them a family may get.
+# The ratio of a learning rate beyond the sweep to the one before, and how many of them a family may get.
 RATE_STEP, MOST_RATES_BEYOND = 3, 2
 
 
 def losses_to_choose_by(run: dict[str, Any]) -> list[list[float]]:
     """
-    The losses of a run by which hyperparameters are chosen, of other held-out documents than those that are reported.
-    Runs from before the held-out text was divided have one kind of losses, for both.
+    The losses of a run by which hyperparameters are chosen, on other held-out documents than the reported losses. Runs
+    made before the held-out text was divided have the same losses for both.
     """
     return run.get("losses_to_choose_by", run["losses"])
 
@@ -86,9 +86,9 @@ def choose_hyperparameters(runs: list[dict[str, Any]]) -> tuple[float, dict[str,
 
 def rates_beyond(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
     """
-    The arm that learned least, with hyperparameters to try further, so that no end of a sweep sets the level of
-    learning: of each family that learned most with its highest learning rate, one `RATE_STEP` times as high. A family
-    has at most `MOST_RATES_BEYOND` that its arm does not sweep.
+    Further hyperparameters for the arm that learned least, so that the end of its sweep does not set the level of
+    learning. Each family that learned most with its highest learning rate gets one that is `RATE_STEP` times as high,
+    up to `MOST_RATES_BEYOND` that its arm does not sweep.
     """
     of_arm = _runs_of_arms(runs)
     arm = min(of_arm, key=lambda arm: max(map(_learned, of_arm[arm])))
@@ -106,14 +106,14 @@ def _runs_of_arms(runs):
 
 
 def _learned(run):
-    """What a run learned, of the text to choose by. One that diverged learned nothing."""
+    """How much a run learned, by the losses to choose by; minus infinity if it diverged."""
     learned = learning_of(losses_to_choose_by(run))
     return learned if math.isfinite(learned) else -math.inf
 
 
 def families_of(runs: list[dict[str, Any]]) -> list[tuple[dict[str, float], list[dict[str, Any]]]]:
     """
-    Families of runs that differ only in the learning rate, in ascending order of it, each after its other
+    Families of runs that differ only in the learning rate, in ascending order of it. Each family comes with its other
     hyperparameters.
     """
     families: list[tuple[dict[str, float], list[dict[str, Any]]]] = []

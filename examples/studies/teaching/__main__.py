@@ -1,8 +1,8 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures facts taught to SmolLM2-135M by a graft of facts, by finetuning, LoRA and other adapters, and facts in the
-prompt: what is recalled in other wordings, what is lost, what is answered that nobody taught.
+Compares facts taught to SmolLM2-135M by a graft of facts, by finetuning, LoRA and other adapters, and facts in the
+prompt: what is recalled in other wordings, what is lost, and which taught answers are given to other questions.
 
     ./run study teaching                 # the whole plan, about six hours on two cores
     ./run study teaching --hours 2.5     # as much of it as two and a half hours allow; the same command goes on
@@ -24,8 +24,8 @@ def main():
     (args,) = parse_arguments((ParallelArguments,), __doc__)
     folder = Path(args.output_dir or "runs/teaching")
     with sole_use(folder):
-        claim_folder(folder, {"exposures": EXPOSURES})  # which names of runs do not say
-        Study(folder).texts()  # what all processes read is there before they begin
+        claim_folder(folder, {"exposures": EXPOSURES})  # not part of the names of runs
+        Study(folder).texts()  # creates the files that all processes read
         results, is_finished = make_runs(args, folder, next_runs, make)
         head: dict[str, Any] = {"command": "./run study teaching", "machine": machine()}
         write_runs(folder / "results.json", head, results)

@@ -23,15 +23,15 @@ from studies.teaching.questions import Item, as_fact
 
 
 WORDINGS, BATCH = 12, 32
-# Of SmolLM2-135M: a late one of 30, where the pilot of a graft without a gate recalled most.
+# A late layer of the 30 of SmolLM2-135M, where a graft without a gate recalled most in a pilot.
 LATE_LAYER = 24
 ADD_ON_RANK = 228
-# A batch has prompts of like lengths, out of so many exposures: half of what is computed would be padding otherwise.
+# Batches have prompts of similar length, sorted within this number of exposures: else half of the tokens are padding.
 EXPOSURES_TO_SORT = 4
 
 
 def prepare(arm: str, model: Any) -> nn.Module:
-    """The model with what is to be trained requiring a gradient."""
+    """The model of an arm, in which the parameters to train require a gradient."""
     if arm == "full":
         return model
     from peft import LoraConfig, get_peft_model
@@ -54,8 +54,8 @@ def prepare(arm: str, model: Any) -> nn.Module:
 
 def examples_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """
-    Every fact once for each exposure, in the wordings that a graft of facts reads and in one form and the other, in the
-    order of training: batches are in a random order among those of a few exposures.
+    Examples in the order of training: each fact once per exposure, in the wordings that a graft of facts reads, in
+    alternating forms. Batches are in a random order within every few exposures.
     """
     index = FactIndex([as_fact(item) for item in items], tokenizer, WORDINGS, LONGEST)
     own: dict[tuple[int, str], list[Prompt]] = {}
@@ -77,7 +77,7 @@ def examples_of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch that is padded on the left, so that the head runs at answers alone."""
+    """Make a batch that is padded on the left, so that the LM head runs only at answers."""
     longest = max(len(each["tokens"]) for each in examples)
     kept = max(len(each["tokens"]) - each["answer_start"] for each in examples) + 1
     batch: dict[str, Any] = {"input_ids": [], "attention_mask": [], "labels": []}
@@ -94,7 +94,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 def taught(
     run: Run, items: Sequence[Item], model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that was taught, and what that cost: `seconds` of one core, and `bytes` in bfloat16."""
+    """Teach a model the facts of a run. Returns it with its costs: `seconds` of one core, and `bytes` in bfloat16."""
     start = time.process_time()
     set_seed(run.block)
     if run.arm == "facts":

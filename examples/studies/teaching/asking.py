@@ -23,16 +23,16 @@ from studies.teaching.questions import NAMES, Item, Question
 
 
 SATURATION, LENGTH_SHARE = 1.2, 0.75
-# Of nine ways to put facts before a question, the one by which facts that are not reported were recalled most.
+# Of nine ways to put a fact before a question, the one with the best recall of facts that are not reported.
 WITH_FACT = "Facts:\n{fact}\n\nQuestion: {question}\nAnswer:"
-# What a model writes after a question: an answer within a sentence, as "The currency of France is the euro", counts.
+# Tokens that a model writes after a question. An answer in a sentence counts: "The currency of France is the euro".
 NEW_TOKENS = 24
-# Answers behind which the gate is looked at.
+# Maximum number of answers after which the gate is examined.
 MOST_BEHIND = 120
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Prompt]:
-    """Questions with their answers, without what ends these: a model may go on as it likes."""
+    """Prompts of questions with their answers, without the last token, which ends them: a model may go on freely."""
     made = [
         make_prompt(tokenizer, each.wording, each.item.subject, each.item.answer, each.form, LONGEST)
         for each in questions
@@ -46,14 +46,14 @@ def ask(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequenc
 
 
 def write_freely(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
-    """What greedy decoding writes behind each question, to the end of the text or of `NEW_TOKENS` tokens."""
+    """The text that greedy decoding writes after each question, up to its end or to `NEW_TOKENS` tokens."""
     asked = [prompt.tokens[: prompt.answer_start] for prompt in prompts_of(tokenizer, questions)]
     written = write_on(model, asked, NEW_TOKENS, progress_bar=False)
     return [tokenizer.decode(tokens).partition(tokenizer.eos_token)[0] for tokens in written]
 
 
 def ask_freely(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[bool]:
-    """Whether the answer to each question stands in what is written behind it, before the other one if two are offered."""
+    """Whether the text written after each question has the answer, before the other one if two are offered."""
     texts = write_freely(model, tokenizer, questions)
     return [
         place_of(question.item.answer, text) < place_of(question.rather_than or None, text)
@@ -62,7 +62,7 @@ def ask_freely(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: 
 
 
 def place_of(answer: str | None, text: str) -> int:
-    """Where an answer stands in a text as a whole word or number, or the length of the text."""
+    """The position of an answer in a text as a whole word or number, or the length of the text if it is not there."""
     if answer is None:
         return len(text)
     found = re.search(rf"(?<!\w)(?<!\d[.,-]){re.escape(answer)}(?!\w)(?![.,-]\d)", text, re.IGNORECASE)
@@ -71,8 +71,8 @@ def place_of(answer: str | None, text: str) -> int:
 
 def opens_behind(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[bool]:
     """
-    Whether the gate opens at each token that the base model writes behind the taught answers to plain questions, up to
-    the next name of a subject. Tokens that come before one of the answer do not count: it may be repeated.
+    Whether the gate opens at each token that the base model writes after the taught answers to plain questions, up to
+    the next name of a subject. Tokens followed by a token of the answer do not count, as answers may be repeated.
     """
     plain = [each for each in questions if each.form == "plain"]
     plain = plain[:: -(-len(plain) // MOST_BEHIND)]
@@ -95,7 +95,7 @@ def opens_behind(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequ
 def open_experts(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_size: int = 32
 ) -> list[int]:
-    """The expert of the graft of facts that is open at the end of each question, -1 for none."""
+    """The expert of the graft of facts that is open at the end of each question, or -1 if none is."""
     prompts = prompts_of(tokenizer, questions)
     order = sorted(range(len(prompts)), key=lambda place: prompts[place].answer_start)
     experts = [-1] * len(prompts)
@@ -118,11 +118,11 @@ def open_experts(
 
 class Retrieval:
     """
-    The fact nearest to a question by BM25, among those whose subject the question names, as a sentence.
+    Retrieval by BM25 of the fact nearest to a question, among facts whose subject the question names.
 
     Args:
         items (sequence of [`Item`]):
-            The facts, each found by all taught names of its relation, and a sentence with the first of them.
+            The facts. Each is found by all taught names of its relation, and its sentence has the first of them.
     """
 
     def __init__(self, items: Sequence[Item]):
@@ -157,7 +157,7 @@ class Retrieval:
         return self.items[max(named, key=score)] if named else None
 
     def with_fact(self, question: Question) -> Question:
-        """The question behind the sentence of the nearest fact, or alone."""
+        """The question after a sentence with the nearest fact, or the question alone if there is none."""
         if (item := self.nearest(question)) is None:
             return question
         fact = f"The {NAMES[item.relation][0][0]} of {item.subject} is {item.answer}."

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A run: a model is taught, and asked what it recalls, what it lost, and what it answers beside."""
+"""The runs of the study: teaching a model, and measuring what it recalls, what it lost, and what it invents."""
 
 import copy
 import time
@@ -37,7 +37,7 @@ from studies.teaching.questions import (
 
 
 TEXTS, TEXT_BLOCKS, TEXT_LENGTH = ("brown", "python-docs", "perl-docs"), 8, 256
-# Facts of a large set that are asked, and questions of each kind behind which taught answers are looked for.
+# Maximum number of taught facts that are asked, and of questions of each kind that are searched for invented answers.
 MOST_ASKED, OF_A_KIND = 500, 100
 TIMED_TOKENS, REPEATS = 32, 5
 
@@ -68,18 +68,18 @@ class Study:
         return torch.tensor(found)
 
     def known(self) -> list[Question]:
-        """The questions that the base model answers, as its run has found."""
+        """The questions that the base model answers, by the result of its run."""
         flags = read_json(self.folder / "runs" / f"{Run('base').name}.json")["right"]["countries"]
         asked = known_questions(self.countries)
         return [question for question, flag in zip(asked, flags, strict=True) if flag == "1"]
 
     def facts(self, run: Run) -> Split:
-        """What a run teaches and does not teach."""
+        """The facts that a run teaches, and others that it does not teach."""
         known = {question.item for question in self.known()}
         return split([item for item in self.countries if item not in known], run.number, run.block)
 
     def questions(self, run: Run, facts: Split) -> dict[str, list[Question]]:
-        """What every model is asked, by kind."""
+        """The questions that every model is asked, by kind."""
         asked = facts.taught[:: -(-len(facts.taught) // MOST_ASKED)]
         known = self.known()
         subjects = {item.subject for item in facts.taught}
@@ -97,7 +97,7 @@ class Study:
 
 
 def in_precision(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its parameters in a precision. Buffers, as frequencies of positions, stay as they are."""
+    """Convert the parameters of a model to a precision. Buffers, such as rotary frequencies, are not converted."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -109,15 +109,15 @@ def is_known(kind: str) -> bool:
 
 
 def as_text(flags: list[bool]) -> str:
-    """Flags as they are saved."""
+    """Flags as a string of zeros and ones, as they are saved."""
     return "".join("01"[flag] for flag in flags)
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
-    Make a run. Returns, by kind of question, what was `right`; where the gate is `open`, and what the fact that is
-    found there would have answered (`looked_up`); whether a search has `found` the fact; whether taught answers are
-    `invented` where others are asked for; and the loss on `text`, in nats per token.
+    Make a run. Returns flags by kind of question: whether the answer is `right`, the gate is `open`, the fact of the
+    gate has the right answer (`looked_up`), the search has `found` the fact, and a taught answer is `invented` where
+    another is asked for. Also returns the loss on `text`, in nats per token.
     """
     study = Study(folder)
     if run.arm == "base":
@@ -127,7 +127,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     if run.arm == "two":
         return make_two(run, study)
     facts = study.facts(run)
-    # Experts are made with the model as it is loaded; trainings have their weights in float32.
+    # Grafts of facts are made with weights in bfloat16; trainings have weights in float32.
     model, costs = study.load_model(torch.float32 if run.arm in RATES else torch.bfloat16), {}
     questions, others = study.questions(run, facts), negatives(facts, study.forms)
     if run.block == TRIAL_BLOCK:
@@ -144,9 +144,9 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
         )
     elif run.arm != "nothing":
         model, costs = taught(run, facts.taught, model, study.tokenizer, study.folder)
-    # What is compared with the base model is not left to the rounding of products, which is twice as fast.
+    # Comparisons with the base model run in float32. In bfloat16, twice as fast, they would depend on rounding.
     model = in_precision(in_precision(model.eval(), torch.bfloat16), torch.float32)
-    # Behind a prompt with facts a model answers in a sentence.
+    # After a prompt with facts, a model answers in a sentence.
     ask_known = ask_freely if run.arm == "bm25" else ask
     right = {kind: as_text(ask_known(model, study.tokenizer, questions[kind])) for kind in filter(is_known, questions)}
     text = held_out_loss(model, study.texts(), desc="Text")
@@ -164,7 +164,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> dict[str, Any]:
-    """Where the gate opens at the ends of questions, and in texts, and what a lookup would answer."""
+    """Where the gate opens, at the ends of questions and in texts, and whether a lookup would answer correctly."""
     (graft,) = grafts_of_facts(model)
     found: dict[str, Any] = {"open": {}, "looked_up": {}}
     for kind, some in questions.items():
@@ -180,7 +180,7 @@ def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> d
 
 
 def invents(model: nn.Module, study: Study, facts: Split, questions: list[Question]) -> list[bool]:
-    """Whether behind each question another taught answer is written than the true one, of its relation or its subject."""
+    """Whether a model answers each question with a wrong one of the taught answers of its relation or subject."""
     answers: dict[str, set[str]] = {}
     for item in facts.taught:
         for what in (item.relation, item.subject):
@@ -194,7 +194,7 @@ def invents(model: nn.Module, study: Study, facts: Split, questions: list[Questi
 
 @torch.no_grad()
 def make_two(run: Run, study: Study) -> dict[str, Any]:
-    """Two files that were taught apart, loaded together: what each recalls, what is left of one, and latencies."""
+    """Load two adapters that were taught separately: measure their recall, the rest after unloading, and latencies."""
     blocks = [Run("facts", run.number, block) for block in (run.block, run.block + 1)]
     base = study.load_model()
     tokens = study.texts()[:4]
@@ -222,8 +222,8 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
 
 def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> dict[str, dict[str, float]]:
     """
-    Seconds for each token of `generate`, the least of several times, of the `base` model and the `taught` one: behind a
-    text for which the gate is `"shut"`, and behind a question for which it is `"open"`, with the answer.
+    Seconds per token of `generate` for the `base` model and the `taught` one, as the minimum of several measurements:
+    after a text that leaves the gate `"shut"`, and after a question that leaves it `"open"`, including the answer.
     """
     plain = [each for each in recall if each.form == "plain"]
     asked = plain[next(i for i, expert in enumerate(open_experts(model, study.tokenizer, plain)) if expert >= 0)]

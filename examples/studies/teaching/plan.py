@@ -1,40 +1,40 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs the study makes. The criteria that judge them are in README.md."""
+"""The runs of the study. README.md has the criteria that judge them."""
 
 from dataclasses import dataclass, replace
 
 from studies.common.parallel_runs import Results
 
 
-# As many as the graft of facts has prompts of each fact.
+# A graft of facts also reads this number of prompts of each fact.
 EXPOSURES = 12
-# What has no rates to try comes first.
+# Arms without learning rates, which come first.
 UNTRAINED = ("facts", "bm25", "nothing")
 SIZE, LARGER = 240, {1000: (*UNTRAINED, "full", "lora"), 5000: UNTRAINED}
-# Three rates of each training, tried on facts that are not reported. Where the best is the lowest or the highest, one
-# more is tried beyond it.
+# Three learning rates of each training, tried on facts that are not reported. If the best one is the lowest or the
+# highest, one more is tried beyond it.
 RATES = {
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (3e-4, 1e-3, 3e-3),
     "dense": (1e-3, 3e-3, 1e-2),
     "graft": (1e-2, 3e-2, 1e-1),
 }
-LEVEL = 0.02  # recall by which two rates do not differ, of 480 questions
+LEVEL = 0.02  # two rates whose recall of 480 questions differs by less count as equal
 TRIAL_BLOCK, BLOCKS = 0, {240: (1, 2, 3), 1000: (1,), 5000: (1,)}
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    A run.
+    A run of the study.
 
     Args:
         arm (`str`):
             A way to teach, `"nothing"`, `"base"` for what the model knows, or `"two"` for files loaded together.
         number (`int`): Number of facts.
-        block (`int`): Which facts are taught, and the seed.
-        learning_rate (`float`): Of a training.
+        block (`int`): Index of the set of taught facts, which is also the seed.
+        learning_rate (`float`): Learning rate of a training; 0 for arms without one.
     """
 
     arm: str
@@ -49,7 +49,7 @@ class Run:
 
 
 def share(flags: str) -> float:
-    """The share of ones among zeros and ones, as which the answers to questions are saved."""
+    """The share of ones in a string of zeros and ones, as which results of questions are saved."""
     return flags.count("1") / len(flags)
 
 
@@ -64,7 +64,7 @@ def trials(arm: str, results: Results) -> list[Run]:
 
 
 def best(runs: list[Run], results: Results) -> Run:
-    """The trial of the lowest rate among those that recall, but for two points, most in wordings that were not taught."""
+    """The trial with the lowest rate among those within two points of the best recall in untaught wordings."""
     recalled = {run: share(results[run.name]["right"]["recall"]) for run in runs}
     return min(
         (run for run in runs if recalled[run] > max(recalled.values()) - LEVEL), key=lambda run: run.learning_rate
@@ -79,8 +79,8 @@ def reported(arm: str, number: int, results: Results) -> list[Run]:
 
 def next_runs(results: Results) -> list[Run]:
     """
-    The runs that are missing, as far as they follow from those that there are. What the model knows is asked before all
-    others. Two files come by themselves, as they are timed, and before trainings, while their adapters are there.
+    The missing runs, as far as the results so far determine them. The run that asks what the model knows comes first.
+    The run of two files is made alone, as it is timed, and before trainings, as soon as its adapters exist.
     """
     untrained = [run for arm in UNTRAINED for run in reported(arm, SIZE, results)]
     for stage in ([Run("base")], untrained, [Run("two", block=1)]):

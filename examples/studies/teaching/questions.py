@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The facts that are taught, and all that is asked: facts in other wordings, what was not taught, and uses of facts."""
+"""The taught facts and all questions: facts in other wordings, facts that were not taught, and uses of facts."""
 
 import itertools
 import random
@@ -34,12 +34,12 @@ NAMES = {
 }
 # Relations that are not taught, of which the model knows some.
 KNOWN_NAMES = {"capital": "capital", "language": "main language", "independence": "year of independence"}
-# What the subjects are asked beside, by no word that `teach_facts` asks about them.
+# Other things that are asked about the subjects, in words that `teach_facts` does not use for its own questions.
 OTHER_NAMES = {
     "country": ("internet domain", "time zone", "vehicle plate", "national sport", "minimum wage", "postal service"),
     "person": ("blood type", "zodiac sign", "middle initial", "best memory", "dentist", "signature"),
 }
-# Around a name and a subject. None of them is taught.
+# Frames around the name of a relation and a subject. None of them is taught.
 ASKED = (
     "You may wonder about the {name} of {{subject}}. It is",
     "People often ask about {{subject}}'s {name}: it is",
@@ -56,7 +56,7 @@ NEGATED = "It is not true that the {name} of {{subject}} is"
 CHOICE = "Is the {name} of {{subject}} {first} or {second}? It is"
 COMBINED = "The {name} of the country whose capital is {{subject}} is"
 SHARE_OF_COUNTRIES, MOST_OF_COUNTRIES = 2 / 3, 500
-# Questions of each kind that must leave the gate shut, and of each use.
+# Number of questions of each kind that must leave the gate shut, and of each use of facts.
 NUM_NEGATIVES, NUM_USES = 1000, 120
 
 
@@ -72,8 +72,8 @@ class Item:
 @dataclass(frozen=True)
 class Question:
     """
-    A wording with `{subject}` in it, what it is asked about, the answer, the form, `"plain"` or `"chat"`, and the other
-    answer that is offered.
+    A wording that contains `{subject}`, the fact that it asks for, the form (`"plain"` or `"chat"`), and the other
+    answer that is offered, if any.
     """
 
     wording: str
@@ -95,7 +95,7 @@ def all_countries() -> list[Item]:
 
 
 def all_people(number: int) -> list[Item]:
-    """As many facts about people who do not exist."""
+    """`number` facts about people who do not exist, in a random order."""
     relations = [name for name in VALUES if name in NAMES]
     people = draw_people(-(-number // len(relations)), seed=0)
     found = [
@@ -120,7 +120,7 @@ class Split:
 
 
 def split(countries: Sequence[Item], number: int, block: int) -> Split:
-    """The facts of a run; `countries` are facts that the model does not know. Those of each `block` are others."""
+    """The facts of a run; each `block` has other ones. `countries` are facts that the model does not know."""
     own = [item for item in countries if item.relation in NAMES]
     of_countries = min(round(SHARE_OF_COUNTRIES * number), MOST_OF_COUNTRIES)
     of_people = number - of_countries
@@ -135,7 +135,7 @@ def split(countries: Sequence[Item], number: int, block: int) -> Split:
 
 
 def recall_of(items: Sequence[Item], forms: Sequence[str], otherwise: bool = False) -> list[Question]:
-    """Facts in wordings that are not taught, each in every form; `otherwise` by names that are not taught either."""
+    """Ask for facts in untaught wordings, each in every form; if `otherwise`, also by untaught names of relations."""
     frames = ASKED_OTHERWISE if otherwise else ASKED
     found = []
     for place, item in enumerate(items):
@@ -147,7 +147,7 @@ def recall_of(items: Sequence[Item], forms: Sequence[str], otherwise: bool = Fal
 
 
 def known_questions(countries: Sequence[Item]) -> list[Question]:
-    """All facts about countries in two wordings that a model may complete: one is that of what is taught."""
+    """Ask for all facts about countries in two wordings to complete, one of which also asks for taught facts."""
     return [
         Question(frame.format(name=KNOWN_NAMES.get(item.relation) or NAMES[item.relation][0][0]), item)
         for item in countries
@@ -178,7 +178,7 @@ def negatives(facts: Split, forms: Sequence[str]) -> dict[str, list[Question]]:
 
 
 def uses(facts: Split, capitals: dict[str, str], forms: Sequence[str]) -> dict[str, list[Question]]:
-    """Uses of facts, which a lookup cannot follow. `capitals` are those that the model knows, by their countries."""
+    """Uses of facts that a lookup cannot follow. `capitals` are those that the model knows, by their countries."""
     draw = random.Random(2)
     some = facts.taught[:]
     draw.shuffle(some)

@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and the picture of the study, from as many of its runs as there are."""
+"""Tables and the picture of the study, from the runs that are finished."""
 
 import math
 from collections.abc import Callable
@@ -43,7 +43,7 @@ Z = 1.96
 
 
 def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
-    """The runs of an arm that there are; of what is behind the gate, both runs made into one."""
+    """The finished runs of an arm. If the arm stands behind the gate, each is combined with the run of the gate."""
     if arm == "lookup" or arm.startswith("gate-"):
         parts = ("facts", "facts" if arm == "lookup" else arm.removeprefix("gate-"), "nothing")
         gates, runs, before = ({run["block"]: run for run in runs_of(each, number, results)} for each in parts)
@@ -60,7 +60,7 @@ def runs_of(arm: str, number: int, results: Results) -> list[dict[str, Any]]:
 
 
 def behind_gate(gate: dict[str, Any], run: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """What a run answers where the gate of another one opens, and elsewhere the base model, `before` it was taught."""
+    """The answers of a run where another run's gate opens, and elsewhere of the base model, `before` teaching."""
 
     def behind(what):
         return {
@@ -77,7 +77,7 @@ def behind_gate(gate: dict[str, Any], run: dict[str, Any], before: dict[str, Any
 
 
 def looked_up(gate: dict[str, Any]) -> dict[str, Any]:
-    """What the facts answer whose experts open: no question of what the model knows."""
+    """The answers of the facts whose experts open. They answer no question about what the model knows."""
     known = {kind: "0" * len(flags) for kind, flags in gate["open"].items() if kind in KNOWN}
     return {
         "right": gate["looked_up"] | known,
@@ -102,7 +102,7 @@ def right_share(kind: str, is_lost: bool = False) -> Callable[[dict[str, Any]], 
 
 
 def invented(*kinds: str) -> Callable[[dict[str, Any]], float | None]:
-    """The share of questions of these kinds, which are of nothing taught, to which a taught answer is given."""
+    """The share of questions of these kinds, which ask for nothing taught, that get a taught answer."""
     return lambda run: share("".join(run["invented"][kind] for kind in kinds))
 
 
@@ -155,7 +155,7 @@ def gate_table(results: Results) -> list[list[str]]:
 
 
 def uses_table(results: Results) -> list[list[str]]:
-    """What becomes of facts where they are not asked for, and where the taught answer is wrong."""
+    """Table of uses of facts, and of taught answers to questions for which they are wrong."""
     wrong = (f"{kind}, less is better" for kind in ("not true", *NEGATIVES))
     rows = [[f"{SIZE} facts, answered as taught", *USES[:-1], *wrong]]
     for arm, label in LABELS.items():
@@ -205,7 +205,7 @@ def lost_of(run: dict[str, Any]) -> float:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plots recall against what is lost, once the graft of facts is there."""
+    """Plot recall against what is lost, once runs of the graft of facts are finished."""
     found = {arm: runs for arm in LABELS if (runs := runs_of(arm, SIZE, results))}
     if "facts" not in found:
         return

@@ -1,5 +1,5 @@
-/* What the sources share. A vector is as wide as the processor's registers; it is loaded and stored by memcpy, which
-   compiles to one instruction and requires no alignment. */
+/* Types and conversions that the sources share. A vector is as wide as the processor's registers. It is loaded and
+   stored by memcpy, which compiles to one instruction and requires no alignment. */
 
 #include <stdint.h>
 #include <string.h>

@@ -1,6 +1,5 @@
-/* Rows of a table that lies in a file, on Linux. All of a batch that are not in the page cache are asked for before the
-   first is waited for: the disk reads them side by side, as it does for io_uring, and several times as fast as page
-   faults. */
+/* Reads rows of a table from a file, on Linux. All rows of a batch that are not in the page cache are requested before
+   the first is awaited. The disk reads them in parallel, as with io_uring, several times as fast as by page faults. */
 
 #ifdef __linux__
 #define _GNU_SOURCE
@@ -10,8 +9,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Reads those rows that are in the page cache, asks the system for the others, and marks them in `missing`. Returns how
-   many these are. Row i of the batch is `rows[i]` of the file, from `offset` on. */
+/* Reads the rows that are in the page cache, requests the others from the system, and marks those in `missing`.
+   Returns the number of missing rows. Row i of the batch is `rows[i]` of the file, from `offset` on. */
 int64_t read_cached_rows(int64_t file, int64_t offset, const int64_t *rows, int64_t count, char *output,
                          uint8_t *missing, int64_t row_bytes, int threads) {
     int64_t num_missing = 0;
@@ -27,7 +26,7 @@ int64_t read_cached_rows(int64_t file, int64_t offset, const int64_t *rows, int6
     return num_missing;
 }
 
-/* Waits for the rows that are marked as missing. Returns 0, or the error of the system, -1 where the file has ended. */
+/* Waits for the rows that are marked as missing. Returns 0, the system's error, or -1 if the file has ended. */
 int64_t read_missing_rows(int64_t file, int64_t offset, const int64_t *rows, int64_t count, char *output,
                           const uint8_t *missing, int64_t row_bytes, int threads) {
     for (int64_t i = 0; i < count; i++) {

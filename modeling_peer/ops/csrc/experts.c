@@ -2,8 +2,8 @@
 
 #include "common.h"
 
-/* How many rows ahead of their use memory is prefetched, into the innermost cache alone: few rows of a large table are
-   used again before the other caches would evict them. A row is 2 KB at d = 512 in float32. */
+/* Number of rows by which prefetching is ahead, into the innermost cache alone: few rows of a large table are used
+   again before the other caches would evict them. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 12
 
 #define TEMPLATE "experts.c"

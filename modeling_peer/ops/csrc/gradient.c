@@ -6,7 +6,7 @@
 
 /* Groups assignments by the row that they name. Writes each row once to `rows`, ascending; the assignments, grouped,
    to `order`; and where each group starts in `order` to `starts`. Returns the number of groups, -1 if out of memory,
-   or -2 if an index is out of range. A stable radix sort of rows and assignments that share a word. */
+   or -2 if an index is out of range. It is a stable radix sort of words that hold a row and an assignment. */
 int64_t group(const int64_t *indices, int64_t count, int64_t num_rows, int32_t *rows, int32_t *starts, int32_t *order,
               int threads) {
     (void)threads;
@@ -78,8 +78,8 @@ int64_t NAME(row_gradient)(const SUM *coefficients, const int32_t *sources, cons
     return 0;
 }
 
-/* The sum of the squares of all rows, to `total`, in an order that depends on the number of threads alone. Of a row
-   that one assignment names it is that of the token, which is computed once. Returns -1 if out of memory. */
+/* Writes the sum of the squares of all rows to `total`, in an order that depends on the number of threads alone. For a
+   row that one assignment names, it uses the token's square, which is computed once. Returns -1 if out of memory. */
 int64_t NAME(squared_norm)(const SUM *coefficients, const int32_t *sources, const int32_t *starts, const SUM *tokens,
                            double *total, int64_t num_groups, int64_t num_tokens, int64_t width, int threads) {
     SUM *memory = malloc((threads * width + num_tokens) * sizeof *memory + 1), *of_tokens = memory + threads * width;

@@ -1,9 +1,8 @@
 #ifndef BITS
 
-/* Experts whose tables are quantized: integers are read from where they lie and widened in registers. The scale of a
-   group multiplies its finished part of a dot product of an up-projection vector, and the weight of a down-projection
-   vector. Bytes before `paired` have a column in each half if there are 4 bits. Vectors of others would reach behind
-   the token. */
+/* Experts whose tables are quantized: integers are read in place and widened in registers. In `up` the scale of a
+   group multiplies the group's part of a dot product, in `down` the weight of a row. With 4 bits, bytes before
+   `paired` have a column in each half. Vectors of the other bytes would reach beyond the end of the token. */
 
 #include "common.h"
 
@@ -11,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-/* gcc takes a vector of bytes apart to widen it, where the processor has an instruction. */
+/* gcc would widen a vector byte by byte, although the processor has an instruction for it. */
 #if defined(__AVX512F__)
 static inline ints load_bytes(const int8_t *p) { return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
 #elif defined(__AVX2__)
@@ -29,8 +28,8 @@ static inline floats to_floats(ints v) { return __builtin_convertvector(v, float
 static inline floats upper(ints v) { return to_floats(v >> 4); }
 static inline floats lower(ints v) { return to_floats((v << 28) >> 28); }
 
-/* How many rows ahead of their use memory is prefetched, into the second cache: rows are so short that the first one
-   cannot wait for as many lines at a time as it takes to be as fast as memory is. */
+/* Number of rows by which prefetching is ahead, into the second-level cache. Rows are short, and the first-level cache
+   cannot wait for as many lines at a time as the full speed of memory takes. */
 #define ROWS_AHEAD 32
 #define LINE 64
 

@@ -73,8 +73,8 @@ typedef struct {
     selection_buffers selection;
 } workspace;
 
-/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. What functions
-   overwrite or read beyond their results is included. */
+/* Divides memory among the buffers of a workspace; returns its size in bytes. Called with NULL first. The size
+   includes what functions overwrite or read beyond their results. */
 static int64_t lay_out(workspace *w, char *memory, int64_t n, int64_t k, int64_t size, int64_t num_pairs) {
     int64_t bytes = 0;
     TAKE(w->queries, BLOCK * size);
@@ -104,7 +104,7 @@ static void list_pairs(int64_t k, const workspace *w) {
     }
 }
 
-/* Writes the sums of the pairs of a query, padded with -∞. What a row writes beyond its own, the next overwrites. */
+/* Writes the sums of the pairs of a query, padded with -∞. The next row overwrites excess elements of a row. */
 static void sum_pairs(const float *rows, const float *columns, int64_t k, int64_t padded, float *sums,
                       const int32_t *pair_counts) {
     const int64_t single = k / 2;  /* rows from here on have one pair, with the best column */
@@ -117,7 +117,7 @@ static void sum_pairs(const float *rows, const float *columns, int64_t k, int64_
     for (sums += k - single; sums < end; sums++) *sums = -INFINITY;
 }
 
-/* Selects the k best experts of each of at most GROUP queries, of a block the ones from `first` on, among the pairs of
+/* Selects the k best experts of each of at most GROUP queries of a block, from query `first` on, among the pairs of
    their best rows and columns. Results of successive queries are `step` elements apart. */
 static void select_experts(int64_t first, int64_t queries, int64_t k, int64_t num_pairs, int64_t step,
                            int64_t *indices, float *scores, const workspace *w) {
@@ -204,7 +204,7 @@ static int find_keys(const int64_t *restrict indices, int64_t k, int64_t n, int6
     return outside;
 }
 
-/* Some vectors, as many as a constant says, of Σ_a gradient[a] keys[places[a]]. */
+/* Writes `vectors` vectors, a constant number, of Σ_a gradient[a] keys[places[a]]. */
 static inline __attribute__((always_inline)) void sum_vectors(const float *gradient, const int64_t *places, int64_t k,
                                                               const float *keys, float *sum, const int vectors) {
     floats sums[2] = {};
@@ -225,7 +225,7 @@ static void sum_keys(const float *gradient, const int64_t *places, int64_t k, co
     }
 }
 
-/* Some vectors, as many as a constant says, of of_keys[places[a]] += gradient[a] query. */
+/* Updates `vectors` vectors, a constant number, of of_keys[places[a]] += gradient[a] query. */
 static inline __attribute__((always_inline)) void add_vectors(const float *gradient, const int64_t *places, int64_t k,
                                                               const float *query, float *of_keys, const int vectors) {
     floats part[2];
@@ -247,9 +247,9 @@ static void add_query(const float *gradient, const int64_t *places, int64_t k, c
         for (int64_t a = 0; a < k; a++) of_keys[places[a] + c] += gradient[a] * query[c];
 }
 
-/* Gradients for one query, NULL where one is not needed. A score is the product of one half of the query with a row of
-   C plus that of the other half with a row of C'. `places` is a buffer for 2k. Returns 0, or 1 if an index is out of
-   range. */
+/* Computes gradients for one query, NULL where not needed. A score is the product of one half of the query with a row
+   of C plus that of the other half with a row of C'. `places` is a buffer for 2k. Returns 0, or 1 if an index is out
+   of range. */
 static int gradients_of_query(const float *gradient, const int64_t *indices, const float *query, const float *keys,
                               float *of_query, float *of_keys, int64_t n, int64_t size, int64_t k, int64_t *places) {
     if (find_keys(indices, k, n, size, places, places + k)) return 1;
@@ -261,8 +261,8 @@ static int gradients_of_query(const float *gradient, const int64_t *indices, con
     return 0;
 }
 
-/* Gradients of queries `[tokens, heads, 2, size]` and keys `[sets, 2, n, size]`, given those of the scores at
-   `indices` `[tokens, heads, k]`; NULL where one is not needed. Every thread sums the gradient of the keys on its own.
+/* Computes the gradients of queries `[tokens, heads, 2, size]` and keys `[sets, 2, n, size]` from those of the scores
+   at `indices` `[tokens, heads, k]`; NULL where not needed. Every thread has its own sum for the keys.
    Returns 0, -1 if out of memory, or 1 if an index is out of range. */
 int64_t retrieval_gradients(const float *gradient, const int64_t *indices, const float *queries, const float *keys,
                             float *of_queries, float *of_keys, int64_t tokens, int64_t heads, int64_t sets, int64_t n,

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* How many rows ahead parameter and moments are prefetched. A row is 2 KB at d = 512 in float32. */
+/* Number of rows by which prefetching of parameter and moments is ahead. A row is 2 KB at d = 512 in float32. */
 #define ROWS_AHEAD 2
 
 /* A hash of 32 bits (MurmurHash3's finalizer), of one number and of a vector of them. */
@@ -23,8 +23,8 @@ static inline words column_bits(uint32_t of_row, int64_t column) {
     return mix_words(of_row + columns * 0xc2b2ae3du);
 }
 
-/* Stochastic rounding: up with the probability that makes the mean exact, down otherwise. The types that hold all of a
-   sum are stored as they are. */
+/* Stochastic rounding: up with the probability that makes the mean exact, down otherwise. float32 and float64, the
+   dtypes of sums, are stored unrounded. */
 static inline void round_float32(float *p, floats v, uint32_t of_row, int64_t column) {
     (void)of_row, (void)column;
     store_float32(p, v);
@@ -40,7 +40,7 @@ static inline void round_bfloat16(uint16_t *p, floats v, uint32_t of_row, int64_
 static inline void round_float16(uint16_t *p, floats v, uint32_t of_row, int64_t column) {
     const words bits = (words)v, random = column_bits(of_row, column), sign = bits & 0x80000000;
     const words magnitude = bits ^ sign, least = magnitude * 0 + (113u << 23);
-    /* Below 2^-14 the steps are 2^-24. */
+    /* Below 2^-14 numbers are 2^-24 apart. */
     const floats shifted = (floats)magnitude * 0x1p24f + __builtin_convertvector(random >> 19, floats) * 0x1p-13f;
     const words subnormal = __builtin_convertvector(shifted, words);
     const words normal = (magnitude - (112u << 23) + (random >> 19)) >> 13;
@@ -68,8 +68,8 @@ static inline VECTOR NAME(root)(VECTOR v) {
     return v;
 }
 
-/* The step on a vector of a row: its first moment (without momentum m is null), its second moment (unless the row has
-   a single one: then v is null), and its elements, which it returns. `divisor` is that of the whole row if v is null,
+/* Makes the step on a vector of a row. Updates its first moment m (null without momentum) and its second moment v
+   (null if the row has a single one), and returns its new elements. `divisor` is that of the whole row if v is null,
    otherwise the factor of √v. */
 static inline VECTOR NAME(update)(const ROW *x, SUM *m, SUM *v, const SUM *g, SUM rate, SUM divisor,
                                   struct NAME(coefficients) c) {
@@ -78,7 +78,7 @@ static inline VECTOR NAME(update)(const ROW *x, SUM *m, SUM *v, const SUM *g, SU
     first = gradient;
     if (m) {
         memcpy(&first, m, sizeof first);
-        /* From the nearer end, as torch's lerp: without decay it is the gradient, and no rounding of m + (g - m). */
+        /* From the nearer end, as torch's lerp: with beta1 = 0 it is exactly the gradient, not m + (g - m) rounded. */
         first = c.first < (SUM)0.5 ? first + c.first * (gradient - first) : gradient - c.first_kept * (gradient - first);
         memcpy(m, &first, sizeof first);
     }

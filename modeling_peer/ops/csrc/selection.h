@@ -1,5 +1,5 @@
-/* The k best of many scores. A threshold leaves few candidates, whose ranks are counted. Where the processor would
-   have to guess which way a branch goes, there is none. */
+/* Selects the k best of many scores. A threshold leaves few candidates, whose ranks are counted. There are no branches
+   that the processor could not predict. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -65,7 +65,7 @@ static inline ints add_one_where_at_least(ints counts, floats a, floats b) {
 #endif
 static inline float smallest(floats v) { return -largest(-v); }
 
-/* Buffers of one thread: of each row in a group the candidates and their positions, and the leaders of its scores. */
+/* Buffers of one thread: candidates, their positions, and the leaders of the scores, of each row in a group. */
 typedef struct {
     float *candidates;
     int32_t *positions, *ranks;
@@ -134,9 +134,9 @@ static void find_thresholds(const float *scores, int64_t rows, int64_t n, int64_
         }
 }
 
-/* Writes those of n scores that reach a threshold, and their positions; returns how many they are. Of 64 scores
-   `usual` are written without asking whether there are as many: up to `usual` elements more are overwritten, and up to
-   64 scores more read. */
+/* Writes those of n scores that reach a threshold, and their positions; returns their number. Of every 64 scores,
+   `usual` are written without checking that as many reach it. So up to `usual` elements more are overwritten, and up
+   to 64 scores more read. */
 static inline int64_t keep(const float *scores, int64_t n, float threshold, int64_t usual, float *candidates,
                            int32_t *positions) {
     int64_t count = 0;

@@ -4,8 +4,8 @@
 #undef BLOCK
 #define BLOCK 8
 
-/* sums = Σ coefficients[e] tokens[sources[e]] over the assignments first <= e < end. One whose coefficient is zero is
-   passed over, whatever its token is: it may name a frozen row. */
+/* sums = Σ coefficients[e] tokens[sources[e]] over the assignments first <= e < end. Those with a zero coefficient are
+   skipped, whatever their token is: they may name a frozen row. */
 static inline void NAME(sum_tokens)(const SUM *coefficients, const int32_t *sources, const SUM *tokens, int64_t first,
                                      int64_t end, int64_t width, SUM *sums) {
     const int64_t blocks = width - width % (BLOCK * WIDTH), whole = width - width % WIDTH;
