@@ -50,7 +50,8 @@ def unavailable_reason(task: Task, built: bool) -> str | None:
     if task.contender == "peer_pytorch" and find_spec("PEER_pytorch") is None:
         return "needs `pip install peer-pytorch`"
     dense_gradients = task.contender not in OURS
-    copies = {"forward_backward": 1 + dense_gradients, "step": 3 + dense_gradients}.get(task.operation, 1)
+    moments = {"forward_backward": 0, "step": 2, "step_row_moment": 1}
+    copies = 1 + dense_gradients + moments[task.operation] if task.operation in moments else 1
     needed = (copies - built) * NUM_TABLES.get(task.contender, 2) * task.table_bytes
     if task.contender in ("peer_eager", "peer_pytorch", "doge_cdmoe"):  # these gather the rows of all active experts
         needed += 3 * task.num_tokens * task.num_active * task.hidden_size * task.torch_dtype.itemsize

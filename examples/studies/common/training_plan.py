@@ -182,7 +182,7 @@ def run_of_budget(
 
 def run_of_steps(run: Run, steps: float) -> Run:
     """The run with another number of steps, rounded. Raises `ValueError` for less than half a step."""
-    if steps < 0.5:
+    if round(steps) < 1:
         raise ValueError(
             f"{run.variant} of hidden_size {run.hidden_size} must be trained for at least one step, but got "
             f"{steps:.2g}: raise `budgets`."
