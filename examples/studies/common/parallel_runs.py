@@ -30,7 +30,7 @@ class ParallelArguments:
     results: str | None = field(
         default=None, metadata={"help": "A results.json whose runs are taken that are not there."}
     )
-    processes: int = field(default=2, metadata={"help": "Number of runs at once, each of which has one core."})
+    processes: int = field(default=2, metadata={"help": "Number of runs at once, which share the cores."})
     hours: float | None = field(
         default=None, metadata={"help": "Hours after which no further run is begun; the same command goes on."}
     )
@@ -60,7 +60,8 @@ def make_runs(
         for name, run in read_json(Path(args.results))["runs"].items():
             if not (file := folder / "runs" / f"{name}.json").exists():
                 write_json(file, run)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started now
+    # For the processes that are started now.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
     making: dict[Future, Any] = {}
     with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool, tqdm() as bar:
         while True:

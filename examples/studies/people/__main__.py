@@ -27,7 +27,7 @@ from studies.common.study_folder import claim_folder, read_json, sole_use, write
 from studies.common.training_plan import CORPUS
 from studies.people.arms import TOKENS_PER_STEP, next_runs
 from studies.people.measure import make
-from studies.people.report import describe, make_cards
+from studies.people.report import describe, make_cards, plot
 from studies.people.texts import BLOCK, CHARACTERS, GROUPS, NUM_HELD_OUT, prepare
 
 
@@ -62,9 +62,10 @@ def main():
         if steps := max((run["steps"] for run in results.values()), default=0):
             head["ngrams"] = read_by_ngrams(folder, steps * TOKENS_PER_STEP)
         write_runs(folder / "results.json", head, results)
+        plot(results, folder / "results.png")
         for name, card in make_cards(results).items():
             write_text(folder / f"{name}.md", card)
-        print(f"\n{describe(results, head['ngrams'])}\n\nResults and cards are in {folder}.")
+        print(f"\n{describe(results, head['ngrams'])}\n\nResults, the picture and cards are in {folder}.")
         if not is_finished:
             print("The study is not finished: the same command goes on.")
 

@@ -3,12 +3,14 @@
 """The tables of the study of people, and the cards of the models."""
 
 from math import exp
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from common.cards import MARK, make_card
+from common.pictures import add_legend, look_of, new_figure, save_picture
 from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
@@ -150,6 +152,24 @@ def describe(results: Results, ngrams: dict[str, Any]) -> str:
     """All tables that have a row."""
     tables = [all_table(results), groups_table(results), texts_table(results, ngrams), trials_table(results)]
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
+
+
+def plot(results: Results, file: Path) -> None:
+    """Plot what models recall of a person against the number of biographies that they have read of the person."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for run in trainings(results):
+        read, look = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"])
+        for wording, line in ((TOLD, "-"), (NEVER_TRAINED, "--")):
+            recalled = [100 * share(run, str(told), wording) for told in groups_of(run)]
+            axes.plot(read, recalled, line, **look.style, label=f"{look.label}, in a wording {wording}")
+    found = {run["arm"]: above_others(run, NEVER_TRAINED)[0] for run in trainings(results)}
+    shares = ", ".join(f"{look_of(arm).label} recalls {value:.0%}" for arm, value in found.items())
+    axes.set_title(f"After equal seconds {shares}\nof all attributes, in a wording never trained", fontsize=10)
+    axes.set_xscale("log")
+    axes.set(xlabel="biographies read of a person", ylabel="attributes recalled, %")
+    add_legend(axes)
+    save_picture(figure, file)
 
 
 def make_cards(results: Results) -> dict[str, str]:
