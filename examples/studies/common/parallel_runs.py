@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Making several runs of a study at once, each in a process with one thread. An interrupted study can be resumed."""
+"""Making several runs of a study at once, each in a process of its own. An interrupted study can be resumed."""
 
 import os
 import time
