@@ -21,6 +21,7 @@ from common.command_line import parse_arguments
 from common.pictures import TRAININGS, VARIANTS, new_figure, save_picture
 from studies.capacity import report as capacity
 from studies.common.study_folder import read_json
+from studies.people import report as people
 from studies.recipe.plots import PLOTS as RECIPE_PLOTS
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
@@ -57,6 +58,9 @@ def drawings() -> dict[str, Callable[[Path], object]]:
         ),
         "examples/studies/capacity/results.png": lambda file: capacity.plot(
             read_json(studies / "capacity/results.json")["runs"], file
+        ),
+        "examples/studies/people/results.png": lambda file: people.plot(
+            read_json(studies / "people/results.json")["runs"], file
         ),
         "examples/studies/teaching/results.png": lambda file: teaching.plot(
             read_json(studies / "teaching/results.json")["runs"], file

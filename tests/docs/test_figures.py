@@ -534,6 +534,7 @@ def tables_of_people(name):
 
 
 TABLES = [
+    (STUDIES + "people/README.md", lambda: tables_of_people("results")),
     (STUDIES + "people/README.md", lambda: tables_of_people("earlier/5625_people")),
     (STUDIES + "capacity/README.md", tables_of_capacity),
     (
@@ -562,7 +563,7 @@ def test_pages_have_the_tables_of_the_results(page, make):
 
 
 def test_cards_are_those_of_the_runs():
-    cards = people.make_cards(load(STUDIES + "people/earlier/5625_people.json")["runs"])
+    cards = people.make_cards(load(STUDIES + "people/results.json")["runs"])
     assert cards and all((ROOT / f"model_cards/{name}.md").read_text() == card for name, card in cards.items())
 
 

@@ -22,28 +22,31 @@ from studies.people.texts import groups_of_people
 
 
 # Wordings of questions about a person: in no biography, only in those of others, and in those of the person.
-NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
+WORDINGS = NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 ASKED = 300  # people of each group, and as many others
 OTHERS = "others"  # people without biographies, a group in the results
-IN_TEXT = "told, in a text"  # asked after the tokens of another text, as most biographies appear in training
+IN_TEXT = ", in a text"  # asked after the tokens of another text, as most biographies appear in training
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Train a model and measure it: losses of held-out texts, and what it recalls of each group of people in each
-    wording. For some people, the question also follows another text, as a control.
+    wording, where the question begins a sequence and where it follows another text.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     texts = read_texts(folder / "held_out", "cpu")
     people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
-    most = next(iter(people))
+    places = {"": [], IN_TEXT: texts[CORPUS][0, :200].tolist()}
     recalled = {
-        group: {wording: recall(model, tokenizer, asked, wording) for wording in (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)}
+        group: {
+            wording + place: recall(model, tokenizer, asked, wording, before)
+            for place, before in places.items()
+            for wording in WORDINGS
+        }
         for group, asked in {**people, OTHERS: draw_people(ASKED, seed=1)}.items()
     }
-    recalled[most][IN_TEXT] = recall(model, tokenizer, people[most][:50], TOLD, texts[CORPUS][0, :200].tolist())
     return {
         "training": read_json(output / "all_results.json"),
         "parameters": model.num_parameters(),

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from common.cards import MARK, make_card
-from common.pictures import add_legend, look_of, new_figure, save_picture
+from common.pictures import look_of, new_figure, save_picture
 from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run
-from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS
+from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS, WORDINGS
 from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
 
 
-WORDINGS = (NEVER_TRAINED, TOLD_OF_OTHERS, TOLD)
 DRAWS = 2000  # bootstrap draws of people, for intervals
 LEAST = 0.02  # recall above others below which dense is no divisor of a ratio
 
@@ -96,24 +95,27 @@ def all_table(results: Results) -> list[list[str]]:
     rows[0] += [f"times dense, {each}" for each in WORDINGS[:2]]
     dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
     for run in trainings(results):
-        cells = [f"{above_others(run, wording)[0]:.1%}" for wording in WORDINGS]
-        if run["arm"] != "dense" and run["seed"] in dense:
-            cells += [times_dense(run, dense[run["seed"]], wording) for wording in WORDINGS[:2]]
-        rows.append([run["arm"], str(run["seed"]), f"{run['learning_rate']:g}", *cells, *[""] * (5 - len(cells))])
+        for place in ("", IN_TEXT):
+            if TOLD + place not in run["recall"][OTHERS]:
+                continue
+            cells = [f"{above_others(run, wording + place)[0]:.1%}" for wording in WORDINGS]
+            if run["arm"] != "dense" and run["seed"] in dense:
+                cells += [times_dense(run, dense[run["seed"]], wording + place) for wording in WORDINGS[:2]]
+            label = [run["arm"] + place, str(run["seed"]), f"{run['learning_rate']:g}"]
+            rows.append([*label, *cells, *[""] * (5 - len(cells))])
     return rows
 
 
 def groups_table(results: Results) -> list[list[str]]:
-    """What is recalled of the people of each group."""
-    rows = [["", "seed", "biographies", "read", *WORDINGS, "told, behind a text", f"bits, {NEVER_TRAINED}"]]
+    """Table of what is recalled of the people of each group."""
+    asked = [wording + place for place in ("", IN_TEXT) for wording in WORDINGS]
+    rows = [["", "seed", "biographies", "read", *asked, f"bits, {NEVER_TRAINED}"]]
     for run in trainings(results):
-        for told in groups_of(run):
-            found = run["recall"][str(told)]
-            cells = [f"{share(run, str(told), each):.1%}" if each in found else "" for each in (*WORDINGS, IN_TEXT)]
-            bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}"
-            rows.append([run["arm"], str(run["seed"]), str(told), f"{read_of(run, told):.1f}", *cells, bits])
-        others = [f"{share(run, OTHERS, each):.1%}" for each in WORDINGS]
-        rows.append([run["arm"], str(run["seed"]), OTHERS, "", *others, "", ""])
+        for group, found in run["recall"].items():
+            cells = [f"{share(run, group, each):.1%}" if each in found else "" for each in asked]
+            bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}" if group != OTHERS else ""
+            read = f"{read_of(run, int(group)):.1f}" if group != OTHERS else ""
+            rows.append([run["arm"], str(run["seed"]), group, read, *cells, bits])
     return rows
 
 
@@ -155,20 +157,32 @@ def describe(results: Results, ngrams: dict[str, Any]) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plot what models recall of a person against the number of biographies that they have read of the person."""
-    figure = new_figure(7, 4)
-    axes = figure.subplots()
-    for run in trainings(results):
-        read, look = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"])
-        for wording, line in ((TOLD, "-"), (NEVER_TRAINED, "--")):
-            recalled = [100 * share(run, str(told), wording) for told in groups_of(run)]
-            axes.plot(read, recalled, line, **look.style, label=f"{look.label}, in a wording {wording}")
-    found = {run["arm"]: above_others(run, NEVER_TRAINED)[0] for run in trainings(results)}
-    shares = ", ".join(f"{look_of(arm).label} recalls {value:.0%}" for arm, value in found.items())
-    axes.set_title(f"After equal seconds {shares}\nof all attributes, in a wording never trained", fontsize=10)
-    axes.set_xscale("log")
-    axes.set(xlabel="biographies read of a person", ylabel="attributes recalled, %")
-    add_legend(axes)
+    """
+    Plot what models recall of a person against the number of biographies that they have read of the person, if the
+    question begins a sequence and if it follows another text.
+    """
+    figure = new_figure(10, 3.8)
+    figure.suptitle(
+        "Attributes recalled after equal seconds of training, of all people in a wording used only for others"
+    )
+    for axes, place, where in zip(
+        figure.subplots(1, 2, sharey=True), ("", IN_TEXT), ("begins a sequence", "follows another text"), strict=True
+    ):
+        found = []
+        for run in trainings(results):
+            read, look = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"])
+            for wording, line in ((TOLD_OF_OTHERS, "-"), (NEVER_TRAINED, "--")):
+                recalled = [100 * share(run, str(told), wording + place) for told in groups_of(run)]
+                axes.plot(read, recalled, line, **look.style, label=f"{look.label}, wording {wording}")
+            found.append(f"{look.label} {above_others(run, TOLD_OF_OTHERS + place)[0]:.0%}")
+        axes.set_title(f"The question {where}: {', '.join(found)}", fontsize=10)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(groups_of(run), groups_of(run))
+        axes.set(xlabel="biographies read of a person", ylim=(0, 105))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("attributes recalled, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_picture(figure, file)
 
 
