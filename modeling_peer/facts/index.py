@@ -118,9 +118,9 @@ class FactIndex:
         relations = [self.relation_of[fact.wordings[0]] for fact in facts]
         told: dict[tuple[str, int], Fact] = {}
         for fact, relation in zip(facts, relations, strict=True):
-            if (known := told.setdefault((fact.subject, relation), fact)).answer != fact.answer:
+            if (other := told.setdefault((fact.subject, relation), fact)).answer != fact.answer:
                 raise ValueError(
-                    f"{known.question!r} and {fact.question!r} have two answers, and another fact has both wordings: "
+                    f"{other.question!r} and {fact.question!r} have two answers, and another fact has both wordings: "
                     "keep one."
                 )
         shares = Counter(relations)

@@ -493,9 +493,24 @@ def taught_facts():
     yield TEACHING, percent(mean(run["open_behind"] for run in graft), digits=0)
 
 
+def people_in_text():
+    """What dense and PEER recall in a wording used for others, in both places, and how much worse PEER reads."""
+    dense, peer = people.trainings(load(STUDIES + "people/results.json")["runs"])
+    shares = [
+        people.above_others(run, people.TOLD_OF_OTHERS + place)[0]
+        for run in (peer, dense)
+        for place in ("", people.IN_TEXT)
+    ]
+    worse = people.perplexity(peer, "second half") / people.perplexity(dense, "second half") - 1
+    pages = [README, STUDIES + "people/README.md"]
+    yield pages, percent(shares[0], *shares[2:], digits=0)
+    yield pages, percent(worse, digits=0)
+    assert round(shares[0], 2) == round(shares[1], 2)
+
+
 SOURCES = [quickstart, configurations, checkpoints, laptop, benchmark, teaching, many_gpus, scaling_study]
 SOURCES += [below_dense, ngrams, widths, more_experts_and_larger_dense_models, parts_of_the_recipe, forgetting]
-SOURCES += [stored_facts, second_facts, taught_facts]
+SOURCES += [stored_facts, second_facts, taught_facts, people_in_text]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
@@ -516,11 +531,6 @@ def rebuilt_stream(folder):
     rebuilt = stream.summarize(results["runs"], results["texts"], level, chosen, results["arguments"])
     assert rebuilt["equal_learning"] == results["equal_learning"] and rebuilt["arms"] == results["arms"]
     return results
-
-
-def tables_of_scaling():
-    results = scaling_results()
-    return scaling.table_of_perplexities(results, results.plan.budgets[-1]) + "\n" + scaling.table_of_seconds(results)
 
 
 def tables_of_capacity():

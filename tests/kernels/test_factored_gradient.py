@@ -211,6 +211,7 @@ def test_writes_to_what_factors_share_are_noticed(which):
     clone = table.grad.clone()
     {"input": direction, "gradient": hidden, "weights": hidden, "rows": hidden}[which].zero_()  # is not shared
     assert torch.equal(clone.to_rows(), expected)
+    assert (clone.detach().cpu().numpy() == expected.numpy()).all()  # as loggers of histograms do
     {"input": hidden, "gradient": direction, "weights": weights, "rows": rows}[which].zero_()
     for use in (FactoredGradient.to_rows, torch.Tensor.norm, lambda g: g.mul(2), FactoredGradient.is_finite):
         with pytest.raises(RuntimeError, match="written in place"):
