@@ -175,7 +175,7 @@ def measure(output: Path, name: str, group_size: int) -> None:
         with OwnMemory(0.0005) as peaks["save_beside_replicas"]:
             state_dict = whole_state_dict(model, output)
             if RANK == 0:
-                model.save_pretrained(folder, state_dict=state_dict)
+                model.save_pretrained(folder, True, state_dict)
         del model
         model = shard_experts(grafted(base_model_of("llama", hidden_size=64), num_experts=480**2), group_size)
         with OwnMemory(0.0005) as peaks["save_graft"]:

@@ -52,6 +52,8 @@ def test_teaches_a_table(base, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(teach_facts, *others)
     assert "another adapter" in capsys.readouterr().err
+    with pytest.raises(teach_facts.UsageError, match="another adapter"):
+        teach_facts.is_taught(folder, teach_facts.read_facts(table(tmp_path, ROWS)), "another model")
     table(tmp_path, ROWS)
     monkeypatch.setattr(teach_facts, "teach_facts", raise_interrupt)  # nothing is taught again
     run_main(teach_facts, *flags)

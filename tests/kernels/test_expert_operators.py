@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from modeling_peer import RowAdamW
-from modeling_peer.experts import retrieve, run_experts_eager
+from modeling_peer.experts import retrieve, run_experts, run_experts_eager
 from modeling_peer.ops.experts import expert_down, expert_row_gradient, expert_up, run_expert_pool
 from modeling_peer.ops.factored_gradient import FactoredGradient
 from modeling_peer.ops.quantized_rows import dequantize, quantize
@@ -167,3 +167,22 @@ class TestTransforms:
             difference = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
             tangent = torch.func.jvp(layer, (x,), (direction,))[1]
         torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("up_dtype", "down_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_the_core_runs_tables_of_two_dtypes(up_dtype, down_dtype):
+    """As the reference does, in the dtype of the weights."""
+    torch.manual_seed(0)
+    up, down = (torch.nn.Embedding(20, 8, dtype=dtype) for dtype in (up_dtype, down_dtype))
+    rows, weights, hidden_states = torch.randint(20, (5, 3)), torch.rand(5, 3), torch.randn(5, 8)
+    results = []
+    for run in (run_experts, run_experts_eager):
+        own = hidden_states.clone().requires_grad_()
+        outputs = run(own, rows, weights, up, None, down, F.gelu)
+        assert outputs.dtype == weights.dtype
+        gradients = torch.autograd.grad(outputs.square().sum(), [own, up.weight, down.weight])
+        results.append([outputs, *gradients])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention and padding masks: which tokens query norms learn from."""
 
+import pytest
 import torch
 from release_names import CACHE
-from tiny_models import VARIANTS, random_tokens, tiny_model
+from tiny_models import VARIANTS, random_tokens, tiny_config, tiny_model
 
 
 def training_statistics(*chunks):
@@ -49,3 +50,8 @@ def test_a_padding_mask_beside_a_mask_of_attention():
     )
     assert torch.allclose(implied, explicit, atol=1e-6)
     assert not torch.allclose(implied, unknown, atol=1e-4)
+
+
+def test_a_mask_without_tokens_is_the_error_of_transformers():
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        tiny_model(tiny_config())(attention_mask=torch.ones(1, 4))
