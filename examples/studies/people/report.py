@@ -31,6 +31,17 @@ def trainings(results: Results) -> list[dict[str, Any]]:
     )
 
 
+def dense_of(results: Results) -> dict[str, Any] | None:
+    """The first seed of dense, which all runs of other arms are compared with."""
+    return next((run for run in trainings(results) if run["arm"] == "dense"), None)
+
+
+def name_of(run: dict[str, Any]) -> str:
+    """The name of a run in the picture."""
+    label = look_of(run["arm"]).label
+    return f"{label}, seed {run['seed']}" if run["seed"] else label
+
+
 def groups_of(run: dict[str, Any]) -> list[int]:
     """The number of biographies per person in each group, the largest first."""
     return [int(group) for group in run["recall"] if group != OTHERS]
@@ -93,14 +104,14 @@ def all_table(results: Results) -> list[list[str]]:
     """Table of what is recalled of all people, above others, and of its ratio to dense."""
     rows = [["recalled of all, above others", "seed", "rate", *WORDINGS]]
     rows[0] += [f"times dense, {each}" for each in WORDINGS[:2]]
-    dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
+    dense = dense_of(results)
     for run in trainings(results):
         for place in ("", IN_TEXT):
             if TOLD + place not in run["recall"][OTHERS]:
                 continue
             cells = [f"{above_others(run, wording + place)[0]:.1%}" for wording in WORDINGS]
-            if run["arm"] != "dense" and run["seed"] in dense:
-                cells += [times_dense(run, dense[run["seed"]], wording + place) for wording in WORDINGS[:2]]
+            if dense and run["arm"] != "dense":
+                cells += [times_dense(run, dense, wording + place) for wording in WORDINGS[:2]]
             label = [run["arm"] + place, str(run["seed"]), f"{run['learning_rate']:g}"]
             rows.append([*label, *cells, *[""] * (5 - len(cells))])
     return rows
@@ -127,11 +138,11 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
         cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
         of_texts = [f"{perplexity(run, part):.2f}" for part in ("all", "second half")]
         rows.append([run["arm"], str(run["seed"]), *cells, *of_texts])
-    dense = {run["seed"]: run for run in trainings(results) if run["arm"] == "dense"}
+    dense = dense_of(results)
     for run in trainings(results):
-        if run["arm"] != "dense" and run["seed"] in dense:
-            label, seed = f"{run['arm']} below dense", run["seed"]
-            rows.append([label, str(seed), *[""] * (len(rows[0]) - 3), below(run, dense[seed])])
+        if dense and run["arm"] != "dense":
+            label = [f"{run['arm']} below dense", str(run["seed"])]
+            rows.append([*label, *[""] * (len(rows[0]) - 3), below(run, dense)])
     for kind, label in (("ngrams", "4-gram"), ("cache", "4-gram and cache")):
         if ngrams:
             of_texts = exp(mean(ngrams[kind][each] for each in HELD_OUT_TEXTS))
@@ -170,12 +181,14 @@ def plot(results: Results, file: Path) -> None:
     ):
         found = []
         for run in trainings(results):
-            read, look = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"])
+            read, style = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"]).style
+            if run["seed"]:
+                style["markerfacecolor"] = "none"
             for wording, line in ((TOLD_OF_OTHERS, "-"), (NEVER_TRAINED, "--")):
                 recalled = [100 * share(run, str(told), wording + place) for told in groups_of(run)]
-                axes.plot(read, recalled, line, **look.style, label=f"{look.label}, wording {wording}")
-            found.append(f"{look.label} {above_others(run, TOLD_OF_OTHERS + place)[0]:.0%}")
-        axes.set_title(f"The question {where}: {', '.join(found)}", fontsize=10)
+                axes.plot(read, recalled, line, **style, label=f"{name_of(run)}, wording {wording}")
+            found.append(f"{name_of(run)} {above_others(run, TOLD_OF_OTHERS + place)[0]:.0%}")
+        axes.set_title(f"The question {where}:\n{', '.join(found)}", fontsize=9)
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(groups_of(run), groups_of(run))
@@ -187,11 +200,11 @@ def plot(results: Results, file: Path) -> None:
 
 
 def make_cards(results: Results) -> dict[str, str]:
-    """The cards of the named configurations that were trained, by their names."""
+    """The cards of the named configurations that were trained, by their names. A card tells of the first seed."""
     cards = {}
     for run in trainings(results):
         (name, overrides), told = ARMS[run["arm"]], groups_of(run)[0]
-        if overrides:
+        if overrides or name in cards:
             continue
         of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
         config = PeerConfig.from_pretrained(
