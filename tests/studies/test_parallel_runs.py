@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are made several at once: each once, and none waits for others than those from which it follows."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from studies.common.parallel_runs import ParallelArguments, make_runs
 
@@ -32,7 +35,19 @@ def make(run, folder: Path):
     return {}
 
 
+def count_threads(run, folder: Path):
+    return {"threads": torch.get_num_threads()}
+
+
 def test_runs_wait_for_those_alone_from_which_they_follow(tmp_path):
     results, is_finished = make_runs(ParallelArguments(), tmp_path, next_runs, make)
     assert is_finished and set(results) == {"long", "short", "follows"}
     assert sorted((tmp_path / "made").read_text().split()) == ["follows", "long", "short"]
+
+
+def test_runs_made_one_at_a_time_have_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    only = Run("only")
+    arguments = ParallelArguments(processes=1)
+    results, _ = make_runs(arguments, tmp_path, lambda results: [] if results else [only], count_threads)
+    assert results["only"]["threads"] == os.cpu_count()

@@ -11,7 +11,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -87,7 +86,6 @@ def results_of(folder: Path) -> Results:
 
 
 def _make_and_save(run, folder, make):
-    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     write_json(folder / "runs" / f"{run.name}.json", {**asdict(run), **make(run, folder)})
