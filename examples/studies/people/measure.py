@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trained model knows about people, and how well it predicts text."""
 
+import copy
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -18,32 +19,35 @@ from studies.common.single_run import digests, read_texts, token_losses
 from studies.common.study_folder import read_json
 from studies.common.training_plan import CORPUS
 from studies.people.arms import Run, train
-from studies.people.texts import groups_of_people
+from studies.people.texts import GROUPS, biography, groups_of_people
 
 
 # Wordings of questions about a person: in no biography, only in those of others, and in those of the person.
 WORDINGS = NEVER_TRAINED, TOLD_OF_OTHERS, TOLD = "never trained", "told of others", "told"
 ASKED = 300  # people of each group, and as many others
 OTHERS = "others"  # people without biographies, a group in the results
-IN_TEXT = ", in a text"  # asked after the tokens of another text, as most biographies appear in training
+# A question begins a sequence, or follows another document: real text, or a biography of another person, as most
+# biographies in training do. Each person's question follows another document, of which it sees the last tokens.
+PLACES = BEGINS, IN_TEXT, AFTER_BIOGRAPHY = "", ", in a text", ", after a biography"
+BEFORE = 40  # tokens of the other document
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
-    Train a model and measure it: losses of held-out texts, and what it recalls of each group of people in each
-    wording, where the question begins a sequence and where it follows another text.
+    Train a model and measure it: losses of held-out texts, and what it recalls of each group of people in each place
+    and wording. Wordings of their own biographies are asked where the question begins a sequence.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     texts = read_texts(folder / "held_out", "cpu")
     people = {str(told): group[:ASKED] for told, group in groups_of_people().items()}
-    places = {"": [], IN_TEXT: texts[CORPUS][0, :200].tolist()}
+    before = documents_before(tokenizer, texts[CORPUS])
     recalled = {
         group: {
-            wording + place: recall(model, tokenizer, asked, wording, before)
-            for place, before in places.items()
-            for wording in WORDINGS
+            wording + place: recall(model, tokenizer, asked, wording, before[place])
+            for place in PLACES
+            for wording in (WORDINGS if place == BEGINS else WORDINGS[:2])
         }
         for group, asked in {**people, OTHERS: draw_people(ASKED, seed=1)}.items()
     }
@@ -57,47 +61,70 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def documents_before(tokenizer: PreTrainedTokenizerBase, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    For each place of a question, the tokens before it for each of `ASKED` people, `[ASKED, BEFORE]`: of a text, or of
+    the biographies of people who are not asked.
+    """
+    generator, passages = np.random.default_rng(1), text.flatten().unfold(0, BEFORE, BEFORE)
+    told = groups_of_people()[min(GROUPS)][-ASKED:]
+    biographies = [tokenizer(biography(each, generator), add_special_tokens=False)["input_ids"] for each in told]
+    return {
+        BEGINS: torch.zeros(ASKED, 0, dtype=torch.int64),
+        IN_TEXT: passages[:: len(passages) // ASKED][:ASKED],
+        AFTER_BIOGRAPHY: torch.tensor([tokens[-BEFORE:] for tokens in biographies]),
+    }
+
+
 def recall(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     people: list[Person],
-    wording: str = NEVER_TRAINED,
-    before: Sequence[int] = (),
+    wording: str,
+    before: torch.Tensor,
     batch_size: int = 64,
 ) -> dict[str, dict[str, Any]]:
     """
-    Ask a model for each attribute of people, in one wording and after the tokens `before` of another text. Returns for
-    each attribute the share that greedy decoding gets right (`recalled`), the people that it gets `right` (a digit for
-    each), and the `bits` per person that it knows: the entropy of the attribute minus the mean over people of
-    `-log2 p(answer | question)`, not clipped.
+    Ask a model for each attribute of people in one wording. A question follows the tokens `before`, of shape
+    `(num_people or more, num_tokens)`, and an end-of-text token. Returns for each attribute the share that greedy decoding gets
+    right (`recalled`), the people that it gets `right` (a digit for each), and the `bits` per person that it knows: the
+    entropy of the attribute minus the mean over people of `-log2 p(answer | question)`, not clipped.
     """
-    shares, bits, right_of_each = {}, {}, {}
+    before = nn.functional.pad(before[: len(people)], (0, 1), value=tokenizer.eos_token_id)
+    right: dict[str, list[bool]] = {attribute: [] for attribute in VALUES}
+    surprise = dict.fromkeys(VALUES, 0.0)
     with evaluation(model):
-        for attribute, values in VALUES.items():
-            right, surprise = [], 0.0
-            pairs = [ask(tokenizer, person, attribute, wording, before) for person in people]
-            for start in range(0, len(pairs), batch_size):
-                batch = pairs[start : start + batch_size]
-                width = max(len(tokens) for tokens, _ in batch)
+        for start in range(0, len(people), batch_size):
+            some = slice(start, start + batch_size)
+            # All questions about a person follow the same tokens, which run once.
+            cache = model(before[some], use_cache=True).past_key_values
+            for attribute in VALUES:
+                pairs = [ask(tokenizer, person, attribute, wording) for person in people[some]]
+                width = max(len(tokens) for tokens, _ in pairs)
                 # The padding after an answer does not matter, as nothing is asked there.
-                padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
-                for own, (tokens, begin) in zip(model(padded).logits.log_softmax(-1), batch, strict=True):
+                padded = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in pairs])
+                logits = model(padded, past_key_values=copy.deepcopy(cache)).logits
+                for own, (tokens, begin) in zip(logits.log_softmax(-1), pairs, strict=True):
                     own, answer = own[begin - 1 : len(tokens) - 1], torch.tensor(tokens[begin:])
-                    right.append(torch.equal(own.argmax(-1), answer))
-                    surprise -= own.gather(-1, answer[:, None]).sum().item() / math.log(2)
-            shares[attribute] = sum(right) / len(people)
-            right_of_each[attribute] = "".join(str(int(each)) for each in right)
-            bits[attribute] = math.log2(math.prod(map(len, values))) - surprise / len(people)
-    return {"recalled": shares, "bits": bits, "right": right_of_each}
+                    right[attribute].append(torch.equal(own.argmax(-1), answer))
+                    surprise[attribute] -= own.gather(-1, answer[:, None]).sum().item() / math.log(2)
+    return {
+        "recalled": {attribute: sum(each) / len(people) for attribute, each in right.items()},
+        "bits": {
+            attribute: math.log2(math.prod(map(len, values))) - surprise[attribute] / len(people)
+            for attribute, values in VALUES.items()
+        },
+        "right": {attribute: "".join(str(int(one)) for one in each) for attribute, each in right.items()},
+    }
 
 
-def ask(tokenizer, person, attribute, wording=NEVER_TRAINED, before=()):
+def ask(tokenizer, person, attribute, wording):
     """The tokens of a question with its answer, and where the answer begins."""
     place = {NEVER_TRAINED: -1, TOLD_OF_OTHERS: person.untold, TOLD: (person.untold + 1) % NUM_TRAINED}[wording]
     question = " ".join(person.question(attribute, place))
     answer = f"{question} {' '.join(person.attributes[attribute])}"
     asked, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, answer))
-    return [*before, tokenizer.eos_token_id, *whole], len(before) + 1 + len(asked)
+    return whole, len(asked)
 
 
 def losses(model: nn.Module, texts: dict[str, torch.Tensor], batch_size: int = 8) -> dict[str, dict[str, Any]]:

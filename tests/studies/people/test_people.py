@@ -25,7 +25,7 @@ from studies.common.training_plan import CORPUS
 from studies.people import __main__ as people_study
 from studies.people import arms, measure, report, texts
 from studies.people.arms import Run
-from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS, WORDINGS, ask, make, recall
+from studies.people.measure import NEVER_TRAINED, OTHERS, PLACES, TOLD, TOLD_OF_OTHERS, WORDINGS, ask, make, recall
 from studies.people.texts import GROUPS, biography, groups_of_people, prepare
 
 
@@ -34,10 +34,13 @@ class Knows(nn.Module):
 
     def __init__(self, tokenizer, people):
         super().__init__()
-        self.known = [ask(tokenizer, person, attribute)[0] for person in people for attribute in VALUES]
+        self.known = [ask(tokenizer, person, attribute, NEVER_TRAINED)[0] for person in people for attribute in VALUES]
         self.size = len(tokenizer)
 
-    def forward(self, tokens):
+    def forward(self, tokens, past_key_values=None, use_cache=False):
+        if use_cache:
+            return SimpleNamespace(past_key_values=[tokens])
+        self.before = past_key_values.pop()
         logits = torch.zeros(*tokens.shape, self.size)
         for row, own in enumerate(tokens.tolist()):
             for known in self.known:
@@ -52,30 +55,29 @@ def test_recall_is_of_whole_answers():
     rows = Dataset.from_dict({"text": [biography(person, generator) for _ in range(20) for person in people]})
     assert [text.count(" ".join(people[0].name)) for text in rows["text"][::30]] == [len(VALUES)] * 20
     tokenizer = train_tokenizer(rows, "text", 1000, 128)
-    found = recall(Knows(tokenizer, people[:15]), tokenizer, people, batch_size=4)
+    model, before = Knows(tokenizer, people[:15]), torch.arange(62).reshape(31, 2)
+    found = recall(model, tokenizer, people, NEVER_TRAINED, before, batch_size=4)
+    assert model.before.tolist() == [[56, 57, tokenizer.eos_token_id], [58, 59, tokenizer.eos_token_id]]
     assert found["recalled"] == dict.fromkeys(VALUES, 0.5)
     assert found["right"] == dict.fromkeys(VALUES, "1" * 15 + "0" * 15)
     size = len(tokenizer)
     surprises = [math.log2(math.e + size - 1) - math.log2(math.e), math.log2(size)]  # of a token, known or not
     for attribute, values in VALUES.items():
-        asked = [ask(tokenizer, person, attribute) for person in people]
+        asked = [ask(tokenizer, person, attribute, NEVER_TRAINED) for person in people]
         bits = [surprises[place >= 15] * (len(each) - begin) for place, (each, begin) in enumerate(asked)]
         entropy = sum(math.log2(len(each)) for each in values)
         assert found["bits"][attribute] == pytest.approx(entropy - sum(bits) / 30, rel=1e-5)
     for attribute in VALUES:
-        tokens, begin = ask(tokenizer, people[0], attribute)
-        assert tokens[0] == tokenizer.eos_token_id
+        tokens, begin = ask(tokenizer, people[0], attribute, NEVER_TRAINED)
         assert tokenizer.decode(tokens[begin:]).strip() == " ".join(people[0].attributes[attribute])
         own = [text for text in rows["text"] if " ".join(people[0].name) in text]
-        behind, begin_behind = ask(tokenizer, people[0], attribute, before=[5, 6])
-        assert behind == [5, 6, *tokens] and begin_behind == begin + 2
         for wording, is_read, is_read_of_them in (
             (NEVER_TRAINED, False, False),
             (TOLD_OF_OTHERS, True, False),
             (TOLD, True, True),
         ):
             tokens, begin = ask(tokenizer, people[0], attribute, wording)
-            words = " ".join(tokenizer.decode(tokens[1:begin]).split()[3:])
+            words = " ".join(tokenizer.decode(tokens[:begin]).split()[3:])
             assert any(words in text for text in rows["text"]) == is_read
             assert any(words in text for text in own) == is_read_of_them
 
@@ -112,6 +114,7 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     small = {"BLOCK": 32, "CHARACTERS": 30_000, "GROUPS": {6: 5, 3: 10}, "NUM_HELD_OUT": 4, "TOKENS_PER_STEP": 64}
     small |= {
         "ASKED": 5,
+        "BEFORE": 8,
         "TRAININGS": (Run("peer", 3, 1e-3, 0.02), Run("dense", 3, 1e-3, 0.02), Run("dense", 4, 1e-3, 0.02)),
         "ARMS": {"peer": ("peer-nano", {}), "dense": ("dense-nano", {})},
     }
@@ -130,7 +133,7 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     assert peer["parameters"] > dense["parameters"]
     assert [*peer["recall"]] == ["6", "3", OTHERS]
     for found in (*peer["recall"].values(), *dense["recall"].values()):
-        assert [*found] == [wording + place for place in ("", IN_TEXT) for wording in WORDINGS]
+        assert [*found] == [*WORDINGS, *(wording + place for place in PLACES[1:] for wording in WORDINGS[:2])]
     run_main(people_study, "--output_dir", str(tmp_path), "--hours", "0")
     printed = capsys.readouterr().out
     assert "the same command goes on" in printed
