@@ -89,11 +89,3 @@ def registered_variants():
     for mapping, entries in zip(mappings, before, strict=True):
         mapping.clear()
         mapping.update(entries)
-
-
-@pytest.fixture
-def used_kernels(monkeypatch):
-    """See `record_kernels`."""
-    from kernels_used import record_kernels
-
-    return record_kernels(monkeypatch.setattr)

@@ -3,17 +3,12 @@
 """`import modeling_peer`: what it costs, and that it adds to registries and changes nothing else in the process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from script_runs import run_script
 
 import modeling_peer
 
-
-ROOT = Path(__file__).parents[1]
 
 # What a program that uses PEFT has imported anyway.
 BEFORE = """
@@ -26,14 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 def run(script, **environment):
     """What a script prints last, as JSON, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", BEFORE + script],
-        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_script(BEFORE + script, **environment).splitlines()[-1])
 
 
 def test_it_changes_nothing_in_the_process(tmp_path):

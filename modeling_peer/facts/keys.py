@@ -81,17 +81,13 @@ def learned_keys(
             schedule.step()
     with torch.no_grad():
         weight, bias = (projection / deviation[:, None]).T, -(mean / deviation) @ projection
+        # All are rounded to bfloat16, as in saved adapters: thresholds are close to similarities.
         found = ((matcher.weight, weight), (matcher.bias, bias), (matcher.keys, F.normalize(keys, dim=-1)))
         for parameter, value in found:
-            _round_into(parameter, value)
+            parameter.copy_(value.bfloat16())
         nearest = _nearest(matcher, others[is_held_out], named_there[is_held_out], key_subjects)
         lowest = _nearest(matcher, states).quantile(0.01, interpolation="lower") - 0.01
-        _round_into(matcher.threshold, torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest))
-
-
-def _round_into(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a value, rounded to bfloat16 as in saved adapters, to a parameter: thresholds are close to similarities."""
-    parameter.copy_(value.bfloat16())
+        matcher.threshold.copy_(torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest).bfloat16())
 
 
 def _nearest(

@@ -71,7 +71,7 @@ class StateReader:
         work.sort(key=lambda pair: len(pair[0]))
         found = States()
         hooks = [
-            self.graft.register_forward_pre_hook(self._note_inputs),
+            self.graft.register_forward_pre_hook(lambda module, args: self.seen.update(questions=args[0])),
             self.norm.register_forward_pre_hook(lambda module, args: self.seen.update(residuals=args[0])),
         ]
         size = BATCHES_OF_A_FILE * batch_size
@@ -105,9 +105,6 @@ class StateReader:
             ((*prompt.tokens, *behind), (number, "plain", prompt))
             for number, prompt, behind in zip(plain, asked, written, strict=True)
         ]
-
-    def _note_inputs(self, graft, args):
-        self.seen["questions"] = args[0]
 
     def _digest(self, piece):
         """A hash of these prompts, the model and the facts, so that files of other states are not used."""

@@ -41,7 +41,7 @@ class NoExchange:
 
     def input_columns(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run [`NoExchange.to_columns`] on the hidden states, whose exchange may already have been started."""
-        return tokens
+        return self.to_columns(tokens)
 
     def to_tokens(self, columns: torch.Tensor) -> torch.Tensor:
         """The inverse of [`NoExchange.to_columns`]."""

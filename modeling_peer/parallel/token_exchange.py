@@ -38,9 +38,6 @@ class ColumnExchange(NoExchange):
         first = dist.get_rank(group) * self.part
         self.own = slice(min(first, width), min(first + self.part, width))
 
-    def input_columns(self, tokens):
-        return self.to_columns(tokens)
-
     def products(self, kernels, columns, rows, tables):
         # Each process has a part of every sum. The parts are added in float32 at least, and rounded once.
         exact = columns.to(torch.promote_types(columns.dtype, torch.float32))

@@ -10,14 +10,13 @@ from grown_models import CONFIGS, SIZES, logits_of, train_a_little
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
-from trainer_worker import copy_of_state, counting_sequences, logged, trainer_of
+from trainer_worker import copy_of_state
 
 from modeling_peer import (
     PeerForCausalLM,
     PeerForSequenceClassification,
     RowAdamW,
     add_experts,
-    expert_parameter_groups,
     masked_experts,
     train_added_experts_only,
 )
@@ -218,22 +217,6 @@ class TestGrownModel:
             assert torch.equal(logits_of(model), before)
         model.save_pretrained(tmp_path)
         assert torch.equal(logits_of(PeerForCausalLM.from_pretrained(tmp_path)), logits_of(model))
-
-    @pytest.mark.parametrize(("mode", "by_rows"), [("protected", False), ("open", True)])
-    def test_trains_in_the_stock_trainer(self, mode, by_rows, tmp_path):
-        model = tiny_model(CONFIGS["two layers"])
-        before, old = logits_of(model), copy_of_state(model)
-        add_experts(model, SIZES[mode], mode=mode)
-        trainer = trainer_of(model, tmp_path, counting_sequences(64), max_steps=30, weight_decay=0.1)
-        if by_rows:
-            trainer.optimizer = RowAdamW(expert_parameter_groups(model, 1e-2, 0.1))
-        trainer.train()
-        losses = logged(trainer)
-        assert sum(losses[-8:]) < sum(losses[:8])
-        model.eval()
-        with masked_experts(model):
-            assert torch.equal(logits_of(model), before)
-        assert torch.equal(model.get_input_embeddings().weight, old["model.embed_tokens.weight"])
 
     def test_keeps_dtype_and_mode(self, mode):
         model = tiny_model(CONFIGS["two layers"]).to(torch.bfloat16).train()

@@ -162,14 +162,10 @@ def test_experts_of_one_graft_alone_are_off(sizes, tokenizer):
         assert own["without"]["losses"] == pytest.approx(losses.tolist(), abs=1e-4)
 
 
-def test_a_text_of_a_visitor_is_limited(model, tokenizer):
+def test_a_text_of_a_visitor_is_limited(model, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="4000"):
         visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1))
     assert visitors_page(model, tokenizer, "w1 w2").startswith("<iframe")
-
-
-def test_a_text_of_few_characters_and_many_tokens_is_refused(tokenizer, monkeypatch):
-    model = tiny_model(tiny_config("peer", max_position_embeddings=1024))
     monkeypatch.setattr("modeling_peer.explorer.app.MAX_TOKENS", 3)
     with pytest.raises(ValueError, match="3 tokens"):
         visitors_page(model, tokenizer, "w1 w2 w3 w4")

@@ -6,11 +6,7 @@ that have this package and in those that have the code in the checkpoint only. (
 """
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +26,7 @@ from graft_models import (
     trained,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from script_runs import run_script
 from tiny_models import random_tokens, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -38,8 +35,6 @@ from modeling_peer import PeerForCausalLM, graft_merged
 from modeling_peer.graft_layer import GraftedFeedForward, find_decoder_layers
 from modeling_peer.graft_merged import merge_grafts
 
-
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -118,14 +113,7 @@ assert torch.equal(model(tokens).logits, logits)
 assert type(pickle.loads(config)) is type(model.config) is type(model).config_class
 print(type(model).__name__)
 """
-        completed = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / "model.pt")],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
-        )
-        assert completed.stdout == "PeerGraftedLlamaForCausalLM\n", completed.stderr
+        assert run_script(script, tmp_path / "model.pt") == "PeerGraftedLlamaForCausalLM\n"
         with pytest.raises(AttributeError, match="no attribute 'PeerGraftedNothing'"):
             _ = graft_merged.PeerGraftedNothing
 
@@ -236,26 +224,17 @@ print("loaded", type(model).__module__)
         return folder
 
     @pytest.mark.parametrize(
-        ("imports", "arguments", "python_path"),
+        ("imports", "arguments", "module"),
         [
-            ("import modeling_peer.graft_merged", "", str(PACKAGE_ROOT)),
-            ("sys.modules['modeling_peer'] = None", "trust_remote_code=True", ""),
+            ("import modeling_peer.graft_merged", "", "modeling_peer.graft_merged"),
+            ("sys.modules['modeling_peer'] = None", "trust_remote_code=True", "transformers_modules"),
         ],
         ids=["by the package", "by the code in the checkpoint"],
     )
-    def test_loads(self, folder, tmp_path, imports, arguments, python_path):
-        variables = {"PYTHONPATH": python_path, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        completed = subprocess.run(
-            [sys.executable, "-c", self.SCRIPT.format(imports=imports, arguments=arguments), str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            env=os.environ | variables,
-            cwd=tmp_path,
-            input="",
-        )
-        module = "modeling_peer.graft_merged" if python_path else "transformers_modules"
-        assert f"loaded {module}" in completed.stdout, completed.stderr
+    def test_loads(self, folder, tmp_path, imports, arguments, module):
+        variables = {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        script = self.SCRIPT.format(imports=imports, arguments=arguments)
+        assert f"loaded {module}" in run_script(script, folder, cwd=tmp_path, **variables)
 
 
 class TestRefusals:

@@ -6,19 +6,12 @@ registers them once for all. The card of an adapter says how to load it, and nev
 """
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from graft_models import base_model_of, graft_config, grafted, logits_of, trained
+from script_runs import run_script
 from tiny_models import random_tokens
-
-
-def run(script):
-    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout
 
 
 def test_registration_is_done_once():
@@ -41,7 +34,7 @@ try:
 except KeyError:
     print("refused")
 """
-    assert "refused" in run(script)
+    assert "refused" in run_script(script)
 
 
 def test_without_peft_nothing_is_said_until_grafts_are_asked_for():
@@ -58,7 +51,7 @@ for name in ("PeerGraftConfig", "PeerGraftModel"):
     except ImportError as error:
         print(name)
 """
-    assert run(script) == "PeerGraftConfig\nPeerGraftModel\n"
+    assert run_script(script) == "PeerGraftConfig\nPeerGraftModel\n"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +77,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(*[each.message for each in caught if "grafts do not work" in str(each.message)])
 modeling_peer.PeerConfig()
 """
-    assert message in run(script)
+    assert message in run_script(script)
 
 
 def card_of(folder):
@@ -119,7 +112,7 @@ exec({code!r})
 assert torch.equal(model.eval()(input_ids=tokens).logits, expected)
 print(type(model).__name__)
 """
-    assert run(script).split() == ["'PEER_GRAFT'", "PeftModelForCausalLM"]
+    assert run_script(script).split() == ["'PEER_GRAFT'", "PeftModelForCausalLM"]
 
 
 def test_cards_of_adapters_by_name(tmp_path):

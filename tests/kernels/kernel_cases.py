@@ -5,8 +5,6 @@
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,6 @@ import torch
 
 from modeling_peer.ops import kernels_cpu, native
 
-
-ROOT = Path(__file__).parents[2]
 
 IMPLEMENTATIONS = ["torch", "cpu"]
 # Where its wheels are, Triton is a part of the test environment, and its absence a failure.
@@ -60,20 +56,6 @@ def assert_halves_near(kernels, hidden_states, weights, rows, table, exact):
     for run, literal, tokens in ((kernels.up, literal_up, hidden_states), (kernels.down, literal_down, weights)):
         terms = literal(tokens.abs(), rows, exact.abs())
         assert_near(run(tokens, rows, table), literal(tokens, rows, exact), terms, tokens.dtype)
-
-
-def run_script(script: str, *arguments, **environment: str) -> str:
-    """What a script prints in a process of its own."""
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    return process.stdout
 
 
 def retrieve_as_compiled_with(flags: str, patch: pytest.MonkeyPatch, folder: Path) -> None:

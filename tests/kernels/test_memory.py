@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare_disk import random_values, write_checkpoint
-from kernel_cases import run_script
+from script_runs import run_script
 from slow_tests import slow
 from tiny_models import tiny_config
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import run_script
+from script_runs import run_script
 from slow_tests import slow
 from tiny_models import random_tokens, tiny_config, tiny_model
 

@@ -13,7 +13,6 @@ from release_names import enable_checkpointing
 from slow_tests import slow
 from table_gradients import DenseRowAdamW, dense, model_of, optimizer_of, tables_of
 from tiny_models import GROWN, random_tokens, tiny_config, tiny_model
-from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -87,24 +86,6 @@ def test_factors_come_with_graph_breaks(optimizer_class, gated):
     model = model_of("peer", "pkm", gated_experts=gated)
     _optimizer = optimizer_of(model, optimizer_class)
     assert come_in_factors(model, compiled(model, fullgraph=False)) == {optimizer_class is RowAdamW}
-
-
-@slow
-def test_ten_steps():
-    """With two backwards each, whose gradients are clipped. Norms of hidden states are in float32."""
-    states = []
-    for compiles in (False, True):
-        model = model_of("peer", "pkm", "peer", gated_experts=True, share_experts_across_layers=True)
-        optimizer = optimizer_of(model)
-        run = compiled(model, fullgraph=False) if compiles else model
-        for step in range(10):
-            for tokens in (random_tokens(3, 9, seed=step), random_tokens(3, 9, seed=step + 1)):
-                loss_of(run, tokens).backward()
-            assert nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
-            optimizer.step()
-            optimizer.zero_grad()
-        states.append(model.state_dict())
-    assert_close(*states, rtol=1e-6, atol=1e-6)
 
 
 def test_optimizers_that_come_after_a_graph():

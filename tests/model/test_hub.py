@@ -3,18 +3,13 @@
 """A PEER model goes to the Hub and comes back, over HTTP, with the client that users have."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 from hub_server import HubServer
 from packaging.version import Version
+from script_runs import run_script
 
-
-ROOT = Path(__file__).parents[2]
 
 PUSH = """
 import sys, torch
@@ -82,17 +77,8 @@ print(json.dumps({
 
 def run(script, hub, folder, *arguments):
     """What a script prints last, as JSON, in a process whose Hub is `hub`."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder / "logits"), *arguments],
-        cwd=folder,
-        env={**os.environ, **hub.environment(folder / "home"), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    printed = run_script(script, folder / "logits", *arguments, cwd=folder, **hub.environment(folder / "home"))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.skipif(

@@ -4,8 +4,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from literal_algorithm import literal_peer
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from script_runs import run_script
 from tiny_models import EXPERTS, GROWN, VARIANTS, random_tokens, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, QuantoConfig
 from transformers.trainer_utils import validate_quantization_for_training
@@ -208,9 +207,7 @@ model.save_pretrained(sys.argv[1] + "/quantized")
 
 def test_with_the_code_of_the_checkpoint(checkpoint):
     """Classes that a checkpoint brings along are not those of the package."""
-    command = [sys.executable, "-c", SCRIPT, str(checkpoint)]
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert completed.returncode == 0, completed.stderr
+    run_script(SCRIPT, checkpoint)
     model = PeerForCausalLM.from_pretrained(checkpoint / "quantized")
     assert all(isinstance(each, QuantizedTable) for each in expert_tables(model).values())
     with torch.no_grad():

@@ -11,13 +11,13 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from script_runs import run_script
 from tiny_models import VARIANTS, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,16 +59,9 @@ found = {}
 
 def run(script, *arguments, home, isolated=True, **environment):
     """What a script prints last, as JSON. Isolated, it has neither the current folder nor `PYTHONPATH`."""
-    done = subprocess.run(
-        [sys.executable, *(["-I"] if isolated else []), "-c", script, *map(str, arguments)],
-        cwd=home,
-        env=os.environ | {"HF_HOME": str(home / "huggingface"), "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    environment |= {"HF_HOME": str(home / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    flags = ["-I"] if isolated else []
+    return json.loads(run_script(script, *arguments, flags=flags, cwd=home, **environment).splitlines()[-1])
 
 
 def with_code(name, folder):
@@ -188,7 +181,7 @@ for model in (copy, package, again):
     model.train()(tokens, labels=tokens).loss.backward()
 print("true")
 """
-    assert run(script, folder, home=tmp_path, isolated=False, PYTHONPATH=str(ROOT))
+    assert run(script, folder, home=tmp_path, isolated=False)
 
 
 class TestShipped:
@@ -235,7 +228,7 @@ for folder in sys.argv[1:]:
     found += [type(each).__module__.partition(".")[0] for each in (model, generate.model)]
 print(json.dumps([*found, "modeling_peer" in sys.modules]))
 """
-        found = run(script, *SHIPPED, home=tmp_path, isolated=False, PYTHONPATH=str(ROOT))
+        found = run(script, *SHIPPED, home=tmp_path, isolated=False)
         assert found == [*["transformers_modules"] * 4, False]
 
 

@@ -98,15 +98,6 @@ def test_copies_of_grown_models_are_warned_of_until_their_old_experts_are_frozen
     assert not warnings_of(copied)
 
 
-def test_a_training_resumes_with_other_multipliers():
-    """At the rates that were saved, as with any optimizer of torch."""
-    model, args = small_model("peer", "pkm"), TrainingArguments("unused", learning_rate=0.1)
-    saved = make_optimizer(model, args).state_dict()
-    resumed = make_optimizer(model, args, expert_lr_multiplier=1.0, down_proj_lr_multiplier=1.0)
-    resumed.load_state_dict(saved)
-    assert resumed.state_dict()["param_groups"] == saved["param_groups"]
-
-
 def test_a_new_model_at_the_default_rate_is_warned_of_with_one_for_its_size(tmp_path):
     model, args = small_model("dense", "peer"), TrainingArguments("unused")
     model.save_pretrained(tmp_path)
