@@ -1,10 +1,10 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trains dense-laptop, peer-laptop and a product-key memory for equal seconds on real text, mixed with biographies of
+Trains dense-laptop, peer-laptop and a product-key memory for about equal seconds on real text, mixed with biographies of
 invented people, and asks them about these people.
 
-    ./run study people                 # four hours, two trainings at once with a core each
+    ./run study people                 # five hours, two trainings at once with a core each
     ./run study people --results examples/studies/people/results.json    # goes on from these trainings
 
 After an interruption, the same command resumes. Each run is a file in --output_dir; `results.json` there sums them up.

@@ -13,10 +13,11 @@ from common.cards import MARK, make_card
 from common.pictures import look_of, new_figure, save_picture
 from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
+from studies.common.people import VALUES
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run
-from studies.people.measure import IN_TEXT, NEVER_TRAINED, OTHERS, TOLD, TOLD_OF_OTHERS, WORDINGS
+from studies.people.measure import AFTER_BIOGRAPHY, BEGINS, NEVER_TRAINED, OTHERS, PLACES, TOLD_OF_OTHERS, WORDINGS
 from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
 
 
@@ -101,38 +102,54 @@ def times_dense(run: dict[str, Any], dense: dict[str, Any], wording: str) -> str
 
 
 def all_table(results: Results) -> list[list[str]]:
-    """Table of what is recalled of all people, above others, and of its ratio to dense."""
-    rows = [["recalled of all, above others", "seed", "rate", *WORDINGS]]
-    rows[0] += [f"times dense, {each}" for each in WORDINGS[:2]]
+    """Table of what is recalled in each place, as a mean over groups, above strangers, and of its ratio to dense."""
+    rows = [["mean of groups, above strangers", "seed", *WORDINGS, *(f"times dense, {each}" for each in WORDINGS[:2])]]
     dense = dense_of(results)
     for run in trainings(results):
-        for place in ("", IN_TEXT):
-            if TOLD + place not in run["recall"][OTHERS]:
+        for place in PLACES:
+            asked = [wording + place for wording in WORDINGS if wording + place in run["recall"][OTHERS]]
+            if len(asked) < 2:
                 continue
-            cells = [f"{above_others(run, wording + place)[0]:.1%}" for wording in WORDINGS]
-            if dense and run["arm"] != "dense":
-                cells += [times_dense(run, dense, wording + place) for wording in WORDINGS[:2]]
-            label = [run["arm"] + place, str(run["seed"]), f"{run['learning_rate']:g}"]
-            rows.append([*label, *cells, *[""] * (5 - len(cells))])
+            cells = [f"{above_others(run, each)[0]:.1%}" for each in asked]
+            cells += [""] * (len(WORDINGS) - len(asked))
+            is_compared = dense and run["arm"] != "dense"
+            cells += [times_dense(run, dense, each) if is_compared else "" for each in asked[:2]]
+            rows.append([run["arm"] + place, str(run["seed"]), *cells])
     return rows
 
 
 def groups_table(results: Results) -> list[list[str]]:
     """Table of what is recalled of the people of each group."""
-    asked = [wording + place for place in ("", IN_TEXT) for wording in WORDINGS]
-    rows = [["", "seed", "biographies", "read", *asked, f"bits, {NEVER_TRAINED}"]]
-    for run in trainings(results):
+    runs = trainings(results)
+    asked = list(dict.fromkeys(each for run in runs for found in run["recall"].values() for each in found))
+    rows = [["", "seed", "biographies", "of them read", *asked, f"bits, {NEVER_TRAINED}"]]
+    for run in runs:
         for group, found in run["recall"].items():
             cells = [f"{share(run, group, each):.1%}" if each in found else "" for each in asked]
-            bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}" if group != OTHERS else ""
-            read = f"{read_of(run, int(group)):.1f}" if group != OTHERS else ""
-            rows.append([run["arm"], str(run["seed"]), group, read, *cells, bits])
+            if group == OTHERS:
+                rows.append([run["arm"], str(run["seed"]), "none, strangers", "", *cells, ""])
+            else:
+                bits = f"{sum(found[NEVER_TRAINED]['bits'].values()):.1f}"
+                rows.append([run["arm"], str(run["seed"]), group, f"{read_of(run, int(group)):.1f}", *cells, bits])
+    return rows
+
+
+def attributes_table(results: Results) -> list[list[str]]:
+    """Table of what is recalled of each attribute in the wording that is never trained, as a mean over groups."""
+    rows = [[NEVER_TRAINED, "seed", *VALUES]]
+    for run in trainings(results):
+        for place in PLACES:
+            if NEVER_TRAINED + place in run["recall"][OTHERS]:
+                of_groups = [run["recall"][str(told)][NEVER_TRAINED + place]["recalled"] for told in groups_of(run)]
+                cells = [f"{mean(each[attribute] for each in of_groups):.1%}" for attribute in VALUES]
+                rows.append([run["arm"] + place, str(run["seed"]), *cells])
     return rows
 
 
 def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
     """Table of the perplexities of texts, and of the amount of training."""
-    rows = [["", "seed", "parameters, M", "rate", "weights", "steps", "seconds", "perplexity", "of the second half"]]
+    rows = [["", "seed", "parameters, M", "rate", "std of weights", "steps", "seconds", "perplexity"]]
+    rows[0].append("of the second half")
     for run in trainings(results):
         cells = [f"{run['parameters'] / 1e6:.1f}", f"{run['learning_rate']:g}", f"{run['initializer_range']:g}"]
         cells += [f"{run['steps']:,}", f"{run['training'].get('train_runtime', 0):,.0f}"]
@@ -152,7 +169,7 @@ def texts_table(results: Results, ngrams: dict[str, Any]) -> list[list[str]]:
 
 def trials_table(results: Results) -> list[list[str]]:
     """Table of the trials of initializations, which were made before the first trainings only."""
-    rows = [["trials", "rate", "weights", "nats of held-out text", "seconds of a step"]]
+    rows = [["trials", "rate", "std of weights", "nats of held-out text", "seconds of a step"]]
     for run in results.values():
         if run.get("is_trial"):
             loss = run["losses"][CORPUS]["all"]
@@ -163,22 +180,23 @@ def trials_table(results: Results) -> list[list[str]]:
 
 def describe(results: Results, ngrams: dict[str, Any]) -> str:
     """All tables that have a row."""
-    tables = [all_table(results), groups_table(results), texts_table(results, ngrams), trials_table(results)]
+    tables = [all_table(results), texts_table(results, ngrams), attributes_table(results), groups_table(results)]
+    tables.append(trials_table(results))
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
 
 
 def plot(results: Results, file: Path) -> None:
     """
     Plot what models recall of a person against the number of biographies that they have read of the person, if the
-    question begins a sequence and if it follows another text.
+    question begins a sequence, and if it follows another document.
     """
-    figure = new_figure(10, 3.8)
+    figure = new_figure(12, 4)
     figure.suptitle(
-        "Attributes recalled after equal seconds of training, of all people in a wording used only for others"
+        "Attributes recalled after about equal seconds. In titles: the mean of groups, above strangers, in the wording "
+        f"{TOLD_OF_OTHERS}"
     )
-    for axes, place, where in zip(
-        figure.subplots(1, 2, sharey=True), ("", IN_TEXT), ("begins a sequence", "follows another text"), strict=True
-    ):
+    where = "begins a sequence", "follows another text", "follows another biography"
+    for axes, place, there in zip(figure.subplots(1, 3, sharey=True), PLACES, where, strict=True):
         found = []
         for run in trainings(results):
             read, style = [read_of(run, told) for told in groups_of(run)], look_of(run["arm"]).style
@@ -188,7 +206,7 @@ def plot(results: Results, file: Path) -> None:
                 recalled = [100 * share(run, str(told), wording + place) for told in groups_of(run)]
                 axes.plot(read, recalled, line, **style, label=f"{name_of(run)}, wording {wording}")
             found.append(f"{name_of(run)} {above_others(run, TOLD_OF_OTHERS + place)[0]:.0%}")
-        axes.set_title(f"The question {where}:\n{', '.join(found)}", fontsize=9)
+        axes.set_title(f"The question {there}:\n{', '.join(found)}", fontsize=8)
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(groups_of(run), groups_of(run))
@@ -206,11 +224,13 @@ def make_cards(results: Results) -> dict[str, str]:
         (name, overrides), told = ARMS[run["arm"]], groups_of(run)[0]
         if overrides or name in cards:
             continue
+        recalled = {place: share(run, str(told), NEVER_TRAINED + place) for place in PLACES}
         of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
         config = PeerConfig.from_pretrained(
             configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]
         )
-        settings = {"learning_rate": run["learning_rate"], "max_steps": run["steps"], "block_size": BLOCK}
+        settings = {"initializer_range": run["initializer_range"], "learning_rate": run["learning_rate"]}
+        settings |= {"max_steps": run["steps"], "block_size": BLOCK}
         card = make_card(
             name,
             config,
@@ -218,9 +238,10 @@ def make_cards(results: Results) -> dict[str, str]:
             description=(
                 f"`./run study people` trained it on "
                 f"{run['steps'] * TOKENS_PER_STEP / 1e6:.1f} million tokens: documentation and prose, and half of them "
-                "biographies of people who do not exist. Of people whose biographies it read "
-                f"{read_of(run, told):.0f} times it recalls {share(run, str(told), NEVER_TRAINED):.0%} of the attributes, "
-                "asked in words that it never read. Its weights are on no Hub: the command makes them again."
+                f"biographies of people who do not exist. Of those of whom it read {read_of(run, told):.0f} biographies "
+                f"it recalls {recalled[BEGINS]:.0%} of the attributes in a wording that no biography has, and "
+                f"{recalled[AFTER_BIOGRAPHY]:.0%} if the question follows a biography of another person. Its weights are "
+                "on no Hub: the command makes them again."
             ),
             training={
                 "settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": run["seed"]}
