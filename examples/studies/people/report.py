@@ -17,7 +17,7 @@ from studies.common.people import VALUES
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS
 from studies.people.arms import ARMS, TOKENS_PER_STEP, Run
-from studies.people.measure import AFTER_BIOGRAPHY, BEGINS, NEVER_TRAINED, OTHERS, PLACES, TOLD_OF_OTHERS, WORDINGS
+from studies.people.measure import AFTER_BIOGRAPHY, NEVER_TRAINED, OTHERS, PLACES, TOLD_OF_OTHERS, WORDINGS
 from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
 
 
@@ -224,7 +224,8 @@ def make_cards(results: Results) -> dict[str, str]:
         (name, overrides), told = ARMS[run["arm"]], groups_of(run)[0]
         if overrides or name in cards:
             continue
-        recalled = {place: share(run, str(told), NEVER_TRAINED + place) for place in PLACES}
+        asked = [wording + AFTER_BIOGRAPHY for wording in WORDINGS[:2]]
+        new, used = (share(run, str(told), wording) for wording in asked)
         of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
         config = PeerConfig.from_pretrained(
             configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]
@@ -239,9 +240,9 @@ def make_cards(results: Results) -> dict[str, str]:
                 f"`./run study people` trained it on "
                 f"{run['steps'] * TOKENS_PER_STEP / 1e6:.1f} million tokens: documentation and prose, and half of them "
                 f"biographies of people who do not exist. Of those of whom it read {read_of(run, told):.0f} biographies "
-                f"it recalls {recalled[BEGINS]:.0%} of the attributes in a wording that no biography has, and "
-                f"{recalled[AFTER_BIOGRAPHY]:.0%} if the question follows a biography of another person. Its weights are "
-                "on no Hub: the command makes them again."
+                f"it recalls {used:.0%} of the attributes after a biography of another person, in a wording used only for "
+                f"others, and {new:.0%} in one that no biography has. Its weights are on no Hub: the command makes them "
+                "again."
             ),
             training={
                 "settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": run["seed"]}
