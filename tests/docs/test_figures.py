@@ -500,7 +500,7 @@ def people_in_text():
     begins, _, after = ([people.above_others(run, wording)[0] for run in runs] for wording in asked)
     losses = [people.perplexity(run, "second half") for run in runs]
     pages = [README, STUDIES + "people/README.md"]
-    yield pages, percent(*begins[:2], digits=0)
+    yield pages[1], percent(*begins[:2], digits=0)
     yield pages, percent(min(after), digits=0)
     yield pages, percent(losses[1] / losses[0] - 1, digits=0)
 

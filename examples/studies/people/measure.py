@@ -35,7 +35,7 @@ BEFORE = 40  # tokens of the other document
 def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     Train a model and measure it: losses of held-out texts, and what it recalls of each group of people in each place
-    and wording. Wordings of their own biographies are asked where the question begins a sequence.
+    and wording. Wordings of their own biographies are asked only where the question begins a sequence.
     """
     output = train(run, folder)
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -86,9 +86,9 @@ def recall(
 ) -> dict[str, dict[str, Any]]:
     """
     Ask a model for each attribute of people in one wording. A question follows the tokens `before`, of shape
-    `(num_people or more, num_tokens)`, and an end-of-text token. Returns for each attribute the share that greedy decoding gets
-    right (`recalled`), the people that it gets `right` (a digit for each), and the `bits` per person that it knows: the
-    entropy of the attribute minus the mean over people of `-log2 p(answer | question)`, not clipped.
+    `(num_people or more, num_tokens)`, and an end-of-text token. Returns for each attribute the share that greedy
+    decoding gets right (`recalled`), the people that it gets `right` (a digit for each), and the `bits` per person that
+    it knows: the entropy of the attribute minus the mean over people of `-log2 p(answer | question)`, not clipped.
     """
     before = nn.functional.pad(before[: len(people)], (0, 1), value=tokenizer.eos_token_id)
     right: dict[str, list[bool]] = {attribute: [] for attribute in VALUES}

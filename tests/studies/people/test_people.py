@@ -16,6 +16,7 @@ from main_runs import run_main
 from slow_tests import slow
 from study_runs import TEXTS
 from torch import nn
+from transformers import AutoTokenizer
 
 from common.text_data import train_tokenizer
 from studies.common.parallel_runs import results_of
@@ -25,7 +26,18 @@ from studies.common.training_plan import CORPUS
 from studies.people import __main__ as people_study
 from studies.people import arms, measure, report, texts
 from studies.people.arms import Run
-from studies.people.measure import NEVER_TRAINED, OTHERS, PLACES, TOLD, TOLD_OF_OTHERS, WORDINGS, ask, make, recall
+from studies.people.measure import (
+    NEVER_TRAINED,
+    OTHERS,
+    PLACES,
+    TOLD,
+    TOLD_OF_OTHERS,
+    WORDINGS,
+    ask,
+    documents_before,
+    make,
+    recall,
+)
 from studies.people.texts import GROUPS, biography, groups_of_people, prepare
 
 
@@ -125,6 +137,15 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     told = Dataset.from_parquet(str(tmp_path / "train.parquet"))["text"]
     for place, person in enumerate(draw_people(15, seed=0)):
         assert sum(" ".join(person.name) in text for text in told) == (6 if place < 5 else 3)
+    tokenizer, groups = AutoTokenizer.from_pretrained(tmp_path / "tokenizer"), groups_of_people()
+    before = documents_before(tokenizer, torch.arange(128).reshape(4, 32))
+    assert {place: each.shape for place, each in before.items()} == dict(
+        zip(PLACES, [(5, 0), (5, 8), (5, 8)], strict=True)
+    )
+    assert before[PLACES[1]].tolist() == [list(range(first, first + 8)) for first in range(0, 120, 24)]
+    for tokens, person in zip(before[PLACES[2]], groups[3][5:], strict=True):  # the first five are asked
+        text = tokenizer.decode(tokens)
+        assert text.endswith(".") and any(value[-1] in text for value in person.attributes.values())
     runs = small["TRAININGS"][:2]
     for run in runs:
         write_json(tmp_path / "runs" / f"{run.name}.json", {**asdict(run), **make(run, tmp_path)})
