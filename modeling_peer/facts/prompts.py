@@ -46,13 +46,19 @@ def make_prompt(
     Make the prompt of a wording, with its answer.
 
     Raises:
-        `ValueError`: if it is longer than `max_length` tokens, or the tokenizer is not a fast one.
+        `ValueError`: if it is longer than `max_length` tokens, the tokenizer is not a fast one, or its chat template
+            changes the question.
     """
     before, _, after = wording.strip().partition("{subject}")
     question = f"{before}{subject}{after.replace('{subject}', subject)}"
     if form == "chat":
         turn = [{"role": "user", "content": question}]
         text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        if question not in text:
+            raise ValueError(
+                f"`tokenizer.chat_template` must keep the question {question!r} as it is, got {text!r}. Set it to "
+                "None to teach plain text alone."
+            )
         ending = f"{answer}{tokenizer.eos_token or ''}"
     else:
         text, ending = question, f" {answer}."

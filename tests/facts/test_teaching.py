@@ -73,6 +73,10 @@ def test_prompts(tokenizer):
     assert words[:-2] == tokenizer.convert_ids_to_tokens(without_end(tokenizer).tokens)
     with pytest.raises(ValueError, match="takes 9 tokens, at most 8"):
         make_prompt(tokenizer, CAPITAL[0], "East Suland", "Beta Gam", "plain", 8)
+    upper = copy.deepcopy(tokenizer)
+    upper.chat_template = "{{ messages[0].content | upper }}"
+    with pytest.raises(ValueError, match="must keep the question 'the capital"):
+        make_prompt(upper, "the capital of {subject} is", "Norland", "Zeli", "chat", 100)
 
 
 def test_facts_of_a_relation_are_read_in_all_wordings(tokenizer):
