@@ -109,8 +109,11 @@ class NameFinder(nn.Module):
     def tokens_of(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The row of each token in `tokens`, -1 for others, `(B, T, hidden_size) -> (B, T)`."""
         with maybe_autocast(embeddings.device.type, enabled=False):
-            known = F.normalize(self.tokens.float(), dim=-1)
-            cosines, rows = (F.normalize(embeddings.float(), dim=-1).to(known.device) @ known.T).max(-1)
+            known = self.tokens.float()
+            # Not divided by row, which would take longer than the product.
+            lengths = torch.linalg.vector_norm(known, dim=-1).clamp_min(1e-12)
+            products = F.normalize(embeddings.float(), dim=-1).to(known.device) @ known.T
+            cosines, rows = (products / lengths).max(-1)
         return torch.where(cosines >= self.SAME_TOKEN, rows, -1)
 
     def forward(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -227,6 +227,8 @@ def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> di
     """
     plain = [each for each in recall if each.form == "plain"]
     asked = plain[next(i for i, expert in enumerate(open_experts(model, study.tokenizer, plain)) if expert >= 0)]
+    # As PEFT freezes it. Else its first token after a text is faster, see `evaluation`.
+    base.requires_grad_(False)
     texts = {
         "shut": "Once upon a time there was",
         "open": asked.wording.replace("{subject}", asked.item.subject),
