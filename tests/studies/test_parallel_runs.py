@@ -5,6 +5,7 @@
 import os
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,6 +38,32 @@ def make(run, folder: Path):
 
 def count_threads(run, folder: Path):
     return {"threads": torch.get_num_threads()}
+
+
+def go_on(run, folder: Path):
+    for _ in range(600):
+        with open(folder / "time", "a") as file:
+            file.write("x")
+        time.sleep(0.1)
+
+
+def make_one(folder: Path):
+    make_runs(ParallelArguments(), folder, lambda results: [Run("only")], go_on)
+
+
+def test_runs_end_with_a_study_that_is_killed(tmp_path):
+    study, file = get_context("spawn").Process(target=make_one, args=(tmp_path,)), tmp_path / "time"
+    study.start()
+    while not file.exists():
+        assert study.is_alive()
+        time.sleep(0.1)
+    study.kill()
+    study.join()
+    sizes = [0]
+    while file.stat().st_size > sizes[-1]:
+        sizes.append(file.stat().st_size)
+        assert len(sizes) < 9
+        time.sleep(1)
 
 
 def test_runs_wait_for_those_alone_from_which_they_follow(tmp_path):

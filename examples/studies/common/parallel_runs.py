@@ -3,11 +3,12 @@
 """Making several runs of a study at once, each in a process of its own. An interrupted study can be resumed."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def make_runs(
     # For the processes that are started now.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.processes))
     making: dict[Future, Any] = {}
-    with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool, tqdm() as bar:
+    own_process = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1, "initializer": _end_with_study}
+    with ProcessPoolExecutor(args.processes, **own_process) as pool, tqdm() as bar:
         while True:
             results = results_of(folder)
             runs = list(dict.fromkeys(next_runs(results)))
@@ -83,6 +85,11 @@ def make_runs(
 def results_of(folder: Path) -> Results:
     """The results of all runs by their names."""
     return {file.stem: read_json(file) for file in sorted((folder / "runs").glob("*.json"))}
+
+
+def _end_with_study():
+    """End the process of a run when the study's process does, which may be killed."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def _make_and_save(run, folder, make):
