@@ -42,7 +42,7 @@ from studies.recipe.variants import register_variants
 from studies.scaling import report as scaling
 from studies.stream import arms as stream_arms
 from studies.stream import report as stream
-from studies.teaching import report as teaching_study
+from studies.teaching import report as facts_study
 
 
 README, QUALITY, OPTIONS = "README.md", "docs/quality.md", "docs/layer-and-options.md"
@@ -474,23 +474,27 @@ def second_facts():
 
 
 def taught_facts():
-    """What a graft of facts and facts in the prompt recall, what the graft loses, and where its gate opens."""
-    results, page = load(f"{STUDIES}teaching/results.json")["runs"], STUDIES + "teaching/README.md"
-    graft, prompt = (teaching_study.runs_of(arm, 240, results) for arm in ("facts", "bm25"))
-    shares = [mean(map(teaching_study.right_share("recall"), runs)) for runs in (graft, prompt)]
-    known = "".join(run["right"][kind] for run in graft for kind in teaching_study.KNOWN)
-    minutes = mean(run["seconds"] for run in graft) / 60
-    yield TEACHING, ["240", *fixed(1, minutes)]
-    yield page, [*fixed(1, minutes), *percent(*shares), *fixed(0, known.count("0"), len(known))]
-    yield page, percent(known.count("0") / len(known), teaching_study.upper_bound(known.translate({48: 49, 49: 48})))
-    opens = [
-        teaching_study.opening(kind)
-        for kind in (*teaching_study.NEGATIVES[:2], "known, taught subjects", teaching_study.NEGATIVES[2])
-    ]
-    yield page, percent(*(mean(map(share, graft)) for share in opens))
-    yield page, percent(mean(teaching_study.share(run["found"]["recall"]) for run in prompt))
-    yield page, percent(mean(teaching_study.right_share("not true")(run) for run in prompt))
-    yield TEACHING, percent(mean(run["open_behind"] for run in graft), digits=0)
+    """What ways to teach facts recall and lose, and where the gate of a graft of facts opens."""
+    results, page, study = load(f"{STUDIES}teaching/results.json")["runs"], STUDIES + "teaching/README.md", facts_study
+    runs = {arm: study.runs_of(arm, 240, results) for arm in study.LABELS}
+    right = lambda arms, kind="recall": [mean(map(study.right_share(kind), runs[arm])) for arm in arms]  # noqa: E731
+    lost = {arm: "".join(run["right"][kind] for run in runs[arm] for kind in study.KNOWN) for arm in ("facts", "full")}
+    lost = {arm: flags.translate({48: 49, 49: 48}) for arm, flags in lost.items()}
+    times, sizes = ([mean(run[what] for run in runs[arm]) for arm in lost] for what in ("seconds", "bytes"))
+    yield TEACHING, ["240", *fixed(1, times[0] / 60)]
+    yield page, fixed(1, *(each / 60 for each in times)) + percent(*right(["graft"]))
+    yield page, percent(*right(["gate-full", "lookup"])) + fixed(0, *(each / 240e3 for each in sizes))
+    yield page, percent(*right(["full", "lora", "facts"], "of the country whose capital is"))
+    yield page, percent(*right(["full", "facts"], "in a sentence"), digits=0)
+    yield page, fixed(0, lost["facts"].count("1"), len(lost["facts"]))
+    yield page, percent(study.share(lost["facts"]), study.upper_bound(lost["facts"]))
+    for found in [study.share(lost["full"]), *right(["facts", "full", "bm25"])]:
+        yield page, percent(found, digits=0)
+    opens = (*study.NEGATIVES[:2], study.KNOWN[0], study.NEGATIVES[2])
+    yield page, percent(*(mean(map(study.opening(kind), runs["facts"])) for kind in opens))
+    yield page, percent(mean(study.share(run["found"]["recall"]) for run in runs["bm25"]))
+    yield page, percent(*right(["bm25", "facts"], "not true"))
+    yield TEACHING, percent(mean(run["open_behind"] for run in runs["facts"]), digits=0)
 
 
 def people_in_text():
@@ -554,7 +558,7 @@ TABLES = [
     ("docs/larger-than-memory.md", lambda: disk_tables(load("examples/compare_disk.json"))),
     (RECIPE, lambda: describe_recipe(recipe())),
     (STUDIES + "scaling/README.md", lambda: scaling.describe(scaling_results())),
-    (STUDIES + "teaching/README.md", lambda: teaching_study.describe(load(STUDIES + "teaching/results.json")["runs"])),
+    (STUDIES + "teaching/README.md", lambda: facts_study.describe(load(STUDIES + "teaching/results.json")["runs"])),
     (STUDIES + "graft_starts/README.md", lambda: describe_starts(load(STUDIES + "graft_starts/results.json"))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream(""))),
     (STUDIES + "stream/README.md", lambda: stream.describe(rebuilt_stream("recipe/"))),

@@ -117,7 +117,7 @@ def main_table(results: Results, number: int) -> list[list[str]]:
         row = [label, cell(runs, right_share(RECALL)), cell(runs, right_share(OTHER_NAMES))]
         row += [cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN]
         row += [cell(runs, invented(*NEGATIVES))]
-        row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "+.3f")]
+        row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "z.3f")]
         row += [cell(runs, lambda run: run.get("seconds"), ",.0f")]
         row += [cell(runs, lambda run: run["bytes"] / number if "bytes" in run else None, ",.0f")]
         rows.append(row)
@@ -217,9 +217,10 @@ def plot(results: Results, file: Path) -> None:
         look = LOOKS.get(arm) or TRAININGS[arm]
         axes.plot(lost, recalled, linestyle="", **look.style, label=LABELS[arm])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.4, 0.35))
     axes.set(xlabel="known answers lost, %", ylabel="taught facts recalled, % (wordings never taught)")
     recall = mean(share(run["right"][RECALL]) for run in found["facts"])
     lost = mean(map(lost_of, found["facts"]))
-    axes.set_title(f"{SIZE} facts behind a gate: {recall:.0%} recalled, {lost:.1%} of known answers lost", fontsize=10)
+    title = f"A gate keeps what was known: of {SIZE} facts {recall:.0%} are recalled, {lost:.1%} of known answers lost"
+    axes.set_title(title, fontsize=10)
     save_picture(figure, file)
