@@ -41,3 +41,13 @@ def numbers(text: str) -> list[str]:
 def numbers_of_blocks(page: Path) -> list[list[str]]:
     """Those of each paragraph, list and row of a table."""
     return [numbers(block) for block in re.split(r"\n\s*\n|\n(?=\|)", page.read_text())]
+
+
+def fixed(digits: int, *values: float) -> list[str]:
+    """Numbers as pages write them, whose signs are of the words."""
+    return [f"{abs(value):,.{digits}f}" for value in values]
+
+
+def percent(*values: float, digits: int = 1) -> list[str]:
+    """Shares as pages write them."""
+    return fixed(digits, *(100 * value for value in values))

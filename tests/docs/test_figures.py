@@ -19,7 +19,7 @@ import torch
 from compare_disk import tables as disk_tables
 from compare_embedding_optimizers import table as optimizers_table
 from compare_vllm import table as vllm_table
-from documentation import ROOT, numbers, numbers_of_blocks
+from documentation import ROOT, fixed, numbers, numbers_of_blocks, percent
 from memory_group_bytes import memory_group_bytes
 from teach_domain import DOMAIN, KEPT, Figures
 
@@ -75,15 +75,6 @@ def scaling_results():
 
 def costs(name):
     return model_costs(PeerConfig.from_pretrained(configuration_path(name)))
-
-
-def fixed(digits, *values):
-    """Numbers as pages write them, whose signs are of the words."""
-    return [f"{abs(value):,.{digits}f}" for value in values]
-
-
-def percent(*values, digits=1):
-    return fixed(digits, *(100 * value for value in values))
 
 
 def interval(difference):
@@ -482,14 +473,19 @@ def taught_facts():
     lost = {arm: flags.translate({48: 49, 49: 48}) for arm, flags in lost.items()}
     times, sizes = ([mean(run[what] for run in runs[arm]) for arm in lost] for what in ("seconds", "bytes"))
     yield TEACHING, ["240", *fixed(1, times[0] / 60)]
-    yield page, fixed(1, *(each / 60 for each in times)) + percent(*right(["graft"]))
-    yield page, percent(*right(["gate-full", "lookup"])) + fixed(0, *(each / 240e3 for each in sizes))
-    yield page, percent(*right(["full", "lora", "facts"], "of the country whose capital is"))
-    yield page, percent(*right(["full", "facts"], "in a sentence"), digits=0)
-    yield page, fixed(0, lost["facts"].count("1"), len(lost["facts"]))
+    found = percent(*right(["gate-full", "lookup", "gate-facts"])) + fixed(0, *(each / 240e3 for each in sizes))
+    found += percent(*right(["gate-lora"]), *right(["full", "lora", "facts"], study.USES[1]))
+    found += percent(*right(["full", "facts"], study.USES[0]), digits=0) + fixed(1, *(each / 60 for each in times))
+    more, other = study.runs_of("facts", 1000, results), study.opening("other relations")
+    found += fixed(0, lost["facts"].count("1"), len(lost["facts"])) + percent(mean(map(other, runs["facts"])))
+    yield page, found + percent(mean(map(other, more)), mean(map(study.lost_of, more)))
     yield page, percent(study.share(lost["facts"]), study.upper_bound(lost["facts"]))
-    for found in [study.share(lost["full"]), *right(["facts", "full", "bm25"])]:
-        yield page, percent(found, digits=0)
+    losses = [*percent(study.share(lost["facts"])), *percent(study.share(lost["full"]), digits=0)]
+    recall, names = (percent(*right(["facts", "full"], kind), digits=0) for kind in ("recall", study.OTHER_NAMES))
+    yield page, [recall[0], names[0], losses[0]]
+    yield page, [*percent(*right(["full"], study.USES[1]), digits=0), names[1], losses[1]]
+    yield CONTINUAL, [recall[0], losses[0], recall[1], losses[1]]
+    yield page, percent(*right(["bm25"]), mean(map(study.lost_of, runs["bm25"])), digits=0)
     opens = (*study.NEGATIVES[:2], study.KNOWN[0], study.NEGATIVES[2])
     yield page, percent(*(mean(map(study.opening(kind), runs["facts"])) for kind in opens))
     yield page, percent(mean(study.share(run["found"]["recall"]) for run in runs["bm25"]))

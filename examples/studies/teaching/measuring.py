@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from common.evaluation import held_out_loss
 from common.text_data import DataTrainingArguments, tokenize_into_blocks
+from modeling_peer.analysis.evaluation import evaluation
+from modeling_peer.continual.generated_text import padded
 from modeling_peer.facts.measuring import openings
 from modeling_peer.facts.prompts import forms_of
 from modeling_peer.facts.teaching import grafts_of_facts
@@ -22,7 +24,16 @@ from studies.common.base_model import save_base
 from studies.common.corpora import load_corpus
 from studies.common.study_folder import read_json
 from studies.teaching.arms import taught
-from studies.teaching.asking import Retrieval, ask, ask_freely, open_experts, opens_behind, place_of, write_freely
+from studies.teaching.asking import (
+    Retrieval,
+    ask,
+    ask_freely,
+    open_experts,
+    opens_behind,
+    place_of,
+    prompts_of,
+    write_freely,
+)
 from studies.teaching.plan import RATES, TRIAL_BLOCK, Run
 from studies.teaching.questions import (
     Question,
@@ -39,7 +50,8 @@ from studies.teaching.questions import (
 TEXTS, TEXT_BLOCKS, TEXT_LENGTH = ("brown", "python-docs", "perl-docs"), 8, 256
 # Maximum number of taught facts that are asked, and of questions of each kind that are searched for invented answers.
 MOST_ASKED, OF_A_KIND = 500, 100
-TIMED_TOKENS, REPEATS = 32, 5
+TIMED_TOKENS, REPEATS = 32, 9
+COMPARED = 16  # questions of each of two files whose logits are compared
 
 
 class Study:
@@ -197,15 +209,16 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     """Load two adapters that were taught separately: measure their recall, the rest after unloading, and latencies."""
     blocks = [Run("facts", run.number, block) for block in (run.block, run.block + 1)]
     base = study.load_model()
-    tokens = study.texts()[:4]
-    before = base(input_ids=tokens).logits
+    recall = [study.questions(each, study.facts(each))["recall"] for each in blocks]
+    ids, mask = padded([prompt.tokens for some in recall for prompt in prompts_of(study.tokenizer, some[:COMPARED])])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    before = base(**inputs).logits
     folders = [study.folder / "adapters" / each.name for each in blocks]
     for each, folder in zip(blocks, folders, strict=True):
         if not folder.exists():
             taught(each, study.facts(each).taught, study.load_model(), study.tokenizer, study.folder)
-    recall = [study.questions(each, study.facts(each))["recall"] for each in blocks]
     model: Any = PeftModel.from_pretrained(copy.deepcopy(base), folders[0], adapter_name="first").eval()
-    alone = model(input_ids=tokens).logits
+    alone = model(**inputs).logits
     result: dict[str, Any] = {"seconds_a_token": latencies(base, model, study, recall[0])}
     model.load_adapter(folders[1], adapter_name="second")
     model.base_model.set_adapter(["first", "second"])
@@ -215,31 +228,32 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     }
     model.delete_adapter("second")
     model.base_model.set_adapter("first")
-    result["first_is_as_before"] = torch.equal(model(input_ids=tokens).logits, alone)
-    result["base_is_as_before"] = torch.equal(model.unload()(input_ids=tokens).logits, before)
+    # What the second file did not change, the first one has changed.
+    result["first_is_as_before"] = torch.equal(model(**inputs).logits, alone) and not torch.equal(alone, before)
+    result["base_is_as_before"] = torch.equal(model.unload()(**inputs).logits, before)
     return result
 
 
 def latencies(base: Any, model: Any, study: Study, recall: list[Question]) -> dict[str, dict[str, float]]:
     """
-    Seconds per token of `generate` for the `base` model and the `taught` one, as the minimum of several measurements:
-    after a text that leaves the gate `"shut"`, and after a question that leaves it `"open"`, including the answer.
+    Seconds per token of `generate` for the `base` model and the `taught` one, by what they write on: the minimum of
+    several measurements, with the time for what is written on. Neither LM head counts as frozen, see `evaluation`.
     """
     plain = [each for each in recall if each.form == "plain"]
     asked = plain[next(i for i, expert in enumerate(open_experts(model, study.tokenizer, plain)) if expert >= 0)]
-    # As PEFT freezes it. Else its first token after a text is faster, see `evaluation`.
-    base.requires_grad_(False)
     texts = {
-        "shut": "Once upon a time there was",
-        "open": asked.wording.replace("{subject}", asked.item.subject),
+        "of a text": "Once upon a time there was",
+        "after a subject's name": f"We have just talked about {asked.item.subject}, and then",
+        "of an answer and what comes then": asked.wording.replace("{subject}", asked.item.subject),
     }
     found = {name: {"base": float("inf"), "taught": float("inf")} for name in texts}
-    for _ in range(REPEATS):
-        for name, text in texts.items():
-            inputs = study.tokenizer(text, return_tensors="pt")
-            for which, each in (("base", base), ("taught", model)):
-                start = time.perf_counter()
-                each.generate(**inputs, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False)
-                seconds = (time.perf_counter() - start) / TIMED_TOKENS
-                found[name][which] = min(found[name][which], seconds)
+    with evaluation(base), evaluation(model):
+        for _ in range(REPEATS):
+            for name, text in texts.items():
+                inputs = study.tokenizer(text, return_tensors="pt")
+                for which, each in (("base", base), ("taught", model)):
+                    start = time.perf_counter()
+                    each.generate(**inputs, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False)
+                    seconds = (time.perf_counter() - start) / TIMED_TOKENS
+                    found[name][which] = min(found[name][which], seconds)
     return found

@@ -18,6 +18,7 @@ from studies.teaching.plan import BLOCKS, RATES, SIZE, Run, reported, share, tri
 LABELS = {
     "facts": "graft of facts",
     "lookup": "the gate's fact, looked up",
+    "gate-facts": "the graft, its gate decided once",
     "gate-full": "the gate before full finetuning",
     "gate-lora": "the gate before LoRA",
     "bm25": "facts in the prompt (BM25)",
@@ -25,13 +26,14 @@ LABELS = {
     "full": "full finetuning",
     "lora": "LoRA",
     "dense": "dense add-on",
-    "graft": "graft without a gate",
+    "graft": "trained graft",
 }
 LOOKS = {
     "facts": VARIANTS["peer"],
     "lookup": Look("#7A7A1F", "X"),
     "bm25": Look(NEUTRAL, "d"),
     "nothing": Look(NEUTRAL, "x"),
+    "gate-facts": Look(VARIANTS["peer"].color, "^"),
     "gate-full": Look("#000000", "^"),
     "gate-lora": Look("#E69F00", "^"),
 }
@@ -108,14 +110,14 @@ def invented(*kinds: str) -> Callable[[dict[str, Any]], float | None]:
 
 def main_table(results: Results, number: int) -> list[list[str]]:
     """What is recalled, lost and invented."""
-    rows = [[f"{number:,} facts", "recalled", "other names", *(f"lost: {kind}" for kind in KNOWN)]]
+    rows = [[f"{number:,} facts", "recalled", "other names", "lost", *(f"lost: {kind}" for kind in KNOWN)]]
     rows[0] += ["invented", "text, nats", "seconds", "bytes a fact"]
     before = results[Run("base").name]["text"] if len(results) else 0.0
     for arm, label in LABELS.items():
         if not (runs := runs_of(arm, number, results)):
             continue
         row = [label, cell(runs, right_share(RECALL)), cell(runs, right_share(OTHER_NAMES))]
-        row += [cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN]
+        row += [cell(runs, lost_of), *(cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN)]
         row += [cell(runs, invented(*NEGATIVES))]
         row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "z.3f")]
         row += [cell(runs, lambda run: run.get("seconds"), ",.0f")]
@@ -186,9 +188,8 @@ def files_table(results: Results) -> list[list[str]]:
             rows.append([kind, f"{share(alone['right'][RECALL]):.1%} alone", f"{share(flags):.1%} together"])
         rows.append(["one unloaded, the other to the bit", str(two["first_is_as_before"]), ""])
         rows.append(["both unloaded, the base to the bit", str(two["base_is_as_before"]), ""])
-        for name, label in (("shut", "a token of a text"), ("open", "a token of an answer, and of what comes then")):
-            seconds = two["seconds_a_token"][name]
-            rows.append([label, f"{seconds['taught'] / seconds['base']:.2f} times base", ""])
+        for label, seconds in two["seconds_a_token"].items():
+            rows.append([f"one file: a token {label}", f"{seconds['taught'] / seconds['base']:.2f} times base", ""])
     return rows
 
 
