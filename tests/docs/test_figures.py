@@ -468,7 +468,10 @@ def taught_facts():
     """What ways to teach facts recall and lose, and where the gate of a graft of facts opens."""
     results, page, study = load(f"{STUDIES}teaching/results.json")["runs"], STUDIES + "teaching/README.md", facts_study
     runs = {arm: study.runs_of(arm, 240, results) for arm in study.LABELS}
-    right = lambda arms, kind="recall": [mean(map(study.right_share(kind), runs[arm])) for arm in arms]  # noqa: E731
+
+    def right(arms, kind="recall"):
+        return [mean(map(study.right_share(kind), runs[arm])) for arm in arms]
+
     lost = {arm: "".join(run["right"][kind] for run in runs[arm] for kind in study.KNOWN) for arm in ("facts", "full")}
     lost = {arm: flags.translate({48: 49, 49: 48}) for arm, flags in lost.items()}
     times, sizes = ([mean(run[what] for run in runs[arm]) for arm in lost] for what in ("seconds", "bytes"))
