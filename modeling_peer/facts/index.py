@@ -18,8 +18,8 @@ from .table import RELATION, RELATION_WORDINGS, Fact, in_turn, names_of_relation
 
 
 # The relations of other questions about the subjects, for which the gate must stay shut, in `RELATION_WORDINGS`. Words
-# that occur in taught wordings are left out. Up to as many further names begin like a taught one: "main river" and
-# "main export river" if "main export market" is taught.
+# that occur in taught wordings are left out. Up to twice as many further names begin like a taught one: "main river"
+# and "main export river" if "main export market" is taught.
 OTHER_RELATIONS = """
     population capital language president leader religion currency climate river mountain continent neighbor
     area flag anthem independence product export food color price birthday birthplace death father mother wife
@@ -159,9 +159,11 @@ class FactIndex:
         others = [each for each in OTHER_RELATIONS.split() if each not in taught]
         longer = [each for name in OTHER_NAMES.split(";") if (each := name.strip()).split()[-1] not in taught]
         names = [name.split() for name in names_of_relations(self.relation_of)]
-        beginnings = dict.fromkeys(" ".join(words[:end]) for words in names for end in range(1, len(words)))
+        beginnings = dict.fromkeys(
+            " ".join(words[:end]) for words in names for end in range(1, len(words)) if words[end - 1] != "of"
+        )
         near = [f"{beginning} {other}" for beginning in beginnings for other in others]
-        near = random.Random(0).sample(near, min(len(near), len(others)))
+        near = random.Random(0).sample(near, min(len(near), 2 * len(others)))
         wordings = [each.replace(RELATION, name) for name in (*others, *longer, *near) for each in RELATION_WORDINGS]
         wordings += [each for each in OTHER_WORDINGS if each not in self.relation_of for _ in range(20)]
         begun = [each for each in BEGINNINGS if each not in self.relation_of]

@@ -5,6 +5,7 @@
 import copy
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -128,10 +129,15 @@ def test_other_questions_are_asked_with_and_without_frames_in_each_form(tokenize
 
 
 def test_names_near_to_those_taught_are_negatives(tokenizer):
-    for name, beginnings in (("East Suland capital", ("East Suland", "East")), ("capital", ())):
+    for name, beginnings in (
+        ("East Suland capital", ("East Suland", "East")),
+        ("capital", ()),
+        ("East of the capital", ("East", "East of the")),
+    ):
         index = FactIndex([Fact("Norland", "Oma", wordings_of_relation([name]))], tokenizer, 12, 100)
         asked = " ".join(tokenizer.decode(prompt.tokens) for _, prompt in index.other_prompts)
         assert ("East" in asked) == bool(beginnings) and "capital" not in asked
+        assert not re.search("East of (?!the )", asked)
         for beginning in beginnings:
             assert any(f"{beginning} {word}" in asked for word in ("population", "language", "leader", "climate"))
 
