@@ -472,25 +472,26 @@ def taught_facts():
     def right(arms, kind="recall"):
         return [mean(map(study.right_share(kind), runs[arm])) for arm in arms]
 
-    lost = {arm: "".join(run["right"][kind] for run in runs[arm] for kind in study.KNOWN) for arm in ("facts", "full")}
-    lost = {arm: flags.translate({48: 49, 49: 48}) for arm, flags in lost.items()}
-    times, sizes = ([mean(run[what] for run in runs[arm]) for arm in lost] for what in ("seconds", "bytes"))
-    yield TEACHING, ["240", *fixed(1, times[0] / 60)]
-    found = percent(*right(["gate-full", "lookup", "gate-facts"])) + fixed(0, *(each / 240e3 for each in sizes))
+    lost = "".join(run["right"][kind] for run in runs["facts"] for kind in study.KNOWN).translate({48: 49, 49: 48})
+    minutes = fixed(1, *(results["seconds-240-0-0"]["seconds"][arm] / 60 for arm in ("facts", "full")))
+    yield TEACHING, ["240", minutes[0]]
+    found = percent(*right(["gate-full", "lookup", "gate-facts"]))
+    found += fixed(0, *(mean(run["bytes"] for run in runs[arm]) / 240e3 for arm in ("facts", "full")))
     found += percent(*right(["gate-lora"]), *right(["full", "lora", "facts"], study.USES[1]))
-    found += percent(*right(["full", "facts"], study.USES[0]), digits=0) + fixed(1, *(each / 60 for each in times))
-    more, other = study.runs_of("facts", 1000, results), study.opening("other relations")
-    found += fixed(0, lost["facts"].count("1"), len(lost["facts"])) + percent(mean(map(other, runs["facts"])))
-    yield page, found + percent(mean(map(other, more)), mean(map(study.lost_of, more)))
-    yield page, percent(study.share(lost["facts"]), study.upper_bound(lost["facts"]))
-    losses = [*percent(study.share(lost["facts"])), *percent(study.share(lost["full"]), digits=0)]
+    found += percent(*right(["full", "facts"], study.USES[0]), digits=0) + minutes
+    more = [study.runs_of("facts", number, results)[0] for number in (1000, 5000)]
+    for opening in map(study.opening, (study.KNOWN[0], *study.NEGATIVES)):
+        yield page, percent(mean(map(opening, runs["facts"])), opening(more[1]))
+    found += percent(mean(map(opening, runs["facts"]))) + fixed(0, lost.count("1"), len(lost))  # other relations
+    yield page, found + [each for run in more for each in percent(opening(run), study.lost_of(run))]
+    yield TEACHING, percent(mean(map(opening, runs["facts"])), *map(opening, more))
+    yield page, percent(study.share(lost), study.upper_bound(lost))
+    losses = percent(study.share(lost)) + percent(mean(map(study.lost_of, runs["full"])), digits=0)
     recall, names = (percent(*right(["facts", "full"], kind), digits=0) for kind in ("recall", study.OTHER_NAMES))
     yield page, [recall[0], names[0], losses[0]]
     yield page, [*percent(*right(["full"], study.USES[1]), digits=0), names[1], losses[1]]
     yield CONTINUAL, [recall[0], losses[0], recall[1], losses[1]]
     yield page, percent(*right(["bm25"]), mean(map(study.lost_of, runs["bm25"])), digits=0)
-    opens = (*study.NEGATIVES[:2], study.KNOWN[0], study.NEGATIVES[2])
-    yield page, percent(*(mean(map(study.opening(kind), runs["facts"])) for kind in opens))
     yield page, percent(mean(study.share(run["found"]["recall"]) for run in runs["bm25"]))
     yield page, percent(*right(["bm25", "facts"], "not true"))
     yield TEACHING, percent(mean(run["open_behind"] for run in runs["facts"]), digits=0)

@@ -4,7 +4,7 @@
 Compares facts taught to SmolLM2-135M by a graft of facts, by finetuning, LoRA and other adapters, and facts in the
 prompt: what is recalled in other wordings, what is lost, and which taught answers are given to other questions.
 
-    ./run study teaching                 # the whole plan, about six hours on two cores
+    ./run study teaching                 # the whole plan, about eight hours on two cores
     ./run study teaching --hours 2.5     # as much of it as two and a half hours allow; the same command goes on
 """
 

@@ -4,6 +4,7 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +35,7 @@ from studies.teaching.asking import (
     prompts_of,
     write_freely,
 )
-from studies.teaching.plan import RATES, TRIAL_BLOCK, Run
+from studies.teaching.plan import RATES, TIMED, TRIAL_BLOCK, Run
 from studies.teaching.questions import (
     Question,
     Split,
@@ -138,9 +139,12 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
         return {"right": right, "text": held_out_loss(model, study.texts(), desc="Text")}
     if run.arm == "two":
         return make_two(run, study)
+    if run.arm == "seconds":
+        # They do not depend on the learning rate.
+        ways = [replace(run, arm=arm, learning_rate=RATES[arm][0] if arm in RATES else 0.0) for arm in TIMED]
+        return {"seconds": {each.arm: teach(each, study)[1]["seconds"] for each in ways}}
     facts = study.facts(run)
-    # Grafts of facts are made with weights in bfloat16; trainings have weights in float32.
-    model, costs = study.load_model(torch.float32 if run.arm in RATES else torch.bfloat16), {}
+    model, costs = (study.load_model(), {}) if run.arm in ("bm25", "nothing") else teach(run, study)
     questions, others = study.questions(run, facts), negatives(facts, study.forms)
     if run.block == TRIAL_BLOCK:
         questions = {kind: some for kind, some in questions.items() if kind == "recall" or is_known(kind)}
@@ -154,8 +158,6 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
         questions, others = (
             {kind: list(map(retrieval.with_fact, some)) for kind, some in each.items()} for each in (questions, others)
         )
-    elif run.arm != "nothing":
-        model, costs = taught(run, facts.taught, model, study.tokenizer, study.folder)
     # Comparisons with the base model run in float32. In bfloat16, twice as fast, they would depend on rounding.
     model = in_precision(in_precision(model.eval(), torch.bfloat16), torch.float32)
     # After a prompt with facts, a model answers in a sentence.
@@ -173,6 +175,13 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
             kind: as_text(invents(model, study, facts, some[:OF_A_KIND])) for kind, some in others.items()
         }
     return {**costs, "text": text, "right": right}
+
+
+def teach(run: Run, study: Study) -> tuple[nn.Module, dict[str, Any]]:
+    """Teach the base model the facts of a run. Returns it with its costs."""
+    # Grafts of facts are made with weights in bfloat16; trainings have weights in float32.
+    model = study.load_model(torch.float32 if run.arm in RATES else torch.bfloat16)
+    return taught(run, study.facts(run).taught, model, study.tokenizer, study.folder)
 
 
 def gate_of(model: Any, study: Study, questions: dict[str, list[Question]]) -> dict[str, Any]:
@@ -216,7 +225,7 @@ def make_two(run: Run, study: Study) -> dict[str, Any]:
     folders = [study.folder / "adapters" / each.name for each in blocks]
     for each, folder in zip(blocks, folders, strict=True):
         if not folder.exists():
-            taught(each, study.facts(each).taught, study.load_model(), study.tokenizer, study.folder)
+            teach(each, study)
     model: Any = PeftModel.from_pretrained(copy.deepcopy(base), folders[0], adapter_name="first").eval()
     alone = model(**inputs).logits
     result: dict[str, Any] = {"seconds_a_token": latencies(base, model, study, recall[0])}

@@ -21,6 +21,7 @@ RATES = {
     "graft": (1e-2, 3e-2, 1e-1),
 }
 LEVEL = 0.02  # two rates whose recall of 480 questions differs by less count as equal
+TIMED = ("facts", "full", "lora")
 TRIAL_BLOCK, BLOCKS = 0, {240: (1, 2, 3), 1000: (1,), 5000: (1,)}
 
 
@@ -31,7 +32,8 @@ class Run:
 
     Args:
         arm (`str`):
-            A way to teach, `"nothing"`, `"base"` for what the model knows, or `"two"` for files loaded together.
+            A way to teach, `"nothing"`, `"base"` for what the model knows, `"two"` for files loaded together, or
+            `"seconds"` for how long teaching takes.
         number (`int`): Number of facts.
         block (`int`): Index of the set of taught facts, which is also the seed.
         learning_rate (`float`): Learning rate of a training; 0 for arms without one.
@@ -80,10 +82,10 @@ def reported(arm: str, number: int, results: Results) -> list[Run]:
 def next_runs(results: Results) -> list[Run]:
     """
     The missing runs, as far as the results so far determine them. The run that asks what the model knows comes first.
-    The run of two files is made alone, as it is timed, and before trainings, as soon as its adapters exist.
+    The run of two files and that of seconds are made alone, as they are timed, and before trainings.
     """
     untrained = [run for arm in UNTRAINED for run in reported(arm, SIZE, results)]
-    for stage in ([Run("base")], untrained, [Run("two", block=1)]):
+    for stage in ([Run("base")], untrained, [Run("two", block=1)], [Run("seconds")]):
         if missing := [run for run in sorted(stage, key=lambda run: run.block) if run.name not in results]:
             return missing
     runs: list[Run] = []

@@ -111,7 +111,7 @@ def invented(*kinds: str) -> Callable[[dict[str, Any]], float | None]:
 def main_table(results: Results, number: int) -> list[list[str]]:
     """What is recalled, lost and invented."""
     rows = [[f"{number:,} facts", "recalled", "other names", "lost", *(f"lost: {kind}" for kind in KNOWN)]]
-    rows[0] += ["invented", "text, nats", "seconds", "bytes a fact"]
+    rows[0] += ["invented", "text, nats", "bytes a fact"]
     before = results[Run("base").name]["text"] if len(results) else 0.0
     for arm, label in LABELS.items():
         if not (runs := runs_of(arm, number, results)):
@@ -120,7 +120,6 @@ def main_table(results: Results, number: int) -> list[list[str]]:
         row += [cell(runs, lost_of), *(cell(runs, right_share(kind, is_lost=True)) for kind in KNOWN)]
         row += [cell(runs, invented(*NEGATIVES))]
         row += [cell(runs, lambda run: run["text"] - before if "text" in run else None, "z.3f")]
-        row += [cell(runs, lambda run: run.get("seconds"), ",.0f")]
         row += [cell(runs, lambda run: run["bytes"] / number if "bytes" in run else None, ",.0f")]
         rows.append(row)
     return rows
@@ -193,10 +192,17 @@ def files_table(results: Results) -> list[list[str]]:
     return rows
 
 
+def seconds_table(results: Results) -> list[list[str]]:
+    """How long teaching takes, measured one way after another on one machine."""
+    found = results.get(Run("seconds").name, {"seconds": {}})["seconds"]
+    rows = [[LABELS[arm], f"{seconds:,.0f}"] for arm, seconds in found.items()]
+    return [[f"teaching {SIZE} facts", "seconds of one core"], *rows]
+
+
 def describe(results: Results) -> str:
     """All tables that have a row."""
     tables = [main_table(results, number) for number in BLOCKS]
-    tables += [table(results) for table in (gate_table, uses_table, files_table, trials_table)]
+    tables += [table(results) for table in (gate_table, uses_table, files_table, seconds_table, trials_table)]
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
 
 

@@ -177,9 +177,12 @@ def test_plan(tmp_path):
                     "first_is_as_before": True,
                     "base_is_as_before": True,
                 }
+            if run.arm == "seconds":
+                results[run.name]["seconds"] = {"facts": 1234.5, "full": 2.0}
     assert made[0] == Run("base") and len(made) == len(set(made))
     arms = [run.arm for run in made]
     assert arms.index("two") == 1 + 3 * 3 and {*arms[: arms.index("two")]} == {"base", "facts", "bm25", "nothing"}
+    assert arms.index("seconds") == arms.index("two") + 1
     # The best rate is in the middle: no trial beyond, and it is the one that is reported.
     assert sum(run.arm == "lora" for run in made) == 3 + 3 + 1
     assert {run.learning_rate for run in made if run.arm == "lora" and run.block} == {RATES["lora"][1]}
@@ -197,6 +200,6 @@ def test_plan(tmp_path):
     level[Run("full", learning_rate=rates[2])] = a_run("1" * 100, "1")
     level[Run("full", learning_rate=rates[0])] = a_run("1" * 90 + "0" * 10, "1")
     assert best([*level], {run.name: result for run, result in level.items()}).learning_rate == rates[1]
-    assert "2.00 times base" in describe(results)
+    assert "2.00 times base" in describe(results) and "1,234" in describe(results)
     plot(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
