@@ -224,7 +224,7 @@ def plot(results: Results, file: Path) -> None:
         look = LOOKS.get(arm) or TRAININGS[arm]
         axes.plot(lost, recalled, linestyle="", **look.style, label=LABELS[arm])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.4, 0.35))
+    axes.legend(fontsize=8, loc="center", bbox_to_anchor=(0.4, 0.32))
     axes.set(xlabel="known answers lost, %", ylabel="taught facts recalled, % (wordings never taught)")
     recall = mean(share(run["right"][RECALL]) for run in found["facts"])
     lost = mean(map(lost_of, found["facts"]))
