@@ -12,96 +12,88 @@ from ..fact_graft import KeyMatcher
 
 
 STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 3000, 1e-2, 0.05, 0.3
-TEMPERATURE, BATCH = 0.02, 256
+TEMPERATURE, BATCH, BATCH_WITHIN = 0.02, 256, 128
 HELD_OUT = 5  # one in this many negatives of the first kind
-PIECE = 4096  # states that are compared with all keys at a time
 
 
 def learned_keys(
     matcher: KeyMatcher,
-    key_subjects: torch.Tensor,
+    num_relations: int,
     states: torch.Tensor,
     labels: torch.Tensor,
-    negatives: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    negatives: Sequence[torch.Tensor],
     progress_bar: bool = True,
 ) -> None:
     """
-    Fit the projection, keys and threshold of a matcher, so that each state is nearest to the key of its label, and
-    negatives to no key. The loss is a softmax over the similarities and the threshold. The key of one subject does not
-    compete for states that name another subject, because the router does not compare it with them.
+    Fit the projection, keys and threshold of a matcher. The loss is a softmax over similarities and the threshold. Ends
+    of questions are to be nearest to the key of their relation, and negatives to no key. A state within an answer is
+    to be nearest to the mean of all states at this token of this answer, among those of the batch, as in prototypical
+    networks (arXiv 1703.05175). The projection of this mean becomes the key.
 
     Args:
         matcher ([`KeyMatcher`]): Changed in place, on its device.
-        key_subjects (`torch.Tensor` of shape `(num_keys,)`): The subject of each key, -1 for keys of all subjects.
+        num_relations (`int`): Number of keys of relations. They come before those of tokens within answers.
         states (`torch.Tensor` of shape `(num_states, hidden_size)`)
-        labels (`torch.Tensor` of shape `(num_states,)`): The key of each state.
-        negatives (sequence of pairs of `torch.Tensor`):
-            For each kind of states that match no key, the states, of shape `(num, hidden_size)`, and the subjects that
-            they name, of shape `(num,)`, -1 for none. The first kind is other questions about the subjects.
+        labels (`torch.Tensor` of shape `(num_states,)`): The key of each state. Each key has a state.
+        negatives (sequence of `torch.Tensor` of shape `(num, hidden_size)`):
+            For each kind of states that match no key, the states. The first kind is other questions about the subjects.
         progress_bar (`bool`, *optional*, defaults to `True`)
     """
     generator = torch.Generator().manual_seed(0)
-    num_keys, key_size = matcher.keys.shape
+    is_end = labels < num_relations
+    ends, relations = states[is_end], labels[is_end]
+    within, keys_within = states[~is_end], labels[~is_end] - num_relations
     # Untaught wordings are less similar to their keys: held-out questions say how far the threshold can be lowered.
-    others, named_there = negatives[0]
-    is_held_out = torch.arange(len(others)) % HELD_OUT == 0
-    first = others[~is_held_out], named_there[~is_held_out]
-    negatives = [pair for pair in (first, *negatives[1:]) if len(pair[0])]
+    is_held_out = torch.arange(len(negatives[0])) % HELD_OUT == 0
+    held_out = negatives[0][is_held_out]
+    negatives = [each for each in (negatives[0][~is_held_out], *negatives[1:]) if len(each)]
     mean, deviation = states.mean(0), states.std(0) + 1e-2 * states.std() + 1e-6
-    projection = torch.randn(states.shape[1], key_size, generator=generator) / states.shape[1] ** 0.5
-    keys = torch.randn(num_keys, key_size, generator=generator)
+    num_within = len(matcher.keys) - num_relations
+    means = torch.zeros(num_within, states.shape[1]).index_add_(0, keys_within, within)
+    means /= torch.bincount(keys_within, minlength=num_within)[:, None]
+    projection = torch.randn(states.shape[1], matcher.keys.shape[1], generator=generator) / states.shape[1] ** 0.5
+    keys = torch.randn(num_relations, matcher.keys.shape[1], generator=generator)
     threshold = torch.tensor(0.5)
     for tensor in (projection, keys, threshold):
         tensor.requires_grad_()
     groups = [{"params": [projection], "weight_decay": WEIGHT_DECAY}, {"params": [keys, threshold], "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    subjects = key_subjects[labels]
 
     def draw(number, of):
         return torch.randint(of, (number,), generator=generator)
 
+    def projected(states):
+        return F.normalize((states - mean) / deviation @ projection, dim=-1)
+
     with torch.enable_grad():
         for _ in tqdm(range(STEPS), desc="Keys of questions", disable=not progress_bar):
-            own = draw(BATCH, len(states))
-            drawn = [draw(BATCH // len(negatives), len(each)) for each, _ in negatives]
-            parts = [each[some] for (each, _), some in zip(negatives, drawn, strict=True)]
-            batch = (torch.cat([states[own], *parts]) - mean) / deviation
-            named = torch.cat([subjects[own], *(each[some] for (_, each), some in zip(negatives, drawn, strict=True))])
+            own = draw(BATCH, len(ends))
+            some = draw(min(BATCH_WITHIN, len(within)), max(len(within), 1))
+            others = [each[draw(BATCH // len(negatives), len(each))] for each in negatives]
+            drawn, places = keys_within[some].unique(return_inverse=True)
+            compared = torch.cat([F.normalize(keys, dim=-1), projected(means[drawn])])
+            shut = torch.full((sum(map(len, others)),), len(compared))
+            targets = torch.cat([relations[own], num_relations + places, shut])
+            batch = torch.cat([ends[own], within[some], *others])
             # Dropout with a generator of its own, so that the caller's random numbers stay the same.
-            kept = torch.rand(batch.shape, generator=generator) >= DROPOUT
-            similarities = F.normalize((batch * kept) @ projection, dim=-1) @ F.normalize(keys, dim=-1).T
-            competes = (key_subjects < 0) | (key_subjects == named[:, None]) | (named[:, None] < 0)
-            similarities = similarities.masked_fill(~competes, -1.0)
-            logits = torch.cat([similarities, threshold.expand(len(batch), 1)], -1) / TEMPERATURE
-            targets = F.pad(labels[own], (0, len(batch) - len(own)), value=num_keys)
+            batch = torch.where(torch.rand(batch.shape, generator=generator) < DROPOUT, mean, batch)
+            found = projected(batch)
+            similarities = torch.cat([found @ compared.T, threshold.expand(len(found), 1)], -1)
             optimizer.zero_grad()
-            F.cross_entropy(logits, targets).backward()
+            F.cross_entropy(similarities / TEMPERATURE, targets).backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        weight, bias = (projection / deviation[:, None]).T, -(mean / deviation) @ projection
         # All are rounded to bfloat16, as in saved adapters: thresholds are close to similarities.
-        found = ((matcher.weight, weight), (matcher.bias, bias), (matcher.keys, F.normalize(keys, dim=-1)))
-        for parameter, value in found:
-            parameter.copy_(value.bfloat16())
-        nearest = _nearest(matcher, others[is_held_out], named_there[is_held_out], key_subjects)
-        lowest = _nearest(matcher, states).quantile(0.01, interpolation="lower") - 0.01
+        matcher.weight.copy_((projection / deviation[:, None]).T.bfloat16())
+        matcher.bias.copy_((-(mean / deviation) @ projection).bfloat16())
+        found = torch.cat([F.normalize(keys, dim=-1), projected(means)]).bfloat16().float()
+        matcher.keys.copy_(found)
+        device = matcher.keys.device
+        nearest = matcher(held_out.to(device), matcher.keys[:num_relations]).amax(-1).cpu()
+        similarities = (
+            matcher(states.to(device), torch.eye(found.shape[1], device=device)).cpu() * found[labels]
+        ).sum(-1)
+        lowest = similarities.quantile(0.01, interpolation="lower") - 0.01
         matcher.threshold.copy_(torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest).bfloat16())
-
-
-def _nearest(
-    matcher: KeyMatcher,
-    states: torch.Tensor,
-    named: torch.Tensor | None = None,
-    key_subjects: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The similarity of each state with the nearest key, on the CPU; if `named`, without keys of other subjects."""
-    found = []
-    for piece in torch.arange(len(states)).split(PIECE):
-        similarities = matcher(states[piece].to(matcher.keys.device)).cpu()
-        if named is not None and key_subjects is not None:
-            competes = (key_subjects < 0) | (key_subjects == named[piece, None])
-            similarities = similarities.masked_fill(~competes, -1.0)
-        found.append(similarities.amax(-1))
-    return torch.cat(found)

@@ -27,16 +27,15 @@ TOKENS_BEHIND = 24
 
 @dataclass
 class States:
-    """Hidden states of prompts, `[num, hidden_size]` each, and their experts or subjects."""
+    """Hidden states of prompts, `[num, hidden_size]` each, and the experts of those of answers."""
 
     questions: list[torch.Tensor] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     residuals: list[torch.Tensor] = field(default_factory=list)
-    # Each with the subject that it names, -1 for none.
-    other_questions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    other_questions: list[torch.Tensor] = field(default_factory=list)
     # Before the end of a question, after an answer, or within an answer to another question.
-    elsewhere: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    texts: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    elsewhere: list[torch.Tensor] = field(default_factory=list)
+    texts: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, others: dict[str, list]) -> None:
         """Append the states of more prompts."""
@@ -137,24 +136,23 @@ class StateReader:
     def _add(self, found, tokens, what, questions, residuals, generator):
         """Add the states of one sequence."""
         if what is None:
-            found.texts.append((questions, -1))
+            found.texts.append(questions)
             return
         index, (number, form, prompt) = self.index, what
-        subject = number if form is None else index.subjects[index.facts[number].subject]
         start = prompt.answer_start - 1
         if form is None:
-            found.other_questions.append((questions[start : start + 1].clone(), subject))
-            found.elsewhere.append((questions[start + 1 :].clone(), subject))
+            found.other_questions.append(questions[start : start + 1].clone())
+            found.elsewhere.append(questions[start + 1 :].clone())
             return
         if len(tokens) > len(prompt.tokens):
             # The gate may open where the model repeats the answer, or once it names a subject again.
             first = len(prompt.tokens)
             behind = range(first - 1, min(first_name(tokens, first, index.names), len(tokens) - 1))
-            found.elsewhere.append((questions[[i for i in behind if tokens[i + 1] not in prompt.answer]], subject))
+            found.elsewhere.append(questions[[i for i in behind if tokens[i + 1] not in prompt.answer]])
             return
-        found.elsewhere.append((questions[-1:].clone(), subject))
+        found.elsewhere.append(questions[-1:].clone())
         before = torch.randint(max(start, 1), (2,), generator=generator)
-        found.elsewhere.append((questions[before[before < start]], subject))
+        found.elsewhere.append(questions[before[before < start]])
         places = slice(start, len(tokens) - 1)
         found.questions.append(questions[places].clone())
         found.residuals.append(residuals[places].clone())

@@ -218,17 +218,8 @@ def _fit_keys(graft: FactGraft, index: FactIndex, states: States, progress_bar: 
     questions = torch.cat(states.questions)
     of_expert = torch.tensor(index.expert_questions())
     labels = of_expert[torch.tensor(states.experts)]
-    key_subjects = torch.full((len(router.questions.keys),), -1)
-    is_own = of_expert >= index.num_relations
-    key_subjects[of_expert[is_own]] = torch.tensor(index.expert_subjects())[is_own]
-    negatives = [
-        (
-            torch.cat([each for each, _ in kind]),
-            torch.cat([torch.full((len(each),), subject) for each, subject in kind]),
-        )
-        for kind in (states.other_questions, states.elsewhere, states.texts)
-    ]
-    learned_keys(router.questions, key_subjects, questions, labels, negatives, progress_bar)
+    negatives = [torch.cat(kind) for kind in (states.other_questions, states.elsewhere, states.texts)]
+    learned_keys(router.questions, index.num_relations, questions, labels, negatives, progress_bar)
     num = len(index.experts)
     router.expert_subjects[:num] = torch.tensor(index.expert_subjects())
     router.expert_questions[:num] = of_expert

@@ -156,7 +156,7 @@ def test_within_answers_to_other_questions_nothing_must_open(tokenizer):
     logits_of(model, torch.tensor([prompt.tokens]))
     end, first, last = seen[0][prompt.answer_start - 1 :][:3]
     for state, kind in ((end, found.other_questions), (first, found.elsewhere), (last, found.elsewhere)):
-        assert (torch.cat([each for each, _ in kind]) - state).abs().amax(-1).min() < 1e-4
+        assert (torch.cat(kind) - state).abs().amax(-1).min() < 1e-4
 
 
 def test_finds_where_a_subject_is_named_again():
@@ -238,7 +238,7 @@ def test_behind_an_answer_nothing_must_open(tokenizer):
     prompt = [each for number, form, each in index.prompts if (number, form) == (1, "plain")][1]
     text = base.generate(torch.tensor([prompt.tokens]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     reader = states.StateReader(model, graft, base.model.norm, index)
-    elsewhere = torch.cat([each for each, _ in reader.read([], 2, None, progress_bar=False).elsewhere])
+    elsewhere = torch.cat(reader.read([], 2, None, progress_bar=False).elsewhere)
     seen = []
     graft.register_forward_pre_hook(lambda graft, args: seen.append(args[0][0]))
     logits_of(model, text)
