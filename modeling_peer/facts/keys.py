@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from ..fact_graft import KeyMatcher
 
 
-STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 3000, 1e-2, 0.05, 0.3
+STEPS, LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 3000, 1e-2, 0.05, 0.4
 TEMPERATURE, BATCH, BATCH_WITHIN = 0.02, 256, 128
+STRICTNESS = 0.6  # where the threshold lies between the learned one and the 99 % quantile of held-out negatives
 HELD_OUT = 5  # one in this many negatives of the first kind
 
 
@@ -92,8 +93,8 @@ def learned_keys(
         matcher.keys.copy_(found)
         device = matcher.keys.device
         nearest = matcher(held_out.to(device), matcher.keys[:num_relations]).amax(-1).cpu()
-        similarities = (
-            matcher(states.to(device), torch.eye(found.shape[1], device=device)).cpu() * found[labels]
-        ).sum(-1)
+        projections = matcher(states.to(device), torch.eye(found.shape[1], device=device)).cpu()
+        similarities = (projections * found[labels]).sum(-1)
         lowest = similarities.quantile(0.01, interpolation="lower") - 0.01
-        matcher.threshold.copy_(torch.minimum((threshold + nearest.quantile(0.99)) / 2, lowest).bfloat16())
+        between = threshold + STRICTNESS * (nearest.quantile(0.99) - threshold)
+        matcher.threshold.copy_(torch.minimum(between, lowest).bfloat16())
