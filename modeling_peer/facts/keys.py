@@ -26,10 +26,10 @@ def learned_keys(
     progress_bar: bool = True,
 ) -> None:
     """
-    Fit the projection, keys and threshold of a matcher. The loss is a softmax over similarities and the threshold. Ends
-    of questions are to be nearest to the key of their relation, and negatives to no key. A state within an answer is
-    to be nearest to the mean of all states at this token of this answer, among those of the batch, as in prototypical
-    networks (arXiv 1703.05175). The projection of this mean becomes the key.
+    Fit the projection, keys and threshold of a matcher. The loss is a softmax over similarities and the threshold.
+    Ends of questions are to be nearest to the key of their relation, and negatives to no key. A state within an answer
+    is to be nearest to the mean of all states at this token of this answer, among those of the batch, as in
+    prototypical networks (arXiv 1703.05175). The projection of this mean becomes the key.
 
     Args:
         matcher ([`KeyMatcher`]): Changed in place, on its device.
@@ -37,7 +37,7 @@ def learned_keys(
         states (`torch.Tensor` of shape `(num_states, hidden_size)`)
         labels (`torch.Tensor` of shape `(num_states,)`): The key of each state. Each key has a state.
         negatives (sequence of `torch.Tensor` of shape `(num, hidden_size)`):
-            For each kind of states that match no key, the states. The first kind is other questions about the subjects.
+            For each kind of states that match no key, the states. The first is other questions about the subjects.
         progress_bar (`bool`, *optional*, defaults to `True`)
     """
     generator = torch.Generator().manual_seed(0)
