@@ -89,12 +89,12 @@ def learned_keys(
         # All are rounded to bfloat16, as in saved adapters: thresholds are close to similarities.
         matcher.weight.copy_((projection / deviation[:, None]).T.bfloat16())
         matcher.bias.copy_((-(mean / deviation) @ projection).bfloat16())
-        found = torch.cat([F.normalize(keys, dim=-1), projected(means)]).bfloat16().float()
-        matcher.keys.copy_(found)
+        own_keys = torch.cat([F.normalize(keys, dim=-1), projected(means)]).bfloat16().float()
+        matcher.keys.copy_(own_keys)
         device = matcher.keys.device
         nearest = matcher(held_out.to(device), matcher.keys[:num_relations]).amax(-1).cpu()
-        projections = matcher(states.to(device), torch.eye(found.shape[1], device=device)).cpu()
-        similarities = (projections * found[labels]).sum(-1)
+        projections = matcher(states.to(device), torch.eye(own_keys.shape[1], device=device)).cpu()
+        similarities = (projections * own_keys[labels]).sum(-1)
         lowest = similarities.quantile(0.01, interpolation="lower") - 0.01
         between = threshold + STRICTNESS * (nearest.quantile(0.99) - threshold)
         matcher.threshold.copy_(torch.minimum(between, lowest).bfloat16())
