@@ -135,16 +135,16 @@ def run_experts_eager(
 
 
 class DotProducts(torch.autograd.Function):
-    """`hidden[t] · table[rows[t, a]]`, without holding the rows."""
+    """`hidden[t] · table[rows[t, a]]` in the dtype of the hidden states, without holding the rows."""
 
     @staticmethod
     def forward(ctx, hidden_states, rows, table):
         ctx.save_for_backward(hidden_states, rows, table)
         products = hidden_states.new_empty(rows.shape)
-        step = max(PIECE_SIZE // max(rows.shape[1] * table.shape[1], 1), 1)
-        for start in range(0, len(rows), step):
-            piece = slice(start, start + step)
-            torch.bmm(F.embedding(rows[piece], table), hidden_states[piece, :, None], out=products[piece, :, None])
+        for piece in pieces_of(rows, table):
+            vectors = F.embedding(rows[piece], table).to(hidden_states.dtype)
+            torch.bmm(vectors, hidden_states[piece, :, None], out=products[piece, :, None])
+            del vectors  # the next piece takes its memory, which is in a cache
         return products
 
     @staticmethod
@@ -155,9 +155,52 @@ class DotProducts(torch.autograd.Function):
         # place of its incoming gradient, gives the gradient of the table.
         with torch.enable_grad():
             table = table.detach().requires_grad_(ctx.needs_input_grad[2])
-            total = F.embedding_bag(rows, table, per_sample_weights=gradient, mode="sum")
+            total = weighted_sums(gradient, rows, table)
         of_table = torch.autograd.grad(total, table, hidden_states)[0] if ctx.needs_input_grad[2] else None
         return total.detach(), None, of_table
+
+
+class WeightedSums(torch.autograd.Function):
+    """[`weighted_sums`] of a table in another dtype than the weights."""
+
+    @staticmethod
+    def forward(ctx, weights, rows, table):
+        ctx.save_for_backward(weights, rows, table)
+        sums = weights.new_empty(len(rows), table.shape[1])
+        for piece in pieces_of(rows, table):
+            vectors = F.embedding(rows[piece], table).to(weights.dtype)
+            torch.bmm(weights[piece, None], vectors, out=sums[piece, None])
+            del vectors
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        weights, rows, table = ctx.saved_tensors
+        of_table = None
+        if ctx.needs_input_grad[2]:
+            with torch.enable_grad():
+                converted = table.detach().to(weights.dtype).requires_grad_()
+                sums = weighted_sums(weights, rows, converted)
+            of_table = torch.autograd.grad(sums, converted, gradient)[0].to(table.dtype)
+        return DotProducts.apply(gradient, rows, table), None, of_table
+
+
+def weighted_sums(weights: torch.Tensor, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`Σ_a weights[t, a] table[rows[t, a]]` in the dtype of the weights, without holding the rows."""
+    if weights.dtype == table.dtype:
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    return WeightedSums.apply(weights, rows, table)
+
+
+def promoted(tensor: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, table.dtype))
+
+
+def pieces_of(rows: torch.Tensor, table: torch.Tensor) -> list[slice]:
+    """Tokens whose rows are gathered at a time."""
+    step = max(PIECE_SIZE // max(rows.shape[1] * table.shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 def run_experts(
@@ -180,10 +223,9 @@ def run_experts(
     *inputs, values = tables
     factors = weights
     if inputs:
-        products = [DotProducts.apply(hidden_states.to(table.dtype), rows, table) for table in inputs]
+        products = [DotProducts.apply(promoted(hidden_states, table), rows, table) for table in inputs]
         factors = factors * (act_fn(products[0]) if gate is None else act_fn(products[1]) * products[0])
-    outputs = F.embedding_bag(rows, values, per_sample_weights=factors.to(values.dtype), mode="sum")
-    return outputs.to(weights.dtype)
+    return weighted_sums(promoted(factors, values), rows, values).to(weights.dtype)
 
 
 class RetrievalInterface(GeneralInterface):

@@ -109,6 +109,15 @@ FAULTS = [
           "sums = _accumulated(coefficients[:0]).new_zeros(", "sums = tokens.new_zeros(",
           ("tests/kernels/test_expert_kernels.py::TestImplementations::"
            "test_row_gradient[torch-1-torch.bfloat16-(33, 16, 150, 50)]",)),
+    Fault("core-rounds-to-the-dtype-of-tables", "modeling_peer/experts.py",
+          "return tensor.to(torch.promote_types(tensor.dtype, table.dtype))", "return tensor.to(table.dtype)",
+          ("tests/kernels/test_expert_operators.py::"
+           "test_the_core_is_exact_for_tables_of_any_dtype[torch.bfloat16-torch.bfloat16]",)),
+    Fault("later-pieces-with-rows-of-the-first", "modeling_peer/experts.py",
+          "F.embedding(rows[piece], table).to(hidden_states.dtype)",
+          "F.embedding(rows[: len(rows[piece])], table).to(hidden_states.dtype)",
+          ("tests/kernels/test_expert_operators.py::"
+           "test_the_core_is_exact_for_tables_of_any_dtype[torch.float32-torch.float32]",)),
     Fault("grouping-shifted", "modeling_peer/ops/kernels_torch.py",
           "F.pad(counts.cumsum(0), (1, 0)).int(), order.int()",
           "F.pad(counts.cumsum(0), (1, 0)).int(), order.roll(1).int()",
