@@ -7,10 +7,8 @@ card therefore tells a reader to import the package.
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData
 
-# Placeholder for how to load an adapter, from the huggingface_hub template in `create_or_update_model_card` of PEFT.
-# If the template changes, the card of an adapter keeps the new placeholder and does not name the package.
-CARD_PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
 
 # The auto class of a base model, by the task type of an adapter.
 _AUTO_CLASSES = {
@@ -20,7 +18,11 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 
-_USE = """This adapter is a PEER graft, a method of PEFT that the package `modeling-peer` adds. It is on no
+_NEW_CARD = "---\nlibrary_name: peft\n{base_model}tags:\n- peer\n---\n"
+
+_USE = """# PEER graft
+
+This adapter is a PEER graft, a method of PEFT that the package `modeling-peer` adds. It is on no
 index of packages yet: install it in a copy of its source:
 
 ```bash
@@ -38,32 +40,20 @@ base_model = {auto_class}.from_pretrained("{base_model}")
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```"""
 
-_CARD = """---
-library_name: peft
-{base_model}tags:
-- peer
----
-
-# PEER graft
-
-"""
-
 
 def write_adapter_card(folder: str | Path, base_model: str | None, task_type: str | None) -> None:
     """
-    Write into the card of an adapter how to load it: at the placeholder of PEFT's card, or in a new card if there is
-    none. Any other README.md stays as it is.
+    Say in the card of an adapter how to load it: in place of the template that PEFT leaves to be filled in, below any
+    other text that does not say it, or in a new card.
     """
-    card = Path(folder, "README.md")
-    usage = _USE.format(
-        auto_class=_AUTO_CLASSES.get(task_type or "", "AutoModel"),
-        base_model=base_model or "path/to/the/base/model",
-    )
-    if not card.exists():
-        card.parent.mkdir(parents=True, exist_ok=True)
-        named = "" if base_model is None else f"base_model: {base_model}\n"
-        card.write_text(f"{_CARD.format(base_model=named)}{usage}\n", encoding="utf-8")
+    file = Path(folder, "README.md")
+    named = "" if base_model is None else f"base_model: {base_model}\n"
+    card = ModelCard.load(file) if file.exists() else ModelCard(_NEW_CARD.format(base_model=named))
+    if "import modeling_peer" in card.text:
         return
-    text = card.read_text(encoding="utf-8")
-    if text.count(CARD_PLACEHOLDER) == 1:
-        card.write_text(text.replace(CARD_PLACEHOLDER, usage), encoding="utf-8")
+    auto_class = _AUTO_CLASSES.get(task_type or "", "AutoModel")
+    usage = _USE.format(auto_class=auto_class, base_model=base_model or "path/to/the/base/model")
+    # PEFT appends its release to the template.
+    before, _, after = card.text.partition(ModelCard.from_template(ModelCardData()).text.strip())
+    card.text = "\n".join(f"\n{part.strip()}\n" for part in (before, usage, after) if part.strip())
+    card.save(file)

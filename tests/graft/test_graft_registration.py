@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Grafts are registered with PEFT once, or not at all and with one warning. In processes of their own, as an import
-registers them once for all. The card of an adapter says how to load it, and never replaces another README.md.
+registers them once for all. The card of an adapter says how to load it, and keeps what else a README.md says.
 """
 
 import re
@@ -12,6 +12,7 @@ import torch
 from graft_models import base_model_of, graft_config, grafted, logits_of, trained
 from script_runs import run_script
 from tiny_models import random_tokens
+from transformers import Trainer, TrainingArguments
 
 
 def test_registration_is_done_once():
@@ -127,8 +128,22 @@ def test_cards_of_adapters_by_name(tmp_path):
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in card_of(tmp_path / "config")
 
 
-def test_an_existing_card_is_never_replaced(tmp_path):
+def test_what_others_wrote_into_a_card_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nWhat I say of it.\n")
-    grafted().save_pretrained(tmp_path)
-    # PEFT itself adds metadata and its release.
-    assert "# Mine\n\nWhat I say of it." in card_of(tmp_path) and "modeling_peer" not in card_of(tmp_path)
+    for _ in range(2):
+        grafted().save_pretrained(tmp_path)
+        card = card_of(tmp_path)
+        assert "license: mit\n" in card and "# Mine\n\nWhat I say of it." in card
+        assert card.count("import modeling_peer\n") == 1
+
+
+def test_the_card_of_a_trainer_says_it_too(tmp_path):
+    """Not PEFT's template, of which nobody reads the middle; and not only before `Trainer` wrote a card of its own."""
+    trainer = Trainer(grafted(), TrainingArguments(tmp_path, report_to="none"))
+    trainer.save_model()
+    assert card_of(tmp_path).count("import modeling_peer\n") == 1
+    assert "More Information Needed" not in card_of(tmp_path) and "- PEFT " in card_of(tmp_path)
+    trainer.create_model_card(model_name="graft")
+    trainer.save_model()
+    card = card_of(tmp_path)
+    assert card.count("import modeling_peer\n") == 1 and "### Training hyperparameters" in card

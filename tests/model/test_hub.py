@@ -44,7 +44,9 @@ HfApi().upload_folder(repo_id="user/peer", folder_path="background")
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                                     num_attention_heads=2))
 graft = PeerGraftConfig(task_type="CAUSAL_LM", num_experts=16, num_experts_per_head=4, num_retrieval_heads=1)
-get_peft_model(base, graft).push_to_hub("user/graft")
+get_peft_model(base, graft).save_pretrained("graft")  # PEFT's `push_to_hub` replaces the card
+HfApi().create_repo("user/graft")
+HfApi().upload_folder(repo_id="user/graft", folder_path="graft")
 print("{}")
 """
 
@@ -89,11 +91,12 @@ def test_pushed_and_pulled(tmp_path):
     with HubServer() as hub:
         run(PUSH, hub, tmp_path)
         pulled = {how: run(PULL, hub, tmp_path, how) for how in ("package", "remote code")}
-        files, adapter = set(hub.files("user/peer")), set(hub.files("user/graft"))
+        files, adapter = set(hub.files("user/peer")), hub.files("user/graft")
     names = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md"}
     code = {"configuration_peer.py", "experts.py", "feed_forward.py", "modeling_peer.py", "router.py"}
     assert names <= files and {name for name in files if name.endswith(".py")} == code
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter.keys()
+    assert b"import modeling_peer\n" in adapter["README.md"]
     expected = {"equal logits": True, "generated": 10, "license": "apache-2.0", "library": "transformers"}
     of_package = {"module": "modeling_peer", "background": [[0, 1, 2, 3], 7], "graft": "PEER_GRAFT"}
     assert pulled["package"] == expected | of_package
