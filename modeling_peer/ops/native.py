@@ -9,13 +9,14 @@ The environment variable `MODELING_PEER_COMPILE_KERNELS=0` switches compilation 
 `expert_kernels="torch"` in a configuration keeps one model from using it.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shlex
-import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -49,9 +50,9 @@ _PROCESS = os.getpid()
 def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
     """
     Return the library compiled from the C files of a folder. It is kept in `$HF_HOME/modeling_peer` for this compiler
-    and processor. If others could put code there, or the folder cannot be used, every process compiles its own, which
-    leaves no file. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
-    after a warning, if no compiler works.
+    and processor. If others could put code there, or the folder cannot be used, it is kept in a private folder for
+    temporary files. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
+    after a warning, if no compiler works or every folder is open to others.
     """
     if (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES:
         return None
@@ -59,18 +60,16 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
         compiler = compiler_command()
         content = [file.name + file.read_text(encoding="utf-8") for file in sorted(sources.iterdir())]
         key = "\0".join([*content, *compiler, *COMPILER_FLAGS, _run([*compiler, "--version"]), _processor()])
-        folder = Path(constants.HF_HOME) / "modeling_peer"
-        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _keep_others_out(folder, path)
-            if not path.exists():
-                _build(compiler, sources, path)
-            return ctypes.CDLL(str(path))
-        # The folder cannot be written, is another's, is full, has no locks, or is mounted `noexec`.
-        except (OSError, NotImplementedError):
-            with tempfile.TemporaryDirectory() as workplace:
-                return ctypes.CDLL(str(_compile(compiler, sources, Path(workplace))))
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        temporary = Path(tempfile.gettempdir(), f"modeling_peer-{os.getuid()}")
+        for folder in (Path(constants.HF_HOME, "modeling_peer"), temporary):
+            # The folder cannot be written, is open to others, is full, has no locks, or is mounted `noexec`.
+            with contextlib.suppress(OSError, NotImplementedError):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder = _private_folder(folder)
+                return ctypes.CDLL(str(_find(folder, name) or _build(compiler, sources, folder, name)))
+        with tempfile.TemporaryDirectory() as workplace:
+            return ctypes.CDLL(str(_compile(compiler, sources, _private_folder(Path(workplace)))))
     # ValueError: CC cannot be parsed.
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
@@ -82,17 +81,37 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
         return None
 
 
-def _keep_others_out(folder, path):
-    """Raise `PermissionError` if others could put code in a folder; remove a library there that they could change."""
-    status = folder.stat()
-    above = [each.stat().st_mode for each in folder.resolve().parents]
-    is_open = status.st_mode & 0o022 or any(mode & 0o002 and not mode & 0o1000 for mode in above)
-    if status.st_uid != os.getuid() or is_open or not folder.is_absolute():
-        raise PermissionError(f"others could put code in {folder}")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
-    if path.exists() and path.stat().st_mode & 0o022:
+def _private_folder(folder):
+    """
+    Return the path of a folder without links, so that nobody can lead it elsewhere later. Raises `PermissionError` if
+    others could put code there: if it or a folder above belongs to them, or they could write to it.
+    """
+    real = folder.resolve(strict=True)
+    for each in (real, *real.parents):
+        status = each.stat()
+        # In a sticky folder such as /tmp, nobody can rename what belongs to others.
+        is_open = status.st_mode & 0o022 and (each == real or not status.st_mode & stat.S_ISVTX)
+        if status.st_uid not in (0, os.getuid()) or is_open or not folder.is_absolute():
+            raise PermissionError(f"others could put code in {folder}: {each} belongs to them or is open to them")
+    return real
+
+
+def _find(folder, name):
+    """
+    Find the library `name` in a private folder, and check its content, as mapping a damaged file ends the process. A
+    damaged file is deleted, and so is one that others could have written while the folder was open to them.
+    """
+    for path in folder.glob(f"{name}-*.so"):
+        status = path.lstat()
+        is_own = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
+        if is_own and path.stem == f"{name}-{_digest(path)}":
+            return path
         path.unlink()
+    return None
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def compiler_command() -> list[str]:
@@ -115,21 +134,21 @@ def _processor():
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
 
 
-def _build(compiler, sources, path):
-    """Compile a library. Only one of several processes does so, and none sees an incomplete file."""
-    with FileLock(path.parent / "lock"), tempfile.TemporaryDirectory() as workplace:
-        if path.exists():
-            return
+def _build(compiler, sources, folder, name):
+    """Compile a library and keep it. Only one of several processes does so, and none sees an incomplete file."""
+    with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as workplace:
+        if found := _find(folder, name):
+            return found
         logger.warning_once(
             f"PEER compiles C kernels for this processor with `{shlex.join(compiler)}`, and keeps them in "
-            f'{path.parent}. {COMPILE_VARIABLE}=0 in the environment, or `expert_kernels="torch"` in the '
+            f'{folder}. {COMPILE_VARIABLE}=0 in the environment, or `expert_kernels="torch"` in the '
             "configuration of a model, runs PyTorch operations instead."
         )
-        part = Path(shutil.copy(_compile(compiler, sources, Path(workplace)), path.with_suffix(".part")))
+        part = _compile(compiler, sources, Path(workplace))
         part.chmod(0o700)  # whatever the umask
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # otherwise its name may reach the disk before its content
-        os.replace(part, path)
+        return part.replace(folder / f"{name}-{_digest(part)}.so")
 
 
 def _compile(compiler, sources, workplace):

@@ -46,6 +46,16 @@ def libraries(folder):
     return sorted(path.name for path in folder.glob("*.so"))
 
 
+def owned_by_another(path, monkeypatch):
+    status_of = Path.stat
+
+    def stat(self, **kwargs):
+        status = status_of(self, **kwargs)
+        return os.stat_result((*status[:4], os.getuid() + 1, *status[5:])) if self == path else status
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
 def compiled(commands):
     return sum("-c" in command for command in commands)
 
@@ -109,6 +119,7 @@ class TestKept:
     @pytest.mark.parametrize("umask", [0o022, 0o002])
     def test_compiled_once(self, umask, cache, sources, compilations):
         """What is made is trusted, and nobody else's to change, under any umask."""
+        cache.parent.mkdir(mode=0o755)
         before = os.umask(umask)
         try:
             for _ in range(2):
@@ -162,32 +173,65 @@ class TestKept:
         assert len(libraries(cache)) == 1
 
 
+    @pytest.mark.parametrize("damage", [lambda code: code[: len(code) // 2], lambda code: code[:-1] + b"?", None])
+    def test_a_damaged_one_is_compiled_again(self, damage, cache, sources, compilations):
+        """Code that is mapped from a file cut short ends the process."""
+        load_library(sources)
+        (library,) = cache.glob("*.so")
+        content = library.read_bytes()
+        library.unlink()  # what is mapped stays
+        library.write_bytes(content[:4096].ljust(len(content), b"\0") if damage is None else damage(content))
+        assert fresh_load(sources).answer() == 42
+        assert compiled(compilations) == 2
+        assert fresh_load(sources).answer() == 42
+        assert compiled(compilations) == 2 and len(libraries(cache)) == 1
+
+
 class TestWhereItCannotBeKept:
     """A library runs with the rights of its user: it is neither loaded nor kept where others could have written it."""
 
-    @pytest.mark.parametrize("how", ["another user's", "below one of all", 0o777, 0o775])
-    def test_in_a_folder_of_others(self, how, cache, sources, compilations, monkeypatch):
+    @pytest.mark.parametrize("how", ["another user's", "a link", "above: 777", "above: 2775", "777", "775"])
+    def test_in_a_folder_of_others(self, how, cache, sources, compilations, tmp_path, monkeypatch):
         load_library(sources)
+        *above, mode = how.split(": ")
         if how == "another user's":
-            other = os.getuid() + 1
-            monkeypatch.setattr(native.os, "getuid", lambda: other)
-        elif how == "below one of all":
-            cache.parent.chmod(0o777)
+            owned_by_another(cache, monkeypatch)
+        elif how == "a link":
+            cache.rename(tmp_path / "open")
+            cache.symlink_to(tmp_path / "open")
+            (tmp_path / "open").chmod(0o777)
         else:
-            cache.chmod(how)
+            (cache.parent if above else cache).chmod(int(mode, 8))
         load, loaded = ctypes.CDLL, []
         monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(Path(path)) or load(path))
+        for _ in range(2):
+            assert fresh_load(sources).answer() == 42
+        assert compiled(compilations) == 2  # once for the folder that is private
+        private = tmp_path / f"modeling_peer-{os.getuid()}"
+        assert {path.parent for path in loaded} == {private} and not private.stat().st_mode & 0o077
+
+    def test_in_two_folders_of_others(self, cache, sources, notices, tmp_path):
+        """Not even what was just compiled is loaded where all could write it."""
+        tmp_path.chmod(0o777)
+        assert load_library(sources) is None and "others could put code" in notices[-1]
+
+    def test_below_a_sticky_folder(self, cache, sources):
+        cache.parent.mkdir()
+        cache.parent.chmod(0o1777)
+        assert load_library(sources).answer() == 42 and libraries(cache)
+
+    @pytest.mark.parametrize("how", ["another user's", "writable"])
+    def test_a_library_that_others_could_have_changed_is_made_anew(
+        self, how, cache, sources, compilations, monkeypatch
+    ):
+        load_library(sources)
+        for library in cache.glob("*.so"):
+            if how == "writable":
+                library.chmod(0o777)
+            else:
+                owned_by_another(library, monkeypatch)
         assert fresh_load(sources).answer() == 42
         assert compiled(compilations) == 2
-        assert cache not in loaded[0].parents and not loaded[0].exists()
-
-    def test_a_library_that_others_could_have_changed_is_made_anew(self, cache, sources, compilations):
-        load_library(sources)
-        cache.chmod(0o755)
-        for library in cache.glob("*.so"):
-            library.chmod(0o777)
-        assert fresh_load(sources).answer() == 42
-        assert compiled(compilations) == 2 and not cache.stat().st_mode & 0o077
 
     def test_in_the_folder_in_which_a_process_happens_to_run(self, cache, sources, tmp_path, monkeypatch):
         monkeypatch.setattr(native.constants, "HF_HOME", "")
