@@ -6,6 +6,7 @@ that the model generates is sampled from all tokens at temperature 1, of one len
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from modeling_peer import (
     generate_text,
     measure_usage,
 )
+from modeling_peer.continual import gate_fitting
 from modeling_peer.router import ExpertGate
 
 
@@ -177,6 +179,34 @@ def test_refuses_models_without_gates(mode):
         add_experts(model, 13, mode=mode)
     with pytest.raises(ValueError, match="protected"):
         fit(model)
+
+
+class SimilarQuestions(torch.nn.Module):
+    """A model with a graft of facts to whose questions each token is as similar as its index says, in percent."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.router = torch.nn.Identity()
+        self.router.questions = SimpleNamespace(threshold=torch.nn.Parameter(torch.zeros(())))
+        self.router.retrieve_facts = lambda states: (None, states / 100)
+
+    base_model = property(lambda self: self)
+
+    def forward(self, input_ids, **kwargs):
+        self.router(input_ids)
+
+
+def test_a_threshold_of_questions_counts_every_token_of_the_reference(monkeypatch):
+    model = SimilarQuestions()
+    monkeypatch.setattr(
+        gate_fitting, "find_fact_grafts", lambda model: {"facts": SimpleNamespace(router=model.router)}
+    )
+    new, reference = ([{"input_ids": torch.tensor(text)}] * 20 for text in ([10, 70, 90], [10, 80, 20]))
+    result = fit(model, new, reference)["facts"]
+    assert 0.8 < model.router.questions.threshold <= 0.9
+    assert (result.open_for_new, result.open_for_reference) == (1, 0)
 
 
 BOS, EOS = 3, 7

@@ -56,6 +56,16 @@ def test_how_close_normal_rows_are(bits, group_size, error, dtype):
 
 
 @pytest.mark.parametrize("bits, lowest", [(8, -128), (4, -8)])
+def test_an_element_has_the_nearest_integer(bits, lowest):
+    """By the scale as it is stored."""
+    table = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    rows = quantize(table, bits, None)
+    scales = rows.scales.float()
+    expected = (table / scales).round().clamp(lowest, -lowest - 1) * scales
+    assert torch.equal(dequantize(rows), expected)
+
+
+@pytest.mark.parametrize("bits, lowest", [(8, -128), (4, -8)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_farthest_element_has_the_lowest_integer(bits, lowest, sign):
     table = sign * torch.tensor([[1.0, -2.0, 4.0, 0.5], [0.0, 0.0, -1.0, 0.25]])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerForCausalLM, add_experts, keep_tables_on_disk, quantize_experts, train_added_experts_only
 from modeling_peer.experts import expert_tables
-from modeling_peer.ops.disk_tables import DiskMeter, DiskRows
+from modeling_peer.ops.disk_tables import DiskMeter, DiskRows, pieces_from_disk
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="rows are read from a disk on Linux only")
@@ -124,13 +124,18 @@ def test_rows_that_are_not_in_the_page_cache(saved):
     assert (meter.num_cached - first[0], meter.num_rows) == (first[1], 2 * first[1])  # all of them
 
 
-def test_nothing_is_read_beside_the_rows(tmp_path):
-    """Rows in order look like a file that is read from end to end, of which the system reads ahead."""
-    number, width, file = 4096, 1024, tmp_path / "model.safetensors"
+def read_from_file(file, number, width):
+    """A table in a file, and what reads its rows."""
     expected = torch.randn(number, width)
     expected.numpy().tofile(file)
     table = nn.Embedding(number, width, _weight=torch.from_file(str(file), size=number * width).view(number, width))
-    reader = DiskRows("table", table, DiskMeter(), 1)
+    return expected, DiskRows("table", table, DiskMeter(), 1)
+
+
+def test_nothing_is_read_beside_the_rows(tmp_path):
+    """Rows in order look like a file that is read from end to end, of which the system reads ahead."""
+    number, file = 4096, tmp_path / "model.safetensors"
+    expected, reader = read_from_file(file, number, 1024)
     places = [(0, file.stat().st_size)]
     tables = SimpleNamespace(path=file, places=places, bytes_in_cache=lambda: Tables.bytes_in_cache(tables))
     Tables.drop(tables)
@@ -138,6 +143,30 @@ def test_nothing_is_read_beside_the_rows(tmp_path):
     found = reader(rows)
     assert tables.bytes_in_cache() <= found.nbytes
     assert torch.equal(found, expected[rows])
+
+
+def test_a_row_of_which_a_part_was_read_is_missing(tmp_path):
+    """As where the page cache has a part of it. Here the file ends in the row, as soon as its state was looked at."""
+    file = tmp_path / "model.safetensors"
+    expected, reader = read_from_file(file, 4, 1024)
+    os.truncate(file, reader.row_bytes * 3 // 2)
+    reader.state = reader._state()
+    assert torch.equal(reader(torch.tensor([0])), expected[:1])
+    with pytest.raises(OSError, match="could not be read from .*: it has ended"):
+        reader(torch.tensor([1]))
+
+
+def test_pieces_have_all_tokens(saved):
+    """The last piece has fewer."""
+    model, rows = loaded(saved(VARIANTS["peer"])), torch.randint(36, (8, 5))
+    keep_tables_on_disk(model, 2 * 3 * 5 * 2 * 24 * 4)
+    pool = model.model.layers[0].mlp.expert_pool
+    tables = pool.up_proj, None, pool.down_proj
+    pieces = list(pieces_from_disk(rows, tables))
+    assert [len(places) for _, places, _ in pieces] == [3, 3, 2]
+    for tokens, places, (up, _, down) in pieces:
+        assert torch.equal(up[places], pool.up_proj.weight[rows[tokens]])
+        assert torch.equal(down[places], pool.down_proj.weight[rows[tokens]])
 
 
 @pytest.mark.parametrize("buffer_bytes", BUFFERS.values(), ids=BUFFERS)

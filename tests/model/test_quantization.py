@@ -186,6 +186,10 @@ class TestLoading:
         quantize_experts(model)
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-2, atol=1e-1)
 
+    def test_dequantized_in_the_dtype_of_the_model(self):
+        model = dequantize_experts(quantize_experts(tiny_model(VARIANTS["peer"]).to(torch.bfloat16)))
+        assert {table.weight.dtype for table in expert_tables(model).values()} == {torch.bfloat16}
+
     def test_a_device_map_counts_the_bytes_of_integers(self):
         model = quantize_experts(tiny_model(VARIANTS["peer"]), bits=4)
         for name, size in (("layers.0.mlp.expert_pool.up_proj", 0.5), ("norm", 4)):
