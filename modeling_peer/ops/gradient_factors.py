@@ -116,7 +116,8 @@ class Assignments:
 class Factors:
     """
     The factors of one backward pass. They may share memory with the layer's input, router indices and gradient of the
-    output. If one of these is written in place before the optimizer's step, the factors raise `RuntimeError`.
+    output. If one of these is written in place before the optimizer's step, the factors raise `RuntimeError`. Writes
+    through `.data` change the gradient unnoticed, as they do in autograd itself.
 
     Args:
         coefficients (`torch.Tensor` of shape `(num_tokens, num_active)`): Kept at least in float32.

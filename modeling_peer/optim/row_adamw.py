@@ -40,7 +40,8 @@ class RowAdamW(torch.optim.Optimizer):
 
     While the optimizer lives, expert tables among its row parameters have their gradients in factors (see
     [`FactoredGradient`]), which a step sums row by row without writing them. They may also be dense, and the result is
-    the same; sparse gradients are not supported.
+    the same; sparse gradients are not supported. Until the step, a write through `.data` to a layer's input, or to the
+    gradient of its output, changes the gradient unnoticed, as in autograd.
 
     On a CPU the steps of row parameters run in C that is compiled on first use, unless the environment variable
     `MODELING_PEER_COMPILE_KERNELS` is 0. On a GPU they run in Triton, if there is a first moment. The `expert_kernels`
