@@ -24,6 +24,7 @@ import torch
 from .kernels_cpu import CpuKernels
 from .kernels_torch import TorchKernels
 from .kernels_triton import TritonKernels
+from .triton_check import is_right
 
 
 KERNELS: dict[str, Any] = {"torch": TorchKernels, "cpu": CpuKernels, "triton": TritonKernels}
@@ -35,12 +36,13 @@ FASTEST_KERNELS = {"cpu": "cpu", "cuda": "triton"}  # by type of device
 @torch.compiler.assume_constant_result
 def resolve_kernels(name: str | None, tensor: torch.Tensor) -> str:
     """
-    Return the name of the kernels for tables with the dtype and device of `tensor`: `name`, or the fastest ones if
-    `None`. Raises `RuntimeError` if the kernels `name` cannot run here.
+    Return the name of the kernels for tables with the dtype and device of `tensor`: `name`, or the fastest ones that
+    are right here if `None`. Raises `RuntimeError` if the kernels `name` cannot run here.
     """
     if name is None:
         fastest = FASTEST_KERNELS.get(tensor.device.type, "torch")
-        return fastest if KERNELS[fastest].unavailable_reason(tensor) is None else "torch"
+        can_run = KERNELS[fastest].unavailable_reason(tensor) is None
+        return fastest if can_run and (fastest != "triton" or is_right(tensor)) else "torch"
     reason = KERNELS[name].unavailable_reason(tensor)
     if reason is not None:
         raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` selects what can.')
