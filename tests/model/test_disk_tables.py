@@ -116,9 +116,13 @@ def test_rows_that_are_not_in_the_page_cache(saved):
     meter = keep_tables_on_disk(model)
     tables = Tables(folder)
     tables.places = [(0, (folder / "model.safetensors").stat().st_size)]  # pages come in large groups
-    tables.drop()
-    assert torch.equal(model(tokens).logits, logits)
-    assert meter.num_cached < meter.num_rows  # rows that share a page with one that was read may be in the cache
+    for _ in range(50):  # on a busy machine the disk may be faster than the process
+        meter.reset()
+        tables.drop()
+        assert torch.equal(model(tokens).logits, logits)
+        if meter.num_cached < meter.num_rows / 2:
+            break
+    assert meter.num_cached < meter.num_rows / 2
     first = meter.num_cached, meter.num_rows
     model(tokens)
     assert (meter.num_cached - first[0], meter.num_rows) == (first[1], 2 * first[1])  # all of them
