@@ -10,11 +10,11 @@ Makes an HTML page for exploring the experts of a model: which ones each token o
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from explorer import ExpertContexts, save_explorer_page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.command_line import ends_on_usage_error, parse_arguments
 from common.model_arguments import loads_checkpoint
-from modeling_peer.explorer import ExpertContexts, save_explorer_page
 
 
 @dataclass

@@ -248,10 +248,10 @@ FAULTS = [
           "coefficients = weights * pool.act_fn(neurons)", "coefficients = pool.act_fn(neurons)",
           ("tests/analysis/test_token_explanation.py::"
            "test_coefficients_times_down_projections_are_what_layers_return[peer]",)),
-    Fault("contexts-counted-once-too-often", "modeling_peer/explorer/contexts.py",
+    Fault("contexts-counted-once-too-often", "examples/explorer/contexts.py",
           "is_own = torch.arange(number) < counts[:, None]", "is_own = torch.arange(number) <= counts[:, None]",
           ("tests/explorer/test_findings.py::test_contexts_are_those_of_largest_weight",)),
-    Fault("neighbors-of-added-experts-without-offset", "modeling_peer/explorer/findings.py",
+    Fault("neighbors-of-added-experts-without-offset", "examples/explorer/findings.py",
           "_rounded(int(index) + router.generation.first_expert, cosine.item())",
           "_rounded(int(index), cosine.item())",
           ("tests/explorer/test_findings.py::test_neighbors_have_the_most_similar_keys",)),

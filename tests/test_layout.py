@@ -19,7 +19,7 @@ PACKAGE = ROOT / "modeling_peer"
 ORDER = [
     *("configuration_peer", "experts", "router", "feed_forward", "modeling_peer", "graft_layer", "fact_graft"),
     *("graft_merged", "memory", "ops", "quantization", "optim", "parallel", "graft", "analysis", "continual", "facts"),
-    *("explorer", "serving", "configurations"),
+    *("serving", "configurations"),
 ]
 LONGEST_CHAIN = 12
 

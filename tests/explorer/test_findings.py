@@ -12,6 +12,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from documentation import ROOT
+from explorer import ExpertContexts
+from explorer.app import MAX_CHARACTERS, make_app, visitors_page
+from explorer.findings import _neighbors, explore
+from explorer.page import explorer_page
 from graft_models import merged_in_turn
 from tiny_models import PROTECTED, random_tokens, tiny_config, tiny_model
 from torch.nn import functional as F
@@ -21,10 +25,6 @@ from word_tokenizer import word_tokenizer
 from modeling_peer import explain_tokens, masked_experts
 from modeling_peer.analysis.expert_mask import masked_sets
 from modeling_peer.analysis.token_explanation import ExpertReader, token_texts
-from modeling_peer.explorer import ExpertContexts
-from modeling_peer.explorer.app import MAX_CHARACTERS, make_app, visitors_page
-from modeling_peer.explorer.findings import _neighbors, explore
-from modeling_peer.explorer.page import explorer_page
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_text_of_a_visitor_is_limited(model, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="4000"):
         visitors_page(model, tokenizer, "w" * (MAX_CHARACTERS + 1))
     assert visitors_page(model, tokenizer, "w1 w2").startswith("<iframe")
-    monkeypatch.setattr("modeling_peer.explorer.app.MAX_TOKENS", 3)
+    monkeypatch.setattr("explorer.app.MAX_TOKENS", 3)
     with pytest.raises(ValueError, match="3 tokens"):
         visitors_page(model, tokenizer, "w1 w2 w3 w4")
 

@@ -10,11 +10,10 @@ import subprocess
 import make_explorer_page
 import pytest
 from documentation import ROOT
+from explorer import ExpertContexts, save_explorer_page
 from main_runs import run_main
 from tiny_models import random_tokens, tiny_config, tiny_model
 from word_tokenizer import word_tokenizer
-
-from modeling_peer.explorer import ExpertContexts, save_explorer_page
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from explorer.findings import explore
 from fact_models import base_of, fact_config, words_tokenizer
 from graft_models import base_model_of, logits_of
 from peft import get_peft_model
 from torch.nn import functional as F
 
 from modeling_peer import explain_tokens, fit_gates
-from modeling_peer.explorer.findings import explore
 from modeling_peer.facts import states, teaching
 from modeling_peer.facts.index import BEGINNINGS, OTHER_WORDINGS, FactIndex, first_name
 from modeling_peer.facts.measuring import are_answered, openings, prompts_of

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.expert_mask import masked_sets
-from ..analysis.token_explanation import ExpertReader, token_texts, told_by
-from ..experts import expert_cell
-from ..router import ProductKeyRouter
+from modeling_peer.analysis.expert_mask import masked_sets
+from modeling_peer.analysis.token_explanation import ExpertReader, token_texts, told_by
+from modeling_peer.experts import expert_cell
+from modeling_peer.router import ProductKeyRouter
+
 from .contexts import ExpertContexts
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.token_explanation import ExpertReader, RetrievedExperts
+from modeling_peer.analysis.token_explanation import ExpertReader, RetrievedExperts
 
 
 WINDOW = 8  # tokens on either side of the one that used an expert

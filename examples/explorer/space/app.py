@@ -11,9 +11,8 @@ experts may be used; `TEXT` is the text that is shown when the Space opens.
 import os
 from pathlib import Path
 
+from explorer import ExpertContexts, make_app
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from modeling_peer.explorer import ExpertContexts, make_app
 
 
 # Shown when the Space opens, if its variable TEXT is not set.
