@@ -66,7 +66,8 @@ def explore(
 
 
 def _rounded(expert, *numbers):
-    return [expert, *(round(number, DIGITS) for number in numbers)]
+    # Significant digits: a small coefficient keeps its sign.
+    return [expert, *(float(f"{number:.{DIGITS}g}") for number in numbers)]
 
 
 def _predicted(logits, tokens, words):

@@ -178,6 +178,14 @@ def test_experts_that_a_page_switches_off_are_on_for_other_visitors(model, token
         assert [*pool.map(partial(visitors_page, model, tokenizer), asked)] == [pages[text] for text in asked]
 
 
+def test_small_coefficients_keep_their_sign(tokenizer):
+    model = tiny_model(tiny_config("peer", "pkm"))
+    model.model.layers[0].mlp.expert_pool.up_proj.weight.data *= 1e-6
+    uses = [use for own in explore(model, tokenizer, *texts(tokenizer, 12))["layers"]["layer_0"] for use in own]
+    assert {coefficient > 0 for _, _, coefficient in uses} == {True, False}
+    assert all(0 < abs(coefficient) < 1e-4 for _, _, coefficient in uses)
+
+
 def test_an_expert_with_a_key_of_zeros_has_neighbors(tokenizer):
     model = tiny_model(tiny_config("peer", query_norm=None))
     model.model.layers[0].mlp.router.sub_keys.data[:, :, 0] = 0

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 
 import make_explorer_page
 import pytest
@@ -42,23 +43,76 @@ def test_the_page_needs_nothing_else(page):
     assert first["tokens"][0] == ENDING and second["tokens"] == ["w1", "w2"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="the page is used in Chromium or Chrome, which is not installed")
+def in_browser(page, script, *flags):
+    """The value of `result` after a script in the page."""
+    used = page.with_name("used.html")
+    script = f"<script>let result; {script} document.title = JSON.stringify(result);</script></body>"
+    used.write_text(page.read_text().replace("</body>", script))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000", *flags]
+    shown = subprocess.run([BROWSER, *flags, used.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    return json.loads(unescape(re.search(r"<title>(.*?)</title>", shown, re.DOTALL)[1]))
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to use the page in")
+
+
+@needs_browser
 def test_tokens_and_experts_in_a_browser(page):
     """The keyboard goes from token to token; an expert that is chosen marks the tokens that use it."""
     key = 'document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "%s", bubbles: true}));'
     presses = "".join(key % name for name in ("End", "Home", "ArrowRight", "ArrowRight", "ArrowRight"))
     script = f'document.querySelector("#tokens button").focus();{presses}'
-    script += 'document.querySelector("#layers .expert").click();'
-    used = page.with_name("used.html")
-    used.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=2000"]
-    shown = subprocess.run([BROWSER, *flags, used.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    script += """document.querySelector("#layers button").click();
+    result = [...document.querySelectorAll("#tokens button")].map((each) => [each.ariaPressed, each.className]);"""
+    tokens = in_browser(page, script)
     first, _ = data_of(page)
     (expert, *_), *_ = first["layers"]["layer_0"][3]
-    tokens = re.findall(r'<button [^>]*aria-label="[^"]*: (?:the first token|loss [^"]*)"[^>]*>', shown)
-    assert ['aria-pressed="true"' in token for token in tokens] == [place == 3 for place in range(11)]
     uses = [any(each == expert for each, *_ in own) for own in first["layers"]["layer_0"]]
-    assert ['class="uses"' in token for token in tokens] == uses
+    assert tokens == [[str(place == 3).lower(), "uses" if use else ""] for place, use in enumerate(uses)]
+
+
+@needs_browser
+def test_a_token_is_raised_in_the_list_and_in_the_panel_alike(page):
+    """Whatever the sign of the coefficient, which stands beside; and experts that can be switched off are marked."""
+    script = """
+    result = [...document.querySelectorAll("#tokens button")].flatMap((_, token) => {
+      document.querySelectorAll("#tokens button")[token].click();
+      return [...document.querySelectorAll("#layers button")].map((_, place) => {
+        document.querySelectorAll("#layers button")[place].click();
+        const columns = [...document.querySelectorAll("#layers button")[place].children].map((each) => each.textContent);
+        const words = [...document.querySelectorAll("#expert .word")].slice(0, 12).map((each) => each.textContent);
+        return [...columns, words, document.querySelector("#expert h3").textContent, !!document.querySelector(".switch")];
+      });
+    });"""
+    found = in_browser(page, script)
+    first, _ = data_of(page)
+    uses = [(layer, use) for token in range(11) for layer in first["layers"] for use in first["layers"][layer][token]]
+    signs = set()
+    for (layer, (expert, _, coefficient)), shown in zip(uses, found, strict=True):
+        index, _, _, number, raised, words, heading, switch = shown
+        own = first["experts"][layer][str(expert)]
+        both = [own["lowers"], own["raises"]] if coefficient < 0 else [own["raises"], own["lowers"]]
+        assert words == [*both[0], *both[1]] and raised == " ".join(both[0])
+        assert float(number.replace("\N{MINUS SIGN}", "-")) == pytest.approx(coefficient, rel=0.06)
+        assert heading.endswith(number)
+        assert switch == ("without" in own) and index == f"{expert} •" * switch + str(expert) * (not switch)
+        signs.add(coefficient < 0)
+    assert signs == {True, False}
+
+
+@needs_browser
+def test_white_space_is_seen_and_colors_follow_the_system(page):
+    spaces = page.with_name("spaces.html")
+    spaces.write_text(page.read_text().replace('"tokens": ["w1", "w2"]', r'"tokens": ["   ", "\r"]'))
+    script = """
+    document.getElementById("text").value = 1;
+    document.getElementById("text").dispatchEvent(new Event("change"));
+    const color = (name) => Number(getComputedStyle(document.body)[name].match(/\\d+/)[0]);
+    result = [[...document.querySelectorAll("#tokens button")].map((each) => each.textContent),
+              color("color") > color("backgroundColor")];"""
+    for preferred, is_dark in ((0, True), (1, False)):
+        flag = f"--blink-settings=preferredColorScheme={preferred}"
+        assert in_browser(spaces, script, flag) == [["␣␣␣", "U+000d"], is_dark]
 
 
 def test_the_script_saves_a_page_and_names_a_tokenizer_that_is_missing(tmp_path, capsys):
