@@ -24,54 +24,25 @@ MANY_TOKENS = 512
 if triton is not None:
 
     @triton.jit
-    def _up(hidden, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a."""
-        token = tl.program_id(0).to(tl.int64)
-        places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        present = places < active
-        row_starts = tl.load(indices + token * active + places, mask=present, other=0) * WIDTH
-        products = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for first in range(0, WIDTH, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
-            mask = present[:, None] & (columns < WIDTH)[None, :]
-            row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
-            state = tl.load(hidden + token * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-            products += state.to(tl.float32)[None, :] * row.to(tl.float32)
-        tl.store(output + token * active + places, tl.sum(products, axis=1), mask=present)
-
-    @triton.jit
-    def _down(weights, indices, table, output, active, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Compute `output[t] = Σ_a weights[t, a] table[indices[t, a]]` for one t and a block of columns."""
-        token = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        sums = tl.zeros([COLUMNS], dtype=tl.float32)
-        for first in range(0, active, ROWS):
-            places = first + tl.arange(0, ROWS)
-            present = places < active
-            weight = tl.load(weights + token * active + places, mask=present, other=0.0).to(tl.float32)
-            row_starts = tl.load(indices + token * active + places, mask=present, other=0) * WIDTH
-            mask = present[:, None] & (columns < WIDTH)[None, :]
-            row = tl.load(table + row_starts[:, None] + columns[None, :], mask=mask, other=0.0)
-            sums += tl.sum(weight[:, None] * row.to(tl.float32), axis=0)
-        tl.store(output + token * WIDTH + columns, sums, mask=columns < WIDTH)
-
-    @triton.jit
-    def _quantized_up(
+    def _up(
         hidden,
         indices,
-        integers,
+        table,
         scales,
         output,
         active,
-        width,
         SPAN: tl.constexpr,
         GROUPS: tl.constexpr,
         BITS: tl.constexpr,
+        ELEMENTS: tl.constexpr,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a. WIDTH is in bytes."""
+        """
+        Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a. A token has ELEMENTS, and a
+        row of the table has WIDTH, two elements each if BITS = 4.
+        """
         token = tl.program_id(0).to(tl.int64)
         places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         present = places < active
@@ -81,36 +52,40 @@ if triton is not None:
             columns = first + tl.arange(0, COLUMNS)
             inside = columns < WIDTH
             mask = present[:, None] & inside[None, :]
-            values = tl.load(integers + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
-            scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
-            state = tl.load(hidden + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-            if BITS == 8:
-                sums = state[None, :] * values.to(tl.float32)
-            else:
-                behind = tl.load(hidden + token * width + WIDTH + columns, mask=columns < width - WIDTH, other=0.0)
+            values = tl.load(table + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
+            state = tl.load(hidden + token * ELEMENTS + columns, mask=inside, other=0.0).to(tl.float32)
+            if BITS == 4:
+                behind = tl.load(
+                    hidden + token * ELEMENTS + WIDTH + columns, mask=columns < ELEMENTS - WIDTH, other=0.0
+                )
                 signed = values.to(tl.int32)
                 sums = state[None, :] * ((signed << 28) >> 28).to(tl.float32)
                 sums += behind.to(tl.float32)[None, :] * ((signed << 24) >> 28).to(tl.float32)
-            products += scale.to(tl.float32) * sums
+            else:
+                sums = state[None, :] * values.to(tl.float32)
+            if scales is not None:
+                scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
+                sums *= scale.to(tl.float32)
+            products += sums
         tl.store(output + token * active + places, tl.sum(products, axis=1), mask=present)
 
     @triton.jit
-    def _quantized_down(
+    def _down(
         weights,
         indices,
-        integers,
+        table,
         scales,
         output,
         active,
-        width,
         SPAN: tl.constexpr,
         GROUPS: tl.constexpr,
         BITS: tl.constexpr,
+        ELEMENTS: tl.constexpr,
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """Compute `output[t] = Σ_a weights[t, a] table[indices[t, a]]` for one t and a block of the rows' bytes."""
+        """Compute `output[t] = Σ_a weights[t, a] table[indices[t, a]]` for one t and a block of columns. See `_up`."""
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < WIDTH
@@ -119,21 +94,22 @@ if triton is not None:
         for first in range(0, active, ROWS):
             places = first + tl.arange(0, ROWS)
             present = places < active
-            weight = tl.load(weights + token * active + places, mask=present, other=0.0).to(tl.float32)
+            factors = tl.load(weights + token * active + places, mask=present, other=0.0).to(tl.float32)[:, None]
             rows = tl.load(indices + token * active + places, mask=present, other=0)
             mask = present[:, None] & inside[None, :]
-            values = tl.load(integers + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
-            scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
-            factors = weight[:, None] * scale.to(tl.float32)
-            if BITS == 8:
-                sums += tl.sum(factors * values.to(tl.float32), axis=0)
-            else:
+            values = tl.load(table + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0)
+            if scales is not None:
+                scale = tl.load(scales + rows[:, None] * GROUPS + (columns // SPAN)[None, :], mask=mask, other=0.0)
+                factors = factors * scale.to(tl.float32)
+            if BITS == 4:
                 signed = values.to(tl.int32)
                 sums += tl.sum(factors * ((signed << 28) >> 28).to(tl.float32), axis=0)
                 behind += tl.sum(factors * ((signed << 24) >> 28).to(tl.float32), axis=0)
-        tl.store(output + token * width + columns, sums, mask=inside)
+            else:
+                sums += tl.sum(factors * values.to(tl.float32), axis=0)
+        tl.store(output + token * ELEMENTS + columns, sums, mask=inside)
         if BITS == 4:
-            tl.store(output + token * width + WIDTH + columns, behind, mask=columns < width - WIDTH)
+            tl.store(output + token * ELEMENTS + WIDTH + columns, behind, mask=columns < ELEMENTS - WIDTH)
 
 
 class TritonKernels:
@@ -170,7 +146,7 @@ class TritonKernels:
         output = hidden_states.new_empty(rows.shape)
         blocks = row_blocks(_elements(table).shape[1], ROWS)
         grid = len(rows), triton.cdiv(rows.shape[1], blocks["ROWS"])
-        _launch(_up, _quantized_up, grid, hidden_states, rows, table, output, blocks)
+        _launch(_up, grid, hidden_states, rows, table, output, blocks)
         return output
 
     @staticmethod
@@ -181,7 +157,7 @@ class TritonKernels:
         many = len(rows) >= MANY_TOKENS
         blocks = row_blocks(width, ROWS) if many else row_blocks(width, 128, most_columns=64)
         grid = len(rows), triton.cdiv(width, blocks["COLUMNS"])
-        _launch(_down, _quantized_down, grid, weights, rows, table, output, blocks)
+        _launch(_down, grid, weights, rows, table, output, blocks)
         return output
 
 
@@ -189,14 +165,13 @@ def _elements(table):
     return table.integers if isinstance(table, QuantizedRows) else table
 
 
-def _launch(plain, quantized, grid, tokens, rows, table, output, blocks):
-    """Launch the kernel for a plain table or for a quantized one."""
-    elements = _elements(table).contiguous()
+def _launch(kernel, grid, tokens, rows, table, output, blocks):
+    """Launch a kernel for a plain table or for a quantized one."""
+    elements, scales = _elements(table).contiguous(), None
     check_indices(rows, len(elements))
-    tokens, rows, active = tokens.contiguous(), rows.contiguous(), rows.shape[1]
-    if not isinstance(table, QuantizedRows):
-        launch(plain, grid, tokens, rows, elements, output, active, **blocks)
-        return
-    options = {"SPAN": table.bytes_per_scale, "GROUPS": table.scales.shape[1], "BITS": table.bits, **blocks}
-    scales = table.scales.contiguous()
-    launch(quantized, grid, tokens, rows, elements, scales, output, active, table.width, **options)
+    options = {"SPAN": 1, "GROUPS": 1, "BITS": 0, "ELEMENTS": elements.shape[1], **blocks}
+    if isinstance(table, QuantizedRows):
+        scales = table.scales.contiguous()
+        of_groups = {"SPAN": table.bytes_per_scale, "GROUPS": scales.shape[1], "BITS": table.bits}
+        options |= {**of_groups, "ELEMENTS": table.width}
+    launch(kernel, grid, tokens.contiguous(), rows.contiguous(), elements, scales, output, rows.shape[1], **options)

@@ -108,7 +108,7 @@ def test_halves(target, many, monkeypatch, tmp_path):
 def test_quantized_halves(target, bits, group_size, many, monkeypatch, tmp_path):
     table = quantize(torch.zeros(4, target.width), bits, group_size)
     codes = compiled_halves(table, target, many, monkeypatch, tmp_path)
-    assert codes.keys() == {"_quantized_up", "_quantized_down"}
+    assert codes.keys() == {"_up", "_down"}
     for code, _ in codes.values():
         assert_small(code, 255)
 
