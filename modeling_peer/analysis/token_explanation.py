@@ -32,7 +32,7 @@ def last_norm(decoder: nn.Module) -> nn.Module | None:
 @dataclass(frozen=True)
 class ExpertUse:
     """
-    The use of an expert by one token.
+    The use of an expert by one token, printed as `expert (coefficient: words)`.
 
     Args:
         expert (`int`): Its index.
@@ -48,11 +48,14 @@ class ExpertUse:
     coefficient: float
     words: tuple[str, ...]
 
+    def __repr__(self):
+        return f"{self.expert} ({self.coefficient:+.2g}: {' '.join(map(repr, self.words))})"
+
 
 @dataclass(frozen=True)
 class TokenExplanation:
     """
-    The experts of a token.
+    The experts of a token, printed as a line for each layer.
 
     Args:
         token (`str`): The token as text, or its name in the tokenizer if it cannot be shown as text.
@@ -67,6 +70,11 @@ class TokenExplanation:
     token: str
     layers: dict[str, list[ExpertUse]]
     told_by: str = BASE_MODEL
+
+    def __repr__(self):
+        lines = [f"{label}: {', '.join(map(repr, uses))}" for label, uses in self.layers.items()]
+        lines += [f"told by {self.told_by}"] * (self.told_by != BASE_MODEL)
+        return "\n  ".join([repr(self.token), *lines])
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +255,7 @@ def explain_tokens(
 
     ```python
     >>> for explanation in explain_tokens(model, tokenizer, "A farmer with 12 apples"):
-    ...     print(explanation.token, explanation.layers["layer_1"][0])
+    ...     print(explanation)
     ```
     """
     if min(num_experts, num_words) < 1:

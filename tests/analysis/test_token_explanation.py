@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What experts do in a text: held against what the layers compute, and against the vocabulary by hand."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from graft_models import grafted, grafts_of, merged_in_turn, trained
@@ -155,6 +158,18 @@ def test_what_is_masked_or_behind_a_shut_gate_is_not_there(tokenizer):
     torch.nn.init.constant_(model.model.layers[0].mlp.added_routers[0].gate.down_proj.bias, -5.0)
     found = uses()
     assert found and all(use.weight and use.expert < model.config.num_experts for use in found)
+
+
+def test_explanations_are_printed_to_be_read(tokenizer):
+    (explanation,) = explain_tokens(model_of("peer"), tokenizer, "w1", num_experts=2, num_words=2)
+    token, *lines = str(explanation).split("\n  ")
+    assert token == "'w1'" and len(lines) == len(explanation.layers) > 1
+    assert str(replace(explanation, told_by="a fact")) == f"{explanation}\n  told by a fact"
+    for line, (label, uses) in zip(lines, explanation.layers.items(), strict=True):
+        shown = re.findall(r"(\d+) \(([+-]\S+): '(\w+)' '(\w+)'\)", line)
+        assert line.startswith(f"{label}: ") and len(line) < 90
+        assert [(int(expert), words) for expert, _, *words in shown] == [(use.expert, [*use.words]) for use in uses]
+        assert [float(each) for _, each, *_ in shown] == pytest.approx([use.coefficient for use in uses], rel=0.06)
 
 
 @pytest.mark.parametrize("arguments", [{"text": ""}, {"layers": 1}], ids=str)
