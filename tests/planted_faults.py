@@ -119,7 +119,7 @@ FAULTS = [
           ("tests/kernels/test_expert_operators.py::"
            "test_the_core_is_exact_for_tables_of_any_dtype[torch.float32-torch.float32]",)),
     Fault("triton-never-compared", "modeling_peer/ops/kernels.py",
-          'return fastest if can_run and (fastest != "triton" or is_right(tensor)) else "torch"',
+          'return fastest if can_run and (fastest != "triton" or is_triton_right(tensor)) else "torch"',
           'return fastest if can_run else "torch"',
           ("tests/kernels/test_triton_check.py::TestVerdict::test_of_none_while_a_graph_is_captured",)),
     Fault("one-verdict-for-all-dtypes", "modeling_peer/ops/triton_check.py",

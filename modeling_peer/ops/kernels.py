@@ -24,7 +24,7 @@ import torch
 from .kernels_cpu import CpuKernels
 from .kernels_torch import TorchKernels
 from .kernels_triton import TritonKernels
-from .triton_check import is_right
+from .triton_check import is_triton_right
 
 
 KERNELS: dict[str, Any] = {"torch": TorchKernels, "cpu": CpuKernels, "triton": TritonKernels}
@@ -42,7 +42,7 @@ def resolve_kernels(name: str | None, tensor: torch.Tensor) -> str:
     if name is None:
         fastest = FASTEST_KERNELS.get(tensor.device.type, "torch")
         can_run = KERNELS[fastest].unavailable_reason(tensor) is None
-        return fastest if can_run and (fastest != "triton" or is_right(tensor)) else "torch"
+        return fastest if can_run and (fastest != "triton" or is_triton_right(tensor)) else "torch"
     reason = KERNELS[name].unavailable_reason(tensor)
     if reason is not None:
         raise RuntimeError(f'`expert_kernels="{name}"` cannot run here: {reason} `"auto"` selects what can.')

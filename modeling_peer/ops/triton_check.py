@@ -56,7 +56,7 @@ def results_of_experts(kernels: str, device: torch.device, dtype: torch.dtype) -
     return found | {"indices": indices, "scores": scores, "of_queries": of_queries, "of_sub_keys": of_sub_keys}
 
 
-def is_right(tensor: torch.Tensor, results: Callable = results_of_experts) -> bool:
+def is_triton_right(tensor: torch.Tensor, results: Callable = results_of_experts) -> bool:
     """
     Whether Triton kernels have the results of torch operations, on the device of a tensor and in its dtype. They are
     compared once for each kind of GPU and release. `$HF_HOME/modeling_peer` keeps the verdict, and a warning says if

@@ -144,7 +144,7 @@ def test_on_a_gpu_auto_falls_back_and_says_why_once(reason, tmp_path, monkeypatc
         monkeypatch.setattr("triton.knobs.build.impl", build)
     elif reason == "ROCm":
         monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(kernels, "is_right", lambda table: True)
+    monkeypatch.setattr(kernels, "is_triton_right", lambda table: True)
     with FakeTensorMode():  # a GPU that is not here
         table = torch.empty(1, 1, device="cuda")
     triton_launch.gpu_problem.cache_clear()
