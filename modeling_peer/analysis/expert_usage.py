@@ -4,6 +4,7 @@
 
 import inspect
 import re
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -103,21 +104,22 @@ def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter
 
 class ExpertUsageCallback(TrainerCallback):
     """
-    Adds the measures of [`ExpertUsageMeter`] for every PEER and PKM layer to the logs of a `Trainer`:
+    Adds the measures of [`ExpertUsageMeter`] to the logs of a `Trainer`:
 
     ```python
     >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[ExpertUsageCallback()])
     ```
 
-    Each log of a training loss gets `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and
-    `expert_top1_usage/layer_{i}` (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft,
-    `…_graft_{j}` for a merged one). They cover the training forward passes since the last such log, over all ranks.
-    The metrics of an evaluation or prediction during training get the same measures of the forward passes in
-    evaluation mode, with the prefix of the other metrics (`eval_`).
+    Each log of a training loss gets `expert_usage` and `expert_unevenness`, means over PEER and PKM layers. They cover
+    the training forward passes since the last such log, over all ranks. `trainer.state.log_history` also gets those of
+    each layer, `expert_usage/layer_{i}`, `expert_unevenness/layer_{i}` and `expert_top1_usage/layer_{i}`
+    (`…_added_{j}` for a generation added in protected mode, `…_{adapter}` for a graft, `…_graft_{j}` for a merged
+    one). The metrics of an evaluation or prediction during training get the means and those of each layer, of the
+    forward passes in evaluation mode, with the prefix of the other metrics (`eval_`).
 
-    All of them are in `trainer.state.log_history`, and reach TensorBoard, trackio, Weights & Biases and the other
-    integrations of `report_to`: when a training begins, the callback puts itself before all others. If a release of
-    Transformers calls callbacks in another way, the measures reach only the history of the training.
+    Logs and metrics reach TensorBoard, trackio, Weights & Biases and the other integrations of `report_to`: when a
+    training begins, the callback puts itself before all others. If a release of Transformers calls callbacks in
+    another way, the measures reach only the history of the training.
     """
 
     def __init__(self):
@@ -146,19 +148,17 @@ class ExpertUsageCallback(TrainerCallback):
         self._hooks, self._meters = [], []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            values = self._read(training=True)
-        elif prefix := _evaluation_prefix(logs):
-            values = self._read(training=False, prefix=prefix)
-        else:
-            return
-        logs.update(values)
-        # The Trainer has already copied the logs into its history.
-        state.log_history[-1].update(values)
+        prefix = "" if "loss" in logs else _evaluation_prefix(logs)
+        if prefix is not None:
+            means, of_layers = self._read(prefix)
+            logs.update(means | of_layers if prefix else means)
+            # The Trainer has already copied the logs into its history.
+            state.log_history[-1].update(means | of_layers)
 
     def on_predict(self, args, state, control, metrics, **kwargs):
         if prefix := _evaluation_prefix(metrics):
-            metrics.update(self._read(training=False, prefix=prefix))
+            means, of_layers = self._read(prefix)
+            metrics.update(means | of_layers)
 
     def _attach(self, label, router, device):
         own = [ExpertUsageMeter(router.generation.num_experts, device) for _ in range(2)]
@@ -169,19 +169,29 @@ class ExpertUsageCallback(TrainerCallback):
 
         self._hooks.append(observe_router(router, measure))
 
-    def _read(self, training, prefix=""):
-        """The values to log. A router without tokens has none, such as the original that PEFT keeps beside a copy."""
-        values = {}
+    def _read(self, prefix):
+        """
+        The means to log, and the values of each layer: of training if there is no prefix. A router without tokens has
+        none, such as the original that PEFT keeps beside a copy.
+        """
+        measures = {}
         for label, own in self._meters:
-            meter = own[training]
+            meter = own[not prefix]
             for total in (meter.scores, meter.top1_counts):
                 if dist.is_available() and dist.is_initialized():
                     dist.all_reduce(total)
             if meter.scores.any():
-                values |= {f"{prefix}expert_{name}/{label}": value for name, value in meter.compute().items()}
+                measures[label] = meter.compute()
             meter.scores.zero_()
             meter.top1_counts.zero_()
-        return values
+        means = {
+            f"{prefix}expert_{name}": fmean(each[name] for each in measures.values())
+            for name in ("usage", "unevenness")
+            if measures
+        }
+        return means, {
+            f"{prefix}expert_{name}/{label}": value for label, own in measures.items() for name, value in own.items()
+        }
 
 
 def _evaluation_prefix(metrics):

@@ -3,6 +3,7 @@
 """Expert usage is that of the paper's table 3, of every token of a training or an evaluation, each counted once."""
 
 import json
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -130,6 +131,8 @@ class TestCallback:
             for step, entry in enumerate(train_logs):
                 by_hand = measured_by_hand(144, training[4 * step : 4 * step + 4])
                 assert measures_of(entry, layer) == pytest.approx(by_hand, rel=1e-5)
+                means = [fmean(measures_of(entry, f"layer_{each}")[name] for each in (1, 2)) for name in NAMES[:2]]
+                assert [entry[f"expert_{name}"] for name in NAMES[:2]] == pytest.approx(means)
             for number, entry in enumerate(eval_logs):
                 by_hand = measured_by_hand(144, evaluation[3 * number : 3 * number + 3])
                 assert measures_of(entry, layer, "eval_") == pytest.approx(by_hand, rel=1e-5)
@@ -155,7 +158,10 @@ class TestCallback:
 
     @pytest.mark.parametrize("added", ["argument", "later"])
     def test_logs_metrics_and_trackers_get_the_values(self, tmp_path, added):
-        """However the callback was added; every callback is told once that the training begins."""
+        """
+        However the callback was added; every callback is told once that the training begins. The log of a training
+        loss, of which there are many, has the means over layers alone.
+        """
 
         class Tracker(TrainerCallback):  # as those of `report_to`, which come before all that a user adds
             def __init__(self):
@@ -192,12 +198,15 @@ class TestCallback:
         trainer.train()
         assert tracker.begun == last.begun == 1
         assert tracker.seen == last.seen
-        assert [logs | {"step": 1} for logs in last.seen] == trainer.state.log_history
-        found = [{name for name in logs if "expert_" in name} for logs in (*last.seen, last.metrics)]
-        names = {f"expert_{name}/layer_{layer_idx}" for name in NAMES for layer_idx in (1, 2)}
+        first, *others = trainer.state.log_history
+        assert [logs | {"step": 1} for logs in last.seen[1:]] == others
+        assert last.seen[0].items() <= first.items()
+        found = [{name for name in logs if "expert_" in name} for logs in (first, *last.seen, last.metrics)]
+        means = {f"expert_{name}" for name in NAMES[:2]}
+        names = means | {f"expert_{name}/layer_{layer_idx}" for name in NAMES for layer_idx in (1, 2)}
         in_evaluation = {f"eval_{name}" for name in names}
-        assert found == [names, in_evaluation, set(), in_evaluation]
-        assert all(0 < last.seen[0][f"expert_usage/layer_{layer_idx}"] <= 1 for layer_idx in (1, 2))
+        assert found == [names, means, in_evaluation, set(), in_evaluation]
+        assert 0 < last.seen[0]["expert_usage"] <= 1
 
     def test_other_logs_and_predictions_do_not_disturb(self, tmp_path):
         """A user's own log between two steps takes nothing away, nor does a prediction add to the next evaluation."""
@@ -282,9 +291,8 @@ def training_of_rank(rank):
     callback.on_train_begin(arguments, state, control, model=model)
     model.train()(**pad_right(counting_sequences(2, seed=10 + rank)))
     state.log_history.append({})
-    logs = {"loss": 1.0}
-    callback.on_log(arguments, state, control, logs=logs)
-    return logs, [record for _, record in records]
+    callback.on_log(arguments, state, control, logs={"loss": 1.0})
+    return state.log_history[0], [record for _, record in records]
 
 
 def test_ranks_are_summed(tmp_path):
