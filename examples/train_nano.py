@@ -34,7 +34,8 @@ TWINS = {"peer-nano": "dense-nano", "dense-nano": "peer-nano"}
 
 DESCRIPTION = """\
 A small model to try things with. It read {tokens:.1f} million tokens, and writes text that looks like Python and means
-nothing. Its twin of the same width, `{twin}`, read the same text in the same order.
+nothing. Its twin of the same width, `{twin}`, read the same text in the same order. In a clone of the repository its code
+files are links: copy the folder with `cp -rL`, or put `import modeling_peer` in front of loading a copy without them.
 
 {license}The perplexity below is that of the weights in bf16, computed in float32, on {num_sequences} sequences of {block_size}
 tokens of files that were held out. `results.json` has all figures."""

@@ -205,14 +205,17 @@ for folder in sys.argv[1:]:
     }
 print(json.dumps(found))
 """
-        found = run(WITHOUT_THE_PACKAGE + script, *SHIPPED, home=tmp_path)
-        for folder in SHIPPED:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        # As their cards say to copy them; what links point to is copied, and missing in a copy of the links.
+        copies = {folder: shutil.copytree(folder, tmp_path / "copies" / folder.name) for folder in SHIPPED}
+        found = run(WITHOUT_THE_PACKAGE + script, *copies.values(), home=tmp_path)
+        for folder, copied in copies.items():
+            plain = shutil.copytree(folder, tmp_path / "links" / folder.name, symlinks=True)
+            model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
             inputs = AutoTokenizer.from_pretrained(folder)("def main(", return_tensors="pt")
             generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-            assert found[str(folder)]["generated"] == generated.tolist()
+            assert found[str(copied)]["generated"] == generated.tolist()
             logits = model(**inputs).logits[0, -1].tolist()
-            assert found[str(folder)]["logits"] == pytest.approx(logits, abs=1e-4)
+            assert found[str(copied)]["logits"] == pytest.approx(logits, abs=1e-4)
 
     def test_load_where_the_package_is_not_imported(self, tmp_path):
         """By the code that they carry, though the package is installed."""
