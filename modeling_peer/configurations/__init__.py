@@ -17,8 +17,8 @@ def list_configurations() -> list[str]:
     Names of the configurations, sorted: a feed-forward variant and a size, `"peer-toy"`.
 
     Of the sizes nano, toy, laptop and gpu, PEER is in every block, as in the recipe of examples/studies/recipe, and
-    the dense twin has the same width and takes more FLOPs per token. Of the sizes tiny and paper, models of all
-    variants take the same, to 2 %.
+    the dense twin has the same width and takes more FLOPs per token; `pkm-toy` takes those of `peer-toy`. Of the sizes
+    tiny and paper, models of all variants take the same, to 2 %.
     """
     return sorted(file.parent.name for file in _root().glob("*/config.json"))
 

@@ -116,6 +116,7 @@ RECIPE_SIZES = ("nano", "toy", "laptop", "gpu")
 NAMES = sorted(
     [
         *(f"{each}-{size}" for each in ("dense", "peer") for size in RECIPE_SIZES),
+        "pkm-toy",
         *(f"{each}-{size}" for each in ("dense", "moe", "peer", "pkm") for size in ("paper", "tiny")),
     ]
 )
@@ -144,6 +145,12 @@ def test_named_configurations(name):
         model = AutoModelForCausalLM.from_config(config)
     assert type(model) is PeerForCausalLM
     assert model.num_parameters() == model_costs(config).parameters
+
+
+def test_pkm_toy_costs_what_peer_toy_does():
+    pkm, peer = (model_costs(PeerConfig.from_pretrained(configuration_path(f"{v}-toy"))) for v in ("pkm", "peer"))
+    assert (pkm.flops, pkm.active_parameters) == (peer.flops, peer.active_parameters)
+    assert pkm.parameters < peer.parameters  # a value where PEER has two vectors
 
 
 def test_sizes_of_the_paper():
