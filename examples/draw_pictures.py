@@ -52,7 +52,7 @@ def drawings() -> dict[str, Callable[[Path], object]]:
     scaling = read_results(studies / "scaling" / "results.json")
     return {
         "docs/images/findings.png": draw_findings,
-        "docs/images/quickstart.png": lambda file: quickstart.plot_losses(_quickstart_results(), file),
+        "docs/images/quickstart.png": lambda file: quickstart.plot_losses(file, *_quickstart_results()),
         "examples/benchmark/results.png": lambda file: benchmark.plot(
             benchmark.Results(read_json(ROOT / "examples/benchmark/results.json")), file
         ),
@@ -131,10 +131,11 @@ def _draw_recipe(draw, results, file):
 
 def _quickstart_results():
     results = read_json(ROOT / "docs/images/quickstart.json")
+    ngrams = results.pop("5-grams", {}).get("eval_loss")
     for result in results.values():
         for losses in ("train_losses", "eval_losses"):
             result[losses] = {int(step): loss for step, loss in result[losses].items()}
-    return {name: quickstart.Result(**result) for name, result in results.items()}
+    return {name: quickstart.Result(**result) for name, result in results.items()}, ngrams
 
 
 def main():

@@ -12,8 +12,8 @@ Trains a language model from a named configuration or from a checkpoint, with `T
 
 The text is the Python standard library unless --dataset_name or --train_file gives another. A tokenizer for a new
 model is trained on its text and saved with it. An interrupted run resumes from the last checkpoint in --output_dir.
-The results, including the held-out perplexity, are in `all_results.json` there. With --ep_size, which the launch file
-gives, expert tables are split over groups of processes.
+The results, including the held-out perplexity, are in `all_results.json` there, and a plot of the losses in
+`losses.png`. With --ep_size, which the launch file gives, expert tables are split over groups of processes.
 """
 
 import logging

@@ -91,3 +91,18 @@ def add_legend(axes: Axes, **options: Any) -> None:
 def save_picture(figure: Figure, file: Path) -> None:
     """Saves a figure in a resolution for screens."""
     figure.savefig(file, dpi=120)
+
+
+def plot_training(history: list[dict[str, float]], file: Path) -> None:
+    """Plots the losses in the log history of a `Trainer` against the step. The title gives the last held-out loss."""
+    figure = new_figure(6, 4)
+    axes = figure.add_subplot()
+    lines = ("loss", "training loss", NEUTRAL), ("eval_loss", "held-out loss", VARIANTS["peer"].color)
+    for key, label, color in lines:
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
+            axes.set_title(f"{label} {points[-1][1]:.3f} after {points[-1][0]:,} steps")
+    axes.set(xlabel="training step", ylabel="loss")
+    add_legend(axes)
+    save_picture(figure, file)

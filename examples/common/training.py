@@ -25,6 +25,7 @@ from transformers.trainer_utils import SchedulerType
 from common.cards import FOLDER, TRAINING_FILE, card_of_folder, id_on_hub, is_written_card
 from common.command_line import UsageError
 from common.model_arguments import uses_fsdp
+from common.pictures import plot_training
 from modeling_peer import ExpertUsageCallback, RowAdamW, last_complete_checkpoint, make_optimizer
 from modeling_peer.optim.parameter_groups import learning_rate_of_new_model
 
@@ -223,8 +224,8 @@ def run(
     **card: str | None,
 ) -> dict[str, float]:
     """
-    Train, evaluate and push a model as far as the arguments of its trainer request it, write its card, and log a
-    summary.
+    Train, evaluate and push a model as far as the arguments of its trainer request it, plot its losses, write its card,
+    and log a summary.
 
     Args:
         trainer (`Trainer`): Trainer of the model.
@@ -248,6 +249,8 @@ def run(
     if trainer.args.do_eval:
         metrics = (evaluation or evaluate)(trainer, usage)
         trainer.save_metrics("eval", metrics)  # adds them to the training metrics in all_results.json
+    if trainer.args.do_train and trainer.is_world_process_zero():
+        plot_training(trainer.state.log_history, Path(trainer.args.output_dir, "losses.png"))
     save_card(trainer, **card)
     logger.info(describe_run(trainer, metrics, next_command))
     return metrics
@@ -265,7 +268,9 @@ def describe_run(trainer: Trainer, metrics: dict[str, float], next_command: str 
     lines += [f"Of the experts of a layer, this text used {usage_range(usage)}"] if usage else []
     folder = trainer.args.output_dir
     lines += [
-        f"In {folder}: " + ("the model, and " if trainer.args.do_train else "") + "all figures in all_results.json"
+        f"In {folder}: "
+        + ("the model, losses.png, and " if trainer.args.do_train else "")
+        + "all figures in all_results.json"
     ]
     if next_command and trainer.args.do_train:
         lines.append(f"Next: {next_command.format(folder=shlex.quote(folder))}")

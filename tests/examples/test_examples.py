@@ -96,6 +96,7 @@ def test_results(checkpoint):
     assert 0 < metrics["eval_expert_usage/layer_1"] <= 1
     card = (checkpoint / "README.md").read_text()
     assert MARK in card and "| `learning_rate` | 0.01 |" in card and "](expert_usage.png)" in card
+    assert (checkpoint / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("last", [6, 12])
@@ -212,16 +213,22 @@ def test_pushed_comes_back(checkpoint, tmp_path):
     assert files["expert_usage.png"].startswith(b"\x89PNG")
 
 
-def test_trains_both_models(tmp_path):
+def test_compares_models(tmp_path):
+    """All that are named, on the same tokens, of which 5-grams with a cache predict more."""
     flags = ("--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64", "--max_eval_samples", "8")
-    run("quickstart.py", *flags)
-    peer, dense = (results(tmp_path, "results.json")[name] for name in ("peer-toy", "dense-toy"))
+    printed = run("quickstart.py", "--models", "dense", "pkm", "peer", *flags)
+    found = results(tmp_path, "results.json")
+    dense, pkm, peer = (found[f"{name}-toy"] for name in ("dense", "pkm", "peer"))
+    assert pkm["flops_per_token"] == peer["flops_per_token"]
     assert peer["flops_per_token"] == pytest.approx(0.79 * dense["flops_per_token"], rel=0.01)
-    for result in (peer, dense):
+    for result in (dense, pkm, peer):
         assert result["perplexity_after"] < 0.9 * result["perplexity_before"]
+        loss = result["eval_losses"][str(result["steps_at_equal_seconds"])]
+        assert result["perplexity_at_equal_seconds"] == math.exp(loss)
     assert dense["perplexity_at_equal_seconds"] == dense["perplexity_after"]
-    loss = peer["eval_losses"][str(peer["steps_at_equal_seconds"])]
-    assert peer["perplexity_at_equal_seconds"] == math.exp(loss)
+    assert 0 < found["5-grams"]["eval_loss"] < math.log(peer["perplexity_after"])
+    change = peer["perplexity_after"] / dense["perplexity_after"] - 1
+    assert f"peer-toy: perplexity {abs(change):.1%} {'above' if change > 0 else 'below'} dense-toy after" in printed
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     AutoModelForCausalLM.from_pretrained(tmp_path / "peer-toy")
 
