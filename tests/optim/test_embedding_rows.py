@@ -120,6 +120,50 @@ def test_lookups_of_all_kinds():
     optimizer.step()
 
 
+BAGS = torch.tensor([1, 2, 2, 5, 3, 1, 7, 2])
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize(
+    ("options", "inputs"),
+    [
+        ({}, {"input": BAGS.view(2, 4)}),
+        ({}, {"input": BAGS, "offsets": torch.tensor([0, 3, 3, 4])}),  # the second bag is empty
+        ({"include_last_offset": True}, {"input": BAGS.int(), "offsets": torch.tensor([0, 3, 8]).int()}),
+    ],
+    ids=["matrix", "offsets", "last"],
+)
+def test_gradients_of_bags_in_factors(mode, padding_idx, options, inputs):
+    bags = nn.EmbeddingBag(64, 4, mode=mode, padding_idx=padding_idx, **options)
+    other = copy.deepcopy(bags)
+    optimizer = optimizer_of(bags)
+    output, expected = bags(**inputs), other(**inputs)
+    assert torch.equal(output, expected)
+    direction = torch.randn_like(output)
+    for each in (output, expected):
+        each.backward(direction)
+    assert isinstance(bags.weight.grad, FactoredGradient)
+    assert_close(bags.weight.grad.to_rows(), other.weight.grad)
+    del optimizer
+
+
+@pytest.mark.parametrize("mode", ["max", "sum"])
+def test_bags_of_other_kinds_have_dense_gradients(mode):
+    bags = nn.EmbeddingBag(64, 4, mode=mode)
+    weights = None if mode == "max" else torch.rand(2, 4)
+    optimizer = optimizer_of(bags)
+    bags(BAGS.view(2, 4), per_sample_weights=weights).sum().backward()
+    assert rows_of(optimizer) == [bags.weight] and type(bags.weight.grad) is torch.Tensor
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused_by_name(make):
+    model = nn.ModuleDict({"users": make(64, 4, sparse=True)})
+    with pytest.raises(ValueError, match="the embedding 'users'.*`sparse=False`"):
+        optimizer_of(model)
+
+
 def test_experts_keep_their_kernels():
     model = tiny_model(tiny_config("peer", "peer"))
     optimizer = optimizer_of(model)
@@ -158,5 +202,5 @@ def test_state_of_a_row():
     assert {name: each.tolist() for name, each in again.state[other].items()} == {
         name: each.tolist() for name, each in state.items()
     }
-    with pytest.raises(ValueError, match="`first_moment` is out of its range"):
+    with pytest.raises(ValueError, match="`first_moment` must be 'full' or None, got 'row'"):
         optimizer_of(model, first_moment="row")
