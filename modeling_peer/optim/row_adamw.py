@@ -3,6 +3,7 @@
 """AdamW that moves only the rows of expert tables that a step touched, each with its own step count."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,8 +20,16 @@ from . import row_adamw_triton as triton
 from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
 
 
-FIRST_MOMENTS, SECOND_MOMENTS = ("full", None), ("full", "row")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# By name: whether a value is right, and what is expected.
+HYPERPARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("lr", "eps", "weight_decay"), (lambda value: 0 <= value < math.inf, "a number, at least 0")),
+    "betas": (lambda pair: len(pair) == 2 and all(0 <= each < 1 for each in pair), "two numbers from 0 to below 1"),
+    "first_moment": (lambda value: value in ("full", None), "'full' or None"),
+    "second_moment": (lambda value: value in ("full", "row"), "'full' or 'row'"),
+    "rounding_seed": (lambda value: value in range(2**32), "an integer from 0 to 2^32 - 1"),
+}
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
 # the cache of a CPU. Launches on a GPU must be fewer.
@@ -88,6 +97,13 @@ class RowAdamW(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "first_moment": first_moment}
         defaults |= {"second_moment": second_moment, "rows": False, "rounding_seed": rounding_seed}
+        params = params if isinstance(params, torch.Tensor) else list(params)  # torch refuses a tensor
+        if not any(isinstance(each, dict) and "rows" in each for each in params):
+            warnings.warn(
+                "No group of parameters says `rows`: all are moved as by `torch.optim.AdamW`. Give `RowAdamW` the "
+                "groups of `expert_parameter_groups(model, learning_rate)`, or a `Trainer` that of `make_optimizer`.",
+                stacklevel=2,
+            )
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -208,16 +224,13 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 def _check_group(group):
-    checks = {
-        **{name: 0 <= group[name] < math.inf for name in ("lr", "eps", "weight_decay")},
-        "betas": all(0 <= beta < 1 for beta in group["betas"]),
-        "first_moment": group["first_moment"] in FIRST_MOMENTS,
-        "second_moment": group["second_moment"] in SECOND_MOMENTS,
-        "rounding_seed": 0 <= group["rounding_seed"] < 2**32,
-    }
-    for name, is_right in checks.items():
-        if not is_right:
-            raise ValueError(f"`{name}` is out of its range, got {group[name]!r}.")
+    for name, (is_right, expected) in HYPERPARAMETERS.items():
+        try:
+            found = is_right(group[name])
+        except TypeError:
+            found = False
+        if not found:
+            raise ValueError(f"`{name}` must be {expected}, got {group[name]!r}.")
 
 
 def _local(tensor):

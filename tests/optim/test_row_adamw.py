@@ -7,6 +7,8 @@ import io
 import itertools
 import math
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from table_gradients import in_factors
 from torch import nn
 from torch.testing import assert_close
 
-from modeling_peer import RowAdamW
+from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.ops import native
 from modeling_peer.ops.factored_gradient import FactoredGradient, takes_factors
 from modeling_peer.ops.gradient_factors import Assignments, Factors
@@ -264,22 +266,37 @@ class TestErrors:
         [
             {"lr": -1.0},
             {"lr": math.nan},
+            {"lr": "1e-3"},
+            {"lr": None},
             {"betas": (0.9, 1.0)},
+            {"betas": (0.9,)},
+            {"betas": 0.9},
             {"eps": -1e-8},
             {"weight_decay": -0.1},
             {"second_moment": "rows"},
             {"rounding_seed": -1},
             {"rounding_seed": 2**32},
+            {"rounding_seed": 0.5},
         ],
     )
     def test_name_the_hyperparameter(self, options):
         (name,) = options
-        with pytest.raises(ValueError, match=name):
+        message = re.escape(f"`{name}` must be ") + ".*, got " + re.escape(repr(options[name]))
+        with pytest.raises(ValueError, match=message):
             RowAdamW([random_table()], **options)
         optimizer = RowAdamW([random_table()])
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": [random_table()], **options})
         assert len(optimizer.param_groups) == 1
+
+    def test_parameters_without_rows_are_warned_of(self):
+        model = nn.Linear(4, 3)
+        with pytest.warns(UserWarning, match="`expert_parameter_groups"):
+            RowAdamW(model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            RowAdamW(expert_parameter_groups(model, 0.1))  # such as a dense twin
+            RowAdamW([{"params": [model.weight], "rows": True}, {"params": [model.bias]}])
 
     @pytest.mark.parametrize(
         "parameter", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.complex64)]
