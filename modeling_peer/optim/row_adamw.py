@@ -5,6 +5,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from operator import index
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ HYPERPARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (lambda pair: len(pair) == 2 and all(0 <= each < 1 for each in pair), "two numbers from 0 to below 1"),
     "first_moment": (lambda value: value in ("full", None), "'full' or None"),
     "second_moment": (lambda value: value in ("full", "row"), "'full' or 'row'"),
-    "rounding_seed": (lambda value: value in range(2**32), "an integer from 0 to 2^32 - 1"),
+    "rounding_seed": (lambda value: 0 <= index(value) < 2**32, "an integer from 0 to 2^32 - 1"),
 }
 
 # Elements of the rows that torch operations work on at a time: 1 MB in float32, so that intermediate results stay in
