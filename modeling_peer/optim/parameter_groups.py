@@ -54,8 +54,8 @@ def expert_parameter_groups(
     Group a model's trainable parameters for [`RowAdamW`]: those with and without weight decay, as in `Trainer`, and
     the expert tables, as rows. A table that several layers share is in one group, once.
 
-    With `embeddings`, every `nn.Embedding` of any model is rows too: a step moves the rows of its tokens. Embeddings
-    that share weights with a head are left out.
+    With `embeddings`, every `nn.Embedding` and `nn.EmbeddingBag` of any model is rows too: a step moves the rows of its
+    tokens. Embeddings that share weights with a head are left out.
 
     Args:
         model (`nn.Module`)
@@ -71,6 +71,9 @@ def expert_parameter_groups(
 
     Returns:
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
+
+    Raises:
+        `ValueError`: with `embeddings`, if one of them has `sparse=True`.
     """
     tables = {
         id(module.weight): "down_tables" if name.endswith(("down_proj", "values")) else "tables"
