@@ -134,73 +134,41 @@ def run_experts_eager(
     return torch.einsum("ta,tad->td", weights, down(rows).to(weights.dtype))
 
 
-class DotProducts(torch.autograd.Function):
-    """`hidden[t] · table[rows[t, a]]` in the dtype of the hidden states, without holding the rows."""
+class Products(torch.autograd.Function):
+    """
+    `factors[t] · table[rows[t, a]]`, `[T, A]`, or `Σ_a factors[t, a] table[rows[t, a]]`, `[T, d]`, if `is_sum`. Both are
+    in the wider dtype of factors and table, without holding the rows. Each is the gradient of the other.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_states, rows, table):
-        ctx.save_for_backward(hidden_states, rows, table)
-        products = hidden_states.new_empty(rows.shape)
-        for piece in pieces_of(rows, table):
-            vectors = F.embedding(rows[piece], table).to(hidden_states.dtype)
-            torch.bmm(vectors, hidden_states[piece, :, None], out=products[piece, :, None])
+    def forward(ctx, factors, rows, table, is_sum):
+        factors = factors.to(torch.promote_types(factors.dtype, table.dtype))
+        ctx.save_for_backward(factors, rows, table)
+        ctx.is_sum = is_sum
+        if is_sum and factors.dtype == table.dtype:
+            return F.embedding_bag(rows, table, per_sample_weights=factors, mode="sum")
+        products = factors.new_empty(len(rows), table.shape[1] if is_sum else rows.shape[1])
+        step = max(PIECE_SIZE // max(rows.shape[1] * table.shape[1], 1), 1)
+        for places, given, found in zip(*(each.split(step) for each in (rows, factors, products)), strict=True):
+            vectors = F.embedding(places, table).to(factors.dtype)
+            torch.bmm(vectors.mT if is_sum else vectors, given[..., None], out=found[..., None])
             del vectors  # the next piece takes its memory, which is in a cache
         return products
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        hidden_states, rows, table = ctx.saved_tensors
-        # `total` is the gradient of the hidden states. Differentiating `total` by the table, with the hidden states in
-        # place of its incoming gradient, gives the gradient of the table.
-        with torch.enable_grad():
-            table = table.detach().requires_grad_(ctx.needs_input_grad[2])
-            total = weighted_sums(gradient, rows, table)
-        of_table = torch.autograd.grad(total, table, hidden_states)[0] if ctx.needs_input_grad[2] else None
-        return total.detach(), None, of_table
-
-
-class WeightedSums(torch.autograd.Function):
-    """[`weighted_sums`] of a table in another dtype than the weights."""
-
-    @staticmethod
-    def forward(ctx, weights, rows, table):
-        ctx.save_for_backward(weights, rows, table)
-        sums = weights.new_empty(len(rows), table.shape[1])
-        for piece in pieces_of(rows, table):
-            vectors = F.embedding(rows[piece], table).to(weights.dtype)
-            torch.bmm(weights[piece, None], vectors, out=sums[piece, None])
-            del vectors
-        return sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        weights, rows, table = ctx.saved_tensors
-        of_table = None
+        factors, rows, table = ctx.saved_tensors
+        weights, tokens = (factors, gradient) if ctx.is_sum else (gradient, factors)
+        sums = of_table = None
         if ctx.needs_input_grad[2]:
             with torch.enable_grad():
-                converted = table.detach().to(weights.dtype).requires_grad_()
-                sums = weighted_sums(weights, rows, converted)
-            of_table = torch.autograd.grad(sums, converted, gradient)[0].to(table.dtype)
-        return DotProducts.apply(gradient, rows, table), None, of_table
-
-
-def weighted_sums(weights: torch.Tensor, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """`Σ_a weights[t, a] table[rows[t, a]]` in the dtype of the weights, without holding the rows."""
-    if weights.dtype == table.dtype:
-        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-    return WeightedSums.apply(weights, rows, table)
-
-
-def promoted(tensor: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, table.dtype))
-
-
-def pieces_of(rows: torch.Tensor, table: torch.Tensor) -> list[slice]:
-    """Tokens whose rows are gathered at a time."""
-    step = max(PIECE_SIZE // max(rows.shape[1] * table.shape[1], 1), 1)
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+                table_of_sums = table.detach().to(weights.dtype).requires_grad_()
+                sums = F.embedding_bag(rows, table_of_sums, per_sample_weights=weights, mode="sum")
+            of_table = torch.autograd.grad(sums, table_of_sums, tokens)[0].to(table.dtype)
+        if sums is None or ctx.is_sum:
+            return Products.apply(gradient, rows, table, not ctx.is_sum), None, of_table, None
+        return sums.detach(), None, of_table, None
 
 
 def run_experts(
@@ -223,9 +191,9 @@ def run_experts(
     *inputs, values = tables
     factors = weights
     if inputs:
-        products = [DotProducts.apply(promoted(hidden_states, table), rows, table) for table in inputs]
+        products = [Products.apply(hidden_states, rows, table, False) for table in inputs]
         factors = factors * (act_fn(products[0]) if gate is None else act_fn(products[1]) * products[0])
-    return weighted_sums(promoted(factors, values), rows, values).to(weights.dtype)
+    return Products.apply(factors, rows, values, True).to(weights.dtype)
 
 
 class RetrievalInterface(GeneralInterface):
@@ -312,8 +280,7 @@ class ExpertPool(nn.Module):
     def __init__(self, config: PeerConfig, generations: list[Generation]):
         super().__init__()
         generation, *added = generations
-        self.config = config
-        self.first_expert = generation.first_expert
+        self.config, self.first_expert = config, generation.first_expert
         self.act_fn = nn.Identity() if config.expert_act is None else ACT2FN[config.expert_act]
         sizes = generation.num_experts, config.hidden_size
         self.gate_proj = make_table(*sizes, config.initializer_range) if config.gated_experts else None
