@@ -136,8 +136,8 @@ def run_experts_eager(
 
 class Products(torch.autograd.Function):
     """
-    `factors[t] · table[rows[t, a]]`, `[T, A]`, or `Σ_a factors[t, a] table[rows[t, a]]`, `[T, d]`, if `is_sum`. Both are
-    in the wider dtype of factors and table, without holding the rows. Each is the gradient of the other.
+    `factors[t] · table[rows[t, a]]`, `[T, A]`, or `Σ_a factors[t, a] table[rows[t, a]]`, `[T, d]`, if `is_sum`.
+    Both are in the wider dtype of factors and table, without holding the rows. Each is the gradient of the other.
     """
 
     @staticmethod

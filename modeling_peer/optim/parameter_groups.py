@@ -54,8 +54,8 @@ def expert_parameter_groups(
     Group a model's trainable parameters for [`RowAdamW`]: those with and without weight decay, as in `Trainer`, and
     the expert tables, as rows. A table that several layers share is in one group, once.
 
-    With `embeddings`, every `nn.Embedding` and `nn.EmbeddingBag` of any model is rows too: a step moves the rows of its
-    tokens. Embeddings that share weights with a head are left out.
+    With `embeddings`, every `nn.Embedding` and `nn.EmbeddingBag` of any model is rows too: a step moves the rows of
+    its tokens. Embeddings that share weights with a head are left out.
 
     Args:
         model (`nn.Module`)
