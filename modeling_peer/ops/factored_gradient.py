@@ -200,7 +200,7 @@ def warn_of_dense_gradient(table: torch.Tensor) -> None:
     logger.warning_once(
         f"The gradient of an expert table of shape {tuple(table.shape)} is dense. Give `Trainer` the optimizer of "
         "`optimizers=(make_optimizer(model, args), None)`, which moves the rows of retrieved experts only. A new "
-        "model takes a `learning_rate` of about 0.256 / hidden_size, at most 4e-3, and higher rates for tables. To "
+        "model takes a `learning_rate` of about 0.256 / hidden_size, at most 4e-3, and other rates for tables. To "
         "train a trained model further, pass `expert_lr_multiplier=1.0, down_proj_lr_multiplier=1.0`."
     )
 
