@@ -55,5 +55,5 @@ def write_adapter_card(folder: str | Path, base_model: str | None, task_type: st
     usage = _USE.format(auto_class=auto_class, base_model=base_model or "path/to/the/base/model")
     # PEFT appends its release to the template.
     before, _, after = card.text.partition(ModelCard.from_template(ModelCardData()).text.strip())
-    card.text = "\n".join(f"\n{part.strip()}\n" for part in (before, usage, after) if part.strip())
+    card.text = "".join(f"\n{part.strip()}\n" for part in (before, usage, after) if part.strip())
     card.save(file)
