@@ -15,7 +15,8 @@ from torch.optim.adamw import adamw
 
 from ..memory.advice import advise_huge_pages
 from ..ops.factored_gradient import FactoredGradient, take_factors
-from ..ops.gradient_factors import Factors
+from ..ops.gradient_factors import Assignments, Factors
+from ..ops.triton_check import is_triton_right
 from . import row_adamw_cpu as cpu
 from . import row_adamw_triton as triton
 from .stochastic_rounding import ROUNDED, random_bits, round_stochastically
@@ -352,10 +353,10 @@ def update_rows(
     chunk. The gradient of distinct `rows[i]` (int64, `(num_touched,)`) is row `places[i]` of `gradient`. If `gradient`
     has only parts of rows, `mean_squares`, of shape `(num_touched, 1)`, are those of whole rows.
     """
-    for kernels in _kernels_for(state) if mean_squares is None else ():
-        if kernels.can_update(parameter, gradient, _moments(state)):
-            kernels.update_rows(parameter, state, rows, gradient, places, group)
-            return
+    kernels = _kernels_for(parameter, gradient, state) if mean_squares is None else None
+    if kernels is not None:
+        kernels.update_rows(parameter, state, rows, gradient, places, group)
+        return
     size = _rows_per_chunk(parameter)
     for first in range(0, len(rows), size):
         chunk = slice(first, first + size)
@@ -367,22 +368,38 @@ def update_by_factors(
     parameter: torch.Tensor, state: dict[str, torch.Tensor], factors: Factors, group: dict[str, Any]
 ) -> None:
     """Make the step on the rows whose gradient, a sum of factors, is not zero. Kernels do not write the sum."""
-    for kernels in _kernels_for(state):
-        if kernels.can_update(parameter, None, _moments(state)):
-            kernels.update_by_factors(parameter, state, factors, group)
-            return
+    kernels = _kernels_for(parameter, None, state)
+    if kernels is not None:
+        kernels.update_by_factors(parameter, state, factors, group)
+        return
     sums = factors.sums()
     places = sums.ne(0).any(1).nonzero()[:, 0]
     update_rows(parameter, state, factors.rows.long()[places], sums, places, group)
 
 
-def _moments(state):
-    return tuple(state[name] for name in MOMENTS if name in state)
+def _kernels_for(parameter, gradient, state):
+    """Return the kernels that make a step, if any. Those in Triton need a first moment, and are compared on a GPU."""
+    moments = tuple(state[name] for name in MOMENTS if name in state)
+    if cpu.can_update(parameter, gradient, moments):
+        return cpu
+    if "exp_avg" not in state or not triton.can_update(parameter, gradient, moments):
+        return None
+    return triton if not parameter.is_cuda or is_triton_right(parameter, _results_of_a_step) else None
 
 
-def _kernels_for(state):
-    """Return the kernels to try; those in Triton need a first moment."""
-    return (cpu, triton) if "exp_avg" in state else (cpu,)
+def _results_of_a_step(kernels, device, dtype):
+    """See [`results_of_experts`]."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.rand(4, 96, generator=generator, dtype=torch.float32, device="cpu").to(device) for _ in range(4)]
+    table, gradient, rows = inputs[0].to(dtype), inputs[1], torch.arange(4, device=device)
+    state = {"row_steps": rows.int(), "exp_avg": inputs[2], "exp_avg_sq": inputs[3]}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "rounding_seed": 1}
+    if kernels == "triton":
+        factors = Factors(gradient.new_ones(4, 1), gradient, Assignments(rows[:, None], 4, kernels))
+        triton.update_by_factors(table, state, factors, group)
+    else:
+        _update_chunk(table, state, rows, gradient, group)
+    return state | {"table": table}
 
 
 def _update_chunk(parameter, state, rows, gradient, group, mean_squares=None):

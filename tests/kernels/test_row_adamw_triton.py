@@ -4,12 +4,14 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from modeling_peer.ops import gradient_triton
+from modeling_peer.ops import gradient_triton, triton_check
 from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.ops.triton_launch import launch, tl, triton
 from modeling_peer.optim import row_adamw, row_adamw_triton
@@ -178,3 +180,17 @@ def test_what_it_cannot_update():
     in_float64 = [moment.double() for moment in moments]
     for cannot in ((table.double(), moments), (table.T, moments), (table, in_float64), (torch.empty(2, 2**14), ())):
         assert not row_adamw_triton.can_update(cannot[0], None, cannot[1])
+
+
+def test_on_a_gpu_a_step_is_compared_first(monkeypatch):
+    """Here on the CPU, with moments that are not written."""
+    compare = partial(triton_check._compare, row_adamw._results_of_a_step, torch.device("cpu"))
+    assert [compare(dtype) for dtype in DTYPES] == [None] * 3
+    monkeypatch.setattr(row_adamw.triton, "_step", lambda *arguments, **options: None)
+    assert all("row_steps" in compare(dtype) for dtype in DTYPES)
+    monkeypatch.setattr(row_adamw.triton, "can_update", lambda *tensors: True)
+    with FakeTensorMode():  # a GPU that is not here
+        parameter = torch.empty(1, 1, device="cuda")
+    for is_right in (False, True):
+        monkeypatch.setattr(row_adamw, "is_triton_right", lambda *arguments: is_right)  # noqa: B023
+        assert row_adamw._kernels_for(parameter, None, {"exp_avg": None}) is (row_adamw.triton if is_right else None)
