@@ -40,8 +40,8 @@ if triton is not None:
         COLUMNS: tl.constexpr,
     ):
         """
-        Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a. A token has ELEMENTS, and a
-        row of the table has WIDTH, two elements each if BITS = 4.
+        Compute `output[t, a] = hidden[t] · table[indices[t, a]]` for one t and a block of a. A token has ELEMENTS, and
+        a row of the table has WIDTH, two elements each if BITS = 4.
         """
         token = tl.program_id(0).to(tl.int64)
         places = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
