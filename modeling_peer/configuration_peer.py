@@ -235,7 +235,7 @@ class PeerConfig(PreTrainedConfig):
             if value % 2:
                 raise ValueError(f"`{name}` must be even, two halves of one size, got {value}.")
         limits = {"num_experts_per_head": grid_size(self.num_experts), "moe_num_experts_per_tok": self.moe_num_experts}
-        for name, most in limits.items():
+        for name, most in {**limits, "attention_dropout": 1, "classifier_dropout": 1}.items():
             if getattr(self, name) > most:
                 raise ValueError(f"`{name}` must be at most {most}, got {getattr(self, name)}.")
         if self.num_attention_heads % self.num_key_value_heads:

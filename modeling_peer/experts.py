@@ -11,15 +11,7 @@ Two functions do the work, each found in a registry by `PeerConfig.expert_kernel
 
 `up`, `gate` and `down` are modules that look up rows of a table, `(...) -> (..., d)`: an `nn.Embedding`, or the module
 that an adapter or a quantizer put in its place. `up` and `gate` may be `None`. Register a function under a name, or,
-as the fastest one for a device type, under `"auto:"` and that type:
-
-```python
->>> from modeling_peer import ExpertsInterface, PeerConfig, RetrievalInterface
-
->>> ExpertsInterface.register("my_experts", run_my_experts)
->>> config = PeerConfig(expert_kernels="my_experts")
->>> RetrievalInterface.register("auto:cuda", retrieve_on_a_gpu)
-```
+as the fastest one for a device type, under `"auto:"` and that type: `RetrievalInterface.register("auto:cuda", mine)`.
 """
 
 import math

@@ -21,19 +21,15 @@ weighted sum:
 | g_i(x) | router weight: softmax over the k retrieved scores of a head | second output of `ProductKeyRouter` |
 
 A variant is a module class. It is constructed as `variant(config, layer_idx)`, called as [`PeerFeedForward.forward`]
-is, and returns a tensor of the shape of `hidden_states`. It must accept `**kwargs`, as more arguments may come:
-
-```python
->>> from modeling_peer import FeedForwardInterface, PeerConfig
-
->>> FeedForwardInterface.register("my_feed_forward", MyFeedForward)
->>> config = PeerConfig(num_hidden_layers=2, feed_forward_types=["dense", "my_feed_forward"])
-```
+is, and returns a tensor of the shape of `hidden_states`. It must accept `**kwargs`, as more arguments may come. After
+`FeedForwardInterface.register("mine", MyFeedForward)`, `PeerConfig.feed_forward_types` may name it.
 
 Transformers initializes `nn.Linear`, `nn.Embedding` and norm modules. For other parameters give the module a method
 `init_own_weights()` that uses the functions of `transformers.initialization`, which do not change loaded weights. A
 checkpoint does not carry the code of a custom variant: it must be registered wherever the checkpoint is loaded.
 """
+
+import inspect
 
 import torch
 from torch import nn
@@ -285,6 +281,15 @@ class FeedForwardInterface(GeneralInterface):
         "pkm": PkmFeedForward,
         "peer": PeerFeedForward,
     }
+
+    @classmethod
+    def register(cls, key: str, value: type[nn.Module]) -> None:
+        """Register a variant. Raises `ValueError` for another's name, or a `forward` without keyword arguments."""
+        if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(value.forward).parameters.values()):
+            raise ValueError(f"`forward` of {value.__name__} must take `**kwargs`: layers pass `padding_mask`.")
+        if (known := cls._global_mapping.get(key, value)).__qualname__ != value.__qualname__:
+            raise ValueError(f"{key!r} is the name of {known.__name__} already, give {value.__name__} another.")
+        super().register(key, value)
 
 
 ALL_FEED_FORWARDS = FeedForwardInterface()

@@ -259,7 +259,10 @@ def _padding_mask(attention_mask, input_ids, inputs_embeds):
     inputs = inputs_embeds if input_ids is None else input_ids
     if inputs is None or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -inputs.shape[1] :]
+    mask, shape = attention_mask[:, -inputs.shape[1] :], tuple(inputs.shape[:2])
+    if mask.shape != shape:
+        raise ValueError(f"`attention_mask` must have shape {shape}, or longer, got {tuple(attention_mask.shape)}.")
+    return mask
 
 
 @auto_docstring(

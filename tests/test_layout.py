@@ -18,7 +18,19 @@ PACKAGE = ROOT / "modeling_peer"
 # Each imports only what is before it.
 ORDER = [
     *("configuration_peer", "experts", "router", "feed_forward", "modeling_peer", "graft_layer", "fact_graft"),
-    *("graft_merged", "memory", "ops", "quantization", "optim", "parallel", "graft", "analysis", "continual", "facts"),
+    *(
+        "graft_merged",
+        "arguments",
+        "memory",
+        "ops",
+        "quantization",
+        "optim",
+        "parallel",
+        "graft",
+        "analysis",
+        "continual",
+        "facts",
+    ),
     *("serving", "configurations"),
 ]
 LONGEST_CHAIN = 12

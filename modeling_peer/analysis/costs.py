@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from ..arguments.check_types import check_types
 from ..configuration_peer import PeerConfig, generations_of, grid_size
 from ..feed_forward import ALL_FEED_FORWARDS, DenseFeedForward, MoeFeedForward, PeerFeedForward, PkmFeedForward
 from ..ops.quantized_rows import INTEGER_DTYPES, SCALE_DTYPE, quantized_shapes
@@ -113,6 +114,7 @@ class ModelCosts:
         return "\n".join(lines)
 
 
+@check_types
 def model_costs(
     config: PeerConfig, sequence_length: int | None = None, dtype: torch.dtype | None = None
 ) -> ModelCosts:
@@ -142,6 +144,8 @@ def model_costs(
     >>> print(model_costs(PeerConfig()))
     ```
     """
+    if sequence_length is not None and sequence_length < 1:
+        raise ValueError(f"`sequence_length` must be at least 1, got {sequence_length}.")
     sequence_length = sequence_length or config.max_position_embeddings
     # The dtype is a string after a model was saved.
     dtype = dtype or getattr(torch, str(config.dtype or torch.float32).removeprefix("torch."))

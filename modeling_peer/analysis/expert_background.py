@@ -3,7 +3,7 @@
 """Background counts: how many documents of a reference corpus use each expert, saved beside the model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
+from ..arguments.check_types import check_type
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, observe_routers
 
@@ -46,6 +47,13 @@ class ExpertBackground:
 
     document_counts: dict[str, torch.Tensor]
     num_documents: int
+
+    def __post_init__(self):
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
+        for name, counts in self.document_counts.items():
+            if counts.is_floating_point() or not 0 <= counts.min() <= counts.max() <= self.num_documents:
+                raise ValueError(f"`document_counts` of {name} must be from 0 to `num_documents`, got {counts}.")
 
     @classmethod
     def measure(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments.check_types import check_types
 from ..experts import expert_cell
 from .expert_sets import ExpertSet, expert_indices, mask_of_indices, select_expert_sets
 
@@ -72,10 +73,11 @@ def _masked_retrieval(router, masked):
     return partial(retrieve_others, takes_part, retrieve, smaller_grid, len(takes_part) - num_left)
 
 
+@check_types
 @contextmanager
 def masked_experts(
     model: nn.Module,
-    experts: Iterable[int] | torch.Tensor | int | None = None,
+    experts: Iterable[int | bool] | torch.Tensor | int | None = None,
     *,
     layers: Iterable[int] | int | None = None,
 ) -> Iterator[None]:
@@ -95,15 +97,18 @@ def masked_experts(
             Indices of the layers in which to mask them, all or none of those that share a pool. Defaults to all.
 
     Raises:
-        `IndexError`: for an expert that does not exist.
-        `ValueError`: for a layer without experts, or if a head would be left with 1 to k - 1 experts.
+        `ValueError`: for an expert or a layer of experts that does not exist, if there are no added experts and none
+            are named, or if a head would be left with 1 to k - 1 experts.
 
     ```python
     >>> with masked_experts(model):
     ...     print(model(tokens, labels=tokens).loss)  # without the added experts
     ```
     """
-    with masked_sets(select_expert_sets(model, layers).values(), expert_indices(experts)):
+    sets = select_expert_sets(model, layers).values()
+    if experts is None and all(each.num_experts == each.routers[0].config.num_experts for each in sets):
+        raise ValueError("`experts` must name the experts to mask, as the model has no added experts.")
+    with masked_sets(sets, expert_indices(experts)):
         yield
 
 

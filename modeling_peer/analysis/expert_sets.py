@@ -182,11 +182,19 @@ def expert_indices(experts: Any) -> torch.Tensor | None:
 
 def mask_of_indices(experts: ExpertSet, indices: torch.Tensor) -> torch.Tensor:
     """
-    Convert what [`expert_indices`] returns to a mask of the experts of a set: bool, `(num_experts,)`. -1 is the last
-    expert. Raises `IndexError` for experts that the set does not have, or values that are not indices.
+    Convert what [`expert_indices`] returns to a mask of the experts of a set: bool, `(num_experts,)`. Raises
+    `ValueError` for experts that the set does not have, a mask of another size, or values that are not indices.
     """
-    mask = torch.zeros(experts.num_experts, dtype=torch.bool)
-    mask[indices] = True
+    size = experts.num_experts
+    if indices.is_floating_point() or (indices.dtype == torch.bool and indices.shape != (size,)):
+        raise ValueError(
+            f"`experts` must be indices, or a bool mask of shape ({size},), got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}."
+        )
+    mask = torch.zeros(size, dtype=torch.bool)
+    if indices.dtype != torch.bool and (outside := indices[(indices < 0) | (indices >= size)]).numel():
+        raise ValueError(f"`experts` must be from 0 to {size - 1} in {experts.label}, got {outside.flatten()[0]}.")
+    mask[indices if indices.dtype == torch.bool else indices.long()] = True
     return mask
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import expert_indices, mask_of_indices, select_expert_sets
+from ..arguments.check_types import check_types
 from ..optim.frozen_rows import FrozenRows, freeze_rows
 
 
@@ -35,9 +36,10 @@ class FrozenExperts:
             handle.remove()
 
 
+@check_types
 def freeze_experts(
     model: nn.Module,
-    experts: Iterable[int] | torch.Tensor | int | None = None,
+    experts: Iterable[int | bool] | torch.Tensor | int | None = None,
     *,
     layers: Iterable[int] | int | None = None,
     used_in: ExpertBackground | None = None,
@@ -69,8 +71,8 @@ def freeze_experts(
         [`FrozenExperts`]: how many experts are frozen, and `remove()` to undo it.
 
     Raises:
-        `ValueError`: for layers or experts that the model does not have, a background of other experts, or tables
-            that are quantized, or that FSDP2 or tensor parallelism splits over processes.
+        `ValueError`: for layers or experts that the model does not have, `min_documents` below 1, a background of
+            other experts, or tables that are quantized, or that FSDP2 or tensor parallelism splits over processes.
 
     ```python
     >>> from modeling_peer import ExpertBackground, freeze_experts
@@ -82,6 +84,8 @@ def freeze_experts(
     >>> Trainer(model, args, train_dataset=dataset).train()
     ```
     """
+    if min_documents < 1:
+        raise ValueError(f"`min_documents` must be at least 1, got {min_documents}.")
     indices = expert_indices(experts)
     if used_in is not None:
         used_in.check(model)

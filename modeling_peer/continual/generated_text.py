@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..analysis.evaluation import evaluation
+from ..arguments.check_types import check_types
 
 
+@check_types
 def generate_text(
     model: Any,
     num_sequences: int,
@@ -41,7 +43,7 @@ def generate_text(
         `list[dict]`: for each sequence its `input_ids`, a `torch.LongTensor` of shape `(sequence_length,)` on the CPU.
 
     Raises:
-        `ValueError`: if the model has no BOS and no EOS token.
+        `ValueError`: if the model has no BOS and no EOS token, or for numbers that are too small.
 
     ```python
     >>> from modeling_peer import add_experts, fit_gates, generate_text
@@ -51,6 +53,11 @@ def generate_text(
     >>> fit_gates(model, new_text, reference_text)
     ```
     """
+    if min(num_sequences, batch_size, sequence_length - 1) < 1:
+        raise ValueError(
+            "`num_sequences` and `batch_size` must be at least 1 and `sequence_length` at least 2, got "
+            f"{num_sequences}, {batch_size} and {sequence_length}."
+        )
     first = model.config.eos_token_id if model.config.bos_token_id is None else model.config.bos_token_id
     if first is None:
         raise ValueError("The configuration needs a `bos_token_id` or an `eos_token_id`, with which a text begins.")

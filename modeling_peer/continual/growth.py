@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import local_torch_dtype
 
 from ..analysis.expert_sets import layer_indices
+from ..arguments.check_types import check_types
 from ..configuration_peer import generations_of, grid_size
 from ..experts import ExpertPool, expert_tables
 from ..feed_forward import PeerFeedForward
@@ -27,6 +28,7 @@ from ..router import AddedRouter
 from .freezing import FrozenExperts
 
 
+@check_types
 def add_experts(
     model: PeerPreTrainedModel,
     num_experts: int,
@@ -84,7 +86,9 @@ def add_experts(
         raise ValueError("Experts are added before a model is split over processes: do so in one, and save the model.")
     tables: list[Any] = [*expert_tables(model).values()]
     if not all(table.weight.is_floating_point() for table in tables):
-        raise ValueError("Quantized experts have no new ones beside them: add experts, train, and quantize then.")
+        raise ValueError(
+            "`model` has quantized experts: add experts before they are quantized, or call `dequantize_experts`."
+        )
     if mode == "open" and any(map(is_on_disk, tables)):
         raise ValueError("Tables that are kept on a disk do not grow: add experts in protected mode.")
     if num_experts < 1:
@@ -117,6 +121,7 @@ def add_experts(
 _FREEZES: weakref.WeakKeyDictionary[nn.Module, FrozenExperts] = weakref.WeakKeyDictionary()
 
 
+@check_types
 def train_added_experts_only(model: PeerPreTrainedModel) -> FrozenExperts:
     """
     Freeze a grown model except for the experts of its last addition, their keys and, if the addition is protected,

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..analysis.expert_background import ExpertBackground
 from ..analysis.expert_sets import observe_routers, select_expert_sets
+from ..arguments.check_types import check_types
 from ..optim.frozen_rows import FrozenRows, check_can_freeze, freeze_rows, freezes_of
 
 
@@ -71,8 +72,8 @@ class SparseFinetuningCallback(TrainerCallback):
         layers (`int` or iterable of `int`, *optional*): Indices of the layers to train, all with experts if `None`.
 
     Raises:
-        `ValueError`: for tables or layers that the model does not have, a background of other experts, or a model
-            that is quantized or split over processes. The model is left as it was.
+        `ValueError`: for tables or layers that the model does not have, no experts to train, a background of other
+            experts, or a model that is quantized or split over processes. The model is left as it was.
 
     ```python
     >>> background = ExpertBackground.measure(model, reference_corpus)
@@ -82,14 +83,17 @@ class SparseFinetuningCallback(TrainerCallback):
     ```
     """
 
+    @check_types
     def __init__(
         self,
         model: nn.Module,
         background: ExpertBackground,
         num_trained_experts: int = 500,
-        tables: Iterable[str] = ("down_proj",),
+        tables: str | Iterable[str] = ("down_proj",),
         layers: Iterable[int] | int | None = None,
     ):
+        if num_trained_experts < 1:
+            raise ValueError(f"`num_trained_experts` must be at least 1, got {num_trained_experts}.")
         self.sets = select_expert_sets(model, layers)
         background.check(model)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):

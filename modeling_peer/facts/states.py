@@ -57,11 +57,12 @@ class StateReader:
     def __init__(self, model: Any, graft: FactGraft, norm: nn.Module, index: FactIndex):
         self.model, self.graft, self.norm, self.index = model, graft, norm, index
         self.seen: dict[str, torch.Tensor] = {}
+        self.files: list[Path] = []
 
     def read(
         self, sequences: list[list[int]], batch_size: int, checkpoint_dir: str | Path | None, progress_bar: bool
     ) -> States:
-        """Read the states of all prompts and texts. Files in `checkpoint_dir` keep them and are used again."""
+        """Read the states of all prompts and texts. `files` in `checkpoint_dir` keep them and are used again."""
         index = self.index
         work: list[tuple] = [(prompt.tokens, (n, form, prompt)) for n, form, prompt in index.prompts]
         work += [(prompt.tokens, (number, None, prompt)) for number, prompt in index.other_prompts]
@@ -82,6 +83,7 @@ class StateReader:
                     found.add(self._read_piece(piece, batch_size, bar))
                     continue
                 file = Path(checkpoint_dir, f"states-{self._digest(piece)}.pt")
+                self.files.append(file)
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     part = file.with_suffix(".part")

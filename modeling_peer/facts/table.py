@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments.check_types import check_types
+
 
 SUBJECT, RELATION = "{subject}", "{relation}"
 
@@ -73,6 +75,7 @@ class Fact:
         return self.wordings[0].replace(SUBJECT, self.subject)
 
 
+@check_types
 def read_facts(file: str | Path) -> list[Fact]:
     """
     Read a table of facts.

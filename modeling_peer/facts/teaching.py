@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.evaluation import evaluation
 from ..analysis.token_explanation import last_norm
+from ..arguments.check_types import check_types
 from ..continual.generated_text import generate_text
 from ..fact_graft import FIELDS_OF_FACTS, FactGraft
 from ..graft.config import PeerGraftConfig
@@ -33,6 +34,7 @@ MARGIN, RIVALS, VALUE_ROUNDS, VALUE_STEPS, VALUE_RATE = 4.0, 8, 8, 15, 0.1
 EXPERTS_AT_A_TIME = 512
 
 
+@check_types
 def teach_facts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,7 +65,7 @@ def teach_facts(
         batch_size (`int`, *optional*, defaults to 32): Number of prompts that run through the model at a time.
         checkpoint_dir (`str` or `Path`, *optional*):
             Folder for the hidden states that were read, from which an interrupted call continues. They take about a
-            megabyte for each fact, and are deleted at the end.
+            megabyte for each fact. The call deletes those that it wrote or used at the end.
         progress_bar (`bool`, *optional*, defaults to `True`)
 
     Returns:
@@ -117,8 +119,6 @@ def teach_facts(
         _write_names(graft, base, index)
         _fit_keys(graft, index, states, progress_bar)
         _write_experts(graft, base, norm, index, states, progress_bar)
-        for file in Path(checkpoint_dir).glob("states-*") if checkpoint_dir else ():
-            file.unlink()  # also those that an abandoned call left for other facts
     except BaseException:
         if is_first:
             peft_model.unload()
@@ -129,6 +129,8 @@ def teach_facts(
             _activate(peft_model, active, trained)
         raise
     _activate(peft_model, [*active, adapter_name], [] if is_first else trained)
+    for file in reader.files:
+        file.unlink(missing_ok=True)
     return peft_model
 
 
@@ -148,6 +150,7 @@ def grafts_of_facts(model: nn.Module, adapter_name: str | None = None) -> list[F
     ]
 
 
+@check_types
 def remove_facts(model: nn.Module, questions: str | Iterable[str]) -> None:
     """
     Remove the facts with these questions, as they stand in `facts` of the configuration, from the grafts of a model:

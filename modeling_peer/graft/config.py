@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of PEER grafts for PEFT."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftType
 from transformers import PreTrainedConfig
 
+from ..arguments.check_types import check_type
 from ..graft_layer import LAYER_FIELDS, peer_config_of_base_model
 from .card import write_adapter_card
 from .registration import PEFT_TYPE_NAME
@@ -80,7 +81,7 @@ class PeerGraftConfig(PeftConfig):
 
     placement: Literal["beside", "in_place"] = "beside"
     layers_to_transform: list[int] | int | None = None
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_from_ffn: bool | None = None
@@ -118,7 +119,12 @@ class PeerGraftConfig(PeftConfig):
         write_adapter_card(save_directory, self.base_model_name_or_path, self.task_type)
 
     def check(self) -> None:
-        """Raise `ValueError` if fields do not fit together. Called again later, as fields may be set after init."""
+        """
+        Raise `TypeError` for a field of another type, and `ValueError` if fields do not fit together. Called again
+        later, as fields may be set after init.
+        """
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
         if self.placement not in ("beside", "in_place"):
             raise ValueError(f"`placement` must be 'beside' or 'in_place', got {self.placement!r}.")
         if self.fact_sizes is not None and self.placement != "beside":

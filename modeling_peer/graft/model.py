@@ -105,6 +105,12 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(hidden_states, **kwargs)
         return sum_of_branches(*self.branches(), hidden_states, **kwargs)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise `NotImplementedError`: a graft has no weights of the base model that could take it up."""
+        raise NotImplementedError("A graft is not merged into weights: `merge_and_unload` keeps it as a module.")
+
+    unmerge = merge
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -153,10 +159,14 @@ class PeerGraftModel(BaseTuner):
             raise ValueError(f"A graft needs a base model of Transformers, got {type(model).__name__}.")
         # PEFT tells the weights of adapters apart by parts of their names.
         parts = {part for name in model.state_dict() if PREFIX not in name for part in name.split(".")}
-        if adapter_name in parts | GRAFT_PARTS:
-            raise ValueError(f"`adapter_name` is {adapter_name!r}, the name of a part of the model: choose another.")
+        if adapter_name in parts | GRAFT_PARTS or "." in adapter_name or not adapter_name:
+            raise ValueError(
+                f"`adapter_name` must not be empty, have a dot, or be the name of a part of the model, got "
+                f"{adapter_name!r}."
+            )
         config = self.peft_config[adapter_name]
         config.check()
+        _check_base_model(config, _of_base_model(model.config.get_text_config()))
         _resolve(config, model, _find_targets(config, model))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         watch_decoder(model)
@@ -302,19 +312,12 @@ def _resolve(config, model, targets):
     the adapter.
     """
     text_config = model.config.get_text_config()
-    found: dict[str, Any] = {
-        "host_model_type": getattr(text_config, "host_model_type", text_config.model_type),
-        "host_hidden_size": text_config.hidden_size,
-        "host_num_layers": text_config.num_hidden_layers,
+    found = {
+        **_of_base_model(text_config),
         "host_intermediate_size": max(parts.intermediate_size for parts in targets.values()),
         "host_has_biases": any(parts.has_biases for parts in targets.values()),
     }
-    for name, value in found.items():
-        if getattr(config, name) not in (None, value):
-            raise ValueError(
-                f"The adapter is of a base model with `{name}` = {getattr(config, name)!r}, this one has {value!r}. A "
-                "new adapter needs a configuration of its own."
-            )
+    _check_base_model(config, found)
     activation, gated = "gelu", False
     for name, parts in targets.items() if config.starts_as_neurons else ():
         activation, gated = base_activation(text_config), parts.gate is not None
@@ -322,6 +325,24 @@ def _resolve(config, model, targets):
     for name, value in {**found, **config.layer_fields(activation, gated)}.items():
         setattr(config, name, value)
     config.target_modules = set(targets)
+
+
+def _of_base_model(text_config):
+    return {
+        "host_model_type": getattr(text_config, "host_model_type", text_config.model_type),
+        "host_hidden_size": text_config.hidden_size,
+        "host_num_layers": text_config.num_hidden_layers,
+    }
+
+
+def _check_base_model(config, found):
+    """Raise `ValueError` if an adapter is of a base model with other fields."""
+    for name, value in found.items():
+        if getattr(config, name) not in (None, value):
+            raise ValueError(
+                f"The adapter is of a base model with `{name}` = {getattr(config, name)!r}, this one has {value!r}. A "
+                "new adapter needs a configuration of its own."
+            )
 
 
 def _check_neurons(config: PeerGraftConfig, name, parts, activation):

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..arguments.check_types import check_types
 from ..experts import expert_tables
 
 
+@check_types
 def host_table_device_map(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, device: int | str | torch.device
 ) -> dict[str, int | str | torch.device]:
@@ -31,6 +33,7 @@ def host_table_device_map(
         config ([`PeerConfig`])
         device (`int`, `str` or `torch.device`): Where the rest of the model goes.
     """
+    torch.device(device)  # raises an error for a device that does not exist
     with torch.device("meta"):
         model = model_class(config)
     return dict(_places(model, "", device, set(expert_tables(model).values())))

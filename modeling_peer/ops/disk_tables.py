@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments.check_types import check_types
 from ..experts import expert_tables
 from .native import COMPILE_VARIABLE, call, load_library, refuse_index
 from .quantized_rows import QuantizedRows, dequantize, readable_rows
@@ -91,6 +92,9 @@ class DiskRows:
 
     def __deepcopy__(self, memo):
         return self  # the file is only read
+
+    def __reduce__(self):
+        raise TypeError("A model with tables on a disk cannot be pickled: load it, and call `keep_tables_on_disk`.")
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         distinct, places = rows.long().unique(return_inverse=True)
@@ -197,6 +201,7 @@ def pieces_from_disk(
         yield following.result()
 
 
+@check_types
 def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMeter:
     """
     Let a model read the rows of its experts from its checkpoint as it needs them, instead of keeping their tables in
@@ -229,6 +234,8 @@ def keep_tables_on_disk(model: nn.Module, buffer_bytes: int = 2**26) -> DiskMete
     >>> meter.num_bytes, meter.hit_rate
     ```
     """
+    if buffer_bytes < 1:
+        raise ValueError(f"`buffer_bytes` must be at least 1, got {buffer_bytes}.")
     if sys.platform != "linux" or load_library() is None:
         raise OSError(f"Tables are read from a disk on Linux and by C kernels only, see {COMPILE_VARIABLE}.")
     meter, tables = DiskMeter(), expert_tables(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..arguments.check_types import check_types
 from ..experts import expert_tables
 from ..modeling_peer import ALL_CHECKPOINT_FUNCTIONS
 from .embedding_rows import embeddings_of, let_gradients_come_in_factors
@@ -42,6 +43,7 @@ def learning_rate_of_new_model(hidden_size: int) -> float:
     return float(f"{min(4e-3, 4e-3 * 64 / hidden_size):.2g}")
 
 
+@check_types
 def expert_parameter_groups(
     model: nn.Module,
     learning_rate: float,
@@ -110,6 +112,7 @@ def expert_parameter_groups(
     ]
 
 
+@check_types
 def make_optimizer(
     model: nn.Module,
     args: "TrainingArguments",

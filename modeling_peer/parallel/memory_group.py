@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..arguments.check_types import check_types
 from ..experts import expert_tables
 from ..optim.frozen_rows import freezes_of
 from .columns import ExpertColumns, MemoryGroup, decoder_of, run_on_columns
@@ -76,6 +77,7 @@ def _own_group(ranks, world):
     return own
 
 
+@check_types
 def shard_experts(model: Any, ep_size: int) -> Any:
     """
     Split only the expert tables of a whole model, in place. The other parameters may be replicated by

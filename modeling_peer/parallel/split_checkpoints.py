@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
+from ..arguments.check_types import check_types
 from ..experts import expert_tables
 from ..memory.advice import advise_random_access, advise_whole_access
 from ..memory.host_tables import advise_tables, keep_in_host_memory
@@ -34,14 +35,25 @@ from .split_initialization import own_part
 # Elements that are gathered at a time, 16 MB in float32.
 CHUNK_ELEMENTS = 2**22
 
+# Fields of a configuration that the tensors of a checkpoint fix.
+FIXED_SIZES = ("num_experts", "num_retrieval_heads", "query_size", "sub_keys_per_head")
+
 
 def from_pretrained(method: Any, model_class: type, *args: Any, **kwargs: Any) -> Any:
     """
     Load as Transformers does. Expert tables stay in the mapped file, and the operating system is advised to read only
     the rows that are requested. Tables that `device_map` puts on `"cpu"` are never copied to a GPU: their experts run
-    on the CPU.
+    on the CPU. Raises `ValueError` for fields that the checkpoint does not fit.
     """
-    loaded = method(*args, **kwargs)
+    try:
+        loaded = method(*args, **kwargs)
+    except RuntimeError as error:
+        if sizes := {name: kwargs[name] for name in FIXED_SIZES if name in kwargs}:
+            raise ValueError(
+                f"The checkpoint has other sizes than {sizes}: load it without them. `keep_heads` drops heads then, "
+                "and `add_experts` adds experts."
+            ) from error
+        raise
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.was_loaded = True
     keep_in_host_memory(model)
@@ -109,6 +121,7 @@ def has_parts_alone(model: nn.Module) -> bool:
     return are_split and not are_gathered
 
 
+@check_types
 def whole_state_dict(model: nn.Module, directory: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     Gather the state dict of a model whose tables are split by [`shard_experts`], with whole tables. Other trained

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from ..arguments.check_types import check_types
 from .memory_group import check_agreement
 from .plans import has_several_processes
 from .releases import TorchDispatchMode, ensure_process_group
@@ -33,6 +34,7 @@ DRAWS = {aten.normal_.default, aten.uniform_.default}
 CHUNK_ELEMENTS = 2**22
 
 
+@check_types
 def make_split_model(
     model_class: Any,
     config: PreTrainedConfig,

@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..arguments.check_types import check_types
 from ..ops.quantized_rows import INTEGER_DTYPES, quantize
 from .table import QuantizedTable, dequantize_tables, make_quantized, quantize_table, tables_to_quantize
 
@@ -40,6 +41,7 @@ class PeerQuantizationConfig(QuantizationConfigMixin):
         `ValueError`: for another number of bits, or a group size that is not positive or, with 4 bits, odd.
     """
 
+    @check_types
     def __init__(self, bits: int = 8, group_size: int | None = None, quant_method: str = QUANT_METHOD):
         self.quant_method: Any = quant_method
         self.bits = bits
@@ -108,6 +110,7 @@ class QuantizeRows(ConversionOps):
         return {full_layer_name: rows.integers, f"{full_layer_name.removesuffix('weight')}scales": rows.scales}
 
 
+@check_types
 def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = None) -> nn.Module:
     """
     Quantize all expert tables of a model in place, one after the other.
@@ -161,6 +164,7 @@ def _saved_model(model):
     return next((each for each in models if each.config.model_type in MODEL_TYPES), None)
 
 
+@check_types
 def dequantize_experts(model: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """
     Undo [`quantize_experts`] in place, except for the rounding: tables are floating point and trainable again.

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments.check_types import check_types
 from ..quantization.quantizer import replace_config
 from ..router import AddedRouter, ProductKeyRouter
 
 
+@check_types
 @torch.no_grad()
 def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
     """

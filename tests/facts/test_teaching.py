@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -174,7 +173,9 @@ def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return read_piece(reader, piece, batch_size, bar)
 
-    Path(tmp_path, "states-of-other-facts.pt").touch()
+    own = [tmp_path / "states-of-my-work.pt", tmp_path / "states-of-a-folder"]
+    own[0].touch()
+    own[1].mkdir()
     monkeypatch.setattr(states.StateReader, "_read_piece", stop_at_third)
     torch.manual_seed(0)
     base = base_of(tokenizer)
@@ -186,16 +187,19 @@ def test_goes_on_after_an_interruption(tokenizer, taught, tmp_path, monkeypatch)
     pieces[:] = [first, second]
     weight = base.model.layers[0].mlp.down_proj.weight
     was = weight.detach().clone()
+    before = set(tmp_path.iterdir())
     with torch.no_grad():
         weight[0] += 1
         with pytest.raises(KeyboardInterrupt):
             teach_facts(base, tokenizer, FACTS[:3], **arguments)
         weight.copy_(was)
+    of_other_weights = set(tmp_path.iterdir()) - before
     assert pieces[2] == first
     pieces.clear()
     monkeypatch.setattr(states.StateReader, "_read_piece", lambda *args: pieces.append(args[1]) or read_piece(*args))
     model = teach_facts(base, tokenizer, FACTS[:3], **arguments).eval()
-    assert pieces[0] == third and first not in pieces and not list(tmp_path.iterdir())
+    assert pieces[0] == third and first not in pieces
+    assert sorted(tmp_path.iterdir()) == sorted([*own, *of_other_weights])
     for name, value in grafts_of_facts(taught)[0].state_dict().items():
         assert torch.equal(grafts_of_facts(model)[0].state_dict()[name], value), name
 

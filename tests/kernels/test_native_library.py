@@ -172,7 +172,6 @@ class TestKept:
         assert reported == ["42", "42", "42", "compiled"]
         assert len(libraries(cache)) == 1
 
-
     @pytest.mark.parametrize("damage", [lambda code: code[: len(code) // 2], lambda code: code[:-1] + b"?", None])
     def test_a_damaged_one_is_compiled_again(self, damage, cache, sources, compilations):
         """Code that is mapped from a file cut short ends the process."""

@@ -220,7 +220,7 @@ def test_with_the_code_of_the_checkpoint(checkpoint):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("fields", [{"bits": 5}, {"bits": "8"}, {"group_size": 0}, {"group_size": 33, "bits": 4}])
+    @pytest.mark.parametrize("fields", [{"bits": 5}, {"group_size": 0}, {"group_size": 33, "bits": 4}])
     def test_of_configurations(self, fields):
         with pytest.raises(ValueError, match=f"`{next(iter(fields))}` must be"):
             PeerQuantizationConfig(**fields)
@@ -282,6 +282,6 @@ class TestRefusals:
             lambda: add_experts(model, 16),
             lambda: add_experts(model, 13, mode="open"),
         ):
-            with pytest.raises(ValueError, match="Quantized"):
+            with pytest.raises(ValueError, match="[Qq]uantized"):
                 change()
         assert model.config == grown and [each.requires_grad for each in model.parameters()] == trained

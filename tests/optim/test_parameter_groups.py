@@ -130,6 +130,13 @@ def test_a_training_without_the_optimizer_is_told_of_it_whatever_its_tables_take
     assert not said and optimizer
 
 
+@pytest.mark.parametrize("rates", [{"learning_rate": "1e-3"}, {"learning_rate": 0.1, "down_proj_lr_multiplier": "2"}])
+def test_rates_of_another_type_are_refused_by_name(rates):
+    name = list(rates)[-1]
+    with pytest.raises(TypeError, match=f"`{name}` must be of type float, got '{rates[name]}'"):
+        expert_parameter_groups(small_model("peer"), **rates)
+
+
 def test_rates_follow_the_width():
     assert [learning_rate_of_new_model(width) for width in (32, 128, 768)] == [4e-3, 2e-3, 3.3e-4]
 
