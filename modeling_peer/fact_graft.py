@@ -321,9 +321,12 @@ def make_graft(
     has_biases: bool = False,
     fact_sizes: dict[str, int] | None = None,
     facts: list[dict[str, Any]] | None = None,
+    has_gate: bool = False,
 ) -> PeerGraft:
     """Make an uninitialized graft: a [`FactGraft`] if `fact_sizes` is given, otherwise a [`PeerGraft`]."""
-    return PeerGraft(config, has_biases) if fact_sizes is None else FactGraft(config, FactSizes(**fact_sizes), facts)
+    if fact_sizes is not None:
+        return FactGraft(config, FactSizes(**fact_sizes), facts)
+    return PeerGraft(config, has_biases, has_gate)
 
 
 class NameTokens(DynamicLayer):

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from .configuration_peer import PeerConfig
 from .feed_forward import PeerFeedForward
-from .router import ForwardPass, QueryBatchNorm
+from .router import AddedRouter, ForwardPass, QueryBatchNorm
 
 
 # The method of PEFT, and the prefix of the names of its adapters' modules.
@@ -142,13 +142,16 @@ class PeerGraft(PeerFeedForward):
     Args:
         config (`PeerConfig`): `hidden_size` is that of the base model, one more with `has_biases`.
         has_biases (`bool`, *optional*, defaults to `False`)
+        has_gate (`bool`, *optional*, defaults to `False`): Whether its router has a gate, see [`AddedRouter`].
     """
 
     # Whether, of all grafts of this kind, only the last one that opens for a token contributes there.
     answers_alone = False
 
-    def __init__(self, config: PeerConfig, has_biases: bool = False):
+    def __init__(self, config: PeerConfig, has_biases: bool = False, has_gate: bool = False):
         super().__init__(config, layer_idx=0)
+        if has_gate:
+            self.router = AddedRouter(config, self.router.generation)
         self.config = config
         # Set by `watch_decoder`. If `None`, each call of `forward` is a forward pass of its own.
         self.decoder_forward: DecoderForward | None = None

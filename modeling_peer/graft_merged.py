@@ -27,6 +27,7 @@ from transformers.models.auto import modeling_auto
 from .fact_graft import FactGraft, make_graft
 from .graft_layer import LAYER_FIELDS, GraftedFeedForward, peer_config_of_base_model, watch_decoder
 from .modeling_peer import ExtensibleCheckpoints, check_package
+from .router import AddedRouter
 
 
 MODEL_TYPE = "peer_grafted"
@@ -129,9 +130,9 @@ def _add_grafts(model):
     watch_decoder(model)
 
 
-def _graft_of(config: PreTrainedConfig, has_biases, fact_sizes=None, facts=None, **fields):
+def _graft_of(config: PreTrainedConfig, has_biases, fact_sizes=None, facts=None, has_gate=False, **fields):
     peer_config = peer_config_of_base_model(config.get_text_config(), **fields)
-    graft = make_graft(peer_config, has_biases, fact_sizes, facts)
+    graft = make_graft(peer_config, has_biases, fact_sizes, facts, has_gate)
     graft.init_weights()
     return graft
 
@@ -140,7 +141,8 @@ def _describe(graft):
     fields = {name: getattr(graft.config, name) for name in ("hidden_size", "intermediate_size", *LAYER_FIELDS)}
     if isinstance(graft, FactGraft):
         fields |= {"fact_sizes": asdict(graft.router.sizes), "facts": graft.facts}
-    return {"has_biases": graft.output_bias is not None, **fields}
+    own = {"has_biases": graft.output_bias is not None, "has_gate": isinstance(graft.router, AddedRouter)}
+    return own | fields
 
 
 def check_mergeable(model: PreTrainedModel) -> None:

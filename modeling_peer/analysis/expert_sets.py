@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ..experts import ExpertPool
 from ..fact_graft import FactGraft
 from ..feed_forward import PeerFeedForward, PkmFeedForward
-from ..graft_layer import PREFIX, GraftedFeedForward
-from ..router import ProductKeyRouter
+from ..graft_layer import PREFIX, GraftedFeedForward, PeerGraft
+from ..router import AddedRouter, ProductKeyRouter
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,17 @@ def find_fact_grafts(model: nn.Module) -> dict[str, FactGraft]:
         module_label(modules, name): module
         for name, module in modules.items()
         if isinstance(module, FactGraft) and _is_active(modules, name)
+    }
+
+
+def find_gated_grafts(model: nn.Module) -> dict[str, PeerGraft]:
+    """Find the grafts with `has_gate` of active adapters, by their labels. Merged ones keep their gates."""
+    modules = dict(model.named_modules())
+    return {
+        module_label(modules, name): module
+        for name, module in modules.items()
+        if isinstance(module, PeerGraft) and isinstance(module.router, AddedRouter)
+        if _adapter_of(name) and _is_active(modules, name)
     }
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_background import batches_of
-from ..analysis.expert_sets import find_fact_grafts
+from ..analysis.expert_sets import find_fact_grafts, find_gated_grafts
 from ..feed_forward import PeerFeedForward
 from ..router import ExpertGate
 
@@ -47,18 +47,18 @@ def fit_gates(
     progress_bar: bool = True,
 ) -> dict[int | str, GateFit]:
     """
-    Fit the gates of the last addition of experts, a protected one, to open for the new text and stay closed for the
-    reference. A gate decides on each token by the hidden state that its layer gets. Fit gates between [`add_experts`]
-    and training: experts that are silent outside the new text have less to unlearn there. Only the gates change. The
-    hidden states of both texts are kept on the CPU, for each layer that grew.
+    Fit the gates of the last addition of experts, a protected one, or of grafts with `has_gate`, to open for the new
+    text and stay closed for the reference. A gate decides on each token by the hidden state that its layer gets. Fit
+    gates between [`add_experts`] and training: experts that are silent outside the new text have less to unlearn
+    there. Only the gates change. The hidden states of both texts are kept on the CPU, for each layer that grew.
 
     If `model` has grafts of facts, the thresholds of their questions are chosen again, for example against questions
     that were answered though nobody taught them. Each sequence of `new_text` is then a question, and the gate should
     open at its last token. For `reference_text` it should stay shut at every token.
 
     Args:
-        model ([`PeerPreTrainedModel`] or a model with grafts of facts):
-            A model to which experts were added in protected mode.
+        model ([`PeerPreTrainedModel`] or a model with grafts):
+            A model to which experts were added in protected mode, or with grafts that have a gate.
         new_text (iterable of `dict`):
             Sequences of the text to learn, each with `input_ids` and optionally an `attention_mask`, both of shape
             `(sequence_length,)`; or a `DataLoader` of batches.
@@ -72,7 +72,7 @@ def fit_gates(
 
     Returns:
         `dict[int | str, GateFit]`: for each layer that grew, by its index, how far its gate opens on a held-out tenth
-            of the sequences. For grafts of facts, by their labels.
+            of the sequences. For grafts, by their labels.
 
     Raises:
         `ValueError`: if the last addition is not a protected one, or a text has fewer than two sequences.
@@ -81,13 +81,14 @@ def fit_gates(
         return _fit_thresholds(
             model, fact_grafts, new_text, reference_text, reference_weight, batch_size, progress_bar
         )
+    grafts = find_gated_grafts(model)
     last = (getattr(model.config, "expert_additions", None) or [{"mode": None}])[-1]
-    if last["mode"] != "protected":
+    if not grafts and last["mode"] != "protected":
         raise ValueError(
-            "Gates are those of active grafts of facts, or of experts added in protected mode, got "
-            f"{last['mode']!r} as last addition."
+            "Gates are those of active grafts of facts, of active adapters with `has_gate`, or of experts added in "
+            f"protected mode, got {last['mode']!r} as last addition."
         )
-    layers = {
+    layers: dict[Any, Any] = grafts or {
         module.layer_idx: module
         for module in model.modules()
         if isinstance(module, PeerFeedForward) and module.layer_idx in last["layers"]
@@ -98,7 +99,7 @@ def fit_gates(
     ]
     results: dict[int | str, GateFit] = {}
     for index, layer in layers.items():
-        gate: Any = layer.added_routers[-1].gate
+        gate: Any = [layer.router, *layer.added_routers][-1].gate
         held_out = [torch.cat(text[index][::10]) for text in texts]
         new, reference = [torch.cat([each for i, each in enumerate(text[index]) if i % 10]) for text in texts]
         steps = tqdm(range(num_steps), desc=f"Gate of layer {index}", disable=not progress_bar)

@@ -58,6 +58,9 @@ class PeerGraftConfig(PeftConfig):
             `False`.
         expert_kernels (`str`, *optional*, defaults to `"auto"`):
             Implementation of the experts, see [`PeerConfig`]. For an existing graft, set this in its own `config`.
+        has_gate (`bool`, *optional*, defaults to `False`):
+            Whether a gate decides which tokens use a graft beside the feed-forward. It is open until [`fit_gates`]
+            fits it.
         fact_sizes (`dict`, *optional*):
             The fields of [`FactSizes`] for a graft of facts, as [`teach_facts`] makes it: its experts hold the
             answers of facts, and a gate opens only where one of these facts is asked for.
@@ -95,6 +98,7 @@ class PeerGraftConfig(PeftConfig):
     expert_act: str | None = "auto"
     gated_experts: bool | Literal["auto"] = "auto"
     expert_kernels: str = "auto"
+    has_gate: bool = False
     fact_sizes: dict[str, int] | None = None
     facts: list[dict[str, Any]] | None = None
     host_model_type: str | None = None
@@ -127,8 +131,9 @@ class PeerGraftConfig(PeftConfig):
             check_type(field.name, getattr(self, field.name), field.type)
         if self.placement not in ("beside", "in_place"):
             raise ValueError(f"`placement` must be 'beside' or 'in_place', got {self.placement!r}.")
-        if self.fact_sizes is not None and self.placement != "beside":
-            raise ValueError(f'`fact_sizes` needs `placement="beside"`, got {self.placement!r}.')
+        for name in ("fact_sizes", "has_gate"):
+            if getattr(self, name) and self.placement != "beside":
+                raise ValueError(f'`{name}` needs `placement="beside"`, got {self.placement!r}.')
         if self.init_from_ffn and self.placement != "in_place":
             raise ValueError('`init_from_ffn` needs `placement="in_place"`, got "beside", which starts at zero.')
         try:

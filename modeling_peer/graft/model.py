@@ -40,7 +40,7 @@ from .initialization import init_graft
 GRAFT_PARTS = {
     *("router", "query_proj", "query_norm", "key_norm", "sub_keys", "weight", "bias", "running_mean", "running_var"),
     *("num_batches_tracked", "expert_pool", "up_proj", "gate_proj", "down_proj", "output_bias"),
-    *("subjects", "questions", "tokens", "names", "keys", "threshold"),
+    *("gate", "subjects", "questions", "tokens", "names", "keys", "threshold"),
     *("expert_subjects", "expert_questions", "expert_tokens"),
 }
 
@@ -90,14 +90,17 @@ class PeerGraftLayer(nn.Module, BaseTunerLayer):
         return None if replacing else self.base_layer, grafts
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT; quantized tables learn nothing. Raises `ValueError` as [`~PeerGraftLayer.branches`] does."""
+        """
+        As in PEFT; quantized tables and gates learn nothing. Raises `ValueError` as [`~PeerGraftLayer.branches`] does.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.branches(names)
         for name, graft in self.peer_graft_layer.items():
-            for module in graft.modules():
+            for path, module in graft.named_modules():
+                learns = name in names and not inference_mode and ".gate." not in path
                 for parameter in module.parameters(recurse=False) if not isinstance(module, QuantizedTable) else ():
                     if parameter.is_leaf:  # under FSDP1 these may be views of its own parameters
-                        parameter.requires_grad_(name in names and not inference_mode)
+                        parameter.requires_grad_(learns)
         self._active_adapter = names
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -181,7 +184,7 @@ class PeerGraftModel(BaseTuner):
         fields = {name: getattr(peft_config, name) for name in LAYER_FIELDS}
         sizes = parts.hidden_size + has_biases, parts.intermediate_size
         config = peer_config_of_base_model(self.model.config.get_text_config(), *sizes, **fields)
-        graft = make_graft(config, has_biases, peft_config.fact_sizes, peft_config.facts)
+        graft = make_graft(config, has_biases, peft_config.fact_sizes, peft_config.facts, peft_config.has_gate)
         advise_tables(graft, advise_huge_pages)
         if any(parameter.is_meta for parameter in graft.parameters()):
             pass  # saved weights come
