@@ -1,17 +1,20 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Teaches a trained PEER model the text of a domain, and keeps what it has learned: adds experts and trains only these.
+Teaches a trained model the text of a domain, and keeps what it has learned: adds experts and trains only these.
 
     python examples/teach_domain.py --model_name_or_path runs/clm --train_file notes --kept_file corpus \
         --output_dir runs/taught
+
+A PEER model gets further experts in each of its PEER layers. Any other causal language model gets a graft, a PEER
+layer beside the feed-forward of its middle layer, which is saved as an adapter of PEFT.
 
 A gate decides by the hidden states of a token whether it uses the added experts. It is fitted to open for the text of
 the domain and to stay shut for a sample of --kept_file, text that the model should continue to predict as before.
 Without this flag, the model writes such a sample itself.
 
-The script prints the held-out perplexity of both texts before and after, and with the added experts masked, which
-gives the original model. It saves these figures as `teaching.json` in --output_dir. An interrupted run resumes from
+The script prints the held-out perplexity of both texts before and after, and without the added experts, which is
+the original model. It saves these figures as `teaching.json` in --output_dir. An interrupted run resumes from
 the last checkpoint there. The defaults are the best of the study of streams, `examples/studies/stream/`.
 """
 
@@ -19,14 +22,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel, get_peft_model
 from run_clm import choose_block_size, load_text
 from transformers import (
     AutoModelForCausalLM,
@@ -57,12 +62,14 @@ from common.training import (
 )
 from modeling_peer import (
     PeerConfig,
+    PeerGraftConfig,
     add_experts,
     fit_gates,
     generate_text,
     last_complete_checkpoint,
     masked_experts,
 )
+from modeling_peer.graft.card import write_adapter_card
 
 
 DOMAIN, KEPT = "domain", "kept text"
@@ -87,7 +94,10 @@ class TeachingArguments:
     """How many experts are added, and which texts the model should continue to predict as before."""
 
     num_added_experts: int = field(
-        default=64**2, metadata={"help": "Experts to add to each PEER layer, a square number."}
+        default=64**2,
+        metadata={
+            "help": "Experts to add to each PEER layer, or to the middle layer of another model, a square number."
+        },
     )
     kept_file: list[str] | None = field(
         default=None,
@@ -183,12 +193,14 @@ class Figures:
         before, after, masked (`dict[str, float]`):
             Held-out perplexity of either text before the teaching, after it, and then without the added experts.
         openness (`dict[str, float]`): Mean of the gates of all layers on either text, after they were fitted.
+        layers (`list[int | str]`): Where experts were added: indices of PEER layers, or the label of the graft.
     """
 
     before: dict[str, float]
     openness: dict[str, float]
     after: dict[str, float] = field(default_factory=dict)
     masked: dict[str, float] = field(default_factory=dict)
+    layers: list[int | str] = field(default_factory=list)
 
     @property
     def is_restored(self) -> bool:
@@ -200,7 +212,7 @@ class Figures:
             "held-out perplexity": [DOMAIN, KEPT],
             "before": [f"{self.before[name]:.2f}" for name in (DOMAIN, KEPT)],
             "after": [f"{self.after[name]:.2f}" for name in (DOMAIN, KEPT)],
-            "after, added experts masked": [f"{self.masked[name]:.2f}" for name in (DOMAIN, KEPT)],
+            "after, without the experts": [f"{self.masked[name]:.2f}" for name in (DOMAIN, KEPT)],
             "mean of the gates": [f"{self.openness[name]:.1%}" for name in (DOMAIN, KEPT)],
         }
         return "\n".join(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items())
@@ -208,22 +220,18 @@ class Figures:
 
 def check_can_be_taught(config: PreTrainedConfig, num_added_experts: int) -> None:
     """Raises `UsageError` if experts cannot be added to a model with this configuration."""
-    if not isinstance(config, PeerConfig):
-        raise UsageError(
-            f"Experts are added to PEER models, and this one has a {type(config).__name__}: give it experts by a "
-            "graft, see docs/teach-a-model.md."
-        )
-    if "peer" not in config.feed_forward_types:
+    is_peer = isinstance(config, PeerConfig)
+    if is_peer and "peer" not in config.feed_forward_types:
         raise UsageError(
             f"The model has no PEER layer to add experts to, only {sorted(set(config.feed_forward_types))}: choose "
             "another checkpoint, --model_name_or_path."
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if is_peer and getattr(config, "quantization_config", None) is not None:
         raise UsageError(
             "The experts of the model are quantized, and none are added to such: teach the checkpoint that it was "
             "quantized from, and quantize the result by examples/quantize.py."
         )
-    smallest = config.num_experts_per_head**2
+    smallest = (config if is_peer else PeerGraftConfig).num_experts_per_head ** 2
     if num_added_experts < smallest or math.isqrt(num_added_experts) ** 2 != num_added_experts:
         raise UsageError(
             f"--num_added_experts must be a square number of at least {smallest}, the square of "
@@ -321,33 +329,48 @@ def perplexities(
     }
 
 
+def add(
+    model: PreTrainedModel, num_experts: int
+) -> tuple[PreTrainedModel | PeftModel, Callable[[], AbstractContextManager[None]]]:
+    """
+    Add experts to each layer of a PEER model, or a graft to another model. Returns the model, of which only these are
+    trained, and what makes a context without them.
+    """
+    if isinstance(model.config, PeerConfig):
+        return model, partial(without, model, add_experts(model, num_experts))
+    with ends_on_usage_error(ValueError):
+        graft = PeerGraftConfig(task_type="CAUSAL_LM", num_experts=num_experts, has_gate=True)
+        adapted: PeftModel = get_peft_model(model, graft)
+    return adapted, adapted.disable_adapter
+
+
 def grow(
     model: PreTrainedModel,
     texts: dict[str, dict[str, Dataset]],
     args: TeachingArguments,
     training_args: DomainTrainingArguments,
-) -> tuple[dict[int, range], Figures]:
-    """Add experts and fit their gates. Returns the new experts of each layer, and the figures so far."""
+) -> tuple[PreTrainedModel | PeftModel, Callable[[], AbstractContextManager[None]], Figures]:
+    """Add experts and fit their gates. Returns what [`add`] does, and the figures so far."""
     samples = {name: take_samples(blocks["train"], args.num_gate_sequences) for name, blocks in texts.items()}
     before = perplexities(model, texts, training_args)
-    experts = add_experts(model, args.num_added_experts)
+    grown, original = add(model, args.num_added_experts)
     fits = fit_gates(
-        model,
+        grown,
         samples[DOMAIN],
         samples[KEPT],
         reference_weight=args.reference_weight,
         batch_size=training_args.per_device_eval_batch_size,
         progress_bar=not training_args.disable_tqdm,
-    ).values()
+    )
     openness = {
-        DOMAIN: sum(fit.open_for_new for fit in fits) / len(fits),
-        KEPT: sum(fit.open_for_reference for fit in fits) / len(fits),
+        DOMAIN: sum(fit.open_for_new for fit in fits.values()) / len(fits),
+        KEPT: sum(fit.open_for_reference for fit in fits.values()) / len(fits),
     }
-    return experts, Figures(before, openness)
+    return grown, original, Figures(before, openness, layers=[*fits])
 
 
 def make_trainer(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     training_args: DomainTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, dict[str, Dataset]],
@@ -385,19 +408,44 @@ def save_figures(trainer: Trainer, figures: Figures, **run: Any) -> None:
         Path(trainer.args.output_dir, "teaching.json").write_text(text + "\n", encoding="utf-8")
 
 
-def describe(figures: Figures, model: PreTrainedModel, folder: str) -> str:
+CARD = """
+
+## The text of a domain
+
+It adds {number:,} experts, which were trained on {data}. Within `with model.disable_adapter():` the model is the base
+model.
+
+```
+{figures}
+```
+"""
+
+
+def write_graft_card(trainer: Trainer, figures: Figures, number: int, data: str, **_: Any) -> None:
+    """Write the figures into the card of a graft, in place of those of an earlier run."""
+    if trainer.is_world_process_zero():
+        file = Path(trainer.args.output_dir, "README.md")
+        write_adapter_card(file.parent, trainer.model.name_or_path, "CAUSAL_LM")
+        text = CARD.format(number=number, data=data, figures=figures)
+        before = file.read_text(encoding="utf-8").partition(text[: text.index("It adds")])[0]
+        file.write_text(before.rstrip() + text, encoding="utf-8")
+
+
+def describe(figures: Figures, num_experts: int, is_adapter: bool, folder: str) -> str:
     """A report of a teaching, and what to do next."""
-    addition = model.config.expert_additions[-1]
     restored = "what they were, to the bit" if figures.is_restored else "not quite what they were"
+    push = f"./run python examples/push_to_hub.py --model_name_or_path {folder} --repo_id USER/taught"
+    if is_adapter:
+        push = f'hf upload USER/taught {folder} --exclude "checkpoint-*" --exclude "_*"'
     return f"""
 {figures}
 
-{addition["num_experts"]:,} experts were added to each of the layers {addition["layers"]}. With them masked, perplexities are {restored}.
+{num_experts:,} experts were added at each of: {", ".join(map(str, figures.layers))}. Without them, perplexities are {restored}.
 
-In {folder}: the model with its tokenizer, and all figures in teaching.json.
+In {folder}: the {"adapter" if is_adapter else "model"} with its tokenizer, and all figures in teaching.json.
 What to do next:
   ./run python examples/run_generation.py --model_name_or_path {folder} --prompt "The " --do_sample
-  ./run python examples/push_to_hub.py --model_name_or_path {folder} --repo_id USER/taught
+  {push}
   docs/teach-a-model.md   what to do if a text is predicted worse than it should be, or for a further domain"""
 
 
@@ -472,13 +520,13 @@ def teach(
     data: str,
 ) -> tuple[Trainer, Figures]:
     """Add experts to a model, train them or resume from a checkpoint, and measure the result."""
-    experts, figures = grow(model, texts, args, training_args)
+    model, original, figures = grow(model, texts, args, training_args)
     trainer = make_trainer(model, training_args, tokenizer, texts)
     train(trainer, checkpoint, data)
     # With bf16, Accelerate wraps the forward in autocast: unwrap it to compare the model with the original.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     figures.after = perplexities(model, texts, training_args)
-    with without(model, experts):
+    with original():
         figures.masked = perplexities(model, texts, training_args)
     return trainer, figures
 
@@ -500,8 +548,13 @@ def main():
     trainer, figures = teach(model, tokenizer, texts, args, training_args, checkpoint, data_args.description)
     command = command_to_share(sys.argv, training_args.hub_token)
     save_figures(trainer, figures, command=command, seconds=round(time.time() - start))
+    is_adapter = isinstance(trainer.model, PeftModel)
+    if is_adapter:
+        shown = figures, args.num_added_experts, data_args.description
+        trainer.create_model_card = partial(write_graft_card, trainer, *shown)
+        trainer.create_model_card()
     save_card(trainer, dataset=data_args.dataset_name)
-    print(describe(figures, model, training_args.output_dir))
+    print(describe(figures, args.num_added_experts, is_adapter, training_args.output_dir))
 
 
 if __name__ == "__main__":

@@ -365,7 +365,10 @@ def train(trainer: Trainer, checkpoint: str | None = None, data: str | None = No
         logger.warning(
             f"{checkpoint} is the end of this training: raise --max_steps or --num_train_epochs to continue."
         )
-        trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
+        if isinstance(trainer.model, PreTrainedModel):
+            trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
+        else:  # an adapter
+            trainer._load_from_checkpoint(checkpoint)
         trainer.save_model()
         if not _has_metrics(trainer.args):  # the process was killed before it saved them
             trainer.save_metrics("train", _samples(trainer))
