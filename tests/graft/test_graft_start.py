@@ -103,7 +103,7 @@ class TestStart:
         for _ in range(2):
             down = grafts_of(get_peft_model(base_model_of(), config))[0].expert_pool.down_proj.weight
             assert down.any(1).sum() == 32
-        assert_refused(base_model_of("gpt2"), config, "`target_modules`")
+        assert_refused(base_model_of("gpt2"), config, "`host_model_type`")
 
     @pytest.mark.parametrize("kind", ["llava", "gemma3"])
     def test_in_the_decoder_of_text(self, kind):
