@@ -33,7 +33,6 @@ def host_table_device_map(
         config ([`PeerConfig`])
         device (`int`, `str` or `torch.device`): Where the rest of the model goes.
     """
-    torch.device(device)  # raises an error for a device that does not exist
     with torch.device("meta"):
         model = model_class(config)
     return dict(_places(model, "", device, set(expert_tables(model).values())))
