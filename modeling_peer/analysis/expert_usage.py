@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..arguments.check_types import check_types
 from ..router import ProductKeyRouter
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, module_label, observe_router, observe_routers
@@ -32,6 +33,7 @@ class ExpertUsageMeter:
             How often each expert was the best of a head, with a non-zero weight, int64.
     """
 
+    @check_types
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
         self.scores = torch.zeros(num_experts, device=device)
         self.top1_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments.check_types import check_types
 from ..experts import ExpertPool
 from ..router import ProductKeyRouter
 from .evaluation import evaluation
@@ -225,6 +226,7 @@ def _device_of(table, tensor):
     return tensor.device if device.type == "meta" else device
 
 
+@check_types
 def explain_tokens(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from ..arguments.check_types import check_types
 from ..modeling_peer import CheckpointInterface
 from ..router import QueryBatchNorm
 
@@ -14,6 +15,7 @@ from ..router import QueryBatchNorm
 logger = logging.get_logger(__name__)
 
 
+@check_types
 def freeze_query_norm(model: nn.Module) -> None:
     """
     Let a trained model use the running statistics of its query BatchNorms in training. These and the weights of the

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
+from ..arguments.check_types import check_types
 from ..optim.row_adamw import RowAdamW
 from .split_checkpoints import has_parts_alone, whole_state_dict
 
@@ -58,6 +59,7 @@ class SplitCheckpointCallback(TrainerCallback):
         `ValueError`: when the training begins, if `save_only_model` is `False`.
     """
 
+    @check_types
     def __init__(self, resume_from_checkpoint: str | Path | None = None):
         self.resume_from_checkpoint = resume_from_checkpoint
         self._saved_step = None
