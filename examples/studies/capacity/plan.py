@@ -59,6 +59,10 @@ class Run:
         learning_rate, multiplier (`float`): The learning rate, and the ratio of the rate of v_i to that of u_i.
         seed (`int`): Draws facts, weights and their order.
         warmup (`float`): The share of steps in which the rate rises.
+        up_multiplier (`float`, *optional*):
+            The rate of u_i, or of the feed-forwards of a model without tables, as a multiple of the learning rate.
+            It defaults to 0.25 for u_i and to 1 for feed-forwards.
+        initializer_range (`float`, *optional*): Defaults to that of all variants.
     """
 
     kind: str
@@ -68,6 +72,8 @@ class Run:
     multiplier: float = MULTIPLIER
     seed: int = TRIAL_SEED
     warmup: float = WARMUP
+    up_multiplier: float | None = None
+    initializer_range: float | None = None
 
     @property
     def name(self) -> str:
@@ -75,7 +81,9 @@ class Run:
         numbers = (*asdict(self.load).values(), self.learning_rate, self.multiplier, self.seed)
         if self.warmup != WARMUP:
             numbers += (self.warmup,)
-        return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers)])
+        others = {"u": self.up_multiplier, "std": self.initializer_range}
+        named = [f"{name}{value:.6g}" for name, value in others.items() if value is not None]
+        return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers), *named])
 
 
 # Variants that the picture needs, which come first.

@@ -64,14 +64,22 @@ def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArgumen
 
 
 def optimizer_of(model: nn.Module, arguments: TrainingArguments, run: Run) -> torch.optim.Optimizer:
-    """The optimizer of a run."""
-    return make_optimizer(model, arguments, 0.25, run.multiplier)
+    """The optimizer of a run. The feed-forwards of a model without tables may have a rate of their own too."""
+    optimizer = make_optimizer(model, arguments, run.up_multiplier or 0.25, run.multiplier)
+    if run.up_multiplier is not None and not expert_tables(model):
+        own = {id(parameter): parameter for name, parameter in model.named_parameters() if ".mlp." in name}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        rate = arguments.learning_rate * run.up_multiplier
+        optimizer.add_param_group({"params": [*own.values()], "lr": rate, "weight_decay": 0.0, "rows": False})
+    return optimizer
 
 
 def store_facts(run: Run, folder: Path) -> dict[str, Any]:
     """Train a new model on random facts. Returns what it stored of them and of the controls, and in narrow tables."""
     facts, controls = make_facts(run.load.number, run.load.token_bits, run.seed)
-    model = make_model(run.subject, run.seed)
+    changes = {} if run.initializer_range is None else {"initializer_range": run.initializer_range}
+    model = make_model(run.subject, run.seed, **changes)
     store(model, facts.examples, run, folder, run.load.exposures)
     narrow = (8, 4) if expert_tables(model) else ()
     return {

@@ -84,10 +84,10 @@ def has_tables(variant: str) -> bool:
     return variant.startswith(("peer", "pkm"))
 
 
-def configuration(variant: str) -> PeerConfig:
-    """The configuration of a variant."""
+def configuration(variant: str, **changes: Any) -> PeerConfig:
+    """The configuration of a variant, with other values of some fields."""
     FeedForwardInterface.register("mlp", MlpFeedForward)
-    return PeerConfig(**SHARED | VARIANTS[variant])
+    return PeerConfig(**SHARED | VARIANTS[variant] | changes)
 
 
 def costs(variant: str) -> ModelCosts:
@@ -95,7 +95,7 @@ def costs(variant: str) -> ModelCosts:
     return model_costs(configuration(variant), sequence_length=LENGTH)
 
 
-def make_model(variant: str, seed: int) -> PeerForCausalLM:
-    """A new model of a variant."""
+def make_model(variant: str, seed: int, **changes: Any) -> PeerForCausalLM:
+    """A new model of a variant, with other values of some fields of its configuration."""
     set_seed(seed)
-    return PeerForCausalLM(configuration(variant))
+    return PeerForCausalLM(configuration(variant, **changes))

@@ -1,0 +1,1 @@
+"""A study of the rates at which dense, MoE, PKM and PEER models store most facts."""
