@@ -50,8 +50,8 @@ _PROCESS = os.getpid()
 def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
     """
     Return the library compiled from the C files of a folder. It is kept in `$HF_HOME/modeling_peer` for this compiler
-    and processor. If others could put code there, or the folder cannot be used, it is kept in a private folder for
-    temporary files. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
+    and processor. If others could put code there, or the folder cannot be used, it is kept in `~/.modeling_peer`,
+    and otherwise compiled by each process. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
     after a warning, if no compiler works or every folder is open to others.
     """
     if (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES:
@@ -61,12 +61,10 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
         content = [file.name + file.read_text(encoding="utf-8") for file in sorted(sources.iterdir())]
         key = "\0".join([*content, *compiler, *COMPILER_FLAGS, _run([*compiler, "--version"]), _processor()])
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
-        temporary = Path(tempfile.gettempdir(), f"modeling_peer-{os.getuid()}")
-        for folder in (Path(constants.HF_HOME, "modeling_peer"), temporary):
+        for parent, of_package in ((constants.HF_HOME, "modeling_peer"), (os.path.expanduser("~"), ".modeling_peer")):
             # The folder cannot be written, is open to others, is full, has no locks, or is mounted `noexec`.
-            with contextlib.suppress(OSError, NotImplementedError):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folder = _private_folder(folder)
+            with contextlib.suppress(OSError, NotImplementedError, subprocess.CalledProcessError):
+                folder = _private_folder(Path(parent, of_package))
                 return ctypes.CDLL(str(_find(folder, name) or _build(compiler, sources, folder, name)))
         with tempfile.TemporaryDirectory() as workplace:
             return ctypes.CDLL(str(_compile(compiler, sources, _private_folder(Path(workplace)))))
@@ -83,16 +81,22 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
 
 def _private_folder(folder):
     """
-    Return the path of a folder without links, so that nobody can lead it elsewhere later. Raises `PermissionError` if
-    others could put code there: if it or a folder above belongs to them, or they could write to it.
+    Make a folder, and return its path without links, so that nobody can lead it elsewhere later. Raises
+    `PermissionError` if others could put code there: if it or a folder above belongs to them, or they could write to it.
     """
+    if not folder.is_absolute():
+        raise PermissionError(f"{folder} depends on where a process runs")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     real = folder.resolve(strict=True)
-    for each in (real, *real.parents):
-        status = each.stat()
+    # From the root down: whoever cannot write to a folder that was looked at cannot exchange the next one.
+    for each in (*reversed(real.parents), real):
+        status = each.lstat()  # what was a folder may have become a link meanwhile
         # In a sticky folder such as /tmp, nobody can rename what belongs to others.
         is_open = status.st_mode & 0o022 and (each == real or not status.st_mode & stat.S_ISVTX)
-        if status.st_uid not in (0, os.getuid()) or is_open or not folder.is_absolute():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.getuid()) or is_open:
             raise PermissionError(f"others could put code in {folder}: {each} belongs to them or is open to them")
+        if status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            break  # nobody else reaches what is below
     return real
 
 
@@ -121,9 +125,11 @@ def compiler_command() -> list[str]:
     return shlex.split(os.environ.get("CC") or "cc")
 
 
-def _run(command, **options):
-    english = {"env": os.environ | {"LC_ALL": "C"}, "encoding": "utf-8", "errors": "replace"}
-    return subprocess.run(command, capture_output=True, check=True, text=True, **english, **options).stdout
+def _run(command, workplace=None):
+    """Run a compiler in English. Its temporary files, and the programs it may look for where it runs, are nobody else's."""
+    environment = os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(workplace)} if workplace else {})
+    options = {"cwd": workplace, "env": environment, "encoding": "utf-8", "errors": "replace"}
+    return subprocess.run(command, capture_output=True, check=True, text=True, **options).stdout
 
 
 def _processor():
@@ -136,7 +142,8 @@ def _processor():
 
 def _build(compiler, sources, folder, name):
     """Compile a library and keep it. Only one of several processes does so, and none sees an incomplete file."""
-    with FileLock(folder / "lock"), tempfile.TemporaryDirectory(dir=folder) as workplace:
+    # Not forever: whoever could read the lock while the folder was open to others may hold it.
+    with FileLock(folder / "lock", timeout=120, mode=0o600), tempfile.TemporaryDirectory(dir=folder) as workplace:
         if found := _find(folder, name):
             return found
         logger.warning_once(
@@ -155,11 +162,11 @@ def _compile(compiler, sources, workplace):
     """Compile the C files of a folder, several at a time, into an empty one, and return the library there."""
     files, linked = sorted(sources.resolve().glob("*.c")), workplace / "kernels.so"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda file: _run([*compiler, *COMPILER_FLAGS, "-c", str(file)], cwd=workplace), files))
+        list(pool.map(lambda file: _run([*compiler, *COMPILER_FLAGS, "-c", str(file)], workplace), files))
     # Linked without OpenMP: its functions are found in the runtime that torch has loaded, not in a second one.
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     compiled = [str(workplace / f"{file.stem}.o") for file in files]
-    _run([*compiler, "-shared", *undefined, *compiled, "-o", str(linked)])
+    _run([*compiler, "-shared", *undefined, *compiled, "-o", str(linked)], workplace)
     return linked
 
 

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache of compiled kernels of a test's own, a number of threads, and tests in Triton's interpreter."""
 
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,9 +41,18 @@ def _watched(request):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and nothing loaded yet."""
+    """An empty cache in a folder that others may reach, and nothing loaded yet."""
+    lstat = Path.lstat
+
+    def reached(self):
+        status = lstat(self)
+        return os.stat_result((status.st_mode | 0o055, *status[1:])) if self in tmp_path.parents else status
+
+    monkeypatch.setattr(Path, "lstat", reached)
+    tmp_path.chmod(0o755)
     monkeypatch.setattr(native.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     load_library.cache_clear()
     yield tmp_path / "home" / "modeling_peer"
     load_library.cache_clear()

@@ -47,13 +47,13 @@ def libraries(folder):
 
 
 def owned_by_another(path, monkeypatch):
-    status_of = Path.stat
+    status_of = Path.lstat
 
-    def stat(self, **kwargs):
-        status = status_of(self, **kwargs)
+    def lstat(self):
+        status = status_of(self)
         return os.stat_result((*status[:4], os.getuid() + 1, *status[5:])) if self == path else status
 
-    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "lstat", lstat)
 
 
 def compiled(commands):
@@ -82,7 +82,7 @@ class TestWithoutACompiler:
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
         assert load_library(sources) is None
-        (command,) = log.read_text().splitlines()
+        (command,) = {*log.read_text().splitlines()}
         assert command.startswith("C ") and "no OpenMP" in notices[-1]
         assert {path.name for path in cache.iterdir()} <= {"lock"}
 
@@ -206,8 +206,52 @@ class TestWhereItCannotBeKept:
         for _ in range(2):
             assert fresh_load(sources).answer() == 42
         assert compiled(compilations) == 2  # once for the folder that is private
-        private = tmp_path / f"modeling_peer-{os.getuid()}"
+        private = tmp_path / ".modeling_peer"
         assert {path.parent for path in loaded} == {private} and not private.stat().st_mode & 0o077
+
+    def test_in_a_folder_that_was_exchanged_for_a_link(self, cache, sources, tmp_path, monkeypatch):
+        """Between the look at its path and that at its owner, to a folder that is private."""
+        cache.mkdir(parents=True)
+        private, resolve = tmp_path / "private", Path.resolve
+        private.mkdir(mode=0o700)
+
+        def exchange(self, **kwargs):
+            path = resolve(self, **kwargs)
+            if self == cache and not cache.is_symlink():
+                cache.rename(tmp_path / "exchanged")
+                cache.symlink_to(private)
+            return path
+
+        monkeypatch.setattr(Path, "resolve", exchange)
+        assert load_library(sources).answer() == 42
+        assert not libraries(private) and libraries(tmp_path / ".modeling_peer")
+
+    def test_below_a_folder_that_nobody_else_reaches(self, cache, sources):
+        """As with a umask of 002 in a private home."""
+        cache.mkdir(mode=0o775, parents=True)
+        cache.chmod(0o775)
+        cache.parent.chmod(0o700)
+        assert load_library(sources).answer() == 42 and libraries(cache)
+
+    def test_a_compiler_keeps_its_files_where_nobody_else_writes(self, cache, sources, monkeypatch):
+        """It replaces what it finds in TMPDIR, and may look for its linker where it runs."""
+        places, run = [], native.subprocess.run
+
+        def note(command, **kwargs):
+            places.append((kwargs["env"].get("TMPDIR"), str(kwargs["cwd"])))
+            return run(command, **kwargs)
+
+        monkeypatch.setattr(native.subprocess, "run", note)
+        load_library(sources)
+        assert len(places) == 3 and all(Path(one).parent == cache for place in places[1:] for one in place)
+
+    def test_behind_a_lock_that_another_holds(self, cache, sources, tmp_path, monkeypatch):
+        lock = native.FileLock
+        monkeypatch.setattr(native, "FileLock", lambda path, timeout, mode: lock(path, timeout / 1000, mode))
+        cache.mkdir(parents=True)
+        with lock(cache / "lock"):
+            assert load_library(sources).answer() == 42
+        assert not libraries(cache) and libraries(tmp_path / ".modeling_peer")
 
     def test_in_two_folders_of_others(self, cache, sources, notices, tmp_path):
         """Not even what was just compiled is loaded where all could write it."""
