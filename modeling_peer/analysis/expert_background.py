@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Background counts: how many documents of a reference corpus use each expert, saved beside the model."""
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
-from ..arguments.check_types import check_type
+from ..arguments.check_types import check_type, check_types
 from .evaluation import evaluation
 from .expert_sets import find_expert_sets, observe_routers
 
@@ -53,9 +54,13 @@ class ExpertBackground:
             check_type(field.name, getattr(self, field.name), field.type)
         for name, counts in self.document_counts.items():
             if counts.is_floating_point() or not 0 <= counts.min() <= counts.max() <= self.num_documents:
-                raise ValueError(f"`document_counts` of {name} must be from 0 to `num_documents`, got {counts}.")
+                raise ValueError(
+                    f"`document_counts` of {name} must be integers from 0 to `num_documents`, which is "
+                    f"{self.num_documents}, got {counts.dtype} from {counts.min()} to {counts.max()}."
+                )
 
     @classmethod
+    @check_types
     def measure(
         cls,
         model: nn.Module,
@@ -139,18 +144,24 @@ class ExpertBackground:
 
         Raises:
             `OSError`: if there is no `expert_background.safetensors`.
+            `ValueError`: if the file is damaged, or another's.
         """
         path = cached_file(pretrained_model_name_or_path, FILE_NAME, **kwargs)
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(COUNTS)]  # noqa: SIM118
-            counts = {name.removeprefix(COUNTS): file.get_tensor(name) for name in names}
-            return cls(counts, int(file.metadata()["num_documents"]))
+        try:
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name.startswith(COUNTS)]  # noqa: SIM118
+                counts = {name.removeprefix(COUNTS): file.get_tensor(name) for name in names}
+                return cls(counts, int(file.metadata()["num_documents"]))
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is not a whole file of `ExpertBackground`. Measure the counts again.") from error
 
 
 def batches_of(dataset: Any, batch_size: int) -> DataLoader:
     """Make a `DataLoader` of examples, padded by [`pad_examples`]. A `DataLoader` is returned as it is."""
     if isinstance(dataset, DataLoader):
         return dataset
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"Examples must be a `Dataset` or an iterable of dicts, got a {type(dataset).__name__}.")
     examples: Any = dataset if hasattr(dataset, "__len__") else list(dataset)
     return DataLoader(examples, batch_size, collate_fn=pad_examples)
 
@@ -159,7 +170,13 @@ def pad_examples(examples: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Make a batch of sequences, padded on the right, with an attention mask."""
     columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": []}
     for example in examples:
-        input_ids = torch.as_tensor(example["input_ids"])
+        is_tokenized = isinstance(example, Mapping) and "input_ids" in example
+        input_ids = torch.as_tensor(example["input_ids"]) if is_tokenized else torch.empty(())
+        if input_ids.ndim != 1:
+            raise ValueError(
+                "An example must be a dict with `input_ids` of shape (sequence_length,), as a tokenizer returns for a "
+                f"text without `return_tensors`, got {reprlib.repr(example)}."
+            )
         columns["input_ids"].append(input_ids)
         columns["attention_mask"].append(torch.as_tensor(example.get("attention_mask", torch.ones_like(input_ids))))
     return {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}

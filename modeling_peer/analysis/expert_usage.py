@@ -74,6 +74,7 @@ class ExpertUsageMeter:
         }
 
 
+@check_types
 def measure_usage(model: nn.Module, **inputs: Any) -> dict[str, ExpertUsageMeter]:
     """
     Measure which experts a text uses: the router weights of all its tokens, in evaluation mode.

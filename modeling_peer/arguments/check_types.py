@@ -21,8 +21,8 @@ _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 def check_types(function: Function) -> Function:
     """
     Decorate a function so that it raises `TypeError` for an argument that is not of its annotated type. The message
-    names the argument, what was found and what was expected. Nothing is converted. Annotations in quotes, and the
-    elements of anything but a list, tuple, set or dict, are not checked.
+    names the argument, what was found and what was expected. Nothing is converted. A class in quotes is compared
+    by its name. Elements of anything but a list, tuple or set are not checked.
     """
     signature = inspect.signature(function)
 
@@ -47,8 +47,10 @@ def check_type(name: str, value: Any, expected: Any) -> None:
 
 def _is_of_type(value, expected):
     origin, choices = get_origin(expected) or expected, get_args(expected)
-    if origin in (inspect.Parameter.empty, Any) or isinstance(origin, str):
+    if origin in (inspect.Parameter.empty, Any):
         return True
+    if isinstance(origin, str):
+        return not origin.isidentifier() or any(each.__name__ == origin for each in type(value).__mro__)
     if origin in (Union, types.UnionType):
         return any(_is_of_type(value, each) for each in choices)
     if origin is Literal:  # which of the values there are, the function says itself
@@ -59,6 +61,6 @@ def _is_of_type(value, expected):
         return False
     if origin not in (Iterable, list, set):
         return True
-    # A string is an iterable of strings, but never what is meant by one. Others may be used up by a look.
-    elements = value if choices and isinstance(value, (list, tuple, set, dict)) else ()
-    return not isinstance(value, (str, bytes)) and all(_is_of_type(each, choices[0]) for each in elements)
+    # A string or a dict is an iterable, but never what is meant by one. Others may be used up by a look.
+    elements = value if choices and isinstance(value, (list, tuple, set)) else ()
+    return not isinstance(value, (str, bytes, dict)) and all(_is_of_type(each, choices[0]) for each in elements)

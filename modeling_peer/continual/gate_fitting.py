@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fitting the gates of added experts to the text that the experts were added for."""
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..analysis.evaluation import evaluation
 from ..analysis.expert_background import batches_of
 from ..analysis.expert_sets import find_fact_grafts, find_gated_grafts
+from ..arguments.check_types import check_types
 from ..feed_forward import PeerFeedForward
 from ..router import ExpertGate
 
@@ -36,10 +37,11 @@ class GateFit:
     open_for_reference: float
 
 
+@check_types
 def fit_gates(
-    model: Any,
-    new_text: Iterable[dict[str, Any]],
-    reference_text: Iterable[dict[str, Any]],
+    model: nn.Module,
+    new_text: Any,
+    reference_text: Any,
     *,
     reference_weight: float = 4.0,
     num_steps: int = 500,
@@ -75,8 +77,13 @@ def fit_gates(
             of the sequences. For grafts, by their labels.
 
     Raises:
-        `ValueError`: if the last addition is not a protected one, or a text has fewer than two sequences.
+        `ValueError`: if the last addition is not a protected one, a text has fewer than two sequences, or a number is
+            not positive.
     """
+    if num_steps < 1 or not 0 < reference_weight < math.inf:
+        raise ValueError(
+            f"`num_steps` and `reference_weight` must be positive and finite, got {num_steps} and {reference_weight}."
+        )
     if fact_grafts := find_fact_grafts(model):
         return _fit_thresholds(
             model, fact_grafts, new_text, reference_text, reference_weight, batch_size, progress_bar
@@ -123,7 +130,7 @@ def _by_sequence(model, modules, read, name, text, batch_size, progress_bar):
             inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
             model.base_model(**inputs, use_cache=False)
     if min(map(len, found.values())) < 2:
-        raise ValueError(f"`{name}` must have at least two sequences, one to fit and one to hold out.")
+        raise ValueError(f"`{name}` must have at least two sequences with tokens, one to fit and one to hold out.")
     return found
 
 

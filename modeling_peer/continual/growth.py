@@ -179,7 +179,7 @@ def _peer_layers(model, layers):
     found = {module.layer_idx: module for module in model.modules() if isinstance(module, PeerFeedForward)}
     indices = [*found] if layers is None else layer_indices(layers)
     if not indices or not set(indices) <= found.keys():
-        raise ValueError(f"`layers` must be some of the PEER layers {sorted(found)}, got {indices}.")
+        raise ValueError(f"`layers` must be some of the PEER layers of the model, {sorted(found)}, got {layers}.")
     return {layer: found[layer] for layer in indices}
 
 

@@ -72,7 +72,7 @@ class SparseFinetuningCallback(TrainerCallback):
         layers (`int` or iterable of `int`, *optional*): Indices of the layers to train, all with experts if `None`.
 
     Raises:
-        `ValueError`: for tables or layers that the model does not have, no experts to train, a background of other
+        `ValueError`: for tables or layers that the model does not have, a background of other
             experts, or a model that is quantized or split over processes. The model is left as it was.
 
     ```python

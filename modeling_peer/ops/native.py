@@ -51,8 +51,8 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
     """
     Return the library compiled from the C files of a folder. It is kept in `$HF_HOME/modeling_peer` for this compiler
     and processor. If others could put code there, or the folder cannot be used, it is kept in `~/.modeling_peer`,
-    and otherwise compiled by each process. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1, on, yes or true, and,
-    after a warning, if no compiler works or every folder is open to others.
+    and otherwise compiled by each process. Returns `None` if `MODELING_PEER_COMPILE_KERNELS` is set to anything but 1,
+    on, yes or true, and, after a warning, if no compiler works or every folder is open to others.
     """
     if (os.environ.get(COMPILE_VARIABLE) or "1").upper() not in constants.ENV_VARS_TRUE_VALUES:
         return None
@@ -82,7 +82,7 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL | None:
 def _private_folder(folder):
     """
     Make a folder, and return its path without links, so that nobody can lead it elsewhere later. Raises
-    `PermissionError` if others could put code there: if it or a folder above belongs to them, or they could write to it.
+    `PermissionError` if others could put code there: if it or a folder above belongs to them or is open to them.
     """
     if not folder.is_absolute():
         raise PermissionError(f"{folder} depends on where a process runs")
@@ -126,7 +126,7 @@ def compiler_command() -> list[str]:
 
 
 def _run(command, workplace=None):
-    """Run a compiler in English. Its temporary files, and the programs it may look for where it runs, are nobody else's."""
+    """Run a compiler in English, in a folder that nobody else can write to, with its temporary files there."""
     environment = os.environ | {"LC_ALL": "C"} | ({"TMPDIR": str(workplace)} if workplace else {})
     options = {"cwd": workplace, "env": environment, "encoding": "utf-8", "errors": "replace"}
     return subprocess.run(command, capture_output=True, check=True, text=True, **options).stdout

@@ -136,6 +136,8 @@ class RowAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved:
+                _check_step(parameter, self.state[parameter], group["rows"])
             if not group["rows"]:
                 self._step_dense(moved, group)
                 continue
@@ -203,7 +205,7 @@ class RowAdamW(torch.optim.Optimizer):
         Load the state as torch's optimizers do, but keep the dtype of the state of row parameters. Raise
         `ValueError` for the state of another optimizer, or of tables of another size.
         """
-        if any("rows" not in group for group in state_dict["param_groups"]):
+        if any(not {"rows", "second_moment"} <= group.keys() for group in state_dict["param_groups"]):
             raise ValueError("The state dict is another optimizer's. Start `RowAdamW` without it.")
         # torch would cast every tensor except `step` to the dtype of its parameter.
         of_rows = {place: state for place, state in state_dict["state"].items() if "row_steps" in state}
@@ -233,6 +235,25 @@ def _check_group(group):
             found = False
         if not found:
             raise ValueError(f"`{name}` must be {expected}, got {group[name]!r}.")
+
+
+def _check_step(parameter, state, is_rows):
+    """Raise `ValueError` for what kernels, which trust the shape and dtype of a parameter, cannot take."""
+    if parameter.grad.layout is not torch.strided:
+        raise ValueError("`RowAdamW` takes no sparse gradient: make embeddings with `sparse=False`.")
+    dtype = torch.promote_types(parameter.dtype, torch.float32) if is_rows else parameter.dtype
+    for name in MOMENTS:
+        moment = state.get(name, parameter)
+        if moment is not parameter and (moment.dtype != dtype or not _is_shape_of(moment, parameter, is_rows)):
+            raise ValueError(
+                f"`{name}` is {moment.dtype} of shape {tuple(moment.shape)}, its parameter {parameter.dtype} of shape "
+                f"{tuple(parameter.shape)}: make a new optimizer after a model has changed."
+            )
+
+
+def _is_shape_of(moment, parameter, is_rows):
+    """Whether a moment has one element for each of a parameter, or for each row."""
+    return moment.shape == parameter.shape or (is_rows and moment.shape == (len(parameter), 1))
 
 
 def _local(tensor):

@@ -78,7 +78,7 @@ def _own_group(ranks, world):
 
 
 @check_types
-def shard_experts(model: Any, ep_size: int) -> Any:
+def shard_experts(model: nn.Module, ep_size: int) -> Any:
     """
     Split only the expert tables of a whole model, in place. The other parameters may be replicated by
     DistributedDataParallel; for grafts, FSDP2 may split the base model. The tables become those of rank 0, as DDP does

@@ -128,7 +128,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     Raises:
         `ValueError`: for wrong arguments, a model that is quantized already or has no tables, or a table that cannot
             be quantized. That is one with an adapter or a hook, split over processes, offloaded to disk, or with NaN
-            or infinite elements. Only in the last case are the tables before it quantized.
+            or infinite elements. The model is then as it was.
     """
     config = PeerQuantizationConfig(bits, group_size)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -136,6 +136,9 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         method = quantizer.quantization_config.quant_method
         raise ValueError(f"The model is quantized with {getattr(method, 'value', method)} already.")
     tables = tables_to_quantize(model)
+    for name, table in tables.items():
+        if not all(map(torch.isfinite, table.weight.aminmax())):
+            raise ValueError(f"A table with NaN or infinite elements cannot be quantized: {name}.")
     for name in list(tables):
         model.set_submodule(name, quantize_table(tables.pop(name), bits, config.group_size))
     saved = _saved_model(model)
@@ -165,7 +168,7 @@ def _saved_model(model):
 
 
 @check_types
-def dequantize_experts(model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     Undo [`quantize_experts`] in place, except for the rounding: tables are floating point and trainable again.
 
@@ -175,7 +178,12 @@ def dequantize_experts(model: Any, dtype: torch.dtype | None = None) -> nn.Modul
 
     Returns:
         The model.
+
+    Raises:
+        `ValueError`: for a `dtype` that is not floating point.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be floating point, got {dtype}.")
     dequantize_tables(model, dtype or next(each.dtype for each in model.parameters() if each.is_floating_point()))
     saved = _saved_model(model)
     if saved is not None and isinstance(getattr(saved, "hf_quantizer", None), PeerHfQuantizer):

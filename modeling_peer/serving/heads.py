@@ -7,27 +7,27 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..arguments.check_types import check_types
+from ..modeling_peer import PeerPreTrainedModel
 from ..quantization.quantizer import replace_config
 from ..router import AddedRouter, ProductKeyRouter
 
 
 @check_types
 @torch.no_grad()
-def keep_heads(model: PreTrainedModel, num_heads: int) -> PreTrainedModel:
+def keep_heads(model: PeerPreTrainedModel, num_heads: int) -> PeerPreTrainedModel:
     """
     Keep the first retrieval heads of every PEER and PKM layer, and drop the others: each layer then returns the sum
     over the remaining heads. Routers of added experts keep all their heads. Call it before an optimizer, an adapter or
     a quantizer of another library gets the model. A saved model loads with the new number of heads.
 
     Args:
-        model (`PreTrainedModel`): A PEER model, which is changed in place.
+        model ([`PeerPreTrainedModel`]): A PEER model, which is changed in place.
         num_heads (`int`): How many heads to keep, at least one.
 
     Returns:
-        `PreTrainedModel`: the model.
+        The model.
 
     Raises:
         `ValueError`: if `num_heads` is less than one, or larger than the number of heads.

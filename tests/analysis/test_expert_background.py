@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from background_models import CORPUS, measured, model_of_three
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 from trainer_worker import copy_of_state, pad_right, small_model
 
@@ -95,6 +96,14 @@ class TestBackground:
         loaded = ExpertBackground.from_pretrained(tmp_path)
         loaded.check(type(model).from_pretrained(tmp_path))
         assert_same(loaded, background)
+
+    @pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: save({"a": torch.ones(2)})])
+    def test_a_damaged_file_is_named(self, damage, tmp_path):
+        measured(model_of_three()).save_pretrained(tmp_path)
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.raises(ValueError, match=f"{file.name} is not a whole file"):
+            ExpertBackground.from_pretrained(tmp_path)
 
     def test_of_no_documents_is_refused(self):
         with pytest.raises(ValueError, match="dataset"):

@@ -30,7 +30,7 @@ def function(
     names: str | Iterable[str] = (),
     layers: Iterable[int] | torch.Tensor | int | None = None,
     kind: Literal["a", "b"] = "a",
-    later: "nn.Unknown" = None,  # type: ignore[name-defined]
+    later: "Later" = None,  # type: ignore[name-defined]  # noqa: F821
     anything: Any = None,
     untyped=None,
     **others: int,
@@ -47,7 +47,14 @@ MODEL = nn.Linear(1, 1)
     [
         {"number": np.int64(3), "rate": 1},
         {"rate": np.float32(0.5), "names": "a", "layers": range(3)},
-        {"names": ["a"], "layers": iter([1]), "kind": "b", "later": 1, "anything": object(), "untyped": {}},
+        {
+            "names": ["a"],
+            "layers": iter([1]),
+            "kind": "b",
+            "later": type("Later", (), {})(),
+            "anything": object(),
+            "untyped": {},
+        },
         {"layers": torch.tensor([1]), "other": "x"},
         {"layers": np.arange(3)},
     ],
@@ -69,7 +76,8 @@ def test_arguments_of_their_types_pass(arguments):
         {"layers": "12"},
         {"layers": 1.5},
         {"layers": [1, 1.5]},
-        {"layers": {"a": 1}},
+        {"layers": {0: 1}},
+        {"later": 1},
         {"kind": 1},
     ],
 )
@@ -90,6 +98,9 @@ def adapter_config(**fields):
 
 def padded(*shape):
     return torch.ones(shape, dtype=torch.long).index_fill(1, torch.tensor([0]), 0)
+
+
+TEXT = [{"input_ids": [1, 2, 3]}] * 4
 
 
 COUNTS = {"model.layers.0.mlp.expert_pool": torch.tensor([1, 2])}
@@ -130,6 +141,20 @@ BAD_CALLS = [
     (lambda model: peer.generate_text(model, 0, 5), "`num_sequences`.*got 0"),
     (lambda model: peer.shard_experts(model, "2"), "`ep_size`.*'2'"),
     (lambda model: peer.host_table_device_map(None, model.config, 0), "`model_class`.*None"),
+    (lambda model: peer.make_optimizer(model, 1e-3), "`args`.*TrainingArguments.*0.001"),
+    (lambda model: peer.measure_usage(None), "`model`.*None"),
+    (lambda model: peer.dequantize_experts(None), "`model`.*None"),
+    (lambda model: peer.dequantize_experts(model, torch.int8), "`dtype`.*torch.int8"),
+    (lambda model: peer.keep_heads(model.model.layers, 1), "`model`.*PeerPreTrainedModel"),
+    (lambda model: peer.masked_experts(model, {0: [1]}).__enter__(), "`experts`.*dict"),
+    (lambda model: peer.ExpertBackground.measure(model, ["hello"]), "`input_ids`.*'hello'"),
+    (lambda model: peer.ExpertBackground.measure(model, [{"input_ids": [[1, 2]]}]), "`input_ids`.*sequence_length"),
+    (lambda model: peer.ExpertBackground.measure(model, [{"text": "a"}]), "`input_ids`.*'text'"),
+    (lambda model: peer.ExpertBackground.measure(model, {"train": TEXT}), "Examples.*got a dict"),
+    (lambda model: peer.ExpertBackground({"a": torch.ones(3)}, 2), "`document_counts` of a.*integers.*float32"),
+    (lambda model: peer.fit_gates(None, TEXT, TEXT), "`model`.*None"),
+    (lambda model: peer.fit_gates(model, TEXT, TEXT, num_steps=0), "`num_steps`.*got 0"),
+    (lambda model: peer.fit_gates(model, TEXT, TEXT, reference_weight=float("nan")), "`reference_weight`.*nan"),
     (lambda model: adapter_config(layers_to_transform="1"), "`layers_to_transform`.*'1'"),
 ]
 
@@ -143,6 +168,14 @@ def test_bad_arguments_are_named_and_change_nothing(call, named):
     assert model.config.to_json_string() == config
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
+
+
+def test_a_table_that_cannot_be_quantized_leaves_all_as_they_were():
+    model = of_peer()
+    model.model.layers[1].mlp.values.weight.data[3] = float("inf")
+    with pytest.raises(ValueError, match="layers.1.mlp.values"):
+        peer.quantize_experts(model)
+    assert isinstance(model.model.layers[0].mlp.expert_pool.up_proj, nn.Embedding)
 
 
 @pytest.mark.parametrize("field", ["attention_dropout", "classifier_dropout"])

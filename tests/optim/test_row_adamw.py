@@ -322,6 +322,28 @@ class TestErrors:
         with pytest.raises(ValueError, match="another optimizer's"):
             optimizer.load_state_dict(torch.optim.AdamW([table]).state_dict())
 
+    @pytest.mark.parametrize("rows", [False, True])
+    @pytest.mark.parametrize("change", [lambda data: torch.cat([data] * 900), lambda data: data.double()])
+    def test_a_parameter_that_changed_under_its_state(self, change, rows):
+        """Kernels would write beyond the end of the state."""
+        parameter = random_table()
+        optimizer = RowAdamW([{"params": [parameter], "rows": rows}])
+        parameter.square().sum().backward()
+        optimizer.step()
+        parameter.grad, parameter.data = None, change(parameter.data)
+        before = parameter.detach().clone()
+        parameter.square().sum().backward()
+        with pytest.raises(ValueError, match="`exp_avg` is torch.float32.*make a new optimizer"):
+            optimizer.step()
+        assert torch.equal(parameter, before)
+
+    def test_sparse_gradients(self):
+        embedding = nn.Embedding(8, 4, sparse=True)
+        optimizer = RowAdamW([{"params": embedding.parameters(), "rows": True}])
+        embedding(torch.tensor([1])).sum().backward()
+        with pytest.raises(ValueError, match="sparse=False"):
+            optimizer.step()
+
 
 def test_a_graph_that_saved_a_table_is_not_run_backward_after_a_step(path):
     table = random_table()
