@@ -11,7 +11,6 @@ After an interruption, the same command resumes. Each run is a file in --output_
 and tables and pictures are made from it.
 """
 
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,13 @@ from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
 from studies.capacity.forgetting import make
-from studies.capacity.plan import STAGES, Results, Run
+from studies.capacity.plan import STAGES
 from studies.capacity.reading import measure_times
 from studies.capacity.report import describe, plot
 from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import SHARED
-from studies.common.parallel_runs import ParallelArguments, make_runs
+from studies.common.parallel_runs import ParallelArguments, make_runs, next_runs_of
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
-
-
-def next_runs(results: Results) -> list[Run]:
-    """The missing runs, as far as the results so far determine them."""
-    missing: list[Run] = []
-    for subjects, runs_of in STAGES:
-        for subject in subjects:
-            # Runs that depend on missing results are not known yet.
-            with suppress(KeyError) if missing else nullcontext():
-                missing += [run for run in runs_of(subject, results) if run.name not in results]
-    return missing
 
 
 def main():
@@ -45,7 +33,7 @@ def main():
     with sole_use(folder):
         # Settings that all runs share and that their names do not contain.
         claim_folder(folder, {"shared": SHARED, "tokens": [KEY_TOKENS, VALUE_TOKENS], "batch_size": BATCH_SIZE})
-        results, is_finished = make_runs(args, folder, next_runs, make)
+        results, is_finished = make_runs(args, folder, next_runs_of(STAGES), make)
         times = folder / "times.json"
         if is_finished and not times.exists():
             write_json(times, measure_times(folder))

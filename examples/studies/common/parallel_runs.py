@@ -5,8 +5,9 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -80,6 +81,24 @@ def make_runs(
                 del making[future]
                 future.result()
                 bar.update()
+
+
+def next_runs_of(stages: Iterable[tuple[Iterable[str], Callable[[str, Results], list[Any]]]]) -> Callable:
+    """
+    For [`make_runs`], a function that returns the missing runs of stages. Each stage has its variants and the function
+    that returns their runs, given the results so far, or raises `KeyError` for one that is missing.
+    """
+
+    def next_runs(results: Results) -> list[Any]:
+        missing: list[Any] = []
+        for subjects, runs_of in stages:
+            for subject in subjects:
+                # Runs that depend on missing results are not known yet.
+                with suppress(KeyError) if missing else nullcontext():
+                    missing += [run for run in runs_of(subject, results) if run.name not in results]
+        return missing
+
+    return next_runs
 
 
 def results_of(folder: Path) -> Results:
