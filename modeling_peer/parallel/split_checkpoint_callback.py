@@ -56,7 +56,7 @@ class SplitCheckpointCallback(TrainerCallback):
     Raises:
         `RuntimeError`: when the training begins, if it resumes from a checkpoint that is elsewhere or has no state of
             an optimizer.
-        `ValueError`: when the training begins, if `save_only_model` is `False`.
+        `ValueError`: when the training begins, if `save_only_model` is `False`, or the training resumes from nothing.
     """
 
     @check_types
@@ -71,6 +71,8 @@ class SplitCheckpointCallback(TrainerCallback):
         if not args.save_only_model:
             raise ValueError("`SplitCheckpointCallback` needs `save_only_model=True`: it saves what is not the model.")
         self._saved_step = None
+        if self.resume_from_checkpoint is not None and not state.global_step:
+            raise ValueError("`Trainer.train` must get the `resume_from_checkpoint` of `SplitCheckpointCallback` too.")
         if state.global_step:
             folder = self._checkpoint(args, state) / PARTS
             if not (folder / ".metadata").exists():  # what torch writes last

@@ -36,7 +36,7 @@ CHUNK_ELEMENTS = 2**22
 
 @check_types
 def make_split_model(
-    model_class: Any,
+    model_class: type[Any],
     config: PreTrainedConfig,
     distributed_config: DistributedConfig | dict | None = None,
     **kwargs: Any,

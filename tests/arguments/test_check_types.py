@@ -142,6 +142,7 @@ BAD_CALLS = [
     (lambda model: peer.shard_experts(model, "2"), "`ep_size`.*'2'"),
     (lambda model: peer.host_table_device_map(None, model.config, 0), "`model_class`.*None"),
     (lambda model: peer.make_optimizer(model, 1e-3), "`args`.*TrainingArguments.*0.001"),
+    (lambda model: peer.make_split_model("PeerForCausalLM", model.config), "`model_class`.*'PeerForCausalLM'"),
     (lambda model: peer.measure_usage(None), "`model`.*None"),
     (lambda model: peer.dequantize_experts(None), "`model`.*None"),
     (lambda model: peer.dequantize_experts(model, torch.int8), "`dtype`.*torch.int8"),

@@ -60,6 +60,8 @@ def test_what_cannot_be_resumed_is_refused(unbroken, tmp_path):
         resumable_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.raises(ValueError, match="save_only_model"):
         resumable_trainer(tmp_path, save_only_model=False).train()
+    with pytest.raises(ValueError, match="`Trainer.train` must get the `resume_from_checkpoint`"):
+        resumable_trainer(tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-3").train()
 
 
 class DecidesLate(TrainerCallback):
