@@ -1,14 +1,16 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Stores the same facts in a PEER model and in a dense one of as many FLOPs per token: a minute on two cores.
+Stores the same facts in a PEER model, in a dense one of as many FLOPs per token, and in a dense one that is trained for
+as many seconds: a minute on two cores.
 
     ./run facts
 
 A fact is a key of three random tokens and a value of eight. The script prints how many values each model recalls
-without an error, and what both answer to one key. examples/studies/capacity compares more models with more facts.
+without an error, and what each answers to one key. examples/studies/capacity compares more models with more facts.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +26,8 @@ from studies.capacity.variants import costs, make_model
 
 
 # Learning rates from the study's trials: the best one for dense, and for PEER one that works with every seed.
-RATES = {"peer-16384": 1e-3, "dense": 4e-3}
+PEER, DENSE, AS_LONG = "peer-16384", "dense", "dense, as long"
+RATES = {PEER: 1e-3, DENSE: 4e-3}
 
 
 @dataclass
@@ -38,35 +41,45 @@ class StoreFactsArguments:
 
 @dataclass
 class Stored:
-    """What a model stored: bits, the share of facts recalled, and its value for the key of the first fact."""
+    """
+    What a model stored: bits, the share of facts recalled, its value for the key of the first fact, and how long and
+    how often it has seen the facts.
+    """
 
     bits: float
     recalled: float
     value: list[int]
+    seconds: float
+    exposures: int
 
 
-def store_and_ask(name: str, args: StoreFactsArguments) -> Stored:
+def store_and_ask(name: str, args: StoreFactsArguments, exposures: int) -> Stored:
     """Train a new model on the facts, and ask it for them."""
-    run = Run("facts", name, Load(args.num_facts, 8, args.exposures), RATES[name], seed=args.seed)
+    print(f"\nTraining {name} on {args.num_facts:,} facts, {exposures} times each ...", flush=True)
+    run = Run("facts", name, Load(args.num_facts, 8, exposures), RATES[name], seed=args.seed)
     facts = make_facts(run.load.number, run.load.token_bits, run.seed)[0]
     model = make_model(name, run.seed)
     with TemporaryDirectory() as folder:
+        start = time.perf_counter()
         store(model, facts.examples, run, Path(folder), run.load.exposures, progress=True)
+        seconds = time.perf_counter() - start
     measured = measure(model, facts)
     answer = model.generate(facts.tokens[:1, :KEY_TOKENS], max_new_tokens=VALUE_TOKENS, do_sample=False)
-    return Stored(measured["bits"], measured["recalled"], answer[0, KEY_TOKENS:].tolist())
+    return Stored(measured["bits"], measured["recalled"], answer[0, KEY_TOKENS:].tolist(), seconds, exposures)
 
 
 def table(results: dict[str, Stored]) -> str:
     """A table of what each model costs and has stored."""
     rows = {
         "": list(results),
-        "FLOPs per token": [f"{costs(name).total.flops:,}" for name in results],
-        "parameters": [f"{costs(name).total.parameters:,}" for name in results],
+        "FLOPs per token": [f"{costs(name.partition(',')[0]).total.flops:,}" for name in results],
+        "parameters": [f"{costs(name.partition(',')[0]).total.parameters:,}" for name in results],
+        "times seen": [f"{each.exposures}" for each in results.values()],
+        "seconds": [f"{each.seconds:.0f}" for each in results.values()],
         "kbit stored": [f"{each.bits / 1e3:.0f}" for each in results.values()],
         "facts recalled": [f"{each.recalled:.1%}" for each in results.values()],
     }
-    return "\n".join(f"{name:<16}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows.items())
+    return "\n".join(f"{name:<16}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in rows.items())
 
 
 def main():
@@ -74,10 +87,9 @@ def main():
     facts = make_facts(args.num_facts, 8, args.seed)[0]
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # at this size a second one helps little, and waits for busy cores
-    results = {}
-    for name in RATES:
-        print(f"\nTraining {name} on {args.num_facts:,} facts, {args.exposures} times each ...", flush=True)
-        results[name] = store_and_ask(name, args)
+    results = {name: store_and_ask(name, args, args.exposures) for name in RATES}
+    as_many = results[PEER].seconds / results[DENSE].seconds
+    results[AS_LONG] = store_and_ask(DENSE, args, max(1, round(as_many * args.exposures)))
     key, value = facts.tokens[0].split([KEY_TOKENS, VALUE_TOKENS])
     print(
         f"\n{table(results)}\n\nThere were {facts.bits / 1e3:.0f} kbit to store. The first fact, and what each says:\n"

@@ -237,8 +237,10 @@ def test_compares_models(tmp_path):
 def test_experts_store_facts_that_a_dense_model_does_not():
     printed = run("store_facts.py")
     rows = dict(re.findall(r"^(\S[\w -]+?)  +(.*)$", printed, re.MULTILINE))
-    peer, dense = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
-    assert peer > 90 and dense < 10
+    peer, dense, as_long = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
+    assert peer > 90 and dense < 10 and dense < as_long < peer
+    seen, seconds = ([int(cell) for cell in rows[name].split()] for name in ("times seen", "seconds"))
+    assert seen[0] == seen[1] < seen[2] and 0.6 * seconds[0] < seconds[2] < 1.6 * seconds[0]
     flops = [int(cell.replace(",", "")) for cell in rows["FLOPs per token"].split()]
     assert max(flops) < 1.05 * min(flops)
     answers = {name: rest.partition(" -> ")[2] for name, rest in rows.items() if " -> " in rest}

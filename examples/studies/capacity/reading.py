@@ -3,7 +3,7 @@
 """The time of each variant: that of a training step, and of a token in decoding, one sequence at a time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -56,15 +56,15 @@ def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
     return seconds
 
 
-def measure_times(folder: Path) -> dict[str, dict[str, float]]:
+def measure_times(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
     """
-    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. All variants
-    are measured in turn, with one thread.
+    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. These variants
+    (default: all) are measured in turn, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     facts = make_facts(2**13, LEARNED.token_bits, seed=0)[0].tokens
-    models = {name: make_model(name, seed=0) for name in VARIANTS}
+    models = {name: make_model(name, seed=0) for name in names or VARIANTS}
     steps = {name: training_step(model, facts, folder) for name, model in models.items()}
     for step in steps.values():
         for _ in range(WARM_UPS):

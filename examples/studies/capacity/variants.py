@@ -76,7 +76,9 @@ AT_EQUAL_FLOPS = {
 }
 # A dense model with as many parameters in total as peer-1024, at 3 times its FLOPs.
 WIDE = {"dense-as-peer-1024": _dense(748)}
-VARIANTS = {**AT_EQUAL_FLOPS, **WIDE}
+# Dense models of other widths, which see facts as often as equal seconds allow.
+OF_OTHER_WIDTHS = {f"dense-{width}": _dense(width) for width in (298, 596)}
+VARIANTS = {**AT_EQUAL_FLOPS, **WIDE, **OF_OTHER_WIDTHS}
 
 
 def has_tables(variant: str) -> bool:

@@ -32,6 +32,12 @@ TRIED = ("dense", "peer-16384", "pkm-32761", "peer-4096", "pkm-8281", "peer-1024
 FULL, LIKE = "peer-65536", "peer-16384"
 
 
+# Dense models that train for as many seconds as the experts of `LIKE` do, and how often they see each fact in this time,
+# by the times in results.json. They have the best settings of dense, and trials of their own at these learning rates.
+EXPOSURES = {"dense": 42, "dense-298": 32, "dense-596": 18}
+RATES_AS_LONG = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)
+
+
 def make_run(variant: str, **settings: Any) -> Run:
     """A trial with a value for each axis of the variant. `down` is the rate of v_i as a multiple of the learning rate."""
     settings = {"warmup": WARMUP, "initializer_range": INITIALIZER_RANGE, **settings}
@@ -102,7 +108,21 @@ def learning(variant: str, results: Results) -> list[Run]:
     return steady(trial, results)
 
 
+def trials_as_long(variant: str, results: Results) -> list[Run]:
+    """Trials of a dense model that trains for as many seconds as experts do."""
+    load = replace(LEARNED, exposures=EXPOSURES[variant])
+    found = replace(chosen("dense", results), subject=variant, load=load)
+    return [replace(found, learning_rate=rate) for rate in RATES_AS_LONG]
+
+
+def learning_as_long(variant: str, results: Results) -> list[Run]:
+    """The best of these trials with all seeds."""
+    return steady(best(trials_as_long(variant, results), results), results)
+
+
 STAGES = [
     *(((name,), stage) for name in TRIED for stage in (trials, learning)),
+    (EXPOSURES, trials_as_long),
+    (EXPOSURES, learning_as_long),
     ((FULL,), learning),
 ]

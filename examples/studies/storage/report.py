@@ -5,10 +5,23 @@
 from statistics import mean
 
 from studies.capacity.plan import Results, Run
-from studies.capacity.report import available, kilobits, marked, ratio, recalled, share_offered
+from studies.capacity.report import Times, available, kilobits, marked, ratio, recalled, share_offered
+from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import costs, has_tables
 from studies.common.tables import markdown_table, spread
-from studies.storage.plan import FULL, TRIED, chosen, first_trials, is_tried, learning, settings_of, trials
+from studies.storage.plan import (
+    EXPOSURES,
+    FULL,
+    LIKE,
+    TRIED,
+    chosen,
+    first_trials,
+    is_tried,
+    learning,
+    learning_as_long,
+    settings_of,
+    trials,
+)
 
 
 # PEER, and the memory of as many parameters.
@@ -27,6 +40,21 @@ def learned_table(results: Results) -> list[list[str]]:
         number = len(trials(name, results)) if name in TRIED else 0
         cells += [share_offered(runs, results), recalled(runs, results), *ratios, str(number)]
         rows.append([marked(name, runs, chosen(name, results)), *cells])
+    return rows
+
+
+def as_long_table(results: Results, times: Times) -> list[list[str]]:
+    """What is learned in as many seconds: experts, and dense models that see the facts more often."""
+    rows = [["learned in as many seconds", "parameters, M", "times seen", "seconds", "kbit", "recalled", "of experts"]]
+    experts = available((LIKE, FULL, PAIRS[LIKE]), learning, results)
+    if LIKE not in experts:
+        return rows
+    for name, runs in (experts | available(EXPOSURES, learning_as_long, results)).items():
+        own, load = kilobits(runs, results), runs[0].load
+        seconds = times["seconds_per_step"][name] * load.number * load.exposures / BATCH_SIZE
+        cells = [f"{costs(name).total.parameters / 1e6:.2f}", str(load.exposures), f"{seconds:.0f}"]
+        ratios = "" if name == LIKE else ratio(own, kilobits(experts[LIKE], results))
+        rows.append([name, *cells, spread(own, ",.0f"), recalled(runs, results), ratios])
     return rows
 
 
@@ -66,8 +94,8 @@ def _kilobit(run: Run, results: Results) -> str:
     return f"{mean(kilobits([run], results)):,.0f}" if run.name in results else ""
 
 
-def describe(results: Results) -> str:
+def describe(results: Results, times: Times) -> str:
     """All tables that have a result."""
     grids = [grid_table(name, results) for name in TRIED if any(run.name in results for run in first_trials(name))]
-    tables = [learned_table(results), *grids, search_table(results)]
+    tables = [learned_table(results), as_long_table(results, times), *grids, search_table(results)]
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
