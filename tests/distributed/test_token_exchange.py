@@ -178,7 +178,7 @@ def test_two_processes_with_different_numbers_of_tokens(of_ranks):
 
 def test_what_needs_whole_tables_refuses_split_ones(group):
     model = tiny_model(tiny_config("peer"))
-    background = ExpertBackground.measure(model, [{"input_ids": torch.arange(1, 7)[None]}], progress_bar=False)
+    background = ExpertBackground.measure(model, [{"input_ids": torch.arange(1, 7)}], progress_bar=False)
     form_memory_group(model, 1, "cpu")
     for change, said in (
         (lambda: add_experts(model, 16), "before a model is split"),

@@ -213,6 +213,7 @@ def test_pushed_comes_back(checkpoint, tmp_path):
     assert files["expert_usage.png"].startswith(b"\x89PNG")
 
 
+@slow
 def test_compares_models(tmp_path):
     """All that are named, on the same tokens, of which 5-grams with a cache predict more."""
     flags = ("--output_dir", tmp_path, "--max_steps", "8", "--block_size", "64", "--max_eval_samples", "8")

@@ -106,6 +106,7 @@ print(json.dumps(facts))
 """
 
 
+@slow
 def test_a_million_experts_generate_in_less_than_a_gigabyte_of_own_memory(tmp_path):
     """
     Pages of the checkpoint's file count as resident too, as many as experts were read, but belong to the page cache; what
@@ -122,6 +123,7 @@ def test_a_million_experts_generate_in_less_than_a_gigabyte_of_own_memory(tmp_pa
     assert facts["advised"]  # files on a disk are read ahead, those with holes are not
 
 
+@slow
 def test_tables_on_a_disk_are_no_part_of_a_process(tmp_path):
     """The rest of the model, 0.2 GB, is: a prompt of 1,000 tokens reads its rows in pieces of 8 MB."""
     write_with_holes(tmp_path)
@@ -145,6 +147,7 @@ print(json.dumps({"more": resident("VmHWM") - before}))
     assert run(LAYER + script, 128, kernels)["more"] < 300
 
 
+@slow
 def test_factors_take_memory_for_tokens():
     script = """
 optimizer = RowAdamW(expert_parameter_groups(layer, 1e-3))
