@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Stores the same facts in a PEER model, in a dense one of as many FLOPs per token, and in a dense one that is trained for
-as many seconds: a minute on two cores.
+as many seconds: two minutes on two cores.
 
     ./run facts
 
@@ -25,17 +25,20 @@ from studies.capacity.training import store
 from studies.capacity.variants import costs, make_model
 
 
-# Learning rates from the study's trials: the best one for dense, and for PEER one that works with every seed.
 PEER, DENSE, AS_LONG = "peer-16384", "dense", "dense, as long"
-RATES = {PEER: 1e-3, DENSE: 4e-3}
+# Rates after trials with these numbers of facts: of all parameters, of u_i or of feed-forwards, and of v_i to u_i.
+RATES: dict[str, dict[str, float]] = {
+    PEER: {"learning_rate": 2e-3, "up_multiplier": 4.0, "multiplier": 48.0},
+    DENSE: {"learning_rate": 5.6e-3, "up_multiplier": 2.0},
+}
 
 
 @dataclass
 class StoreFactsArguments:
     """How much to store."""
 
-    num_facts: int = field(default=2048, metadata={"help": "Number of facts."})
-    exposures: int = field(default=20, metadata={"help": "How often each fact is seen."})
+    num_facts: int = field(default=6144, metadata={"help": "Number of facts, more than dense can hold."})
+    exposures: int = field(default=10, metadata={"help": "How often each fact is seen."})
     seed: int = field(default=0, metadata={"help": "Draws facts, weights and the order of training."})
 
 
@@ -56,7 +59,7 @@ class Stored:
 def store_and_ask(name: str, args: StoreFactsArguments, exposures: int) -> Stored:
     """Train a new model on the facts, and ask it for them."""
     print(f"\nTraining {name} on {args.num_facts:,} facts, {exposures} times each ...", flush=True)
-    run = Run("facts", name, Load(args.num_facts, 8, exposures), RATES[name], seed=args.seed)
+    run = Run("facts", name, Load(args.num_facts, 8, exposures), seed=args.seed, warmup=0.4, **RATES[name])
     facts = make_facts(run.load.number, run.load.token_bits, run.seed)[0]
     model = make_model(name, run.seed)
     with TemporaryDirectory() as folder:
