@@ -47,6 +47,8 @@ class ExpertUsageMeter:
             indices (`torch.Tensor` of shape `(batch_size, sequence_length, num_heads, k)`): Experts, best first.
             weights (`torch.Tensor` of the same shape): Their router weights, not negative, 0 where there is no token.
         """
+        if indices.is_floating_point():
+            raise ValueError(f"`indices` must be integers, got {indices.dtype}.")
         device = self.scores.device
         indices, weights = indices.to(device), weights.to(device, torch.float32)
         # Summed separately first: added one by one to a large float32 sum, small weights would be lost.

@@ -28,7 +28,11 @@ def check_types(function: Function) -> Function:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # whose own error names the function
+        for name, value in bound.arguments.items():
             if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
                 check_type(name, value, signature.parameters[name].annotation)
         return function(*args, **kwargs)

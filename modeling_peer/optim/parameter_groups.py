@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups with rows and learning rates of their own, and the optimizer for a `Trainer`."""
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,11 @@ def expert_parameter_groups(
         `list[dict]`: groups with `params`, `lr`, `weight_decay` and `rows`. No group is empty.
 
     Raises:
-        `ValueError`: with `embeddings`, if one of them has `sparse=True`.
+        `ValueError`: for a negative number, or with `embeddings`, if one of them has `sparse=True`.
     """
+    for name, value in (("expert", expert_lr_multiplier), ("down_proj", down_proj_lr_multiplier)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`{name}_lr_multiplier` must be a number, at least 0, got {value}.")
     tables = {
         id(module.weight): "down_tables" if name.endswith(("down_proj", "values")) else "tables"
         for name, table in expert_tables(model).items()

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..arguments.check_types import check_types
 
+
+@check_types
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     Find the newest checkpoint of a `Trainer` that was saved to its end, to resume from.

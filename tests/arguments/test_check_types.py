@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from tiny_models import random_tokens, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import modeling_peer as peer
 from modeling_peer.arguments.check_types import check_types
@@ -100,6 +100,7 @@ def padded(*shape):
     return torch.ones(shape, dtype=torch.long).index_fill(1, torch.tensor([0]), 0)
 
 
+ARGUMENTS = TrainingArguments(learning_rate=1e-3, use_cpu=True)
 TEXT = [{"input_ids": [1, 2, 3]}] * 4
 
 
@@ -143,6 +144,11 @@ BAD_CALLS = [
     (lambda model: peer.host_table_device_map(None, model.config, 0), "`model_class`.*None"),
     (lambda model: peer.make_optimizer(model, 1e-3), "`args`.*TrainingArguments.*0.001"),
     (lambda model: peer.make_split_model("PeerForCausalLM", model.config), "`model_class`.*'PeerForCausalLM'"),
+    (lambda model: peer.make_optimizer(model, ARGUMENTS, -1.0), "`expert_lr_multiplier`.*got -1.0"),
+    (lambda model: peer.make_optimizer(model, ARGUMENTS, 1.0, float("nan")), "`down_proj_lr_multiplier`.*got nan"),
+    (lambda model: peer.last_complete_checkpoint(None), "`output_dir`.*None"),
+    (lambda model: peer.ExpertUsageMeter(9).update(torch.ones(1, 1), torch.ones(1, 1)), "`indices`.*float32"),
+    (lambda model: peer.measure_usage(model, random_tokens(1, 5)), r"measure_usage\(\) takes 1 positional"),
     (lambda model: peer.measure_usage(None), "`model`.*None"),
     (lambda model: peer.dequantize_experts(None), "`model`.*None"),
     (lambda model: peer.dequantize_experts(model, torch.int8), "`dtype`.*torch.int8"),
