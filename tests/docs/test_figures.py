@@ -40,6 +40,7 @@ from studies.recipe.report import describe as describe_recipe
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
 from studies.scaling import report as scaling
+from studies.storage import report as storage
 from studies.stream import arms as stream_arms
 from studies.stream import report as stream
 from studies.teaching import report as facts_study
@@ -433,8 +434,7 @@ def stored_facts():
     yield CHOOSING, fixed(1, min(pools), max(pools))
     yield page, fixed(2, *(each / dense for each in pools))
     yield CHOOSING, fixed(2, *pools, dense)
-    (last, _) = capacity.kilobits(in_the_end("dense", results), results)
-    yield page, fixed(0, last, mean(kilobits["dense"]))
+    yield page, fixed(0, capacity.kilobits(in_the_end("dense", results), results)[0], mean(kilobits["dense"]))
     others = ("moe-32", *capacity_variants.WIDE)
     moe, wide = (capacity.kilobits(capacity.learning(name, results), results) for name in others)
     for each, other in ((moe, kilobits["dense"]), (wide, kilobits["peer-1024"])):
@@ -534,9 +534,8 @@ def rebuilt_stream(folder):
     return results
 
 
-def tables_of_capacity():
-    results = load(STUDIES + "capacity/results.json")
-    return capacity.describe(results["runs"], results["times"])
+def tables_of_facts(name, study):
+    return study.describe(*(load(f"{STUDIES}{name}/results.json")[part] for part in ("runs", "times")))
 
 
 def tables_of_people(name, of_groups=True):
@@ -546,9 +545,10 @@ def tables_of_people(name, of_groups=True):
 
 
 TABLES = [
+    (STUDIES + "storage/README.md", lambda: tables_of_facts("storage", storage)),
     (STUDIES + "people/README.md", lambda: tables_of_people("results")),
     (STUDIES + "people/README.md", lambda: tables_of_people("earlier/5625_people", of_groups=False)),
-    (STUDIES + "capacity/README.md", tables_of_capacity),
+    (STUDIES + "capacity/README.md", lambda: tables_of_facts("capacity", capacity)),
     (
         "docs/large-embeddings.md",
         lambda: optimizers_table(load("examples/compare_embedding_optimizers.json")["results"]),

@@ -4,6 +4,7 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from studies.capacity.plan import Run
 from studies.capacity.training import optimizer_of, training_arguments
 from studies.capacity.variants import make_model
 from studies.common.parallel_runs import next_runs_of
+from studies.common.study_folder import read_json
+from studies.storage import plan
 from studies.storage.plan import AXES, STAGES, TRIED, chosen, first_trials, make_run, settings_of, trials
 from studies.storage.report import describe
 
@@ -56,6 +59,14 @@ def test_no_variant_has_more_trials_than_another_by_design():
     results = made(bits_around({"learning_rate": 2e-3}))
     numbers = {name: len(trials(name, results)) for name in TRIED}
     assert max(numbers.values()) - min(numbers.values()) <= 2, numbers
+
+
+def test_dense_trains_as_long():
+    """As often as the times of the results allow."""
+    file = Path(plan.__file__).with_name("results.json")
+    times = read_json(file)["times"]["seconds_per_step"]
+    expected = {name: round(plan.LEARNED.exposures * times[plan.LIKE] / times[name]) for name in plan.EXPOSURES}
+    assert expected == plan.EXPOSURES
 
 
 def test_settings_are_those_of_the_optimizer(tmp_path):
