@@ -238,10 +238,12 @@ def test_compares_models(tmp_path):
 def test_experts_store_facts_that_a_dense_model_does_not():
     printed = run("store_facts.py")
     rows = dict(re.findall(r"^(\S[\w -]+?)  +(.*)$", printed, re.MULTILINE))
-    peer, dense, as_long = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
-    assert peer > 90 and dense < 10 and dense < as_long < peer
+    peer, *dense = (float(cell.rstrip("%")) for cell in rows["facts recalled"].split())
+    assert peer > 90 and max(dense) < 10
+    bits = [int(cell) for cell in rows["kbit stored"].split()]
+    assert bits[0] > bits[2] > bits[1]
     seen, seconds = ([int(cell) for cell in rows[name].split()] for name in ("times seen", "seconds"))
-    assert seen[0] == seen[1] < seen[2] and 0.6 * seconds[0] < seconds[2] < 1.6 * seconds[0]
+    assert seen[0] == seen[1] < seen[2] and 0.4 * seconds[0] < seconds[2] < 2.5 * seconds[0]
     flops = [int(cell.replace(",", "")) for cell in rows["FLOPs per token"].split()]
     assert max(flops) < 1.05 * min(flops)
     answers = {name: rest.partition(" -> ")[2] for name, rest in rows.items() if " -> " in rest}
