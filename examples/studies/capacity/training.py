@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from modeling_peer import RowAdamW, quantize_experts
+from modeling_peer import make_optimizer, quantize_experts
 from modeling_peer.experts import expert_tables
 from studies.capacity.facts import make_facts, measure
 from studies.capacity.plan import Run
 from studies.capacity.variants import make_model
-from studies.common.small_models import groups_with_rates
 
 
 BATCH_SIZE = 256
@@ -65,10 +64,15 @@ def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArgumen
 
 
 def optimizer_of(model: nn.Module, arguments: TrainingArguments, run: Run) -> torch.optim.Optimizer:
-    """The optimizer of a run."""
-    up = run.up_multiplier or (0.25 if expert_tables(model) else 1.0)
-    groups = groups_with_rates(model, run.learning_rate, up, up * run.multiplier)
-    return RowAdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2))
+    """The optimizer of a run. The feed-forwards of a model without tables may have a rate of their own too."""
+    optimizer = make_optimizer(model, arguments, run.up_multiplier or 0.25, run.multiplier)
+    if run.up_multiplier is not None and not expert_tables(model):
+        own = {id(parameter): parameter for name, parameter in model.named_parameters() if ".mlp." in name}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        rate = arguments.learning_rate * run.up_multiplier
+        optimizer.add_param_group({"params": [*own.values()], "lr": rate, "weight_decay": 0.0, "rows": False})
+    return optimizer
 
 
 def store_facts(run: Run, folder: Path) -> dict[str, Any]:

@@ -9,14 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
 
-from studies.common.small_models import Step, groups_with_rates, make_step, median_seconds, token_losses
+from modeling_peer import RowAdamW, expert_parameter_groups
+from modeling_peer.analysis.evaluation import evaluation
 from studies.onset.models import PLACEMENTS, make_model
 from studies.onset.plan import SMALL, Run
-from studies.onset.texts import ASKED, BLOCK, copying_questions, probe
+from studies.onset.texts import ASKED, BLOCK, copying_questions, prepare, probe
 
 
 SEQUENCES, PROBED_EVERY, WARMUP = 16, 50, 0.1  # sequences a step, steps between probes, share of the steps
+
+
+def token_losses(model: nn.Module, sequences: torch.Tensor) -> torch.Tensor:
+    """The loss of each token but the first of each sequence, in nats."""
+    found = []
+    with evaluation(model):
+        for tokens in sequences.split(SEQUENCES):
+            logits = model(tokens).logits[:, :-1].transpose(1, 2)
+            found.append(F.cross_entropy(logits.float(), tokens[:, 1:], reduction="none"))
+    return torch.cat(found)
 
 
 def nats_copied(model: nn.Module) -> float:
@@ -33,10 +46,21 @@ def batches_of(folder: Path, run: Run) -> torch.Tensor:
     return torch.from_numpy(blocks[np.concatenate(orders)[:number]].astype(np.int64)).view(-1, SEQUENCES, BLOCK)
 
 
-def step_of(model: nn.Module, run: Run) -> Step:
-    """The training step of a run."""
-    groups = groups_with_rates(model, run.learning_rate, run.up, run.down)
-    return make_step(model, groups, run.steps, WARMUP)
+def make_step(model: nn.Module, run: Run, steps: int):
+    """A function that trains a model on a batch."""
+    groups = expert_parameter_groups(model, run.learning_rate, 0.0, run.up, run.down / run.up)
+    optimizer = RowAdamW(groups, betas=(0.9, 0.99))
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
+    model.train()
+
+    def step(batch: torch.Tensor) -> None:
+        model(batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def make(run: Run, folder: Path) -> dict[str, Any]:
@@ -45,7 +69,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     predicts these than without the first passage (`copied`), and the probe in the course of training.
     """
     model = make_model(run.placement, run.initializer_range, run.attention, run.seed)
-    step, probes, start = step_of(model, run), [], time.perf_counter()
+    step, probes, start = make_step(model, run, run.steps), [], time.perf_counter()
     for number, batch in enumerate(batches_of(folder, run), 1):
         step(batch)
         if number % PROBED_EVERY == 0 or number == run.steps:
@@ -65,8 +89,22 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_times(folder: Path, steps: int = 60) -> dict[str, float]:
-    """Median seconds of a training step of each placement."""
-    runs = [Run(name, up=0.25, down=12.0) if name != "dense" else Run(name) for name in PLACEMENTS]
-    own = {run.placement: step_of(make_model(run.placement, SMALL, SMALL, 0), run) for run in runs}
-    return median_seconds(own, batches_of(folder, runs[0])[:steps])
+def measure_times(folder: Path, rounds: int = 40, warm_ups: int = 20) -> dict[str, float]:
+    """Median seconds of a training step of each placement, measured in turn with one thread."""
+    prepare(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    batches = batches_of(folder, Run("dense"))
+    steps = {
+        name: make_step(make_model(name, SMALL, SMALL, 0), Run(name, up=0.25, down=12.0), len(batches))
+        for name in PLACEMENTS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number, batch in enumerate(batches[: warm_ups + rounds]):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(batch)
+            if number >= warm_ups:
+                seconds[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {name: float(np.median(each)) for name, each in seconds.items()}

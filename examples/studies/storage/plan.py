@@ -8,7 +8,6 @@ from typing import Any
 
 from studies.capacity.plan import LEARNED, Results, Run, best, steady
 from studies.capacity.variants import has_tables
-from studies.common.search import search
 
 
 # Values of each axis. A search along it starts at the best value so far and ends where both neighbors are no better.
@@ -65,12 +64,26 @@ def first_trials(variant: str) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """The grid and a search from its best run, as far as the results determine them."""
-
-    def moved(run: Run, axis: str, value: float) -> Run:
-        return make_run(variant, **settings_of(run) | {axis: value})
-
-    return search(first_trials(variant), AXES, settings_of, moved, best, results)
+    """
+    The grid, and neighbors of its best run along one axis after another, as far as the results determine them. Along
+    each axis the search goes on while a neighbor is better than all before.
+    """
+    runs = first_trials(variant)
+    if not all(run.name in results for run in runs):
+        return runs
+    for axis, values in AXES.items():
+        while axis in (settings := settings_of(found := best(runs, results))):
+            place = min(range(len(values)), key=lambda each: abs(values[each] - settings[axis]))
+            neighbors = [
+                make_run(variant, **settings | {axis: each}) for each in values[max(0, place - 1) : place + 2]
+            ]
+            missing = [run for run in neighbors if run not in runs]
+            runs += missing
+            if not all(run.name in results for run in missing):
+                return runs
+            if best(runs, results) == found:
+                break
+    return runs
 
 
 def is_tried(variant: str, results: Results) -> bool:

@@ -12,13 +12,12 @@ from torch import nn
 
 from modeling_peer import PeerForCausalLM
 from studies.common.parallel_runs import next_runs_of
-from studies.common.small_models import token_losses
 from studies.onset import training
 from studies.onset.models import PLACEMENTS, make_model
 from studies.onset.plan import BIG, SMALL, STAGES, Run, best, trials
 from studies.onset.report import describe, onset, plot
 from studies.onset.texts import ASKED, BLOCK, LONGEST, SHORTEST, VOCABULARY, copying_questions, repeat_passages
-from studies.onset.training import batches_of, make, nats_copied, step_of
+from studies.onset.training import batches_of, make, make_step, nats_copied, token_losses
 
 
 class Copier(nn.Module):
@@ -67,7 +66,7 @@ def test_attention_begins_with_weights_of_its_own():
 
 def test_rates_of_tables():
     model = make_model("one", SMALL, SMALL, 0)
-    step = step_of(model, Run("one", up=0.25, down=12.0))
+    step = make_step(model, Run("one", up=0.25, down=12.0), 10)
     groups = step.__closure__[[*step.__code__.co_freevars].index("optimizer")].cell_contents.param_groups
     rates = {id(each): group["initial_lr"] for group in groups for each in group["params"]}
     pool = model.model.layers[2].mlp.expert_pool
