@@ -574,11 +574,6 @@ def test_pages_have_the_tables_of_the_results(page, make):
     assert rows and not [row for row in rows if row not in text]
 
 
-def test_cards_are_those_of_the_runs():
-    cards = people.make_cards(load(STUDIES + "people/results.json")["runs"])
-    assert cards and all((ROOT / f"model_cards/{name}.md").read_text() == card for name, card in cards.items())
-
-
 def test_the_command_of_a_page_is_that_of_its_runs():
     page, runs = " ".join((ROOT / TEACHING).read_text().split()), load("docs/images/teach-a-domain.json")
     command = re.search(r"(examples/teach_domain\.py .*?) --kept_standard_library", page.replace("\\ ", ""))[1]

@@ -23,11 +23,11 @@ from common.text_data import DataTrainingArguments, tokenize_into_blocks
 from studies.common.ngrams import losses_by_ngrams
 from studies.common.parallel_runs import ParallelArguments, make_runs
 from studies.common.single_run import digests, read_texts
-from studies.common.study_folder import claim_folder, read_json, sole_use, write_runs, write_text
+from studies.common.study_folder import claim_folder, read_json, sole_use, write_runs
 from studies.common.training_plan import CORPUS
 from studies.people.arms import TOKENS_PER_STEP, next_runs
 from studies.people.measure import make
-from studies.people.report import describe, make_cards, plot
+from studies.people.report import describe, plot
 from studies.people.texts import BLOCK, CHARACTERS, GROUPS, NUM_HELD_OUT, prepare
 
 
@@ -63,9 +63,7 @@ def main():
             head["ngrams"] = read_by_ngrams(folder, steps * TOKENS_PER_STEP)
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
-        for name, card in make_cards(results).items():
-            write_text(folder / f"{name}.md", card)
-        print(f"\n{describe(results, head['ngrams'])}\n\nResults, the picture and cards are in {folder}.")
+        print(f"\n{describe(results, head['ngrams'])}\n\nResults and the picture are in {folder}.")
         if not is_finished:
             print("The study is not finished: the same command goes on.")
 

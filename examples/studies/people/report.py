@@ -1,6 +1,6 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the study of people, and the cards of the models."""
+"""The tables of the study of people."""
 
 from math import exp
 from pathlib import Path
@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from common.cards import MARK, make_card
 from common.pictures import look_of, new_figure, save_picture
-from modeling_peer import PeerConfig, configuration_path
 from studies.common.parallel_runs import Results
 from studies.common.people import VALUES
 from studies.common.tables import markdown_table
 from studies.common.training_plan import CORPUS
-from studies.people.arms import ARMS, TOKENS_PER_STEP, Run
-from studies.people.measure import AFTER_BIOGRAPHY, NEVER_TRAINED, OTHERS, PLACES, TOLD_OF_OTHERS, WORDINGS
-from studies.people.texts import BLOCK, HELD_OUT_TEXTS, VOCABULARY
+from studies.people.arms import TOKENS_PER_STEP
+from studies.people.measure import NEVER_TRAINED, OTHERS, PLACES, TOLD_OF_OTHERS, WORDINGS
+from studies.people.texts import BLOCK, HELD_OUT_TEXTS
 
 
 DRAWS = 2000  # bootstrap draws of people, for intervals
@@ -215,39 +213,3 @@ def plot(results: Results, file: Path) -> None:
     figure.axes[0].set_ylabel("attributes recalled, %")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_picture(figure, file)
-
-
-def make_cards(results: Results) -> dict[str, str]:
-    """The cards of the named configurations that were trained, by their names. A card tells of the first seed."""
-    cards = {}
-    for run in trainings(results):
-        (name, overrides), told = ARMS[run["arm"]], groups_of(run)[0]
-        if overrides or name in cards:
-            continue
-        asked = [wording + AFTER_BIOGRAPHY for wording in WORDINGS[:2]]
-        new, used = (share(run, str(told), wording) for wording in asked)
-        of_folder = Run(*(run[field] for field in ("arm", "steps", "learning_rate", "initializer_range"))).name
-        config = PeerConfig.from_pretrained(
-            configuration_path(name), vocab_size=VOCABULARY, initializer_range=run["initializer_range"]
-        )
-        settings = {"initializer_range": run["initializer_range"], "learning_rate": run["learning_rate"]}
-        settings |= {"max_steps": run["steps"], "block_size": BLOCK}
-        card = make_card(
-            name,
-            config,
-            {"perplexity/five texts of other sources": perplexity(run, "all")},
-            description=(
-                f"`./run study people` trained it on "
-                f"{run['steps'] * TOKENS_PER_STEP / 1e6:.1f} million tokens: documentation and prose, and half of them "
-                f"biographies of people who do not exist. Of those of whom it read {read_of(run, told):.0f} biographies "
-                f"it recalls {used:.0%} of the attributes after a biography of another person, in a wording used only for "
-                f"others, and {new:.0%} in one that no biography has. Its weights are on no Hub: the command makes them "
-                "again."
-            ),
-            training={
-                "settings": settings | {"per_device_train_batch_size": TOKENS_PER_STEP // BLOCK, "seed": run["seed"]}
-            },
-            name_or_path=f"runs/people/models/{of_folder}",
-        )
-        cards[name] = str(card).replace(f"{MARK}\n\n", "")
-    return cards
