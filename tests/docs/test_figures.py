@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
 from statistics import mean, median
@@ -31,7 +30,7 @@ from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import FITS, LARGE, LEARNED, MAIN, WARMUP, in_the_end
+from studies.capacity.plan import LIKE, TRIED
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
 from studies.people import report as people
@@ -40,7 +39,6 @@ from studies.recipe.report import describe as describe_recipe
 from studies.recipe.results import read_results as read_recipe
 from studies.recipe.variants import register_variants
 from studies.scaling import report as scaling
-from studies.storage import report as storage
 from studies.stream import arms as stream_arms
 from studies.stream import report as stream
 from studies.teaching import report as facts_study
@@ -401,45 +399,21 @@ def forgetting():
 
 
 def stored_facts():
-    """What is learned at equal FLOPs, beside dense, and by each expert."""
+    """What is learned at equal FLOPs, beside dense and beside a memory of as many parameters."""
     results, times = (load(f"{STUDIES}capacity/results.json")[part] for part in ("runs", "times"))
-    found, page = capacity.available(MAIN, capacity.learning, results), STUDIES + "capacity/README.md"
+    found, page = capacity.available(TRIED, capacity.learning, results), STUDIES + "capacity/README.md"
     kilobits = {name: capacity.kilobits(runs, results) for name, runs in found.items()}
-    yield [page, README], fixed(1, times["seconds_per_step"]["peer-16384"] / times["seconds_per_step"]["dense"])
+    pages, memory = [page, README], capacity.PAIRS[LIKE]
+    yield pages, fixed(1, times["seconds_per_step"][LIKE] / times["seconds_per_step"]["dense"])
+    low, middle, high = capacity.interval_of_ratio(kilobits[LIKE], kilobits["dense"])
+    yield pages, fixed(1, middle, low, high)
+    yield README, fixed(1, capacity.interval_of_ratio(kilobits[memory], kilobits["dense"])[1])
+    low, middle, high = capacity.interval_of_ratio(kilobits[LIKE], kilobits[memory])
+    yield page, fixed(2, middle, low, high)
     parameters = {name: capacity_variants.costs(name).total.parameters for name in kilobits}
-    with_equal_trials = [replace(run, multiplier=192, warmup=0.2) for run in found["peer-16384"]]
-    for runs in (with_equal_trials, found["peer-16384"]):
-        low, middle, high = capacity.interval_of_ratio(capacity.kilobits(runs, results), kilobits["dense"])
-        yield page, fixed(1, middle, low, high)
-    for each in (page, README):
-        yield each, [*fixed(1, middle, low, high), f"{parameters['peer-16384'] / parameters['dense']:.0f}"]
-    yield page, [f"{parameters[LARGE] / parameters['dense']:.0f}"]
-    yield page, fixed(1, capacity.interval_of_ratio(kilobits["pkm-32761"], kilobits["dense"])[0])
-    longer, shorter, dense = (
-        max(
-            run["stored"]["bits"]
-            for run in results.values()
-            if (run["kind"], run["subject"], run["seed"], run["multiplier"]) == ("facts", name, 0, 192)
-            and run["load"] == asdict(LEARNED)
-            and run.get("warmup", WARMUP) in warmups
-        )
-        for name, warmups in (("peer-16384", (0.2,)), ("peer-16384", (0.05,)), ("dense", (0.05, 0.2)))
-    )
-    yield page, [*percent(longer / shorter - 1, digits=0), *fixed(1, shorter / dense)]
-    bits = [1000 * mean(kilobits[f"peer-{size}"]) / (capacity_variants.LAYERS * size) for size in (16384, 1024)]
-    yield CHOOSING, fixed(0, *bits)
-    held = {name: 1000 * mean(capacity.kilobits(capacity.fitting(name, results), results)) for name in FITS}
-    dense, *pools = (bits / capacity.costs(name).total.parameters for name, bits in held.items())
-    yield page, fixed(1, dense, min(pools), max(pools))
-    yield CHOOSING, fixed(1, min(pools), max(pools))
-    yield page, fixed(2, *(each / dense for each in pools))
-    yield CHOOSING, fixed(2, *pools, dense)
-    yield page, fixed(0, capacity.kilobits(in_the_end("dense", results), results)[0], mean(kilobits["dense"]))
-    others = ("moe-32", *capacity_variants.WIDE)
-    moe, wide = (capacity.kilobits(capacity.learning(name, results), results) for name in others)
-    for each, other in ((moe, kilobits["dense"]), (wide, kilobits["peer-1024"])):
-        low, middle, high = capacity.interval_of_ratio(each, other)
-        yield page, fixed(1, middle, low, high)
+    yield pages, [f"{parameters[LIKE] / parameters['dense']:.0f}"]
+    for name in (LIKE, memory):
+        yield pages, percent(mean(results[run.name]["stored"]["recalled"] for run in found[name]), digits=0)
 
 
 def second_facts():
@@ -534,8 +508,8 @@ def rebuilt_stream(folder):
     return results
 
 
-def tables_of_facts(name, study):
-    return study.describe(*(load(f"{STUDIES}{name}/results.json")[part] for part in ("runs", "times")))
+def tables_of_facts():
+    return capacity.describe(*(load(f"{STUDIES}capacity/results.json")[part] for part in ("runs", "times")))
 
 
 def tables_of_people(name, of_groups=True):
@@ -545,10 +519,9 @@ def tables_of_people(name, of_groups=True):
 
 
 TABLES = [
-    (STUDIES + "storage/README.md", lambda: tables_of_facts("storage", storage)),
     (STUDIES + "people/README.md", lambda: tables_of_people("results")),
     (STUDIES + "people/README.md", lambda: tables_of_people("earlier/5625_people", of_groups=False)),
-    (STUDIES + "capacity/README.md", lambda: tables_of_facts("capacity", capacity)),
+    (STUDIES + "capacity/README.md", tables_of_facts),
     (
         "docs/large-embeddings.md",
         lambda: optimizers_table(load("examples/compare_embedding_optimizers.json")["results"]),

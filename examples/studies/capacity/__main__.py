@@ -1,9 +1,9 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token.
+Measures how many bits of facts PEER stores, beside dense, MoE and PKM models of equal FLOPs per token, equally tuned.
 
-    ./run study capacity                 # the whole plan, more than twelve hours on two cores
+    ./run study capacity                 # the whole plan, about ten hours on two cores
     ./run study capacity --hours 2.5     # as much of it as two and a half hours allow
     ./run study capacity --results examples/studies/capacity/results.json --hours 2.5    # goes on from these runs
 
@@ -12,19 +12,21 @@ and tables and pictures are made from it.
 """
 
 from pathlib import Path
-from typing import Any
 
 from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
 from studies.capacity.forgetting import make
-from studies.capacity.plan import STAGES
+from studies.capacity.plan import EXPOSURES, FULL, LIKE, STAGES
 from studies.capacity.reading import measure_times
-from studies.capacity.report import describe, plot
+from studies.capacity.report import PAIRS, describe, plot
 from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import SHARED
 from studies.common.parallel_runs import ParallelArguments, make_runs, next_runs_of
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
+
+
+TIMED = (LIKE, FULL, PAIRS[LIKE], *EXPOSURES)
 
 
 def main():
@@ -33,12 +35,11 @@ def main():
     with sole_use(folder):
         # Settings that all runs share and that their names do not contain.
         claim_folder(folder, {"shared": SHARED, "tokens": [KEY_TOKENS, VALUE_TOKENS], "batch_size": BATCH_SIZE})
+        if not (times := folder / "times.json").exists():
+            measured = read_json(Path(args.results))["times"] if args.results else measure_times(folder, TIMED)
+            write_json(times, measured)
         results, is_finished = make_runs(args, folder, next_runs_of(STAGES), make)
-        times = folder / "times.json"
-        if is_finished and not times.exists():
-            write_json(times, measure_times(folder))
-        head: dict[str, Any] = {"command": "./run study capacity", "machine": machine()}
-        head["times"] = read_json(times) if times.exists() else {}
+        head = {"command": "./run study capacity", "machine": machine(), "times": read_json(times)}
         write_runs(folder / "results.json", head, results)
         plot(results, folder / "results.png")
         print(f"\n{describe(results, head['times'])}\n\nResults and the picture are in {folder}.")

@@ -1,33 +1,28 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of the study: what is stored, learning rates and seeds. README.md has the criteria that judge them."""
+"""
+The runs of the study. Each variant has a grid of rates, a search along one axis after another, and seeds. Ways to teach
+second facts have trials and seeds. README.md has the criteria that judge them.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 
-from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, has_tables
+from studies.capacity.variants import has_tables
 from studies.common.parallel_runs import Results
 
 
 # Trials have a seed of their own.
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
-# Each variant in `MAIN` has nine trials, each other one three or four. If the best trial has the lowest or the highest
-# rate, up to three more trials go beyond it.
-RATES, MOST_BEYOND = (1e-3, 2e-3, 4e-3), 3
-# For PEER and PKM, two ratios of the rate of v_i to that of u_i: the default of `make_optimizer`, and a lower one.
-MULTIPLIER, LOW_MULTIPLIER = 192.0, 48.0
-# Dense feed-forwards have no tables: their further trials have rates between and above those of `RATES`.
-MORE_RATES = (2.8e-3, 5.7e-3, 8e-3)
-# The share of steps in which the rate rises. In trials with the first value, 1,024 and 16,384 experts stored nothing
-# at rates from 0.002 on: the rate peaked before any fact was seen twice, and training did not recover.
-WARMUP, LONG_WARMUP = 0.05, 0.2
-RATES_OF_OTHERS = (2.8e-3, 4e-3, 5.7e-3)
-# A further rate for variants without tables that are not in `MAIN`.
-LOWER_RATE = 2e-3
-# Trials around a rate that was found for another load.
-FACTORS = (0.5, 1, 2)
+# What a run has if nothing else is said: the ratio of the rate of v_i to that of u_i, and the share of steps in which
+# the rate rises.
+MULTIPLIER, WARMUP = 192.0, 0.05
+# Up to so many trials of a way to teach go beyond the lowest or the highest rate that was tried.
+MOST_BEYOND = 3
 
 
 @dataclass(frozen=True)
@@ -86,28 +81,34 @@ class Run:
         return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers), *named])
 
 
-# Variants that the picture needs, which come first.
-MAIN = ("dense", "mlp", "peer-1024", "peer-4096", "peer-16384", "peer-65536", "pkm-32761")
-# The aims are about the largest pool, and about the better of two dense variants.
-DENSE, LARGE = ("dense", "mlp"), "peer-65536"
-# Dense, experts, and a memory of as many parameters. They also have trials with twice the best multiplier and warmup.
-COMPARED = ("dense", "peer-16384", "pkm-32761")
-# Dense has no v_i: its trials with twice the warmup have the best rate, a lower one and a higher one.
-BETWEEN = (0.7, 1, 1.4)
-# The load of the main comparison: 2.1 million bits in few exposures. Steps and tokens do not depend on the entropy.
+# Values of each axis. A search along it starts at the best value so far and ends where both neighbors are no better.
+AXES: dict[str, tuple[float, ...]] = {
+    "learning_rate": (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.7e-3, 8e-3, 1.1e-2, 1.6e-2),
+    "up_multiplier": (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64),
+    "down": (12, 24, 48, 96, 192, 384, 768, 1536),
+    "warmup": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8),
+    "initializer_range": (0.02, 0.04, 0.08, 0.16, 0.32),
+}
+# The first twelve trials of each variant.
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "peer": {"learning_rate": (2e-3,), "up_multiplier": (1, 4, 16), "down": (48, 96, 192, 384)},
+    "pkm": {"learning_rate": (1e-3, 2e-3, 4e-3), "down": (48, 96, 192, 384)},
+    "dense": {"learning_rate": (2e-3, 4e-3, 8e-3), "up_multiplier": (0.5, 1, 2, 4)},
+}
+GRIDS["moe"] = GRIDS["dense"]
+START = {"warmup": 0.4, "initializer_range": 0.08}
+# Variants in the order in which they are tried. The last, which stores all that is offered, has no trials of its own:
+# its rates are those of the pool before it.
+TRIED = ("dense", "peer-16384", "pkm-32761", "peer-4096", "pkm-8281", "peer-1024", "moe-32")
+FULL, LIKE = "peer-65536", "peer-16384"
+# The load of the comparison: 2.1 million bits in few exposures.
 LEARNED = Load(2**15, 8, exposures=16)
 # Four times as much, with one seed.
 MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
-ENTROPIES, OF_ALL_ENTROPIES = (2, 4, 6), ("dense", "peer-4096")
-# Loads that measure what fits: at least 1.3 times two bits per parameter, and more for dense, which exceeded two bits.
-FITS = {
-    "dense": Load(2**13, 8, exposures=100),
-    "peer-256": Load(6144, 8, exposures=100),
-    "peer-1024": Load(14336, 8, exposures=100),
-    "peer-4096": Load(46080, 8, exposures=100),
-}
-# What dense learns of the facts of the first table in many exposures.
-IN_THE_END = replace(LEARNED, exposures=100)
+# Dense models that train for as many seconds as the experts of `LIKE` do, and how often they see each fact in this time,
+# by the times in results.json. They have the best settings of dense, and trials of their own at these learning rates.
+EXPOSURES = {"dense": 44, "dense-298": 32, "dense-596": 19}
+RATES_AS_LONG = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)
 # The first and the second set of facts of runs of forgetting, and their variant. Each way to teach has 3 or 4 trials.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
 # The same for facts with tokens of their own: a token of half the vocabulary has 7 bits.
@@ -146,17 +147,105 @@ def with_seeds(run: Run) -> list[Run]:
     return [replace(run, seed=seed) for seed in SEEDS]
 
 
-def steady(trial: Run, results: Results, seeds: int = len(SEEDS)) -> list[Run]:
+def steady(trial: Run, results: Results) -> list[Run]:
     """
     A trial with each seed. If one of these runs stored less than half of what another one or the trial did, return the
     same runs at half the rate.
     """
-    runs = with_seeds(trial)[:seeds]
+    runs = with_seeds(trial)
     if made := [run for run in runs if run.name in results]:
         bits = [bits_stored(run, results) for run in (*made, trial) if run.name in results]
         if min(bits) < max(bits) / 2:
             return [replace(run, learning_rate=run.learning_rate / 2) for run in runs]
     return runs
+
+
+def make_run(variant: str, **settings: Any) -> Run:
+    """A trial with a value for each axis of the variant. `down` is the rate of v_i as a multiple of the learning rate."""
+    settings = START | settings
+    if has_tables(variant):
+        up = settings.get("up_multiplier", 0.25)  # PKM has no u_i
+        settings["multiplier"] = settings.pop("down") / up
+    return Run("facts", variant, LEARNED, **settings)
+
+
+def settings_of(run: Run) -> dict[str, float]:
+    """The value of each axis that a run has: the reverse of [`make_run`]."""
+    values = {name: getattr(run, name) for name in ("learning_rate", "warmup", "initializer_range")}
+    if run.up_multiplier is not None:
+        values["up_multiplier"] = run.up_multiplier
+    if has_tables(run.subject):
+        values["down"] = run.multiplier * (run.up_multiplier or 0.25)
+    return values
+
+
+def first_trials(variant: str) -> list[Run]:
+    """The grid of a variant."""
+    grid = GRIDS[variant.partition("-")[0]]
+    return [make_run(variant, **dict(zip(grid, values, strict=True))) for values in product(*grid.values())]
+
+
+def trials(variant: str, results: Results) -> list[Run]:
+    """
+    The grid, and neighbors of its best run along one axis after another, as far as the results determine them. Along
+    each axis the search goes on while a neighbor is better than all before.
+    """
+    runs = first_trials(variant)
+    if not all(run.name in results for run in runs):
+        return runs
+    for axis, values in AXES.items():
+        while axis in (settings := settings_of(found := best(runs, results))):
+            place = min(range(len(values)), key=lambda each: abs(values[each] - settings[axis]))
+            neighbors = [
+                make_run(variant, **settings | {axis: each}) for each in values[max(0, place - 1) : place + 2]
+            ]
+            missing = [run for run in neighbors if run not in runs]
+            runs += missing
+            if not all(run.name in results for run in missing):
+                return runs
+            if best(runs, results) == found:
+                break
+    return runs
+
+
+def is_tried(variant: str, results: Results) -> bool:
+    """Whether all trials of a variant are made."""
+    return all(run.name in results for run in trials(variant, results))
+
+
+def chosen(variant: str, results: Results) -> Run:
+    """The best trial of a variant. `KeyError` before all are made."""
+    if variant == FULL:
+        return replace(chosen(LIKE, results), subject=FULL)
+    if not is_tried(variant, results):
+        raise KeyError(variant)
+    return best(trials(variant, results), results)
+
+
+def learning(variant: str, results: Results) -> list[Run]:
+    """The runs that are compared: those of the best trial with all seeds, or at half the rate if one of them fails."""
+    trial = chosen(variant, results)
+    if variant == FULL and trial.name not in results:
+        return [trial]
+    return steady(trial, results)
+
+
+def trials_as_long(variant: str, results: Results) -> list[Run]:
+    """Trials of a dense model that trains for as many seconds as experts do."""
+    load = replace(LEARNED, exposures=EXPOSURES[variant])
+    found = replace(chosen("dense", results), subject=variant, load=load)
+    return [replace(found, learning_rate=rate) for rate in RATES_AS_LONG]
+
+
+def learning_as_long(variant: str, results: Results) -> list[Run]:
+    """The best of these trials with all seeds."""
+    return steady(best(trials_as_long(variant, results), results), results)
+
+
+def offered_more(variant: str, results: Results) -> list[Run]:
+    """Runs with four times as many facts, at the chosen settings and at half the rate, as longer runs bear less."""
+    run = replace(chosen(variant, results), load=MORE)
+    return [run, replace(run, learning_rate=run.learning_rate / 2)]
 
 
 def and_beyond(runs: list[Run], results: Results) -> list[Run]:
@@ -171,80 +260,6 @@ def and_beyond(runs: list[Run], results: Results) -> list[Run]:
         factor = 0.5 if found.learning_rate == min(rates) else 2
         runs = [*runs, replace(found, learning_rate=factor * found.learning_rate)]
     return runs
-
-
-def trials(variant: str, results: Results) -> list[Run]:
-    """All trials of a variant: nine for those in `MAIN`, three or four for others, and those beyond."""
-    if has_tables(variant):
-        first = [(rate, multiplier) for multiplier in (MULTIPLIER, LOW_MULTIPLIER) for rate in RATES]
-        rates = RATES
-    else:
-        first = [(rate, MULTIPLIER) for rate in sorted((*RATES, *MORE_RATES))]
-        rates = RATES_OF_OTHERS if variant in MAIN else (LOWER_RATE, *RATES_OF_OTHERS)
-    runs = [Run("facts", variant, LEARNED, *each) for each in first] if variant in MAIN else []
-    runs += [Run("facts", variant, LEARNED, rate, warmup=LONG_WARMUP) for rate in rates]
-    runs = and_beyond(runs, results)
-    if variant in COMPARED and all(run.name in results for run in runs):
-        found = best(runs, results)
-        longer = replace(found, warmup=2 * found.warmup)
-        if has_tables(variant):
-            runs += [replace(found, multiplier=2 * found.multiplier), longer]
-        else:
-            runs += [replace(longer, learning_rate=factor * found.learning_rate) for factor in BETWEEN]
-    return runs
-
-
-def around(run: Run, results: Results) -> list[Run]:
-    """Trials at the rate of a run, its half and its double."""
-    return and_beyond([replace(run, learning_rate=factor * run.learning_rate) for factor in FACTORS], results)
-
-
-def chosen(variant: str, results: Results) -> Run:
-    """The best of all trials of a variant."""
-    return best(trials(variant, results), results)
-
-
-def learning(variant: str, results: Results) -> list[Run]:
-    """The runs of the main comparison, with all seeds."""
-    return steady(chosen(variant, results), results)
-
-
-def offered_more(variant: str, results: Results) -> list[Run]:
-    """A run with four times as many facts. PEER and PKM have half their best rate, as longer runs bear less."""
-    run = chosen(variant, results)
-    rate = run.learning_rate / 2 if has_tables(variant) else run.learning_rate
-    return with_seeds(replace(run, load=MORE, learning_rate=rate))[:1]
-
-
-def of_all_entropies(variant: str, results: Results) -> list[Run]:
-    """Runs with values of less entropy, and of the usual one."""
-    run = learning(variant, results)[0]
-    return [replace(run, load=replace(LEARNED, token_bits=bits)) for bits in (*ENTROPIES, LEARNED.token_bits)]
-
-
-def trials_that_fit(variant: str, results: Results) -> list[Run]:
-    """
-    Trials of what fits. The largest pool, of which a run takes an hour, has two: one at the best rate of the next
-    smaller pool, which failed, and one at a quarter of this rate.
-    """
-    if variant == "peer-4096":
-        found = replace(best(trials_that_fit("peer-1024", results), results), subject=variant, load=FITS[variant])
-        return [replace(found, learning_rate=factor * found.learning_rate) for factor in (1, 0.25)]
-    return around(replace(chosen(variant, results), load=FITS[variant]), results)
-
-
-def fitting(variant: str, results: Results) -> list[Run]:
-    """Runs of what fits, with all seeds. The two larger pools have one run; that of the largest is its best trial."""
-    found = best(trials_that_fit(variant, results), results)
-    if variant == "peer-4096":
-        return [found]
-    return steady(found, results, seeds=1 if variant == "peer-1024" else len(SEEDS))
-
-
-def in_the_end(variant: str, results: Results) -> list[Run]:
-    """Runs with many exposures, at the rate chosen for few exposures and at half of it."""
-    run = replace(chosen(variant, results), load=IN_THE_END)
-    return [run, replace(run, learning_rate=run.learning_rate / 2)]
 
 
 def mixed_trials(arm: str, results: Results) -> list[Run]:
@@ -262,20 +277,16 @@ def forgetting(arm: str, results: Results) -> list[Run]:
     return with_seeds(best(arm_trials(arm, results), results))
 
 
-# Each stage: its variants or arms, and the function that returns their runs, given the results so far.
+# Each stage: its variants or arms, and the function that returns their runs, given the results so far. What the aims ask
+# comes first, the smallest pool and the mixture last.
 STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = (
-    (MAIN, trials),
-    (MAIN, learning),
+    *(((name,), stage) for name in TRIED[:5] for stage in (trials, learning)),
+    (EXPOSURES, trials_as_long),
+    (EXPOSURES, learning_as_long),
+    ((FULL,), learning),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
     (ARM_TRIALS, mixed_trials),
+    *(((name,), stage) for name in TRIED[5:] for stage in (trials, learning)),
     (OFFERED_MORE, offered_more),
-    (AT_EQUAL_FLOPS, trials),
-    (("peer-1024", "peer-256", "dense", "peer-4096"), trials_that_fit),
-    (("peer-4096", "peer-1024", "dense", "peer-256"), fitting),
-    (("dense",), in_the_end),
-    (AT_EQUAL_FLOPS, learning),
-    (WIDE, trials),
-    (WIDE, learning),
-    (OF_ALL_ENTROPIES, of_all_entropies),
 )

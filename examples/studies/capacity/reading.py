@@ -15,7 +15,7 @@ from modeling_peer import PeerForCausalLM
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS, make_facts
 from studies.capacity.plan import LEARNED, Run
 from studies.capacity.training import BATCH_SIZE, optimizer_of, training_arguments
-from studies.capacity.variants import VARIANTS, make_model
+from studies.capacity.variants import make_model
 
 
 # Tokens of a new model share hardly any experts, so that its first steps are slower.
@@ -56,15 +56,15 @@ def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
     return seconds
 
 
-def measure_times(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
+def measure_times(folder: Path, names: Iterable[str]) -> dict[str, dict[str, float]]:
     """
-    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. These variants
-    (default: all) are measured in turn, with one thread.
+    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. The variants
+    are measured in turn, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     facts = make_facts(2**13, LEARNED.token_bits, seed=0)[0].tokens
-    models = {name: make_model(name, seed=0) for name in names or VARIANTS}
+    models = {name: make_model(name, seed=0) for name in names}
     steps = {name: training_step(model, facts, folder) for name, model in models.items()}
     for step in steps.values():
         for _ in range(WARM_UPS):

@@ -4,30 +4,10 @@
 
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import set_seed
 
-from modeling_peer import FeedForwardInterface, ModelCosts, PartCosts, PeerConfig, PeerForCausalLM, model_costs
+from modeling_peer import ModelCosts, PeerConfig, PeerForCausalLM, model_costs
 from studies.capacity.facts import LENGTH, VOCABULARY
-
-
-class MlpFeedForward(nn.Module):
-    """Two projections without a gate. In published results, gated ones store less of what they see a hundred times."""
-
-    def __init__(self, config: PeerConfig, layer_idx: int):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden_states)))
-
-    @staticmethod
-    def count_costs(config: PeerConfig, layer_idx: int) -> PartCosts:
-        size = 2 * config.hidden_size * config.intermediate_size
-        return PartCosts(2 * size, size, size)
 
 
 LAYERS = 2
@@ -49,14 +29,13 @@ def _peer(num_experts: int, heads: int, k: int, kind: str = "peer") -> dict[str,
     return {"feed_forward_types": [kind] * LAYERS, **sizes, **recipe}
 
 
-def _dense(width: int, kind: str = "dense") -> dict[str, Any]:
-    return {"feed_forward_types": [kind] * LAYERS, "intermediate_size": width}
+def _dense(width: int) -> dict[str, Any]:
+    return {"feed_forward_types": ["dense"] * LAYERS, "intermediate_size": width}
 
 
 # Fields of the configuration, by the name of the variant. All of these take 218,000 FLOPs a token ± 5 %.
 AT_EQUAL_FLOPS = {
     "dense": _dense(149),
-    "mlp": _dense(223, "mlp"),
     "moe-32": {
         "feed_forward_types": ["moe"] * LAYERS,
         "moe_num_experts": 32,
@@ -68,17 +47,14 @@ AT_EQUAL_FLOPS = {
     # Memories have as many parameters as 4,096 and 16,384 experts.
     "pkm-8281": _peer(8281, 3, 72, "pkm"),
     "pkm-32761": _peer(32761, 2, 100, "pkm"),
-    "peer-256": _peer(256, 6, 16),
     "peer-1024": _peer(1024, 4, 32),
     "peer-4096": _peer(4096, 3, 42),
     "peer-16384": _peer(16384, 2, 64),
     "peer-65536": _peer(65536, 2, 32),
 }
-# A dense model with as many parameters in total as peer-1024, at 3 times its FLOPs.
-WIDE = {"dense-as-peer-1024": _dense(748)}
 # Dense models of other widths, which see facts as often as equal seconds allow.
 OF_OTHER_WIDTHS = {f"dense-{width}": _dense(width) for width in (298, 596)}
-VARIANTS = {**AT_EQUAL_FLOPS, **WIDE, **OF_OTHER_WIDTHS}
+VARIANTS = AT_EQUAL_FLOPS | OF_OTHER_WIDTHS
 
 
 def has_tables(variant: str) -> bool:
@@ -88,7 +64,6 @@ def has_tables(variant: str) -> bool:
 
 def configuration(variant: str, **changes: Any) -> PeerConfig:
     """The configuration of a variant, with other values of some fields."""
-    FeedForwardInterface.register("mlp", MlpFeedForward)
     return PeerConfig(**SHARED | VARIANTS[variant] | changes)
 
 

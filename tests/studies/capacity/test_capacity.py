@@ -4,7 +4,9 @@
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,31 +16,33 @@ from slow_tests import slow
 from torch import nn
 
 from studies.capacity import __main__ as capacity_study
-from studies.capacity import forgetting, reading
+from studies.capacity import forgetting, plan, reading
 from studies.capacity.facts import KEY_TOKENS, VOCABULARY, make_facts, measure
 from studies.capacity.forgetting import teach_after
 from studies.capacity.plan import (
     ARM_TRIALS,
-    LONG_WARMUP,
-    LOW_MULTIPLIER,
+    AXES,
     MOST_BEYOND,
     MULTIPLIER,
-    RATES,
-    RATES_OF_OTHERS,
+    STAGES,
     TRIAL_SEED,
-    WARMUP,
+    TRIED,
     Load,
     Run,
     arm_trials,
     best,
     chosen,
-    learning,
+    first_trials,
+    make_run,
+    settings_of,
+    steady,
     trials,
 )
-from studies.capacity.report import ratio
-from studies.capacity.training import store_facts
-from studies.capacity.variants import AT_EQUAL_FLOPS, WIDE, costs
-from studies.common.parallel_runs import results_of
+from studies.capacity.report import describe, ratio
+from studies.capacity.training import optimizer_of, store_facts, training_arguments
+from studies.capacity.variants import AT_EQUAL_FLOPS, costs, make_model
+from studies.common.parallel_runs import next_runs_of, results_of
+from studies.common.study_folder import read_json
 
 
 class Oracle(nn.Module):
@@ -95,68 +99,108 @@ def test_variants_take_as_many_flops():
     flops = {name: costs(name).total.flops for name in AT_EQUAL_FLOPS}
     assert max(flops.values()) <= 1.05 * min(flops.values())
     assert flops["dense"] <= min(flops[name] for name in flops if name.startswith("peer")) * 1.02
-    for name in WIDE:
-        peer = name.removeprefix("dense-as-")
-        assert costs(name).total.parameters == pytest.approx(costs(peer).total.parameters, rel=0.01)
 
 
-def test_trials_go_on_beyond_the_ends():
-    def result(runs, bits_of):
-        return {run.name: {"stored": {"bits": bits_of(run)}} for run in runs}
+def bits_around(optimum):
+    """The bits of a run that has most at the settings of an optimum."""
 
-    first = trials("mlp", {})
-    assert len(first) == 9 and {run.seed for run in first} == {TRIAL_SEED}
-    highest = result(first, lambda run: run.learning_rate - run.warmup)
-    (beyond,) = trials("mlp", highest)[9:]
-    assert (beyond.learning_rate, beyond.warmup) == (2 * max(run.learning_rate for run in first), WARMUP)
-    assert trials("mlp", highest | result([beyond], lambda run: math.nan))[9:] == [beyond]
-    (lower,) = trials("mlp", result(first, lambda run: -run.learning_rate))[9:]
-    assert lower.learning_rate == min(RATES) / 2
-    # The highest rate with one warmup is no end with the other.
-    (long,) = trials("mlp", result(first, lambda run: run.learning_rate + run.warmup))[9:]
-    assert (long.learning_rate, long.warmup) == (2 * RATES_OF_OTHERS[-1], LONG_WARMUP)
-    results: dict = {}
-    while missing := [run for run in trials("mlp", results) if run.name not in results]:
-        results |= result(missing, lambda run: run.learning_rate)
-    assert len(results) == 9 + MOST_BEYOND
+    def bits(run):
+        own = settings_of(run)
+        return 1e6 - sum(1e4 * math.log2(own[axis] / value) ** 2 for axis, value in optimum.items() if axis in own)
+
+    return bits
+
+
+def made(bits):
+    """The results of all runs that store facts, without those that teach second ones."""
+    results, next_runs = {}, next_runs_of([stage for stage in STAGES if stage[0] is not ARM_TRIALS])
+    while missing := next_runs(results):
+        for run in missing:
+            stored = {"bits": bits(run), "recalled": 0.0}
+            own = {"subject": run.subject, "seed": run.seed, "stored": stored, "offered": 2e6}
+            controls = {name: {"bits": -1.0} for name in ("unseen keys", "permuted values")}
+            results[run.name] = own | {"controls": controls, "in_bits": {"8": stored, "4": stored}}
+    return results
+
+
+def test_the_search_finds_the_optimum_on_each_axis():
+    optimum = {"learning_rate": 2.8e-3, "up_multiplier": 8, "down": 768, "warmup": 0.1, "initializer_range": 0.04}
+    results = made(bits_around(optimum))
+    for name in TRIED:
+        own = settings_of(chosen(name, results))
+        assert own == pytest.approx({axis: optimum[axis] for axis in own}), name
+        # Both neighbors of each value were tried.
+        tried = [settings_of(run) for run in trials(name, results)]
+        for axis in own:
+            place = AXES[axis].index(optimum[axis])
+            for near in (AXES[axis][place - 1], AXES[axis][place + 1]):
+                assert any(each[axis] == pytest.approx(near) for each in tried), (name, axis)
+    measured = defaultdict(lambda: 0.1)
+    described = describe(results, {"seconds_per_step": measured, "tokens_per_second": measured})
+    assert "peer-65536" in described and "dense-596" in described
+
+
+def test_no_variant_has_more_trials_than_another_by_design():
+    assert {len(first_trials(name)) for name in TRIED} == {12}
+    results = made(bits_around({"learning_rate": 2e-3}))
+    numbers = {name: len(trials(name, results)) for name in TRIED}
+    assert max(numbers.values()) - min(numbers.values()) <= 2, numbers
+
+
+def test_trials_of_a_way_to_teach_go_on_beyond_the_ends():
     # Full finetuning is tried with other rates by the rate of v_i: the highest of one of them is no end of the other.
     arm = arm_trials("full", {})
-    (beyond,) = arm_trials(
-        "full", result(arm, lambda run: run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER)
-    )[4:]
+    lefts = {run.name: {"stored": {"bits": run.learning_rate == 1e-3 and run.multiplier == MULTIPLIER}} for run in arm}
+    (beyond,) = arm_trials("full", lefts)[4:]
     assert (beyond.learning_rate, beyond.multiplier) == (2e-3, MULTIPLIER)
     # Bits of the first facts below zero count as none.
     bits = {run.name: left for run, left in zip(arm, (-9, -2, 1, -3), strict=True)}
     lefts = {name: {"left": {"bits": left}, "gained": {"bits": 4}} for name, left in bits.items()}
     assert best(arm, lefts) == arm[2] and best(arm[:2], lefts) == arm[0]
-    assert len(trials("peer-256", {})) == 3 and len(trials("moe-32", {})) == 4
-    tables = trials("peer-1024", {})
-    assert len(tables) == 9 and len({run.multiplier for run in tables}) == 2
-    found = result(tables, lambda run: (run.learning_rate == 2e-3) + (run.multiplier == LOW_MULTIPLIER))
-    taken = chosen("peer-1024", found)
-    assert (taken.learning_rate, taken.multiplier) == (2e-3, LOW_MULTIPLIER)
-    # Experts, a memory of as many parameters, and dense go on beyond the best multiplier and warmup.
-    tables = trials("peer-16384", {})
-    *_, doubled, longer = trials("peer-16384", result(tables, lambda run: run.learning_rate == 2e-3))
-    assert (doubled.multiplier, doubled.warmup) == (2 * MULTIPLIER, tables[1].warmup)
-    assert (longer.multiplier, longer.warmup) == (MULTIPLIER, 2 * tables[1].warmup)
-    longer = trials("dense", result(trials("dense", {}), lambda run: run.learning_rate == 2e-3))[9:]
-    assert [run.learning_rate for run in longer] == pytest.approx([1.4e-3, 2e-3, 2.8e-3])
-    assert {run.warmup for run in longer} == {2 * WARMUP}
-    assert TRIAL_SEED not in {run.seed for run in learning("peer-1024", found)}
+    results: dict = {}
+    while missing := [run for run in arm_trials("lora", results) if run.name not in results]:
+        results |= {run.name: {"stored": {"bits": run.learning_rate}} for run in missing}
+    assert len(results) == len(ARM_TRIALS["lora"]) + MOST_BEYOND
 
 
 def test_seeds_that_fail_are_made_again_at_half_the_rate():
-    made = {run.name: {"stored": {"bits": 9 * (run.learning_rate == 2e-3)}} for run in trials("peer-1024", {})}
-    first = learning("peer-1024", made)
-    assert [run.seed for run in first] == [1, 2, 3]
+    trial = make_run("peer-1024", learning_rate=2e-3, up_multiplier=4, down=48)
+    made = {trial.name: {"stored": {"bits": 9}}}
+    first = steady(trial, made)
+    assert [run.seed for run in first] == [1, 2, 3] and TRIAL_SEED not in {run.seed for run in first}
     for bits, factor in (
         *(((9, 8, 5), 1), ((9, 9, 4), 0.5), ((9, 4), 0.5), ((9, math.nan), 0.5), ((9, 8), 1)),
         *(((4,), 0.5), ((5,), 1), ((4, 4, 4), 0.5), ((19,), 0.5)),  # the trial beside
     ):
         seeds = {run.name: {"stored": {"bits": own}} for run, own in zip(first, bits, strict=False)}
-        again = learning("peer-1024", made | seeds)
+        again = steady(trial, made | seeds)
         assert {run.learning_rate for run in again} == {factor * first[0].learning_rate}
+
+
+def test_dense_trains_as_long():
+    """As often as the times of the results allow."""
+    file = Path(plan.__file__).with_name("results.json")
+    times = read_json(file)["times"]["seconds_per_step"]
+    expected = {name: round(plan.LEARNED.exposures * times[plan.LIKE] / times[name]) for name in plan.EXPOSURES}
+    assert expected == plan.EXPOSURES
+
+
+def test_settings_are_those_of_the_optimizer(tmp_path):
+    """The rates of u_i, v_i and of dense feed-forwards, as multiples of the learning rate."""
+    for run, rates in (
+        (make_run("peer-1024", learning_rate=1e-3, up_multiplier=4, down=48), {"up_proj": 4, "down_proj": 48}),
+        (make_run("pkm-8281", learning_rate=1e-3, down=384), {"values": 384}),
+        (make_run("dense", learning_rate=1e-3, up_multiplier=2), {"up_proj": 2, "gate_proj": 2, "down_proj": 2}),
+    ):
+        assert settings_of(run)["learning_rate"] == 1e-3
+        model = make_model(run.subject, 0)
+        optimizer = optimizer_of(model, training_arguments(run, tmp_path), run)
+        names = {id(parameter): name.split(".")[-2] for name, parameter in model.named_parameters()}
+        found = {names[id(each)]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+        assert len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
+        for name, rate in found.items():
+            assert rate == pytest.approx(1e-3 * rates.get(name, 1)), name
+    assert Run("facts", "dense", run.load, 1e-3).name != run.name
 
 
 def test_interval_of_a_ratio():
@@ -208,8 +252,8 @@ def test_second_facts_do_not_depend_on_what_a_process_drew_before(arm, folder, m
 @slow
 def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     load = Load(256, 8, 1)
-    runs = [Run("facts", name, load, 1e-3) for name in ("dense", "peer-256")]
-    monkeypatch.setattr(reading, "VARIANTS", ["dense", "peer-256"])
+    runs = [Run("facts", name, load, 1e-3) for name in ("dense", "peer-1024")]
+    monkeypatch.setattr(capacity_study, "TIMED", ["dense", "peer-1024"])
     monkeypatch.setattr(reading, "ROUNDS", 1)
     monkeypatch.setattr(reading, "WARM_UPS", 1)
     monkeypatch.setattr(capacity_study, "STAGES", ((["all"], lambda name, results: runs[: 1 + len(results)]),))

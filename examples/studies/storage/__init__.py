@@ -1,1 +1,0 @@
-"""A study of the rates at which dense, MoE, PKM and PEER models store most facts."""
