@@ -162,8 +162,6 @@ def test_a_small_study(tmp_path, monkeypatch, capsys):
     assert "peer below dense" in printed
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["runs"] == results and saved["ngrams"]["tokens"] <= 3 * 64
-    card = (tmp_path / "peer-nano.md").read_text()
-    assert f"models/{runs[0].name}" in card and "| `max_steps` | 3 |" in card and "Written by" not in card
     saved["runs"][runs[0].name]["texts"][CORPUS] = "another"
     write_json(tmp_path / "other.json", saved)
     with pytest.raises(SystemExit, match=f"{runs[0].name} .* other texts"):
