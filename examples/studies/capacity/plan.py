@@ -14,6 +14,7 @@ import numpy as np
 
 from studies.capacity.variants import has_tables
 from studies.common.parallel_runs import Results
+from studies.common.search import search
 
 
 # Trials have a seed of their own.
@@ -186,26 +187,9 @@ def first_trials(variant: str) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """
-    The grid, and neighbors of its best run along one axis after another, as far as the results determine them. Along
-    each axis the search goes on while a neighbor is better than all before.
-    """
+    """The grid, and a search from its best run."""
     runs = first_trials(variant)
-    if not all(run.name in results for run in runs):
-        return runs
-    for axis, values in AXES.items():
-        while axis in (settings := settings_of(found := best(runs, results))):
-            place = min(range(len(values)), key=lambda each: abs(values[each] - settings[axis]))
-            neighbors = [
-                make_run(variant, **settings | {axis: each}) for each in values[max(0, place - 1) : place + 2]
-            ]
-            missing = [run for run in neighbors if run not in runs]
-            runs += missing
-            if not all(run.name in results for run in missing):
-                return runs
-            if best(runs, results) == found:
-                break
-    return runs
+    return search(runs, AXES, settings_of, lambda settings: make_run(variant, **settings), best, results)
 
 
 def is_tried(variant: str, results: Results) -> bool:

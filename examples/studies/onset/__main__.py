@@ -3,7 +3,7 @@
 """
 Finds when small models with experts in some layers learn to copy, and which placement, rates and weights text wants.
 
-    ./run study onset                # the whole plan, about three hours on two cores
+    ./run study onset                # the whole plan, about two and a half hours on two cores
     ./run study onset --hours 1      # as much of it as an hour allows; the same command goes on
     ./run study onset --results examples/studies/onset/results.json    # goes on from these runs
 """

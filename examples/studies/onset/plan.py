@@ -1,22 +1,29 @@
 # Copyright 2026 The PEER for Transformers authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of the study: twelve trials for each placement, and seeds for the best ones."""
+"""The runs of the study: a search for the best settings of each placement, and seeds for them."""
 
 import math
 from dataclasses import dataclass, replace
-from itertools import product
+from statistics import mean
 
 from studies.common.parallel_runs import Results
+from studies.common.search import search
 from studies.onset.models import PLACEMENTS
 
 
 TRIAL_SEED, SEEDS = 0, (1, 2, 3)
 # Steps that take as long as those of dense, by times measured before the first run (0.245, 0.237, 0.243 and 0.245 s).
 STEPS = {"dense": 1400, "peer": 1450, "alternate": 1410, "one": 1400}
-RATE, RATES = 4e-3, (2e-3, 8e-3)
 # Standard deviations: that of peer-laptop scaled to this width, and one over the root of the width.
 SMALL, BIG = 0.04, 0.125
-UP_RATES, DOWN_RATES = (0.25, 1.0, 4.0), (3.0, 12.0, 48.0)
+# Values of each axis of the search. Those of u_i and v_i are multiples of the learning rate, of experts alone.
+AXES: dict[str, tuple[float, ...]] = {
+    "up": (0.0625, 0.25, 1.0, 4.0, 16.0),
+    "down": (0.75, 3.0, 12.0, 48.0, 192.0),
+    "learning_rate": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "initializer_range": (0.02, 0.04, 0.08, 0.16),
+    "attention": (SMALL, BIG),
+}
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,18 @@ class Run:
 
     Args:
         placement (`str`): Which layers have experts.
+        up, down (`float`): The rates of u_i and v_i as multiples of the learning rate.
         learning_rate (`float`): Of all but the tables.
         initializer_range, attention (`float`): Standard deviations of all weights, and of those of attention.
-        up, down (`float`): The rates of u_i and v_i as multiples of the learning rate.
         seed (`int`): Draws weights and the order of sequences.
     """
 
     placement: str
-    learning_rate: float = RATE
+    up: float = 0.25
+    down: float = 3.0
+    learning_rate: float = 4e-3
     initializer_range: float = SMALL
     attention: float = SMALL
-    up: float = 1.0
-    down: float = 1.0
     seed: int = TRIAL_SEED
 
     @property
@@ -48,8 +55,13 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its file."""
-        numbers = self.learning_rate, self.initializer_range, self.attention, self.up, self.down, self.seed
+        numbers = (*self.settings.values(), self.seed)
         return "-".join([self.placement, str(self.steps), *(f"{number:.6g}" for number in numbers)])
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Its value of each axis. Dense has no rates of u_i and v_i."""
+        return {axis: getattr(self, axis) for axis in AXES if self.placement != "dense" or axis not in ("up", "down")}
 
 
 def loss(run: Run, results: Results) -> float:
@@ -64,24 +76,27 @@ def best(runs: list[Run], results: Results) -> Run:
 
 
 def trials(placement: str, results: Results) -> list[Run]:
-    """
-    Twelve trials: for experts nine of the rates of u_i and v_i, then two other learning rates and larger attention,
-    at the best of these. For dense all learning rates with four initializations.
-    """
-    if placement == "dense":
-        starts = ((SMALL, SMALL), (SMALL, BIG), (BIG, BIG), (2 * SMALL, 2 * SMALL))
-        return [Run(placement, rate, *start) for rate, start in product((RATE, *RATES), starts)]
-    runs = [Run(placement, up=up, down=down) for up, down in product(UP_RATES, DOWN_RATES)]
-    if not all(run.name in results for run in runs):
-        return runs
-    found = best(runs, results)
-    return [*runs, *(replace(found, learning_rate=rate) for rate in RATES), replace(found, attention=BIG)]
+    """A search for the best settings of a placement."""
+    first = Run(placement)
+    return search([first], AXES, lambda run: run.settings, lambda own: replace(first, **own), best, results)
 
 
 def with_seeds(placement: str, results: Results) -> list[Run]:
-    """The best trial of a placement with small and with large attention, and three seeds each."""
+    """The best trial of a placement with three seeds."""
     found = best(trials(placement, results), results)
-    return [replace(found, attention=attention, seed=seed) for attention in (SMALL, BIG) for seed in SEEDS]
+    return [replace(found, seed=seed) for seed in SEEDS]
 
 
-STAGES = ((PLACEMENTS, trials), (PLACEMENTS, with_seeds))
+def with_other_attention(placement: str, results: Results) -> list[Run]:
+    """The same runs of the placement with experts that is best over seeds, but for its attention."""
+    seeds = {name: with_seeds(name, results) for name in PLACEMENTS}
+    losses = {name: mean(loss(run, results) for run in runs) for name, runs in seeds.items()}
+    if losses[placement] > min(losses[name] for name in PLACEMENTS if name != "dense"):
+        return []
+    return [replace(run, attention=SMALL if run.attention == BIG else BIG) for run in seeds[placement]]
+
+
+STAGES = (
+    *(((placement,), stage) for placement in PLACEMENTS for stage in (trials, with_seeds)),
+    (tuple(PLACEMENTS)[1:], with_other_attention),
+)

@@ -3,6 +3,7 @@
 """Tables and the picture of the study, from the runs that are finished."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 
@@ -10,7 +11,7 @@ from common.pictures import add_legend, new_figure, save_picture
 from studies.common.parallel_runs import Results
 from studies.common.tables import markdown_table, spread
 from studies.onset.models import PLACEMENTS
-from studies.onset.plan import BIG, SMALL, Run, trials, with_seeds
+from studies.onset.plan import SMALL, Run, trials, with_other_attention, with_seeds
 
 
 COPIES = 1.0  # nats of the probe from which on a model counts as one that copies
@@ -27,26 +28,25 @@ def onsets(runs: list[Run], results: Results) -> str:
     return ", ".join("-" if step == math.inf else f"{step:,}" for step in steps)
 
 
-def seeds_of(placement: str, attention: float, results: Results) -> list[Run]:
-    """The finished runs of a placement that are compared. None before its trials are finished."""
-    try:
-        planned = with_seeds(placement, results)
-    except KeyError:
-        return []
-    return [run for run in planned if run.attention == attention and run.name in results]
+def seeds_of(placement: str, results: Results) -> list[list[Run]]:
+    """The finished runs of a placement that are compared: those with its better attention, and any with the other."""
+    found = []
+    for runs_of in (with_seeds, with_other_attention):
+        with suppress(KeyError):  # not determined yet
+            found.append([run for run in runs_of(placement, results) if run.name in results])
+    return [runs for runs in found if runs]
 
 
 def seeds_table(results: Results, times: dict[str, float]) -> list[list[str]]:
-    """What is compared: the best trial of each placement, with both attentions and three seeds each."""
+    """What is compared: the best trial of each placement, and that of the best one with another attention."""
     rows = [["seeds", "attention", "parameters, M", "ms a step", "steps", "text, nats", "repeated", "copied", "onset"]]
     for placement in PLACEMENTS:
-        for attention in (SMALL, BIG):
-            if runs := seeds_of(placement, attention, results):
-                own = [results[run.name] for run in runs]
-                cells = [f"{attention:g}", f"{own[0]['parameters'] / 1e6:.1f}", f"{1e3 * times[placement]:.0f}"]
-                cells += [f"{runs[0].steps:,}"]
-                cells += [spread([each[name] for each in own], ".3f") for name in ("text", "repeated", "copied")]
-                rows.append([placement, *cells, onsets(runs, results)])
+        for runs in seeds_of(placement, results):
+            own = [results[run.name] for run in runs]
+            cells = [f"{runs[0].attention:g}", f"{own[0]['parameters'] / 1e6:.1f}", f"{1e3 * times[placement]:.0f}"]
+            cells += [f"{runs[0].steps:,}"]
+            cells += [spread([each[name] for each in own], ".3f") for name in ("text", "repeated", "copied")]
+            rows.append([placement, *cells, onsets(runs, results)])
     return rows
 
 
@@ -74,7 +74,7 @@ def plot(results: Results, file: Path) -> None:
     figure = new_figure(7, 4)
     axes = figure.subplots()
     for number, placement in enumerate(PLACEMENTS):
-        runs = [run for attention in (SMALL, BIG) for run in seeds_of(placement, attention, results)]
+        runs = [run for runs in seeds_of(placement, results) for run in runs]
         for place, run in enumerate(runs):
             steps, nats = zip(*results[run.name]["probes"], strict=True)
             style = "-" if run.attention == SMALL else ":"

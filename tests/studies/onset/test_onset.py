@@ -75,18 +75,27 @@ def test_rates_of_tables():
     assert rates[id(model.model.norm.weight)] == pytest.approx(4e-3)
 
 
-def test_all_placements_have_as_many_trials(tmp_path):
+def test_all_placements_are_searched_alike(tmp_path):
     results: dict = {}
+    best_at = {"up": 1.0, "down": 0.75, "learning_rate": 2e-3, "initializer_range": 0.16, "attention": BIG}
     while missing := next_runs_of(STAGES)(results):
         for run in missing[:5]:
-            loss = abs(math.log(run.learning_rate / 2e-3)) + abs(run.up - 1) + run.attention
+            distances = [abs(math.log(value / best_at[axis])) for axis, value in run.settings.items()]
+            loss = sum(distances) + (run.placement != "one")
             probes = [[50, 0.1], [100, 2.0 if run.attention == BIG else 0.2]]
             results[run.name] = {"text": loss, "repeated": loss, "copied": 1.0, "probes": probes, "parameters": 1e6}
-    assert len(results) == len(PLACEMENTS) * (12 + 6)
-    for placement in PLACEMENTS:
-        assert best(trials(placement, results), results).learning_rate == 2e-3
-    assert [onset(results[Run("dense", attention=each).name]) for each in (BIG, SMALL)] == [100, math.inf]
-    assert "100, 100, 100" in describe(results, dict.fromkeys(PLACEMENTS, 0.1))
+    found = {placement: trials(placement, results) for placement in PLACEMENTS}
+    for placement, runs in found.items():
+        assert best(runs, results).settings.items() <= best_at.items(), placement
+        # Both neighbors of the best value of each axis, as far as there are two.
+        assert {run.learning_rate for run in runs} == {1e-3, 2e-3, 4e-3, 8e-3}
+        assert {run.initializer_range for run in runs} == {0.02, 0.04, 0.08, 0.16}
+    assert {run.up for run in found["peer"]} == {0.0625, 0.25, 1.0, 4.0}
+    assert len({*map(len, (found[name] for name in PLACEMENTS if name != "dense"))}) == 1
+    assert len(results) == sum(map(len, found.values())) + 3 * len(PLACEMENTS) + 3
+    assert [onset(results[each.name]) for each in (found["dense"][0], found["dense"][-1])] == [math.inf, 100]
+    described = describe(results, dict.fromkeys(PLACEMENTS, 0.1))
+    assert described.count("100, 100, 100") == len(PLACEMENTS) and described.count("-, -, -") == 1
     plot(results, tmp_path / "picture.png")
 
 
