@@ -37,14 +37,19 @@ def seeds_of(placement: str, results: Results) -> list[list[Run]]:
     return [runs for runs in found if runs]
 
 
-def seeds_table(results: Results, times: dict[str, float]) -> list[list[str]]:
+def times_table(times: dict[str, dict[str, float]]) -> list[list[str]]:
+    """How long a step takes, by its tokens."""
+    rows = [["milliseconds of a step", *(f"{int(tokens):,} tokens" for tokens in times)]]
+    return rows + [[name, *(f"{1e3 * own[name]:.0f}" for own in times.values())] for name in PLACEMENTS]
+
+
+def seeds_table(results: Results) -> list[list[str]]:
     """What is compared: the best trial of each placement, and that of the best one with another attention."""
-    rows = [["seeds", "attention", "parameters, M", "ms a step", "steps", "text, nats", "repeated", "copied", "onset"]]
+    rows = [["seeds", "attention", "parameters, M", "steps", "text, nats", "repeated", "copied", "onset"]]
     for placement in PLACEMENTS:
         for runs in seeds_of(placement, results):
             own = [results[run.name] for run in runs]
-            cells = [f"{runs[0].attention:g}", f"{own[0]['parameters'] / 1e6:.1f}", f"{1e3 * times[placement]:.0f}"]
-            cells += [f"{runs[0].steps:,}"]
+            cells = [f"{runs[0].attention:g}", f"{own[0]['parameters'] / 1e6:.1f}", f"{runs[0].steps:,}"]
             cells += [spread([each[name] for each in own], ".3f") for name in ("text", "repeated", "copied")]
             rows.append([placement, *cells, onsets(runs, results)])
     return rows
@@ -63,9 +68,9 @@ def trials_table(results: Results) -> list[list[str]]:
     return rows
 
 
-def describe(results: Results, times: dict[str, float]) -> str:
+def describe(results: Results, times: dict[str, dict[str, float]]) -> str:
     """All tables that have a row."""
-    tables = (seeds_table(results, times), trials_table(results))
+    tables = (seeds_table(results), times_table(times), trials_table(results))
     return "\n\n".join(markdown_table(rows) for rows in tables if len(rows) > 1)
 
 

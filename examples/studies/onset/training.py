@@ -16,7 +16,7 @@ from modeling_peer import RowAdamW, expert_parameter_groups
 from modeling_peer.analysis.evaluation import evaluation
 from studies.onset.models import PLACEMENTS, make_model
 from studies.onset.plan import SMALL, Run
-from studies.onset.texts import ASKED, BLOCK, copying_questions, prepare, probe
+from studies.onset.texts import ASKED, BLOCK, copying_questions, probe
 
 
 SEQUENCES, PROBED_EVERY, WARMUP = 16, 50, 0.1  # sequences a step, steps between probes, share of the steps
@@ -38,12 +38,12 @@ def nats_copied(model: nn.Module) -> float:
     return (losses[:, : BLOCK // 2 - 1].mean() - losses[:, BLOCK // 2 :].mean()).item()
 
 
-def batches_of(folder: Path, run: Run) -> torch.Tensor:
-    """The sequences of all steps, `[steps, SEQUENCES, BLOCK]`: passes over the text, each in an order of its own."""
+def batches_of(folder: Path, run: Run, sequences: int) -> torch.Tensor:
+    """The sequences of all steps, `[steps, sequences, BLOCK]`: passes over the text, each in an order of its own."""
     blocks, generator = np.load(folder / "train.npy"), np.random.default_rng(run.seed)
-    number = run.steps * SEQUENCES
+    number = run.steps * sequences
     orders = [generator.permutation(len(blocks)) for _ in range(-(-number // len(blocks)))]
-    return torch.from_numpy(blocks[np.concatenate(orders)[:number]].astype(np.int64)).view(-1, SEQUENCES, BLOCK)
+    return torch.from_numpy(blocks[np.concatenate(orders)[:number]].astype(np.int64)).view(-1, sequences, BLOCK)
 
 
 def make_step(model: nn.Module, run: Run, steps: int):
@@ -70,7 +70,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     """
     model = make_model(run.placement, run.initializer_range, run.attention, run.seed)
     step, probes, start = make_step(model, run, run.steps), [], time.perf_counter()
-    for number, batch in enumerate(batches_of(folder, run), 1):
+    for number, batch in enumerate(batches_of(folder, run, SEQUENCES), 1):
         step(batch)
         if number % PROBED_EVERY == 0 or number == run.steps:
             probes.append([number, round(nats_copied(model), 4)])
@@ -89,22 +89,23 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_times(folder: Path, rounds: int = 40, warm_ups: int = 20) -> dict[str, float]:
-    """Median seconds of a training step of each placement, measured in turn with one thread."""
-    prepare(folder)
+def measure_times(folder: Path, rounds: int = 30, warm_ups: int = 20) -> dict[str, dict[str, float]]:
+    """
+    Median seconds of a training step of each placement, measured in turn with one thread, by the tokens of a step:
+    half of those of the study, as many, and twice as many.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    batches = batches_of(folder, Run("dense"))
-    steps = {
-        name: make_step(make_model(name, SMALL, SMALL, 0), Run(name, up=0.25, down=12.0), len(batches))
-        for name in PLACEMENTS
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number, batch in enumerate(batches[: warm_ups + rounds]):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if number >= warm_ups:
+    found = {}
+    for sequences in (SEQUENCES // 2, SEQUENCES, 2 * SEQUENCES):
+        batches = batches_of(folder, Run("dense"), sequences)[: warm_ups + rounds]
+        steps = {name: make_step(make_model(name, SMALL, SMALL, 0), Run(name), len(batches)) for name in PLACEMENTS}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for batch in batches:
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step(batch)
                 seconds[name].append(time.perf_counter() - start)
+        found[str(sequences * BLOCK)] = {name: float(np.median(each[warm_ups:])) for name, each in seconds.items()}
     torch.set_num_threads(threads)
-    return {name: float(np.median(each)) for name, each in seconds.items()}
+    return found

@@ -94,7 +94,7 @@ def test_all_placements_are_searched_alike(tmp_path):
     assert len({*map(len, (found[name] for name in PLACEMENTS if name != "dense"))}) == 1
     assert len(results) == sum(map(len, found.values())) + 3 * len(PLACEMENTS) + 3
     assert [onset(results[each.name]) for each in (found["dense"][0], found["dense"][-1])] == [math.inf, 100]
-    described = describe(results, dict.fromkeys(PLACEMENTS, 0.1))
+    described = describe(results, {"4096": dict.fromkeys(PLACEMENTS, 0.1)})
     assert described.count("100, 100, 100") == len(PLACEMENTS) and described.count("-, -, -") == 1
     plot(results, tmp_path / "picture.png")
 
@@ -107,7 +107,7 @@ def test_a_run_learns_and_is_repeatable(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     np.save(tmp_path / "train.npy", generator.integers(9, size=(5, BLOCK)).astype(np.int16))
     np.save(tmp_path / "held_out.npy", generator.integers(9, size=(2, 2, BLOCK)).astype(np.int16))
-    batches = batches_of(tmp_path, Run("one")).flatten(0, 1)
+    batches = batches_of(tmp_path, Run("one"), 2).flatten(0, 1)
     assert len(batches) == 12 and len(batches[:5].unique(dim=0)) == 5
     first, again = (make(Run("one", learning_rate=1e-2), tmp_path) for _ in range(2))
     assert [step for step, _ in first["probes"]] == [4, 6]
