@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -93,27 +93,30 @@ class OptimizerArguments:
         default="full",
         metadata={"help": "Second moment of RowAdamW: one value per element, or one per row."},
     )
+    rates: Literal["text", "facts"] = field(
+        default="text",
+        metadata={"help": "Which rates of expert tables a new model has: for text, or for facts that are repeated."},
+    )
     expert_lr_multiplier: float | None = field(
         default=None,
         metadata={
-            "help": "Multiplier of RowAdamW on the learning rate of expert tables. By default that of the scaling "
-            "study for a new model, and 1 for one that is trained further."
+            "help": "Multiplier of RowAdamW on the learning rate of expert tables. By default that of --rates for a "
+            "new model, and 1 for one that is trained further."
         },
     )
     down_proj_lr_multiplier: float | None = field(
         default=None,
         metadata={
             "help": "Further multiplier on the learning rate of the down-projection vectors of experts. By default "
-            "that of the scaling study for a new model, and 1 for one that is trained further."
+            "that of --rates for a new model, and 1 for one that is trained further."
         },
     )
 
     def __post_init__(self):
-        options = (self.second_moment, self.expert_lr_multiplier, self.down_proj_lr_multiplier)
-        if not self.row_adamw and options != ("full", None, None):
+        if not self.row_adamw and replace(self, row_adamw=True) != OptimizerArguments():
             raise ValueError(
-                "--second_moment, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: leave out "
-                "--no_row_adamw."
+                "--second_moment, --rates, --expert_lr_multiplier and --down_proj_lr_multiplier need RowAdamW: leave "
+                "out --no_row_adamw."
             )
 
 
@@ -128,21 +131,14 @@ def make_optimizers(
         args (`OptimizerArguments`)
         training_args (`TrainingArguments`)
         model (`PreTrainedModel`)
-        is_new (`bool`): Whether the model is trained from scratch, for which the scaling study found learning rates.
+        is_new (`bool`): Whether the model is trained from scratch, with the rates of `--rates`.
     """
     if not args.row_adamw or uses_fsdp(training_args):
         return None, None
-    multipliers = {
-        name: value
-        for name, value in (
-            ("expert_lr_multiplier", args.expert_lr_multiplier),
-            ("down_proj_lr_multiplier", args.down_proj_lr_multiplier),
-        )
-        if value is not None
-    }
+    multipliers = args.expert_lr_multiplier, args.down_proj_lr_multiplier
     if not is_new:
-        multipliers = {"expert_lr_multiplier": 1.0, "down_proj_lr_multiplier": 1.0} | multipliers
-    return make_optimizer(model, training_args, second_moment=args.second_moment, **multipliers), None
+        multipliers = tuple(1.0 if multiplier is None else multiplier for multiplier in multipliers)
+    return make_optimizer(model, training_args, *multipliers, second_moment=args.second_moment, rates=args.rates), None
 
 
 def setup_logging(training_args: TrainingArguments) -> None:

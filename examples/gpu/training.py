@@ -19,7 +19,7 @@ from gpu.device import WARM_UP, Device
 from gpu.rows import Row, SkippedError
 from gpu.settings import Settings
 from modeling_peer import PeerConfig, PeerForCausalLM, RowAdamW, expert_parameter_groups
-from modeling_peer.optim.parameter_groups import DOWN_PROJ_LR_MULTIPLIER, EXPERT_LR_MULTIPLIER
+from modeling_peer.optim.parameter_groups import RATES
 
 
 MODELS = ("peer", "dense")
@@ -85,7 +85,7 @@ def _first_texts(root, names, characters):
 
 def make_optimizer(model: nn.Module, lr: float) -> RowAdamW:
     """With the rates of the scaling study. A model without expert tables gets torch's AdamW by it."""
-    groups = expert_parameter_groups(model, lr, 0.1, EXPERT_LR_MULTIPLIER, DOWN_PROJ_LR_MULTIPLIER)
+    groups = expert_parameter_groups(model, lr, 0.1, *RATES["text"])
     return RowAdamW(groups, betas=(0.9, 0.95))
 
 

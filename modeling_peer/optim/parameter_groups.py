@@ -27,10 +27,9 @@ NAMES_WITHOUT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)
 # Attribute by which DistributedDataParallel ignores parameters of a model; `parallel` finds them.
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
-# The rates of the scaling study, as multiples of the learning rate of all other parameters: a quarter for u_i and
-# gates of experts, 192 times that for v_i.
-EXPERT_LR_MULTIPLIER = 0.25
-DOWN_PROJ_LR_MULTIPLIER = 192.0
+# The rate of u_i and gates of experts as a multiple of that of all other parameters, and the rate of v_i as a multiple
+# of this. Those of text are of the scaling study, those of facts of the capacity study.
+RATES = {"text": (0.25, 192.0), "facts": (4.0, 96.0)}
 
 # The default of `TrainingArguments`, which is meant for fine-tuning.
 LEARNING_RATE_OF_TRAINER = 5e-5
@@ -125,6 +124,7 @@ def make_optimizer(
     second_moment: str = "full",
     first_moment: str | None = "full",
     embeddings: bool = False,
+    rates: str = "text",
 ) -> RowAdamW:
     """
     Make the optimizer for a `Trainer` that trains expert tables or large embeddings: [`RowAdamW`] with the learning
@@ -138,15 +138,22 @@ def make_optimizer(
         model (`nn.Module`): The model that is given to `Trainer`.
         args (`TrainingArguments`): Those that are given to `Trainer`.
         expert_lr_multiplier, down_proj_lr_multiplier (`float`, *optional*):
-            See [`expert_parameter_groups`]. They default to 0.25 and 192, which the scaling study found for models
-            trained from scratch on a small budget. If a part of the model is frozen, as with a graft or added experts,
-            they default to 1.0. Fine-tuning a whole model may not need them either: pass 1.0 for both.
+            See [`expert_parameter_groups`]. They default to those of `rates`. If a part of the model is frozen, as
+            with a graft or added experts, they default to 1.0. Fine-tuning a whole model may not need others either:
+            pass 1.0 for both.
         second_moment (`str`, *optional*, defaults to `"full"`), first_moment (`str`, *optional*):
             See [`RowAdamW`].
         embeddings (`bool`, *optional*, defaults to `False`): See [`expert_parameter_groups`].
+        rates (`str`, *optional*, defaults to `"text"`):
+            What a model that is trained from scratch is to learn. `"text"` gives 0.25 and 192, which the scaling study
+            found on a small budget. `"facts"`, for what is repeated and to be stored, gives 4 and 96, which are good
+            for 4,096 and for 16,384 experts in the capacity study.
 
     Returns:
         [`RowAdamW`]
+
+    Raises:
+        `ValueError`: for other `rates`.
 
     ```python
     >>> from modeling_peer import make_optimizer
@@ -171,8 +178,10 @@ def make_optimizer(
             f"and this model is new: take about {learning_rate_of_new_model(config.hidden_size)}.",
             stacklevel=2,
         )
+    if rates not in RATES:
+        raise ValueError(f"`rates` must be one of {list(RATES)}, got {rates!r}.")
     is_whole = all(parameter.requires_grad for parameter in model.parameters())
-    defaults = (EXPERT_LR_MULTIPLIER, DOWN_PROJ_LR_MULTIPLIER) if is_whole else (1.0, 1.0)
+    defaults = RATES[rates] if is_whole else (1.0, 1.0)
     given = expert_lr_multiplier, down_proj_lr_multiplier
     up, down = (default if each is None else each for each, default in zip(given, defaults, strict=True))
     groups = expert_parameter_groups(model, args.learning_rate, args.weight_decay, up, down, embeddings)

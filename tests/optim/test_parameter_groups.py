@@ -68,7 +68,12 @@ def test_rates_of_an_optimizer_for_all_and_for_a_part_of_the_model(variant, part
         add_experts(model, 16)
     tables = {each.weight: name for name, each in expert_tables(model).items() if each.weight.requires_grad}
     own = {"expert_lr_multiplier": 2.0, "down_proj_lr_multiplier": 3.0}
-    for multipliers, (up, down) in (({}, expected), (own, (0.2, 0.6))):
+    facts = (0.1, 0.1) if part == "added" else (0.4, 38.4)
+    for multipliers, (up, down) in (
+        ({}, expected),
+        ({"rates": "facts"}, facts),
+        (own | {"rates": "facts"}, (0.2, 0.6)),
+    ):
         groups = make_optimizer(model, args, **multipliers).param_groups
         assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.95), 1e-5)}
         rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
@@ -76,6 +81,11 @@ def test_rates_of_an_optimizer_for_all_and_for_a_part_of_the_model(variant, part
         for parameter, rate in rates.items():
             name = tables.get(parameter)
             assert rate == pytest.approx(0.1 if name is None else down if is_down(name) else up)
+
+
+def test_other_rates_are_refused():
+    with pytest.raises(ValueError, match=r"`rates` must be one of \['text', 'facts'\], got 'fact'"):
+        make_optimizer(small_model("peer"), TrainingArguments("unused", learning_rate=1e-3), rates="fact")
 
 
 def warnings_of(model):
