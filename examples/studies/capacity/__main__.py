@@ -17,16 +17,16 @@ from common.command_line import parse_arguments
 from common.machine import machine
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS
 from studies.capacity.forgetting import make
-from studies.capacity.plan import EXPOSURES, FULL, LIKE, STAGES
+from studies.capacity.plan import BATCH_AS_LONG, BATCH_SIZE, EXPOSURES, FULL, LIKE, STAGES
 from studies.capacity.reading import measure_times
 from studies.capacity.report import PAIRS, describe, plot
-from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import SHARED
 from studies.common.parallel_runs import ParallelArguments, make_runs, next_runs_of
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
 
 
-TIMED = (LIKE, FULL, PAIRS[LIKE], *EXPOSURES)
+# Variants whose training is timed, with the batches of their best trials.
+TIMED = dict.fromkeys((LIKE, FULL, PAIRS[LIKE]), BATCH_SIZE) | dict.fromkeys(EXPOSURES, BATCH_AS_LONG)
 
 
 def main():

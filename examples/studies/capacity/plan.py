@@ -22,6 +22,7 @@ TRIAL_SEED, SEEDS = 0, (1, 2, 3)
 # What a run has if nothing else is said: the ratio of the rate of v_i to that of u_i, and the share of steps in which
 # the rate rises.
 MULTIPLIER, WARMUP = 192.0, 0.05
+BATCH_SIZE = 256
 # Up to so many trials of a way to teach go beyond the lowest or the highest rate that was tried.
 MOST_BEYOND = 3
 
@@ -59,6 +60,7 @@ class Run:
             The rate of u_i, or of the feed-forwards of a model without tables, as a multiple of the learning rate.
             It defaults to 0.25 for u_i and to 1 for feed-forwards.
         initializer_range (`float`, *optional*): Defaults to that of all variants.
+        batch_size (`int`): Number of facts in a step.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class Run:
     warmup: float = WARMUP
     up_multiplier: float | None = None
     initializer_range: float | None = None
+    batch_size: int = BATCH_SIZE
 
     @property
     def name(self) -> str:
@@ -79,6 +82,8 @@ class Run:
             numbers += (self.warmup,)
         others = {"u": self.up_multiplier, "std": self.initializer_range}
         named = [f"{name}{value:.6g}" for name, value in others.items() if value is not None]
+        if self.batch_size != BATCH_SIZE:
+            named.append(f"batch{self.batch_size}")
         return "-".join([self.kind, self.subject, *(f"{value:.6g}" for value in numbers), *named])
 
 
@@ -86,30 +91,36 @@ class Run:
 AXES: dict[str, tuple[float, ...]] = {
     "learning_rate": (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.7e-3, 8e-3, 1.1e-2, 1.6e-2),
     "up_multiplier": (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64),
-    "down": (12, 24, 48, 96, 192, 384, 768, 1536),
+    "down": (12, 24, 48, 96, 192, 384, 768, 1536, 3072),
     "warmup": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8),
     "initializer_range": (0.02, 0.04, 0.08, 0.16, 0.32),
 }
+# In a second round the batch is an axis too, the first one. In the first it is that of START.
+ROUNDS = (AXES, {"batch_size": (64, 128, 256, 512, 1024, 2048), **AXES})
 # The first twelve trials of each variant.
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "peer": {"learning_rate": (2e-3,), "up_multiplier": (1, 4, 16), "down": (48, 96, 192, 384)},
     "pkm": {"learning_rate": (1e-3, 2e-3, 4e-3), "down": (48, 96, 192, 384)},
     "dense": {"learning_rate": (2e-3, 4e-3, 8e-3), "up_multiplier": (0.5, 1, 2, 4)},
 }
-GRIDS["moe"] = GRIDS["dense"]
+GRIDS["moe"] = GRIDS["dense"] | {"learning_rate": (7e-4, 1.4e-3, 2.8e-3)}
 START = {"warmup": 0.4, "initializer_range": 0.08}
 # Variants in the order in which they are tried. The last, which stores all that is offered, has no trials of its own:
 # its rates are those of the pool before it.
 TRIED = ("dense", "peer-16384", "pkm-32761", "peer-4096", "pkm-8281", "peer-1024", "moe-32")
 FULL, LIKE = "peer-65536", "peer-16384"
+# Not searched twice: a pool that stores nearly all that is offered, and variants that no aim names.
+ONE_ROUND = (LIKE, "peer-1024", "moe-32")
 # The load of the comparison: 2.1 million bits in few exposures.
 LEARNED = Load(2**15, 8, exposures=16)
-# Four times as much, with one seed.
-MORE, OFFERED_MORE = Load(2**17, 8, exposures=16), ("dense", "peer-16384")
+# Twice as much, with one seed.
+MORE, OFFERED_MORE = Load(2**16, 8, exposures=16), ("dense", "peer-16384", "pkm-32761")
 # Dense models that train for as many seconds as the experts of `LIKE` do, and how often they see each fact in this time,
-# by the times in results.json. They have the best settings of dense, and trials of their own at these learning rates.
-EXPOSURES = {"dense": 44, "dense-298": 32, "dense-596": 19}
-RATES_AS_LONG = (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)
+# by the times in results.json, with the batch of dense. They begin with its best settings, at these learning rates, and
+# have a search of their own.
+EXPOSURES, BATCH_AS_LONG = {"dense": 39, "dense-298": 30, "dense-596": 20}, 1024
+RATES_AS_LONG = (1.4e-3, 2e-3, 2.8e-3)
+AXES_AS_LONG = {name: AXES[name] for name in ("learning_rate", "initializer_range")}
 # The first and the second set of facts of runs of forgetting, and their variant. Each way to teach has 3 or 4 trials.
 BEFORE, AFTER, TAUGHT = Load(2**14, 8, exposures=32), Load(2**12, 8, exposures=32), "peer-16384"
 # The same for facts with tokens of their own: a token of half the vocabulary has 7 bits.
@@ -172,11 +183,11 @@ def make_run(variant: str, **settings: Any) -> Run:
 
 def settings_of(run: Run) -> dict[str, float]:
     """The value of each axis that a run has: the reverse of [`make_run`]."""
-    values = {name: getattr(run, name) for name in ("learning_rate", "warmup", "initializer_range")}
+    values = {name: getattr(run, name) for name in ("learning_rate", "warmup", "initializer_range", "batch_size")}
     if run.up_multiplier is not None:
         values["up_multiplier"] = run.up_multiplier
     if has_tables(run.subject):
-        values["down"] = run.multiplier * (run.up_multiplier or 0.25)
+        values["down"] = run.multiplier * (0.25 if run.up_multiplier is None else run.up_multiplier)
     return values
 
 
@@ -187,9 +198,11 @@ def first_trials(variant: str) -> list[Run]:
 
 
 def trials(variant: str, results: Results) -> list[Run]:
-    """The grid, and a search from its best run."""
+    """The grid, and one or two rounds of a search from its best run."""
     runs = first_trials(variant)
-    return search(runs, AXES, settings_of, lambda settings: make_run(variant, **settings), best, results)
+    for axes in ROUNDS[: 1 if variant in ONE_ROUND else 2]:
+        runs = search(runs, axes, settings_of, lambda settings: make_run(variant, **settings), best, results)
+    return runs
 
 
 def is_tried(variant: str, results: Results) -> bool:
@@ -215,10 +228,11 @@ def learning(variant: str, results: Results) -> list[Run]:
 
 
 def trials_as_long(variant: str, results: Results) -> list[Run]:
-    """Trials of a dense model that trains for as many seconds as experts do."""
+    """Trials of a dense model that trains for as many seconds as experts do: three rates, and a search."""
     load = replace(LEARNED, exposures=EXPOSURES[variant])
     found = replace(chosen("dense", results), subject=variant, load=load)
-    return [replace(found, learning_rate=rate) for rate in RATES_AS_LONG]
+    runs = [replace(found, learning_rate=rate) for rate in RATES_AS_LONG]
+    return search(runs, AXES_AS_LONG, settings_of, lambda own: replace(found, **own), best, results)
 
 
 def learning_as_long(variant: str, results: Results) -> list[Run]:
@@ -227,7 +241,7 @@ def learning_as_long(variant: str, results: Results) -> list[Run]:
 
 
 def offered_more(variant: str, results: Results) -> list[Run]:
-    """Runs with four times as many facts, at the chosen settings and at half the rate, as longer runs bear less."""
+    """Runs with twice as many facts, at the chosen settings and at half the rate, as longer runs bear less."""
     run = replace(chosen(variant, results), load=MORE)
     return [run, replace(run, learning_rate=run.learning_rate / 2)]
 
@@ -268,9 +282,9 @@ STAGES: tuple[tuple[Iterable[str], Callable[[str, Results], list[Run]]], ...] = 
     (EXPOSURES, trials_as_long),
     (EXPOSURES, learning_as_long),
     ((FULL,), learning),
+    (OFFERED_MORE, offered_more),
     (ARM_TRIALS, arm_trials),
     (ARM_TRIALS, forgetting),
     (ARM_TRIALS, mixed_trials),
     *(((name,), stage) for name in TRIED[5:] for stage in (trials, learning)),
-    (OFFERED_MORE, offered_more),
 )

@@ -3,7 +3,7 @@
 """The time of each variant: that of a training step, and of a token in decoding, one sequence at a time."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from modeling_peer import PeerForCausalLM
 from studies.capacity.facts import KEY_TOKENS, VALUE_TOKENS, make_facts
 from studies.capacity.plan import LEARNED, Run
-from studies.capacity.training import BATCH_SIZE, optimizer_of, training_arguments
+from studies.capacity.training import optimizer_of, training_arguments
 from studies.capacity.variants import make_model
 
 
@@ -22,11 +22,11 @@ from studies.capacity.variants import make_model
 WARM_UPS, ROUNDS, ANSWERS = 200, 50, 16
 
 
-def training_step(model: PeerForCausalLM, facts: torch.Tensor, folder: Path) -> Callable[[], None]:
+def training_step(model: PeerForCausalLM, facts: torch.Tensor, folder: Path, batch_size: int) -> Callable[[], None]:
     """Make a function that trains a model for one step, as [`store`] does, with other facts in each call."""
-    run = Run("facts", "", LEARNED, learning_rate=1e-3)
+    run = Run("facts", "", LEARNED, learning_rate=1e-3, batch_size=batch_size)
     arguments = training_arguments(run, folder)
-    optimizer, batches = optimizer_of(model, arguments, run), cycle(facts.split(BATCH_SIZE))
+    optimizer, batches = optimizer_of(model, arguments, run), cycle(facts.split(run.batch_size))
 
     def step() -> None:
         model.train()
@@ -56,16 +56,16 @@ def seconds_of_values(model: PeerForCausalLM, facts: torch.Tensor) -> float:
     return seconds
 
 
-def measure_times(folder: Path, names: Iterable[str]) -> dict[str, dict[str, float]]:
+def measure_times(folder: Path, batch_sizes: dict[str, int]) -> dict[str, dict[str, float]]:
     """
-    Measure the seconds of a training step and the tokens per second in decoding, as medians over rounds. The variants
-    are measured in turn, with one thread.
+    Measure the seconds of training for each fact and the tokens per second in decoding, as medians over rounds. The
+    variants, with their batches, are measured in turn, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     facts = make_facts(2**13, LEARNED.token_bits, seed=0)[0].tokens
-    models = {name: make_model(name, seed=0) for name in names}
-    steps = {name: training_step(model, facts, folder) for name, model in models.items()}
+    models = {name: make_model(name, seed=0) for name in batch_sizes}
+    steps = {name: training_step(model, facts, folder, batch_sizes[name]) for name, model in models.items()}
     for step in steps.values():
         for _ in range(WARM_UPS):
             step()
@@ -80,6 +80,6 @@ def measure_times(folder: Path, names: Iterable[str]) -> dict[str, dict[str, flo
             reading[name].append(seconds_of_values(model, asked))
     torch.set_num_threads(threads)
     return {
-        "seconds_per_step": {name: median(each) for name, each in training.items()},
+        "seconds_per_fact": {name: median(each) / batch_sizes[name] for name, each in training.items()},
         "tokens_per_second": {name: ANSWERS * VALUE_TOKENS / median(each) for name, each in reading.items()},
     }

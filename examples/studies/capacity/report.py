@@ -34,7 +34,6 @@ from studies.capacity.plan import (
     trials,
     with_seeds,
 )
-from studies.capacity.training import BATCH_SIZE
 from studies.capacity.variants import costs, has_tables
 from studies.common.tables import markdown_table, spread
 
@@ -132,7 +131,7 @@ def as_long_table(results: Results, times: Times) -> list[list[str]]:
         return rows
     for name, runs in (experts | available(EXPOSURES, learning_as_long, results)).items():
         own, load = kilobits(runs, results), runs[0].load
-        seconds = times["seconds_per_step"][name] * load.number * load.exposures / BATCH_SIZE
+        seconds = times["seconds_per_fact"][name] * load.number * load.exposures
         cells = [f"{costs(name).total.parameters / 1e6:.2f}", str(load.exposures), f"{seconds:.0f}"]
         ratios = "" if name == LIKE else ratio(own, kilobits(experts[LIKE], results))
         decoding = f"{times['tokens_per_second'][name]:,.0f}"
@@ -141,7 +140,7 @@ def as_long_table(results: Results, times: Times) -> list[list[str]]:
 
 
 def more_table(results: Results) -> list[list[str]]:
-    """What is learned if four times as many facts are offered."""
+    """What is learned if twice as many facts are offered."""
     found = available(OFFERED_MORE, offered_more, results)
     rows = [["learned of a larger offer", "parameters, M", "kbit", "of offered", "recalled", "to dense"]]
     for name, runs in found.items():
@@ -170,7 +169,9 @@ def grid_table(name: str, results: Results) -> list[list[str]]:
 
 def search_table(results: Results) -> list[list[str]]:
     """The best run of each grid, and the trials beyond the grid, with their settings."""
-    rows = [["trials beyond the grid", "learning rate", "u_i or feed-forwards", "v_i", "warmup", "std", "kbit"]]
+    rows = [
+        ["trials beyond the grid", "learning rate", "u_i or feed-forwards", "v_i", "warmup", "std", "batch", "kbit"]
+    ]
     for name in TRIED:
         runs = [run for run in trials(name, results)[len(first_trials(name)) :] if run.name in results]
         if is_tried(name, results) and chosen(name, results) not in runs:
@@ -180,6 +181,7 @@ def search_table(results: Results) -> list[list[str]]:
             cells = [f"{own[axis]:g} times" if axis in own else "" for axis in ("up_multiplier", "down")]
             is_best = is_tried(name, results) and run == chosen(name, results)
             cells = [f"{run.learning_rate:g}", *cells, f"{run.warmup:.0%}", f"{run.initializer_range:g}"]
+            cells.append(str(run.batch_size))
             rows.append([name + (", chosen" if is_best else ""), *cells, _kilobit(run, results)])
     return rows
 
@@ -272,7 +274,7 @@ def describe(results: Results, times: Times) -> str:
 
 def plot(results: Results, file: Path) -> None:
     """Plot what is learned, and what second facts leave of first ones, once those that the title names are finished."""
-    if len(available(("dense", LIKE, PAIRS[LIKE]), learning, results)) < 3:
+    if len(available(("dense", LIKE), learning, results)) < 2:
         return
     has_second = bool(available(ARM_TRIALS, forgetting, results))
     figure = new_figure(13.5 if has_second else 6, 4.4)
@@ -304,14 +306,15 @@ def draw_bars(results: Results, axes: Axes) -> None:
 
 
 def _finding(found: dict[str, list[Run]], results: Results) -> str:
-    """A title of two lines: what experts and a memory of as many parameters learn, relative to dense."""
-    experts, memory = (
+    """A title of two lines: what experts and, once finished, a memory of as many parameters learn, relative to dense."""
+    experts, *memory = (
         interval_of_ratio(*(kilobits(found[name], results) for name in (each, "dense")))[1]
         for each in (LIKE, PAIRS[LIKE])
+        if each in found
     )
     return (
         f"At equal FLOPs {int(LIKE.partition('-')[2]):,} experts a layer learn {experts:.0f} times\n"
-        f"as much as dense, a product-key memory {memory:.0f} times"
+        f"as much as dense{f', a product-key memory {memory[0]:.0f} times' if memory else ''}"
     )
 
 

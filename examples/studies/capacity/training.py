@@ -17,9 +17,6 @@ from studies.capacity.plan import Run
 from studies.capacity.variants import make_model
 
 
-BATCH_SIZE = 256
-
-
 def store(
     model: nn.Module,
     examples: Any,
@@ -46,7 +43,7 @@ def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArgumen
     """The training arguments of a run."""
     return TrainingArguments(
         output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=run.batch_size,
         learning_rate=run.learning_rate,
         adam_beta2=0.99,
         weight_decay=0.0,
@@ -65,7 +62,8 @@ def training_arguments(run: Run, folder: Path, **others: Any) -> TrainingArgumen
 
 def optimizer_of(model: nn.Module, arguments: TrainingArguments, run: Run) -> torch.optim.Optimizer:
     """The optimizer of a run. The feed-forwards of a model without tables may have a rate of their own too."""
-    optimizer = make_optimizer(model, arguments, run.up_multiplier or 0.25, run.multiplier)
+    up = 0.25 if run.up_multiplier is None else run.up_multiplier
+    optimizer = make_optimizer(model, arguments, up, run.multiplier)
     if run.up_multiplier is not None and not expert_tables(model):
         own = {id(parameter): parameter for name, parameter in model.named_parameters() if ".mlp." in name}
         for group in optimizer.param_groups:
