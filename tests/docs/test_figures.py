@@ -30,7 +30,7 @@ from modeling_peer.ops.gradient_factors import Assignments, Factors
 from modeling_peer.parallel.gradient_exchange import _factors_are_smaller
 from studies.capacity import report as capacity
 from studies.capacity import variants as capacity_variants
-from studies.capacity.plan import LIKE, TRIED, trials
+from studies.capacity.plan import LIKE, TRIED
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
 from studies.people import report as people
@@ -407,16 +407,13 @@ def stored_facts():
     yield pages, fixed(1, times["seconds_per_fact"][LIKE] / times["seconds_per_fact"]["dense"])
     low, middle, high = capacity.interval_of_ratio(kilobits[LIKE], kilobits["dense"])
     yield pages, fixed(1, middle, low, high)
-    # The seeds of the memory are not made yet: its best trial so far.
-    made = [results[run.name]["stored"] for run in trials(memory, results) if run.name in results]
-    trial = max(made, key=lambda stored: stored["bits"])
-    yield README, fixed(1, trial["bits"] / 1000 / mean(kilobits["dense"]))
-    yield page, fixed(2, 1000 * mean(kilobits[LIKE]) / trial["bits"])
+    yield README, fixed(1, capacity.interval_of_ratio(kilobits[memory], kilobits["dense"])[1])
+    low, middle, high = capacity.interval_of_ratio(kilobits[LIKE], kilobits[memory])
+    yield page, fixed(2, middle, low, high)
     parameters = {name: capacity_variants.costs(name).total.parameters for name in kilobits}
     yield pages, [f"{parameters[LIKE] / parameters['dense']:.0f}"]
-    recalled = mean(results[run.name]["stored"]["recalled"] for run in found[LIKE])
-    for share in (recalled, trial["recalled"]):
-        yield pages, percent(share, digits=0)
+    for name in (LIKE, memory):
+        yield pages, percent(mean(results[run.name]["stored"]["recalled"] for run in found[name]), digits=0)
 
 
 def second_facts():

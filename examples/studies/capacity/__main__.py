@@ -25,7 +25,7 @@ from studies.common.parallel_runs import ParallelArguments, make_runs, next_runs
 from studies.common.study_folder import claim_folder, read_json, sole_use, write_json, write_runs
 
 
-# Variants whose training is timed, with the batches of their best trials.
+# Variants whose training is timed, with the batch of dense for dense ones, and else with that of the first round.
 TIMED = dict.fromkeys((LIKE, FULL, PAIRS[LIKE]), BATCH_SIZE) | dict.fromkeys(EXPOSURES, BATCH_AS_LONG)
 
 
