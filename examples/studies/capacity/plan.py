@@ -95,7 +95,7 @@ AXES: dict[str, tuple[float, ...]] = {
     "warmup": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8),
     "initializer_range": (0.02, 0.04, 0.08, 0.16, 0.32),
 }
-# In a second round the batch is an axis too, the first one. In the first it is that of START.
+# In a second round the batch is an axis too, the first one. In the first it is BATCH_SIZE.
 ROUNDS = (AXES, {"batch_size": (64, 128, 256, 512, 1024, 2048), **AXES})
 # The first twelve trials of each variant.
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
