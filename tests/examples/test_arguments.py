@@ -16,7 +16,10 @@ import teach_facts
 import train_nano
 from main_runs import run_main
 from tiny_models import tiny_config
+from trainer_worker import small_model
+from transformers import HfArgumentParser, TrainingArguments
 
+from common.training import OptimizerArguments, make_optimizers
 from modeling_peer import PeerQuantizationConfig
 
 
@@ -68,3 +71,29 @@ def test_mistakes_end_with_one_line(script, flags, named, tmp_path, monkeypatch,
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in error and named in error
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_new", "up", "down"),
+    [
+        ([], True, 0.25, 48),
+        (["--rates", "facts"], True, 4, 384),
+        (["--rates", "facts", "--expert_lr_multiplier", "2"], True, 2, 192),
+        ([], False, 1, 1),
+        (["--down_proj_lr_multiplier", "3"], False, 1, 3),
+    ],
+)
+def test_rates_of_expert_tables(flags, is_new, up, down):
+    (args,) = HfArgumentParser(OptimizerArguments).parse_args_into_dataclasses(flags)
+    model = small_model("peer")
+    optimizer, _ = make_optimizers(args, TrainingArguments("unused", learning_rate=0.01), model, is_new)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    pool = model.model.layers[0].mlp.expert_pool
+    assert rates[pool.up_proj.weight] == pytest.approx(0.01 * up)
+    assert rates[pool.down_proj.weight] == pytest.approx(0.01 * down)
+
+
+@pytest.mark.parametrize("flags", [["--rates", "facts"], ["--second_moment", "row"]])
+def test_another_optimizer_has_no_rates_of_tables(flags):
+    with pytest.raises(ValueError, match="--rates.*need RowAdamW"):
+        HfArgumentParser(OptimizerArguments).parse_args_into_dataclasses(["--no_row_adamw", *flags])
