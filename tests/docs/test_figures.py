@@ -33,6 +33,7 @@ from studies.capacity import variants as capacity_variants
 from studies.capacity.plan import LIKE, TRIED
 from studies.common.training_plan import Run, costs_of
 from studies.graft_starts.__main__ import describe as describe_starts
+from studies.onset import report as onset
 from studies.people import report as people
 from studies.recipe.plan import runs_by_size, tuning_runs
 from studies.recipe.report import describe as describe_recipe
@@ -512,6 +513,10 @@ def tables_of_facts():
     return capacity.describe(*(load(f"{STUDIES}capacity/results.json")[part] for part in ("runs", "times")))
 
 
+def tables_of_onset():
+    return onset.describe(*(load(f"{STUDIES}onset/results.json")[part] for part in ("runs", "times")))
+
+
 def tables_of_people(name, of_groups=True):
     results = load(f"{STUDIES}people/{name}.json")
     tables = people.describe(results["runs"], results["ngrams"]).split("\n\n")
@@ -522,6 +527,7 @@ TABLES = [
     (STUDIES + "people/README.md", lambda: tables_of_people("results")),
     (STUDIES + "people/README.md", lambda: tables_of_people("earlier/5625_people", of_groups=False)),
     (STUDIES + "capacity/README.md", tables_of_facts),
+    (STUDIES + "onset/README.md", tables_of_onset),
     (
         "docs/large-embeddings.md",
         lambda: optimizers_table(load("examples/compare_embedding_optimizers.json")["results"]),
